@@ -1,0 +1,401 @@
+"""Weights: from a published checkpoint or a file into a model, and from a model into a file.
+
+A state dict tells the model's widths by its shapes, but neither the number of heads nor the window. ``save``
+writes the constructor's arguments beside the weights and ``load`` reads them back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import torch
+from torch import Tensor
+
+from anyup.images import complete_or_absent
+from anyup.model import AnyUp
+
+__all__ = ["NAMED", "CheckpointNotFoundError", "DownloadError", "NamedCheckpoint", "load", "save"]
+
+_logger = logging.getLogger(__name__)
+
+_TORCH_SUFFIXES = (".pth", ".pt")
+_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors")
+_CONFIG_KEY = "config"
+_SAFETENSORS_CONFIG_KEY = "anyup_config"
+# Where a training checkpoint keeps its weights; the first of these that it has.
+_STATE_DICT_KEYS = ("anyup", "state_dict")
+# Seconds without a byte from the server; without a limit, a network that drops packets holds a call for long.
+_DOWNLOAD_TIMEOUT = 20.0
+
+
+class CheckpointNotFoundError(FileNotFoundError, ValueError):
+    """Neither the name of a published checkpoint nor an existing file."""
+
+
+class DownloadError(OSError):
+    """A published checkpoint is not in the cache and could not be downloaded."""
+
+
+@dataclass(frozen=True)
+class NamedCheckpoint:
+    """A published checkpoint: where it comes from and what may be done with it."""
+
+    url: str
+    trained_on: str
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        """The file in torch.hub's cache, whether or not it is there yet."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.url.rsplit("/", 1)[-1]
+
+
+_RELEASES = "https://github.com/wimmerth/anyup/releases/download"
+
+#: The checkpoints that ``load`` knows by name.
+NAMED: dict[str, NamedCheckpoint] = {
+    "anyup": NamedCheckpoint(
+        url=f"{_RELEASES}/checkpoint/anyup_paper.pth",
+        trained_on="features of DINOv2 ViT-S/14",
+        licence="CC-BY-4.0",
+    ),
+    "anyup_multi_backbone": NamedCheckpoint(
+        url=f"{_RELEASES}/checkpoint_v2/anyup_multi_backbone.pth",
+        trained_on="features of several backbones",
+        licence="CC-BY-4.0",
+    ),
+}
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    backend: str | Mapping[str, str] | None = None,
+    window: str | None = None,
+    **model_arguments: Any,
+) -> AnyUp:
+    """Return the upsampler with the weights of a published checkpoint or of a file, in eval mode.
+
+    A file is ``.pth``, ``.pt`` or ``.safetensors`` and holds a bare state dict; the first two may also be a
+    training checkpoint that holds one under ``anyup`` or ``state_dict``. Only tensors and plain containers
+    are unpickled. The parameters have torch's default dtype (float32), whichever floating-point dtype the
+    file stores.
+
+    The widths (``input_dim``, ``qk_dim``, ``kernel_size``, ``kernel_size_lfu``, ``lfu_dim``) follow from the
+    shapes. What no shape tells (``num_heads``, ``window_ratio``, ``window``) is, in this order: the argument
+    given here, what ``save`` stored, the constructor's default. The published checkpoints store none of it.
+
+    Args:
+        name_or_path: a name of ``NAMED``, downloaded once into torch.hub's cache, or the path of a file. A
+            string that is such a name always means the published checkpoint.
+        device: where the model is put.
+        backend: which implementation runs the heavy operations, see ``AnyUp``; None chooses.
+        window: ``"ratio"`` or ``"cell"``; None means the stored window, and ``"ratio"`` where none is stored.
+        **model_arguments: further arguments of ``AnyUp``; None means the file's, or the constructor's
+            default. A width that is not the file's is an error. ``use_natten=True`` is ``window="cell"``.
+
+    Raises:
+        DownloadError: a published checkpoint that is not cached and cannot be downloaded.
+        CheckpointNotFoundError: neither a name of ``NAMED`` nor a file.
+        ValueError: a file that cannot be read or holds another model's weights, an argument that contradicts
+            the file or another argument, or a device that torch cannot use.
+        ImportError: a ``.safetensors`` file without the package that reads it.
+    """
+    arguments = {name: value for name, value in model_arguments.items() if value is not None}
+    if arguments.get("use_natten"):
+        if window not in (None, "cell"):
+            raise ValueError(
+                f'use_natten=True means window="cell", but window={window!r} was given beside it'
+            )
+        window = "cell"
+    arguments.pop("use_natten", None)
+    if window is not None:
+        arguments["window"] = window
+    device = _usable_device(device)
+
+    path = _resolve(name_or_path)
+    state_dict, stored = _read(path)
+    model = _build(state_dict, stored, arguments, backend, path)
+    model.load_state_dict(state_dict, strict=True)
+    return model.to(device).eval()
+
+
+def save(model: AnyUp, path: str | os.PathLike[str]) -> None:
+    """Write the weights and the constructor's arguments, as ``load`` reads them.
+
+    A ``.pth`` or ``.pt`` file holds ``{"anyup": state dict, "config": arguments}``; a ``.safetensors`` file
+    holds the state dict, and the arguments as JSON in its metadata. Tensors keep their dtype. A file of that
+    name is replaced once the new one is complete; on an error it stays as it was.
+
+    Args:
+        model: the upsampler; one wrapped for distribution or compiled is to be unwrapped first.
+        path: a file in a folder that exists, with one of the suffixes above.
+
+    Raises:
+        TypeError: not an ``AnyUp``.
+        ValueError: another suffix.
+        FileNotFoundError: the folder does not exist.
+        ImportError: a ``.safetensors`` file without the package that writes it.
+    """
+    if not isinstance(model, AnyUp):
+        raise TypeError(f"model: expected an AnyUp, got {type(model).__name__}")
+    path = Path(path)
+    suffix = _known_suffix(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: the folder {str(path.parent)!r} does not exist")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+    if suffix == ".safetensors":
+        safetensors_torch = _safetensors_torch(path)
+        with complete_or_absent(path) as partial:
+            safetensors_torch.save_file(
+                tensors, partial, metadata={"format": "pt", _SAFETENSORS_CONFIG_KEY: json.dumps(model.config)}
+            )
+    else:
+        with complete_or_absent(path) as partial:
+            torch.save({"anyup": tensors, _CONFIG_KEY: dict(model.config)}, partial)
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    """Return the device, or raise ValueError where this torch cannot put a tensor on it."""
+    try:
+        usable = torch.device(device)
+        torch.empty(1, device=usable)
+    # A build without CUDA answers with an AssertionError, a driver that fails with a RuntimeError.
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"device: expected one that torch can use here, got {device!r} ({reason})"
+        ) from error
+    return usable
+
+
+def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return the file to read, downloading it where a name of ``NAMED`` is not cached yet."""
+    if isinstance(name_or_path, str) and name_or_path in NAMED:
+        return _cached(name_or_path)
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path: expected a name or a path, got {type(name_or_path).__name__}")
+    path = Path(name_or_path)
+    names = ", ".join(repr(name) for name in NAMED)
+    if path.is_dir():
+        raise ValueError(
+            f"name_or_path: expected one of the names {names} or a file, got the folder {str(path)!r}"
+        )
+    if not path.exists():
+        raise CheckpointNotFoundError(
+            f"name_or_path: expected one of the names {names} or a file ({', '.join(_SUFFIXES)}); "
+            f"there is no file {str(path)!r} (looked for at {str(path.absolute())!r})"
+        )
+    _known_suffix(path)
+    return path
+
+
+def _known_suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise ValueError(f"path: expected a file name that ends in {', '.join(_SUFFIXES)}, got {str(path)!r}")
+    return suffix
+
+
+def _cached(name: str) -> Path:
+    """Return the cached file of a named checkpoint, downloading it first where it is missing."""
+    checkpoint = NAMED[name]
+    path = checkpoint.path
+    if path.is_file():
+        return path
+    _logger.info("downloading %s to %s", checkpoint.url, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_or_absent(path) as partial:
+            _download(checkpoint.url, partial)
+            # A proxy's or a login page's answer must not end in the cache and fail every later call.
+            _read(partial)
+    except (OSError, HTTPException, ValueError) as error:
+        raise DownloadError(
+            f"the checkpoint {name!r} is not cached and could not be downloaded: {error}\n"
+            f"  address: {checkpoint.url}\n"
+            f"  a file put by hand is found at: {path}\n"
+            f"  alternatives: anyup.load(PATH) with a checkpoint file kept elsewhere (TORCH_HOME moves the "
+            f"cache), or untrained weights with anyup.AnyUp() (torch.hub.load: pretrained=False)"
+        ) from error
+    return path
+
+
+def _download(url: str, target: Path) -> None:
+    """Write what the address answers to a file; OSError where it does not answer, or breaks off."""
+    request = Request(url, headers={"User-Agent": "anyup"})
+    with urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response, open(target, "wb") as file:
+        shutil.copyfileobj(response, file)
+        announced = response.headers.get("Content-Length")
+    if announced is not None and int(announced) != target.stat().st_size:
+        raise OSError(f"the connection broke off after {target.stat().st_size} of {announced} bytes")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a file's state dict, on the CPU, and the constructor's arguments stored beside it, if any.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no state dict.
+    """
+    content: Any
+    stored: Any = {}
+    if _known_suffix(path) == ".safetensors":
+        content, metadata = _read_safetensors(path)
+        if _SAFETENSORS_CONFIG_KEY in metadata:
+            try:
+                stored = json.loads(metadata[_SAFETENSORS_CONFIG_KEY])
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{str(path)!r}: its stored arguments are not JSON ({error})") from error
+    else:
+        content = _read_torch(path)
+        if isinstance(content, Mapping):
+            for key in _STATE_DICT_KEYS:
+                if isinstance(content.get(key), Mapping):
+                    stored = content.get(_CONFIG_KEY, {})
+                    content = content[key]
+                    break
+    if not isinstance(content, Mapping) or not content:
+        what = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise ValueError(
+            f"{str(path)!r}: expected a state dict, or a training checkpoint that holds one under "
+            f"{' or '.join(repr(key) for key in _STATE_DICT_KEYS)}; the file holds {what}"
+        )
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"{str(path)!r}: expected a state dict, or a training checkpoint that holds one under "
+                f"{' or '.join(repr(key) for key in _STATE_DICT_KEYS)}, with floating-point tensors only; "
+                f"its entry {name!r} is {what}"
+            )
+    if not isinstance(stored, Mapping):
+        raise ValueError(
+            f"{str(path)!r}: expected the stored arguments as a dict, got {type(stored).__name__}"
+        )
+    return dict(content), dict(stored)
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} is no checkpoint, is damaged, or holds objects other than tensors and plain "
+            f"containers, which are not unpickled (weights_only=True): {_first_line(error)}"
+        ) from error
+    # What a damaged archive or pickle raises depends on the byte that is wrong.
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read: unreadable, truncated or not written by torch.save "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _safetensors_torch(path)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read: unreadable, truncated or not a safetensors file "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _safetensors_torch(path: Path) -> Any:
+    """Return the module ``safetensors.torch``; it is optional, so its absence is said in the user's terms."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{str(path)!r}: .safetensors files need the package safetensors: pip install safetensors "
+            f"(.pth files need nothing)"
+        ) from error
+    return safetensors.torch
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _inferred(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the widths that the shapes tell; a tensor that is missing or has other dimensions tells none."""
+    widths: dict[str, int] = {}
+    if (freqs := state_dict.get("rope.freqs")) is not None and freqs.ndim == 2:
+        widths["qk_dim"] = freqs.shape[1]
+    if (weight := state_dict.get("image_encoder.0.weight")) is not None and weight.ndim == 4:
+        widths["input_dim"], widths["kernel_size"] = weight.shape[1], weight.shape[2]
+    if (basis := state_dict.get("key_features_encoder.0.basis")) is not None and basis.ndim == 4:
+        widths["lfu_dim"], widths["kernel_size_lfu"] = basis.shape[0], basis.shape[2]
+    return widths
+
+
+def _build(
+    state_dict: Mapping[str, Tensor],
+    stored: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    backend: str | Mapping[str, str] | None,
+    path: Path,
+) -> AnyUp:
+    """Return a new model that the state dict fits, or raise ValueError with everything that does not fit."""
+    inferred = _inferred(state_dict)
+    for origin, given in (("argument", arguments), ("stored argument", stored)):
+        for name in inferred.keys() & given.keys():
+            # A stored None is the constructor's "lfu_dim is qk_dim".
+            expected = inferred.get("qk_dim") if given[name] is None else given[name]
+            if expected != inferred[name]:
+                raise ValueError(
+                    f"{origin} {name}={given[name]!r} contradicts the weights in {str(path)!r}, whose shapes "
+                    f"say {name}={inferred[name]}"
+                )
+    widths: dict[str, int] = dict(inferred)
+    # The constructor's own way to say it, so that a model of default arguments keeps its config.
+    if widths.get("lfu_dim") == widths.get("qk_dim"):
+        widths.pop("lfu_dim", None)
+
+    # Initial values that are overwritten at once do not move the caller's generator; and whatever the default
+    # device is, parameters made on "meta", say, would not take the weights.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        try:
+            model = AnyUp(**{**widths, **stored, **arguments}, backend=backend)
+        except (ValueError, TypeError) as error:
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"cannot make the model for {str(path)!r}: {error}") from error
+    if unknown := stored.keys() - model.config.keys():
+        raise ValueError(
+            f"{str(path)!r} was stored with arguments that this version of anyup does not know: "
+            f"{', '.join(sorted(unknown))}"
+        )
+
+    expected_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    faults = []
+    if missing := [name for name in expected_shapes if name not in shapes]:
+        faults.append(f"missing keys ({len(missing)}): {', '.join(missing)}")
+    if unexpected := [name for name in shapes if name not in expected_shapes]:
+        faults.append(f"unexpected keys ({len(unexpected)}): {', '.join(unexpected)}")
+    if other := [
+        f"{name} expected {expected_shapes[name]}, got {shapes[name]}"
+        for name in expected_shapes
+        if name in shapes and shapes[name] != expected_shapes[name]
+    ]:
+        faults.append(f"other shapes ({len(other)}): {'; '.join(other)}")
+    if faults:
+        raise ValueError(f"{str(path)!r} does not hold an AnyUp's weights: " + "; ".join(faults))
+    return model

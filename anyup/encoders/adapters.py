@@ -1,0 +1,253 @@
+"""Encoders of other packages as :class:`Encoder`: each adapter wraps a module that is already built.
+
+Building one from its name imports the package then, and no earlier; an ImportError says what to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from math import isqrt
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
+
+_PROBE_SIZE = 224
+
+
+def _require(package: str) -> ModuleType:
+    """Import an optional package, or say how to get it."""
+    try:
+        return importlib.import_module(package)
+    except Exception as error:  # a torchvision beside another torch than its own raises RuntimeError
+        raise ImportError(
+            f"encoders '{package}/...' need the package {package}, which does not import here ({error}). "
+            f"Type: pip install {package}  (or the extra: pip install 'anyup[{package}]')"
+        ) from error
+
+
+def _triple(values: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Three floats from a configuration's list; the default where it says nothing."""
+    if values is None or len(values) != 3:
+        return default
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _square(patch: Any) -> int | None:
+    """Patch size as one integer, from an integer or a pair of equal ones."""
+    if patch is None or isinstance(patch, int):
+        return patch
+    rows, columns = patch
+    if rows != columns:
+        raise ValueError(f"patch size: expected a square patch, got {rows} x {columns}")
+    return int(rows)
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int], name: str) -> Tensor:
+    """Lay the patch tokens (B, N, C) out as (B, C, h, w); tokens before them (class, registers) are dropped.
+
+    Raises ValueError where there are fewer tokens than cells.
+    """
+    height, width = grid
+    extra = tokens.shape[1] - height * width
+    if extra < 0:
+        raise ValueError(f"{name}: {tokens.shape[1]} tokens do not fill a grid of {height} x {width}")
+    return tokens[:, extra:].mT.unflatten(2, (height, width)).contiguous()
+
+
+def _probe(encoder: Encoder, size: int) -> tuple[int, int]:
+    """(channels, stride) of a network, seen by running it once on an empty square image."""
+    like = next(encoder.parameters())
+    training = encoder.training
+    encoder.eval()  # or the empty image would enter the running statistics of BatchNorm
+    with torch.no_grad():
+        result = encoder.features(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
+    encoder.train(training)
+    return result.shape[1], round(size / result.shape[2])
+
+
+class TimmEncoder(Encoder):
+    """A timm model: its last feature map, under the final norm where the model has one.
+
+    ``layer`` chooses among the intermediate maps that timm offers for the model (blocks of a ViT, stages of a
+    CNN), counted from 0; None is the last. Needs a model with ``forward_intermediates`` (timm 1.0 or newer).
+    """
+
+    def __init__(self, module: nn.Module, *, layer: int | None = None, name: str = "timm") -> None:
+        table: Any = getattr(module, "feature_info", None)
+        if table is None or not hasattr(module, "forward_intermediates"):
+            raise ValueError(
+                f"module: {type(module).__name__} has no forward_intermediates; timm 1.0 models have it"
+            )
+        table = getattr(table, "info", table)
+        if layer is not None and not 0 <= layer < len(table):
+            raise ValueError(f"layer: expected one of the maps 0 to {len(table) - 1}, got {layer}")
+        row = table[-1 if layer is None else layer]
+        config: Any = getattr(module, "pretrained_cfg", None) or {}
+        embed = getattr(module, "patch_embed", None)
+        super().__init__(
+            name,
+            channels=int(row["num_chs"]),
+            stride=int(row["reduction"]),
+            patch_size=_square(getattr(embed, "patch_size", None)),
+            mean=_triple(config.get("mean"), IMAGENET_MEAN),
+            std=_triple(config.get("std"), IMAGENET_STD),
+        )
+        self.module = module
+        self.layer = layer
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C, h, w)."""
+        run: Any = self.module.forward_intermediates
+        indices = 1 if self.layer is None else [self.layer]  # an integer counts maps from the end
+        maps = run(image, indices=indices, norm=True, output_fmt="NCHW", intermediates_only=True)
+        result: Tensor = maps[-1]
+        return result.contiguous()
+
+
+class TransformersEncoder(Encoder):
+    """A vision model of Hugging Face transformers: ``last_hidden_state`` as a map.
+
+    Patch tokens are laid out on the image's grid (class and register tokens dropped); a model that returns a
+    map (ResNet, ConvNeXt) is taken as it is.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        name: str = "transformers",
+    ) -> None:
+        config: Any = getattr(module, "config", None)
+        width = getattr(config, "hidden_size", None)
+        patch = _square(getattr(config, "patch_size", None)) if width else None
+        super().__init__(name, channels=width or 0, stride=patch or 0, patch_size=patch, mean=mean, std=std)
+        self.module = module
+        # ViT and DeiT refuse other sizes than the trained one unless told; Dinov2 needs no telling.
+        accepts = inspect.signature(module.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepts else {}
+        if patch is None:
+            self.channels, self.stride = _probe(self, _PROBE_SIZE)
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C, h, w)."""
+        hidden: Tensor = self.module(pixel_values=image, **self.options).last_hidden_state
+        if hidden.ndim == 4:
+            return hidden
+        if self.patch_size is None:
+            raise ValueError(
+                f"{self.name}: gives tokens, but its configuration names no patch size and width"
+            )
+        grid = (image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size)
+        return tokens_to_map(hidden, grid, self.name)
+
+
+class TorchvisionEncoder(Encoder):
+    """Output of one submodule of a torchvision model, by its dotted name: ``layer4``, ``features.13``.
+
+    The layer gives a map (B, C, h, w), or tokens (B, N, C) of a square image. Layers behind it run too, for a
+    model can only be run as a whole.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: str,
+        *,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        name: str = "torchvision",
+    ) -> None:
+        names = [path for path, _ in module.named_modules() if path]
+        if layer not in names:
+            shown = [path for path in names if path.count(".") <= layer.count(".")]
+            raise ValueError(f"layer: {name} has no layer {layer!r}; it has {', '.join(shown[:40])}")
+        patch = _square(getattr(module, "patch_size", None))
+        super().__init__(name, channels=0, stride=0, patch_size=patch, mean=mean, std=std)
+        self.module = module
+        self.layer = layer
+        self.channels, self.stride = _probe(self, int(getattr(module, "image_size", _PROBE_SIZE)))
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C, h, w)."""
+        caught: list[Any] = []
+        target = self.module.get_submodule(self.layer)
+        handle = target.register_forward_hook(lambda module, inputs, output: caught.append(output))
+        try:
+            self.module(image)
+        finally:
+            handle.remove()
+        output = caught[-1] if caught else None
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"layer: {self.name} gives {shape}; expected a map (B, C, h, w) or tokens (B, N, C)"
+            )
+        if output.ndim == 4:
+            return output
+        side = image.shape[-2] // self.patch_size if self.patch_size else isqrt(output.shape[1])
+        return tokens_to_map(output, (side, side), self.name)
+
+
+def timm_encoder(
+    model: str, *, pretrained: bool = True, layer: int | None = None, **arguments: Any
+) -> TimmEncoder:
+    """Build ``timm/<model>``, a ViT for any image size; further arguments go to ``timm.create_model``."""
+    timm = _require("timm")
+    arguments = {"pretrained": pretrained, "num_classes": 0, **arguments}
+    try:
+        module = timm.create_model(model, **{"dynamic_img_size": True, **arguments})
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        module = timm.create_model(model, **arguments)  # a network without a position embedding
+    return TimmEncoder(module, layer=layer, name=f"timm/{model}")
+
+
+def transformers_encoder(model: str, **arguments: Any) -> TransformersEncoder:
+    """Build ``transformers/<model>``, by hub name or folder; arguments go to ``AutoModel.from_pretrained``.
+
+    The normalisation is that of the model's ``preprocessor_config.json``, ImageNet's where it has none.
+    """
+    transformers = _require("transformers")
+    module = transformers.AutoModel.from_pretrained(model, **arguments)
+    config = _preprocessor_config(model)
+    return TransformersEncoder(
+        module,
+        mean=_triple(config.get("image_mean"), IMAGENET_MEAN),
+        std=_triple(config.get("image_std"), IMAGENET_STD),
+        name=f"transformers/{model}",
+    )
+
+
+def _preprocessor_config(model: str) -> dict[str, Any]:
+    """The model's preprocessor settings, read as a file: building a processor needs torchvision or PIL."""
+    cached_file = importlib.import_module("transformers.utils").cached_file
+    path = cached_file(model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return {}
+    with open(path, encoding="utf-8") as file:
+        config: dict[str, Any] = json.load(file)
+    return config
+
+
+def torchvision_encoder(
+    model: str, layer: str, *, weights: Any = "DEFAULT", **arguments: Any
+) -> TorchvisionEncoder:
+    """Build ``torchvision/<model>:<layer>``; ``weights`` as ``torchvision.models.get_model`` takes them."""
+    models = _require("torchvision").models
+    module = models.get_model(model, weights=weights, **arguments)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if weights is not None:
+        chosen = models.get_model_weights(model)[weights] if isinstance(weights, str) else weights
+        preset = chosen.transforms()
+        mean, std = _triple(getattr(preset, "mean", None), mean), _triple(getattr(preset, "std", None), std)
+    return TorchvisionEncoder(module, layer, mean=mean, std=std, name=f"torchvision/{model}:{layer}")

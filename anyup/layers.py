@@ -1,0 +1,105 @@
+"""The model's building blocks: parameters under their published names.
+
+What is heavy runs in `anyup.ops`; these modules run themselves only on the small grid of the features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyup.gaussian_derivatives import gaussian_derivatives
+from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters
+
+GROUPS = 8
+
+
+class ResBlock(nn.Module):
+    """Two pre-activated 1x1 convolutions beside a shortcut: (B, in, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.GroupNorm(GROUPS, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            nn.GroupNorm(GROUPS, out_channels),
+            nn.SiLU(),
+            nn.Conv2d(out_channels, out_channels, 1, bias=False),
+        )
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) + self.shortcut(x)
+
+    def parameters_for_op(self, dtype: torch.dtype) -> BlockParameters:
+        """The block's tensors in a dtype, as the pixel encoder takes them (no shortcut)."""
+        norm1, _, conv1, norm2, _, conv2 = self.block
+        tensors = (norm1.weight, norm1.bias, conv1.weight, norm2.weight, norm2.bias, conv2.weight)
+        return BlockParameters(*(t.to(dtype).flatten(1) if t.dim() == 4 else t.to(dtype) for t in tensors))
+
+
+class BorderConv2d(nn.Conv2d):
+    """A convolution that pads by reflection, or by replication along an axis too short to reflect."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.kernel_size[0] // 2
+        if half:
+            for axis, padding in ((2, (0, 0, half, half)), (3, (half, half, 0, 0))):
+                x = F.pad(x, padding, mode="reflect" if x.shape[axis] > half else "replicate")
+        return F.conv2d(x, self.weight)
+
+
+class Encoder(nn.Sequential):
+    """A convolution without bias and two residual blocks; with kernel size 1 it runs as the pixel encoder."""
+
+    def __init__(self, in_channels: int, dim: int, kernel_size: int = 1) -> None:
+        super().__init__(BorderConv2d(in_channels, dim, kernel_size), ResBlock(dim, dim), ResBlock(dim, dim))
+        self.kernel_size = kernel_size
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, EncoderParameters]:
+        """The arguments of `encode_pixels` for an input (B, C, H, W), in the dtype of `x`.
+
+        A first convolution that sees more than its pixel runs here.
+        """
+        conv, block1, block2 = self
+        projection: Tensor | None = None
+        if self.kernel_size > 1:
+            x = conv(x)
+        else:
+            projection = conv.weight.to(x.dtype).flatten(1)
+        blocks = (block1.parameters_for_op(x.dtype), block2.parameters_for_op(x.dtype))
+        return x.permute(0, 2, 3, 1), EncoderParameters(projection, *blocks)
+
+
+class RoPE(nn.Module):
+    """The learned frequencies (2, D) of the rotary embedding: one angle per unit of row and of column."""
+
+    def __init__(self, dim: int, theta: float = 100.0) -> None:
+        super().__init__()
+        frequency = theta ** torch.linspace(0, -1, dim // 4)
+        both = torch.cat((frequency, frequency))
+        freqs = torch.zeros(2, dim)
+        freqs[0, : dim // 2] = both
+        freqs[1, dim // 2 :] = both
+        self.freqs = nn.Parameter(freqs * 2 * math.pi)
+
+
+class LearnedFeatureUnification(nn.Module):
+    """The filters (M, 1, s, s) that bring features of any number of channels to M."""
+
+    def __init__(self, filters: int, kernel_size: int, init_gaussian_derivatives: bool = False) -> None:
+        super().__init__()
+        if init_gaussian_derivatives:
+            basis = gaussian_derivatives(filters, kernel_size)
+        else:
+            basis = torch.randn(filters, 1, kernel_size, kernel_size)
+        self.basis = nn.Parameter(basis)

@@ -1,0 +1,313 @@
+"""AnyUp: low-resolution features of any encoder, brought to the resolution of an image.
+
+The AnyUp paper (arXiv 2510.12764): each output pixel attends to the features in a window around it, with queries
+from the image and keys from the image and the features. What is heavy runs in `anyup.ops`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyup.cross_attention import CrossAttentionBlock
+from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
+from anyup.ops import feature_unification, pixel_encoder, query_projection
+from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
+from anyup.ops.window_attention import explain_backends as explain_window_attention
+from anyup.ops.window_attention import window_attention
+from anyup.problem import check_inputs
+from anyup.window import WINDOW_KINDS, make_window
+
+OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
+
+ModelBackend = Backend | Mapping[str, Backend]
+
+
+class AnyUp(nn.Module):
+    """The upsampler, with the published constructor, parameter names and call.
+
+    Args:
+        input_dim: channels of the image.
+        qk_dim: width D of queries and keys, a multiple of 8 and of `num_heads`.
+        kernel_size: of the image encoder's first convolution, odd.
+        kernel_size_lfu: of the feature unification's filters, odd.
+        window_ratio: half the window's size as a fraction of the grid; 0 or less means every key.
+        num_heads: attention heads, averaged.
+        init_gaussian_derivatives: start the unification's filters from Gaussian derivatives, not from noise.
+        use_natten: the published name of `window="cell"`; NATTEN is not needed.
+        lfu_dim: number of the unification's filters, a multiple of 8; None means `qk_dim`.
+        backend: which implementation runs the heavy operations. None: the best that can. A name ("torch",
+            "reference", ...): binds the window attention and is a preference for the other operations. A mapping
+            from operations (see `OPERATIONS`) to names: binds each.
+        window: "ratio" (the published default), or "cell"; None means "ratio".
+
+    Any other keyword is ignored with a warning, as the published class ignores it without one.
+    """
+
+    def __init__(
+        self,
+        input_dim: int = 3,
+        qk_dim: int = 128,
+        kernel_size: int = 1,
+        kernel_size_lfu: int = 5,
+        window_ratio: float = 0.1,
+        num_heads: int = 4,
+        init_gaussian_derivatives: bool = False,
+        use_natten: bool = False,
+        lfu_dim: int | None = None,
+        *,
+        backend: ModelBackend = None,
+        window: str | None = None,
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        if ignored:
+            warnings.warn(f"AnyUp ignores unknown arguments: {', '.join(sorted(ignored))}", stacklevel=2)
+        lfu_dim = qk_dim if lfu_dim is None else lfu_dim
+        _check_widths(input_dim, qk_dim, kernel_size, kernel_size_lfu, num_heads, lfu_dim)
+        if use_natten:
+            if window not in (None, "cell"):
+                raise ValueError(f"window: use_natten=True means window='cell', got {window!r} beside it")
+            window = "cell"
+        self.config: dict[str, Any] = {
+            "input_dim": input_dim,
+            "qk_dim": qk_dim,
+            "kernel_size": kernel_size,
+            "kernel_size_lfu": kernel_size_lfu,
+            "window_ratio": float(window_ratio),
+            "num_heads": num_heads,
+            "init_gaussian_derivatives": init_gaussian_derivatives,
+            "lfu_dim": lfu_dim,
+            "window": "ratio" if window is None else window,
+        }
+        self.window = make_window(self.config["window"], self.config["window_ratio"])
+        self.backend = backend
+        self._backends = _backends_by_operation(backend)
+
+        self.image_encoder = Encoder(input_dim, qk_dim, kernel_size)
+        self.key_encoder = Encoder(qk_dim, qk_dim)
+        self.query_encoder = Encoder(qk_dim, qk_dim)
+        self.key_features_encoder = nn.Sequential(
+            LearnedFeatureUnification(lfu_dim, kernel_size_lfu, init_gaussian_derivatives),
+            ResBlock(lfu_dim, qk_dim),
+            ResBlock(qk_dim, qk_dim),
+        )
+        self.aggregation = Encoder(2 * qk_dim, qk_dim, kernel_size=3)
+        self.cross_decode = CrossAttentionBlock(qk_dim, num_heads)
+        self.rope = RoPE(qk_dim)
+
+    def forward(
+        self,
+        image: Tensor,
+        features: Tensor,
+        output_size: Sequence[int] | None = None,
+        vis_attn: bool = False,
+        q_chunk_size: int | None = None,
+        *,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """Bring features to the image's resolution.
+
+        Args:
+            image: (B, input_dim, Hi, Wi), ImageNet-normalised, any floating dtype.
+            features: (B, C, h, w), any encoder's, any C, any floating dtype.
+            output_size: (H, W); None means the image's size.
+            vis_attn: show a picture of the attention as well (`anyup.visualization.show_attention`).
+            q_chunk_size: the most output pixels the attention works on at a time, where a backend works in
+                chunks; the result does not depend on it.
+            values: (B, Cv, h, w) to carry with the same attention instead of the features: class logits, masks,
+                depth. A pixel's weights sum to one, so a linear head with bias may as well be applied before.
+
+        Returns:
+            (B, C or Cv, H, W) in the dtype of the features (or values), channels last in memory.
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came; before any work.
+            NotImplementedError: no requested backend can; lists every reason.
+        """
+        size = self._check(image, features, values, output_size, q_chunk_size)
+        query, key = self._query_and_key(image, features, size)
+        if vis_attn:
+            self._show_attention(query, key, q_chunk_size)
+        return self._attend(query, key, features if values is None else values, q_chunk_size)
+
+    def explain(
+        self,
+        image: Tensor,
+        features: Tensor,
+        output_size: Sequence[int] | None = None,
+        *,
+        values: Tensor | None = None,
+    ) -> ModelExplanation:
+        """Which backend would run each operation of this call, and why not the others; nothing is computed."""
+        height, width = self._check(image, features, values, output_size, None)
+        dtype = self._compute_dtype(image.device)
+        batch, _, h, w = features.shape
+        carried = features if values is None else values
+
+        def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            """A tensor that has every property a backend asks about, but no memory."""
+            tensor = torch.empty((), dtype=dtype, device=image.device).expand(shape)
+            return tensor.requires_grad_() if torch.is_grad_enabled() and self.rope.freqs.requires_grad else tensor
+
+        dim, heads = self.config["qk_dim"], self.config["num_heads"]
+        encoded = stand_in((batch, *image.shape[2:], dim), dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        lfu = self.key_features_encoder[0]
+        return ModelExplanation(
+            (
+                pixel_encoder.explain_backends(
+                    encoded, self.query_encoder.prepare(encoded.permute(0, 3, 1, 2))[1],
+                    output_size=(height, width), backend=self._backends["pixel_encoder"],
+                ),
+                feature_unification.explain_backends(
+                    stand_in(tuple(features.shape), wide), lfu.basis.to(wide),
+                    backend=self._backends["feature_unification"],
+                ),
+                query_projection.explain_backends(
+                    stand_in((batch, height, width, dim), dtype), self.cross_decode.query_parameters(dtype),
+                    backend=self._backends["query_projection"],
+                ),
+                explain_window_attention(
+                    stand_in((batch, height, width, heads, dim // heads), dtype),
+                    stand_in((batch, h, w, heads, dim // heads), dtype),
+                    carried.permute(0, 2, 3, 1),
+                    window=self.window, backend=self._backends["window_attention"],
+                ),
+            )
+        )
+
+    def _query_and_key(self, image: Tensor, features: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, W, heads, head_dim) and keys (B, h, w, heads, head_dim)."""
+        dtype = self._compute_dtype(image.device)
+        grid = (features.shape[2], features.shape[3])
+        guidance = self._encode(self.image_encoder, image.to(dtype), frequencies=self.rope.freqs.to(dtype))
+        guidance = guidance.permute(0, 3, 1, 2)
+        image_keys = self._encode(self.key_encoder, guidance, grid)
+        queries = self._encode(self.query_encoder, guidance, size)
+        del guidance  # a map of D channels at full resolution
+        queries = query_projection.project_queries(
+            queries, self.cross_decode.query_parameters(dtype), backend=self._backends["query_projection"]
+        )
+        keys = torch.cat((image_keys.permute(0, 3, 1, 2), self._feature_keys(features, dtype)), dim=1)
+        keys = self.aggregation(keys).permute(0, 2, 3, 1).to(dtype)
+        return self.cross_decode.split_heads(queries), self.cross_decode.project_keys(keys)
+
+    def _feature_keys(self, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, C, h, w) -> (B, D, h, w): what the features say about where they belong."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        unification, *blocks = self.key_features_encoder
+        features = F.normalize(features.to(wide), dim=1)
+        unified = feature_unification.unify_features(
+            features, unification.basis.to(wide), backend=self._backends["feature_unification"]
+        ).to(dtype)
+        for block in blocks:
+            unified = block(unified)
+        return unified.to(dtype)
+
+    def _encode(
+        self,
+        encoder: Encoder,
+        x: Tensor,
+        output_size: tuple[int, int] | None = None,
+        frequencies: Tensor | None = None,
+    ) -> Tensor:
+        pixels, parameters = encoder.prepare(x)
+        return pixel_encoder.encode_pixels(
+            pixels,
+            parameters,
+            frequencies=frequencies,
+            output_size=output_size,
+            backend=self._backends["pixel_encoder"],
+        )
+
+    def _attend(self, query: Tensor, key: Tensor, values: Tensor, q_chunk_size: int | None) -> Tensor:
+        out = window_attention(
+            query,
+            key,
+            values.permute(0, 2, 3, 1),
+            window=self.window,
+            backend=self._backends["window_attention"],
+            max_queries=q_chunk_size,
+        )
+        return out.permute(0, 3, 1, 2)
+
+    def _show_attention(self, query: Tensor, key: Tensor, q_chunk_size: int | None) -> None:
+        """Show where the first image's pixels look, by the colours of the keys they attend to."""
+        from anyup import visualization
+
+        h, w = key.shape[1:3]
+        colors = visualization.key_colors(h, w, device=key.device)[None]
+        painted = self._attend(query[:1].detach(), key[:1].detach(), colors, q_chunk_size)
+        visualization.show_attention((h, w), painted[0])
+
+    def _check(
+        self,
+        image: Tensor,
+        features: Tensor,
+        values: Tensor | None,
+        output_size: Sequence[int] | None,
+        q_chunk_size: int | None,
+    ) -> tuple[int, int]:
+        device, input_dim = self.rope.freqs.device, self.config["input_dim"]
+        return check_inputs(image, features, values, output_size, q_chunk_size, input_dim=input_dim, device=device)
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What queries and keys are computed in: autocast's dtype where it is on, else the parameters'."""
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.rope.freqs.dtype
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """What would run each operation of a call, and why not the other backends; `print` it."""
+
+    explanations: tuple[Explanation, ...]
+
+    @property
+    def chosen(self) -> dict[str, str | None]:
+        """The backend of each operation, None where none can."""
+        return {e.operation: e.chosen for e in self.explanations}
+
+    def __str__(self) -> str:
+        return "\n".join(str(e) for e in self.explanations)
+
+
+def _check_widths(
+    input_dim: int, qk_dim: int, kernel_size: int, kernel_size_lfu: int, num_heads: int, lfu_dim: int
+) -> None:
+    for name, number in (("input_dim", input_dim), ("num_heads", num_heads)):
+        if number < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {number}")
+    for name, number in (("qk_dim", qk_dim), ("lfu_dim", lfu_dim)):
+        if number < 8 or number % 8:
+            raise ValueError(f"{name}: expected a positive multiple of 8 (the normalisations' groups), got {number}")
+    if qk_dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of qk_dim = {qk_dim}, got {num_heads}")
+    for name, number in (("kernel_size", kernel_size), ("kernel_size_lfu", kernel_size_lfu)):
+        if number < 1 or number % 2 == 0:
+            raise ValueError(f"{name}: expected a positive odd integer, got {number}")
+
+
+def _backends_by_operation(backend: ModelBackend) -> dict[str, Backend]:
+    """The request for each operation that a model's `backend` makes; raises ValueError for unknown names."""
+    if isinstance(backend, Mapping):
+        unknown = set(backend) - set(OPERATIONS)
+        if unknown:
+            raise ValueError(f"backend: expected operations among {', '.join(OPERATIONS)}, got {sorted(unknown)}")
+        requests = {name: backend.get(name) for name in OPERATIONS}
+    else:
+        names = parse_backend(backend)
+        rest = tuple(name for name in BACKEND_NAMES if name not in names)
+        requests = {name: (*names, *rest) if names else None for name in OPERATIONS}
+        requests["window_attention"] = names or None
+    for request in requests.values():
+        parse_backend(request)
+    return requests

@@ -1,0 +1,125 @@
+"""Choosing the backend of an operation, and saying why not the others.
+
+A backend is a module with `unsupported(problem) -> list[str]` (empty: it can) and the functions that run.
+One body so answers both "can you?" and "why not?".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("anyup")
+
+BACKEND_NAMES = ("triton", "flex", "torch", "reference")
+"""Every name a user may type, in order of preference; an operation may have only some of them."""
+
+Backend = str | Sequence[str] | None
+"""None: the first that can. A name: that one or an error. A sequence: the first of these that can."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend and the reasons why it cannot run (none: it can)."""
+
+    name: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs an operation, and why the others do not.
+
+    `chosen` is None where no candidate can.
+    """
+
+    operation: str
+    problem: str
+    candidates: tuple[Candidate, ...]
+    chosen: str | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation} ({self.problem}): {self.chosen or 'no backend can'}"]
+        for candidate in self.candidates:
+            if candidate.reasons:
+                lines += [f"  not {candidate.name}: {reason}" for reason in candidate.reasons]
+            elif candidate.name != self.chosen:
+                lines.append(f"  {candidate.name}: can, comes after {self.chosen}")
+        return "\n".join(lines)
+
+
+class Operation:
+    """An operation and its backends, in order of preference.
+
+    `backends` maps a backend's name to a function that imports and returns its module, so that what is not
+    chosen is not imported.
+    """
+
+    def __init__(self, name: str, backends: Mapping[str, Callable[[], ModuleType]]) -> None:
+        self.name = name
+        self._backends = dict(backends)
+        self._logged: set[str] = set()
+
+    def explain(self, problem: Any, backend: Backend = None) -> Explanation:
+        """Ask every candidate whether it can run `problem`."""
+        names = parse_backend(backend) or tuple(self._backends)
+        candidates = tuple(Candidate(name, tuple(self._reasons(name, problem))) for name in names)
+        chosen = next((c.name for c in candidates if not c.reasons), None)
+        return Explanation(self.name, str(problem), candidates, chosen)
+
+    def choose(self, problem: Any, backend: Backend = None) -> ModuleType:
+        """The module of the first candidate that can run `problem`.
+
+        Raises NotImplementedError listing every candidate's every reason where none can.
+        """
+        for name in parse_backend(backend) or tuple(self._backends):
+            if not self._reasons(name, problem):
+                if name not in self._logged:
+                    self._logged.add(name)
+                    logger.debug("%s runs on backend %r (first for %s)", self.name, name, problem)
+                return self._backends[name]()
+        raise NotImplementedError(f"no backend can run this:\n{self.explain(problem, backend)}")
+
+    def run(self, function: str, problem: Any, backend: Backend, *args: Any, **kwargs: Any) -> Any:
+        """Call a function of the chosen backend, autocast off: a backend says itself what it computes in."""
+        module = self.choose(problem, backend)
+        kind = problem.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return getattr(module, function)(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return getattr(module, function)(*args, **kwargs)
+
+    def _reasons(self, name: str, problem: Any) -> list[str]:
+        if name not in self._backends:
+            return [f"{self.name} has no {name!r} backend in this version; it has {', '.join(self._backends)}"]
+        return self._backends[name]().unsupported(problem)
+
+
+def parse_backend(backend: Backend) -> tuple[str, ...]:
+    """The names in a backend request, () for None; raises ValueError or TypeError for anything else."""
+    if backend is None:
+        return ()
+    names = (backend,) if isinstance(backend, str) else tuple(backend)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"backend: expected names, got {type(name).__name__}")
+        if name not in BACKEND_NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(BACKEND_NAMES)}, got {name!r}")
+    if not names:
+        raise ValueError("backend: expected at least one name, got an empty sequence")
+    return names
+
+
+def to_schema(backend: Backend) -> str:
+    """A backend request as the string that an operator's schema carries ("" for None)."""
+    return ",".join(parse_backend(backend))
+
+
+def from_schema(backend: str) -> tuple[str, ...] | None:
+    """The inverse of `to_schema`."""
+    return tuple(backend.split(",")) if backend else None

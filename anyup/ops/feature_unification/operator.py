@@ -1,0 +1,81 @@
+"""The feature unification as one opaque operator, so that no tracer ever meets a backend's tiles."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.feature_unification import problem as problems
+
+OPERATION = Operation(
+    "feature_unification",
+    {
+        "torch": lambda: importlib.import_module("anyup.ops.feature_unification.eager"),
+        "reference": lambda: importlib.import_module("anyup.ops.feature_unification.reference"),
+    },
+)
+
+
+def unify_features(features: Tensor, basis: Tensor, *, backend: Backend = None) -> Tensor:
+    """Bring features of any number of channels to M channels.
+
+    Args:
+        features: (B, C, h, w), any C.
+        basis: (M, 1, s, s) filters, s odd, in the features' dtype.
+        backend: None, a name, or a sequence of names (see `anyup.ops.dispatch`).
+
+    Returns:
+        (B, M, h, w), contiguous, in the features' dtype.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+        NotImplementedError: no requested backend can; lists every reason.
+    """
+    problems.check(features, basis)
+    return _forward(features, basis, to_schema(backend))
+
+
+def explain_backends(features: Tensor, basis: Tensor, *, backend: Backend = None) -> Explanation:
+    """Which backend `unify_features` would choose for these arguments, and why not the others."""
+    problems.check(features, basis)
+    needs_gradient = torch.is_grad_enabled() and (features.requires_grad or basis.requires_grad)
+    return OPERATION.explain(problems.describe(features, basis, needs_gradient), backend)
+
+
+@torch.library.custom_op("anyup::feature_unification", mutates_args=())
+def _forward(features: Tensor, basis: Tensor, backend: str) -> Tensor:
+    problem = problems.describe(features, basis, False)
+    return OPERATION.run("forward", problem, from_schema(backend), features, basis).contiguous()
+
+
+@_forward.register_fake
+def _(features, basis, backend):  # type: ignore[no-untyped-def]
+    return features.new_empty(features.shape[0], basis.shape[0], *features.shape[2:])
+
+
+@torch.library.custom_op("anyup::feature_unification_backward", mutates_args=())
+def _backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    problem = problems.describe(features, basis, True)
+    grads = OPERATION.run("backward", problem, from_schema(backend), grad, features, basis)
+    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(grad, features, basis, backend):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (features, basis))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, basis, ctx.backend = inputs
+    ctx.save_for_backward(features, basis)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

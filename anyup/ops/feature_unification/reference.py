@@ -1,0 +1,35 @@
+"""The feature unification as its definition reads: the oracle that every other backend is tested against.
+
+Every channel is correlated with each of M filters (zero padding) and divided by the number of taps inside the map:
+z[channel, filter]. The flat, channel-major list of these C*M maps is read again as (M, C); softmax over the first
+of those, mean over the second. (The published weights are trained with this reinterpretation.)
+It allocates several tensors of C*M*h*w values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unsupported(problem: object) -> list[str]:
+    """Nothing is unsupported."""
+    return []
+
+
+def forward(features: Tensor, basis: Tensor) -> Tensor:
+    """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w). The softmax runs in float32 for half precision."""
+    batch, channels, h, w = features.shape
+    filters, _, size, _ = basis.shape
+    z = F.conv2d(features.reshape(batch * channels, 1, h, w), basis, padding=size // 2)
+    inside = F.conv2d(torch.ones_like(features[:1, :1]), torch.ones_like(basis[:1]), padding=size // 2)
+    z = (z / inside).reshape(batch, filters, channels, h, w)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return torch.softmax(z, dim=1, dtype=wide).mean(dim=2).to(features.dtype)
+
+
+def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of features and basis, by autograd through `forward`."""
+    _, pullback = torch.func.vjp(forward, features, basis)
+    return pullback(grad)

@@ -1,0 +1,165 @@
+"""The pixel encoder as one opaque operator, so that no tracer ever meets a backend's tiles."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.pixel_encoder import problem as problems
+from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters
+
+OPERATION = Operation(
+    "pixel_encoder",
+    {
+        "torch": lambda: importlib.import_module("anyup.ops.pixel_encoder.eager"),
+        "reference": lambda: importlib.import_module("anyup.ops.pixel_encoder.reference"),
+    },
+)
+
+
+def encode_pixels(
+    pixels: Tensor,
+    parameters: EncoderParameters,
+    *,
+    frequencies: Tensor | None = None,
+    output_size: tuple[int, int] | None = None,
+    backend: Backend = None,
+) -> Tensor:
+    """Encode each pixel: a projection and two residual blocks with group statistics over the whole map.
+
+    Args:
+        pixels: (B, H, W, Cin), any strides.
+        parameters: the encoder's weights, in the pixels' dtype.
+        frequencies: (2, D): apply the rotary embedding to the result; None: do not.
+        output_size: (h, w) to average-pool the result to (adaptively, as torch does); None: (H, W).
+        backend: None, a name, or a sequence of names (see `anyup.ops.dispatch`).
+
+    Returns:
+        (B, h, w, D), contiguous, in the pixels' dtype.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+        NotImplementedError: no requested backend can; lists every reason.
+    """
+    problems.check(pixels, parameters, frequencies)
+    height, width = output_size or (pixels.shape[1], pixels.shape[2])
+    projection, block1, block2 = parameters
+    return _forward(pixels, projection, *block1, *block2, frequencies, height, width, to_schema(backend))
+
+
+def explain_backends(
+    pixels: Tensor,
+    parameters: EncoderParameters,
+    *,
+    frequencies: Tensor | None = None,
+    output_size: tuple[int, int] | None = None,
+    backend: Backend = None,
+) -> Explanation:
+    """Which backend `encode_pixels` would choose for these arguments, and why not the others."""
+    problems.check(pixels, parameters, frequencies)
+    tensors = (pixels, parameters.projection, *parameters.block1, *parameters.block2, frequencies)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    size = output_size or (pixels.shape[1], pixels.shape[2])
+    dim = parameters.block1.weight1.shape[0]
+    return OPERATION.explain(problems.describe(pixels, dim, frequencies is not None, size, needs_gradient), backend)
+
+
+@torch.library.custom_op("anyup::pixel_encoder", mutates_args=())
+def _forward(
+    pixels: Tensor,
+    projection: Tensor | None,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    weight1: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight2: Tensor,
+    norm3_weight: Tensor,
+    norm3_bias: Tensor,
+    weight3: Tensor,
+    norm4_weight: Tensor,
+    norm4_bias: Tensor,
+    weight4: Tensor,
+    frequencies: Tensor | None,
+    height: int,
+    width: int,
+    backend: str,
+) -> Tensor:
+    parameters = EncoderParameters(
+        projection,
+        BlockParameters(norm1_weight, norm1_bias, weight1, norm2_weight, norm2_bias, weight2),
+        BlockParameters(norm3_weight, norm3_bias, weight3, norm4_weight, norm4_bias, weight4),
+    )
+    size = (height, width)
+    problem = problems.describe(pixels, weight1.shape[0], frequencies is not None, size, needs_gradient=False)
+    arguments = {"frequencies": frequencies, "output_size": size}
+    return OPERATION.run("forward", problem, from_schema(backend), pixels, parameters, **arguments).contiguous()
+
+
+@_forward.register_fake
+def _(pixels, *arguments):  # type: ignore[no-untyped-def]
+    weight1, height, width = arguments[3], arguments[-3], arguments[-2]
+    return pixels.new_empty(pixels.shape[0], height, width, weight1.shape[0])
+
+
+@torch.library.custom_op("anyup::pixel_encoder_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    pixels: Tensor,
+    projection: Tensor | None,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    weight1: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight2: Tensor,
+    norm3_weight: Tensor,
+    norm3_bias: Tensor,
+    weight3: Tensor,
+    norm4_weight: Tensor,
+    norm4_bias: Tensor,
+    weight4: Tensor,
+    frequencies: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of the tensors that are there, in the schema's order (absent ones are left out)."""
+    parameters = EncoderParameters(
+        projection,
+        BlockParameters(norm1_weight, norm1_bias, weight1, norm2_weight, norm2_bias, weight2),
+        BlockParameters(norm3_weight, norm3_bias, weight3, norm4_weight, norm4_bias, weight4),
+    )
+    size = (grad.shape[1], grad.shape[2])
+    problem = problems.describe(pixels, weight1.shape[0], frequencies is not None, size, needs_gradient=True)
+    arguments = {"frequencies": frequencies, "output_size": size}
+    grad_pixels, grads, grad_frequencies = OPERATION.run(
+        "backward", problem, from_schema(backend), grad, pixels, parameters, **arguments
+    )
+    every = (grad_pixels, grads.projection, *grads.block1, *grads.block2, grad_frequencies)
+    return [g.contiguous() for g in every if g is not None]
+
+
+@_backward.register_fake
+def _(grad, *arguments):  # type: ignore[no-untyped-def]
+    tensors = arguments[:-1]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _height, _width, backend = inputs
+    ctx.backend = backend
+    ctx.present = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    tensors = [next(saved) if present else None for present in ctx.present]
+    grads = iter(_backward(grad, *tensors, ctx.backend))
+    return (*(next(grads) if present else None for present in ctx.present), None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,62 @@
+"""The query projection in plain PyTorch, a band of rows at a time.
+
+Each band is read with a halo of one row, convolved, normalised and projected while it is in the cache: one pass over
+memory instead of six. The norm's weight is folded into the projection.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyup.ops.memory import empty
+from anyup.ops.query_projection.problem import ProjectionParameters
+
+# Pixels of a band: on a CPU its working set stays in a shared cache.
+_BAND_PIXELS = {"cpu": 8192}
+_BAND_PIXELS_ELSEWHERE = 2**18
+
+
+def unsupported(problem: object) -> list[str]:
+    """Nothing is unsupported: this is the backend of last resort."""
+    return []
+
+
+def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
+    """(B, H, W, D) -> (B, H, W, D); float32 inside for half precision."""
+    batch, height, width, dim = encoded.shape
+    wide = torch.float64 if encoded.dtype == torch.float64 else torch.float32
+    convolution, norm, weight, bias = (p.to(wide) for p in parameters)
+    convolution = convolution.contiguous(memory_format=torch.channels_last)
+    weight = weight * norm
+    eps = torch.finfo(wide).eps
+    out = empty((batch, height, width, dim), encoded)
+    length = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // width)
+    for image in range(batch):
+        for first in range(0, height, length):
+            last = min(first + length, height)
+            band = encoded[image, max(first - 1, 0) : last + 1].to(wide)
+            band = F.pad(band, (0, 0, 0, 0, first == 0, last == height))
+            x = F.conv2d(band.permute(2, 0, 1)[None], convolution, padding=(0, 1))
+            x = x.permute(0, 2, 3, 1).reshape(-1, dim)
+            x *= torch.rsqrt(torch.linalg.vecdot(x, x)[:, None] / dim + eps)
+            out[image, first:last] = F.linear(x, weight, bias).view(last - first, width, dim)
+    return out
+
+
+def backward(
+    grad: Tensor, encoded: Tensor, parameters: ProjectionParameters
+) -> tuple[Tensor, ProjectionParameters]:
+    """The gradients of the encoded image and the parameters; the convolution is computed again."""
+    x = encoded.permute(0, 3, 1, 2)
+    convolved = F.conv2d(x, parameters.convolution, padding=1)
+
+    def end(convolved: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(F.rms_norm(convolved.permute(0, 2, 3, 1), norm.shape, norm), weight, bias)
+
+    grad_convolved, *grads = torch.func.vjp(end, convolved, *parameters[1:])[1](grad)
+    grad_encoded, grad_convolution, _ = torch.ops.aten.convolution_backward(
+        grad_convolved, x, parameters.convolution, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, True, False)
+    )
+    return grad_encoded.permute(0, 2, 3, 1), ProjectionParameters(grad_convolution, *grads)

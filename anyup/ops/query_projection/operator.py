@@ -1,0 +1,88 @@
+"""The query projection as one opaque operator, so that no tracer ever meets a backend's bands."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.query_projection import problem as problems
+from anyup.ops.query_projection.problem import ProjectionParameters
+
+OPERATION = Operation(
+    "query_projection",
+    {
+        "torch": lambda: importlib.import_module("anyup.ops.query_projection.eager"),
+        "reference": lambda: importlib.import_module("anyup.ops.query_projection.reference"),
+    },
+)
+
+
+def project_queries(encoded: Tensor, parameters: ProjectionParameters, *, backend: Backend = None) -> Tensor:
+    """Turn the encoded image into queries: 3x3 convolution (zero padding), RMS normalisation, projection.
+
+    Args:
+        encoded: (B, H, W, D).
+        parameters: in the dtype of `encoded`.
+        backend: None, a name, or a sequence of names (see `anyup.ops.dispatch`).
+
+    Returns:
+        (B, H, W, D), contiguous, in the dtype of `encoded`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together.
+        NotImplementedError: no requested backend can; lists every reason.
+    """
+    problems.check(encoded, parameters)
+    return _forward(encoded, *parameters, to_schema(backend))
+
+
+def explain_backends(encoded: Tensor, parameters: ProjectionParameters, *, backend: Backend = None) -> Explanation:
+    """Which backend `project_queries` would choose for these arguments, and why not the others."""
+    problems.check(encoded, parameters)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (encoded, *parameters))
+    return OPERATION.explain(problems.describe(encoded, needs_gradient), backend)
+
+
+@torch.library.custom_op("anyup::query_projection", mutates_args=())
+def _forward(
+    encoded: Tensor, convolution: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, backend: str
+) -> Tensor:
+    problem = problems.describe(encoded, False)
+    parameters = ProjectionParameters(convolution, norm, weight, bias)
+    return OPERATION.run("forward", problem, from_schema(backend), encoded, parameters).contiguous()
+
+
+@_forward.register_fake
+def _(encoded, convolution, norm, weight, bias, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(encoded, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("anyup::query_projection_backward", mutates_args=())
+def _backward(
+    grad: Tensor, encoded: Tensor, convolution: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = problems.describe(encoded, True)
+    parameters = ProjectionParameters(convolution, norm, weight, bias)
+    grad_encoded, grads = OPERATION.run("backward", problem, from_schema(backend), grad, encoded, parameters)
+    return tuple(g.contiguous() for g in (grad_encoded, *grads))  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(grad, *arguments):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in arguments[:-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,33 @@
+"""The query projection as its definition reads: the oracle that every other backend is tested against.
+
+A 3x3 convolution with zero padding, an RMS normalisation over the channels, a linear projection.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyup.ops.query_projection.problem import ProjectionParameters
+
+
+def unsupported(problem: object) -> list[str]:
+    """Nothing is unsupported."""
+    return []
+
+
+def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
+    """(B, H, W, D) -> (B, H, W, D)."""
+    x = F.conv2d(encoded.permute(0, 3, 1, 2), parameters.convolution, padding=1).permute(0, 2, 3, 1)
+    x = F.rms_norm(x, x.shape[3:], parameters.norm)
+    return F.linear(x, parameters.weight, parameters.bias)
+
+
+def backward(
+    grad: Tensor, encoded: Tensor, parameters: ProjectionParameters
+) -> tuple[Tensor, ProjectionParameters]:
+    """The gradients of the encoded image and the parameters, by autograd through `forward`."""
+    _, pullback = torch.func.vjp(forward, encoded, parameters)
+    grad_encoded, grads = pullback(grad)
+    return grad_encoded, ProjectionParameters(*grads)

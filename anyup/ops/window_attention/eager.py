@@ -1,0 +1,221 @@
+"""Window attention in plain PyTorch: exact, and the cost is pixels times window.
+
+The output is cut into rectangles of pixels whose windows nearly coincide (`segments`). A rectangle's keys are the
+small union of its windows, so it needs one matrix product per head, a softmax, the mean over the heads, and one
+product with the values. A bias, the sum of a row part and a column part, cuts off the few keys that belong to some
+pixels of the rectangle only. No query-by-key mask, no upsampled keys or values, no copy of the output per head.
+Rectangles of one shape are worked on as a batch that stays in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyup.ops.memory import empty
+from anyup.ops.window_attention.segments import Segments, cut_axis
+from anyup.window import Window
+
+# Values in the largest buffer of a batch: on a CPU what stays in its caches, elsewhere enough work for a launch.
+_BUDGET = {"cpu": 2**20}
+_BUDGET_ELSEWHERE = 2**25
+
+_LONGEST_SEGMENT = 32
+
+
+def unsupported(problem: object) -> list[str]:
+    """Nothing is unsupported: this is the backend of last resort."""
+    return []
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: Window,
+    scale: float,
+    max_queries: int | None = None,
+    save_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits."""
+    batch, height, width, heads, _ = query.shape
+    channels = value.shape[3]
+    out = empty((batch, height, width, channels), value)
+    lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=_wide(query.dtype))
+    scratch = _Scratch()
+    for image in range(batch):
+        keys, values = _grids(key[image], value[image], scale)
+        for part in _batches(window, query, keys, channels, max_queries):
+            logits = part.logits(query[image], keys, scratch)
+            weights = torch.softmax(logits, dim=-1, out=scratch.take("weights", logits.shape, logits))
+            mean = scratch.take("mean", (part.count, part.pixels, part.keys), weights)
+            torch.mean(weights, dim=1, out=mean)
+            product = scratch.take("product", (part.count, part.pixels, channels), values)
+            torch.bmm(mean.to(values.dtype), part.take_keys(values), out=product)
+            part.put_pixels(out[image], product)
+            if save_lse:
+                part.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(1, 2))
+    return out, lse
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, the weights recomputed from the saved log-sum-exp.
+
+    With n heads, dP_a = dP / n and dS_a = P_a (dP_a - sum_j P_aj dP_aj). The sum is each head's own; it is not
+    <dO, O>, because O mixes the heads.
+    """
+    batch, _, _, heads, head_dim = query.shape
+    channels = value.shape[3]
+    grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    scratch = _Scratch()
+    for image in range(batch):
+        keys, values = _grids(key[image], value[image], scale)
+        sum_keys, sum_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for part in _batches(window, query, keys, channels):
+            statistics = part.take_pixels(lse[image][..., None])  # (count, pixels, heads, 1)
+            weights = part.logits(query[image], keys, scratch).sub_(statistics.transpose(1, 2)).exp_()
+            outer = part.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
+            part.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
+            inner = (outer @ part.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
+            inner = weights * (inner - (weights * inner).sum(dim=-1, keepdim=True))  # dS (count, heads, pixels, keys)
+            queries = part.take_pixels(query[image]).to(keys.dtype).transpose(1, 2)
+            part.add_keys(sum_keys, (inner.transpose(2, 3) @ queries).transpose(1, 2))
+            update = inner @ part.take_keys(keys).transpose(1, 2)  # (count, heads, pixels, d)
+            part.put_pixels(grad_query[image], update.transpose(1, 2))
+        grad_key[image] = sum_keys.mul_(scale).transpose(0, 1)
+        grad_value[image] = sum_values.transpose(0, 1)
+    return grad_query, grad_key, grad_value
+
+
+@dataclass
+class _Batch:
+    """Rectangles of pixels, side by side in one band of rows, and the keys that they see.
+
+    Grids are (w, h, ...): a rectangle's keys lie column by column.
+    """
+
+    rows: Segments  # one segment
+    columns: Segments
+    finite: bool
+
+    @property
+    def count(self) -> int:
+        return self.columns.count
+
+    @property
+    def pixels(self) -> int:
+        return self.rows.length * self.columns.length
+
+    @property
+    def keys(self) -> int:
+        return self.rows.keys * self.columns.keys
+
+    def take_pixels(self, pixel_map: Tensor) -> Tensor:
+        """(H, W, ...) -> (count, pixels, ...), a copy."""
+        band = pixel_map[self.rows.starts[0] : self.rows.starts[0] + self.rows.length]
+        columns = self.columns.queries(band.device)
+        band = band[:, columns] if isinstance(columns, slice) else band.index_select(1, columns)
+        return band.unflatten(1, (self.count, self.columns.length)).transpose(0, 1).flatten(1, 2)
+
+    def put_pixels(self, pixel_map: Tensor, update: Tensor) -> None:
+        """Write (count, pixels, ...) into these pixels of (H, W, ...)."""
+        band = pixel_map[self.rows.starts[0] : self.rows.starts[0] + self.rows.length]
+        columns = self.columns.queries(band.device)
+        update = update.unflatten(1, (self.rows.length, self.columns.length)).transpose(0, 1)
+        if isinstance(columns, slice):
+            band[:, columns].unflatten(1, (self.count, self.columns.length)).copy_(update)
+        else:
+            band.index_copy_(1, columns, update.flatten(1, 2).to(band.dtype))
+
+    def take_keys(self, grid: Tensor) -> Tensor:
+        """(w, h, ...) -> (count, keys, ...), a copy."""
+        band = grid[:, self.rows.key_starts[0] : self.rows.key_starts[0] + self.rows.keys]
+        near = band.index_select(0, self.columns.key_positions(band.device))
+        return near.view(self.count, self.keys, *grid.shape[2:])
+
+    def add_keys(self, grid: Tensor, update: Tensor) -> None:
+        """Add (count, keys, ...) to these keys of (w, h, ...); rectangles may share keys."""
+        band = grid[:, self.rows.key_starts[0] : self.rows.key_starts[0] + self.rows.keys]
+        band.index_add_(0, self.columns.key_positions(band.device), update.reshape(-1, *band.shape[1:]))
+
+    def logits(self, query: Tensor, keys: Tensor, scratch: _Scratch) -> Tensor:
+        """Logits (count, heads, pixels, keys) of scaled keys, -inf where a pixel does not see a key."""
+        pixels = self.take_pixels(query).transpose(1, 2)  # (count, heads, pixels, d)
+        queries = scratch.take("queries", pixels.shape, keys).copy_(pixels)
+        near = self.take_keys(keys).permute(0, 2, 3, 1).contiguous()  # (count, heads, d, keys)
+        logits = scratch.take("logits", (*queries.shape[:3], self.keys), keys)
+        torch.bmm(queries.flatten(0, 1), near.flatten(0, 1), out=logits.flatten(0, 1))
+        bias = self._bias()
+        if bias is None:
+            return logits
+        if self.finite:
+            return logits.add_(bias)
+        # NaN - inf is NaN: a key that holds one would reach pixels that do not see it.
+        return logits.masked_fill_(bias < 0, -math.inf)
+
+    def _bias(self) -> Tensor | None:
+        """The sum of the row and the column bias, (count, 1, pixels, keys)."""
+        if self.rows.bias is None and self.columns.bias is None:
+            return None
+        rows = 0.0 if self.rows.bias is None else self.rows.bias[:, :, None, None, :]
+        columns = 0.0 if self.columns.bias is None else self.columns.bias[:, None, :, :, None]
+        shape = (self.count, self.rows.length, self.columns.length, self.columns.keys, self.rows.keys)
+        return (rows + columns).expand(shape).reshape(self.count, 1, self.pixels, self.keys)  # type: ignore[union-attr]
+
+
+def _batches(
+    window: Window, query: Tensor, keys: Tensor, channels: int, max_queries: int | None = None
+) -> Iterator[_Batch]:
+    """All rectangles of an image, those of one shape in one band of rows together as far as the budget goes."""
+    _, height, width, heads, _ = query.shape
+    w, h = keys.shape[:2]
+    budget = _BUDGET.get(keys.device.type, _BUDGET_ELSEWHERE)
+    longest = _LONGEST_SEGMENT if max_queries is None else min(_LONGEST_SEGMENT, math.isqrt(max_queries))
+    # Adding the bias is several times as fast on a CPU as filling by a mask, but right for finite keys only. On
+    # other devices it is about the same, and asking would wait for the device.
+    finite = keys.device.type == "cpu" and bool(torch.isfinite(keys).all())
+    row_classes, column_classes = (
+        [s.to(keys.device, keys.dtype) for s in cut_axis(window, *sizes, longest)] for sizes in ((height, h), (width, w))
+    )
+    for row_class in row_classes:
+        for rows in row_class.split(1):
+            for column_class in column_classes:
+                pixels = rows.length * column_class.length
+                count = budget // (pixels * max(heads * rows.keys * column_class.keys, channels))
+                if max_queries is not None:
+                    count = min(count, max_queries // pixels)
+                for columns in column_class.split(max(1, count)):
+                    yield _Batch(rows, columns, finite)
+
+
+def _grids(key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One image's scaled keys (w, h, heads, d) and values (w, h, C), in the dtypes worked in."""
+    keys = key.transpose(0, 1).to(_wide(key.dtype)) * scale
+    return keys.contiguous(), value.transpose(0, 1).to(_wide(value.dtype)).contiguous()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is for storage; products and the softmax are float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Scratch:
+    """Buffers that one batch after the other works in: a fresh allocation costs more than the work on it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor, in the dtype and on the device of `like`; it reuses the buffer of that name."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)

@@ -1,0 +1,86 @@
+"""What a call of window attention asks for, and the checks of what the caller passed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyup.window import Window, check_window
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class WindowAttentionProblem:
+    """Everything a backend needs to know to say whether it can run a call."""
+
+    batch: int
+    output_size: tuple[int, int]
+    grid_size: tuple[int, int]
+    heads: int
+    head_dim: int
+    channels: int
+    query_dtype: torch.dtype
+    value_dtype: torch.dtype
+    device: torch.device
+    window: Window
+    needs_gradient: bool
+
+    def __str__(self) -> str:
+        (height, width), (h, w) = self.output_size, self.grid_size
+        return (
+            f"{height} x {width} from {h} x {w}, batch {self.batch}, {self.heads} heads of {self.head_dim}, "
+            f"C = {self.channels}, {str(self.query_dtype).removeprefix('torch.')}, {self.device.type}"
+        )
+
+
+def describe(query: Tensor, key: Tensor, value: Tensor, window: Window, needs_gradient: bool) -> WindowAttentionProblem:
+    """The problem that these (checked) tensors pose."""
+    batch, height, width, heads, head_dim = query.shape
+    return WindowAttentionProblem(
+        batch=batch,
+        output_size=(height, width),
+        grid_size=(key.shape[1], key.shape[2]),
+        heads=heads,
+        head_dim=head_dim,
+        channels=value.shape[3],
+        query_dtype=query.dtype,
+        value_dtype=value.dtype,
+        device=query.device,
+        window=window,
+        needs_gradient=needs_gradient,
+    )
+
+
+def check(query: Tensor, key: Tensor, value: Tensor, window: Window) -> None:
+    """Raise a ValueError or TypeError that names the argument unless the call makes sense."""
+    for name, tensor, layout in (
+        ("query", query, "(B, H, W, heads, head_dim)"),
+        ("key", key, "(B, h, w, heads, head_dim)"),
+        ("value", value, "(B, h, w, C)"),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
+        if tensor.dim() != layout.count(",") + 1:
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
+    if key.dtype != query.dtype:
+        raise TypeError(f"key: expected the query's dtype {query.dtype}, got {key.dtype}")
+    if key.shape[0] != query.shape[0] or key.shape[3:] != query.shape[3:]:
+        raise ValueError(
+            f"key: expected batch {query.shape[0]}, {query.shape[3]} heads of {query.shape[4]}, "
+            f"got shape {tuple(key.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: expected the keys' batch and grid {tuple(key.shape[:3])}, got {tuple(value.shape[:3])}")
+    if min(query.shape[1:]) < 1 or min(key.shape[1:3]) < 1 or value.shape[3] < 1:
+        raise ValueError(
+            f"query, key, value: expected grids, heads and channels of at least 1, got shapes "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    check_window(window)

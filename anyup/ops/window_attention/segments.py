@@ -1,0 +1,131 @@
+"""Cutting an axis of the output into segments of pixels whose windows nearly coincide.
+
+Consecutive pixels share their window (at an integer upsampling ratio most of a cell does), and neighbouring
+runs differ by one key at an end. A segment joins such runs as long as the union of their windows stays about as
+long as one window, so that a whole segment is worked on with one small set of keys.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from anyup.window import Window, axis_bounds
+
+# What a segment costs besides its products, as a number of pixels: it keeps segments from becoming single pixels
+# where windows move fast (features about as fine as the output).
+_OVERHEAD_PIXELS = 6
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Segments of one length, their key ranges of one length too, so that they make a batch.
+
+    Attributes:
+        length: queries in each segment.
+        starts: first query of each segment.
+        keys: length of each key range, which holds the windows of all its segment's queries.
+        key_starts: first key of each key range.
+        bias: (count, length, keys), 0 where a query sees a key of the range and -inf elsewhere; None where every
+            query sees the whole range.
+    """
+
+    length: int
+    starts: tuple[int, ...]
+    keys: int
+    key_starts: tuple[int, ...]
+    bias: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return len(self.starts)
+
+    def split(self, count: int) -> Iterator[Segments]:
+        """The same segments, at most `count` at a time."""
+        for first in range(0, self.count, count):
+            part = slice(first, first + count)
+            bias = None if self.bias is None else self.bias[part]
+            yield replace(self, starts=self.starts[part], key_starts=self.key_starts[part], bias=bias)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Segments:
+        """The same segments with their bias on a device, in a dtype."""
+        return self if self.bias is None else replace(self, bias=self.bias.to(device, dtype))
+
+    def queries(self, device: torch.device) -> Tensor | slice:
+        """The queries, segment by segment: a slice where they are adjacent, else (count * length,) int64."""
+        if all(b - a == self.length for a, b in zip(self.starts, self.starts[1:], strict=False)):
+            return slice(self.starts[0], self.starts[-1] + self.length)
+        return _ranges(self.starts, self.length, device)
+
+    def key_positions(self, device: torch.device) -> Tensor:
+        """The keys of the ranges, segment by segment: (count * keys,) int64."""
+        return _ranges(self.key_starts, self.keys, device)
+
+
+@lru_cache(maxsize=64)
+def cut_axis(window: Window, queries: int, keys: int, longest: int) -> tuple[Segments, ...]:
+    """Segments that cover an axis, none longer than `longest`, for about the least work."""
+    start, stop = axis_bounds(window, queries, keys)
+    widest = max(b - a for a, b in zip(start, stop, strict=True))
+    cuts = [_cut(start, stop, round(widest * growth), longest) for growth in (1, 1.25, 1.5, 2)]
+    by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for first, last in min(cuts, key=lambda cut: _work(cut, start, stop)):
+        by_length[last - first].append((first, last))
+    return tuple(_batch(segments, start, stop, keys) for segments in by_length.values())
+
+
+def _cut(
+    start: tuple[int, ...], stop: tuple[int, ...], most_keys: int, longest: int
+) -> list[tuple[int, int]]:
+    """Greedy (first, last) query ranges whose windows' union holds at most `most_keys` keys."""
+    segments = []
+    first, low, high = 0, start[0], stop[0]
+    for query in range(1, len(start)):
+        low, high = min(low, start[query]), max(high, stop[query])
+        if high - low > most_keys or query - first >= longest:
+            segments.append((first, query))
+            first, low, high = query, start[query], stop[query]
+    return [*segments, (first, len(start))]
+
+
+def _union(first: int, last: int, start: tuple[int, ...], stop: tuple[int, ...]) -> tuple[int, int]:
+    return min(start[first:last]), max(stop[first:last])
+
+
+def _work(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[int, ...]) -> int:
+    work = 0
+    for first, last in segments:
+        low, high = _union(first, last, start, stop)
+        work += (last - first + _OVERHEAD_PIXELS) * (high - low)
+    return work
+
+
+def _batch(
+    segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[int, ...], keys: int
+) -> Segments:
+    """Segments of one length as a batch, shorter key ranges widened to the longest, inside the grid."""
+    unions = [_union(first, last, start, stop) for first, last in segments]
+    width = max(high - low for low, high in unions)
+    key_starts = [min(low, keys - width) for low, _ in unions]
+    position = torch.tensor(key_starts)[:, None, None] + torch.arange(width)
+    low = torch.tensor([start[first:last] for first, last in segments])[:, :, None]
+    high = torch.tensor([stop[first:last] for first, last in segments])[:, :, None]
+    bias = torch.zeros(len(segments), segments[0][1] - segments[0][0], width, dtype=torch.float64)
+    bias.masked_fill_((position < low) | (position >= high), float("-inf"))
+    return Segments(
+        length=segments[0][1] - segments[0][0],
+        starts=tuple(first for first, _ in segments),
+        keys=width,
+        key_starts=tuple(key_starts),
+        bias=bias if bool(bias.any()) else None,
+    )
+
+
+def _ranges(starts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    positions = torch.tensor(starts)[:, None] + torch.arange(length)
+    return positions.flatten().to(device, non_blocking=True)

@@ -1,0 +1,84 @@
+"""Checks of what a caller passes to the upsampler, before any work is done."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
+_LARGEST_NORMALISED = 20.0
+
+_warned_unnormalised = False
+
+
+def check_inputs(
+    image: Tensor,
+    features: Tensor,
+    values: Tensor | None,
+    output_size: Sequence[int] | None,
+    q_chunk_size: int | None,
+    *,
+    input_dim: int,
+    device: torch.device,
+) -> tuple[int, int]:
+    """The output's (height, width); raises a ValueError or TypeError that names the argument at fault."""
+    for name, tensor, channels in (("image", image, input_dim), ("features", features, None), ("values", values, None)):
+        if tensor is None and name == "values":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        layout = f"(B, {channels or 'C'}, height, width)"
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
+        if channels is not None and tensor.shape[1] != channels:
+            raise ValueError(f"{name}: expected {channels} channels, {layout}, got shape {tuple(tensor.shape)}")
+        if min(tensor.shape[1:]) < 1:
+            raise ValueError(f"{name}: expected at least one channel, row and column, got shape {tuple(tensor.shape)}")
+        if not tensor.dtype.is_floating_point:
+            hint = "; convert to floating point and normalise (ImageNet mean and std)" if name == "image" else ""
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}{hint}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device} like the model, got one on {tensor.device}")
+        if tensor.shape[0] != image.shape[0]:
+            raise ValueError(f"{name}: expected the image's batch of {image.shape[0]}, got {tensor.shape[0]}")
+    if values is not None and values.shape[2:] != features.shape[2:]:
+        raise ValueError(
+            f"values: expected the features' grid {tuple(features.shape[2:])}, got {tuple(values.shape[2:])}"
+        )
+    if q_chunk_size is not None:
+        _check_positive("q_chunk_size", q_chunk_size)
+    if output_size is None:
+        size = (image.shape[2], image.shape[3])
+    else:
+        if isinstance(output_size, str) or not isinstance(output_size, Sequence) or len(output_size) != 2:
+            raise ValueError(f"output_size: expected two positive integers (height, width), got {output_size!r}")
+        for length in output_size:
+            _check_positive("output_size", length)
+        size = (output_size[0], output_size[1])
+    if image.device.type == "cpu" and not torch.compiler.is_compiling():
+        _warn_unnormalised(image)
+    return size
+
+
+def _check_positive(name: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected positive integers, got {number!r}")
+    if number < 1:
+        raise ValueError(f"{name}: expected positive integers, got {number}")
+
+
+def _warn_unnormalised(image: Tensor) -> None:
+    global _warned_unnormalised
+    if _warned_unnormalised or not image.numel():
+        return
+    low, high = torch.aminmax(image.detach())
+    if max(-low.item(), high.item()) > _LARGEST_NORMALISED:
+        _warned_unnormalised = True
+        warnings.warn(
+            f"image: values reach {low.item():.4g} to {high.item():.4g}, which does not look normalised; "
+            "expected colours in [0, 1] minus the ImageNet mean, over its standard deviation",
+            stacklevel=4,
+        )

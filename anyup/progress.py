@@ -1,0 +1,67 @@
+"""Telling a person at the terminal what is being done and how long it takes, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+__all__ = ["Progress", "human_bytes"]
+
+_TICK = 0.5  # seconds between two looks at the clock on a terminal
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes in decimal units, as in "354 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB" if count < 100 else f"{count:.0f} GB"
+
+
+class Progress:
+    """Lines on a stream: one for a note, one for a stage of work with its duration.
+
+    On a terminal the running stage shows the seconds gone by; elsewhere (a log file) each stage is one
+    plain line.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+    def note(self, text: str) -> None:
+        self._write(f"{text}\n")
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Show that `text` is going on until the block ends, then how long it took."""
+        start = time.perf_counter()
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(_TICK):
+                self._write(f"\r{text} ... {time.perf_counter() - start:.0f} s")
+
+        self._write(f"{text} ... ")
+        ticker = threading.Thread(target=tick, daemon=True) if self._live else None
+        if ticker:
+            ticker.start()
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            over.set()
+            if ticker:
+                ticker.join()
+            end = f"{time.perf_counter() - start:.2f} s" if finished else "stopped"
+            self._write(f"\r{text} ... {end}\n" if self._live else f"{end}\n")

