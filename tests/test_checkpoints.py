@@ -145,19 +145,6 @@ def test_width_that_contradicts_the_weights_is_refused(
         load(path)
 
 
-def test_stored_lfu_dim_of_none_means_qk_dim(small: AnyUp, tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    torch.save({"anyup": bare(small), "config": {**small.config, "lfu_dim": None}}, path)
-    with pytest.raises(ValueError, match="lfu_dim=None.*lfu_dim=24"):
-        load(path)
-    assert load(_saved(AnyUp(qk_dim=16), path)).config["lfu_dim"] == AnyUp(qk_dim=16).config["lfu_dim"]
-
-
-def _saved(model: AnyUp, path: Path) -> Path:
-    save(model, path)
-    return path
-
-
 def test_stored_argument_of_a_later_version_is_refused(small: AnyUp, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"anyup": bare(small), "config": {**small.config, "registers": 4}}, path)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.error import URLError
 
@@ -27,6 +27,15 @@ PHOTO_SIZE = (24, 32)
 CHANNELS, GRID = 5, (6, 8)
 
 Run = Callable[..., int]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Handing pixels of so small a picture to other threads costs a hundred times what they do with them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +208,11 @@ def _errors(captured: str) -> list[str]:
             ["upsample", "photo.png", "--features", "features.npy", "-o", "o.npy", "--encoder-size", "9"],
             2,
             "goes with --encoder",
+        ),
+        (
+            ["upsample", "photo.png", "--features", "features.npy", "-o", "o.npy", "--encoder-weights", "x"],
+            2,
+            "--encoder-weights goes with --encoder",
         ),
         (
             [

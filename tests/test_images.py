@@ -269,6 +269,19 @@ def test_a_failing_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_written_maps_may_be_read_by_whom_the_umask_allows(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    before = os.umask(0o022)
+    try:
+        save_array(tmp_path / f"a{suffix}", torch.zeros(1, 2, 2))
+    finally:
+        os.umask(before)
+    assert (tmp_path / f"a{suffix}").stat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.skipif(os.name != "posix", reason="links and modes of POSIX")
 def test_written_files_follow_links_and_the_umask(tmp_path: Path) -> None:
     (tmp_path / "real.png").write_bytes(b"")

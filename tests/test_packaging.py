@@ -42,6 +42,11 @@ def unpack(archive: Path, target: Path) -> Path:
     return target
 
 
+def process_pth(site: Path) -> str:
+    """Return the code that does what an interpreter does with the ``.pth`` files of its site-packages."""
+    return f"import site; site.addsitedir({str(site)!r})\n"
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_checkout(tmp_path_factory.mktemp("with_kernels") / "checkout", kernels=True)
@@ -161,10 +166,8 @@ def test_editable_install_imports_its_kernels_and_hides_no_other_package(
     checkout = copy_checkout(tmp_path / "checkout", kernels=True)
     settings = "" if mode == "default" else f", config_settings={{'editable_mode': {mode!r}}}"
     site = unpack(build(checkout, f"build_editable('dist'{settings})"), tmp_path / "site")
-    # What the interpreter does with its own site-packages when it starts.
-    process_pth = f"import site; site.addsitedir({str(site)!r})\n"
     show = "import anyup; print(anyup.__file__); print(probe.__file__)"
-    out = run_python(process_pth + CHECK_BRIDGE + show, cwd=tmp_path, path=(other,))
+    out = run_python(process_pth(site) + CHECK_BRIDGE + show, cwd=tmp_path, path=(site, other))
     for line in out.split():
         assert checkout in Path(line).parents
 
@@ -174,7 +177,7 @@ def test_editable_install_sees_a_kernels_folder_that_came_later(tmp_path: Path, 
     site = unpack(build(checkout, "build_editable('dist')"), tmp_path / "site")
     later = copy_checkout(tmp_path / "later", kernels=True)
     shutil.move(later / "kernels", checkout / "kernels")
-    run_python(f"import site; site.addsitedir({str(site)!r})\n" + CHECK_BRIDGE, cwd=tmp_path, path=(other,))
+    run_python(process_pth(site) + CHECK_BRIDGE, cwd=tmp_path, path=(site, other))
 
 
 def test_source_tree_on_the_path_hides_no_other_package_of_that_name(

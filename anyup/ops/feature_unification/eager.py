@@ -7,13 +7,12 @@ by the taps inside the map is applied to the patches, which are M / (s*s) times 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.memory import empty
+from anyup.ops.parallel import map_tiles
 
 # Values worked on at a time: on a CPU what stays in its caches.
 _BUDGET = {"cpu": 2**20}
@@ -31,8 +30,13 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     filters = basis.flatten(1).to(wide)
     out = empty((batch, basis.shape[0], h, w), features)
-    for image, positions, patches in _tiles(features.to(wide), basis):
-        out[image].flatten(1)[:, positions] = _weights(patches, filters).mean(dim=2).T
+    patches = _Patches(features.to(wide), basis)
+
+    def unify(tile: tuple[int, slice]) -> None:
+        image, positions = tile
+        out[image].flatten(1)[:, positions] = _weights(patches.take(tile), filters).mean(dim=2).T
+
+    map_tiles(unify, patches.tiles, features.device)
     return out
 
 
@@ -44,12 +48,15 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     filters = basis.flatten(1).to(wide)
     grad_patches = torch.empty(batch, h * w, channels, size * size, dtype=wide, device=features.device)
     grad_filters = torch.zeros_like(filters)
-    for image, positions, patches in _tiles(features.to(wide), basis):
-        weights = _weights(patches, filters)
+    patches = _Patches(features.to(wide), basis)
+    for tile in patches.tiles:
+        image, positions = tile
+        near = patches.take(tile)
+        weights = _weights(near, filters)
         outer = grad[image].flatten(1)[:, positions].T.to(wide)[:, :, None] / channels  # (n, M, 1)
         inner = weights * (outer - (weights * outer).sum(dim=1, keepdim=True))
         inner = inner.view(-1, count)  # back to (positions * C, M)
-        grad_filters += inner.T @ patches.flatten(0, 1)
+        grad_filters += inner.T @ near.flatten(0, 1)
         grad_patches[image, positions] = (inner @ filters).view(-1, channels, size * size)
     # The transpose of taking patches: divide by the taps inside the map, add up where patches overlap.
     grad_patches /= _taps_inside((h, w), size, grad_patches)[:, None, None]
@@ -65,20 +72,31 @@ def _weights(patches: Tensor, filters: Tensor) -> Tensor:
     return torch.softmax(z.view(n, filters.shape[0], channels), dim=1)
 
 
-def _tiles(features: Tensor, basis: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """(image, positions, their patches (n, C, s*s) divided by the taps inside the map), tile by tile."""
-    batch, channels, h, w = features.shape
-    filters, _, size, _ = basis.shape
-    inside = _taps_inside((h, w), size, features)
-    length = max(1, _BUDGET.get(features.device.type, _BUDGET_ELSEWHERE) // (channels * filters))
-    for image in range(batch):
-        padded = F.pad(features[image], (size // 2,) * 4)
-        windows = padded.unfold(1, size, 1).unfold(2, size, 1)  # (C, h, w, s, s), a view
-        for first in range(0, h * w, length):
-            positions = torch.arange(first, min(first + length, h * w), device=features.device)
-            patches = windows[:, positions // w, positions % w].flatten(2).transpose(0, 1)
-            tile = slice(first, first + len(positions))
-            yield image, tile, patches / inside[tile, None, None]
+class _Patches:
+    """The patches of some features, divided by the taps inside the map, a tile of positions at a time."""
+
+    def __init__(self, features: Tensor, basis: Tensor) -> None:
+        batch, channels, h, w = features.shape
+        filters, _, size, _ = basis.shape
+        positions = h * w
+        length = max(1, _BUDGET.get(features.device.type, _BUDGET_ELSEWHERE) // (channels * filters))
+        self.tiles = [
+            (image, slice(first, min(first + length, positions)))
+            for image in range(batch)
+            for first in range(0, positions, length)
+        ]
+        self._inside = _taps_inside((h, w), size, features)
+        padded = F.pad(features, (size // 2,) * 4)
+        self._windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, C, h, w, s, s), a view
+
+    def take(self, tile: tuple[int, slice]) -> Tensor:
+        """(n, C, s*s)."""
+        image, positions = tile
+        windows = self._windows[image]
+        position = torch.arange(positions.start, positions.stop, device=windows.device)
+        w = windows.shape[2]
+        patches = windows[:, position // w, position % w].flatten(2).transpose(0, 1)
+        return patches / self._inside[positions, None, None]
 
 
 def _taps_inside(size: tuple[int, int], kernel_size: int, like: Tensor) -> Tensor:

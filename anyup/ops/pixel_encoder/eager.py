@@ -10,15 +10,20 @@ Where the result is pooled, the last convolution and the residual commute with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyup.ops.linear import linear
 from anyup.ops.memory import empty
+from anyup.ops.parallel import map_tiles
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+
+Result = TypeVar("Result")
 
 # Pixels of a tile: on a CPU a tile's working set of some 10 MB stays in a shared cache and still amortises handing
 # work to the threads; elsewhere a tile bounds the scratch memory.
@@ -70,7 +75,7 @@ class Band:
 
     def __init__(self, pixels: Tensor, parameters: EncoderParameters, trunk: Tensor | None = None) -> None:
         """(n, Cin) pixels; `trunk` is where the result goes, (n, D), a new tensor if None."""
-        self._pixels = pixels
+        self._pixels = pixels.contiguous()  # an image comes with its channels outermost
         self._parameters = parameters
         self.work_dtype = torch.float64 if pixels.dtype == torch.float64 else torch.float32
         dim = parameters.block1.weight1.shape[0]
@@ -91,23 +96,29 @@ class Band:
         block = self._parameters.block1 if step < 3 else self._parameters.block2
         weight = block.weight2 if step == 2 else block.weight1
         weight = weight.to(self.work_dtype)
-        parts = []
-        for tile in self._tiles():
-            source = self._branch[tile] if step == 2 else self._trunk_tile(tile, step)
-            result = project(_activate(source.to(self.work_dtype), norm), weight)
+        branch = self._branch
+
+        def go(tile: slice) -> Statistics:
+            source = branch[tile] if step == 2 else self._trunk_tile(tile, step)
+            result = linear(_activate(source.to(self.work_dtype), norm), weight)
             if step == 2:
                 result += self._trunk_tile(tile, step)
-            (self._trunk if step == 2 else self._branch)[tile] = result
-            parts.append(Statistics.of(result))
-        return Statistics.merge(parts)
+            (self._trunk if step == 2 else branch)[tile] = result
+            return Statistics.of(result)
+
+        return Statistics.merge(self._map(go))
 
     def finish(self, norm: Affine) -> Tensor:
         """Apply the last normalisation and what follows it: the encoded pixels (n, D), in the trunk."""
         assert self._branch is not None
         weight = self._parameters.block2.weight2.to(self.work_dtype)
-        for tile in self._tiles():
-            result = project(_activate(self._branch[tile].to(self.work_dtype), norm), weight)
+        branch = self._branch
+
+        def go(tile: slice) -> None:
+            result = linear(_activate(branch[tile].to(self.work_dtype), norm), weight)
             self._trunk[tile] = result.add_(self._trunk[tile])
+
+        self._map(go)
         return self._trunk
 
     def finish_pooled(self, norm: Affine, size: tuple[int, int], out: Tensor) -> None:
@@ -116,49 +127,43 @@ class Band:
         (height, width), (h, w, _) = size, out.shape
         branch, trunk = (t.view(height, width, -1) for t in (self._branch, self._trunk))
         activated, passed = (torch.empty(h, w, out.shape[2], dtype=self.work_dtype, device=out.device) for _ in range(2))
-        for row in range(h):
+        mean = _CellMean(width, w, activated)
+
+        def go(row: int) -> None:
             rows = slice(row * height // h, -((row + 1) * height // -h))
-            activated[row] = _pool_rows(_activate(branch[rows].to(self.work_dtype), norm), w)
-            passed[row] = _pool_rows(trunk[rows].to(self.work_dtype), w)
+            activated[row] = mean(_activate(branch[rows].to(self.work_dtype), norm))
+            passed[row] = mean(trunk[rows].to(self.work_dtype))
+
+        map_tiles(go, range(h), out.device)
         weight = self._parameters.block2.weight2.to(self.work_dtype)
-        out.copy_(project(activated.flatten(0, 1), weight).view_as(passed).add_(passed))
+        out.copy_(linear(activated.flatten(0, 1), weight).view_as(passed).add_(passed))
 
     def _project(self) -> Statistics:
         projection = self._parameters.projection
-        parts = []
-        if self._recomputes:
-            assert projection is not None
-            for tile in self._tiles():
-                parts.append(Statistics.of_projection(self._pixels[tile], projection))
-            return Statistics.merge(parts)
-        for tile in self._tiles():
+
+        def go(tile: slice) -> Statistics:
             result = self._pixels[tile].to(self.work_dtype)
             if projection is not None:
-                result = project(result, projection.to(self.work_dtype))
+                if self._recomputes:
+                    return Statistics.of_projection(result, projection)
+                result = linear(result, projection.to(self.work_dtype))
             self._trunk[tile] = result
-            parts.append(Statistics.of(result))
-        return Statistics.merge(parts)
+            return Statistics.of(result)
+
+        return Statistics.merge(self._map(go))
 
     def _trunk_tile(self, tile: slice, step: int) -> Tensor:
         if self._recomputes and step < 3:
             projection = self._parameters.projection
             assert projection is not None
-            return project(self._pixels[tile].to(self.work_dtype), projection.to(self.work_dtype))
+            return linear(self._pixels[tile].to(self.work_dtype), projection.to(self.work_dtype))
         return self._trunk[tile]
 
-    def _tiles(self) -> Iterator[slice]:
-        length = _TILE_PIXELS.get(self._pixels.device.type, _TILE_PIXELS_ELSEWHERE)
-        for first in range(0, self._pixels.shape[0], length):
-            yield slice(first, min(first + length, self._pixels.shape[0]))
-
-
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T for (n, Cin) and (Cout, Cin)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        # As a 1x1 convolution it runs in oneDNN, which on some CPUs is twice as fast as the BLAS behind `F.linear`.
-        image = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
-        return F.conv2d(image, weight[:, :, None, None]).permute(0, 2, 3, 1).view(-1, weight.shape[0])
-    return F.linear(x, weight)
+    def _map(self, function: Callable[[slice], Result]) -> list[Result]:
+        """The function's result for each tile, in order."""
+        count, device = self._pixels.shape[0], self._pixels.device
+        length = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
+        return map_tiles(function, [slice(n, min(n + length, count)) for n in range(0, count, length)], device)
 
 
 def backward(
@@ -183,7 +188,9 @@ def backward(
 
     def end(encoded: Tensor, frequencies: Tensor | None = None) -> Tensor:
         if frequencies is not None:
-            encoded = _rotated(encoded.permute(0, 2, 3, 1), frequencies).permute(0, 3, 1, 2)
+            row_angle, column_angle = _angles((encoded.shape[2], encoded.shape[3]), frequencies)
+            angle = row_angle[:, None] + column_angle
+            encoded = _rotated(encoded.permute(0, 2, 3, 1), angle.cos(), angle.sin()).permute(0, 3, 1, 2)
         if tuple(encoded.shape[2:]) != output_size:
             encoded = F.adaptive_avg_pool2d(encoded, output_size)
         return encoded
@@ -223,36 +230,55 @@ def _activate(x: Tensor, norm: Affine) -> Tensor:
     return F.silu(torch.addcmul(norm.shift, x, norm.scale), inplace=True)
 
 
-def _pool_rows(rows: Tensor, w: int) -> Tensor:
-    """(r, W, D) -> (w, D): the mean over all rows and over each of w adaptive cells of columns."""
-    pooled = F.adaptive_avg_pool2d(rows.permute(2, 0, 1)[None], (1, w))
-    return pooled[0, :, 0].T
+class _CellMean:
+    """The mean of (r, W, D) rows over all of them and over each of w adaptive cells of columns: (w, D).
+
+    As row sums and a product with the cells' indicator: adaptive pooling's own kernel does not vectorise on a CPU.
+    """
+
+    def __init__(self, width: int, w: int, like: Tensor) -> None:
+        cell, column = torch.arange(w, device=like.device)[:, None], torch.arange(width, device=like.device)
+        inside = (column >= cell * width // w) & (column < -((cell + 1) * width // -w))
+        self._indicator = inside.to(like.dtype)
+        self._count = self._indicator.sum(dim=1, keepdim=True)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return (self._indicator @ rows.sum(dim=0)) / (self._count * rows.shape[0])
 
 
 def _rotate(encoded: Tensor, frequencies: Tensor) -> None:
-    """Apply the rotary embedding to (H, W, D) in place, some rows at a time."""
-    height, width, _ = encoded.shape
-    length = max(1, _TILE_PIXELS.get(encoded.device.type, _TILE_PIXELS_ELSEWHERE) // width)
-    for first in range(0, height, length):
-        rows = encoded[first : first + length]
-        rows.copy_(_rotated(rows, frequencies, first, height))
+    """Apply the rotary embedding to (H, W, D) in place, some rows at a time.
 
-
-def _rotated(x: Tensor, frequencies: Tensor, first: int = 0, height: int | None = None) -> Tensor:
-    """The rotary embedding of (..., rows, W, D), which are rows `first` and on of a map of `height` rows.
-
-    x cos(angle) + rotate_half(x) sin(angle); channel j's angle is row * frequencies[0, j] + column *
-    frequencies[1, j], row and column in [0, 1].
+    The cosine and sine of a sum of a row's and a column's angle follow from two small tables.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows, columns = (torch.arange(n, device=x.device, dtype=wide) for n in x.shape[-3:-1])
-    rows = (rows + first) / max((height or x.shape[-3]) - 1, 1)
-    columns = columns / max(x.shape[-2] - 1, 1)
-    row_frequency, column_frequency = frequencies.to(wide)
-    angle = (rows[:, None] * row_frequency)[:, None] + columns[:, None] * column_frequency  # (rows, W, D)
+    height, width, _ = encoded.shape
+    wide = torch.float64 if encoded.dtype == torch.float64 else torch.float32
+    row_angle, column_angle = _angles((height, width), frequencies.to(wide))
+    row_cos, row_sin = row_angle.cos()[:, None], row_angle.sin()[:, None]  # (H, 1, D)
+    column_cos, column_sin = column_angle.cos(), column_angle.sin()  # (W, D)
+    length = max(1, _TILE_PIXELS.get(encoded.device.type, _TILE_PIXELS_ELSEWHERE) // width)
+
+    def go(first: int) -> None:
+        rows = slice(first, first + length)
+        cos = (column_cos * row_cos[rows]).addcmul_(column_sin, row_sin[rows], value=-1)
+        sin = (column_sin * row_cos[rows]).addcmul_(column_cos, row_sin[rows])
+        encoded[rows] = _rotated(encoded[rows].to(wide), cos, sin)
+
+    map_tiles(go, range(0, height, length), encoded.device)
+
+
+def _angles(size: tuple[int, int], frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """The angle of each row (H, D) and of each column (W, D), which add up; coordinates run from 0 to 1."""
+    rows, columns = (
+        torch.arange(n, device=frequencies.device, dtype=frequencies.dtype)[:, None] / max(n - 1, 1) for n in size
+    )
+    return rows * frequencies[0], columns * frequencies[1]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin, for (..., D)."""
     half = x.shape[-1] // 2
-    cos, sin = angle.cos(), angle.sin()
-    x = x.to(wide)
-    x1, x2 = x[..., :half], x[..., half:]
-    rotated = (x1 * cos[..., :half] - x2 * sin[..., :half], x2 * cos[..., half:] + x1 * sin[..., half:])
-    return torch.cat(rotated, dim=-1)
+    result = x * cos
+    result[..., :half] -= x[..., half:] * sin[..., :half]
+    result[..., half:] += x[..., :half] * sin[..., half:]
+    return result

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyup.ops.linear import linear
 from anyup.ops.memory import empty
+from anyup.ops.parallel import map_tiles
 from anyup.ops.query_projection.problem import ProjectionParameters
 
 # Pixels of a band: on a CPU its working set stays in a shared cache.
@@ -33,15 +35,18 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     eps = torch.finfo(wide).eps
     out = empty((batch, height, width, dim), encoded)
     length = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // width)
-    for image in range(batch):
-        for first in range(0, height, length):
-            last = min(first + length, height)
-            band = encoded[image, max(first - 1, 0) : last + 1].to(wide)
-            band = F.pad(band, (0, 0, 0, 0, first == 0, last == height))
-            x = F.conv2d(band.permute(2, 0, 1)[None], convolution, padding=(0, 1))
-            x = x.permute(0, 2, 3, 1).reshape(-1, dim)
-            x *= torch.rsqrt(torch.linalg.vecdot(x, x)[:, None] / dim + eps)
-            out[image, first:last] = F.linear(x, weight, bias).view(last - first, width, dim)
+
+    def go(band: tuple[int, int]) -> None:
+        image, first = band
+        last = min(first + length, height)
+        rows = encoded[image, max(first - 1, 0) : last + 1].to(wide)
+        rows = F.pad(rows, (0, 0, 0, 0, first == 0, last == height))
+        x = F.conv2d(rows.permute(2, 0, 1)[None], convolution, padding=(0, 1))
+        x = x.permute(0, 2, 3, 1).reshape(-1, dim)
+        x *= torch.rsqrt(torch.linalg.vecdot(x, x)[:, None] / dim + eps)
+        out[image, first:last] = linear(x, weight, bias).view(last - first, width, dim)
+
+    map_tiles(go, [(image, first) for image in range(batch) for first in range(0, height, length)], encoded.device)
     return out
 
 

@@ -10,6 +10,7 @@ Rectangles of one shape are worked on as a batch that stays in the cache.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.memory import empty
+from anyup.ops.parallel import map_tiles
 from anyup.ops.window_attention.segments import Segments, cut_axis
 from anyup.window import Window
 
@@ -50,7 +52,8 @@ def forward(
     scratch = _Scratch()
     for image in range(batch):
         keys, values = _grids(key[image], value[image], scale)
-        for part in _batches(window, query, keys, channels, max_queries):
+
+        def attend(part: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
             logits = part.logits(query[image], keys, scratch)
             weights = torch.softmax(logits, dim=-1, out=scratch.take("weights", logits.shape, logits))
             mean = scratch.take("mean", (part.count, part.pixels, part.keys), weights)
@@ -60,6 +63,8 @@ def forward(
             part.put_pixels(out[image], product)
             if save_lse:
                 part.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(1, 2))
+
+        map_tiles(attend, list(_batches(window, query, keys, channels, max_queries)), query.device)
     return out, lse
 
 
@@ -131,8 +136,9 @@ class _Batch:
         update = update.unflatten(1, (self.rows.length, self.columns.length)).transpose(0, 1)
         if isinstance(columns, slice):
             band[:, columns].unflatten(1, (self.count, self.columns.length)).copy_(update)
-        else:
-            band.index_copy_(1, columns, update.flatten(1, 2).to(band.dtype))
+        else:  # a few segments at the borders
+            for index, start in enumerate(self.columns.starts):
+                band[:, start : start + self.columns.length] = update[:, index]
 
     def take_keys(self, grid: Tensor) -> Tensor:
         """(w, h, ...) -> (count, keys, ...), a copy."""
@@ -206,8 +212,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Scratch:
-    """Buffers that one batch after the other works in: a fresh allocation costs more than the work on it."""
+class _Scratch(threading.local):
+    """Each thread's buffers, in which it works on one batch after the other: fresh ones cost more than the work."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}

@@ -1,0 +1,25 @@
+"""A matrix product over pixels, as fast as the CPU's libraries allow."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for contiguous (n, Cin) pixels and a (Cout, Cin) weight."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not _convolution_is_faster():
+        return F.linear(x, weight, bias)
+    # On some CPUs oneDNN, behind a convolution, is twice as fast as the BLAS behind F.linear. Dilation means nothing
+    # to a 1x1 kernel, but without it torch takes a slower way for a 1x1 convolution on one thread.
+    image = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
+    result = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
+    return result.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+
+
+@lru_cache(maxsize=1)
+def _convolution_is_faster() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")

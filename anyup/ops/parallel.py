@@ -1,0 +1,68 @@
+"""Running the tiles of an operation side by side on a CPU.
+
+Torch splits each small operation of a tile over its threads, which then wait for each other before the next one. Here
+each worker thread takes whole tiles and runs them with its share of the threads: nobody waits for anybody. It is
+faster on an idle machine and much faster on a busy one, where each wait may last until the other thread is
+scheduled again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Tile = TypeVar("Tile")
+Result = TypeVar("Result")
+
+# More workers than this would wait for Python's interpreter lock; beyond it, each gets several threads.
+_MOST_WORKERS = 8
+
+
+def map_tiles(
+    function: Callable[[Tile], Result], tiles: Sequence[Tile], device: torch.device
+) -> list[Result]:
+    """`[function(tile) for tile in tiles]`, on worker threads where `device` is a CPU with threads to share.
+
+    The function must not differentiate, and must touch no memory that another tile's call touches. Each call starts
+    its own threads, so nothing idles between calls and a process may fork.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, _MOST_WORKERS, len(tiles)) if device.type == "cpu" else 1
+    if workers <= 1:
+        return [function(tile) for tile in tiles]
+    results: list[Result | None] = [None] * len(tiles)
+    errors: list[BaseException] = []
+    queue = iter(range(len(tiles)))
+    lock = threading.Lock()
+    inference = torch.is_inference_mode_enabled()
+
+    def work() -> None:
+        try:
+            torch.set_num_threads(max(1, threads // workers))  # of this thread alone
+            with torch.inference_mode(inference), torch.no_grad():
+                while not errors:
+                    with lock:
+                        index = next(queue, None)
+                    if index is None:
+                        return
+                    results[index] = function(tiles[index])
+        except BaseException as error:
+            errors.append(error)
+
+    pool = [threading.Thread(target=work, name=f"anyup-tiles-{n}", daemon=True) for n in range(workers)]
+    for thread in pool:
+        thread.start()
+    try:
+        for thread in pool:
+            thread.join()
+    except BaseException as error:  # an interrupt: let the workers end before their memory goes
+        errors.append(error)
+        for thread in pool:
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]
+    return results  # type: ignore[return-value]
