@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyup._version import __version__
-from anyup.checkpoints import load, save
-from anyup.head import with_head
-from anyup.model import AnyUp
+
+if TYPE_CHECKING:
+    from anyup import encoders, visualization
+    from anyup.checkpoints import load, save
+    from anyup.head import with_head
+    from anyup.model import AnyUp
 
 __all__ = ["AnyUp", "__version__", "encoders", "load", "save", "visualization", "with_head"]
 
-_ON_DEMAND = ("encoders", "visualization")
+_MODULES = {"AnyUp": "model", "load": "checkpoints", "save": "checkpoints", "with_head": "head"}
+_SUBMODULES = ("encoders", "visualization")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what most callers do not need when it is asked for."""
-    if name in _ON_DEMAND:
+    """Import a public name when it is asked for, so that `anyup --help` does not wait for torch."""
+    if name in _SUBMODULES:
         return importlib.import_module(f"anyup.{name}")
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"anyup.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'anyup' has no attribute {name!r}")
 
 

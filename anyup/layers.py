@@ -18,7 +18,7 @@ GROUPS = 8
 
 
 class ResBlock(nn.Module):
-    """Two pre-activated 1x1 convolutions beside a shortcut: (B, in, H, W) -> (B, out, H, W)."""
+    """Two pre-activated 1x1 convolutions beside a shortcut: (B, H, W, in) -> (B, H, W, out)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -35,7 +35,10 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x) + self.shortcut(x)
+        norm1, activate, conv1, norm2, _, conv2 = self.block
+        y = _pointwise(conv1, activate(_normalise(norm1, x)))
+        y = _pointwise(conv2, activate(_normalise(norm2, y)))
+        return y + (x if isinstance(self.shortcut, nn.Identity) else _pointwise(self.shortcut, x))
 
     def parameters_for_op(self, dtype: torch.dtype) -> BlockParameters:
         """The block's tensors in a dtype, as the pixel encoder takes them (no shortcut)."""
@@ -45,17 +48,28 @@ class ResBlock(nn.Module):
 
 
 class BorderConv2d(nn.Conv2d):
-    """A convolution that pads by reflection, or by replication along an axis too short to reflect."""
+    """A convolution (B, in, H, W) -> (B, out, H, W) that pads by reflection.
+
+    Along an axis too short to reflect (a grid of one row, say) it pads by replication.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        half = self.kernel_size[0] // 2
-        if half:
-            for axis, padding in ((2, (0, 0, half, half)), (3, (half, half, 0, 0))):
-                x = F.pad(x, padding, mode="reflect" if x.shape[axis] > half else "replicate")
-        return F.conv2d(x, self.weight)
+        size, (height, width) = self.kernel_size[0], x.shape[2:]
+        half = size // 2
+        for length, padding in ((height, (0, 0, half, half)), (width, (half, half, 0, 0))):
+            if half:
+                x = F.pad(x, padding, mode="reflect" if length > half else "replicate")
+        if not torch.compiler.is_compiling():
+            return F.conv2d(x, self.weight)
+        # To choose an algorithm, a traced convolution compares its input's size with a constant, and compiles again
+        # on the other side of it. One product per tap does not.
+        x = x.permute(0, 2, 3, 1)
+        taps = [(row, column) for row in range(size) for column in range(size)]
+        products = [F.linear(x[:, i : i + height, j : j + width], self.weight[:, :, i, j]) for i, j in taps]
+        return sum(products[1:], products[0]).permute(0, 3, 1, 2)
 
 
 class Encoder(nn.Sequential):
@@ -78,6 +92,12 @@ class Encoder(nn.Sequential):
             projection = conv.weight.to(x.dtype).flatten(1)
         blocks = (block1.parameters_for_op(x.dtype), block2.parameters_for_op(x.dtype))
         return x.permute(0, 2, 3, 1), EncoderParameters(projection, *blocks)
+
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, H, W, D), as plain layers: for the small grid."""
+        conv, block1, block2 = self
+        return block2(block1(conv(x).permute(0, 2, 3, 1)))
 
 
 class RoPE(nn.Module):
@@ -103,3 +123,15 @@ class LearnedFeatureUnification(nn.Module):
         else:
             basis = torch.randn(filters, 1, kernel_size, kernel_size)
         self.basis = nn.Parameter(basis)
+
+
+def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """A group normalisation of (B, H, W, C)."""
+    # Contiguous, because torch's kernel for channels last subtracts squares, and loses the unified features' variance:
+    # it is small beside their mean.
+    return norm(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+
+
+def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution of (B, H, W, C) as the matrix product that it is."""
+    return F.linear(x, conv.weight.flatten(1))

@@ -195,18 +195,19 @@ class AnyUp(nn.Module):
         queries = query_projection.project_queries(
             queries, self.cross_decode.query_parameters(dtype), backend=self._backends["query_projection"]
         )
-        keys = torch.cat((image_keys.permute(0, 3, 1, 2), self._feature_keys(features, dtype)), dim=1)
-        keys = self.aggregation(keys).permute(0, 2, 3, 1).to(dtype)
+        keys = torch.cat((image_keys, self._feature_keys(features, dtype)), dim=3)
+        keys = self.aggregation(keys.permute(0, 3, 1, 2)).to(dtype)
         return self.cross_decode.split_heads(queries), self.cross_decode.project_keys(keys)
 
     def _feature_keys(self, features: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, C, h, w) -> (B, D, h, w): what the features say about where they belong."""
+        """(B, C, h, w) -> (B, h, w, D): what the features say about where they belong."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         unification, *blocks = self.key_features_encoder
         features = F.normalize(features.to(wide), dim=1)
         unified = feature_unification.unify_features(
             features, unification.basis.to(wide), backend=self._backends["feature_unification"]
-        ).to(dtype)
+        )
+        unified = unified.permute(0, 2, 3, 1).to(dtype)
         for block in blocks:
             unified = block(unified)
         return unified.to(dtype)

@@ -96,7 +96,7 @@ def check_window(window: Window) -> None:
         return
     if not isinstance(window, (RatioWindow, CellWindow)):
         raise TypeError(f"window: expected RatioWindow, CellWindow or None, got {type(window).__name__}")
-    if not math.isfinite(window.ratio):
+    if not -math.inf < window.ratio < math.inf:  # math.isfinite would stop a tracer whose ratio is symbolic
         raise ValueError(f"window: expected a finite ratio, got {window.ratio}")
 
 

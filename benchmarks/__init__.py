@@ -1,0 +1,1 @@
+"""Speed and memory, measured: `pytest benchmarks`, `python -m benchmarks.reach`, `python -m benchmarks.report`."""

@@ -1,0 +1,45 @@
+"""Whether two implementations agree, which is asked before anything is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anyup import AnyUp
+from benchmarks.published import Published
+from benchmarks.workloads import Workload
+
+TOLERANCE = 5e-5
+"""Of two float32 results in different orders of operations, relative to the largest value."""
+
+_SAMPLE = 4096
+
+
+class ParityError(AssertionError):
+    """The results differ: times of the two would mean nothing."""
+
+
+def check(result: Tensor, expected: Tensor, what: str) -> float:
+    """Largest difference relative to the largest expected value; raises ParityError beyond `TOLERANCE`."""
+    if result.shape != expected.shape:
+        raise ParityError(f"{what}: shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
+    largest, scale = 0.0, 0.0
+    for part, wanted in zip(result.unbind(1), expected.unbind(1), strict=True):  # no copies of the whole
+        difference = (part - wanted).abs().max().item()
+        if not difference <= TOLERANCE * 1e30:  # not a number
+            raise ParityError(f"{what}: the difference is {difference}")
+        largest, scale = max(largest, difference), max(scale, wanted.abs().max().item())
+    if largest > TOLERANCE * scale:
+        raise ParityError(f"{what}: {largest / scale:.2g} of the largest value apart, expected {TOLERANCE:.0e}")
+    return largest / scale
+
+
+def check_sample(model: AnyUp, workload: Workload) -> float:
+    """As `check`, of a model and the baseline at a sample of pixels: cheap enough for the largest workloads."""
+    image, features = workload.inputs()
+    whole = workload.size[0] * workload.size[1]
+    pixels = torch.randperm(whole, generator=torch.Generator().manual_seed(0))[:_SAMPLE].sort().values
+    with torch.inference_mode():
+        # An indexed copy, so that the whole output is gone before the baseline starts.
+        result = model(image, features).flatten(2)[:, :, pixels]
+        return check(result, Published(model).at(image, features, pixels), workload.name)

@@ -1,0 +1,68 @@
+"""The error rule: how close a result must be to the reference.
+
+A result may be twice as far from the float64 reference as the reference in the result's own precision, and a
+rounding of the largest value more: max|x - ref64| <= 2 max|ref - ref64| + 2 eps(dtype) max|ref64|; in float64,
+where there is nothing finer to measure with, 1e-12 max|ref64|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[..., Tensor]
+"""Called with `backend=` and the tensors by name; returns the output."""
+
+
+def assert_close_enough(actual: Tensor, reference: Tensor, exact: Tensor, name: str = "result") -> None:
+    """Raise an AssertionError unless `actual` obeys the error rule.
+
+    `reference` is the reference in the dtype of `actual`, `exact` the reference in float64 on the same inputs.
+    """
+    if not (actual.shape == reference.shape == exact.shape):
+        raise AssertionError(f"{name}: shapes {actual.shape}, {reference.shape} and {exact.shape} differ")
+    if actual.dtype != reference.dtype or exact.dtype != torch.float64:
+        raise AssertionError(f"{name}: dtypes {actual.dtype}, {reference.dtype} and {exact.dtype} do not fit")
+    if not actual.numel():
+        return
+    size, error = _largest(exact), _largest(actual.double() - exact)
+    if actual.dtype == torch.float64:
+        bound = 1e-12 * size
+    else:
+        bound = 2 * _largest(reference.double() - exact) + 2 * torch.finfo(actual.dtype).eps * size
+    if not error <= bound:  # a NaN is no small error
+        raise AssertionError(f"{name}: error {error:.3e} exceeds {bound:.3e} (values up to {size:.3e}), {actual.dtype}")
+
+
+def assert_backend_accurate(
+    run: Run, tensors: Mapping[str, Tensor], *, backend: str = "torch", gradients: bool = True
+) -> None:
+    """Raise an AssertionError unless a backend's output and gradients obey the error rule."""
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    actual = output_and_gradients(run, tensors, backend, gradients)
+    reference = output_and_gradients(run, tensors, "reference", gradients)
+    exact = output_and_gradients(run, wide, "reference", gradients)
+    for name in exact:
+        assert_close_enough(actual[name], reference[name], exact[name], name)
+
+
+def output_and_gradients(
+    run: Run, tensors: Mapping[str, Tensor], backend: Any, gradients: bool = True
+) -> dict[str, Tensor]:
+    """The output, and the gradient of each tensor for a fixed pseudo-random gradient of the output."""
+    leaves = {name: tensor.detach().requires_grad_(gradients) for name, tensor in tensors.items()}
+    out = run(backend=backend, **leaves)
+    results = {"output": out.detach()}
+    if gradients:
+        # Representable in every dtype, so that each run gets the same.
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).bfloat16().to(out.dtype)
+        for name, value in zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True):
+            results[f"gradient of {name}"] = value
+    return results
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
