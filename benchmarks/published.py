@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup import AnyUp
+from anyup.layers import Encoder, ResBlock
 from anyup.window import Window, axis_bounds
 from benchmarks.workloads import Workload
 
@@ -60,14 +61,14 @@ class Published:
         """Queries (B, H*W, D) and keys (B, h*w, D), normalised, not projected."""
         model = self.model
         size, grid = image.shape[2:], features.shape[2:]
-        encoded = rotate(model.image_encoder(image), model.rope.freqs)
-        query = F.adaptive_avg_pool2d(model.query_encoder(encoded), size)
-        image_key = F.adaptive_avg_pool2d(model.key_encoder(encoded), grid)
+        encoded = rotate(run_encoder(model.image_encoder, image), model.rope.freqs)
+        query = F.adaptive_avg_pool2d(run_encoder(model.query_encoder, encoded), size)
+        image_key = F.adaptive_avg_pool2d(run_encoder(model.key_encoder, encoded), grid)
         unification, *blocks = model.key_features_encoder
         feature_key = unify(F.normalize(features, dim=1), unification.basis)
         for block in blocks:
-            feature_key = block(feature_key)
-        key = model.aggregation(torch.cat((image_key, feature_key), dim=1))
+            feature_key = run_block(block, feature_key)
+        key = run_encoder(model.aggregation, torch.cat((image_key, feature_key), dim=1))
         query = model.cross_decode.conv2d(query)
         attention = model.cross_decode.cross_attn
         return (
@@ -121,6 +122,25 @@ class Published:
             self.attend(query, key, features, mask, chunk)
             times[chunk] = time.perf_counter() - start
         return times
+
+
+def run_encoder(encoder: Encoder, x: Tensor) -> Tensor:
+    """(B, in, H, W) -> (B, D, H, W): a convolution that pads by reflection, then two residual blocks."""
+    conv, *blocks = encoder
+    half = conv.kernel_size[0] // 2
+    if half:
+        # By replication along an axis too short to reflect, where the published code fails.
+        for length, padding in ((x.shape[2], (0, 0, half, half)), (x.shape[3], (half, half, 0, 0))):
+            x = F.pad(x, padding, mode="reflect" if length > half else "replicate")
+    x = F.conv2d(x, conv.weight)
+    for block in blocks:
+        x = run_block(block, x)
+    return x
+
+
+def run_block(block: ResBlock, x: Tensor) -> Tensor:
+    """(B, in, H, W) -> (B, out, H, W), by the block's own modules as torch runs them."""
+    return block.block(x) + block.shortcut(x)
 
 
 def unify(features: Tensor, basis: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ GRADIENT_TOLERANCE = 5e-5  # of the gradient's stored norm
 
 CASES_WITH_GRADIENTS = sorted({key.split("/")[0] for key in golden_arrays("grads")})
 
-# Float32 noise of the stored vector itself, which is further than the tolerance from the float64 gradient: the
-# distance between these two is allowed on top.
+# A sum that cancels: the stored vector is 1.0e-4 of its norm away from the float64 gradient, by float32 noise. What is
+# compared with it has noise of its own, so it may be as far on the other side of the float64 gradient.
 NOISY_GRADIENTS = ("channels_130/key_features_encoder.1.block.0.weight",)
 
 
@@ -84,16 +84,17 @@ def test_value_rows_and_output_projection_have_no_gradient() -> None:
 
 def _assert_gradients(name: str, gradients: dict[str, Tensor]) -> None:
     stored = {k.split("/", 1)[1]: v for k, v in golden_arrays("grads").items() if k.startswith(f"{name}/")}
-    assert len(stored) > 60 or set(stored) <= set(gradients)
+    assert {"image", "features"} < set(stored)
     for key, expected in stored.items():
         # A parameter that never influences the result may have no gradient at all.
         actual = _sample(gradients[key]) if key in gradients else torch.zeros_like(expected)
-        bound = torch.full_like(expected, GRADIENT_TOLERANCE * expected[0].item())
+        bound = GRADIENT_TOLERANCE * expected[0].item()
         if f"{name}/{key}" in NOISY_GRADIENTS:
             exact = _sample(_gradients(name, "reference", torch.float64)[key])
-            bound = bound + (exact - expected).abs().max()
-        error = (actual - expected).abs()
-        assert bool((error <= bound).all()), f"{key}: {(error - bound).max():.3e} beyond {bound[0]:.3e}"
+            noise = (exact - expected).abs().max().item()
+            bound = noise + max(bound, noise)
+        error = (actual - expected).abs().max().item()
+        assert error <= bound, f"{key}: error {error:.3e} exceeds {bound:.3e}"
 
 
 def _sample(gradient: Tensor) -> Tensor:

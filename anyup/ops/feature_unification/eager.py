@@ -2,7 +2,7 @@
 
 A position's C patches against M filters are one matrix product of (C, s*s) by (s*s, M), and its result, read as
 (M, C), is all that this position's softmax and mean need. So the C*M*h*w values never exist together. The division
-by the taps inside the map is applied to the patches, which are M / (s*s) times fewer.
+by the taps inside the map is applied to the patches, which hold M / (s*s) times fewer values.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 
 # Values worked on at a time: on a CPU what stays in its caches.
-_BUDGET = {"cpu": 2**20}
+_BUDGET = {"cpu": 2**18}
 _BUDGET_ELSEWHERE = 2**26
+
+_Tile = tuple[int, slice]  # an image of the batch, and some of its positions
 
 
 def unsupported(problem: object) -> list[str]:
@@ -26,15 +28,12 @@ def unsupported(problem: object) -> list[str]:
 
 def forward(features: Tensor, basis: Tensor) -> Tensor:
     """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w); float32 inside for half precision."""
-    batch, _, h, w = features.shape
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    filters = basis.flatten(1).to(wide)
-    out = empty((batch, basis.shape[0], h, w), features)
-    patches = _Patches(features.to(wide), basis)
+    out = empty((features.shape[0], basis.shape[0], *features.shape[2:]), features)
+    patches = _Patches(features, basis)
 
-    def unify(tile: tuple[int, slice]) -> None:
+    def unify(tile: _Tile) -> None:
         image, positions = tile
-        out[image].flatten(1)[:, positions] = _weights(patches.take(tile), filters).mean(dim=2).T
+        out[image].flatten(1)[:, positions] = patches.weights(patches.take(tile)).mean(dim=2).T
 
     map_tiles(unify, patches.tiles, features.device)
     return out
@@ -42,61 +41,69 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
 
 def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of features and basis, everything recomputed."""
-    batch, channels, h, w = features.shape
-    count, _, size, _ = basis.shape
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    filters = basis.flatten(1).to(wide)
-    grad_patches = torch.empty(batch, h * w, channels, size * size, dtype=wide, device=features.device)
-    grad_filters = torch.zeros_like(filters)
-    patches = _Patches(features.to(wide), basis)
+    channels = features.shape[1]
+    patches = _Patches(features, basis)
+    grad_padded, grad_filters = torch.zeros_like(patches.padded), torch.zeros_like(patches.filters)
     for tile in patches.tiles:
         image, positions = tile
         near = patches.take(tile)
-        weights = _weights(near, filters)
-        outer = grad[image].flatten(1)[:, positions].T.to(wide)[:, :, None] / channels  # (n, M, 1)
+        weights = patches.weights(near)
+        outer = grad[image].flatten(1)[:, positions].T.to(near.dtype)[:, :, None] / channels  # (n, M, 1)
         inner = weights * (outer - (weights * outer).sum(dim=1, keepdim=True))
-        inner = inner.view(-1, count)  # back to (positions * C, M)
-        grad_filters += inner.T @ near.flatten(0, 1)
-        grad_patches[image, positions] = (inner @ filters).view(-1, channels, size * size)
-    # The transpose of taking patches: divide by the taps inside the map, add up where patches overlap.
-    grad_patches /= _taps_inside((h, w), size, grad_patches)[:, None, None]
-    columns = grad_patches.permute(0, 2, 3, 1).flatten(1, 2)
-    grad_features = F.fold(columns, (h, w), size, padding=size // 2)
+        inner = inner.view(near.shape[0], channels, -1)  # back to channel-major (n, C, M)
+        grad_filters += torch.einsum("ncm,ntc->mt", inner, near)
+        patches.add(grad_padded, tile, (inner @ patches.filters).transpose(1, 2))
+    half = basis.shape[2] // 2
+    h, w = features.shape[2:]
+    grad_features = grad_padded[:, half : half + h, half : half + w].permute(0, 3, 1, 2)
     return grad_features.to(features.dtype), grad_filters.view_as(basis).to(basis.dtype)
 
 
-def _weights(patches: Tensor, filters: Tensor) -> Tensor:
-    """Softmax weights (n, M, C) of n positions from their patches (n, C, s*s)."""
-    n, channels, _ = patches.shape
-    z = patches.flatten(0, 1) @ filters.T  # (n * C, M), channel-major
-    return torch.softmax(z.view(n, filters.shape[0], channels), dim=1)
-
-
 class _Patches:
-    """The patches of some features, divided by the taps inside the map, a tile of positions at a time."""
+    """The patches of some features, divided by the taps inside the map, a tile of positions at a time.
+
+    Attributes:
+        filters: (M, s*s).
+        padded: (B, h + s - 1, w + s - 1, C), so that a patch is s*s contiguous rows.
+        tiles: what `take` takes, covering every position of every image.
+    """
 
     def __init__(self, features: Tensor, basis: Tensor) -> None:
+        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
         batch, channels, h, w = features.shape
         filters, _, size, _ = basis.shape
-        positions = h * w
+        self.filters = basis.flatten(1).to(wide)
+        self.padded = F.pad(features.permute(0, 2, 3, 1).to(wide), (0, 0) + (size // 2,) * 4)
+        row, column, tap = (torch.arange(n, device=features.device) for n in (h, w, size))
+        corner = row[:, None] * self.padded.shape[2] + column
+        taps = tap[:, None] * self.padded.shape[2] + tap
+        self._rows = corner.flatten()[:, None] + taps.flatten()  # (h*w, s*s), rows of a flattened padded map
+        self._inside = _taps_inside((h, w), size, self.padded)[:, None, None]
         length = max(1, _BUDGET.get(features.device.type, _BUDGET_ELSEWHERE) // (channels * filters))
-        self.tiles = [
-            (image, slice(first, min(first + length, positions)))
+        self.tiles: list[_Tile] = [
+            (image, slice(first, min(first + length, h * w)))
             for image in range(batch)
-            for first in range(0, positions, length)
+            for first in range(0, h * w, length)
         ]
-        self._inside = _taps_inside((h, w), size, features)
-        padded = F.pad(features, (size // 2,) * 4)
-        self._windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, C, h, w, s, s), a view
 
-    def take(self, tile: tuple[int, slice]) -> Tensor:
-        """(n, C, s*s)."""
+    def take(self, tile: _Tile) -> Tensor:
+        """A tile's patches (n, s*s, C)."""
         image, positions = tile
-        windows = self._windows[image]
-        position = torch.arange(positions.start, positions.stop, device=windows.device)
-        w = windows.shape[2]
-        patches = windows[:, position // w, position % w].flatten(2).transpose(0, 1)
-        return patches / self._inside[positions, None, None]
+        rows = self._rows[positions]
+        near = self.padded[image].flatten(0, 1).index_select(0, rows.flatten())
+        return near.view(*rows.shape, -1) / self._inside[positions]
+
+    def add(self, padded: Tensor, tile: _Tile, update: Tensor) -> None:
+        """The transpose of `take`: add (n, s*s, C) to where a tile's patches came from."""
+        image, positions = tile
+        update = (update / self._inside[positions]).flatten(0, 1)
+        padded[image].flatten(0, 1).index_add_(0, self._rows[positions].flatten(), update)
+
+    def weights(self, patches: Tensor) -> Tensor:
+        """Softmax weights (n, M, C) of patches (n, s*s, C)."""
+        n, taps, channels = patches.shape
+        z = torch.bmm(patches.transpose(1, 2), self.filters.T.expand(n, taps, -1))  # (n, C, M), channel-major
+        return torch.softmax(z.view(n, -1, channels), dim=1)
 
 
 def _taps_inside(size: tuple[int, int], kernel_size: int, like: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 
 Result = TypeVar("Result")
 
-# Pixels of a tile: on a CPU a tile's working set of some 10 MB stays in a shared cache and still amortises handing
+# Pixels of a tile: on a CPU a tile's working set of some 5 MB stays in a shared cache and still amortises handing
 # work to the threads; elsewhere a tile bounds the scratch memory.
-_TILE_PIXELS = {"cpu": 8192}
+_TILE_PIXELS = {"cpu": 4096}
 _TILE_PIXELS_ELSEWHERE = 2**18
 
 # Up to this many input channels the first projection is recomputed, not stored.

@@ -16,7 +16,7 @@ from anyup.ops.parallel import map_tiles
 from anyup.ops.query_projection.problem import ProjectionParameters
 
 # Pixels of a band: on a CPU its working set stays in a shared cache.
-_BAND_PIXELS = {"cpu": 8192}
+_BAND_PIXELS = {"cpu": 4096}
 _BAND_PIXELS_ELSEWHERE = 2**18
 
 

@@ -1,0 +1,122 @@
+"""Peak memory of a call: the resident set of a child process that makes it once.
+
+`python -m benchmarks.memory CASE WORKLOAD` is the child. It loads the model, fills the inputs, notes its resident
+set, makes the call, and prints the peak above that note as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, workloads
+from benchmarks.machine import ROOT
+from benchmarks.workloads import Workload
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes above the loaded model and its inputs, the output included.
+
+    `peak_bytes` is None where memory did not suffice. `exact` is False where the system cannot forget an earlier
+    peak, which may then hide a smaller one: `peak_bytes` is an upper bound.
+    """
+
+    peak_bytes: int | None
+    exact: bool = True
+
+
+def measure(case: str, workload: Workload, *, chunk: int | None = None, threads: int | None = None) -> Memory:
+    """Run a case in a child process and return its peak.
+
+    Raises RuntimeError with the child's messages where it fails for another reason than memory.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", case, workload.name]
+    command += ["--threads", str(threads or torch.get_num_threads())]
+    if chunk is not None:
+        command += ["--chunk", str(chunk)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if child.returncode == 0:
+        return Memory(**json.loads(child.stdout.splitlines()[-1]))
+    # The kernel kills with signal 9 what takes the last memory.
+    if child.returncode == -9 or any(text in child.stderr for text in _OUT_OF_MEMORY):
+        return Memory(None)
+    raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr}")
+
+
+def measure_here(call: cases.Call) -> Memory:
+    """The peak of one call in this process, above what is resident before it."""
+    forgot = _forget_peak()
+    before = _resident_bytes()
+    earlier = _peak_bytes()
+    call()
+    peak = _peak_bytes()
+    return Memory(peak - before, exact=forgot or peak > earlier)
+
+
+def _forget_peak() -> bool:
+    """Make the kernel start the process's peak anew from what is resident now; False where it cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_bytes() -> int:
+    # Not ru_maxrss where it can be helped: a child inherits there the peak of the process that started it.
+    peak = _status_bytes("VmHWM")
+    if peak is not None:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident_bytes() -> int:
+    resident = _status_bytes("VmRSS")
+    return _peak_bytes() if resident is None else resident
+
+
+def _status_bytes(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _be_killed_first() -> None:
+    """Where memory runs out, this process goes, and not the one that waits for it."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:
+        return
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The child process."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=measure.__doc__)
+    parser.add_argument("case", help=f"one of {cases.WHOLE}, or one of {cases.OPERATIONS} with /backend")
+    parser.add_argument("workload", help='a name, for example "448 from 32"')
+    parser.add_argument("--chunk", type=int, help="the baseline's queries at a time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args(argv)
+    _be_killed_first()
+    torch.set_num_threads(arguments.threads)
+    call = cases.build(arguments.case, workloads.find(arguments.workload), chunk=arguments.chunk)
+    print(json.dumps(asdict(measure_here(call))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

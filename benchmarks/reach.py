@@ -1,0 +1,231 @@
+"""`python -m benchmarks.reach`: how fast and how small the upsampler is beside the published forward.
+
+Each part is stored when it ends, so an interrupted run goes on with `--resume`. Parity is checked before anything is
+timed, memory is measured in child processes, and repeats of what is compared are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, machine, memory, parity, published, results
+from benchmarks.results import Row
+from benchmarks.timing import interleave, once
+from benchmarks.workloads import CURVE, REACH, UNIFICATION, Workload, square
+
+# The baseline is repeated up to this many seconds a call, and run once beyond.
+_REPEATED = 60.0
+
+# A matrix product that differs by more than this before and after a part says that the machine was busy.
+_STEADY = 0.1
+
+
+def compare(workload: Workload, rate: float) -> list[Row]:
+    """Ours and the baseline at its best chunk size: time in turn, parity, memory, floor."""
+    row = {"workload": workload.name, "output_bytes": workload.output_bytes}
+    ours: Row = {**row, "case": "anyup", "floor_seconds": machine.floor_seconds(workload, rate)}
+    theirs: Row = {**row, "case": "published"}
+    model = cases.model()
+    baseline = published.Published(model)
+    image, features = workload.inputs()
+
+    with torch.inference_mode():
+        ours["difference"] = parity.check_sample(model, workload)
+        start = time.perf_counter()
+        baseline.mask(workload.size, workload.grid)
+        theirs["mask_seconds"] = time.perf_counter() - start
+        times = baseline.chunk_times(workload)
+        chunk = published.best_chunk(times)
+        theirs["chunk"] = chunk
+        theirs["sampled_chunks"] = {str(candidate or "all"): seconds for candidate, seconds in times.items()}
+        say(f"  published: chunks of {chunk or 'all'} are best")
+
+        def run_ours() -> torch.Tensor:
+            return model(image, features)
+
+        def run_theirs() -> torch.Tensor:
+            return baseline(image, features, chunk)
+
+        if published.expected_seconds(workload, rate) <= _REPEATED:
+            ours["difference"] = parity.check(run_ours(), run_theirs(), workload.name)
+            timings = interleave({"anyup": run_ours, "published": run_theirs}, 5)
+        else:
+            timings = interleave({"anyup": run_ours}, 5)
+            kept: list[torch.Tensor] = []
+            timings["published"] = once(lambda: kept.append(run_theirs()))
+            ours["difference"] = parity.check(run_ours(), kept.pop(), workload.name)
+    del baseline
+    ours.update(timings["anyup"].as_row())
+    theirs.update(timings["published"].as_row())
+    ours["times_floor"] = ours["seconds"] / ours["floor_seconds"]
+    ours["speed_up"] = theirs["seconds"] / ours["seconds"]
+    limits = published.credible_seconds(workload, rate)
+    theirs["credible_seconds"] = limits
+    if limits and theirs["seconds"] > limits[0]:
+        print(
+            f"warning: {workload.name}: the baseline took {theirs['seconds']:.1f} s, the published code would take "
+            f"{limits[0]:.1f} to {limits[1]:.1f} s here",
+            file=sys.stderr,
+        )
+    for row, case in ((ours, "anyup"), (theirs, "published")):
+        say(f"  {case}: {row['seconds']:.2f} s; memory")
+        row.update(_memory(case, workload, chunk if case == "published" else None))
+    say(f"  {ours['speed_up']:.1f} times as fast, {ours['times_floor']:.2f} times the floor")
+    return [ours, theirs]
+
+
+def curve(rate: float) -> list[Row]:
+    """Ours over resolution: time per pixel beside the exact size of the windows."""
+    rows = []
+    for workload in CURVE:
+        model = cases.model()
+        difference = parity.check_sample(model, workload)
+        call = cases.build("anyup", workload)
+        floor = machine.floor_seconds(workload, rate)
+        timing = interleave({workload.name: call}, 5 if floor < 5 else 3)[workload.name]
+        rows.append(
+            {
+                "case": workload.name,
+                "workload": workload.name,
+                "difference": difference,
+                "pixels": workload.pixels,
+                "keys": workload.keys,
+                "mean_window": workload.mean_window(model.window),
+                "nanoseconds_per_pixel": timing.median / workload.pixels * 1e9,
+                "floor_seconds": floor,
+                "output_bytes": workload.output_bytes,
+                **timing.as_row(),
+                **_memory("anyup", workload),
+            }
+        )
+        say(f"  {workload.name}: {timing.median:.2f} s, {rows[-1]['nanoseconds_per_pixel']:.0f} ns a pixel")
+    return rows
+
+
+def unification(rate: float) -> list[Row]:
+    """The feature unification alone, ours and as its definition reads."""
+    workload = UNIFICATION
+    names = {case: f"feature_unification/{case}" for case in ("torch", "reference")}
+    calls = {case: cases.build(name, workload) for case, name in names.items()}
+    difference = parity.check(calls["torch"](), calls["reference"](), "feature unification")
+    timings = interleave(calls, 5)
+    rows = []
+    for case, name in names.items():
+        rows.append(
+            {
+                "case": case,
+                "workload": f"{workload.grid[0]} x {workload.grid[1]}, C {workload.channels}",
+                "difference": difference,
+                **timings[case].as_row(),
+                **_memory(name, workload),
+            }
+        )
+        say(f"  {case}: {timings[case].median:.2f} s, {gigabytes(rows[-1]['peak_bytes'])}")
+    return rows
+
+
+def head(rate: float) -> list[Row]:
+    """A linear head before the upsampling instead of after it: whole calls, and the window attention alone."""
+    rows = []
+    for workload in (square(448, 32), square(1024, 64)):
+        pairs = (("head_after", "head_before"), ("window_attention/torch", "window_attention_of_classes/torch"))
+        for pair in pairs:
+            calls = {case: cases.build(case, workload) for case in pair}
+            if pair[0] == "head_after":
+                parity.check(calls[pair[1]](), calls[pair[0]](), f"head, {workload.name}")
+                written = {case: calls[case]().nbytes for case in pair}
+                written["head_after"] += workload.output_bytes  # what the head reads is written first
+            else:
+                written = {case: calls[case]().nbytes for case in pair}
+            timings = interleave(calls, 5 if workload.size[0] < 1000 else 3)
+            for case in pair:
+                rows.append(
+                    {
+                        "case": f"{case}, {workload.name}",
+                        "workload": workload.name,
+                        "written_bytes": written[case],
+                        **timings[case].as_row(),
+                        **_memory(case, workload),
+                    }
+                )
+                say(f"  {case}, {workload.name}: {timings[case].median:.3f} s, {gigabytes(written[case])} written")
+            del calls
+    return rows
+
+
+PARTS: dict[str, Callable[[float], list[Row]]] = {
+    **{str(w.size[0]): (lambda rate, w=w: compare(w, rate)) for w in REACH},
+    "curve": curve,
+    "unification": unification,
+    "head": head,
+}
+
+
+def measure(part: str) -> list[Row]:
+    """The rows of a part, each with the machine it belongs to."""
+    rate, bandwidth = machine.matmul_rate(), machine.copy_bandwidth()
+    say(f"{part}: {rate / 1e9:.0f} GFLOP/s, copies {bandwidth / 1e9:.0f} GB/s")
+    rows = PARTS[part](rate)
+    after = machine.matmul_rate()
+    if abs(after - rate) > _STEADY * rate:
+        print(
+            f"warning: {part}: a matrix product ran at {rate / 1e9:.0f} GFLOP/s before and {after / 1e9:.0f} after: "
+            "the machine was busy or throttled",
+            file=sys.stderr,
+        )
+    notes = {"matmul_rate": rate, "matmul_rate_after": after, "copy_bandwidth": bandwidth}
+    return [{**row, **notes, **machine.describe().as_row()} for row in rows]
+
+
+def gigabytes(size: int | None) -> str:
+    """For people; None means that memory did not suffice."""
+    return "out of memory" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def say(text: str) -> None:
+    """Progress, at once."""
+    print(text, flush=True)
+
+
+def _memory(case: str, workload: Workload, chunk: int | None = None) -> Row:
+    found = memory.measure(case, workload, chunk=chunk)
+    return {"peak_bytes": found.peak_bytes, "peak_is_exact": found.exact}
+
+
+def _is_current(rows: list[Row] | None) -> bool:
+    """Whether a part was measured on this machine with this commit."""
+    here = machine.describe().as_row()
+    return bool(rows) and all(row.get(name) == value for row in rows or [] for name, value in here.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reach", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=results.DEFAULT, help="results, kept up to date")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part (may be repeated)")
+    parser.add_argument("--resume", action="store_true", help="leave out parts stored by this commit on this machine")
+    parser.add_argument("--threads", type=int, help="torch's threads (torch's own default)")
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy > 0.5:
+        print(f"warning: the load is {busy:.1f} already: figures want an idle machine", file=sys.stderr)
+    stored = results.read(arguments.output)
+    for part in arguments.only or PARTS:
+        if arguments.resume and _is_current(stored.get(part)):
+            say(f"{part}: stored")
+            continue
+        results.store(arguments.output, part, measure(part))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
