@@ -114,9 +114,7 @@ def load(
     arguments = {name: value for name, value in model_arguments.items() if value is not None}
     if arguments.get("use_natten"):
         if window not in (None, "cell"):
-            raise ValueError(
-                f'use_natten=True means window="cell", but window={window!r} was given beside it'
-            )
+            raise ValueError(f'use_natten=True means window="cell", but window={window!r} was given beside it')
         window = "cell"
     arguments.pop("use_natten", None)
     if window is not None:
@@ -174,9 +172,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
     # A build without CUDA answers with an AssertionError, a driver that fails with a RuntimeError.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"device: expected one that torch can use here, got {device!r} ({reason})"
-        ) from error
+        raise ValueError(f"device: expected one that torch can use here, got {device!r} ({reason})") from error
     return usable
 
 
@@ -189,9 +185,7 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name_or_path)
     names = ", ".join(repr(name) for name in NAMED)
     if path.is_dir():
-        raise ValueError(
-            f"name_or_path: expected one of the names {names} or a file, got the folder {str(path)!r}"
-        )
+        raise ValueError(f"name_or_path: expected one of the names {names} or a file, got the folder {str(path)!r}")
     if not path.exists():
         raise CheckpointNotFoundError(
             f"name_or_path: expected one of the names {names} or a file ({', '.join(_SUFFIXES)}); "
@@ -280,9 +274,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"its entry {name!r} is {what}"
             )
     if not isinstance(stored, Mapping):
-        raise ValueError(
-            f"{str(path)!r}: expected the stored arguments as a dict, got {type(stored).__name__}"
-        )
+        raise ValueError(f"{str(path)!r}: expected the stored arguments as a dict, got {type(stored).__name__}")
     return dict(content), {name: value for name, value in stored.items() if value is not None}
 
 
@@ -297,8 +289,7 @@ def _read_torch(path: Path) -> Any:
     # What a damaged archive or pickle raises depends on the byte that is wrong.
     except Exception as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read: unreadable, truncated or not written by torch.save "
-            f"({_first_line(error)})"
+            f"{str(path)!r} cannot be read: unreadable, truncated or not written by torch.save ({_first_line(error)})"
         ) from error
 
 
@@ -312,8 +303,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read: unreadable, truncated or not a safetensors file "
-            f"({_first_line(error)})"
+            f"{str(path)!r} cannot be read: unreadable, truncated or not a safetensors file ({_first_line(error)})"
         ) from error
 
 

@@ -93,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name, help=help, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        made.add_argument(
-            "--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu"
-        )
+        made.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu")
         made.add_argument(
             "--backend",
             choices=_BACKENDS,
@@ -215,10 +213,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()
-    if (
-        isinstance(error, (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError))
-        and text
-    ):
+    if isinstance(error, (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError)) and text:
         return text
     # Not a mistake we foresaw: its kind tells more than its text.
     first = next(iter(text.splitlines()), "")
@@ -244,9 +239,7 @@ def _naming_the_options() -> Iterator[None]:
     try:
         yield
     except DownloadError as error:
-        options = (
-            "here: --weights FILE takes a file kept elsewhere, --untrained does without, to try things out"
-        )
+        options = "here: --weights FILE takes a file kept elsewhere, --untrained does without, to try things out"
         raise OSError(f"{error}\n  {options}") from error
 
 
@@ -330,8 +323,7 @@ def _upsample(arguments: argparse.Namespace) -> None:
         _check_room(carried.shape[1], carried.element_size(), size, output, device)
     if values is not None and values.shape[2:] != features.shape[2:]:
         raise ValueError(
-            f"{arguments.values}: values on the grid of the features, {_by(features)}, expected, "
-            f"got {_by(values)}"
+            f"{arguments.values}: values on the grid of the features, {_by(features)}, expected, got {_by(values)}"
         )
 
     if guide_size != native:
@@ -340,9 +332,7 @@ def _upsample(arguments: argparse.Namespace) -> None:
     features, values = features.to(device), None if values is None else values.to(device)
     with torch.inference_mode():
         progress.note(f"backends: {_chosen(model.explain(image, features).chosen)}")
-        with progress.stage(
-            f"upsampling {carried.shape[1]} x {_by(carried)} to {size[0]} x {size[1]} on {device}"
-        ):
+        with progress.stage(f"upsampling {carried.shape[1]} x {_by(carried)} to {size[0]} x {size[1]} on {device}"):
             result = model(image, features, size, values=values)
             low, high = (features if values is None else values), result
             if output:
@@ -397,8 +387,7 @@ def _encode(
     if size != native:
         why = f", a multiple of its patch of {encoder.patch_size} pixels" if encoder.patch_size else ""
         progress.note(
-            f"for the encoder the photograph of {native[0]} x {native[1]} is resized to "
-            f"{size[0]} x {size[1]}{why}"
+            f"for the encoder the photograph of {native[0]} x {native[1]} is resized to {size[0]} x {size[1]}{why}"
         )
     with progress.stage(f"encoding {size[0]} x {size[1]}"), torch.inference_mode():
         features: Tensor = encoder(encoder.normalize(resize(photo, size).to(device)))
@@ -406,9 +395,7 @@ def _encode(
     return features
 
 
-def _check_room(
-    channels: int, itemsize: int, size: tuple[int, int], output: Path | None, device: torch.device
-) -> None:
+def _check_room(channels: int, itemsize: int, size: tuple[int, int], output: Path | None, device: torch.device) -> None:
     """Raise ValueError where the result alone exceeds the free memory or the free space of its folder."""
     import shutil
 
@@ -423,9 +410,7 @@ def _check_room(
     if output is not None:
         free = shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free
         if needed > free:
-            raise ValueError(
-                f"{what}, and {human_bytes(free)} are free where {output} is to be written; {hint}"
-            )
+            raise ValueError(f"{what}, and {human_bytes(free)} are free where {output} is to be written; {hint}")
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -123,9 +123,7 @@ def load_weights(
         except OSError as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             progress.note(f"the published weights cannot be had here: {reason}")
-    return Weights(
-        untrained_model(device, backend), f"untrained (random, fixed seed {UNTRAINED_SEED})", trained=False
-    )
+    return Weights(untrained_model(device, backend), f"untrained (random, fixed seed {UNTRAINED_SEED})", trained=False)
 
 
 @dataclass
@@ -271,9 +269,7 @@ def _backends_in_words(explanation: ModelExplanation) -> str:
     """Each operation's backend, one name where all agree, and the first reason against each passed over."""
     chosen = {operation: name or "none" for operation, name in explanation.chosen.items()}
     names = set(chosen.values())
-    words = ", ".join(
-        names if len(names) == 1 else (f"{o.replace('_', ' ')} {name}" for o, name in chosen.items())
-    )
+    words = ", ".join(names if len(names) == 1 else (f"{o.replace('_', ' ')} {name}" for o, name in chosen.items()))
     against: dict[str, str] = {}
     for operation in explanation.explanations:
         for candidate in operation.candidates:
@@ -321,9 +317,7 @@ def draw_panels(
         return text.encode("ascii", "replace").decode("ascii")
 
     title_lines = [_wrap(ascii_only(title), title_font, width) for title in titles]
-    footer_lines = [
-        line for text in footer for line in _wrap(ascii_only(text), footer_font, total - 2 * _MARGIN)
-    ]
+    footer_lines = [line for text in footer for line in _wrap(ascii_only(text), footer_font, total - 2 * _MARGIN)]
     title_step, footer_step = round(_TITLE_POINTS * 1.3), round(_FOOTER_POINTS * 1.4)
     top = _MARGIN + max(map(len, title_lines)) * title_step + _MARGIN // 2
     bottom = top + height + _MARGIN

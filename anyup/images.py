@@ -77,13 +77,9 @@ def read_photo(path: str | os.PathLike[str]) -> Tensor:
                 opened.load()
                 return _to_rgb01(PIL.ImageOps.exif_transpose(opened), path)
         except PIL.UnidentifiedImageError as error:
-            raise ValueError(
-                f"{path}: not a picture in a format that Pillow {PIL.__version__} reads"
-            ) from error
+            raise ValueError(f"{path}: not a picture in a format that Pillow {PIL.__version__} reads") from error
         except (OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{path}: the picture cannot be decoded, it may be truncated ({error})"
-            ) from error
+            raise ValueError(f"{path}: the picture cannot be decoded, it may be truncated ({error})") from error
 
 
 def _to_rgb01(image: Image.Image, path: Path) -> Tensor:
@@ -95,9 +91,7 @@ def _to_rgb01(image: Image.Image, path: Path) -> Tensor:
         top = 1.0 if image.mode == "F" else 65535.0
         low, high = float(levels.min()), float(levels.max())
         if not (0.0 <= low and high <= top):  # also where a NaN is among them
-            raise ValueError(
-                f"{path}: grey levels of mode {image.mode} in 0..{top:g} expected, got {low:g}..{high:g}"
-            )
+            raise ValueError(f"{path}: grey levels of mode {image.mode} in 0..{top:g} expected, got {low:g}..{high:g}")
         return (levels / top).expand(1, 3, *levels.shape).contiguous()
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -244,17 +238,13 @@ def read_features(path: str | os.PathLike[str]) -> Tensor:
         raise
     except Exception as error:  # each format raises kinds of its own for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"features {path}: cannot be read as {suffix}, it may be truncated ({reason})"
-        ) from error
+        raise ValueError(f"features {path}: cannot be read as {suffix}, it may be truncated ({reason})") from error
 
     if isinstance(found, dict):
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         if "features" not in tensors and len(tensors) != 1:
             names = ", ".join(sorted(map(str, found))) or "nothing"
-            raise ValueError(
-                f'features {path}: one array, or one named "features", expected; it holds {names}'
-            )
+            raise ValueError(f'features {path}: one array, or one named "features", expected; it holds {names}')
         found = tensors["features"] if "features" in tensors else next(iter(tensors.values()))
     if not isinstance(found, Tensor):
         raise ValueError(f"features {path}: an array expected, it holds a {type(found).__name__}")
@@ -263,9 +253,7 @@ def read_features(path: str | os.PathLike[str]) -> Tensor:
     if found.dim() == 3:
         found = found[None]
     if found.dim() != 4 or found.shape[0] != 1 or 0 in found.shape:
-        raise ValueError(
-            f"features {path}: shape (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}"
-        )
+        raise ValueError(f"features {path}: shape (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}")
     return found.detach().contiguous()
 
 

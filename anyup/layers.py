@@ -35,16 +35,20 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        norm1, activate, conv1, norm2, _, conv2 = self.block
-        y = _pointwise(conv1, activate(_normalise(norm1, x)))
-        y = _pointwise(conv2, activate(_normalise(norm2, y)))
-        return y + (x if isinstance(self.shortcut, nn.Identity) else _pointwise(self.shortcut, x))
+        norm1, conv1, norm2, conv2 = self._layers()
+        y = _pointwise(conv1, F.silu(_normalise(norm1, x)))
+        y = _pointwise(conv2, F.silu(_normalise(norm2, y)))
+        return y + (_pointwise(self.shortcut, x) if isinstance(self.shortcut, nn.Conv2d) else x)
 
     def parameters_for_op(self, dtype: torch.dtype) -> BlockParameters:
         """The block's tensors in a dtype, as the pixel encoder takes them (no shortcut)."""
-        norm1, _, conv1, norm2, _, conv2 = self.block
+        norm1, conv1, norm2, conv2 = self._layers()
         tensors = (norm1.weight, norm1.bias, conv1.weight, norm2.weight, norm2.bias, conv2.weight)
         return BlockParameters(*(t.to(dtype).flatten(1) if t.dim() == 4 else t.to(dtype) for t in tensors))
+
+    def _layers(self) -> tuple[nn.GroupNorm, nn.Conv2d, nn.GroupNorm, nn.Conv2d]:
+        norm1, _, conv1, norm2, _, conv2 = self.block
+        return norm1, conv1, norm2, conv2  # type: ignore[return-value]
 
 
 class BorderConv2d(nn.Conv2d):
@@ -84,7 +88,7 @@ class Encoder(nn.Sequential):
 
         A first convolution that sees more than its pixel runs here.
         """
-        conv, block1, block2 = self
+        conv, block1, block2 = self._layers()
         projection: Tensor | None = None
         if self.kernel_size > 1:
             x = conv(x)
@@ -93,11 +97,14 @@ class Encoder(nn.Sequential):
         blocks = (block1.parameters_for_op(x.dtype), block2.parameters_for_op(x.dtype))
         return x.permute(0, 2, 3, 1), EncoderParameters(projection, *blocks)
 
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, H, W, D), as plain layers: for the small grid."""
-        conv, block1, block2 = self
+        conv, block1, block2 = self._layers()
         return block2(block1(conv(x).permute(0, 2, 3, 1)))
+
+    def _layers(self) -> tuple[BorderConv2d, ResBlock, ResBlock]:
+        conv, block1, block2 = self
+        return conv, block1, block2  # type: ignore[return-value]
 
 
 class RoPE(nn.Module):
@@ -125,13 +132,13 @@ class LearnedFeatureUnification(nn.Module):
         self.basis = nn.Parameter(basis)
 
 
-def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
+def _normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """A group normalisation of (B, H, W, C)."""
     # Contiguous, because torch's kernel for channels last subtracts squares, and loses the unified features' variance:
     # it is small beside their mean.
     return norm(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
 
 
-def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution of (B, H, W, C) as the matrix product that it is."""
     return F.linear(x, conv.weight.flatten(1))

@@ -22,7 +22,7 @@ from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backen
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.ops.window_attention import window_attention
 from anyup.problem import check_inputs
-from anyup.window import WINDOW_KINDS, make_window
+from anyup.window import make_window
 
 OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
 
@@ -159,26 +159,30 @@ class AnyUp(nn.Module):
         dim, heads = self.config["qk_dim"], self.config["num_heads"]
         encoded = stand_in((batch, *image.shape[2:], dim), dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        lfu = self.key_features_encoder[0]
         return ModelExplanation(
             (
                 pixel_encoder.explain_backends(
-                    encoded, self.query_encoder.prepare(encoded.permute(0, 3, 1, 2))[1],
-                    output_size=(height, width), backend=self._backends["pixel_encoder"],
+                    encoded,
+                    self.query_encoder.prepare(encoded.permute(0, 3, 1, 2))[1],
+                    output_size=(height, width),
+                    backend=self._backends["pixel_encoder"],
                 ),
                 feature_unification.explain_backends(
-                    stand_in(tuple(features.shape), wide), lfu.basis.to(wide),
+                    stand_in(tuple(features.shape), wide),
+                    self._basis(wide),
                     backend=self._backends["feature_unification"],
                 ),
                 query_projection.explain_backends(
-                    stand_in((batch, height, width, dim), dtype), self.cross_decode.query_parameters(dtype),
+                    stand_in((batch, height, width, dim), dtype),
+                    self.cross_decode.query_parameters(dtype),
                     backend=self._backends["query_projection"],
                 ),
                 explain_window_attention(
                     stand_in((batch, height, width, heads, dim // heads), dtype),
                     stand_in((batch, h, w, heads, dim // heads), dtype),
                     carried.permute(0, 2, 3, 1),
-                    window=self.window, backend=self._backends["window_attention"],
+                    window=self.window,
+                    backend=self._backends["window_attention"],
                 ),
             )
         )
@@ -202,15 +206,18 @@ class AnyUp(nn.Module):
     def _feature_keys(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, C, h, w) -> (B, h, w, D): what the features say about where they belong."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        unification, *blocks = self.key_features_encoder
+        _, block1, block2 = self.key_features_encoder
         features = F.normalize(features.to(wide), dim=1)
         unified = feature_unification.unify_features(
-            features, unification.basis.to(wide), backend=self._backends["feature_unification"]
+            features, self._basis(wide), backend=self._backends["feature_unification"]
         )
         unified = unified.permute(0, 2, 3, 1).to(dtype)
-        for block in blocks:
-            unified = block(unified)
-        return unified.to(dtype)
+        return block2(block1(unified)).to(dtype)
+
+    def _basis(self, dtype: torch.dtype) -> Tensor:
+        unification = self.key_features_encoder[0]
+        assert isinstance(unification, LearnedFeatureUnification)
+        return unification.basis.to(dtype)
 
     def _encode(
         self,
@@ -307,7 +314,7 @@ def _backends_by_operation(backend: ModelBackend) -> dict[str, Backend]:
     else:
         names = parse_backend(backend)
         rest = tuple(name for name in BACKEND_NAMES if name not in names)
-        requests = {name: (*names, *rest) if names else None for name in OPERATIONS}
+        requests = dict.fromkeys(OPERATIONS, (*names, *rest) if names else None)
         requests["window_attention"] = names or None
     for request in requests.values():
         parse_backend(request)

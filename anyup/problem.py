@@ -25,7 +25,11 @@ def check_inputs(
     device: torch.device,
 ) -> tuple[int, int]:
     """The output's (height, width); raises a ValueError or TypeError that names the argument at fault."""
-    for name, tensor, channels in (("image", image, input_dim), ("features", features, None), ("values", values, None)):
+    for name, tensor, channels in (
+        ("image", image, input_dim),
+        ("features", features, None),
+        ("values", values, None),
+    ):
         if tensor is None and name == "values":
             continue
         if not isinstance(tensor, Tensor):
@@ -53,7 +57,7 @@ def check_inputs(
     if output_size is None:
         size = (image.shape[2], image.shape[3])
     else:
-        if isinstance(output_size, str) or not isinstance(output_size, Sequence) or len(output_size) != 2:
+        if not isinstance(output_size, Sequence) or len(output_size) != 2:
             raise ValueError(f"output_size: expected two positive integers (height, width), got {output_size!r}")
         for length in output_size:
             _check_positive("output_size", length)

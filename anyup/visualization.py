@@ -82,9 +82,7 @@ def encode_srgb(linear: Tensor) -> Tensor:
     if linear.dtype != torch.float64:
         linear = linear.float()
     linear = linear.clamp(0, 1)
-    return torch.where(
-        linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=0.0031308).pow(1 / 2.4) - 0.055
-    )
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=0.0031308).pow(1 / 2.4) - 0.055)
 
 
 def _check_attention(key_grid: tuple[int, int], painted: Tensor) -> None:
@@ -126,9 +124,7 @@ def show_attention(key_grid: tuple[int, int], painted: Tensor) -> Figure:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError(
-            "showing the attention needs matplotlib: pip install 'anyup[visualization]'"
-        ) from error
+        raise ImportError("showing the attention needs matplotlib: pip install 'anyup[visualization]'") from error
     figure: Figure
     try:
         from matplotlib import pyplot
@@ -166,8 +162,7 @@ def _first_map(feature_map: Tensor, index: int) -> Tensor:
         raise TypeError(f"pca_picture: map {index} must be a Tensor, got {type(feature_map).__name__}")
     if feature_map.dim() not in (3, 4) or 0 in feature_map.shape:
         raise ValueError(
-            f"pca_picture: map {index} must be (C, h, w) or (B, C, h, w) and not empty, "
-            f"got {tuple(feature_map.shape)}"
+            f"pca_picture: map {index} must be (C, h, w) or (B, C, h, w) and not empty, got {tuple(feature_map.shape)}"
         )
     if not feature_map.is_floating_point():
         raise TypeError(f"pca_picture: map {index} must be floating point, got {feature_map.dtype}")

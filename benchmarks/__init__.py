@@ -1,1 +1,4 @@
-"""Speed and memory, measured: `pytest benchmarks`, `python -m benchmarks.reach`, `python -m benchmarks.report`."""
+"""Speed and memory, measured.
+
+`pytest benchmarks`, `python -m benchmarks.reach`, `python -m benchmarks.report`.
+"""

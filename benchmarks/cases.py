@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import anyup
 from anyup import AnyUp
+from anyup.layers import Encoder
 from anyup.ops import window_attention
 from anyup.ops.feature_unification import unify_features
 from anyup.ops.pixel_encoder import encode_pixels
@@ -40,7 +41,10 @@ REFERENCE_CHUNK = 4096
 
 
 def model() -> AnyUp:
-    """An untrained model in eval mode, the same in each process: neither time nor memory depends on the weights."""
+    """An untrained model in eval mode, the same in each process.
+
+    Neither time nor memory depends on the weights.
+    """
     torch.manual_seed(0)
     return AnyUp().eval()
 
@@ -100,12 +104,12 @@ def _operation(operation: str, backend: str, workload: Workload) -> Call:
         return lambda: window_attention(query, key, value, window=window, backend=backend, max_queries=most)
     if operation == "feature_unification":
         features = F.normalize(noise(batch, workload.channels, *grid), dim=1)
-        basis = upsampler.key_features_encoder[0].basis.detach()
+        basis = dict(upsampler.named_parameters())["key_features_encoder.0.basis"].detach()
         return lambda: unify_features(features, basis, backend=backend)
     if operation == "query_projection":
         encoded, projection = noise(batch, *size, dim), upsampler.cross_decode.query_parameters(torch.float32)
         return lambda: project_queries(encoded, projection, backend=backend)
-    encoder = getattr(upsampler, operation)
+    encoder: Encoder = getattr(upsampler, operation)
     width = upsampler.config["input_dim"] if operation == "image_encoder" else dim
     pixels, parameters = encoder.prepare(noise(batch, *size, width).permute(0, 3, 1, 2))
     frequencies = upsampler.rope.freqs.detach() if operation == "image_encoder" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The command line's additions."""
     group = parser.getgroup("anyup")
     group.addoption(
-        "--budget", type=float, default=BUDGET, help=f"leave out calls expected to take longer, in seconds ({BUDGET:.0f})"
+        "--budget", type=float, default=BUDGET, help=f"leave out calls that would take more seconds ({BUDGET:.0f})"
     )
-    group.addoption("--slow-baseline", action="store_true", help="time the baseline whatever it takes, 1024 from 64 too")
+    group.addoption("--slow-baseline", action="store_true", help="time the baseline whatever it takes")
     group.addoption("--threads", type=int, default=None, help="torch's threads")
 
 
@@ -35,17 +36,17 @@ def rate(request: pytest.FixtureRequest) -> float:
 
 
 @pytest.fixture
-def run(benchmark: Callable[..., object], request: pytest.FixtureRequest, rate: float) -> Run:
+def run(benchmark: Any, request: pytest.FixtureRequest, rate: float) -> Run:
     """Time a call unless it is expected to take too long, or skip with the reason where memory runs out."""
 
     def run(call: Callable[[], object], workload: Workload, *, expected: float, **notes: object) -> object:
         within_budget(request.config, expected)
-        benchmark.extra_info.update(  # type: ignore[attr-defined]
+        benchmark.extra_info.update(
             machine.describe().as_row(), workload=workload.name, matmul_rate=rate, **notes
         )
         rounds = max(2, min(10, int(10 / expected)))
         try:
-            return benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)  # type: ignore[attr-defined]
+            return benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
         except (MemoryError, RuntimeError) as error:
             if "memory" in str(error).lower() or isinstance(error, MemoryError):
                 pytest.skip(f"out of memory: {error}")

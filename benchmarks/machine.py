@@ -40,7 +40,8 @@ class Machine:
 
 def describe() -> Machine:
     """This machine, with the threads that torch is set to."""
-    return Machine(_cpu_model(), "float32", torch.get_num_threads(), torch.__version__, __version__, _commit())
+    threads = torch.get_num_threads()
+    return Machine(_cpu_model(), "float32", threads, torch.__version__, __version__, _commit())
 
 
 def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
@@ -56,7 +57,7 @@ def copy_bandwidth(size: int = 2**28, repeats: int = 5) -> float:
 
 
 def floor_seconds(workload: Workload, rate: float) -> float:
-    """The time of the model's arithmetic, were all of it done at a matrix product's rate (operations a second)."""
+    """The time of the model's arithmetic, all of it done at a matrix product's `rate` (operations a second)."""
     return FLOOR_OPERATIONS * workload.pixels / rate
 
 
@@ -90,7 +91,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "-dirty" where its files (stored results aside) differ; None outside a checkout."""
+    """The checkout's commit, None outside one; "-dirty" where its files, stored results aside, differ."""
 
     def git(*arguments: str) -> str:
         command = ("git", "-C", str(ROOT), *arguments)

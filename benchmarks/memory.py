@@ -1,7 +1,7 @@
 """Peak memory of a call: the resident set of a child process that makes it once.
 
-`python -m benchmarks.memory CASE WORKLOAD` is the child. It loads the model, fills the inputs, notes its resident
-set, makes the call, and prints the peak above that note as JSON.
+`python -m benchmarks.memory CASE WORKLOAD` is the child. It loads the model, fills the inputs, notes its
+resident set, makes the call, and prints the peak above that note as JSON.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate
 class Memory:
     """Peak bytes above the loaded model and its inputs, the output included.
 
-    `peak_bytes` is None where memory did not suffice. `exact` is False where the system cannot forget an earlier
-    peak, which may then hide a smaller one: `peak_bytes` is an upper bound.
+    `peak_bytes` is None where memory did not suffice. `exact` is False where the system cannot forget an
+    earlier peak, which may then hide a smaller one: `peak_bytes` is an upper bound.
     """
 
     peak_bytes: int | None

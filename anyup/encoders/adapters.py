@@ -82,9 +82,7 @@ class TimmEncoder(Encoder):
     def __init__(self, module: nn.Module, *, layer: int | None = None, name: str = "timm") -> None:
         table: Any = getattr(module, "feature_info", None)
         if table is None or not hasattr(module, "forward_intermediates"):
-            raise ValueError(
-                f"module: {type(module).__name__} has no forward_intermediates; timm 1.0 models have it"
-            )
+            raise ValueError(f"module: {type(module).__name__} has no forward_intermediates; timm 1.0 models have it")
         table = getattr(table, "info", table)
         if layer is not None and not 0 <= layer < len(table):
             raise ValueError(f"layer: expected one of the maps 0 to {len(table) - 1}, got {layer}")
@@ -143,9 +141,7 @@ class TransformersEncoder(Encoder):
         if hidden.ndim == 4:
             return hidden
         if self.patch_size is None:
-            raise ValueError(
-                f"{self.name}: gives tokens, but its configuration names no patch size and width"
-            )
+            raise ValueError(f"{self.name}: gives tokens, but its configuration names no patch size and width")
         grid = (image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size)
         return tokens_to_map(hidden, grid, self.name)
 
@@ -188,18 +184,14 @@ class TorchvisionEncoder(Encoder):
         output = caught[-1] if caught else None
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"layer: {self.name} gives {shape}; expected a map (B, C, h, w) or tokens (B, N, C)"
-            )
+            raise ValueError(f"layer: {self.name} gives {shape}; expected a map (B, C, h, w) or tokens (B, N, C)")
         if output.ndim == 4:
             return output
         side = image.shape[-2] // self.patch_size if self.patch_size else isqrt(output.shape[1])
         return tokens_to_map(output, (side, side), self.name)
 
 
-def timm_encoder(
-    model: str, *, pretrained: bool = True, layer: int | None = None, **arguments: Any
-) -> TimmEncoder:
+def timm_encoder(model: str, *, pretrained: bool = True, layer: int | None = None, **arguments: Any) -> TimmEncoder:
     """Build ``timm/<model>``, a ViT for any image size; further arguments go to ``timm.create_model``."""
     timm = _require("timm")
     arguments = {"pretrained": pretrained, "num_classes": 0, **arguments}
@@ -239,9 +231,7 @@ def _preprocessor_config(model: str) -> dict[str, Any]:
     return config
 
 
-def torchvision_encoder(
-    model: str, layer: str, *, weights: Any = "DEFAULT", **arguments: Any
-) -> TorchvisionEncoder:
+def torchvision_encoder(model: str, layer: str, *, weights: Any = "DEFAULT", **arguments: Any) -> TorchvisionEncoder:
     """Build ``torchvision/<model>:<layer>``; ``weights`` as ``torchvision.models.get_model`` takes them."""
     models = _require("torchvision").models
     module = models.get_model(model, weights=weights, **arguments)

@@ -68,9 +68,7 @@ class Encoder(nn.Module):
         if not torch.compiler.is_compiling() and rgb01.device.type == "cpu":
             low, high = (float(v) for v in torch.aminmax(rgb01))
             if low < -0.5 or high > 1.5:
-                raise ValueError(
-                    f"rgb01: expected an image with values in 0..1, got values from {low:g} to {high:g}"
-                )
+                raise ValueError(f"rgb01: expected an image with values in 0..1, got values from {low:g} to {high:g}")
         mean = torch.tensor(self.mean, dtype=rgb01.dtype, device=rgb01.device)[:, None, None]
         std = torch.tensor(self.std, dtype=rgb01.dtype, device=rgb01.device)[:, None, None]
         return (rgb01 - mean) / std
@@ -103,9 +101,7 @@ class Encoder(nn.Module):
         if not image.is_floating_point():
             raise TypeError(f"{argument}: expected floating point values, got {image.dtype}")
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
-            raise ValueError(
-                f"{argument}: expected a non-empty (B, 3, H, W) tensor, got {tuple(image.shape)}"
-            )
+            raise ValueError(f"{argument}: expected a non-empty (B, 3, H, W) tensor, got {tuple(image.shape)}")
 
     def _check_size(self, image: Tensor) -> None:
         patch = self.patch_size

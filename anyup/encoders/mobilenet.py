@@ -36,9 +36,7 @@ _LAST_CHANNELS = 1280
 _DEPTH = 2 + sum(repeats for _, _, repeats, _ in _STAGES)  # with the first and the last convolution
 
 
-def _convolution(
-    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
+def _convolution(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU6."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))

@@ -131,13 +131,9 @@ def _tensor(data: memoryview) -> tuple[str, Tensor]:
     dtype = _DTYPES.get(code)
     if dtype is None or raw is None:
         where = "no raw data" if raw is None else f"data type {code}"
-        raise ValueError(
-            f"ONNX file: initializer {name!r} has {where}; read are raw tensors of {sorted(_DTYPES)}"
-        )
+        raise ValueError(f"ONNX file: initializer {name!r} has {where}; read are raw tensors of {sorted(_DTYPES)}")
     if len(raw) != prod(shape) * dtype.itemsize:
-        raise ValueError(
-            f"ONNX file: initializer {name!r} of shape {tuple(shape)} and {dtype} has {len(raw)} bytes"
-        )
+        raise ValueError(f"ONNX file: initializer {name!r} of shape {tuple(shape)} and {dtype} has {len(raw)} bytes")
     # A copy of its own: a view would keep the whole file in memory, and need not be aligned.
     tensor = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
     return name, tensor.reshape(shape)

@@ -136,9 +136,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     needed = [*source, *(name for names in joined.values() for name in names)]
     if missing := [name for name in needed if name not in state]:
-        raise ValueError(
-            f"weights: {len(missing)} of {len(needed)} tensors are missing: {', '.join(missing[:5])}"
-        )
+        raise ValueError(f"weights: {len(missing)} of {len(needed)} tensors are missing: {', '.join(missing[:5])}")
     result = {new: state[old] for old, new in source.items()}
     return result | {new: torch.cat([state[name] for name in names]) for new, names in joined.items()}
 
@@ -153,9 +151,7 @@ def backbone_weights(graph: OnnxGraph, prefix: str = "backbone.") -> dict[str, T
     stored = graph.initializers
     state = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
     matrices = {
-        node.outputs[0]: node.inputs[1]
-        for node in graph.nodes
-        if node.op_type == "MatMul" and node.inputs[1] in stored
+        node.outputs[0]: node.inputs[1] for node in graph.nodes if node.op_type == "MatMul" and node.inputs[1] in stored
     }
     positions: dict[str, Tensor] = {}
     for node in graph.nodes:

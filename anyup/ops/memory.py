@@ -6,6 +6,7 @@ gives huge pages to those who ask, asking makes a first pass over fresh CPU memo
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -22,12 +23,10 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if like.device.type != "cpu" or size * like.element_size() < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
     pages = mmap.mmap(-1, size * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with contextlib.suppress(OSError):  # a kernel built without huge pages: the memory is as good as any
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel built without huge pages: the memory is as good as any
-        pass
     # The tensor keeps the mapping alive, and unmaps it when it goes.
     tensor = torch.frombuffer(pages, dtype=like.dtype, count=size).view(shape)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(math.nan)
     return tensor

@@ -21,9 +21,7 @@ Result = TypeVar("Result")
 _MOST_WORKERS = 8
 
 
-def map_tiles(
-    function: Callable[[Tile], Result], tiles: Sequence[Tile], device: torch.device
-) -> list[Result]:
+def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device: torch.device) -> list[Result]:
     """`[function(tile) for tile in tiles]`, on worker threads where `device` is a CPU with threads to share.
 
     The function must not differentiate, and must touch no memory that another tile's call touches. Each call starts

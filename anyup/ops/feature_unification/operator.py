@@ -61,7 +61,7 @@ def _(features, basis, backend):  # type: ignore[no-untyped-def]
 def _backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     problem = problems.describe(features, basis, True)
     grads = OPERATION.run("backward", problem, from_schema(backend), grad, features, basis)
-    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
+    return tuple(g.contiguous() for g in grads)
 
 
 @_backward.register_fake

@@ -31,5 +31,5 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
 
 def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of features and basis, by autograd through `forward`."""
-    _, pullback = torch.func.vjp(forward, features, basis)
+    pullback = torch.func.vjp(forward, features, basis)[1]
     return pullback(grad)

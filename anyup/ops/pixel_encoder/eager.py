@@ -126,7 +126,9 @@ class Band:
         assert self._branch is not None
         (height, width), (h, w, _) = size, out.shape
         branch, trunk = (t.view(height, width, -1) for t in (self._branch, self._trunk))
-        activated, passed = (torch.empty(h, w, out.shape[2], dtype=self.work_dtype, device=out.device) for _ in range(2))
+        activated, passed = (
+            torch.empty(h, w, out.shape[2], dtype=self.work_dtype, device=out.device) for _ in range(2)
+        )
         mean = _CellMean(width, w, activated)
 
         def go(row: int) -> None:

@@ -93,5 +93,6 @@ def check(pixels: Tensor, parameters: EncoderParameters, frequencies: Tensor | N
             continue
         if tensor.dtype != pixels.dtype or tensor.device != pixels.device:
             raise ValueError(
-                f"{name}: expected {pixels.dtype} on {pixels.device} like the pixels, got {tensor.dtype} on {tensor.device}"
+                f"{name}: expected {pixels.dtype} on {pixels.device} like the pixels, "
+                f"got {tensor.dtype} on {tensor.device}"
             )

@@ -51,7 +51,7 @@ def backward(
         whole = EncoderParameters(optional.get("projection"), *blocks)
         return forward(pixels, whole, frequencies=optional.get("frequencies"), output_size=output_size)
 
-    _, pullback = torch.func.vjp(run, pixels, (parameters.block1, parameters.block2), optional)
+    pullback = torch.func.vjp(run, pixels, (parameters.block1, parameters.block2), optional)[1]
     grad_pixels, grad_blocks, grad_optional = pullback(grad)
     grads = EncoderParameters(grad_optional.get("projection"), *grad_blocks)
     return grad_pixels, grads, grad_optional.get("frequencies")
@@ -70,9 +70,7 @@ def _conv(x: Tensor, weight: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, frequencies: Tensor) -> Tensor:
     """x cos(angle) + rotate_half(x) sin(angle), the angle linear in the pixel's row and column in [0, 1]."""
-    rows, columns = (
-        torch.arange(n, device=x.device, dtype=x.dtype) / max(n - 1, 1) for n in (x.shape[2], x.shape[3])
-    )
+    rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) / max(n - 1, 1) for n in (x.shape[2], x.shape[3]))
     coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (H, W, 2)
     angle = (coordinates @ frequencies).permute(2, 0, 1)  # (D, H, W)
     first, second = x.chunk(2, dim=1)

@@ -50,9 +50,7 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     return out
 
 
-def backward(
-    grad: Tensor, encoded: Tensor, parameters: ProjectionParameters
-) -> tuple[Tensor, ProjectionParameters]:
+def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) -> tuple[Tensor, ProjectionParameters]:
     """The gradients of the encoded image and the parameters; the convolution is computed again."""
     x = encoded.permute(0, 3, 1, 2)
     convolved = F.conv2d(x, parameters.convolution, padding=1)
@@ -62,6 +60,16 @@ def backward(
 
     grad_convolved, *grads = torch.func.vjp(end, convolved, *parameters[1:])[1](grad)
     grad_encoded, grad_convolution, _ = torch.ops.aten.convolution_backward(
-        grad_convolved, x, parameters.convolution, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, True, False)
+        grad_convolved,
+        x,
+        parameters.convolution,
+        None,
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+        (True, True, False),
     )
     return grad_encoded.permute(0, 2, 3, 1), ProjectionParameters(grad_convolution, *grads)

@@ -48,9 +48,7 @@ def explain_backends(encoded: Tensor, parameters: ProjectionParameters, *, backe
 
 
 @torch.library.custom_op("anyup::query_projection", mutates_args=())
-def _forward(
-    encoded: Tensor, convolution: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, backend: str
-) -> Tensor:
+def _forward(encoded: Tensor, convolution: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     problem = problems.describe(encoded, False)
     parameters = ProjectionParameters(convolution, norm, weight, bias)
     return OPERATION.run("forward", problem, from_schema(backend), encoded, parameters).contiguous()
@@ -63,12 +61,18 @@ def _(encoded, convolution, norm, weight, bias, backend):  # type: ignore[no-unt
 
 @torch.library.custom_op("anyup::query_projection_backward", mutates_args=())
 def _backward(
-    grad: Tensor, encoded: Tensor, convolution: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, backend: str
+    grad: Tensor,
+    encoded: Tensor,
+    convolution: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = problems.describe(encoded, True)
     parameters = ProjectionParameters(convolution, norm, weight, bias)
     grad_encoded, grads = OPERATION.run("backward", problem, from_schema(backend), grad, encoded, parameters)
-    return tuple(g.contiguous() for g in (grad_encoded, *grads))  # type: ignore[return-value]
+    return tuple(g.contiguous() for g in (grad_encoded, *grads))
 
 
 @_backward.register_fake

@@ -24,10 +24,8 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     return F.linear(x, parameters.weight, parameters.bias)
 
 
-def backward(
-    grad: Tensor, encoded: Tensor, parameters: ProjectionParameters
-) -> tuple[Tensor, ProjectionParameters]:
+def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) -> tuple[Tensor, ProjectionParameters]:
     """The gradients of the encoded image and the parameters, by autograd through `forward`."""
-    _, pullback = torch.func.vjp(forward, encoded, parameters)
+    pullback = torch.func.vjp(forward, encoded, parameters)[1]
     grad_encoded, grads = pullback(grad)
     return grad_encoded, ProjectionParameters(*grads)

@@ -76,9 +76,11 @@ def backward(
     With n heads, dP_a = dP / n and dS_a = P_a (dP_a - sum_j P_aj dP_aj). The sum is each head's own; it is not
     <dO, O>, because O mixes the heads.
     """
-    batch, _, _, heads, head_dim = query.shape
+    batch, _, _, heads, _ = query.shape
     channels = value.shape[3]
-    grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+    )
     scratch = _Scratch()
     for image in range(batch):
         keys, values = _grids(key[image], value[image], scale)
@@ -188,7 +190,8 @@ def _batches(
     # other devices it is about the same, and asking would wait for the device.
     finite = keys.device.type == "cpu" and bool(torch.isfinite(keys).all())
     row_classes, column_classes = (
-        [s.to(keys.device, keys.dtype) for s in cut_axis(window, *sizes, longest)] for sizes in ((height, h), (width, w))
+        [s.to(keys.device, keys.dtype) for s in cut_axis(window, *sizes, longest)]
+        for sizes in ((height, h), (width, w))
     )
     for row_class in row_classes:
         for rows in row_class.split(1):

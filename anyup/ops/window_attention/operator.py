@@ -135,7 +135,7 @@ def _backward(
     problem = problems.describe(query, key, value, window, True)
     arguments = (grad, query, key, value, lse)
     grads = OPERATION.run("backward", problem, from_schema(backend), *arguments, window=window, scale=scale)
-    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
+    return tuple(g.contiguous() for g in grads)
 
 
 @_backward.register_fake

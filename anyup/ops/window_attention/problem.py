@@ -77,7 +77,9 @@ def check(query: Tensor, key: Tensor, value: Tensor, window: Window) -> None:
             f"got shape {tuple(key.shape)}"
         )
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value: expected the keys' batch and grid {tuple(key.shape[:3])}, got {tuple(value.shape[:3])}")
+        raise ValueError(
+            f"value: expected the keys' batch and grid {tuple(key.shape[:3])}, got {tuple(value.shape[:3])}"
+        )
     if min(query.shape[1:]) < 1 or min(key.shape[1:3]) < 1 or value.shape[3] < 1:
         raise ValueError(
             f"query, key, value: expected grids, heads and channels of at least 1, got shapes "

@@ -68,10 +68,12 @@ def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, by autograd through `forward`."""
-    out, pullback = torch.func.vjp(
-        lambda q, k, v: forward(q, k, v, window=window, scale=scale)[0], query, key, value
-    )
-    return pullback(grad.to(out.dtype))
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return forward(query, key, value, window=window, scale=scale)[0]
+
+    pullback = torch.func.vjp(run, query, key, value)[1]
+    return pullback(grad)
 
 
 def _empty_statistics(query: Tensor) -> Tensor:

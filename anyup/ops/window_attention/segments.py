@@ -79,9 +79,7 @@ def cut_axis(window: Window, queries: int, keys: int, longest: int) -> tuple[Seg
     return tuple(_batch(segments, start, stop, keys) for segments in by_length.values())
 
 
-def _cut(
-    start: tuple[int, ...], stop: tuple[int, ...], most_keys: int, longest: int
-) -> list[tuple[int, int]]:
+def _cut(start: tuple[int, ...], stop: tuple[int, ...], most_keys: int, longest: int) -> list[tuple[int, int]]:
     """Greedy (first, last) query ranges whose windows' union holds at most `most_keys` keys."""
     segments = []
     first, low, high = 0, start[0], stop[0]
@@ -105,9 +103,7 @@ def _work(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[i
     return work
 
 
-def _batch(
-    segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[int, ...], keys: int
-) -> Segments:
+def _batch(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[int, ...], keys: int) -> Segments:
     """Segments of one length as a batch, shorter key ranges widened to the longest, inside the grid."""
     unions = [_union(first, last, start, stop) for first, last in segments]
     width = max(high - low for low, high in unions)
