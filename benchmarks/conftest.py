@@ -11,8 +11,6 @@ import torch
 from benchmarks import machine
 from benchmarks.workloads import Workload
 
-BUDGET = 60.0
-
 Run = Callable[..., object]
 
 
@@ -20,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The command line's additions."""
     group = parser.getgroup("anyup")
     group.addoption(
-        "--budget", type=float, default=BUDGET, help=f"leave out calls that would take more seconds ({BUDGET:.0f})"
+        "--budget", type=float, default=60.0, help="leave out calls that would take more seconds (60)"
     )
     group.addoption("--slow-baseline", action="store_true", help="time the baseline whatever it takes")
     group.addoption("--threads", type=int, default=None, help="torch's threads")

@@ -57,7 +57,7 @@ def copy_bandwidth(size: int = 2**28, repeats: int = 5) -> float:
 
 
 def floor_seconds(workload: Workload, rate: float) -> float:
-    """The time of the model's arithmetic, all of it done at a matrix product's `rate` (operations a second)."""
+    """The time of the model's arithmetic at a matrix product's `rate`, in operations a second."""
     return FLOOR_OPERATIONS * workload.pixels / rate
 
 

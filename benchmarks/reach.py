@@ -1,7 +1,7 @@
 """`python -m benchmarks.reach`: how fast and how small the upsampler is beside the published forward.
 
-Each part is stored when it ends, so an interrupted run goes on with `--resume`. Parity is checked before anything
-is timed, memory is measured in child processes, and repeats of what is compared are interleaved.
+Each part is stored when it ends, so an interrupted run goes on with `--resume`. Parity is checked before
+anything is timed, memory is measured in child processes, and repeats of what is compared are interleaved.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from benchmarks.results import Row
 from benchmarks.timing import interleave, once
 from benchmarks.workloads import CURVE, REACH, UNIFICATION, Workload, square
 
+_REPEATS = 5
+
 # The baseline is repeated up to this many seconds a call, and run once beyond.
 _REPEATED = 60.0
 
@@ -30,55 +32,65 @@ _STEADY = 0.1
 
 def compare(workload: Workload, rate: float) -> list[Row]:
     """Ours and the baseline at its best chunk size: time in turn, parity, memory, floor."""
-    row = {"workload": workload.name, "output_bytes": workload.output_bytes}
-    ours: Row = {**row, "case": "anyup", "floor_seconds": machine.floor_seconds(workload, rate)}
-    theirs: Row = {**row, "case": "published"}
+    ours, theirs = _compare_times(workload, rate)
+    ours["floor_seconds"] = machine.floor_seconds(workload, rate)
+    ours["times_floor"] = ours["seconds"] / ours["floor_seconds"]
+    ours.update(_memory("anyup", workload))
+    say(f"  anyup: {ours['seconds']:.2f} s, {ours['times_floor']:.2f} times the floor, {_peak(ours)}")
+    if theirs["seconds"] is None:
+        ours["speed_up"], theirs["peak_bytes"] = None, None
+        say("  published: out of memory")
+    else:
+        ours["speed_up"] = theirs["seconds"] / ours["seconds"]
+        theirs.update(_memory("published", workload, theirs["chunk"]))
+        say(f"  published: {theirs['seconds']:.2f} s, {_peak(theirs)}; {ours['speed_up']:.1f} times as slow")
+    common = {"workload": workload.name, "output_bytes": workload.output_bytes}
+    return [{"case": "anyup", **common, **ours}, {"case": "published", **common, **theirs}]
+
+
+def _compare_times(workload: Workload, rate: float) -> tuple[Row, Row]:
+    """Parity and times; what is held for them is gone when memory is measured."""
     model = cases.model()
     baseline = published.Published(model)
     image, features = workload.inputs()
 
+    def run_ours() -> torch.Tensor:
+        return model(image, features)
+
+    def run_theirs() -> torch.Tensor:
+        return baseline(image, features, chunk)
+
     with torch.inference_mode():
-        ours["difference"] = parity.check_sample(model, workload)
+        ours: Row = {"difference": parity.check_sample(model, workload)}
+        needed, available = published.least_bytes(workload), machine.available_bytes()
+        if available is not None and needed > available:
+            ours.update(interleave({"anyup": run_ours}, _REPEATS)["anyup"].as_row())
+            return ours, {"seconds": None, "needed_bytes": needed, "available_bytes": available, "chunk": None}
         start = time.perf_counter()
         baseline.mask(workload.size, workload.grid)
-        theirs["mask_seconds"] = time.perf_counter() - start
+        theirs: Row = {"mask_seconds": time.perf_counter() - start}
         times = baseline.chunk_times(workload)
-        chunk = published.best_chunk(times)
-        theirs["chunk"] = chunk
+        chunk = theirs["chunk"] = published.best_chunk(times)
         theirs["sampled_chunks"] = {str(candidate or "all"): seconds for candidate, seconds in times.items()}
         say(f"  published: chunks of {chunk or 'all'} are best")
-
-        def run_ours() -> torch.Tensor:
-            return model(image, features)
-
-        def run_theirs() -> torch.Tensor:
-            return baseline(image, features, chunk)
-
         if published.expected_seconds(workload, rate) <= _REPEATED:
             ours["difference"] = parity.check(run_ours(), run_theirs(), workload.name)
-            timings = interleave({"anyup": run_ours, "published": run_theirs}, 5)
+            timings = interleave({"anyup": run_ours, "published": run_theirs}, _REPEATS)
         else:
-            timings = interleave({"anyup": run_ours}, 5)
+            timings = interleave({"anyup": run_ours}, _REPEATS)
             kept: list[torch.Tensor] = []
             timings["published"] = once(lambda: kept.append(run_theirs()))
             ours["difference"] = parity.check(run_ours(), kept.pop(), workload.name)
     ours.update(timings["anyup"].as_row())
     theirs.update(timings["published"].as_row())
-    ours["times_floor"] = ours["seconds"] / ours["floor_seconds"]
-    ours["speed_up"] = theirs["seconds"] / ours["seconds"]
-    limits = published.credible_seconds(workload, rate)
-    theirs["credible_seconds"] = limits
+    limits = theirs["credible_seconds"] = published.credible_seconds(workload, rate)
     if limits and theirs["seconds"] > limits[0]:
         print(
             f"warning: {workload.name}: the baseline took {theirs['seconds']:.1f} s, "
             f"the published code would take {limits[0]:.1f} to {limits[1]:.1f} s here",
             file=sys.stderr,
         )
-    for row, case in ((ours, "anyup"), (theirs, "published")):
-        say(f"  {case}: {row['seconds']:.2f} s; memory")
-        row.update(_memory(case, workload, chunk if case == "published" else None))
-    say(f"  {ours['speed_up']:.1f} times as fast, {ours['times_floor']:.2f} times the floor")
-    return [ours, theirs]
+    return ours, theirs
 
 
 def curve(rate: float) -> list[Row]:
@@ -89,7 +101,7 @@ def curve(rate: float) -> list[Row]:
         difference = parity.check_sample(model, workload)
         call = cases.build("anyup", workload)
         floor = machine.floor_seconds(workload, rate)
-        timing = interleave({workload.name: call}, 5 if floor < 5 else 3)[workload.name]
+        timing = interleave({workload.name: call}, _REPEATS if floor < 5 else 3)[workload.name]
         rows.append(
             {
                 "case": workload.name,
@@ -115,7 +127,7 @@ def unification(rate: float) -> list[Row]:
     names = {case: f"feature_unification/{case}" for case in ("torch", "reference")}
     calls = {case: cases.build(name, workload) for case, name in names.items()}
     difference = parity.check(calls["torch"](), calls["reference"](), "feature unification")
-    timings = interleave(calls, 5)
+    timings = interleave(calls, _REPEATS)
     rows = []
     for case, name in names.items():
         rows.append(
@@ -146,7 +158,7 @@ def head(rate: float) -> list[Row]:
                 written["head_after"] += workload.output_bytes  # what the head reads is written first
             else:
                 written = {case: calls[case]().nbytes for case in pair}
-            timings = interleave(calls, 5 if workload.size[0] < 1000 else 3)
+            timings = interleave(calls, _REPEATS if workload.size[0] < 1000 else 3)
             for case in pair:
                 rows.append(
                     {
@@ -196,6 +208,10 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def _peak(row: Row) -> str:
+    return f"peak {gigabytes(row['peak_bytes'])}"
+
+
 def _memory(case: str, workload: Workload, chunk: int | None = None) -> Row:
     found = memory.measure(case, workload, chunk=chunk)
     return {"peak_bytes": found.peak_bytes, "peak_is_exact": found.exact}
@@ -212,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reach", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=results.DEFAULT, help="results, kept up to date")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part (may be repeated)")
-    parser.add_argument("--resume", action="store_true", help="leave out what this commit stored on this machine")
+    parser.add_argument("--resume", action="store_true", help="keep what this commit stored here")
     parser.add_argument("--threads", type=int, help="torch's threads (torch's own default)")
     arguments = parser.parse_args(argv)
     if arguments.threads:

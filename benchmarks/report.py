@@ -29,8 +29,8 @@ def _reach(stored: Results) -> str:
             (
                 workload.name,
                 _seconds(ours),
-                f"{_seconds(theirs)} (chunks of {theirs['chunk'] or 'all'})",
-                f"{ours['speed_up']:.1f}x",
+                _seconds(theirs) + (f" (chunks of {theirs['chunk']})" if theirs["chunk"] else ""),
+                f"{ours['speed_up']:.1f}x" if ours["speed_up"] else "",
                 f"{ours['times_floor']:.2f}",
                 _gigabytes(ours["peak_bytes"]),
                 _gigabytes(theirs["peak_bytes"]),
@@ -115,6 +115,8 @@ def _span(numbers: Iterable[float]) -> str:
 
 def _seconds(row: Row) -> str:
     seconds = row["seconds"]
+    if seconds is None:
+        return "out of memory"
     return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
 
 

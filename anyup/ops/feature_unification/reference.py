@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -20,11 +21,12 @@ def unsupported(problem: object) -> list[str]:
 
 def forward(features: Tensor, basis: Tensor) -> Tensor:
     """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w). The softmax runs in float32 for half precision."""
-    batch, channels, h, w = features.shape
-    filters, _, size, _ = basis.shape
-    z = F.conv2d(features.reshape(batch * channels, 1, h, w), basis, padding=size // 2)
-    inside = F.conv2d(torch.ones_like(features[:1, :1]), torch.ones_like(basis[:1]), padding=size // 2)
-    z = (z / inside).reshape(batch, filters, channels, h, w)
+    batch, channels = features.shape[:2]
+    padding = basis.shape[2] // 2
+    z = F.conv2d(rearrange(features, "b c h w -> (b c) 1 h w"), basis, padding=padding)
+    inside = F.conv2d(torch.ones_like(features[:1, :1]), torch.ones_like(basis[:1]), padding=padding)
+    z = rearrange(z / inside, "(b c) m h w -> b (c m) h w", b=batch)
+    z = rearrange(z, "b (m c) h w -> b m c h w", c=channels)  # read again
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.softmax(z, dim=1, dtype=wide).mean(dim=2).to(features.dtype)
 

@@ -23,7 +23,7 @@ from anyup.ops.window_attention.segments import Segments, cut_axis
 from anyup.window import Window
 
 # Values in the largest buffer of a batch: on a CPU what stays in its caches, elsewhere enough work for a launch.
-_BUDGET = {"cpu": 2**20}
+_BUDGET = {"cpu": 2**19}
 _BUDGET_ELSEWHERE = 2**25
 
 _LONGEST_SEGMENT = 32

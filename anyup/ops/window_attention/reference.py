@@ -8,6 +8,7 @@ Dense and masked: it allocates heads * H*W * h*w values, `max_queries` at a time
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from anyup.window import Window, axis_bounds
@@ -41,27 +42,27 @@ def forward(
     save_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits."""
-    batch, height, width, heads, head_dim = query.shape
+    height, width = query.shape[1:3]
     grid = (key.shape[1], key.shape[2])
     mask = window_mask(window, (height, width), grid).to(query.device)
-    q = query.reshape(batch, height * width, heads, head_dim)
-    k = key.reshape(batch, grid[0] * grid[1], heads, head_dim)
-    v = value.reshape(batch, grid[0] * grid[1], -1)
+    q, k = (rearrange(t, "b row column head d -> b head (row column) d") for t in (query, key))
+    v = rearrange(value, "b row column c -> b (row column) c")
     outputs, statistics = [], []
     step = max_queries or height * width
     for first in range(0, height * width, step):
         chunk = slice(first, first + step)
-        logits = torch.einsum("bqnd,bknd->bnqk", q[:, chunk], k) * scale
+        logits = q[:, :, chunk] @ k.mT * scale  # (B, heads, queries, keys)
         logits = logits.masked_fill(~mask[chunk], float("-inf"))
         weights = torch.softmax(logits, dim=-1).mean(dim=1)
         outputs.append(weights.to(v.dtype) @ v)
         if save_lse:
             wide = logits if logits.dtype == torch.float64 else logits.float()
-            statistics.append(torch.logsumexp(wide, dim=-1).transpose(1, 2))
-    out = torch.cat(outputs, dim=1).reshape(batch, height, width, -1)
+            statistics.append(torch.logsumexp(wide, dim=-1))
+    out = rearrange(torch.cat(outputs, dim=1), "b (row column) c -> b row column c", row=height)
     if not save_lse:
         return out, _empty_statistics(query)
-    return out, torch.cat(statistics, dim=1).reshape(batch, height, width, heads)
+    lse = rearrange(torch.cat(statistics, dim=2), "b head (row column) -> b row column head", row=height)
+    return out, lse.contiguous()
 
 
 def backward(

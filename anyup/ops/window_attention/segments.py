@@ -111,7 +111,7 @@ def _batch(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[
     position = torch.tensor(key_starts)[:, None, None] + torch.arange(width)
     low = torch.tensor([start[first:last] for first, last in segments])[:, :, None]
     high = torch.tensor([stop[first:last] for first, last in segments])[:, :, None]
-    bias = torch.zeros(len(segments), segments[0][1] - segments[0][0], width, dtype=torch.float64)
+    bias = torch.zeros(len(segments), segments[0][1] - segments[0][0], width)
     bias.masked_fill_((position < low) | (position >= high), float("-inf"))
     return Segments(
         length=segments[0][1] - segments[0][0],

@@ -1,0 +1,313 @@
+"""The pixel encoder: every backend against the reference, its statistics, and its bands."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_backend_accurate, assert_close_enough, output_and_gradients
+from test_window_attention import LargestTensor
+from torch import Tensor
+
+from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, eager, encode_pixels, explain_backends, reference
+from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+
+BACKENDS = ("torch", "reference")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Shape(NamedTuple):
+    size: tuple[int, int]
+    output: tuple[int, int] | None = None
+    inputs: int | None = 3  # None: no first projection
+    dim: int = 16
+    rotates: bool = False
+    batch: int = 1
+
+
+SHAPES = {
+    "image": Shape((20, 24), rotates=True),
+    "odd image": Shape((17, 23), rotates=True),
+    "several tiles": Shape((96, 113), rotates=True),
+    "several tiles, stored projection": Shape((96, 113), inputs=24),
+    "several tiles, no projection": Shape((113, 96), inputs=None),
+    "batch 2": Shape((12, 9), batch=2, inputs=16, dim=24),
+    "empty batch": Shape((12, 9), batch=0),
+    "many inputs": Shape((12, 9), inputs=40),
+    "sixteen inputs": Shape((12, 9), inputs=16),
+    "seventeen inputs": Shape((12, 9), inputs=17),
+    "one input": Shape((12, 9), inputs=1),
+    "no projection": Shape((12, 9), inputs=None),
+    "pooled": Shape((24, 20), (6, 5), inputs=16),
+    "pooled to overlapping cells": Shape((23, 19), (7, 5), inputs=16),
+    "pooled, several tiles": Shape((113, 96), (11, 9), inputs=16),
+    "pooled, no projection": Shape((23, 19), (7, 5), inputs=None),
+    "pooled to one": Shape((12, 9), (1, 1), inputs=16),
+    "pooled to one row": Shape((12, 9), (1, 4), inputs=16),
+    "enlarged": Shape((12, 9), (19, 15), inputs=16),
+    "enlarged on one axis": Shape((12, 9), (6, 15), inputs=16),
+    "rotated and pooled": Shape((24, 20), (6, 5), rotates=True),
+    "one pixel": Shape((1, 1), rotates=True),
+    "one row": Shape((1, 31), rotates=True),
+    "one column": Shape((31, 1), rotates=True),
+    "wide": Shape((2, 300), rotates=True),
+    "one channel a group": Shape((12, 9), dim=8),
+    "default width": Shape((14, 11), inputs=128, dim=128),
+}
+
+NAMES = ("projection", *(f"block{n}_{field}" for n in (1, 2) for field in BlockParameters._fields), "frequencies")
+
+
+def tensors_of(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return (shift + scale * torch.randn(*size, generator=generator)).to(dtype)
+
+    dim = shape.dim
+    tensors = {"pixels": random_(shape.batch, *shape.size, shape.inputs or dim)}
+    if shape.inputs is not None:
+        tensors["projection"] = random_(dim, shape.inputs, scale=shape.inputs**-0.5)
+    for name in NAMES[1:-1]:
+        if "norm" in name:
+            tensors[name] = random_(dim, scale=0.2, shift=1.0 if name.endswith("weight") else 0.0)
+        else:
+            tensors[name] = random_(dim, dim, scale=dim**-0.5)
+    if shape.rotates:
+        tensors["frequencies"] = random_(2, dim, scale=3.0)
+    return tensors
+
+
+def parameters_of(tensors: dict[str, Tensor]) -> EncoderParameters:
+    blocks = (BlockParameters(*(tensors[f"block{n}_{f}"] for f in BlockParameters._fields)) for n in (1, 2))
+    return EncoderParameters(tensors.get("projection"), *blocks)
+
+
+def encoder(shape: Shape) -> Any:
+    """The operator for a shape, as the error rule calls it."""
+
+    def run(*, backend: str, **tensors: Tensor) -> Tensor:
+        return encode_pixels(
+            tensors["pixels"], parameters_of(tensors), frequencies=tensors.get("frequencies"),
+            output_size=shape.output, backend=backend,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_torch_backend_obeys_the_error_rule(name: str, dtype: torch.dtype) -> None:
+    assert_backend_accurate(encoder(SHAPES[name]), tensors_of(SHAPES[name], dtype))
+
+
+@pytest.mark.parametrize("name", ["several tiles", "pooled, several tiles", "enlarged", "no projection"])
+def test_torch_backend_reads_no_uninitialised_memory(name: str, poisoned_memory: None) -> None:
+    assert_backend_accurate(encoder(SHAPES[name]), tensors_of(SHAPES[name]))
+
+
+@pytest.mark.parametrize("inputs", [3, 24, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pixels_far_from_zero_obey_the_error_rule(inputs: int | None, dtype: torch.dtype) -> None:
+    shape = Shape((96, 100), inputs=inputs)
+    tensors = tensors_of(shape, dtype)
+    tensors["pixels"] = tensors["pixels"] * 0.1 + 20  # statistics from raw moments would cancel
+    assert_backend_accurate(encoder(shape), tensors, gradients=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_constant_image_obeys_the_error_rule(dtype: torch.dtype) -> None:
+    shape = SHAPES["odd image"]
+    tensors = tensors_of(shape, dtype)
+    tensors["pixels"] = torch.ones_like(tensors["pixels"]) * torch.tensor([0.3, -1.1, 2.0], dtype=dtype)
+    assert_backend_accurate(encoder(shape), tensors, gradients=False)
+
+
+@pytest.mark.parametrize("name", ["odd image", "pooled to overlapping cells", "batch 2"])
+def test_strides_change_nothing(name: str) -> None:
+    shape = SHAPES[name]
+    tensors = tensors_of(shape)
+    expected = output_and_gradients(encoder(shape), tensors, "torch")
+    pixels = tensors["pixels"]
+    for moved in (pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), torch.stack((pixels, pixels), 2)[:, :, 0],
+                  pixels.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert not moved.is_contiguous()
+        actual = output_and_gradients(encoder(shape), {**tensors, "pixels": moved}, "torch")
+        for key in expected:
+            torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape((3, 4), dim=8, rotates=True),
+        Shape((3, 4), (2, 3), inputs=None, dim=8),
+        Shape((3, 2), (4, 3), inputs=2, dim=8),
+    ],
+)
+def test_gradients_are_those_of_finite_differences(shape: Shape, backend: str) -> None:
+    tensors = tensors_of(shape, torch.float64)
+    names, inputs = list(tensors), tuple(t.requires_grad_() for t in tensors.values())
+
+    def run(*values: Tensor) -> Tensor:
+        return encoder(shape)(backend=backend, **dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("count", [15, pytest.param(150, marks=pytest.mark.slow)])
+def test_random_shapes_obey_the_error_rule(count: int) -> None:
+    rng = random.Random(count)
+    for seed in range(count):
+        size = (rng.randint(1, 40), rng.randint(1, 40))
+        shape = Shape(
+            size,
+            rng.choice([None, (rng.randint(1, 12), rng.randint(1, 12)), (rng.randint(1, 60), rng.randint(1, 60))]),
+            rng.choice([None, 1, 3, 20]), rng.choice([8, 16, 40]), rng.random() < 0.5, rng.randint(1, 2),
+        )
+        dtype = rng.choice(DTYPES)
+        for draw in range(3):  # the reference's own error is sometimes small by luck
+            try:
+                assert_backend_accurate(encoder(shape), tensors_of(shape, dtype, 3 * seed + draw))
+                break
+            except AssertionError as error:
+                if draw == 2:
+                    raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
+
+
+@pytest.mark.parametrize("threads_now", [1, 2, 5])
+@pytest.mark.parametrize("name", ["several tiles", "pooled, several tiles"])
+def test_result_does_not_depend_on_the_number_of_threads(name: str, threads_now: int, threads: None) -> None:
+    torch.set_num_threads(threads_now)
+    assert_backend_accurate(encoder(SHAPES[name]), tensors_of(SHAPES[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("inputs", [3, 24, None])
+def test_bands_with_merged_statistics_are_the_whole_map(inputs: int | None, dtype: torch.dtype) -> None:
+    shape = Shape((37, 20), inputs=inputs)
+    tensors = tensors_of(shape, dtype)
+    parameters = parameters_of(tensors)
+    rows = tensors["pixels"][0]
+    bands = [eager.Band(part.flatten(0, 1), parameters) for part in (rows[:1], rows[1:20], rows[20:])]
+    norm = None
+    for block in (parameters.block1, parameters.block2):
+        for weight, bias in ((block.norm1_weight, block.norm1_bias), (block.norm2_weight, block.norm2_bias)):
+            statistics = Statistics.merge([band.advance(norm) for band in bands])
+            assert statistics.count == 37 * 20
+            norm = Affine.of(statistics, weight, bias, dtype)
+    assert norm is not None
+    out = torch.cat([band.finish(norm) for band in bands]).view(1, 37, 20, -1)
+    wide = {k: t.double() for k, t in tensors.items()}
+    run = encoder(shape)
+    assert_close_enough(out, run(backend="reference", **tensors), run(backend="reference", **wide))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_are_those_of_all_pixels(offset: float) -> None:
+    pixels = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)) + offset
+    expected_variance, expected_mean = torch.var_mean(pixels.double(), dim=0, correction=0)
+    parts = [Statistics.of(part) for part in pixels.split([1, 399, 600])]
+    for statistics in (Statistics.of(pixels), Statistics.merge(parts), Statistics.merge(parts[::-1])):
+        assert statistics.count == 1000 and statistics.mean.dtype == torch.float64
+        torch.testing.assert_close(statistics.mean, expected_mean, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(statistics.deviation / 1000, expected_variance, rtol=2e-4 if offset else 1e-5, atol=0)
+
+
+def test_statistics_of_a_projection_are_those_of_the_projected_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels, weight = torch.randn(500, 3, generator=generator) + 30, torch.randn(16, 3, generator=generator)
+    expected = Statistics.of(pixels.double() @ weight.double().T)
+    actual = Statistics.of_projection(pixels, weight)
+    torch.testing.assert_close(actual.mean, expected.mean)
+    torch.testing.assert_close(actual.deviation, expected.deviation)
+
+
+def test_statistics_of_half_precision_maps_are_taken_before_rounding() -> None:
+    tensors = tensors_of(SHAPES["several tiles"], torch.bfloat16)
+    out = encoder(SHAPES["several tiles"])(backend="torch", **tensors)
+    exact = encoder(SHAPES["several tiles"])(backend="reference", **{k: t.double() for k, t in tensors.items()})
+    assert (out - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotation_keeps_the_length_of_each_pair_when_the_frequencies_agree(backend: str) -> None:
+    shape = Shape((9, 13), rotates=True)
+    tensors = tensors_of(shape, torch.float64)
+    tensors["frequencies"] = tensors["frequencies"][:, :8].repeat(1, 2)  # both halves turn by one angle
+    rotated = encoder(shape)(backend=backend, **tensors)
+    plain = encoder(shape)(backend=backend, **{**tensors, "frequencies": torch.zeros(2, 16, dtype=torch.float64)})
+    lengths = (torch.hypot(*t.chunk(2, dim=-1)) for t in (rotated, plain))
+    torch.testing.assert_close(*lengths)
+    torch.testing.assert_close(rotated[:, 0, 0], plain[:, 0, 0])  # coordinate 0, 0
+    row, column = tensors["frequencies"]
+    angle = row[:8] * (4 / 8) + column[:8] * (9 / 12)
+    a, b = plain[0, 4, 9].chunk(2)
+    turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+    torch.testing.assert_close(rotated[0, 4, 9], turned)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output", [(5, 4), (30, 9), (1, 1)])
+def test_pooling_is_torch_s(output: tuple[int, int], backend: str) -> None:
+    shape = Shape((12, 9), output)
+    tensors = tensors_of(shape, torch.float64)
+    whole = encoder(shape._replace(output=None))(backend=backend, **tensors).permute(0, 3, 1, 2)
+    pooled = encoder(shape)(backend=backend, **tensors)
+    torch.testing.assert_close(pooled, F.adaptive_avg_pool2d(whole, output).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["image", "pooled", "enlarged", "one pixel"])
+def test_output_is_contiguous_in_the_pixels_dtype(name: str, backend: str) -> None:
+    out = encoder(SHAPES[name])(backend=backend, **tensors_of(SHAPES[name], torch.bfloat16))
+    assert out.is_contiguous() and out.dtype == torch.bfloat16
+
+
+def test_two_maps_and_a_tile_are_the_most_that_is_alive(threads: None) -> None:
+    torch.set_num_threads(1)  # the tiles of other threads are not seen
+    shape = Shape((160, 160))
+    tensors = tensors_of(shape)
+    with LargestTensor() as seen:
+        eager.forward(tensors["pixels"], parameters_of(tensors), frequencies=None, output_size=(160, 160))
+    assert seen.largest == 160 * 160 * 16
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"pixels": torch.ones(4, 4, 3)}, ValueError, r"pixels: .*\(4, 4, 3\)"),
+        ({"pixels": torch.ones(1, 4, 4, 4)}, ValueError, r"pixels: expected 3 channels, got 4"),
+        ({"pixels": torch.ones(1, 4, 4, 3).int()}, TypeError, r"pixels: .*int32"),
+        ({"projection": torch.ones(16, 3).half()}, ValueError, r"projection: .*float16"),
+        ({"frequencies": torch.ones(2, 16).double()}, ValueError, r"frequencies: .*float64"),
+        ({"block2_norm2_bias": torch.ones(16).double()}, ValueError, r"norm2_bias: .*float64"),
+    ],
+)
+def test_a_mistake_is_named(changed: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    shape = Shape((4, 4))
+    with pytest.raises(error, match=message):
+        encoder(shape)(backend="torch", **{**tensors_of(shape), **changed})
+
+
+def test_explanation_names_the_chosen_backend() -> None:
+    tensors = tensors_of(SHAPES["pooled"])
+    explanation = explain_backends(tensors["pixels"], parameters_of(tensors), output_size=(6, 5))
+    assert explanation.chosen == "torch" and "24 x 20 to 6 x 5" in str(explanation)
+
+
+def test_reference_is_built_from_torch_s_own_group_norm() -> None:
+    shape = Shape((7, 6), inputs=None)
+    tensors = tensors_of(shape, torch.float64)
+    block = parameters_of(tensors).block1
+    x = tensors["pixels"].permute(0, 3, 1, 2)
+    norm1, norm2 = (torch.nn.GroupNorm(8, 16).double() for _ in range(2))
+    for norm, weight, bias in ((norm1, block.norm1_weight, block.norm1_bias), (norm2, block.norm2_weight, block.norm2_bias)):
+        norm.load_state_dict({"weight": weight, "bias": bias})
+    y = torch.einsum("oi,bihw->bohw", block.weight1, F.silu(norm1(x)))
+    y = x + torch.einsum("oi,bihw->bohw", block.weight2, F.silu(norm2(y)))
+    torch.testing.assert_close(reference._residual_block(x, block), y)
