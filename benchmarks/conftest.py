@@ -13,6 +13,8 @@ from benchmarks.workloads import Workload
 
 Run = Callable[..., object]
 
+_SLOW = 60.0
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The command line's additions."""
@@ -37,14 +39,23 @@ def rate(request: pytest.FixtureRequest) -> float:
 def run(benchmark: Any, request: pytest.FixtureRequest, rate: float) -> Run:
     """Time a call unless it is expected to take too long, or skip with the reason where memory runs out."""
 
-    def run(call: Callable[[], object], workload: Workload, *, expected: float, **notes: object) -> object:
-        within_budget(request.config, expected)
+    def run(
+        call: Callable[[], object],
+        workload: Workload,
+        *,
+        expected: float,
+        baseline: bool = False,
+        **notes: object,
+    ) -> object:
+        within_budget(request.config, expected, baseline=baseline)
         benchmark.extra_info.update(
             machine.describe().as_row(), workload=workload.name, matmul_rate=rate, **notes
         )
-        rounds = max(2, min(10, int(10 / expected)))
+        # What takes minutes is called once, cold.
+        slow = expected > _SLOW
+        rounds = 1 if slow else max(3, min(10, int(10 / expected)))
         try:
-            return benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+            return benchmark.pedantic(call, rounds=rounds, warmup_rounds=0 if slow else 1)
         except (MemoryError, RuntimeError) as error:
             if "memory" in str(error).lower() or isinstance(error, MemoryError):
                 pytest.skip(f"out of memory: {error}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -78,6 +77,8 @@ def _peak_bytes() -> int:
     peak = _status_bytes("VmHWM")
     if peak is not None:
         return peak
+    import resource  # absent on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -54,4 +54,4 @@ def test_published(
     times = published.Published(cases.model()).chunk_times(workload)
     chunk = published.best_chunk(times)
     call = cases.build("published", workload, chunk=chunk)
-    run(call, workload, expected=expected, chunk=str(chunk), difference=difference)
+    run(call, workload, expected=expected, baseline=True, chunk=str(chunk), difference=difference)
