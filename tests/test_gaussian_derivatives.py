@@ -24,7 +24,9 @@ def test_filters_are_the_stored_bank(name: str) -> None:
     filters = gaussian_derivatives(count, size)
     expected = BANKS[name].reshape(count, 1, size, size)
     assert filters.dtype == torch.float32
-    assert (filters - expected).abs().max() <= 1e-6 * expected.abs().max()
+    # The bank was computed in float32: polynomials of order 15 lose a digit.
+    error, largest = (t.abs().amax(dim=(1, 2, 3)) for t in (filters - expected, expected))
+    assert (error <= 5e-6 * largest).all()
 
 
 @pytest.mark.parametrize("name", BANKS)

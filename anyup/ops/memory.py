@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Below this the allocator reuses what it has, which is faster than any fresh page.
-_LARGE = 2**25
+_LARGE = 2**23
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -21,6 +21,18 @@ Result = TypeVar("Result")
 _MOST_WORKERS = 8
 
 
+def cut(length: int, most: int, device: torch.device) -> list[slice]:
+    """Slices of about one size that cover `length`, none longer than `most`, as many for each worker as for another."""
+    if not length:
+        return []
+    workers = min(torch.get_num_threads(), _MOST_WORKERS) if device.type == "cpu" else 1
+    count = -(-length // most)
+    if count > 1:
+        count = min(-(-count // workers) * workers, length)
+    bounds = [index * length // count for index in range(count + 1)]
+    return [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+
+
 def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device: torch.device) -> list[Result]:
     """`[function(tile) for tile in tiles]`, on worker threads where `device` is a CPU with threads to share.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.memory import empty
-from anyup.ops.parallel import map_tiles
+from anyup.ops.parallel import cut, map_tiles
 
 # Values worked on at a time: on a CPU what stays in its caches.
 _BUDGET = {"cpu": 2**18}
@@ -79,12 +79,9 @@ class _Patches:
         taps = tap[:, None] * self.padded.shape[2] + tap
         self._rows = corner.flatten()[:, None] + taps.flatten()  # (h*w, s*s), rows of a flattened padded map
         self._inside = _taps_inside((h, w), size, self.padded)[:, None, None]
-        length = max(1, _BUDGET.get(features.device.type, _BUDGET_ELSEWHERE) // (channels * filters))
-        self.tiles: list[_Tile] = [
-            (image, slice(first, min(first + length, h * w)))
-            for image in range(batch)
-            for first in range(0, h * w, length)
-        ]
+        most = max(1, _BUDGET.get(features.device.type, _BUDGET_ELSEWHERE) // (channels * filters))
+        positions = cut(h * w, most, features.device)
+        self.tiles: list[_Tile] = [(image, tile) for image in range(batch) for tile in positions]
 
     def take(self, tile: _Tile) -> Tensor:
         """A tile's patches (n, s*s, C)."""

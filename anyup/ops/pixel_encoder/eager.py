@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
-from anyup.ops.parallel import map_tiles
+from anyup.ops.parallel import cut, map_tiles
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 
@@ -163,9 +163,9 @@ class Band:
 
     def _map(self, function: Callable[[slice], Result]) -> list[Result]:
         """The function's result for each tile, in order."""
-        count, device = self._pixels.shape[0], self._pixels.device
-        length = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
-        return map_tiles(function, [slice(n, min(n + length, count)) for n in range(0, count, length)], device)
+        device = self._pixels.device
+        most = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
+        return map_tiles(function, cut(self._pixels.shape[0], most, device), device)
 
 
 def backward(
@@ -258,15 +258,14 @@ def _rotate(encoded: Tensor, frequencies: Tensor) -> None:
     row_angle, column_angle = _angles((height, width), frequencies.to(wide))
     row_cos, row_sin = row_angle.cos()[:, None], row_angle.sin()[:, None]  # (H, 1, D)
     column_cos, column_sin = column_angle.cos(), column_angle.sin()  # (W, D)
-    length = max(1, _TILE_PIXELS.get(encoded.device.type, _TILE_PIXELS_ELSEWHERE) // width)
+    most = max(1, _TILE_PIXELS.get(encoded.device.type, _TILE_PIXELS_ELSEWHERE) // width)
 
-    def go(first: int) -> None:
-        rows = slice(first, first + length)
+    def go(rows: slice) -> None:
         cos = (column_cos * row_cos[rows]).addcmul_(column_sin, row_sin[rows], value=-1)
         sin = (column_sin * row_cos[rows]).addcmul_(column_cos, row_sin[rows])
         encoded[rows] = _rotated(encoded[rows].to(wide), cos, sin)
 
-    map_tiles(go, range(0, height, length), encoded.device)
+    map_tiles(go, cut(height, most, encoded.device), encoded.device)
 
 
 def _angles(size: tuple[int, int], frequencies: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
-from anyup.ops.parallel import map_tiles
+from anyup.ops.parallel import cut, map_tiles
 from anyup.ops.query_projection.problem import ProjectionParameters
 
 # Pixels of a band: on a CPU its working set stays in a shared cache.
@@ -34,11 +34,10 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     weight = weight * norm
     eps = torch.finfo(wide).eps
     out = empty((batch, height, width, dim), encoded)
-    length = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // width)
+    most = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // width)
 
-    def go(band: tuple[int, int]) -> None:
-        image, first = band
-        last = min(first + length, height)
+    def go(band: tuple[int, slice]) -> None:
+        image, (first, last) = band[0], (band[1].start, band[1].stop)
         rows = encoded[image, max(first - 1, 0) : last + 1].to(wide)
         rows = F.pad(rows, (0, 0, 0, 0, first == 0, last == height))
         x = F.conv2d(rows.permute(2, 0, 1)[None], convolution, padding=(0, 1))
@@ -46,7 +45,9 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
         x *= torch.rsqrt(torch.linalg.vecdot(x, x)[:, None] / dim + eps)
         out[image, first:last] = linear(x, weight, bias).view(last - first, width, dim)
 
-    map_tiles(go, [(image, first) for image in range(batch) for first in range(0, height, length)], encoded.device)
+    map_tiles(
+        go, [(image, rows) for image in range(batch) for rows in cut(height, most, encoded.device)], encoded.device
+    )
     return out
 
 

@@ -1,0 +1,229 @@
+"""The model under `torch.compile` and `torch.export`, and the operators' registrations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from recipe import fill, wave
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anyup import AnyUp
+from anyup.ops.feature_unification import unify_features
+from anyup.ops.pixel_encoder import encode_pixels
+from anyup.ops.query_projection import ProjectionParameters, project_queries
+from anyup.ops.window_attention import window_attention
+from anyup.window import RatioWindow
+
+SIZES = [((48, 64), (6, 8)), ((57, 71), (7, 9)), ((80, 56), (10, 7))]
+
+
+def model(**arguments: Any) -> AnyUp:
+    return fill(AnyUp(**{"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3, **arguments}), 0).eval()
+
+
+def inputs(size: tuple[int, int], grid: tuple[int, int], channels: int = 5) -> tuple[Tensor, Tensor]:
+    return wave((1, 3, *size), 3, 0.8), wave((1, channels, *grid), 7)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def assert_one_graph(model: AnyUp, compiler: str, **settings: Any) -> None:
+    """Compile once for all sizes, with results equal to eager ones."""
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for size, grid in SIZES:
+            image, features = inputs(size, grid)
+            torch.testing.assert_close(
+                compiled(image, features, **settings), model(image, features, **settings), rtol=1e-4, atol=1e-4
+            )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({}, id="defaults"),
+        pytest.param({"window": "cell"}, id="cell"),
+        pytest.param({"kernel_size": 3}, id="kernel size 3"),
+        pytest.param({"backend": "reference"}, id="reference"),
+        pytest.param({"window_ratio": 0.0}, id="every key"),
+    ],
+)
+def test_one_graph_serves_every_size(arguments: dict[str, Any]) -> None:
+    assert_one_graph(model(**arguments), "aot_eager")
+
+
+def test_one_graph_serves_every_size_in_inductor() -> None:
+    assert_one_graph(model(), "inductor")
+
+
+def test_one_graph_serves_every_size_at_the_default_widths() -> None:
+    assert_one_graph(fill(AnyUp(), 0).eval(), "aot_eager")
+
+
+def test_one_graph_serves_every_output_size() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    eager = model()
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for (size, grid), output in zip(SIZES, [(33, 57), (60, 72), (20, 30)], strict=True):
+            image, features = inputs(size, grid)
+            torch.testing.assert_close(
+                compiled(image, features, output), eager(image, features, output), rtol=1e-4, atol=1e-4
+            )
+    assert counter.frame_count == 1
+
+
+def test_one_graph_serves_every_number_of_channels() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model(), fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for (size, grid), channels in zip(SIZES, (5, 24, 7), strict=True):
+            assert compiled(*inputs(size, grid, channels)).shape == (1, channels, *size)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_model_trains_as_an_eager_one(compiler: str) -> None:
+    torch.manual_seed(0)
+    gradients = []
+    counter = CompileCounterWithBackend(compiler)
+    for compiles in (False, True):
+        upsampler = model()
+        run = torch.compile(upsampler, fullgraph=True, dynamic=True, backend=counter) if compiles else upsampler
+        for size, grid in SIZES[:2]:
+            image, features = (t.requires_grad_() for t in inputs(size, grid))
+            out = run(image, features)
+            (out * wave(tuple(out.shape), 31)).sum().backward()
+        parameters = {n: p.grad for n, p in upsampler.named_parameters() if p.grad is not None}
+        gradients.append({**parameters, "image": image.grad, "features": features.grad})
+    assert counter.frame_count == 1
+    expected, actual = gradients
+    assert set(actual) == set(expected)
+    for name in expected:
+        error = (actual[name] - expected[name]).abs().max()
+        assert error <= 1e-3 * expected[name].abs().max(), name
+
+
+def test_a_compiled_model_runs_under_autocast() -> None:
+    eager = model()
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")
+    image, features = inputs(*SIZES[0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out, expected = compiled(image, features), eager(image, features)
+    assert out.dtype == torch.float32
+    assert (out - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+OPERATORS = {
+    "anyup.pixel_encoder.default": 3,
+    "anyup.feature_unification.default": 1,
+    "anyup.query_projection.default": 1,
+    "anyup.window_attention.default": 1,
+}
+
+
+def test_export_keeps_each_operator_as_one_node() -> None:
+    upsampler = model().requires_grad_(False)
+    image, features = inputs(*SIZES[0])
+    dims = {name: torch.export.Dim(name, min=2, max=512) for name in ("H", "W", "h", "w")}
+    shapes = {"image": {2: dims["H"], 3: dims["W"]}, "features": {2: dims["h"], 3: dims["w"]}}
+    program = torch.export.export(upsampler, (image, features), dynamic_shapes=shapes, strict=False)
+    found = Counter(str(node.target) for node in program.graph.nodes if "anyup" in str(node.target))
+    assert found == OPERATORS
+    for size, grid in SIZES:
+        image, features = inputs(size, grid)
+        torch.testing.assert_close(program.module()(image, features), upsampler(image, features), rtol=1e-4, atol=1e-4)
+
+
+# The operators' registrations: schema, fake kernels, autograd, ahead-of-time autograd with symbolic sizes.
+
+
+def captured_calls(backend: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """The arguments that a training step passes to each forward and backward operator."""
+    from test_feature_unification import Shape as UnificationShape
+    from test_feature_unification import tensors_of as unification_tensors
+    from test_pixel_encoder import Shape as EncoderShape
+    from test_pixel_encoder import parameters_of
+    from test_pixel_encoder import tensors_of as encoder_tensors
+    from test_query_projection import Shape as ProjectionShape
+    from test_query_projection import tensors_of as projection_tensors
+    from recipe import AttentionShape, attention_tensors
+
+    def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.requires_grad_() for name, t in tensors.items()}
+
+    def run() -> list[Tensor]:
+        attention = leaves(attention_tensors(AttentionShape((9, 7), (4, 3), heads=2), dtype=dtype))
+        projection = leaves(projection_tensors(ProjectionShape((5, 6)), dtype))
+        unification = leaves(unification_tensors(UnificationShape((4, 5), 6), dtype))
+        encoder = leaves(encoder_tensors(EncoderShape((8, 6), (4, 3), rotates=True), dtype))
+        return [
+            window_attention(**attention, window=RatioWindow(0.1), backend=backend),
+            project_queries(projection.pop("encoded"), ProjectionParameters(**projection), backend=backend),
+            unify_features(**unification, backend=backend),
+            encode_pixels(
+                encoder["pixels"], parameters_of(encoder), frequencies=encoder["frequencies"], output_size=(4, 3),
+                backend=backend,
+            ),
+        ]
+
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    class Seen(Exception):
+        """A backward operator was called: its arguments are all that is wanted."""
+
+    class Capture(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "anyup":
+                name = func._schema.name.removeprefix("anyup::")
+                calls[name] = args
+                if name.endswith("_backward"):
+                    raise Seen
+            return func(*args, **(kwargs or {}))
+
+    with Capture():
+        for out in run():
+            with pytest.raises(Seen):
+                out.sum().backward()
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", ["window_attention", "query_projection", "feature_unification", "pixel_encoder"])
+@pytest.mark.parametrize("direction", ["", "_backward"])
+def test_operator_passes_torch_s_own_check(name: str, direction: str, backend: str) -> None:
+    arguments = captured_calls(backend, torch.float32)[name + direction]
+    wanted = not direction  # nothing differentiates twice
+    arguments = tuple(
+        a.detach().clone().requires_grad_(wanted) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
+    )
+    torch.library.opcheck(getattr(torch.ops.anyup, name + direction).default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("shape", [((1, 1), (1, 1)), ((1, 5), (3, 1))])
+def test_attention_of_one_pixel_passes_torch_s_own_check(shape: Any, save: bool, backend: str) -> None:
+    from recipe import AttentionShape, attention_tensors
+
+    tensors = attention_tensors(AttentionShape(*shape, heads=1), dtype=torch.bfloat16).values()
+    arguments = (*tensors, "ratio", 0.1, 0.5, backend, 0, save)
+    torch.library.opcheck(torch.ops.anyup.window_attention.default, arguments)
+
+
+def test_operators_cannot_be_differentiated_twice_unnoticed() -> None:
+    image, features = (t.requires_grad_() for t in inputs((8, 6), (3, 2)))
+    (gradient,) = torch.autograd.grad(model()(image, features).square().sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.square().sum().backward()

@@ -1,0 +1,145 @@
+"""A caller's mistakes, each met before any work and named."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from anyup import AnyUp, problem
+from anyup.ops.dispatch import Operation
+
+IMAGE = torch.zeros(2, 3, 16, 12)
+FEATURES = torch.ones(2, 5, 4, 3)
+
+
+@pytest.fixture(scope="module")
+def model() -> AnyUp:
+    return AnyUp(qk_dim=16, num_heads=2, lfu_dim=8, kernel_size_lfu=3)
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The warning about an image comes once per process: each test starts without it."""
+    monkeypatch.setattr(problem, "_warned_unnormalised", False)
+    yield
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any operation that starts is an error of its own."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("worked before checking")
+
+    monkeypatch.setattr(Operation, "run", run)
+
+
+BAD_CALLS = [
+    ({"image": IMAGE[0]}, ValueError, r"image: expected \(B, 3, height, width\), got shape \(3, 16, 12\)"),
+    ({"image": IMAGE[:, :1]}, ValueError, r"image: expected 3 channels.*\(2, 1, 16, 12\)"),
+    ({"image": torch.zeros(2, 4, 16, 12)}, ValueError, r"image: expected 3 channels.*\(2, 4, 16, 12\)"),
+    ({"image": torch.zeros(2, 3, 0, 12)}, ValueError, r"image: expected at least one.*\(2, 3, 0, 12\)"),
+    ({"image": torch.zeros(2, 3, 16, 12, dtype=torch.uint8)}, TypeError, r"image: .*floating-point.*uint8.*normalise"),
+    ({"image": torch.zeros(2, 3, 16, 12, dtype=torch.complex64)}, TypeError, r"image: .*floating-point.*complex64"),
+    ({"image": IMAGE.numpy()}, TypeError, r"image: expected a tensor, got ndarray"),
+    ({"image": None}, TypeError, r"image: expected a tensor, got NoneType"),
+    ({"image": IMAGE.to("meta")}, ValueError, r"image: .*cpu.*meta"),
+    ({"features": FEATURES[0]}, ValueError, r"features: expected \(B, C, height, width\), got shape \(5, 4, 3\)"),
+    ({"features": FEATURES.flatten(2)}, ValueError, r"features: .*\(2, 5, 12\)"),
+    ({"features": FEATURES[:1]}, ValueError, r"features: expected the image's batch of 2, got 1"),
+    ({"features": FEATURES[:, :0]}, ValueError, r"features: expected at least one.*\(2, 0, 4, 3\)"),
+    ({"features": FEATURES[:, :, :0]}, ValueError, r"features: expected at least one.*\(2, 5, 0, 3\)"),
+    ({"features": FEATURES.int()}, TypeError, r"features: .*floating-point.*int32"),
+    ({"features": FEATURES.bool()}, TypeError, r"features: .*floating-point.*bool"),
+    ({"features": FEATURES.to(torch.float8_e4m3fn)}, TypeError, r"features: .*float8_e4m3fn"),
+    ({"features": [1.0]}, TypeError, r"features: expected a tensor, got list"),
+    ({"features": FEATURES.to("meta")}, ValueError, r"features: .*cpu.*meta"),
+    ({"values": FEATURES[:, :, :3]}, ValueError, r"values: expected the features' grid \(4, 3\), got \(3, 3\)"),
+    ({"values": FEATURES[:1]}, ValueError, r"values: .*batch of 2, got 1"),
+    ({"values": FEATURES.long()}, TypeError, r"values: .*floating-point.*int64"),
+    ({"values": FEATURES[0]}, ValueError, r"values: .*\(5, 4, 3\)"),
+    ({"values": "logits"}, TypeError, r"values: expected a tensor, got str"),
+    ({"output_size": 16}, ValueError, r"output_size: expected two positive integers .*, got 16"),
+    ({"output_size": (16,)}, ValueError, r"output_size: .*\(16,\)"),
+    ({"output_size": (16, 12, 3)}, ValueError, r"output_size: .*\(16, 12, 3\)"),
+    ({"output_size": (0, 12)}, ValueError, r"output_size: .*0"),
+    ({"output_size": (16, -1)}, ValueError, r"output_size: .*-1"),
+    ({"output_size": (16.0, 12)}, TypeError, r"output_size: .*16.0"),
+    ({"output_size": (True, 12)}, TypeError, r"output_size: .*True"),
+    ({"output_size": "16"}, ValueError, r"output_size: .*'16'"),
+    ({"output_size": np.array([16, 12])}, ValueError, r"output_size: "),
+    ({"q_chunk_size": 0}, ValueError, r"q_chunk_size: .*0"),
+    ({"q_chunk_size": -5}, ValueError, r"q_chunk_size: .*-5"),
+    ({"q_chunk_size": 2.5}, TypeError, r"q_chunk_size: .*2.5"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_CALLS)
+def test_a_mistake_is_named_before_any_work(
+    model: AnyUp, changed: dict[str, Any], error: type[Exception], message: str, no_work: None
+) -> None:
+    with pytest.raises(error, match=message):
+        model(**{"image": IMAGE, "features": FEATURES, **changed})
+
+
+def test_every_checked_call_is_a_mistake_away_from_a_good_one(model: AnyUp) -> None:
+    assert model(IMAGE, FEATURES).shape == (2, 5, 16, 12)
+    assert model(IMAGE, FEATURES, (4, 5), False, 7, values=FEATURES[:, :2]).shape == (2, 2, 4, 5)
+
+
+def test_an_image_of_other_channels_is_measured_by_the_model_s() -> None:
+    model = AnyUp(input_dim=4, qk_dim=16, num_heads=2)
+    assert model(torch.zeros(1, 4, 8, 8), FEATURES[:1]).shape == (1, 5, 8, 8)
+    with pytest.raises(ValueError, match="image: expected 4 channels"):
+        model(IMAGE, FEATURES)
+
+
+@pytest.mark.parametrize("image", [IMAGE + 128, IMAGE - 25, IMAGE.half() + 255])
+def test_an_unnormalised_image_warns_once_and_is_worked_on(model: AnyUp, image: Tensor) -> None:
+    with pytest.warns(UserWarning, match=r"image: values reach .* ImageNet") as caught, torch.no_grad():
+        for _ in range(3):
+            assert model(image, FEATURES).shape == (2, 5, 16, 12)
+    assert len(caught) == 1
+
+
+def test_a_normalised_image_does_not_warn(model: AnyUp) -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(torch.linspace(-2.2, 2.7, IMAGE.numel()).view_as(IMAGE), FEATURES)
+        model(IMAGE[:0], FEATURES[:0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_nan_in_the_image_is_neither_refused_nor_hidden(model: AnyUp, backend: str) -> None:
+    image = IMAGE.clone()
+    image[0, 0, 0, 0] = torch.nan
+    model = AnyUp(qk_dim=16, num_heads=2, lfu_dim=8, backend=backend)
+    with torch.no_grad():
+        out = model(image, FEATURES)
+    assert out[0].isnan().all() and out[1].isfinite().all()  # it spreads by the normalisations of its own image
+
+
+def test_nobody_can_names_every_backend_s_reason(model: AnyUp) -> None:
+    model = AnyUp(qk_dim=16, num_heads=2, backend={"window_attention": ("triton", "flex")})
+    explanation = model.explain(IMAGE, FEATURES).explanations[-1]
+    if explanation.chosen is not None:
+        pytest.skip("this machine runs one of them")
+    with pytest.raises(NotImplementedError) as error:
+        model(IMAGE, FEATURES)
+    for candidate in explanation.candidates:
+        assert candidate.reasons
+        assert all(f"not {candidate.name}: {reason}" in str(error.value) for reason in candidate.reasons)
+
+
+def test_nobody_can_is_found_out_before_any_work(no_work: None) -> None:
+    model = AnyUp(qk_dim=16, num_heads=2, backend={"window_attention": ("triton", "flex")})
+    if model.explain(IMAGE, FEATURES).chosen["window_attention"] is not None:
+        pytest.skip("this machine runs one of them")
+    with pytest.raises(NotImplementedError, match="window_attention"):
+        model(IMAGE, FEATURES)
