@@ -44,7 +44,10 @@ def backend(name: str, most: int, log: list[str] | None = None) -> Any:
 
 @pytest.fixture
 def operation() -> Operation:
-    return Operation("stretch", {"triton": backend("triton", 4), "torch": backend("torch", 100), "reference": backend("reference", 10)})
+    return Operation(
+        "stretch",
+        {"triton": backend("triton", 4), "torch": backend("torch", 100), "reference": backend("reference", 10)},
+    )
 
 
 def test_none_takes_the_first_that_can(operation: Operation) -> None:
@@ -54,7 +57,9 @@ def test_none_takes_the_first_that_can(operation: Operation) -> None:
 
 def test_a_name_is_that_one_or_an_error(operation: Operation) -> None:
     assert operation.run("forward", Problem(3), "reference")[0] == "reference"
-    with pytest.raises(NotImplementedError, match=r"size 50\): no backend can\n  not reference: size is 50, at most 10"):
+    with pytest.raises(
+        NotImplementedError, match=r"size 50\): no backend can\n  not reference: size is 50, at most 10"
+    ):
         operation.run("forward", Problem(50), "reference")
 
 
@@ -134,7 +139,9 @@ def test_a_request_that_makes_no_sense_is_refused(request_: Any, error: type[Exc
 
 @pytest.mark.parametrize("module", [window_attention, pixel_encoder, feature_unification, query_projection])
 def test_every_operation_has_the_two_backends_that_take_anything(module: Any) -> None:
-    operation = (module.operator if hasattr(module, "operator") else sys.modules["anyup.ops.window_attention.operator"]).OPERATION
+    operation = (
+        module.operator if hasattr(module, "operator") else sys.modules["anyup.ops.window_attention.operator"]
+    ).OPERATION
     assert operation.name in OPERATIONS
     assert set(operation._backends) <= set(BACKEND_NAMES)
     assert [name for name in operation._backends if name in ("torch", "reference")] == ["torch", "reference"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -138,11 +139,20 @@ def test_strides_change_nothing(memory: Any) -> None:
     tensors = tensors_of(SHAPES["odd, batch 2"])
     expected = output_and_gradients(unify_features, tensors, "torch")
     features = tensors["features"]
-    moved = torch.stack((features, features), -1)[..., 0] if memory == "sliced" else features.contiguous(memory_format=memory)
+    moved = (
+        torch.stack((features, features), -1)[..., 0]
+        if memory == "sliced"
+        else features.contiguous(memory_format=memory)
+    )
     actual = output_and_gradients(unify_features, {**tensors, "features": moved}, "torch")
     assert not moved.is_contiguous()
     for key in expected:
         torch.testing.assert_close(actual[key], expected[key], rtol=1e-6, atol=1e-7)
+
+
+def draw(shape: Shape, dtype: torch.dtype, seed: int, n: int) -> dict[str, Tensor]:
+    """The n-th of three draws of the inputs."""
+    return tensors_of(shape, dtype, 3 * seed + n)
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(150, marks=pytest.mark.slow)])
@@ -150,12 +160,15 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
     rng = random.Random(count)
     for seed in range(count):
         shape = Shape(
-            (rng.randint(1, 20), rng.randint(1, 20)), rng.randint(1, 100), rng.choice([1, 8, 32, 128]),
-            rng.choice([1, 3, 5, 7]), rng.randint(1, 2),
+            (rng.randint(1, 20), rng.randint(1, 20)),
+            rng.randint(1, 100),
+            rng.choice([1, 8, 32, 128]),
+            rng.choice([1, 3, 5, 7]),
+            rng.randint(1, 2),
         )
         dtype = rng.choice(DTYPES)
         try:
-            assert_backend_accurate_for_some_draw(unify_features, lambda n: tensors_of(shape, dtype, 3 * seed + n))
+            assert_backend_accurate_for_some_draw(unify_features, partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 

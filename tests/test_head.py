@@ -54,8 +54,12 @@ def _arguments(head: nn.Conv2d | nn.Linear) -> dict[str, Any]:
     if isinstance(head, nn.Linear):
         return {"in_features": head.in_features, "out_features": head.out_features, "bias": head.bias is not None}
     return {
-        "in_channels": head.in_channels, "out_channels": head.out_channels, "kernel_size": 1,
-        "groups": head.groups, "padding": head.padding, "bias": head.bias is not None,
+        "in_channels": head.in_channels,
+        "out_channels": head.out_channels,
+        "kernel_size": 1,
+        "groups": head.groups,
+        "padding": head.padding,
+        "bias": head.bias is not None,
     }
 
 

@@ -91,13 +91,21 @@ def test_rotary_frequencies_start_as_published() -> None:
 def test_arguments_come_in_the_published_order() -> None:
     model = AnyUp(3, 64, 1, 3, 0.2, 2, False, True, 32)
     assert model.config == {
-        "input_dim": 3, "qk_dim": 64, "kernel_size": 1, "kernel_size_lfu": 3, "window_ratio": 0.2, "num_heads": 2,
-        "init_gaussian_derivatives": False, "lfu_dim": 32, "window": "cell",
+        "input_dim": 3,
+        "qk_dim": 64,
+        "kernel_size": 1,
+        "kernel_size_lfu": 3,
+        "window_ratio": 0.2,
+        "num_heads": 2,
+        "init_gaussian_derivatives": False,
+        "lfu_dim": 32,
+        "window": "cell",
     }
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"use_natten": True}, {"window": "cell", "window_ratio": 0.25, "num_heads": 1}, {"kernel_size": 5}]
+    "arguments",
+    [{}, {"use_natten": True}, {"window": "cell", "window_ratio": 0.25, "num_heads": 1}, {"kernel_size": 5}],
 )
 def test_config_makes_the_same_model_again(arguments: dict[str, Any]) -> None:
     model = small(**arguments)
@@ -484,13 +492,18 @@ def test_a_mapping_binds_each_operation() -> None:
     backend = {"pixel_encoder": "reference", "window_attention": ("reference", "torch")}
     chosen = small(backend=backend).explain(*inputs()).chosen
     assert chosen == {
-        "pixel_encoder": "reference", "window_attention": "reference",
-        "feature_unification": "torch", "query_projection": "torch",
+        "pixel_encoder": "reference",
+        "window_attention": "reference",
+        "feature_unification": "torch",
+        "query_projection": "torch",
     }
 
 
 def test_a_sequence_takes_the_first_that_can() -> None:
-    assert small(backend=["triton", "reference"]).explain(*inputs()).chosen["window_attention"] in ("triton", "reference")
+    assert small(backend=["triton", "reference"]).explain(*inputs()).chosen["window_attention"] in (
+        "triton",
+        "reference",
+    )
 
 
 def test_explain_follows_the_size_the_dtype_and_the_gradients() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,14 @@ from accuracy import (
 from test_window_attention import LargestTensor
 from torch import Tensor
 
-from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, eager, encode_pixels, explain_backends, reference
+from anyup.ops.pixel_encoder import (
+    BlockParameters,
+    EncoderParameters,
+    eager,
+    encode_pixels,
+    explain_backends,
+    reference,
+)
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 
 BACKENDS = ("torch", "reference")
@@ -96,8 +104,11 @@ def encoder(shape: Shape) -> Any:
 
     def run(*, backend: str, **tensors: Tensor) -> Tensor:
         return encode_pixels(
-            tensors["pixels"], parameters_of(tensors), frequencies=tensors.get("frequencies"),
-            output_size=shape.output, backend=backend,
+            tensors["pixels"],
+            parameters_of(tensors),
+            frequencies=tensors.get("frequencies"),
+            output_size=shape.output,
+            backend=backend,
         )
 
     return run
@@ -137,8 +148,11 @@ def test_strides_change_nothing(name: str) -> None:
     tensors = tensors_of(shape)
     expected = output_and_gradients(encoder(shape), tensors, "torch")
     pixels = tensors["pixels"]
-    for moved in (pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), torch.stack((pixels, pixels), 2)[:, :, 0],
-                  pixels.transpose(1, 2).contiguous().transpose(1, 2)):
+    for moved in (
+        pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        torch.stack((pixels, pixels), 2)[:, :, 0],
+        pixels.transpose(1, 2).contiguous().transpose(1, 2),
+    ):
         assert not moved.is_contiguous()
         actual = output_and_gradients(encoder(shape), {**tensors, "pixels": moved}, "torch")
         for key in expected:
@@ -164,6 +178,11 @@ def test_gradients_are_those_of_finite_differences(shape: Shape, backend: str) -
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
+def draw(shape: Shape, dtype: torch.dtype, seed: int, n: int) -> dict[str, Tensor]:
+    """The n-th of three draws of the inputs."""
+    return tensors_of(shape, dtype, 3 * seed + n)
+
+
 @pytest.mark.parametrize("count", [15, pytest.param(150, marks=pytest.mark.slow)])
 def test_random_shapes_obey_the_error_rule(count: int) -> None:
     rng = random.Random(count)
@@ -172,11 +191,14 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
         shape = Shape(
             size,
             rng.choice([None, (rng.randint(1, 12), rng.randint(1, 12)), (rng.randint(1, 60), rng.randint(1, 60))]),
-            rng.choice([None, 1, 3, 20]), rng.choice([8, 16, 40]), rng.random() < 0.5, rng.randint(1, 2),
+            rng.choice([None, 1, 3, 20]),
+            rng.choice([8, 16, 40]),
+            rng.random() < 0.5,
+            rng.randint(1, 2),
         )
         dtype = rng.choice(DTYPES)
         try:
-            assert_backend_accurate_for_some_draw(encoder(shape), lambda n: tensors_of(shape, dtype, 3 * seed + n))
+            assert_backend_accurate_for_some_draw(encoder(shape), partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 
@@ -217,7 +239,9 @@ def test_statistics_are_those_of_all_pixels(offset: float) -> None:
     for statistics in (Statistics.of(pixels), Statistics.merge(parts), Statistics.merge(parts[::-1])):
         assert statistics.count == 1000 and statistics.mean.dtype == torch.float64
         torch.testing.assert_close(statistics.mean, expected_mean, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(statistics.deviation / 1000, expected_variance, rtol=2e-4 if offset else 1e-5, atol=0)
+        torch.testing.assert_close(
+            statistics.deviation / 1000, expected_variance, rtol=2e-4 if offset else 1e-5, atol=0
+        )
 
 
 def test_statistics_of_a_projection_are_those_of_the_projected_pixels() -> None:
@@ -308,7 +332,10 @@ def test_reference_is_built_from_torch_s_own_group_norm() -> None:
     block = parameters_of(tensors).block1
     x = tensors["pixels"].permute(0, 3, 1, 2)
     norm1, norm2 = (torch.nn.GroupNorm(8, 16).double() for _ in range(2))
-    for norm, weight, bias in ((norm1, block.norm1_weight, block.norm1_bias), (norm2, block.norm2_weight, block.norm2_bias)):
+    for norm, weight, bias in (
+        (norm1, block.norm1_weight, block.norm1_bias),
+        (norm2, block.norm2_weight, block.norm2_bias),
+    ):
         norm.load_state_dict({"weight": weight, "bias": bias})
     y = torch.einsum("oi,bihw->bohw", block.weight1, F.silu(norm1(x)))
     y = x + torch.einsum("oi,bihw->bohw", block.weight2, F.silu(norm2(y)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -126,6 +127,11 @@ def test_strides_change_nothing(order: Any) -> None:
         torch.testing.assert_close(actual[key], expected[key], rtol=1e-5, atol=1e-5)
 
 
+def draw(shape: Shape, dtype: torch.dtype, seed: int, n: int) -> dict[str, Tensor]:
+    """The n-th of three draws of the inputs."""
+    return tensors_of(shape, dtype, 3 * seed + n)
+
+
 @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_random_shapes_obey_the_error_rule(count: int) -> None:
     rng = random.Random(count)
@@ -133,7 +139,7 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
         shape = Shape((rng.randint(1, 60), rng.randint(1, 60)), rng.choice([8, 16, 40]), rng.randint(1, 2))
         dtype = rng.choice(DTYPES)
         try:
-            assert_backend_accurate_for_some_draw(run, lambda n: tensors_of(shape, dtype, 3 * seed + n))
+            assert_backend_accurate_for_some_draw(run, partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 

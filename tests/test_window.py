@@ -98,13 +98,17 @@ def test_cell_window_size_rounds_halves_to_even() -> None:
     assert set((stop - start).tolist()) == {9}
 
 
-@pytest.mark.parametrize("window", [RatioWindow(0.0), RatioWindow(-0.3), CellWindow(0.0), CellWindow(0.5), CellWindow(-1)])
+@pytest.mark.parametrize(
+    "window", [RatioWindow(0.0), RatioWindow(-0.3), CellWindow(0.0), CellWindow(0.5), CellWindow(-1)]
+)
 def test_a_ratio_without_a_window_means_every_key(window: RatioWindow | CellWindow) -> None:
     assert bounds_of(window, 9, 5) == [(0, 5)] * 9
     assert axis_bounds(None, 9, 5) == ((0,) * 9, (5,) * 9)
 
 
-@pytest.mark.parametrize("window", [RatioWindow(1e-7), RatioWindow(0.1), RatioWindow(2.0), CellWindow(0.1), CellWindow(0.49)])
+@pytest.mark.parametrize(
+    "window", [RatioWindow(1e-7), RatioWindow(0.1), RatioWindow(2.0), CellWindow(0.1), CellWindow(0.49)]
+)
 def test_no_window_is_empty_or_leaves_the_grid(window: RatioWindow | CellWindow) -> None:
     for queries, keys in samples(150, 300, seed=3):
         assert all(0 <= start < stop <= keys for start, stop in bounds_of(window, queries, keys)), (queries, keys)

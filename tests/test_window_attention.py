@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,11 +73,16 @@ def test_half_queries_and_keys_with_wide_values_obey_the_error_rule(half: torch.
     tensors = {name: t.to(wide if name == "value" else half) for name, t in tensors.items()}
     out = output_and_gradients(attention(shape), tensors, "torch")
     assert {name: t.dtype for name, t in out.items()} == {
-        "output": wide, "gradient of query": half, "gradient of key": half, "gradient of value": wide,
+        "output": wide,
+        "gradient of query": half,
+        "gradient of key": half,
+        "gradient of value": wide,
     }
     if wide == torch.float64:  # the rule would ask for float64's precision of half-precision weights
-        same, exact = (output_and_gradients(attention(shape), {k: t.to(d) for k, t in tensors.items()}, "reference")
-                       for d in (half, torch.float64))
+        same, exact = (
+            output_and_gradients(attention(shape), {k: t.to(d) for k, t in tensors.items()}, "reference")
+            for d in (half, torch.float64)
+        )
         for name in out:
             assert_close_enough(out[name].to(half), same[name], exact[name], name)
     else:
@@ -95,8 +101,10 @@ def test_strides_change_nothing(name: str) -> None:
     tensors = attention_tensors(shape)
     expected = output_and_gradients(attention(shape), tensors, "torch")
     orders = {"query": (0, 3, 4, 1, 2), "key": (0, 4, 3, 2, 1), "value": (3, 0, 2, 1)}
-    for order_of in (lambda t, o: t.permute(o).contiguous().permute([o.index(n) for n in range(len(o))]),
-                     lambda t, o: torch.stack((t, t + 1), dim=2)[:, :, 0]):
+    for order_of in (
+        lambda t, o: t.permute(o).contiguous().permute([o.index(n) for n in range(len(o))]),
+        lambda t, o: torch.stack((t, t + 1), dim=2)[:, :, 0],
+    ):
         moved = {k: order_of(t, orders[k]) for k, t in tensors.items()}
         assert not any(t.is_contiguous() for t in moved.values())
         actual = output_and_gradients(attention(shape), moved, "torch")
@@ -125,6 +133,11 @@ def random_shape(rng: random.Random) -> AttentionShape:
     )
 
 
+def draw(shape: AttentionShape, dtype: torch.dtype, seed: int, n: int) -> dict[str, Tensor]:
+    """The n-th of three draws of the inputs."""
+    return attention_tensors(shape, 3 * seed + n, dtype)
+
+
 @pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
 def test_random_shapes_obey_the_error_rule(count: int) -> None:
     rng = random.Random(count)
@@ -132,7 +145,7 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
         shape, dtype = random_shape(rng), rng.choice(DTYPES)
         run = attention(shape, max_queries=rng.choice([None, None, 1, 7, 100]))
         try:
-            assert_backend_accurate_for_some_draw(run, lambda n: attention_tensors(shape, 3 * seed + n, dtype))
+            assert_backend_accurate_for_some_draw(run, partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 
@@ -156,9 +169,7 @@ def test_a_gradient_wanted_alone_is_the_one_wanted_with_others(wanted: str) -> N
     def run(*, backend: str, **leaf: Tensor) -> Tensor:
         return attention(shape)(**{**{k: t.detach() for k, t in tensors.items()}, **leaf}, backend=backend)
 
-    assert torch.equal(
-        output_and_gradients(run, {wanted: tensors[wanted]}, "torch")[f"gradient of {wanted}"], expected
-    )
+    assert torch.equal(output_and_gradients(run, {wanted: tensors[wanted]}, "torch")[f"gradient of {wanted}"], expected)
 
 
 # What any backend must hold to.
@@ -210,7 +221,9 @@ def test_a_constant_added_to_one_head_s_logits_changes_nothing(backend: str) -> 
     tensors = attention_tensors(shape)
     one = torch.ones(1, 1, 1, 2, 1)  # a fifth channel: 1 in the keys, the constant in the queries of one head
     plain = torch.cat((tensors["query"], torch.zeros(1, *shape.output, 2, 1)), dim=-1)
-    shifted = torch.cat((tensors["query"], torch.tensor([6.0, 0.0]).view(1, 1, 1, 2, 1).expand(1, *shape.output, 2, 1)), -1)
+    shifted = torch.cat(
+        (tensors["query"], torch.tensor([6.0, 0.0]).view(1, 1, 1, 2, 1).expand(1, *shape.output, 2, 1)), dim=-1
+    )
     key = torch.cat((tensors["key"], one.expand(1, *shape.grid, 2, 1)), dim=-1)
     a, b = (window_attention(q, key, tensors["value"], window=shape.window, backend=backend) for q in (plain, shifted))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -385,7 +398,9 @@ def test_no_tensor_grows_with_pixels_times_keys(window: Any, threads: None) -> N
     assert seen.largest < every / 30
     for chunk in (16, 256):
         with LargestTensor() as seen:
-            eager.forward(**{**tensors, "value": tensors["value"][..., :1]}, window=window, scale=0.5, max_queries=chunk)
+            eager.forward(
+                **{**tensors, "value": tensors["value"][..., :1]}, window=window, scale=0.5, max_queries=chunk
+            )
         assert seen.largest <= max(chunk * 2 * 48 * 48, tensors["query"].numel())
 
 
@@ -425,7 +440,11 @@ def arguments(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"query": torch.ones(1, 4, 4, 8)}, ValueError, r"query: expected \(B, H, W, heads, head_dim\), got .*\(1, 4, 4, 8\)"),
+        (
+            {"query": torch.ones(1, 4, 4, 8)},
+            ValueError,
+            r"query: expected \(B, H, W, heads, head_dim\), got .*\(1, 4, 4, 8\)",
+        ),
         ({"key": torch.ones(2, 2, 2, 2, 4)}, ValueError, r"key: .*batch 1.*\(2, 2, 2, 2, 4\)"),
         ({"key": torch.ones(1, 2, 2, 2, 8)}, ValueError, r"key: .*heads of 4.*\(1, 2, 2, 2, 8\)"),
         ({"key": torch.ones(1, 2, 2, 2, 4).half()}, TypeError, r"key: .*float32.*float16"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -30,7 +31,7 @@ def cut(length: int, most: int, device: torch.device) -> list[slice]:
     if count > 1:
         count = min(-(-count // workers) * workers, length)
     bounds = [index * length // count for index in range(count + 1)]
-    return [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [slice(first, last) for first, last in pairwise(bounds)]
 
 
 def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device: torch.device) -> list[Result]:

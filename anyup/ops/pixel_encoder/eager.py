@@ -102,9 +102,10 @@ class Band:
             source = branch[tile] if step == 2 else self._trunk_tile(tile, step)
             result = linear(_activate(source.to(self.work_dtype), norm), weight)
             if step == 2:
-                result += self._trunk_tile(tile, step)
-            (self._trunk if step == 2 else branch)[tile] = result
-            return Statistics.of(result)
+                stored = torch.add(result, self._trunk_tile(tile, step), out=self._trunk[tile])
+            else:
+                stored = branch[tile].copy_(result)
+            return Statistics.of(stored.to(self.work_dtype))
 
         return Statistics.merge(self._map(go))
 
@@ -116,7 +117,7 @@ class Band:
 
         def go(tile: slice) -> None:
             result = linear(_activate(branch[tile].to(self.work_dtype), norm), weight)
-            self._trunk[tile] = result.add_(self._trunk[tile])
+            torch.add(result, self._trunk[tile], out=self._trunk[tile])
 
         self._map(go)
         return self._trunk
