@@ -14,6 +14,8 @@ def gaussian_derivatives(count: int, size: int) -> Tensor:
     With z the tap's distance from the centre over sigma, the n-th derivative is (-1)^n He_n(z) g(z), He_n the
     probabilists' Hermite polynomials; sigma = (size // 2) / 1.645 leaves 90 % of the Gaussian inside.
     """
+    if size < 3 or size % 2 == 0:
+        raise ValueError(f"kernel_size_lfu: expected an odd number of at least 3 for Gaussian derivatives, got {size}")
     half = size // 2
     sigma = half / 1.645
     z = torch.arange(-half, half + 1, dtype=torch.float64) / sigma

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from anyup.model import AnyUp
@@ -30,6 +31,13 @@ class WithHead(nn.Module):
         q_chunk_size: int | None = None,
     ) -> Tensor:
         """(B, 3, Hi, Wi), (B, C, h, w) -> (B, head's outputs, H, W), in the head's output dtype."""
+        self.upsampler.check(image, features, output_size=output_size, q_chunk_size=q_chunk_size)
+        channels = self.head.in_features if isinstance(self.head, nn.Linear) else self.head.in_channels
+        if features.shape[1] != channels:
+            raise ValueError(f"features: expected the head's {channels} channels, got shape {tuple(features.shape)}")
+        autocasts = torch.is_autocast_enabled(features.device.type)
+        if features.dtype != self.head.weight.dtype and not autocasts:
+            raise TypeError(f"features: expected the head's dtype {self.head.weight.dtype}, got {features.dtype}")
         if isinstance(self.head, nn.Linear):
             logits = self.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         else:

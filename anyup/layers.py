@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from anyup.gaussian_derivatives import gaussian_derivatives
 from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters
-
-GROUPS = 8
+from anyup.ops.pixel_encoder.problem import GROUPS, normalise
 
 
 class ResBlock(nn.Module):
@@ -61,19 +60,31 @@ class BorderConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Computes in the dtype of `x`."""
         size, (height, width) = self.kernel_size[0], x.shape[2:]
-        half = size // 2
-        for length, padding in ((height, (0, 0, half, half)), (width, (half, half, 0, 0))):
-            if half:
-                x = F.pad(x, padding, mode="reflect" if length > half else "replicate")
+        weight = self.weight.to(x.dtype)
+        if size > 1:
+            rows, columns = (_border_positions(length, size // 2, x.device) for length in (height, width))
+            x = x.index_select(2, rows).index_select(3, columns)
         if not torch.compiler.is_compiling():
-            return F.conv2d(x, self.weight)
+            return F.conv2d(x, weight)
         # To choose an algorithm, a traced convolution compares its input's size with a constant, and compiles again
         # on the other side of it. One product per tap does not.
         x = x.permute(0, 2, 3, 1)
         taps = [(row, column) for row in range(size) for column in range(size)]
-        products = [F.linear(x[:, i : i + height, j : j + width], self.weight[:, :, i, j]) for i, j in taps]
+        products = [F.linear(x[:, i : i + height, j : j + width], weight[:, :, i, j]) for i, j in taps]
         return sum(products[1:], products[0]).permute(0, 3, 1, 2)
+
+
+def _border_positions(length: int, half: int, device: torch.device) -> Tensor:
+    """Where an axis padded by `half` on both sides reads: reflected, or clamped where it is too short for that.
+
+    Positions, not `F.pad`: the gradient of its reflection does not compile for symbolic sizes (torch 2.13).
+    """
+    position = torch.arange(-half, length + half, device=device)
+    if length <= half:
+        return position.clamp(0, length - 1)
+    return (length - 1) - ((length - 1) - position.abs()).abs()
 
 
 class Encoder(nn.Sequential):
@@ -133,12 +144,11 @@ class LearnedFeatureUnification(nn.Module):
 
 
 def _normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """A group normalisation of (B, H, W, C)."""
-    # Contiguous, because torch's kernel for channels last subtracts squares, and loses the unified features' variance:
-    # it is small beside their mean.
-    return norm(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+    """A group normalisation of (B, H, W, C), in the dtype of `x`."""
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return normalise(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of (B, H, W, C) as the matrix product that it is."""
-    return F.linear(x, conv.weight.flatten(1))
+    """A 1x1 convolution of (B, H, W, C) as the matrix product that it is, in the dtype of `x`."""
+    return F.linear(x, conv.weight.to(x.dtype).flatten(1))

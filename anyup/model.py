@@ -6,8 +6,10 @@ from the image and keys from the image and the features. What is heavy runs in `
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backen
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.ops.window_attention import window_attention
 from anyup.problem import check_inputs
-from anyup.window import make_window
+from anyup.window import WINDOW_KINDS, make_window
 
 OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
 
@@ -71,6 +73,12 @@ class AnyUp(nn.Module):
             warnings.warn(f"AnyUp ignores unknown arguments: {', '.join(sorted(ignored))}", stacklevel=2)
         lfu_dim = qk_dim if lfu_dim is None else lfu_dim
         _check_widths(input_dim, qk_dim, kernel_size, kernel_size_lfu, num_heads, lfu_dim)
+        if isinstance(window_ratio, bool) or not isinstance(window_ratio, (int, float)):
+            raise TypeError(f"window_ratio: expected a number, got {window_ratio!r}")
+        if not math.isfinite(window_ratio):
+            raise ValueError(f"window_ratio: expected a finite number, got {window_ratio}")
+        if window not in (None, *WINDOW_KINDS):
+            raise ValueError(f"window: expected one of {', '.join(WINDOW_KINDS)}, got {window!r}")
         if use_natten:
             if window not in (None, "cell"):
                 raise ValueError(f"window: use_natten=True means window='cell', got {window!r} beside it")
@@ -131,11 +139,26 @@ class AnyUp(nn.Module):
             ValueError, TypeError: which argument, what was expected, what came; before any work.
             NotImplementedError: no requested backend can; lists every reason.
         """
-        size = self._check(image, features, values, output_size, q_chunk_size)
+        size = self.check(image, features, output_size, q_chunk_size, values=values)
+        if self.backend is not None and not torch.compiler.is_compiling():
+            self.explain(image, features, output_size, values=values).require()
         query, key = self._query_and_key(image, features, size)
         if vis_attn:
             self._show_attention(query, key, q_chunk_size)
         return self._attend(query, key, features if values is None else values, q_chunk_size)
+
+    def check(
+        self,
+        image: Tensor,
+        features: Tensor,
+        output_size: Sequence[int] | None = None,
+        q_chunk_size: int | None = None,
+        *,
+        values: Tensor | None = None,
+    ) -> tuple[int, int]:
+        """The size of the output of this call; raises the ValueError or TypeError that the call would raise."""
+        device, input_dim = self.rope.freqs.device, self.config["input_dim"]
+        return check_inputs(image, features, values, output_size, q_chunk_size, input_dim=input_dim, device=device)
 
     def explain(
         self,
@@ -146,7 +169,7 @@ class AnyUp(nn.Module):
         values: Tensor | None = None,
     ) -> ModelExplanation:
         """Which backend would run each operation of this call, and why not the others; nothing is computed."""
-        height, width = self._check(image, features, values, output_size, None)
+        height, width = self.check(image, features, output_size, values=values)
         dtype = self._compute_dtype(image.device)
         batch, _, h, w = features.shape
         carried = features if values is None else values
@@ -199,20 +222,24 @@ class AnyUp(nn.Module):
         queries = query_projection.project_queries(
             queries, self.cross_decode.query_parameters(dtype), backend=self._backends["query_projection"]
         )
-        keys = torch.cat((image_keys, self._feature_keys(features, dtype)), dim=3)
-        keys = self.aggregation(keys.permute(0, 3, 1, 2)).to(dtype)
-        return self.cross_decode.split_heads(queries), self.cross_decode.project_keys(keys)
+        return self.cross_decode.split_heads(queries), self._keys(image_keys, features).to(dtype)
 
-    def _feature_keys(self, features: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, C, h, w) -> (B, h, w, D): what the features say about where they belong."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+    def _keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
+        """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).
+
+        In float32 at least: the grid is small, and in half precision the unified features' variance, small beside
+        their mean, would be lost.
+        """
+        wide = torch.float64 if image_keys.dtype == torch.float64 else torch.float32
         _, block1, block2 = self.key_features_encoder
-        features = F.normalize(features.to(wide), dim=1)
-        unified = feature_unification.unify_features(
-            features, self._basis(wide), backend=self._backends["feature_unification"]
-        )
-        unified = unified.permute(0, 2, 3, 1).to(dtype)
-        return block2(block1(unified)).to(dtype)
+        with _without_autocast(features.device.type):
+            features = F.normalize(features.to(wide), dim=1)
+            unified = feature_unification.unify_features(
+                features, self._basis(wide), backend=self._backends["feature_unification"]
+            )
+            feature_keys = block2(block1(unified.permute(0, 2, 3, 1)))
+            keys = torch.cat((image_keys.to(wide), feature_keys), dim=3)
+            return self.cross_decode.project_keys(self.aggregation(keys.permute(0, 3, 1, 2)))
 
     def _basis(self, dtype: torch.dtype) -> Tensor:
         unification = self.key_features_encoder[0]
@@ -255,20 +282,9 @@ class AnyUp(nn.Module):
         painted = self._attend(query[:1].detach(), key[:1].detach(), colors, q_chunk_size)
         visualization.show_attention((h, w), painted[0])
 
-    def _check(
-        self,
-        image: Tensor,
-        features: Tensor,
-        values: Tensor | None,
-        output_size: Sequence[int] | None,
-        q_chunk_size: int | None,
-    ) -> tuple[int, int]:
-        device, input_dim = self.rope.freqs.device, self.config["input_dim"]
-        return check_inputs(image, features, values, output_size, q_chunk_size, input_dim=input_dim, device=device)
-
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """What queries and keys are computed in: autocast's dtype where it is on, else the parameters'."""
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        if _autocasts(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.rope.freqs.dtype
 
@@ -284,13 +300,37 @@ class ModelExplanation:
         """The backend of each operation, None where none can."""
         return {e.operation: e.chosen for e in self.explanations}
 
+    def require(self) -> None:
+        """Raise NotImplementedError, with every reason, if some operation has no backend."""
+        impossible = [str(e) for e in self.explanations if e.chosen is None]
+        if impossible:
+            raise NotImplementedError("no backend can run this:\n" + "\n".join(impossible))
+
     def __str__(self) -> str:
         return "\n".join(str(e) for e in self.explanations)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
 
 
 def _check_widths(
     input_dim: int, qk_dim: int, kernel_size: int, kernel_size_lfu: int, num_heads: int, lfu_dim: int
 ) -> None:
+    for name, number in (
+        ("input_dim", input_dim),
+        ("qk_dim", qk_dim),
+        ("kernel_size", kernel_size),
+        ("kernel_size_lfu", kernel_size_lfu),
+        ("num_heads", num_heads),
+        ("lfu_dim", lfu_dim),
+    ):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name}: expected an integer, got {number!r}")
     for name, number in (("input_dim", input_dim), ("num_heads", num_heads)):
         if number < 1:
             raise ValueError(f"{name}: expected a positive integer, got {number}")

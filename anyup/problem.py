@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
 _LARGEST_NORMALISED = 20.0
 
@@ -41,9 +43,9 @@ def check_inputs(
             raise ValueError(f"{name}: expected {channels} channels, {layout}, got shape {tuple(tensor.shape)}")
         if min(tensor.shape[1:]) < 1:
             raise ValueError(f"{name}: expected at least one channel, row and column, got shape {tuple(tensor.shape)}")
-        if not tensor.dtype.is_floating_point:
+        if tensor.dtype not in FLOATING:
             hint = "; convert to floating point and normalise (ImageNet mean and std)" if name == "image" else ""
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}{hint}")
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}{hint}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device} like the model, got one on {tensor.device}")
         if tensor.shape[0] != image.shape[0]:

@@ -35,8 +35,8 @@ class RatioWindow:
             return _every_key(queries, keys)
         # float32 in exactly this order of operations: the published weights were trained with these roundings,
         # and float64 gives other windows on 7 to 10 % of axes at ratio 0.1.
-        position = (torch.arange(queries, dtype=torch.float32) + 0.5) / queries
-        ratio = torch.tensor(self.ratio, dtype=torch.float32)
+        position = (torch.arange(queries, dtype=torch.float32, device="cpu") + 0.5) / queries
+        ratio = torch.tensor(self.ratio, dtype=torch.float32, device="cpu")
         start = torch.floor((position - ratio).clamp(0, 1) * keys).long()
         stop = torch.ceil((position + ratio).clamp(0, 1) * keys).long()
         # At a tiny ratio a range can come out empty, or start at the end of the grid.
@@ -65,7 +65,7 @@ class CellWindow:
             return _every_key(queries, keys)
         size = max(round(2 * self.ratio * keys), 3)
         size = min(size + 1 if size % 2 == 0 else size, keys)
-        cell = ((2 * torch.arange(queries) + 1) * keys) // (2 * queries)
+        cell = ((2 * torch.arange(queries, device="cpu") + 1) * keys) // (2 * queries)
         start = (cell - size // 2).clamp(0, keys - size)
         return start, start + size
 
@@ -108,4 +108,5 @@ def axis_bounds(window: Window, queries: int, keys: int) -> tuple[tuple[int, ...
 
 
 def _every_key(queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    return torch.zeros(queries, dtype=torch.long), torch.full((queries,), keys)
+    start = torch.zeros(queries, dtype=torch.long, device="cpu")
+    return start, torch.full_like(start, keys)

@@ -104,6 +104,8 @@ def parse_backend(backend: Backend) -> tuple[str, ...]:
     """The names in a backend request, () for None; raises ValueError or TypeError for anything else."""
     if backend is None:
         return ()
+    if not isinstance(backend, (str, Sequence)):
+        raise TypeError(f"backend: expected None, a name or a sequence of names, got {backend!r}")
     names = (backend,) if isinstance(backend, str) else tuple(backend)
     for name in names:
         if not isinstance(name, str):

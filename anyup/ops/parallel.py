@@ -74,6 +74,9 @@ def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device:
         for thread in pool:
             thread.join()
         raise
+    finally:
+        # The number is each thread's own, but torch also keeps the last one set, for threads started from now on.
+        torch.set_num_threads(threads)
     if errors:
         raise errors[0]
     return results  # type: ignore[return-value]

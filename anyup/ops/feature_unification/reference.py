@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from anyup.ops.pullback import pullback
+
 
 def unsupported(problem: object) -> list[str]:
     """Nothing is unsupported."""
@@ -21,17 +23,16 @@ def unsupported(problem: object) -> list[str]:
 
 def forward(features: Tensor, basis: Tensor) -> Tensor:
     """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w). The softmax runs in float32 for half precision."""
-    batch, channels = features.shape[:2]
+    batch, channels, filters = *features.shape[:2], basis.shape[0]
     padding = basis.shape[2] // 2
-    z = F.conv2d(rearrange(features, "b c h w -> (b c) 1 h w"), basis, padding=padding)
+    z = F.conv2d(features.flatten(0, 1)[:, None], basis, padding=padding)
     inside = F.conv2d(torch.ones_like(features[:1, :1]), torch.ones_like(basis[:1]), padding=padding)
-    z = rearrange(z / inside, "(b c) m h w -> b (c m) h w", b=batch)
-    z = rearrange(z, "b (m c) h w -> b m c h w", c=channels)  # read again
+    z = rearrange(z / inside, "(b c) m h w -> b (c m) h w", b=batch, c=channels)
+    z = rearrange(z, "b (m c) h w -> b m c h w", m=filters, c=channels)  # read again
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.softmax(z, dim=1, dtype=wide).mean(dim=2).to(features.dtype)
 
 
-def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
     """The gradients of features and basis, by autograd through `forward`."""
-    pullback = torch.func.vjp(forward, features, basis)[1]
-    return pullback(grad)
+    return pullback(forward, (features, basis), grad)

@@ -20,8 +20,9 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
-from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
+from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters, normalise
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+from anyup.ops.pullback import pullback
 
 Result = TypeVar("Result")
 
@@ -200,13 +201,13 @@ def backward(
 
     encoded = second + _half_block(hidden2, block2[3:])
     tensors = (encoded,) if frequencies is None else (encoded, frequencies)
-    grad_encoded, *grad_frequencies = torch.func.vjp(end, *tensors)[1](grad.permute(0, 3, 1, 2))
+    grad_encoded, *grad_frequencies = pullback(end, tensors, grad.permute(0, 3, 1, 2))
     del encoded
-    grad_hidden, grad_norm4 = torch.func.vjp(_half_block, hidden2, block2[3:])[1](grad_encoded)
-    grad_second, grad_norm3 = torch.func.vjp(_half_block, second, block2[:3])[1](grad_hidden)
+    grad_hidden, grad_norm4 = pullback(_half_block, (hidden2, block2[3:]), grad_encoded)
+    grad_second, grad_norm3 = pullback(_half_block, (second, block2[:3]), grad_hidden)
     grad_second = grad_second + grad_encoded
-    grad_hidden, grad_norm2 = torch.func.vjp(_half_block, hidden1, block1[3:])[1](grad_second)
-    grad_first, grad_norm1 = torch.func.vjp(_half_block, first, block1[:3])[1](grad_hidden)
+    grad_hidden, grad_norm2 = pullback(_half_block, (hidden1, block1[3:]), grad_second)
+    grad_first, grad_norm1 = pullback(_half_block, (first, block1[:3]), grad_hidden)
     grad_first = grad_first + grad_second
     grad_projection = None
     if projection is not None:
@@ -220,7 +221,7 @@ def backward(
 
 def _half_block(x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     norm_weight, norm_bias, weight = parameters
-    return F.conv2d(F.silu(F.group_norm(x, GROUPS, norm_weight, norm_bias, EPS)), weight[:, :, None, None])
+    return F.conv2d(F.silu(normalise(x, norm_weight, norm_bias)), weight[:, :, None, None])
 
 
 def _norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Tensor]]:

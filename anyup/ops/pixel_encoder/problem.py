@@ -96,3 +96,10 @@ def check(pixels: Tensor, parameters: EncoderParameters, frequencies: Tensor | N
                 f"{name}: expected {pixels.dtype} on {pixels.device} like the pixels, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
+
+
+def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The group normalisation of (B, D, H, W), as torch computes it."""
+    # Contiguous, because torch's CPU kernel for channels last subtracts squares and loses a variance that is small
+    # beside the mean. Not F.group_norm, which refuses a group of a single value.
+    return torch.group_norm(x.contiguous(), GROUPS, weight, bias, EPS)

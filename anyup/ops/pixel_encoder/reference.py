@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
+from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters, normalise
+from anyup.ops.pullback import pullback
 
 
 def unsupported(problem: object) -> list[str]:
@@ -51,16 +52,16 @@ def backward(
         whole = EncoderParameters(optional.get("projection"), *blocks)
         return forward(pixels, whole, frequencies=optional.get("frequencies"), output_size=output_size)
 
-    pullback = torch.func.vjp(run, pixels, (parameters.block1, parameters.block2), optional)[1]
-    grad_pixels, grad_blocks, grad_optional = pullback(grad)
+    primals = (pixels, (parameters.block1, parameters.block2), optional)
+    grad_pixels, grad_blocks, grad_optional = pullback(run, primals, grad)
     grads = EncoderParameters(grad_optional.get("projection"), *grad_blocks)
     return grad_pixels, grads, grad_optional.get("frequencies")
 
 
 def _residual_block(x: Tensor, block: BlockParameters) -> Tensor:
-    y = F.silu(F.group_norm(x, GROUPS, block.norm1_weight, block.norm1_bias, EPS))
+    y = F.silu(normalise(x, block.norm1_weight, block.norm1_bias))
     y = _conv(y, block.weight1)
-    y = F.silu(F.group_norm(y, GROUPS, block.norm2_weight, block.norm2_bias, EPS))
+    y = F.silu(normalise(y, block.norm2_weight, block.norm2_bias))
     return x + _conv(y, block.weight2)
 
 

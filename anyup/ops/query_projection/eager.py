@@ -13,6 +13,7 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.pullback import pullback
 from anyup.ops.query_projection.problem import ProjectionParameters
 
 # Pixels of a band: on a CPU its working set stays in a shared cache.
@@ -59,7 +60,7 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
     def end(convolved: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(F.rms_norm(convolved.permute(0, 2, 3, 1), norm.shape, norm), weight, bias)
 
-    grad_convolved, *grads = torch.func.vjp(end, convolved, *parameters[1:])[1](grad)
+    grad_convolved, *grads = pullback(end, (convolved, *parameters[1:]), grad)
     grad_encoded, grad_convolution, _ = torch.ops.aten.convolution_backward(
         grad_convolved,
         x,

@@ -5,10 +5,10 @@ A 3x3 convolution with zero padding, an RMS normalisation over the channels, a l
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyup.ops.pullback import pullback
 from anyup.ops.query_projection.problem import ProjectionParameters
 
 
@@ -26,6 +26,5 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
 
 def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) -> tuple[Tensor, ProjectionParameters]:
     """The gradients of the encoded image and the parameters, by autograd through `forward`."""
-    pullback = torch.func.vjp(forward, encoded, parameters)[1]
-    grad_encoded, grads = pullback(grad)
+    grad_encoded, grads = pullback(forward, (encoded, parameters), grad)
     return grad_encoded, ProjectionParameters(*grads)

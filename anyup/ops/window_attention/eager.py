@@ -28,6 +28,9 @@ _BUDGET_ELSEWHERE = 2**25
 
 _LONGEST_SEGMENT = 32
 
+# Keys beyond this may overflow in a product with a query.
+_SAFE_KEY = 2.0**60
+
 
 def unsupported(problem: object) -> list[str]:
     """Nothing is unsupported: this is the backend of last resort."""
@@ -71,7 +74,10 @@ def forward(
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, the weights recomputed from the saved log-sum-exp.
+    """The gradients of query, key and value, the weights recomputed.
+
+    A rectangle holds all keys of its pixels, so its softmax is exact and the saved `lse` is not needed: the
+    exponential of a logit minus a rounded log-sum-exp is less accurate.
 
     With n heads, dP_a = dP / n and dS_a = P_a (dP_a - sum_j P_aj dP_aj). The sum is each head's own; it is not
     <dO, O>, because O mixes the heads.
@@ -86,8 +92,7 @@ def backward(
         keys, values = _grids(key[image], value[image], scale)
         sum_keys, sum_values = torch.zeros_like(keys), torch.zeros_like(values)
         for part in _batches(window, query, keys, channels):
-            statistics = part.take_pixels(lse[image][..., None])  # (count, pixels, heads, 1)
-            weights = part.logits(query[image], keys, scratch).sub_(statistics.transpose(1, 2)).exp_()
+            weights = torch.softmax(part.logits(query[image], keys, scratch), dim=-1)  # (count, heads, pixels, keys)
             outer = part.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
             part.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
             inner = (outer @ part.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
@@ -186,9 +191,9 @@ def _batches(
     w, h = keys.shape[:2]
     budget = _BUDGET.get(keys.device.type, _BUDGET_ELSEWHERE)
     longest = _LONGEST_SEGMENT if max_queries is None else min(_LONGEST_SEGMENT, math.isqrt(max_queries))
-    # Adding the bias is several times as fast on a CPU as filling by a mask, but right for finite keys only. On
-    # other devices it is about the same, and asking would wait for the device.
-    finite = keys.device.type == "cpu" and bool(torch.isfinite(keys).all())
+    # Adding the bias is several times as fast on a CPU as filling by a mask, but right only for keys that give finite
+    # logits. On other devices it is about the same, and asking would wait for the device. (A NaN is not <= anything.)
+    finite = keys.device.type == "cpu" and bool(keys.abs().max() <= _SAFE_KEY)
     row_classes, column_classes = (
         [s.to(keys.device, keys.dtype) for s in cut_axis(window, *sizes, longest)]
         for sizes in ((height, h), (width, w))

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from anyup.ops.pullback import pullback
 from anyup.window import Window, axis_bounds
 
 
@@ -23,8 +24,8 @@ def window_mask(window: Window, output_size: tuple[int, int], grid_size: tuple[i
     """True where a pixel sees a key: (H*W, h*w) bool."""
     axes = []
     for queries, keys in zip(output_size, grid_size, strict=True):
-        start, stop = (torch.tensor(bound)[:, None] for bound in axis_bounds(window, queries, keys))
-        position = torch.arange(keys)
+        start, stop = (torch.tensor(bound, device="cpu")[:, None] for bound in axis_bounds(window, queries, keys))
+        position = torch.arange(keys, device="cpu")
         axes.append((position >= start) & (position < stop))
     rows, columns = axes
     mask = rows[:, None, :, None] & columns[None, :, None, :]  # (H, W, h, w)
@@ -67,14 +68,13 @@ def forward(
 
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The gradients of query, key and value, by autograd through `forward`."""
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return forward(query, key, value, window=window, scale=scale)[0]
 
-    pullback = torch.func.vjp(run, query, key, value)[1]
-    return pullback(grad)
+    return pullback(run, (query, key, value), grad)
 
 
 def _empty_statistics(query: Tensor) -> Tensor:

@@ -108,10 +108,11 @@ def _batch(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[
     unions = [_union(first, last, start, stop) for first, last in segments]
     width = max(high - low for low, high in unions)
     key_starts = [min(low, keys - width) for low, _ in unions]
-    position = torch.tensor(key_starts)[:, None, None] + torch.arange(width)
-    low = torch.tensor([start[first:last] for first, last in segments])[:, :, None]
-    high = torch.tensor([stop[first:last] for first, last in segments])[:, :, None]
-    bias = torch.zeros(len(segments), segments[0][1] - segments[0][0], width)
+    # On the CPU whatever the default device, because the result is kept for later calls.
+    position = torch.tensor(key_starts, device="cpu")[:, None, None] + torch.arange(width, device="cpu")
+    low = torch.tensor([start[first:last] for first, last in segments], device="cpu")[:, :, None]
+    high = torch.tensor([stop[first:last] for first, last in segments], device="cpu")[:, :, None]
+    bias = torch.zeros(len(segments), segments[0][1] - segments[0][0], width, device="cpu")
     bias.masked_fill_((position < low) | (position >= high), float("-inf"))
     return Segments(
         length=segments[0][1] - segments[0][0],
@@ -123,5 +124,5 @@ def _batch(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[
 
 
 def _ranges(starts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
-    positions = torch.tensor(starts)[:, None] + torch.arange(length)
+    positions = torch.tensor(starts, device="cpu")[:, None] + torch.arange(length, device="cpu")
     return positions.flatten().to(device, non_blocking=True)
