@@ -45,7 +45,7 @@ def check_inputs(
             raise ValueError(f"{name}: expected at least one channel, row and column, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATING:
             hint = "; convert to floating point and normalise (ImageNet mean and std)" if name == "image" else ""
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}{hint}")
+            raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}{hint}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device} like the model, got one on {tensor.device}")
         if tensor.shape[0] != image.shape[0]:

@@ -105,7 +105,9 @@ def parse_backend(backend: Backend) -> tuple[str, ...]:
     if backend is None:
         return ()
     if not isinstance(backend, (str, Sequence)):
-        raise TypeError(f"backend: expected None, a name or a sequence of names, got {backend!r}")
+        raise TypeError(
+            f"backend: expected None, a name or a sequence of names, got {type(backend).__name__} {backend!r}"
+        )
     names = (backend,) if isinstance(backend, str) else tuple(backend)
     for name in names:
         if not isinstance(name, str):

@@ -20,9 +20,8 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
-from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters, normalise
+from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters, normalise
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
-from anyup.ops.pullback import pullback
 
 Result = TypeVar("Result")
 
@@ -190,38 +189,56 @@ def backward(
     second = first + _half_block(hidden1, block1[3:])
     hidden2 = _half_block(second, block2[:3])
 
-    def end(encoded: Tensor, frequencies: Tensor | None = None) -> Tensor:
-        if frequencies is not None:
-            row_angle, column_angle = _angles((encoded.shape[2], encoded.shape[3]), frequencies)
-            angle = row_angle[:, None] + column_angle
-            encoded = _rotated(encoded.permute(0, 2, 3, 1), angle.cos(), angle.sin()).permute(0, 3, 1, 2)
-        if tuple(encoded.shape[2:]) != output_size:
-            encoded = F.adaptive_avg_pool2d(encoded, output_size)
-        return encoded
-
-    encoded = second + _half_block(hidden2, block2[3:])
-    tensors = (encoded,) if frequencies is None else (encoded, frequencies)
-    grad_encoded, *grad_frequencies = pullback(end, tensors, grad.permute(0, 3, 1, 2))
-    del encoded
-    grad_hidden, grad_norm4 = pullback(_half_block, (hidden2, block2[3:]), grad_encoded)
-    grad_second, grad_norm3 = pullback(_half_block, (second, block2[:3]), grad_hidden)
-    grad_second = grad_second + grad_encoded
-    grad_hidden, grad_norm2 = pullback(_half_block, (hidden1, block1[3:]), grad_second)
-    grad_first, grad_norm1 = pullback(_half_block, (first, block1[:3]), grad_hidden)
-    grad_first = grad_first + grad_second
+    grad = grad.permute(0, 3, 1, 2)
+    if grad.shape[2:] != x.shape[2:]:
+        grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), first)
+    grad_frequencies = None
+    if frequencies is not None:
+        encoded = second + _half_block(hidden2, block2[3:])
+        grad, grad_frequencies = _rotate_backward(grad.permute(0, 2, 3, 1), encoded.permute(0, 2, 3, 1), frequencies)
+        grad = grad.permute(0, 3, 1, 2)
+    grad_hidden, grad_norm4 = _half_block_backward(grad, hidden2, block2[3:])
+    grad_second, grad_norm3 = _half_block_backward(grad_hidden, second, block2[:3])
+    grad_second += grad
+    grad_hidden, grad_norm2 = _half_block_backward(grad_second, hidden1, block1[3:])
+    grad_first, grad_norm1 = _half_block_backward(grad_hidden, first, block1[:3])
+    grad_first += grad_second
     grad_projection = None
     if projection is not None:
-        grad_projection = torch.einsum("bohw,bihw->oi", grad_first, x)
-        grad_first = F.conv2d(grad_first, projection.T[:, :, None, None])
+        grad_first, grad_projection = _conv_backward(grad_first, x, projection)
     grads = EncoderParameters(
         grad_projection, BlockParameters(*grad_norm1, *grad_norm2), BlockParameters(*grad_norm3, *grad_norm4)
     )
-    return grad_first.permute(0, 2, 3, 1), grads, grad_frequencies[0] if grad_frequencies else None
+    return grad_first.permute(0, 2, 3, 1), grads, grad_frequencies
 
 
 def _half_block(x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     norm_weight, norm_bias, weight = parameters
     return F.conv2d(F.silu(normalise(x, norm_weight, norm_bias)), weight[:, :, None, None])
+
+
+def _half_block_backward(
+    grad: Tensor, x: Tensor, parameters: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The gradient of the input (B, D, H, W), and of the norm's weight and bias and the convolution's weight."""
+    norm_weight, norm_bias, weight = parameters
+    x = x.contiguous()
+    sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], GROUPS)
+    normed, mean, rstd = torch.native_group_norm(x, norm_weight, norm_bias, *sizes, EPS)
+    grad, grad_weight = _conv_backward(grad, F.silu(normed), weight)
+    grad = torch.ops.aten.silu_backward(grad.contiguous(), normed)
+    every = (True, True, True)
+    grad, *grad_norm = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, norm_weight, *sizes, every)
+    return grad, (*grad_norm, grad_weight)
+
+
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the input and the weight (Cout, Cin) of a 1x1 convolution."""
+    one, zero = (1, 1), (0, 0)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight[:, :, None, None], None, one, zero, one, False, zero, 1, (True, True, False)
+    )
+    return grad_x, grad_weight.flatten(1)
 
 
 def _norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Tensor]]:
@@ -285,3 +302,22 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     result[..., :half] -= x[..., half:] * sin[..., :half]
     result[..., half:] += x[..., :half] * sin[..., half:]
     return result
+
+
+def _rotate_backward(grad: Tensor, x: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the input (B, H, W, D) and of the frequencies (2, D)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    row_angle, column_angle = _angles((x.shape[1], x.shape[2]), frequencies.to(wide))
+    angle = row_angle[:, None] + column_angle
+    cos, sin = angle.cos(), angle.sin()
+    grad, x, dtype = grad.to(wide), x.to(wide), x.dtype
+    # The rotation's transpose: the partner's sine, the other sign.
+    half = x.shape[-1] // 2
+    swapped = torch.cat((sin[..., half:], sin[..., :half]), dim=-1)
+    grad_x = _rotated(grad, cos, -swapped)
+    grad_angle = _rotated(x, -sin, cos) * grad
+    unit = torch.ones_like(frequencies, dtype=wide)
+    row, column = _angles((x.shape[1], x.shape[2]), unit)
+    grad_row = (grad_angle.sum(dim=(0, 2)) * row).sum(dim=0)
+    grad_column = (grad_angle.sum(dim=(0, 1)) * column).sum(dim=0)
+    return grad_x.to(dtype), torch.stack((grad_row, grad_column)).to(frequencies.dtype)

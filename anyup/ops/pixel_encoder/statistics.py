@@ -10,6 +10,8 @@ from torch import Tensor
 
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS
 
+_SUBSETS = 16
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -24,15 +26,25 @@ class Statistics:
 
     @staticmethod
     def of(pixels: Tensor) -> Statistics:
-        """Statistics of (n, D) float32 or float64 pixels, by two passes over them: no cancellation."""
-        if pixels.device.type == "cpu":
-            # Four times as fast as var_mean over the first dimension, whose CPU kernel is not vectorised.
-            image = pixels.view(1, 1, *pixels.shape).permute(0, 3, 1, 2)
-            mean, variance = torch.ops.aten.batch_norm_update_stats(image, None, None, 0.0)
-        else:
-            variance, mean = torch.var_mean(pixels, dim=0, correction=0)
+        """Statistics of (n, D) contiguous float32 or float64 pixels, by two passes over them: no cancellation."""
+        count, dim = pixels.shape
         wide = accumulator_dtype(pixels.device)
-        return Statistics(pixels.shape[0], mean.to(wide), variance.to(wide) * pixels.shape[0])
+        even = count - count % _SUBSETS
+        if pixels.device.type != "cpu" or not even:
+            variance, mean = torch.var_mean(pixels, dim=0, correction=0)
+            return Statistics(count, mean.to(wide), variance.to(wide) * count)
+        # var_mean over the first dimension is not vectorised on a CPU. This is, but sums one value after the other, so
+        # that its error grows with their number: take interleaved subsets as if they were channels.
+        image = pixels[:even].view(1, 1, even // _SUBSETS, _SUBSETS * dim).permute(0, 3, 1, 2)
+        means, variances = torch.ops.aten.batch_norm_update_stats(image, None, None, 0.0)
+        means, variances = (t.view(_SUBSETS, dim).to(wide) for t in (means, variances))
+        each = even // _SUBSETS
+        subsets = Statistics._of_parts(even, each, means, variances * each)
+        if even == count:
+            return subsets
+        variance, mean = torch.var_mean(pixels[even:], dim=0, correction=0)
+        rest = Statistics(count - even, mean.to(wide), variance.to(wide) * (count - even))
+        return Statistics.merge([subsets, rest])
 
     @staticmethod
     def of_projection(pixels: Tensor, weight: Tensor) -> Statistics:
@@ -48,14 +60,17 @@ class Statistics:
 
     @staticmethod
     def merge(parts: Sequence[Statistics]) -> Statistics:
-        """The statistics of all pixels of the parts together (Chan, Golub and LeVeque 1983)."""
+        """The statistics of all pixels of the parts together."""
         first = parts[0].mean
         counts = torch.tensor([p.count for p in parts], dtype=first.dtype, device=first.device)[:, None]
-        means = torch.stack([p.mean for p in parts])
-        count = sum(p.count for p in parts)
+        means, deviations = (torch.stack(t) for t in zip(*((p.mean, p.deviation) for p in parts), strict=True))
+        return Statistics._of_parts(sum(p.count for p in parts), counts, means, deviations)
+
+    @staticmethod
+    def _of_parts(count: int, counts: Tensor | int, means: Tensor, deviations: Tensor) -> Statistics:
+        """Parts stacked as (parts, D), with `counts` pixels each, `count` in all (Chan, Golub and LeVeque 1983)."""
         mean = (counts * means).sum(dim=0) / count
-        deviation = torch.stack([p.deviation for p in parts]) + counts * (means - mean).square()
-        return Statistics(count, mean, deviation.sum(dim=0))
+        return Statistics(count, mean, (deviations + counts * (means - mean).square()).sum(dim=0))
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,10 @@ class Affine:
         mean = means.mean(dim=1, keepdim=True)
         within = (statistics.deviation / statistics.count).view(GROUPS, -1)
         variance = (within + (means - mean).square()).mean(dim=1, keepdim=True)
-        scale = weight.to(mean.dtype).view(GROUPS, -1) * torch.rsqrt(variance + EPS)
-        shift = bias.to(mean.dtype).view(GROUPS, -1) - mean * scale
-        return Affine(scale.flatten().to(dtype), shift.flatten().to(dtype))
+        scale = (weight.to(mean.dtype).view(GROUPS, -1) * torch.rsqrt(variance + EPS)).to(dtype)
+        # From the rounded scale, so that its rounding multiplies x - mean and not x, which may be much larger.
+        shift = bias.to(mean.dtype).view(GROUPS, -1) - mean * scale.to(mean.dtype)
+        return Affine(scale.flatten(), shift.flatten().to(dtype))
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

@@ -13,7 +13,6 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
-from anyup.ops.pullback import pullback
 from anyup.ops.query_projection.problem import ProjectionParameters
 
 # Pixels of a band: on a CPU its working set stays in a shared cache.
@@ -54,24 +53,22 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
 
 def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) -> tuple[Tensor, ProjectionParameters]:
     """The gradients of the encoded image and the parameters; the convolution is computed again."""
-    x = encoded.permute(0, 3, 1, 2)
-    convolved = F.conv2d(x, parameters.convolution, padding=1)
-
-    def end(convolved: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(F.rms_norm(convolved.permute(0, 2, 3, 1), norm.shape, norm), weight, bias)
-
-    grad_convolved, *grads = pullback(end, (convolved, *parameters[1:]), grad)
-    grad_encoded, grad_convolution, _ = torch.ops.aten.convolution_backward(
-        grad_convolved,
-        x,
-        parameters.convolution,
-        None,
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        False,
-        (0, 0),
-        1,
-        (True, True, False),
+    wide = torch.float64 if encoded.dtype == torch.float64 else torch.float32
+    image = encoded.permute(0, 3, 1, 2)
+    convolved = F.conv2d(image, parameters.convolution, padding=1)
+    x, outer = convolved.permute(0, 2, 3, 1).flatten(0, 2).to(wide), grad.flatten(0, 2).to(wide)  # (pixels, D)
+    _, norm, weight, _ = (p.to(wide) for p in parameters)
+    inverse = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + torch.finfo(wide).eps)
+    x = x * inverse
+    grad_weight, grad_bias = outer.T @ (x * norm), outer.sum(dim=0)
+    outer = outer @ weight
+    grad_norm = (outer * x).sum(dim=0)
+    outer = outer * norm
+    grad_x = inverse * (outer - x * (outer * x).mean(dim=1, keepdim=True))
+    grad_x = grad_x.view(grad.shape).permute(0, 3, 1, 2).to(encoded.dtype)
+    one = (1, 1)
+    grad_image, grad_convolution, _ = torch.ops.aten.convolution_backward(
+        grad_x, image, parameters.convolution, None, one, one, one, False, (0, 0), 1, (True, True, False)
     )
-    return grad_encoded.permute(0, 2, 3, 1), ProjectionParameters(grad_convolution, *grads)
+    grads = (grad_convolution, grad_norm, grad_weight, grad_bias)
+    return grad_image.permute(0, 2, 3, 1), ProjectionParameters(*(g.to(encoded.dtype) for g in grads))
