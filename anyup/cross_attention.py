@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyup.ops.precision import working_dtype
 from anyup.ops.query_projection import ProjectionParameters
 
 
@@ -47,7 +48,7 @@ class CrossAttentionBlock(nn.Module):
     def project_keys(self, encoded: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h, w, heads, head_dim), in the same dtype; the norm runs in float32 at least."""
         dim = encoded.shape[3]
-        wide = torch.float64 if encoded.dtype == torch.float64 else torch.float32
+        wide = working_dtype(encoded.dtype)
         attention = self.cross_attn.attention
         normed = F.rms_norm(encoded.to(wide), (dim,), self.cross_attn.norm_k.weight.to(wide)).to(encoded.dtype)
         weight, bias = attention.in_proj_weight[dim : 2 * dim], attention.in_proj_bias[dim : 2 * dim]

@@ -21,6 +21,7 @@ from anyup.cross_attention import CrossAttentionBlock
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
 from anyup.ops import feature_unification, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
+from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.ops.window_attention import window_attention
 from anyup.problem import check_inputs
@@ -181,7 +182,7 @@ class AnyUp(nn.Module):
 
         dim, heads = self.config["qk_dim"], self.config["num_heads"]
         encoded = stand_in((batch, *image.shape[2:], dim), dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = working_dtype(dtype)
         return ModelExplanation(
             (
                 pixel_encoder.explain_backends(
@@ -230,7 +231,7 @@ class AnyUp(nn.Module):
         In float32 at least: the grid is small, and in half precision the unified features' variance, small beside
         their mean, would be lost.
         """
-        wide = torch.float64 if image_keys.dtype == torch.float64 else torch.float32
+        wide = working_dtype(image_keys.dtype)
         _, block1, block2 = self.key_features_encoder
         with _without_autocast(features.device.type):
             features = F.normalize(features.to(wide), dim=1)

@@ -114,6 +114,4 @@ def _operation(operation: str, backend: str, workload: Workload) -> Call:
     pixels, parameters = encoder.prepare(noise(batch, *size, width).permute(0, 3, 1, 2))
     frequencies = upsampler.rope.freqs.detach() if operation == "image_encoder" else None
     output_size = grid if operation == "key_encoder" else size
-    return lambda: encode_pixels(
-        pixels, parameters, frequencies=frequencies, output_size=output_size, backend=backend
-    )
+    return lambda: encode_pixels(pixels, parameters, frequencies=frequencies, output_size=output_size, backend=backend)

@@ -19,9 +19,7 @@ _SLOW = 60.0
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The command line's additions."""
     group = parser.getgroup("anyup")
-    group.addoption(
-        "--budget", type=float, default=60.0, help="leave out calls that would take more seconds (60)"
-    )
+    group.addoption("--budget", type=float, default=60.0, help="leave out calls that would take more seconds (60)")
     group.addoption("--slow-baseline", action="store_true", help="time the baseline whatever it takes")
     group.addoption("--threads", type=int, default=None, help="torch's threads")
 
@@ -48,9 +46,7 @@ def run(benchmark: Any, request: pytest.FixtureRequest, rate: float) -> Run:
         **notes: object,
     ) -> object:
         within_budget(request.config, expected, baseline=baseline)
-        benchmark.extra_info.update(
-            machine.describe().as_row(), workload=workload.name, matmul_rate=rate, **notes
-        )
+        benchmark.extra_info.update(machine.describe().as_row(), workload=workload.name, matmul_rate=rate, **notes)
         # What takes minutes is called once, cold.
         slow = expected > _SLOW
         rounds = 1 if slow else max(3, min(10, int(10 / expected)))

@@ -81,9 +81,7 @@ class Published:
             attention.norm_k(key.flatten(2).transpose(1, 2)),
         )
 
-    def attend(
-        self, query: Tensor, key: Tensor, features: Tensor, mask: Tensor, q_chunk_size: int | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, features: Tensor, mask: Tensor, q_chunk_size: int | None) -> Tensor:
         """(B, Q, D), (B, h*w, D), (B, C, h, w), (Q, h*w) -> (B, Q, C)."""
         attention = self.model.cross_decode.cross_attn.attention
         value = features.flatten(2).transpose(1, 2)

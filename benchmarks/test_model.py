@@ -29,9 +29,7 @@ def agrees(workload: Workload) -> float:
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=name)
-def test_anyup(
-    workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: Any
-) -> None:
+def test_anyup(workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: Any) -> None:
     floor = machine.floor_seconds(workload, rate)
     within_budget(request.config, _EXPECTED * floor)
     benchmark.group = workload.name
@@ -41,9 +39,7 @@ def test_anyup(
 
 
 @pytest.mark.parametrize("workload", BASELINES, ids=name)
-def test_published(
-    workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: Any
-) -> None:
+def test_published(workload: Workload, run: Run, rate: float, request: pytest.FixtureRequest, benchmark: Any) -> None:
     expected = published.expected_seconds(workload, rate)
     needed, available = published.least_bytes(workload), machine.available_bytes()
     if available is not None and needed > available:

@@ -30,9 +30,7 @@ def expected_seconds(workload: Workload, rate: float) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("workload", SIZES, ids=name)
 @pytest.mark.parametrize("operation", _IN_IMAGE_SPACE)
-def test_operation(
-    operation: str, workload: Workload, backend: str, run: Run, rate: float, benchmark: Any
-) -> None:
+def test_operation(operation: str, workload: Workload, backend: str, run: Run, rate: float, benchmark: Any) -> None:
     benchmark.group = f"{operation}, {workload.name}"
     call = cases.build(f"{operation}/{backend}", workload)
     if backend != "reference":

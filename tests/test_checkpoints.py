@@ -57,9 +57,7 @@ def bare(model: AnyUp) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors", ".PTH"])
-def test_saved_model_comes_back_with_its_weights_and_arguments(
-    small: AnyUp, tmp_path: Path, suffix: str
-) -> None:
+def test_saved_model_comes_back_with_its_weights_and_arguments(small: AnyUp, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     save(small, path)
     again = load(path)
@@ -133,9 +131,7 @@ def test_use_natten_selects_the_cell_window(small: AnyUp, tmp_path: Path) -> Non
     ("name", "value"),
     [("qk_dim", 32), ("input_dim", 3), ("kernel_size", 1), ("kernel_size_lfu", 5), ("lfu_dim", 16)],
 )
-def test_width_that_contradicts_the_weights_is_refused(
-    small: AnyUp, tmp_path: Path, name: str, value: int
-) -> None:
+def test_width_that_contradicts_the_weights_is_refused(small: AnyUp, tmp_path: Path, name: str, value: int) -> None:
     path = tmp_path / "weights.pth"
     save(small, path)
     with pytest.raises(ValueError, match=f"{name}={value}.*{name}={SMALL[name]}"):
@@ -201,9 +197,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
     assert isinstance(caught.value, FileNotFoundError)
 
 
-def test_missing_file_names_the_place_that_was_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_file_names_the_place_that_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match="weights.pth") as caught:
         load("weights.pth")
@@ -291,9 +285,7 @@ def test_missing_and_unexpected_keys_and_other_shapes_are_all_listed(small: AnyU
     assert "aggregation.0.weight expected (16, 32, 3, 3), got (16, 32, 1, 1)" in message
 
 
-def test_head_count_that_does_not_divide_names_the_file_and_the_argument(
-    small: AnyUp, tmp_path: Path
-) -> None:
+def test_head_count_that_does_not_divide_names_the_file_and_the_argument(small: AnyUp, tmp_path: Path) -> None:
     torch.save(bare(small), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="weights.pth.*num_heads"):
         load(tmp_path / "weights.pth", num_heads=3)
@@ -349,9 +341,7 @@ def test_file_that_could_not_be_written_leaves_the_old_one(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_save_refuses_what_is_no_upsampler_and_a_folder_that_is_not_there(
-    small: AnyUp, tmp_path: Path
-) -> None:
+def test_save_refuses_what_is_no_upsampler_and_a_folder_that_is_not_there(small: AnyUp, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="expected an AnyUp, got Linear"):
         save(torch.nn.Linear(1, 1), tmp_path / "a.pth")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="missing"):
@@ -363,9 +353,7 @@ def test_saved_file_has_the_permissions_of_an_ordinary_file(small: AnyUp, tmp_pa
     (tmp_path / "ordinary").touch()
     for name in ("a.pth", "a.safetensors"):
         save(small, tmp_path / name)
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == stat.S_IMODE(
-            (tmp_path / "ordinary").stat().st_mode
-        )
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
 
 
 def test_stored_arguments_of_a_safetensors_file_are_json(small: AnyUp, tmp_path: Path) -> None:

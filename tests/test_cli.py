@@ -94,9 +94,7 @@ def upsample(*arguments: object, photo: str = "photo.png") -> int:
 def expected(weights: Path, size: tuple[int, int] | None = None, values: Tensor | None = None) -> Tensor:
     model = checkpoints.load(weights)
     with torch.inference_mode():
-        return model(
-            normalize_imagenet(read_photo("photo.png")), read_features("features.npy"), size, values=values
-        )
+        return model(normalize_imagenet(read_photo("photo.png")), read_features("features.npy"), size, values=values)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
@@ -123,9 +121,7 @@ def test_upsample_writes_a_picture_beside_or_instead_of_the_features(folder: Pat
     assert not (folder / "out.npy").exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "size"), [("40x52", (40, 52)), ("16", (12, 16)), ("64", (48, 64)), ("7x5", (7, 5))]
-)
+@pytest.mark.parametrize(("option", "size"), [("40x52", (40, 52)), ("16", (12, 16)), ("64", (48, 64)), ("7x5", (7, 5))])
 def test_size_is_the_longer_side_or_height_by_width(
     folder: Path, weights: Path, option: str, size: tuple[int, int]
 ) -> None:
@@ -272,9 +268,7 @@ def test_a_nan_in_a_file_is_named_before_any_work(
     assert "bad.npy: channel 3" in capsys.readouterr().err
 
 
-def test_values_on_another_grid_are_refused(
-    folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_values_on_another_grid_are_refused(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_array("values.npy", torch.zeros(2, 3, 3))
     options = ("--features", "features.npy", "--values", "values.npy", "--weights", weights)
     assert upsample(*options, "-o", "o.npy") == 1
@@ -351,9 +345,7 @@ def test_an_unforeseen_error_is_one_line_and_with_debug_a_traceback(
     monkeypatch.setattr(AnyUp, "forward", fail)
     options = ("--features", "features.npy", "--weights", weights, "-o", "o.npy")
     assert upsample(*options) == 1
-    assert _errors(capsys.readouterr().err) == [
-        "anyup: error: RuntimeError: out of luck (--debug shows more)"
-    ]
+    assert _errors(capsys.readouterr().err) == ["anyup: error: RuntimeError: out of luck (--debug shows more)"]
     with pytest.raises(RuntimeError, match="out of luck"):
         upsample(*options, "--debug")
 
@@ -441,9 +433,7 @@ def test_the_bundled_photograph_and_features_belong_together() -> None:
 def test_text_on_a_picture_is_wrapped_and_never_cut() -> None:
     panels = [torch.zeros(3, 40, 150)] * 2
     short = demo.draw_panels(panels, ["a", "b"], ["c"])
-    long = demo.draw_panels(
-        panels, ["a title of many words that is longer than its panel", "b"], ["c " * 100]
-    )
+    long = demo.draw_panels(panels, ["a title of many words that is longer than its panel", "b"], ["c " * 100])
     assert long.width == short.width and long.height > short.height + 100
     font = demo._font(20)
     lines = demo._wrap("some words " * 9, font, 120)
@@ -462,9 +452,7 @@ def test_info_tells_versions_devices_and_the_backend_of_each_operation(
         assert operation in told
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["demo", "--help"], ["upsample", "--help"], ["info", "-h"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["upsample", "--help"], ["info", "-h"]])
 def test_help_is_no_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     assert "usage: anyup" in capsys.readouterr().out
@@ -502,9 +490,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     try:
-        done = _python(
-            "-m", "anyup", "info", "--device", "cpu", capture_output=False, stdout=write, stderr=-1
-        )
+        done = _python("-m", "anyup", "info", "--device", "cpu", capture_output=False, stdout=write, stderr=-1)
     finally:
         os.close(write)
     assert done.returncode == 1

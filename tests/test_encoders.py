@@ -206,12 +206,8 @@ def test_the_vit_agrees_with_transformers_dinov2(tmp_path: Path) -> None:
         assert torch.allclose(ours(image), expected, atol=2e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(
-    ("index", "channels", "stride"), [(6, 32, 8), (13, 96, 16), (17, 320, 32), (18, 1280, 32)]
-)
-def test_mobilenet_layers_have_the_channels_and_strides_of_the_paper(
-    index: int, channels: int, stride: int
-) -> None:
+@pytest.mark.parametrize(("index", "channels", "stride"), [(6, 32, 8), (13, 96, 16), (17, 320, 32), (18, 1280, 32)])
+def test_mobilenet_layers_have_the_channels_and_strides_of_the_paper(index: int, channels: int, stride: int) -> None:
     encoder = MobileNetV2(index).eval()
     with torch.no_grad():
         features = encoder(torch.randn(1, 3, 96, 100))
@@ -271,9 +267,7 @@ def test_normalisation_is_per_channel() -> None:
 
 
 def test_an_image_of_0_to_255_is_not_normalised() -> None:
-    with pytest.raises(
-        ValueError, match=r"expected an image with values in 0\.\.1, got values from 0 to 255"
-    ):
+    with pytest.raises(ValueError, match=r"expected an image with values in 0\.\.1, got values from 0 to 255"):
         tiny_vit().normalize(torch.linspace(0, 255, 3 * 14 * 14).view(1, 3, 14, 14))
 
 
@@ -289,9 +283,7 @@ def test_features_that_are_not_finite_are_named(value: float, kind: str) -> None
 def test_a_nan_in_the_image_is_named_before_any_work() -> None:
     image = torch.zeros(1, 3, 28, 28)
     image[0, 2, 7, 9] = float("nan")
-    with pytest.raises(
-        ValueError, match="image: holds a NaN: image 0 of the batch, channel 2, row 7, column 9"
-    ):
+    with pytest.raises(ValueError, match="image: holds a NaN: image 0 of the batch, channel 2, row 7, column 9"):
         tiny_vit()(image)
 
 
@@ -341,9 +333,7 @@ def test_weights_kept_outside_the_onnx_file_are_refused() -> None:
     with pytest.raises(ValueError, match="initializer 'far' has no raw data"):
         read_onnx(onnx_model([], [outside]))
     short = field(1, 2) + field(2, 1) + field(8, "short") + field(9, bytes(4))
-    with pytest.raises(
-        ValueError, match=r"initializer 'short' of shape \(2,\) and torch.float32 has 4 bytes"
-    ):
+    with pytest.raises(ValueError, match=r"initializer 'short' of shape \(2,\) and torch.float32 has 4 bytes"):
         read_onnx(onnx_model([], [short]))
 
 
@@ -441,9 +431,7 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["timm", "transformers", "torchvision"])
-def test_a_missing_package_is_named_with_what_to_install(
-    package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named_with_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"pip install 'anyup\[{package}\]'"):
         load_encoder(f"{package}/some_model:layer")
@@ -531,9 +519,7 @@ def test_timm_maps_are_asked_for_in_channels_first_order() -> None:
         feature_info = ({"num_chs": 4, "reduction": 2}, {"num_chs": 8, "reduction": 4})
         pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # noqa: RUF012
 
-        def forward_intermediates(
-            self, image: Tensor, indices: int | list[int], **options: Any
-        ) -> list[Tensor]:
+        def forward_intermediates(self, image: Tensor, indices: int | list[int], **options: Any) -> list[Tensor]:
             assert options == {"norm": True, "output_fmt": "NCHW", "intermediates_only": True}
             maps = [image.new_zeros(1, row["num_chs"], 8 // row["reduction"], 4) for row in self.feature_info]
             return maps[-indices:] if isinstance(indices, int) else [maps[i] for i in indices]

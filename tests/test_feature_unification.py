@@ -11,7 +11,7 @@ import pytest
 import torch
 from accuracy import (
     assert_backend_accurate,
-    assert_backend_accurate_for_some_draw,
+    assert_backend_accurate_over_draws,
     assert_close_enough,
     output_and_gradients,
 )
@@ -62,7 +62,7 @@ def tensors_of(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_torch_backend_obeys_the_error_rule(name: str, dtype: torch.dtype) -> None:
-    assert_backend_accurate_for_some_draw(unify_features, lambda seed: tensors_of(SHAPES[name], dtype, seed))
+    assert_backend_accurate_over_draws(unify_features, lambda seed: tensors_of(SHAPES[name], dtype, seed))
 
 
 @pytest.mark.parametrize("name", ["several tiles", "odd, batch 2"])
@@ -168,7 +168,7 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
         )
         dtype = rng.choice(DTYPES)
         try:
-            assert_backend_accurate_for_some_draw(unify_features, partial(draw, shape, dtype, seed))
+            assert_backend_accurate_over_draws(unify_features, partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 

@@ -245,9 +245,7 @@ def _write_half_and_raise(path: Path, kind: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_file_is_absent_and_an_older_one_stays(
-    tmp_path: Path, kind: type[BaseException]
-) -> None:
+def test_an_interrupted_file_is_absent_and_an_older_one_stays(tmp_path: Path, kind: type[BaseException]) -> None:
     path = tmp_path / "a.npy"
     for before in (None, b"old"):
         if before is not None:

@@ -122,9 +122,7 @@ def test_wheel_without_a_kernels_folder_builds_and_has_no_kernels(tmp_path: Path
     assert "anyup/kernels.py" in names
 
 
-def test_wheel_imports_its_kernels_and_hides_no_other_package(
-    wheel: Path, tmp_path: Path, other: Path
-) -> None:
+def test_wheel_imports_its_kernels_and_hides_no_other_package(wheel: Path, tmp_path: Path, other: Path) -> None:
     site = unpack(wheel, tmp_path / "site")
     out = run_python(CHECK_BRIDGE + "print(probe.__file__)", cwd=tmp_path, path=(site, other))
     assert Path(out.strip()) == site / "anyup" / "_kernels" / "probe.py"
@@ -209,9 +207,7 @@ def load_bridge(package: Path) -> ModuleType:
     return module
 
 
-def test_bridge_without_any_folder_is_an_empty_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bridge_without_any_folder_is_an_empty_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = load_bridge(tmp_path / "anyup")
     assert bridge.__path__ == []
     monkeypatch.setitem(sys.modules, "bridge_under_test", bridge)

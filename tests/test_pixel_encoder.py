@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import (
     assert_backend_accurate,
-    assert_backend_accurate_for_some_draw,
+    assert_backend_accurate_over_draws,
     assert_close_enough,
     output_and_gradients,
 )
@@ -117,7 +117,7 @@ def encoder(shape: Shape) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_torch_backend_obeys_the_error_rule(name: str, dtype: torch.dtype) -> None:
-    assert_backend_accurate_for_some_draw(encoder(SHAPES[name]), lambda seed: tensors_of(SHAPES[name], dtype, seed))
+    assert_backend_accurate_over_draws(encoder(SHAPES[name]), lambda seed: tensors_of(SHAPES[name], dtype, seed))
 
 
 @pytest.mark.parametrize("name", ["several tiles", "pooled, several tiles", "enlarged", "no projection"])
@@ -198,7 +198,7 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
         )
         dtype = rng.choice(DTYPES)
         try:
-            assert_backend_accurate_for_some_draw(encoder(shape), partial(draw, shape, dtype, seed))
+            assert_backend_accurate_over_draws(encoder(shape), partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import (
     assert_backend_accurate,
-    assert_backend_accurate_for_some_draw,
+    assert_backend_accurate_over_draws,
     assert_close_enough,
     output_and_gradients,
 )
@@ -64,7 +64,7 @@ def run(encoded: Tensor, *, backend: str, **parameters: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_torch_backend_obeys_the_error_rule(name: str, dtype: torch.dtype) -> None:
-    assert_backend_accurate_for_some_draw(run, lambda seed: tensors_of(SHAPES[name], dtype, seed))
+    assert_backend_accurate_over_draws(run, lambda seed: tensors_of(SHAPES[name], dtype, seed))
 
 
 def test_torch_backend_reads_no_uninitialised_memory(poisoned_memory: None) -> None:
@@ -139,7 +139,7 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
         shape = Shape((rng.randint(1, 60), rng.randint(1, 60)), rng.choice([8, 16, 40]), rng.randint(1, 2))
         dtype = rng.choice(DTYPES)
         try:
-            assert_backend_accurate_for_some_draw(run, partial(draw, shape, dtype, seed))
+            assert_backend_accurate_over_draws(run, partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import (
     assert_backend_accurate,
-    assert_backend_accurate_for_some_draw,
+    assert_backend_accurate_over_draws,
     assert_close_enough,
     output_and_gradients,
 )
@@ -42,7 +42,7 @@ def attention(shape: AttentionShape, **settings: Any) -> Any:
 @pytest.mark.parametrize("name", ATTENTION_SHAPES)
 def test_torch_backend_obeys_the_error_rule(name: str, dtype: torch.dtype) -> None:
     shape = ATTENTION_SHAPES[name]
-    assert_backend_accurate_for_some_draw(attention(shape), lambda seed: attention_tensors(shape, seed, dtype))
+    assert_backend_accurate_over_draws(attention(shape), lambda seed: attention_tensors(shape, seed, dtype))
 
 
 @pytest.mark.parametrize("name", ["several tiles", "odd scale", "cell", "no window"])
@@ -145,7 +145,7 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
         shape, dtype = random_shape(rng), rng.choice(DTYPES)
         run = attention(shape, max_queries=rng.choice([None, None, 1, 7, 100]))
         try:
-            assert_backend_accurate_for_some_draw(run, partial(draw, shape, dtype, seed))
+            assert_backend_accurate_over_draws(run, partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.precision import working_dtype
 
 # Values worked on at a time: on a CPU what stays in its caches.
 _BUDGET = {"cpu": 2**18}
@@ -69,7 +70,7 @@ class _Patches:
     """
 
     def __init__(self, features: Tensor, basis: Tensor) -> None:
-        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+        wide = working_dtype(features.dtype)
         batch, channels, h, w = features.shape
         filters, _, size, _ = basis.shape
         self.filters = basis.flatten(1).to(wide)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from anyup.ops.precision import working_dtype
 from anyup.ops.pullback import pullback
 
 
@@ -29,7 +30,7 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
     inside = F.conv2d(torch.ones_like(features[:1, :1]), torch.ones_like(basis[:1]), padding=padding)
     z = rearrange(z / inside, "(b c) m h w -> b (c m) h w", b=batch, c=channels)
     z = rearrange(z, "b (m c) h w -> b m c h w", m=filters, c=channels)  # read again
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide = working_dtype(z.dtype)
     return torch.softmax(z, dim=1, dtype=wide).mean(dim=2).to(features.dtype)
 
 

@@ -22,6 +22,7 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters, normalise
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+from anyup.ops.precision import working_dtype
 
 Result = TypeVar("Result")
 
@@ -77,7 +78,7 @@ class Band:
         """(n, Cin) pixels; `trunk` is where the result goes, (n, D), a new tensor if None."""
         self._pixels = pixels.contiguous()  # an image comes with its channels outermost
         self._parameters = parameters
-        self.work_dtype = torch.float64 if pixels.dtype == torch.float64 else torch.float32
+        self.work_dtype = working_dtype(pixels.dtype)
         dim = parameters.block1.weight1.shape[0]
         self._trunk = empty((pixels.shape[0], dim), pixels) if trunk is None else trunk
         self._branch: Tensor | None = None
@@ -248,7 +249,7 @@ def _norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Te
 
 
 def _activate(x: Tensor, norm: Affine) -> Tensor:
-    return F.silu(torch.addcmul(norm.shift, x, norm.scale), inplace=True)
+    return F.silu(norm(x), inplace=True)
 
 
 class _CellMean:
@@ -273,7 +274,7 @@ def _rotate(encoded: Tensor, frequencies: Tensor) -> None:
     The cosine and sine of a sum of a row's and a column's angle follow from two small tables.
     """
     height, width, _ = encoded.shape
-    wide = torch.float64 if encoded.dtype == torch.float64 else torch.float32
+    wide = working_dtype(encoded.dtype)
     row_angle, column_angle = _angles((height, width), frequencies.to(wide))
     row_cos, row_sin = row_angle.cos()[:, None], row_angle.sin()[:, None]  # (H, 1, D)
     column_cos, column_sin = column_angle.cos(), column_angle.sin()  # (W, D)
@@ -306,7 +307,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate_backward(grad: Tensor, x: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the input (B, H, W, D) and of the frequencies (2, D)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = working_dtype(x.dtype)
     row_angle, column_angle = _angles((x.shape[1], x.shape[2]), frequencies.to(wide))
     angle = row_angle[:, None] + column_angle
     cos, sin = angle.cos(), angle.sin()

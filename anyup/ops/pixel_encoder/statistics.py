@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS
+from anyup.ops.precision import accumulator_dtype
 
 _SUBSETS = 16
+
+# Means of up to so many deviations lose nothing that matters when scale and shift are applied at once.
+_LARGEST_OFFSET = 4.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Affine:
-    """x -> x * scale + shift per channel: what a group normalisation is once its statistics are known."""
+    """x -> (x - center) * scale + shift per channel: a group normalisation whose statistics are known."""
 
     scale: Tensor  # (D,)
     shift: Tensor  # (D,)
+    center: Tensor | None  # (D,); None: 0
 
     @staticmethod
     def of(statistics: Statistics, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Affine:
@@ -88,11 +93,18 @@ class Affine:
         within = (statistics.deviation / statistics.count).view(GROUPS, -1)
         variance = (within + (means - mean).square()).mean(dim=1, keepdim=True)
         scale = (weight.to(mean.dtype).view(GROUPS, -1) * torch.rsqrt(variance + EPS)).to(dtype)
-        # From the rounded scale, so that its rounding multiplies x - mean and not x, which may be much larger.
-        shift = bias.to(mean.dtype).view(GROUPS, -1) - mean * scale.to(mean.dtype)
-        return Affine(scale.flatten(), shift.flatten().to(dtype))
+        offset = mean * scale.to(mean.dtype)
+        # x * scale - offset cancels where the mean is large beside the deviation; subtracting first does not, but is
+        # one more pass. Whether it must be is asked on a CPU only; elsewhere asking would wait for the device.
+        center = None
+        if mean.device.type != "cpu" or bool(offset.abs().max() > _LARGEST_OFFSET):
+            center = mean.to(dtype)
+            offset = (mean - center.to(mean.dtype)) * scale.to(mean.dtype)
+            center = center.expand_as(scale).flatten()
+        # From the rounded scale and centre, so that their rounding does not multiply x itself.
+        shift = (bias.to(mean.dtype).view(GROUPS, -1) - offset).to(dtype)
+        return Affine(scale.flatten(), shift.flatten(), center)
 
-
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise (..., D) pixels."""
+        return torch.addcmul(self.shift, x if self.center is None else x - self.center, self.scale)

@@ -13,6 +13,7 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.precision import working_dtype
 from anyup.ops.query_projection.problem import ProjectionParameters
 
 # Pixels of a band: on a CPU its working set stays in a shared cache.
@@ -28,7 +29,7 @@ def unsupported(problem: object) -> list[str]:
 def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     """(B, H, W, D) -> (B, H, W, D); float32 inside for half precision."""
     batch, height, width, dim = encoded.shape
-    wide = torch.float64 if encoded.dtype == torch.float64 else torch.float32
+    wide = working_dtype(encoded.dtype)
     convolution, norm, weight, bias = (p.to(wide) for p in parameters)
     convolution = convolution.contiguous(memory_format=torch.channels_last)
     weight = weight * norm
@@ -53,7 +54,7 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
 
 def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) -> tuple[Tensor, ProjectionParameters]:
     """The gradients of the encoded image and the parameters; the convolution is computed again."""
-    wide = torch.float64 if encoded.dtype == torch.float64 else torch.float32
+    wide = working_dtype(encoded.dtype)
     image = encoded.permute(0, 3, 1, 2)
     convolved = F.conv2d(image, parameters.convolution, padding=1)
     x, outer = convolved.permute(0, 2, 3, 1).flatten(0, 2).to(wide), grad.flatten(0, 2).to(wide)  # (pixels, D)

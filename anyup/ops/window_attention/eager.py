@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
+from anyup.ops.precision import accumulator_dtype, working_dtype
 from anyup.ops.window_attention.segments import Segments, cut_axis
 from anyup.window import Window
 
@@ -27,6 +28,8 @@ _BUDGET = {"cpu": 2**19}
 _BUDGET_ELSEWHERE = 2**25
 
 _LONGEST_SEGMENT = 32
+# The gradients of keys and values sum over a rectangle's pixels in float32, and over rectangles in float64.
+_LONGEST_SEGMENT_BACKWARD = 16
 
 # Keys beyond this may overflow in a product with a query.
 _SAFE_KEY = 2.0**60
@@ -51,13 +54,13 @@ def forward(
     batch, height, width, heads, _ = query.shape
     channels = value.shape[3]
     out = empty((batch, height, width, channels), value)
-    lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=_wide(query.dtype))
+    lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=working_dtype(query.dtype))
     scratch = _Scratch()
     for image in range(batch):
-        keys, values = _grids(key[image], value[image], scale)
+        keys, values = _grids(key[image], value[image])
 
         def attend(part: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
-            logits = part.logits(query[image], keys, scratch)
+            logits = part.logits(query[image], keys, scale, scratch)
             weights = torch.softmax(logits, dim=-1, out=scratch.take("weights", logits.shape, logits))
             mean = scratch.take("mean", (part.count, part.pixels, part.keys), weights)
             torch.mean(weights, dim=1, out=mean)
@@ -89,17 +92,19 @@ def backward(
     )
     scratch = _Scratch()
     for image in range(batch):
-        keys, values = _grids(key[image], value[image], scale)
-        sum_keys, sum_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for part in _batches(window, query, keys, channels):
-            weights = torch.softmax(part.logits(query[image], keys, scratch), dim=-1)  # (count, heads, pixels, keys)
+        keys, values = _grids(key[image], value[image])
+        # Each is a sum over all pixels that see a key.
+        sum_keys, sum_values = (torch.zeros_like(t, dtype=accumulator_dtype(t.device)) for t in (keys, values))
+        for part in _batches(window, query, keys, channels, longest=_LONGEST_SEGMENT_BACKWARD):
+            weights = torch.softmax(part.logits(query[image], keys, scale, scratch), dim=-1)  # (count, heads, pixels, keys)
             outer = part.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
             part.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
             inner = (outer @ part.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
-            inner = weights * (inner - (weights * inner).sum(dim=-1, keepdim=True))  # dS (count, heads, pixels, keys)
+            # dS (count, heads, pixels, keys)
+            inner = torch.ops.aten._softmax_backward_data(inner.expand_as(weights), weights, -1, weights.dtype)
             queries = part.take_pixels(query[image]).to(keys.dtype).transpose(1, 2)
             part.add_keys(sum_keys, (inner.transpose(2, 3) @ queries).transpose(1, 2))
-            update = inner @ part.take_keys(keys).transpose(1, 2)  # (count, heads, pixels, d)
+            update = (inner @ part.take_keys(keys).transpose(1, 2)) * scale  # (count, heads, pixels, d)
             part.put_pixels(grad_query[image], update.transpose(1, 2))
         grad_key[image] = sum_keys.mul_(scale).transpose(0, 1)
         grad_value[image] = sum_values.transpose(0, 1)
@@ -156,22 +161,26 @@ class _Batch:
     def add_keys(self, grid: Tensor, update: Tensor) -> None:
         """Add (count, keys, ...) to these keys of (w, h, ...); rectangles may share keys."""
         band = grid[:, self.rows.key_starts[0] : self.rows.key_starts[0] + self.rows.keys]
-        band.index_add_(0, self.columns.key_positions(band.device), update.reshape(-1, *band.shape[1:]))
+        update = update.reshape(-1, *band.shape[1:]).to(band.dtype)
+        band.index_add_(0, self.columns.key_positions(band.device), update)
 
-    def logits(self, query: Tensor, keys: Tensor, scratch: _Scratch) -> Tensor:
-        """Logits (count, heads, pixels, keys) of scaled keys, -inf where a pixel does not see a key."""
+    def logits(self, query: Tensor, keys: Tensor, scale: float, scratch: _Scratch) -> Tensor:
+        """Scaled logits (count, heads, pixels, keys), -inf where a pixel does not see a key."""
         pixels = self.take_pixels(query).transpose(1, 2)  # (count, heads, pixels, d)
         queries = scratch.take("queries", pixels.shape, keys).copy_(pixels)
         near = self.take_keys(keys).permute(0, 2, 3, 1).contiguous()  # (count, heads, d, keys)
         logits = scratch.take("logits", (*queries.shape[:3], self.keys), keys)
-        torch.bmm(queries.flatten(0, 1), near.flatten(0, 1), out=logits.flatten(0, 1))
         bias = self._bias()
-        if bias is None:
-            return logits
-        if self.finite:
-            return logits.add_(bias)
-        # NaN - inf is NaN: a key that holds one would reach pixels that do not see it.
-        return logits.masked_fill_(bias < 0, -math.inf)
+        added = bias is not None and self.finite
+        if added:
+            logits.copy_(bias)
+        # With beta 0 what was in the buffer is ignored, a NaN too.
+        flat = logits.flatten(0, 1)
+        torch.baddbmm(flat, queries.flatten(0, 1), near.flatten(0, 1), beta=int(added), alpha=scale, out=flat)
+        if bias is not None and not added:
+            # NaN - inf is NaN: a key that holds one would reach pixels that do not see it.
+            logits.masked_fill_(bias < 0, -math.inf)
+        return logits
 
     def _bias(self) -> Tensor | None:
         """The sum of the row and the column bias, (count, 1, pixels, keys)."""
@@ -184,13 +193,18 @@ class _Batch:
 
 
 def _batches(
-    window: Window, query: Tensor, keys: Tensor, channels: int, max_queries: int | None = None
+    window: Window,
+    query: Tensor,
+    keys: Tensor,
+    channels: int,
+    max_queries: int | None = None,
+    longest: int = _LONGEST_SEGMENT,
 ) -> Iterator[_Batch]:
     """All rectangles of an image, those of one shape in one band of rows together as far as the budget goes."""
     _, height, width, heads, _ = query.shape
     w, h = keys.shape[:2]
     budget = _BUDGET.get(keys.device.type, _BUDGET_ELSEWHERE)
-    longest = _LONGEST_SEGMENT if max_queries is None else min(_LONGEST_SEGMENT, math.isqrt(max_queries))
+    longest = longest if max_queries is None else min(longest, math.isqrt(max_queries))
     # Adding the bias is several times as fast on a CPU as filling by a mask, but right only for keys that give finite
     # logits. On other devices it is about the same, and asking would wait for the device. (A NaN is not <= anything.)
     finite = keys.device.type == "cpu" and bool(keys.abs().max() <= _SAFE_KEY)
@@ -209,15 +223,10 @@ def _batches(
                     yield _Batch(rows, columns, finite)
 
 
-def _grids(key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One image's scaled keys (w, h, heads, d) and values (w, h, C), in the dtypes worked in."""
-    keys = key.transpose(0, 1).to(_wide(key.dtype)) * scale
-    return keys.contiguous(), value.transpose(0, 1).to(_wide(value.dtype)).contiguous()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is for storage; products and the softmax are float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _grids(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """One image's keys (w, h, heads, d) and values (w, h, C), in the dtypes worked in."""
+    keys, values = (t.transpose(0, 1).to(working_dtype(t.dtype)).contiguous() for t in (key, value))
+    return keys, values
 
 
 class _Scratch(threading.local):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention import problem as problems
 from anyup.window import Window, describe_window, make_window
 
@@ -114,7 +115,7 @@ def _forward(
 @_forward.register_fake
 def _(query, key, value, window_kind, ratio, scale, backend, max_queries, save_lse):  # type: ignore[no-untyped-def]
     batch, height, width, heads, _ = query.shape
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = working_dtype(query.dtype)
     lse_shape = (batch, height, width, heads) if save_lse else (0,)
     return value.new_empty(batch, height, width, value.shape[3]), query.new_empty(lse_shape, dtype=wide)
 

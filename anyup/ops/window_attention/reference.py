@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from anyup.ops.precision import working_dtype
 from anyup.ops.pullback import pullback
 from anyup.window import Window, axis_bounds
 
@@ -78,4 +79,4 @@ def backward(
 
 
 def _empty_statistics(query: Tensor) -> Tensor:
-    return query.new_empty(0, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return query.new_empty(0, dtype=working_dtype(query.dtype))
