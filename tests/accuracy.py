@@ -53,12 +53,12 @@ def assert_backend_accurate_over_draws(run: Run, draw: Callable[[int], Mapping[s
     """The error rule for several draws taken together, as one tensor for each result.
 
     Where few sums are compared, the reference's own error is sometimes small by luck: what three draws do not decide,
-    twelve do. A wrong result fails both times.
+    forty-eight do. A wrong result fails both times.
     """
     try:
         _assert_accurate_together(run, [draw(seed) for seed in range(3)])
     except AssertionError:
-        _assert_accurate_together(run, [draw(seed) for seed in range(12)])
+        _assert_accurate_together(run, [draw(seed) for seed in range(48)])
 
 
 def _assert_accurate_together(run: Run, draws: Sequence[Mapping[str, Tensor]]) -> None:

@@ -96,7 +96,8 @@ def backward(
         # Each is a sum over all pixels that see a key.
         sum_keys, sum_values = (torch.zeros_like(t, dtype=accumulator_dtype(t.device)) for t in (keys, values))
         for part in _batches(window, query, keys, channels, longest=_LONGEST_SEGMENT_BACKWARD):
-            weights = torch.softmax(part.logits(query[image], keys, scale, scratch), dim=-1)  # (count, heads, pixels, keys)
+            # (count, heads, pixels, keys)
+            weights = torch.softmax(part.logits(query[image], keys, scale, scratch), dim=-1)
             outer = part.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
             part.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
             inner = (outer @ part.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
@@ -171,9 +172,10 @@ class _Batch:
         near = self.take_keys(keys).permute(0, 2, 3, 1).contiguous()  # (count, heads, d, keys)
         logits = scratch.take("logits", (*queries.shape[:3], self.keys), keys)
         bias = self._bias()
-        added = bias is not None and self.finite
-        if added:
+        added = False
+        if bias is not None and self.finite:
             logits.copy_(bias)
+            added = True
         # With beta 0 what was in the buffer is ignored, a NaN too.
         flat = logits.flatten(0, 1)
         torch.baddbmm(flat, queries.flatten(0, 1), near.flatten(0, 1), beta=int(added), alpha=scale, out=flat)
