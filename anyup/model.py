@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
-from anyup.ops import feature_unification, pixel_encoder, query_projection
+from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
@@ -143,7 +143,8 @@ class AnyUp(nn.Module):
         size = self.check(image, features, output_size, q_chunk_size, values=values)
         if self.backend is not None and not torch.compiler.is_compiling():
             self.explain(image, features, output_size, values=values).require()
-        query, key = self._query_and_key(image, features, size)
+        with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
+            query, key = self._query_and_key(image, features, size)
         if vis_attn:
             self._show_attention(query, key, q_chunk_size)
         return self._attend(query, key, features if values is None else values, q_chunk_size)

@@ -1,7 +1,8 @@
 """Fresh memory for large maps.
 
 A map of a hundred megabytes costs more in page faults than in work when it comes in pages of 4 KiB. Where Linux
-gives huge pages to those who ask, asking makes a first pass over fresh CPU memory several times as fast.
+gives huge pages to those who ask, asking makes a first pass over fresh CPU memory several times as fast; and within
+`reuse` a map takes over the pages of one of its size that is gone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
+import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,16 +21,48 @@ from torch import Tensor
 _LARGE = 2**23
 
 
+class _Kept(threading.local):
+    """The mappings of this thread's `reuse` block, each with a reference that dies with the tensor on it."""
+
+    mappings: list[tuple[mmap.mmap, weakref.ref[memoryview]]] | None = None
+
+
+_kept = _Kept()
+
+
+@contextlib.contextmanager
+def reuse() -> Iterator[None]:
+    """Keep the memory of maps made within the block until its end, for later maps of the same size."""
+    before = _kept.mappings
+    _kept.mappings = [] if before is None else before
+    try:
+        yield
+    finally:
+        _kept.mappings = before
+
+
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor in the dtype and on the device of `like`."""
-    size = math.prod(shape)
-    if like.device.type != "cpu" or size * like.element_size() < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    count = math.prod(shape)
+    if like.device.type != "cpu" or count * like.element_size() < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
-    pages = mmap.mmap(-1, size * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without huge pages: the memory is as good as any
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the mapping alive, and unmaps it when it goes.
-    tensor = torch.frombuffer(pages, dtype=like.dtype, count=size).view(shape)
+    # The tensor keeps the view alive, and the view the mapping.
+    tensor = torch.frombuffer(_view(count * like.element_size()), dtype=like.dtype, count=count).view(shape)
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(math.nan)
     return tensor
+
+
+def _view(size: int) -> memoryview:
+    mappings = [] if _kept.mappings is None else _kept.mappings
+    unused = [entry for entry in mappings if len(entry[0]) == size and entry[1]() is None]
+    if unused:
+        mappings.remove(unused[0])
+        pages = unused[0][0]
+    else:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel built without huge pages: the memory is as good as any
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(pages)
+    mappings.append((pages, weakref.ref(view)))
+    return view
