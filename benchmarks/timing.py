@@ -37,11 +37,14 @@ class Timing:
 def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
     """Time each function once, then each again: A B A B, so that a slow minute hits all of them alike.
 
-    Nothing is warmed up: call the functions before (a parity check does).
+    Where functions alternate, an untimed call of the same function goes before each timed one: otherwise each would be
+    timed with the memory that the other has just given back to the system, and the faster one would pay most for it.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            if len(functions) > 1:
+                function()
             start = time.perf_counter()
             result = function()
             times[name].append(time.perf_counter() - start)
