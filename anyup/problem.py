@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from anyup.ops.precision import FLOATING
 
 # ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
 _LARGEST_NORMALISED = 20.0

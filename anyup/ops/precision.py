@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that every operation takes."""
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision is for storage: arithmetic is float32, or float64 where the caller's tensors are."""
