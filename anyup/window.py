@@ -56,6 +56,13 @@ class CellWindow:
 
     kind = "cell"
 
+    def size(self, keys: int) -> int:
+        """Keys in each query's range along an axis of `keys`."""
+        if not 0 < self.ratio < 0.5:
+            return keys
+        size = max(round(2 * self.ratio * keys), 3)
+        return min(size + 1 if size % 2 == 0 else size, keys)
+
     def bounds(self, queries: int, keys: int) -> tuple[Tensor, Tensor]:
         """First key (inclusive) and last key (exclusive) of each query along one axis.
 
@@ -63,8 +70,7 @@ class CellWindow:
         """
         if not 0 < self.ratio < 0.5:
             return _every_key(queries, keys)
-        size = max(round(2 * self.ratio * keys), 3)
-        size = min(size + 1 if size % 2 == 0 else size, keys)
+        size = self.size(keys)
         cell = ((2 * torch.arange(queries, device="cpu") + 1) * keys) // (2 * queries)
         start = (cell - size // 2).clamp(0, keys - size)
         return start, start + size

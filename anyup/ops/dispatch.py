@@ -8,6 +8,7 @@ it is chosen only where it is asked for by name, although it can.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,6 +23,10 @@ BACKEND_NAMES = ("triton", "flex", "torch", "reference")
 
 Backend = str | Sequence[str] | None
 """None: the first that can. A name: that one or an error. A sequence: the first of these that can."""
+
+
+class BackendFailure(RuntimeError):
+    """A backend that could run a problem by what it knows failed to: a kernel did not compile, or did not launch."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Operation:
         self.name = name
         self._backends = dict(backends)
         self._logged: set[str] = set()
+        self._failures: dict[tuple[str, torch.device], str] = {}
 
     def explain(self, problem: Any, backend: Backend = None) -> Explanation:
         """Ask every candidate whether it can run `problem`."""
@@ -97,17 +103,32 @@ class Operation:
         raise NotImplementedError(f"no backend can run this:\n{self.explain(problem, backend)}")
 
     def run(self, function: str, problem: Any, backend: Backend, *args: Any, **kwargs: Any) -> Any:
-        """Call a function of the chosen backend, autocast off: a backend says itself what it computes in."""
+        """Call a function of the chosen backend, autocast off: a backend says itself what it computes in.
+
+        Where a backend that was not asked for by name raises a `BackendFailure`, the next one runs, with a warning,
+        and this one is passed over on that device from now on.
+        """
         module = self.choose(problem, backend)
-        kind = problem.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return getattr(module, function)(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return getattr(module, function)(*args, **kwargs)
+        try:
+            return _call(getattr(module, function), problem.device.type, *args, **kwargs)
+        except BackendFailure as failure:
+            name = next(n for n in self._backends if self._backends[n]() is module)
+            if parse_backend(backend) == (name,):
+                raise
+            self._failures[name, problem.device] = f"failed before on {problem.device}: {failure}"
+            warnings.warn(
+                f"anyup: {self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used on it "
+                f"any more: {failure}",
+                stacklevel=2,
+            )
+        return self.run(function, problem, backend, *args, **kwargs)
 
     def _reasons(self, name: str, problem: Any) -> list[str]:
         if name not in self._backends:
             return [f"{self.name} has no {name!r} backend in this version; it has {', '.join(self._backends)}"]
+        failure = self._failures.get((name, problem.device))
+        if failure is not None:
+            return [failure]
         return self._backends[name]().unsupported(problem)
 
     def _discouraged(self, name: str, problem: Any, asked: tuple[str, ...]) -> list[str]:
@@ -115,6 +136,17 @@ class Operation:
             return []
         discouraged = getattr(self._backends[name](), "discouraged", None)
         return [] if discouraged is None else discouraged(problem)
+
+
+def _call(function: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return function(*args, **kwargs)
+    with torch.autocast(device_type, enabled=False):
+        return function(*args, **kwargs)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def parse_backend(backend: Backend) -> tuple[str, ...]:

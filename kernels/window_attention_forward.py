@@ -1,0 +1,244 @@
+"""Window attention, forward: out(x) = sum_j P(x, j) v(j), P the mean over heads of each head's softmax over a window.
+
+One averaged P carries all channels, so the heads cannot share an online softmax. A program first takes each head's
+largest logit and sum of exponentials over the keys of its tile, then makes the averaged weights, and multiplies them
+with the values. The idea that makes it fast: neighbouring pixels see nearly the same keys, so a tile's keys are few,
+and no mask, table or copied key is read from memory.
+
+Where the keys are few, all weights of a tile stay in registers, and the channels go by slice by slice. Where they are
+many, the weights are made anew for each run of channel slices, a block of keys at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import ForwardConfig
+from .launch import SIZES, Launch, size_arguments, strides_of
+from .window_attention_tile import (
+    LN_2,
+    key_block,
+    load_channels,
+    open_keys,
+    open_queries,
+    logits,
+    pivot,
+    pixel_windows,
+    take_key,
+    take_query,
+    tile_keys,
+    tile_pixels,
+    visibility,
+)
+from .window_bounds import WindowRule
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _head_statistics(
+    queries, keys, rectangle, windows, exponent_scale, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,)."""
+    _, _, _, count = rectangle
+    largest = ()
+    total = ()
+    for _head in tl.static_range(HEADS):
+        largest = largest + (tl.full((PIXELS,), float("-inf"), tl.float32),)
+        total = total + (tl.zeros((PIXELS,), tl.float32),)
+    for block in tl.range(0, tl.cdiv(count, BLOCK)):
+        row, column, exists = key_block(block, rectangle, BLOCK)
+        near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
+        limit = visibility(windows, row, column, exists)
+        now_largest = ()
+        now_total = ()
+        for head in tl.static_range(HEADS):
+            mine = take_query(queries, head, block, again, KEEP)
+            theirs = take_key(near, head, exists, KEEP)
+            raw = logits(mine, theirs, limit, PRECISION)  # (PIXELS, BLOCK)
+            now = tl.maximum(largest[head], tl.max(raw, axis=1))
+            base = pivot(now) * exponent_scale
+            shrink = tl.math.exp2(largest[head] * exponent_scale - base)
+            added = tl.sum(tl.math.exp2(raw * exponent_scale - base[:, None]), axis=1)
+            now_largest = now_largest + (now,)
+            now_total = now_total + (total[head] * shrink + added,)
+        largest = now_largest
+        total = now_total
+    base = ()
+    for head in tl.static_range(HEADS):
+        base = base + (pivot(largest[head]) * exponent_scale,)
+    return base, total
+
+
+@triton.jit
+def _mean_weights(
+    queries, keys, block, rectangle, windows, exponent_scale, base, share, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
+    row, column, exists = key_block(block, rectangle, BLOCK)
+    near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
+    limit = visibility(windows, row, column, exists)
+    weights = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for head in tl.static_range(HEADS):
+        mine = take_query(queries, head, block, again, KEEP)
+        theirs = take_key(near, head, exists, KEEP)
+        raw = logits(mine, theirs, limit, PRECISION)
+        weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
+    return weights
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _window_attention_forward_kernel(
+    query, key, value, out, lse,
+    # (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, C), (B, H, W, heads)
+    height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
+    query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
+    key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
+    value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
+    exponent_scale, again,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS x COLUMNS pixels, all channels; grid: the tiles of all images.
+
+    With RESIDENT_BLOCKS no tile sees more than RESIDENT_BLOCKS * BLOCK keys; at 0 any number, and SLICES channel
+    slices are worked on at once.
+    """
+    PIXELS: tl.constexpr = ROWS * COLUMNS
+    sizes = (height, width, grid_rows, grid_columns)
+    rule = (ratio, cell_rows, cell_columns)
+    image, top, left, pixel_row, pixel_column, pixel_exists = tile_pixels(
+        tl.program_id(0), tile_rows, tile_columns, sizes, ROWS, COLUMNS
+    )
+    rectangle = tile_keys(top, left, sizes, rule, ROWS, COLUMNS, WINDOW)
+    windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW)
+    keys = (key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
+    value += image * value_image_stride
+    offset = pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
+    queries = open_queries(
+        query + image * query_image_stride, offset, query_head_stride, query_channel_stride, HEADS, WIDTH, KEEP
+    )
+    base, total = _head_statistics(
+        queries, keys, rectangle, windows, exponent_scale, again, HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP
+    )
+    pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
+    share = ()
+    for head in tl.static_range(HEADS):
+        if SAVE_LSE:
+            tl.store(lse + pixel * HEADS + head, (base[head] + tl.math.log2(total[head])) * LN_2, mask=pixel_exists)
+        share = share + (1.0 / (total[head] * HEADS),)
+
+    if RESIDENT_BLOCKS:
+        weights = ()  # RESIDENT_BLOCKS x (PIXELS, BLOCK)
+        for block in tl.static_range(RESIDENT_BLOCKS):
+            part = tl.zeros((PIXELS, BLOCK), tl.float32)
+            if block * BLOCK < rectangle[3]:
+                part = _mean_weights(
+                    queries, keys, block, rectangle, windows, exponent_scale, base, share, again,
+                    HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP,
+                )  # fmt: skip
+            weights = weights + (part.to(value.dtype.element_ty),)
+        for first in tl.range(0, channels, SLICE):
+            product = tl.zeros((PIXELS, SLICE), tl.float32)
+            for block in tl.static_range(RESIDENT_BLOCKS):
+                row, column, exists = key_block(block, rectangle, BLOCK)
+                near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
+                carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
+                product = tl.dot(weights[block], carried, product, input_precision=PRECISION)
+            _store(out, product, pixel, pixel_exists, first, channels, SLICE)
+    else:
+        for first in tl.range(0, channels, SLICE * SLICES):
+            products = ()  # SLICES x (PIXELS, SLICE)
+            for _slice in tl.static_range(SLICES):
+                products = products + (tl.zeros((PIXELS, SLICE), tl.float32),)
+            for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
+                part = _mean_weights(
+                    queries, keys, block, rectangle, windows, exponent_scale, base, share, again,
+                    HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP,
+                ).to(value.dtype.element_ty)  # fmt: skip
+                row, column, exists = key_block(block, rectangle, BLOCK)
+                near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
+                updated = ()
+                for piece in tl.static_range(SLICES):
+                    carried = load_channels(
+                        value, near, exists, first + piece * SLICE, channels, value_channel_stride, SLICE
+                    )
+                    updated = updated + (tl.dot(part, carried, products[piece], input_precision=PRECISION),)
+                products = updated
+            for piece in tl.static_range(SLICES):
+                _store(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE)
+
+
+@triton.jit
+def _store(out, product, pixel, exists, first, channels, SLICE: tl.constexpr):
+    """Write (pixels, SLICE) to the channels from `first` on."""
+    channel = first + tl.arange(0, SLICE)
+    place = out + pixel[:, None] * channels + channel[None, :]
+    tl.store(place, product, mask=exists[:, None] & (channel < channels)[None, :])
+
+
+def plan_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    window: WindowRule,
+    scale: float,
+    precision: str,
+    config: ForwardConfig,
+) -> Launch:
+    """The launch that fills `out` (B, H, W, C) and, unless it is empty, `lse` (B, H, W, heads).
+
+    Args:
+        query, key, value: (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), any strides.
+        out, lse: contiguous; `lse` float32, in natural units.
+        window: the rule of the window for these sizes.
+        scale: of the logits, positive.
+        precision: of products of float32, Triton's `input_precision`.
+        config: how to cut the work; its resident blocks, if any, must hold the keys of every tile.
+    """
+    batch, height, width, heads, head_dim = query.shape
+    tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
+    return Launch(
+        kernel=_window_attention_forward_kernel,
+        grid=(batch * tiles[0] * tiles[1],),
+        arguments={
+            "query": query,
+            "key": key,
+            "value": value,
+            "out": out,
+            "lse": lse,
+            **size_arguments(query, key, tiles),
+            "channels": value.shape[3],
+            **window.arguments(),
+            **strides_of("query", query, "image row column head channel"),
+            **strides_of("key", key, "image row column head channel"),
+            **strides_of("value", value, "image row column channel"),
+            "exponent_scale": scale * LOG2_E,
+            "again": 0,
+        },
+        constants={
+            "WINDOW": window.kind,
+            "HEADS": heads,
+            "WIDTH": head_dim,
+            "SAVE_LSE": lse.numel() > 0,
+            "PRECISION": precision,
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "BLOCK": config.block_keys,
+            "SLICE": config.channel_slice,
+            "RESIDENT_BLOCKS": config.resident_blocks,
+            "SLICES": config.slices,
+            "KEEP": query.element_size() == 2,
+        },
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )

@@ -1,0 +1,166 @@
+"""What the passes of the window attention share: a tile of pixels, the keys it sees, and its logits.
+
+A program owns a small rectangle of output pixels. The keys that its pixels see together are a rectangle of the key
+grid, hardly larger than one pixel's window; they are numbered row by row and worked on in blocks. Which of them a
+pixel does not see is decided where the logits are made, by integer bounds.
+
+Tuples travel together:
+- `sizes`: height, width, grid_rows, grid_columns, int32;
+- `rule`: ratio (float32), cell_rows, cell_columns, what the window's kind needs beyond the sizes;
+- `rectangle`: first row, first column, columns and number of keys of a tile, int32;
+- `windows`: row start, row stop, column start, column stop of each pixel, (pixels,) int32 each;
+- `keys`: the pointer to an image's keys and its row, column, head and channel strides.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .window_bounds import axis_bounds
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_pixels(tile, tile_rows, tile_columns, sizes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's image, first row and first column, and its pixels' rows, columns and existence, (ROWS * COLUMNS,).
+
+    A pixel beyond the image's border repeats the last one, so that nothing it computes is special; it is not stored.
+    """
+    height, width, _, _ = sizes
+    image = tile // (tile_rows * tile_columns)
+    within = tile % (tile_rows * tile_columns)
+    top = within // tile_columns * ROWS
+    left = within % tile_columns * COLUMNS
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    row = top + pixel // COLUMNS
+    column = left + pixel % COLUMNS
+    exists = (row < height) & (column < width)
+    return image.to(tl.int64), top, left, tl.minimum(row, height - 1), tl.minimum(column, width - 1), exists
+
+
+@triton.jit
+def pixel_windows(row, column, sizes, rule, WINDOW: tl.constexpr):
+    """The window of each pixel: row start and stop, column start and stop, each of the shape of `row`."""
+    height, width, grid_rows, grid_columns = sizes
+    ratio, cell_rows, cell_columns = rule
+    row_start, row_stop = axis_bounds(row, height, grid_rows, ratio, cell_rows, WINDOW)
+    column_start, column_stop = axis_bounds(column, width, grid_columns, ratio, cell_columns, WINDOW)
+    return row_start, row_stop, column_start, column_stop
+
+
+@triton.jit
+def tile_keys(top, left, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr):
+    """The rectangle of keys that a tile's pixels see: both bounds of a window grow with the pixel's coordinate."""
+    height, width, _, _ = sizes
+    bottom = tl.minimum(top + ROWS, height) - 1
+    right = tl.minimum(left + COLUMNS, width) - 1
+    first_row, _, first_column, _ = pixel_windows(top, left, sizes, rule, WINDOW)
+    _, last_row, _, last_column = pixel_windows(bottom, right, sizes, rule, WINDOW)
+    columns = last_column - first_column
+    return first_row, first_column, columns, (last_row - first_row) * columns
+
+
+@triton.jit
+def key_block(block, rectangle, BLOCK: tl.constexpr):
+    """Rows, columns and existence of the keys of a block, (BLOCK,)."""
+    first_row, first_column, columns, count = rectangle
+    number = block * BLOCK + tl.arange(0, BLOCK)
+    return first_row + number // columns, first_column + number % columns, number < count
+
+
+@triton.jit
+def visibility(windows, row, column, exists):
+    """+inf where a pixel sees a key and -inf elsewhere, (pixels, keys) float32: what a logit is limited to."""
+    row_start, row_stop, column_start, column_stop = windows
+    sees_row = (row[None, :] >= row_start[:, None]) & (row[None, :] < row_stop[:, None])
+    sees_column = (column[None, :] >= column_start[:, None]) & (column[None, :] < column_stop[:, None])
+    return tl.where(sees_row & sees_column & exists[None, :], float("inf"), float("-inf"))
+
+
+@triton.jit
+def open_queries(
+    query, offset, head_stride, channel_stride, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr
+):
+    """The queries for `take_query`: a tuple of each head's (pixels, WIDTH), or where they are if they are not kept.
+
+    `offset` is each pixel's, int64.
+    """
+    place = query + offset[:, None] + tl.arange(0, WIDTH)[None, :] * channel_stride
+    if KEEP:
+        heads = ()
+        for head in tl.static_range(HEADS):
+            heads = heads + (tl.load(place + head * head_stride),)
+        return heads
+    else:
+        return place, head_stride
+
+
+@triton.jit
+def take_query(queries, head: tl.constexpr, block, again, KEEP: tl.constexpr):
+    """A head's queries, (pixels, WIDTH).
+
+    Queries of float32 are not kept: split in two for `tf32x3` they would take all registers. `again` is an offset of
+    0 that the compiler knows nothing of, or it would move the load, and the splitting, out of the loop over blocks.
+    """
+    if KEEP:
+        return queries[head]
+    else:
+        place, head_stride = queries
+        return tl.load(place + head * head_stride + block * again)
+
+
+@triton.jit
+def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
+    """The keys of a block for `take_key`: a tuple of each head's (keys, WIDTH), or where they are if they are not kept.
+
+    All heads' keys are asked for at once, so that they arrive together, where the registers allow it.
+    """
+    key, row_stride, column_stride, head_stride, channel_stride = keys
+    offset = row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    place = key + offset[:, None] + tl.arange(0, WIDTH)[None, :] * channel_stride
+    if KEEP:
+        heads = ()
+        for head in tl.static_range(HEADS):
+            heads = heads + (tl.load(place + head * head_stride, mask=exists[:, None], other=0.0),)
+        return heads
+    else:
+        return place, head_stride
+
+
+@triton.jit
+def take_key(near, head: tl.constexpr, exists, KEEP: tl.constexpr):
+    """A head's keys of a block, (keys, WIDTH); zeros where there is no key."""
+    if KEEP:
+        return near[head]
+    else:
+        place, head_stride = near
+        return tl.load(place + head * head_stride, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def load_channels(tensor, offset, exists, first, channels, channel_stride, SLICE: tl.constexpr):
+    """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros where there is none."""
+    channel = first + tl.arange(0, SLICE)
+    place = tensor + offset[:, None] + channel.to(tl.int64)[None, :] * channel_stride
+    return tl.load(place, mask=exists[:, None] & (channel < channels)[None, :], other=0.0)
+
+
+@triton.jit
+def logits(query, key, limit, PRECISION: tl.constexpr):
+    """Unscaled logits (pixels, keys) float32 of (pixels, d) and (keys, d), -inf where a pixel does not see a key.
+
+    The smaller of a NaN and a number is the number: a NaN that a pixel does not see becomes -inf, one that it sees
+    +inf, and so the pixel's softmax NaN.
+    """
+    return tl.minimum(tl.dot(query, tl.trans(key), input_precision=PRECISION), limit)
+
+
+@triton.jit
+def pivot(largest):
+    """What is subtracted before the exponential: the largest logit, or 0 for a row that has seen no key yet.
+
+    -inf - -inf would be NaN.
+    """
+    return tl.where(largest == float("-inf"), 0.0, largest)
