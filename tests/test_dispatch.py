@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,14 @@ class Problem(NamedTuple):
         return f"size {self.size}"
 
 
-def backend(name: str, most: int, log: list[str] | None = None) -> Any:
-    """A backend that takes sizes up to `most`, and returns its name and its arguments."""
+def backend(name: str, most: int, log: list[str] | None = None, slow: int = 1000) -> Any:
+    """A backend that takes sizes up to `most`, from `slow` on by name only, and returns its name and its arguments."""
 
     def unsupported(problem: Problem) -> list[str]:
         return [] if problem.size <= most else [f"size is {problem.size}, at most {most}", "and more"]
+
+    def discouraged(problem: Problem) -> list[str]:
+        return [] if problem.size < slow else [f"slow from {slow}"]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return name, args, kwargs, torch.is_autocast_enabled("cpu")
@@ -37,7 +41,9 @@ def backend(name: str, most: int, log: list[str] | None = None) -> Any:
     def load() -> Any:
         if log is not None:
             log.append(name)
-        return SimpleNamespace(unsupported=unsupported, forward=forward)
+        return SimpleNamespace(
+            unsupported=unsupported, forward=forward, **({"discouraged": discouraged} if slow < 1000 else {})
+        )
 
     return load
 
@@ -82,6 +88,28 @@ def test_a_backend_that_the_operation_lacks_is_a_reason(operation: Operation) ->
     assert "no 'flex' backend" in explanation.candidates[0].reasons[0]
     with pytest.raises(NotImplementedError, match="no 'flex' backend"):
         operation.choose(Problem(3), "flex")
+
+
+def test_a_discouraged_backend_runs_by_name_alone() -> None:
+    operation = Operation("stretch", {"flex": backend("flex", 10, slow=5), "torch": backend("torch", 7)})
+    assert operation.run("forward", Problem(4), None)[0] == "flex"
+    assert operation.run("forward", Problem(5), None)[0] == "torch"
+    for request in ("flex", ["flex", "torch"]):
+        assert (
+            operation.run("forward", Problem(5), request)[0] == "flex" == operation.explain(Problem(5), request).chosen
+        )
+    explanation = operation.explain(Problem(5))
+    assert explanation.chosen == "torch"
+    assert explanation.candidates[0].reasons == () and explanation.candidates[0].discouraged == ("slow from 5",)
+    assert "flex: can, only by name: slow from 5" in str(explanation)
+    assert "only by name" not in str(operation.explain(Problem(5), ["torch", "flex"]))
+
+
+def test_when_only_a_discouraged_backend_can_the_error_says_so() -> None:
+    operation = Operation("stretch", {"flex": backend("flex", 10, slow=5), "torch": backend("torch", 7)})
+    assert operation.explain(Problem(9)).chosen is None
+    with pytest.raises(NotImplementedError, match="flex: can, only by name: slow from 5\n  not torch: size is 9"):
+        operation.choose(Problem(9))
 
 
 def test_explanation_holds_the_reasons_as_data(operation: Operation) -> None:
@@ -155,7 +183,7 @@ def test_backends_import_neither_each_other_nor_the_reference() -> None:
             if file.stem in ("eager", "flex", "fused", "reference"):
                 lines = [line for line in file.read_text().splitlines() if "import" in line]
                 for other in ("eager", "flex", "fused", "reference"):
-                    assert not any(f".{other}" in line or f"import {other}" in line for line in lines), (file, other)
+                    assert not any(re.search(rf"(\.|import ){other}\b", line) for line in lines), (file, other)
 
 
 def test_importing_the_package_imports_no_optional_package() -> None:

@@ -1,7 +1,8 @@
 """Choosing the backend of an operation, and saying why not the others.
 
 A backend is a module with `unsupported(problem) -> list[str]` (empty: it can) and the functions that run.
-One body so answers both "can you?" and "why not?".
+One body so answers both "can you?" and "why not?". A module may also have `discouraged(problem) -> list[str]`: why
+it is chosen only where it is asked for by name, although it can.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ Backend = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Candidate:
-    """One backend and the reasons why it cannot run (none: it can)."""
+    """One backend and the reasons why it cannot run (none: it can).
+
+    `discouraged` are the reasons why one that can is passed over where nobody asked for it by name.
+    """
 
     name: str
     reasons: tuple[str, ...]
+    discouraged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Explanation:
         for candidate in self.candidates:
             if candidate.reasons:
                 lines += [f"  not {candidate.name}: {reason}" for reason in candidate.reasons]
+            elif candidate.discouraged:
+                lines += [f"  {candidate.name}: can, only by name: {reason}" for reason in candidate.discouraged]
             elif candidate.name != self.chosen:
                 lines.append(f"  {candidate.name}: can, comes after {self.chosen}")
         return "\n".join(lines)
@@ -67,9 +74,12 @@ class Operation:
 
     def explain(self, problem: Any, backend: Backend = None) -> Explanation:
         """Ask every candidate whether it can run `problem`."""
-        names = parse_backend(backend) or tuple(self._backends)
-        candidates = tuple(Candidate(name, tuple(self._reasons(name, problem))) for name in names)
-        chosen = next((c.name for c in candidates if not c.reasons), None)
+        asked = parse_backend(backend)
+        candidates = tuple(
+            Candidate(name, tuple(self._reasons(name, problem)), tuple(self._discouraged(name, problem, asked)))
+            for name in asked or self._backends
+        )
+        chosen = next((c.name for c in candidates if not (c.reasons or c.discouraged)), None)
         return Explanation(self.name, str(problem), candidates, chosen)
 
     def choose(self, problem: Any, backend: Backend = None) -> ModuleType:
@@ -77,8 +87,9 @@ class Operation:
 
         Raises NotImplementedError listing every candidate's every reason where none can.
         """
-        for name in parse_backend(backend) or tuple(self._backends):
-            if not self._reasons(name, problem):
+        asked = parse_backend(backend)
+        for name in asked or self._backends:
+            if not (self._reasons(name, problem) or self._discouraged(name, problem, asked)):
                 if name not in self._logged:
                     self._logged.add(name)
                     logger.debug("%s runs on backend %r (first for %s)", self.name, name, problem)
@@ -98,6 +109,12 @@ class Operation:
         if name not in self._backends:
             return [f"{self.name} has no {name!r} backend in this version; it has {', '.join(self._backends)}"]
         return self._backends[name]().unsupported(problem)
+
+    def _discouraged(self, name: str, problem: Any, asked: tuple[str, ...]) -> list[str]:
+        if asked:
+            return []
+        discouraged = getattr(self._backends[name](), "discouraged", None)
+        return [] if discouraged is None else discouraged(problem)
 
 
 def parse_backend(backend: Backend) -> tuple[str, ...]:
