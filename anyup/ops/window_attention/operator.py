@@ -19,6 +19,7 @@ from anyup.window import Window, describe_window, make_window
 OPERATION = Operation(
     "window_attention",
     {
+        "flex": lambda: importlib.import_module("anyup.ops.window_attention.flex"),
         "torch": lambda: importlib.import_module("anyup.ops.window_attention.eager"),
         "reference": lambda: importlib.import_module("anyup.ops.window_attention.reference"),
     },
