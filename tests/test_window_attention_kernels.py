@@ -6,6 +6,8 @@ import importlib
 import inspect
 import linecache
 import math
+import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,7 +22,8 @@ from recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors
 from torch import Tensor
 
 from anyup.ops import explain_backends, window_attention
-from anyup.ops.window_attention import fused
+from anyup.ops.dispatch import BackendFailure
+from anyup.ops.window_attention import fused, operator
 from anyup.window import CellWindow, RatioWindow, Window, axis_bounds
 
 pytestmark = INTERPRETED
@@ -344,3 +347,109 @@ def test_the_interpreter_is_used_only_where_it_is_asked_for() -> None:
     explanation = explain_backends(**attention_tensors(KERNEL_SHAPES["odd"]), window=RatioWindow(0.1))
     assert explanation.chosen == "torch"
     assert explanation.candidates[0].name == "triton" and "interpreter" in explanation.candidates[0].discouraged[0]
+
+
+@pytest.fixture
+def card_refuses(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
+    """Let the first launches of the forward pass be out of resources; returns the list of the cuts that were tried."""
+    from triton.runtime.errors import OutOfResources
+
+    from anyup.kernels import window_attention_forward
+
+    plan_forward = window_attention_forward.plan_forward
+
+    def refuse(launches: int) -> list[Any]:
+        tried: list[Any] = []
+
+        def plan(*args: Any, **kwargs: Any) -> Any:
+            tried.append(kwargs["config"])
+            if len(tried) <= launches:
+                raise OutOfResources(99, 64, "shared memory")
+            return plan_forward(*args, **kwargs)
+
+        monkeypatch.setattr(window_attention_forward, "plan_forward", plan)
+        return tried
+
+    failures = operator.OPERATION._failures
+    monkeypatch.setattr(operator.OPERATION, "_failures", dict(failures))
+    return refuse
+
+
+def test_a_cut_that_the_card_refuses_gives_way_to_a_smaller_one(card_refuses: Any) -> None:
+    shape = KERNEL_SHAPES["odd"]
+    tried = card_refuses(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_backend_accurate(attention(shape), attention_tensors(shape), backend="triton", gradients=False)
+    first, second = tried[:2]
+    assert second.rows * second.columns <= first.rows * first.columns and second != first
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_where_the_card_refuses_every_cut_the_next_backend_runs(compiles: bool, card_refuses: Any) -> None:
+    tried = card_refuses(10**6)
+    tensors = attention_tensors(KERNEL_SHAPES["odd"])
+
+    def run(**tensors: Tensor) -> Tensor:
+        return window_attention(**tensors, window=RatioWindow(0.1), backend=("triton", "torch"))
+
+    expected = window_attention(**tensors, window=RatioWindow(0.1), backend="torch")
+    called = torch.compile(run, fullgraph=True, backend="aot_eager") if compiles else run
+    with pytest.warns(UserWarning, match=r"'triton' failed on cpu .*out of resource: shared memory") as warned:
+        results = [called(**tensors) for _ in range(2)]
+    assert all(torch.equal(out, expected) for out in results)
+    assert sum("failed on" in str(w.message) for w in warned) == 1
+    assert len(tried) < 10
+
+
+def test_by_name_a_refusal_is_an_error_with_every_reason(card_refuses: Any) -> None:
+    card_refuses(10**6)
+    with pytest.raises(BackendFailure, match="OutOfResources: out of resource: shared memory"):
+        window_attention(**attention_tensors(KERNEL_SHAPES["odd"]), window=RatioWindow(0.1), backend="triton")
+
+
+# Under torch.compile and torch.export.
+
+
+@pytest.mark.parametrize("direction", ["", "_backward"])
+def test_operator_on_the_kernels_passes_torch_s_own_check(direction: str) -> None:
+    shape = AttentionShape((9, 7), (4, 3), head_dim=16)
+    tensors = attention_tensors(shape)
+    if direction:
+        out, lse = fused.forward(**tensors, window=shape.window, scale=0.25, save_lse=True)
+        arguments = (torch.ones_like(out), *tensors.values(), lse, "ratio", 0.1, 0.25, "triton")
+    else:
+        leaves = (t.requires_grad_() for t in tensors.values())
+        arguments = (*leaves, "ratio", 0.1, 0.25, "triton", 0, True)
+    torch.library.opcheck(getattr(torch.ops.anyup, f"window_attention{direction}").default, arguments)
+
+
+def test_one_graph_serves_every_size_on_the_kernels() -> None:
+    from recipe import fill, wave
+    from torch._dynamo.utils import counters
+
+    from anyup import AnyUp
+
+    torch._dynamo.reset()
+    counters.clear()
+    backend = {"window_attention": "triton"}
+    model = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, backend=backend), 0).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for size, grid in (((24, 32), (4, 6)), ((29, 36), (7, 5)), ((40, 28), (5, 4))):
+            image, features = wave((1, 3, *size), 3, 0.8), wave((1, 5, *grid), 7)
+            torch.testing.assert_close(compiled(image, features), model(image, features), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_export_keeps_the_operator_as_one_node_on_the_kernels() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return window_attention(query, key, value, window=RatioWindow(0.1), backend="triton")
+
+    tensors = attention_tensors(KERNEL_SHAPES["odd"])
+    program = torch.export.export(Attention(), tuple(tensors.values()), strict=False)
+    nodes = [node for node in program.graph.nodes if "anyup" in str(node.target)]
+    assert [str(node.target) for node in nodes] == ["anyup.window_attention.default"]
+    expected = window_attention(**tensors, window=RatioWindow(0.1), backend="reference")
+    torch.testing.assert_close(program.module()(*tensors.values()), expected)
