@@ -49,10 +49,23 @@ class ForwardConfig:
             raise ValueError(f"resident_blocks, slices, num_stages: expected 0, 1, 1 at least, got {self}")
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for: Triton's backend ("cuda", "hip") and architecture (80, "gfx942").
+
+    The interpreter has neither; the default stands for it and for cards nobody thought of.
+    """
+
+    backend: str = "any"
+    arch: int | str = 0
+
+
 _RESIDENT_KEYS = 256
 
 
-def forward_configs(most_keys: MostKeys, *, half: bool) -> list[ForwardConfig]:
+def forward_configs(
+    most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
+) -> list[ForwardConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
     `half` says that all operands of products are of two bytes.
