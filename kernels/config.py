@@ -84,3 +84,64 @@ def forward_configs(
     else:
         best = ForwardConfig(8, 8, 32, small, 64, 1, num_warps=4, num_stages=2)
     return [best, ForwardConfig(4, 8, 16, 0, 32, 1, num_warps=4, num_stages=1)]
+
+
+@dataclass(frozen=True)
+class BackwardQueryConfig:
+    """A cut of the backward pass of the queries; attributes as of `ForwardConfig`."""
+
+    rows: int
+    columns: int
+    block_keys: int
+    resident_blocks: int
+    channel_slice: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class BackwardGridConfig:
+    """A cut of the backward pass of keys or values.
+
+    Attributes:
+        rows, columns: keys of a tile.
+        block_pixels: pixels worked on at once.
+        channel_slice: channels multiplied at once.
+        slices: channel slices that a program adds up, of values.
+        parts: programs that share the pixels of a tile.
+        num_warps, num_stages: Triton's.
+    """
+
+    rows: int
+    columns: int
+    block_pixels: int
+    channel_slice: int
+    slices: int
+    parts: int
+    num_warps: int
+    num_stages: int
+
+
+def backward_query_configs(most_keys: MostKeys, *, half: bool) -> list[BackwardQueryConfig]:
+    """Cuts of the backward pass of the queries, best first."""
+    if not half:
+        return [BackwardQueryConfig(4, 8, 16, 0, 16, num_warps=4, num_stages=1)]
+    blocks = -(-most_keys(8, 8) // 32)
+    few = blocks if blocks <= 8 else 0
+    best = BackwardQueryConfig(8, 8, 32, few, 64, num_warps=4 if 0 < blocks <= 2 else 8, num_stages=2)
+    return [best, BackwardQueryConfig(4, 8, 16, 0, 32, num_warps=4, num_stages=1)]
+
+
+# Programs enough for the cards of today; a fixed number, or the sums would depend on the card.
+_GRID_PROGRAMS = 512
+_MOST_PARTS = 16
+
+
+def backward_grid_configs(keys: int, channels: int, *, half: bool) -> list[BackwardGridConfig]:
+    """Cuts of the backward pass of `keys` keys (of all images) and of their values, best first."""
+    parts = max(1, min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1)))
+    slices = 4 if channels > 128 else 2
+    if not half:
+        return [BackwardGridConfig(4, 4, 32, 32, slices, parts, num_warps=4, num_stages=1)]
+    best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2)
+    return [best, BackwardGridConfig(4, 4, 32, 32, 2, parts, num_warps=4, num_stages=1)]

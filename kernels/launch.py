@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 SIZES = (
     "height", "width", "grid_rows", "grid_columns", "tile_rows", "tile_columns", "cell_rows", "cell_columns", "again",
+    "images",
 )  # fmt: skip
 """Kernel arguments that a kernel must not be specialised on: a new image size compiles nothing."""
 

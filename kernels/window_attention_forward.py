@@ -18,12 +18,12 @@ from torch import Tensor
 from .config import ForwardConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
 from .window_attention_tile import (
-    LN_2,
+    LOG2_E,
     key_block,
     load_channels,
+    logits,
     open_keys,
     open_queries,
-    logits,
     pivot,
     pixel_windows,
     take_key,
@@ -33,8 +33,6 @@ from .window_attention_tile import (
     visibility,
 )
 from .window_bounds import WindowRule
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -132,7 +130,7 @@ def _window_attention_forward_kernel(
     share = ()
     for head in tl.static_range(HEADS):
         if SAVE_LSE:
-            tl.store(lse + pixel * HEADS + head, (base[head] + tl.math.log2(total[head])) * LN_2, mask=pixel_exists)
+            tl.store(lse + pixel * HEADS + head, (base[head] + tl.math.log2(total[head])) / LOG2_E, mask=pixel_exists)
         share = share + (1.0 / (total[head] * HEADS),)
 
     if RESIDENT_BLOCKS:
@@ -223,7 +221,7 @@ def plan_forward(
             **strides_of("query", query, "image row column head channel"),
             **strides_of("key", key, "image row column head channel"),
             **strides_of("value", value, "image row column channel"),
-            "exponent_scale": scale * LOG2_E,
+            "exponent_scale": scale * LOG2_E.value,
             "again": 0,
         },
         constants={

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .window_bounds import axis_bounds
 
-LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def take_key(near, head: tl.constexpr, exists, KEEP: tl.constexpr):
 
 @triton.jit
 def load_channels(tensor, offset, exists, first, channels, channel_stride, SLICE: tl.constexpr):
-    """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros where there is none."""
+    """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros elsewhere."""
     channel = first + tl.arange(0, SLICE)
     place = tensor + offset[:, None] + channel.to(tl.int64)[None, :] * channel_stride
     return tl.load(place, mask=exists[:, None] & (channel < channels)[None, :], other=0.0)
@@ -155,6 +155,18 @@ def logits(query, key, limit, PRECISION: tl.constexpr):
     +inf, and so the pixel's softmax NaN.
     """
     return tl.minimum(tl.dot(query, tl.trans(key), input_precision=PRECISION), limit)
+
+
+@triton.jit
+def gradient_base(lse, pixel, head: tl.constexpr, windows, HEADS: tl.constexpr):
+    """What is subtracted from scaled logits for the weights that dS is made of, (pixels,).
+
+    The weight of a pixel that sees a single key is constant and its dS zero: infinity makes it so exactly, where the
+    difference of two products rounded differently would not.
+    """
+    row_start, row_stop, column_start, column_stop = windows
+    single = (row_stop - row_start) * (column_stop - column_start) == 1
+    return tl.where(single, float("inf"), tl.load(lse + pixel * HEADS + head) * LOG2_E)
 
 
 @triton.jit

@@ -60,3 +60,28 @@ def axis_bounds(query, queries, keys, ratio, cell_size, WINDOW: tl.constexpr):
         stop = start + keys
     return start, stop
 
+
+@triton.jit
+def axis_queries(first_key, last_key, queries, keys, ratio, cell_size, WINDOW: tl.constexpr):
+    """The queries along one axis whose windows hold any of the keys `first_key` to `last_key` (inclusive), scalars.
+
+    First query (inclusive) and last query (exclusive), by bisection: both bounds of a window grow with the query.
+    Where features are finer than pixels a key may be in nobody's window: the range is empty.
+    """
+    low = queries * 0
+    high = queries
+    while low < high:
+        middle = (low + high) // 2
+        _, stop = axis_bounds(middle, queries, keys, ratio, cell_size, WINDOW)
+        sees = stop > first_key
+        high = tl.where(sees, middle, high)
+        low = tl.where(sees, low, middle + 1)
+    first = low
+    high = queries
+    while low < high:
+        middle = (low + high) // 2
+        start, _ = axis_bounds(middle, queries, keys, ratio, cell_size, WINDOW)
+        beyond = start > last_key
+        high = tl.where(beyond, middle, high)
+        low = tl.where(beyond, low, middle + 1)
+    return first, low

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from anyup.window import CellWindow, Window
 
 if TYPE_CHECKING:
     from anyup.kernels.window_bounds import WindowRule
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 _HEAD_DIMS = (16, 32, 64, 128)
 _MOST_HEADS = 8
@@ -41,7 +44,9 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
     if isinstance(problem.window, CellWindow):
         for name, queries, keys in zip(("height", "width"), problem.output_size, problem.grid_size, strict=True):
             if 2 * queries * keys >= 2**31:
-                reasons.append(f"2 * output {name} * grid {name} is {2 * queries * keys}, the cells need less than 2^31")
+                reasons.append(
+                    f"2 * output {name} * grid {name} is {2 * queries * keys}, the cells need less than 2^31"
+                )
     return reasons
 
 
@@ -64,22 +69,77 @@ def forward(
 
     `max_queries` is not needed: beyond its results the kernel allocates nothing.
     """
-    from anyup.kernels import config
+    from anyup.kernels.config import forward_configs
     from anyup.kernels.window_attention_forward import plan_forward
 
     query, scale = _positive_scale(query, scale)
     batch, height, width, heads, _ = query.shape
-    sizes = ((height, width), (key.shape[1], key.shape[2]))
     out = value.new_empty(batch, height, width, value.shape[3])
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=torch.float32)
-    configs = config.forward_configs(
-        lambda rows, columns: most_keys(window, *sizes, (rows, columns)),
-        half=query.dtype in _HALF and value.dtype in _HALF,
-    )
-    rule = window_rule(window, *sizes)
-    arguments = {"window": rule, "scale": scale, "precision": dot_precision()}
-    _launch_first([lambda c=c: plan_forward(query, key, value, out, lse, **arguments, config=c)() for c in configs])
+    arguments = _shared_arguments(query, key, window, scale)
+    configs = forward_configs(_tile_keys(query, key, window), half=_is_half(query, value))
+    _run_first(lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(), configs)
     return out, lse
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, the weights recomputed from the log-sum-exp.
+
+    Beside them it allocates one statistic for each pixel and head, and where the grid has few keys the partial sums
+    of their gradients.
+    """
+    from anyup.kernels import config
+    from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
+    from anyup.kernels.window_attention_backward_query import plan_backward_query
+
+    given, given_scale = query, scale
+    query, scale = _positive_scale(query, scale)
+    arguments = _shared_arguments(query, key, window, scale)
+    half = _is_half(query, value)
+    grad_query, delta = torch.empty_like(query, memory_format=torch.contiguous_format), torch.empty_like(lse)
+    _run_first(
+        lambda c: plan_backward_query(
+            grad, query, key, value, lse, grad_query, delta, **arguments, config=c
+        )(),
+        config.backward_query_configs(_tile_keys(query, key, window), half=half),
+    )  # fmt: skip
+
+    def add_up(like: Tensor, launch: Callable[[Tensor, Any], None]) -> Tensor:
+        """The gradient of `like`, in as many parts as a cut has, added up in a fixed order."""
+
+        def run(cut: Any) -> Tensor:
+            parts = like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
+            launch(parts, cut)
+            return parts[0] if cut.parts == 1 else parts.sum(dim=0).to(like.dtype)
+
+        keys = like.shape[0] * like.shape[1] * like.shape[2]
+        return _run_first(run, config.backward_grid_configs(keys, value.shape[3], half=half))
+
+    grad_key = add_up(
+        key, lambda out, c: plan_backward_key(grad, query, key, value, lse, delta, out, **arguments, config=c)()
+    )
+    grad_value = add_up(value, lambda out, c: plan_backward_value(grad, query, key, lse, out, **arguments, config=c)())
+    if query is not given:
+        grad_query *= given_scale
+    return grad_query, grad_key, grad_value
+
+
+def _shared_arguments(query: Tensor, key: Tensor, window: Window, scale: float) -> dict[str, Any]:
+    """What every pass takes by name."""
+    rule = window_rule(window, (query.shape[1], query.shape[2]), (key.shape[1], key.shape[2]))
+    return {"window": rule, "scale": scale, "precision": dot_precision()}
+
+
+def _tile_keys(query: Tensor, key: Tensor, window: Window) -> Callable[[int, int], int]:
+    """Rows and columns of a tile of pixels to the most keys that one such tile sees."""
+    output_size, grid_size = (query.shape[1], query.shape[2]), (key.shape[1], key.shape[2])
+    return lambda rows, columns: most_keys(window, output_size, grid_size, (rows, columns))
+
+
+def _is_half(query: Tensor, value: Tensor) -> bool:
+    return query.dtype in _HALF and value.dtype in _HALF
 
 
 def window_rule(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]) -> WindowRule:
@@ -108,15 +168,14 @@ def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (query, scale) if scale > 0 else (query * scale, 1.0)
 
 
-def _launch_first(launches: Sequence[Callable[[], Any]]) -> None:
-    """Run the first launch that the device takes; raises BackendFailure where it takes none."""
+def _run_first(run: Callable[[Config], Result], configs: Sequence[Config]) -> Result:
+    """The result with the first cut that the device takes; raises BackendFailure where it takes none."""
     from triton.errors import TritonError
 
-    failures = []
-    for launch in launches:
+    failures: list[Exception] = []
+    for config in configs:
         try:
-            launch()
-            return
+            return run(config)
         except TritonError as error:
             failures.append(error)
     told = "; ".join(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" for error in failures)

@@ -8,9 +8,7 @@ from anyup.window import Window, axis_bounds
 
 
 @lru_cache(maxsize=256)
-def most_keys(
-    window: Window, output_size: tuple[int, int], grid_size: tuple[int, int], tile: tuple[int, int]
-) -> int:
+def most_keys(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int], tile: tuple[int, int]) -> int:
     """The largest rectangle of keys that a tile (rows, columns) of the output sees."""
     largest = 1
     for queries, keys, length in zip(output_size, grid_size, tile, strict=True):

@@ -1,0 +1,282 @@
+"""Window attention, backward, of the keys and values: a tile of keys walks the pixels that see it.
+
+dk_a(j) = scale * sum_x dS_a(x, j) q_a(x) and dv(j) = sum_x P(x, j) dO(x) are sums over pixels. A program owns a
+rectangle of keys and adds up alone what belongs to them, in a fixed order: no atomics, the same bits in each run. The
+pixels that see a tile are a rectangle too, because both bounds of a window grow with the coordinate; it is found by
+bisection. On a small grid the rectangle's pixels are split into parts, each with sums of its own, so that there are
+enough programs.
+
+With one part, a kernel's result is the gradient; with more, (parts, ...) partial sums.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import BackwardGridConfig
+from .launch import SIZES, Launch, size_arguments, strides_of
+from .window_attention_tile import LOG2_E, gradient_base, load_channels, logits, pixel_windows, tile_pixels, visibility
+from .window_bounds import WindowRule, axis_queries
+
+
+@triton.jit
+def _tile_of_keys(
+    tile, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
+):
+    """A tile's image, its keys' rows, columns and existence, and the rectangle of pixels that see any of them."""
+    height, width, grid_rows, grid_columns = sizes
+    ratio, cell_rows, cell_columns = rule
+    grid = (grid_rows, grid_columns, 0, 0)
+    image, top, left, row, column, exists = tile_pixels(tile, tile_rows, tile_columns, grid, ROWS, COLUMNS)
+    bottom = tl.minimum(top + ROWS, grid_rows) - 1
+    right = tl.minimum(left + COLUMNS, grid_columns) - 1
+    first_row, last_row = axis_queries(top, bottom, height, grid_rows, ratio, cell_rows, WINDOW)
+    first_column, last_column = axis_queries(left, right, width, grid_columns, ratio, cell_columns, WINDOW)
+    columns = last_column - first_column
+    return image, row, column, exists, (first_row, first_column, columns, (last_row - first_row) * columns)
+
+
+@triton.jit
+def _pixel_block(block, rectangle, PIXELS: tl.constexpr):
+    """Rows, columns and existence of the pixels of a block, (PIXELS,); one beyond the end repeats the last."""
+    first_row, first_column, columns, count = rectangle
+    number = block * PIXELS + tl.arange(0, PIXELS)
+    exists = number < count
+    number = tl.minimum(number, count - 1)
+    return first_row + number // columns, first_column + number % columns, exists
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _window_attention_backward_key_kernel(
+    grad, query, key, value, lse, delta, grad_key,
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) twice; (parts, *key)
+    height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
+    grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
+    query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
+    key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
+    value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
+    scale, exponent_scale, images,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS x COLUMNS keys and one part of its pixels; grid: (tiles of all images, PARTS)."""
+    KEYS: tl.constexpr = ROWS * COLUMNS
+    sizes = (height, width, grid_rows, grid_columns)
+    rule = (ratio, cell_rows, cell_columns)
+    image, key_row, key_column, key_exists, rectangle = _tile_of_keys(
+        tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
+    )
+    row64 = key_row.to(tl.int64)
+    column64 = key_column.to(tl.int64)
+    head_channel = tl.arange(0, WIDTH)
+    key_place = key + image * key_image_stride + head_channel[None, :] * key_channel_stride
+    key_place += (row64 * key_row_stride + column64 * key_column_stride)[:, None]
+    value += image * value_image_stride
+    value_offset = row64 * value_row_stride + column64 * value_column_stride
+    query += image * query_image_stride
+    grad += image * grad_image_stride
+    gradients = ()  # HEADS x (KEYS, WIDTH)
+    for _head in tl.static_range(HEADS):
+        gradients = gradients + (tl.zeros((KEYS, WIDTH), tl.float32),)
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
+        row, column, exists = _pixel_block(block, rectangle, PIXELS)
+        windows = pixel_windows(row, column, sizes, rule, WINDOW)
+        limit = visibility(windows, key_row, key_column, key_exists)
+        limit = tl.where(exists[:, None], limit, float("-inf"))  # (PIXELS, KEYS)
+        grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
+        product = tl.zeros((PIXELS, KEYS), tl.float32)
+        for first in tl.range(0, channels, SLICE):
+            outer = load_channels(grad, grad_offset, exists, first, channels, grad_channel_stride, SLICE)
+            carried = load_channels(value, value_offset, key_exists, first, channels, value_channel_stride, SLICE)
+            product = tl.dot(outer, tl.trans(carried), product, input_precision=PRECISION)
+        product = product / HEADS
+        pixel = (image * height + row) * width + column
+        query_place = query + head_channel[None, :] * query_channel_stride
+        query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
+        updated = ()
+        for head in tl.static_range(HEADS):
+            mine = tl.load(query_place + head * query_head_stride)  # (PIXELS, WIDTH)
+            theirs = tl.load(key_place + head * key_head_stride, mask=key_exists[:, None], other=0.0)
+            base = gradient_base(lse, pixel, head, windows, HEADS)
+            weights = tl.math.exp2(logits(mine, theirs, limit, PRECISION) * exponent_scale - base[:, None])
+            inner = (weights * (product - tl.load(delta + pixel * HEADS + head)[:, None])).to(mine.dtype)
+            updated = updated + (tl.dot(tl.trans(inner), mine, gradients[head], input_precision=PRECISION),)
+        gradients = updated
+    entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
+    for head in tl.static_range(HEADS):
+        place = grad_key + (entry[:, None] * HEADS + head) * WIDTH + head_channel[None, :]
+        tl.store(place, gradients[head] * scale, mask=key_exists[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _window_attention_backward_value_kernel(
+    grad, query, key, lse, grad_value,
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, H, W, heads); (parts, B, h, w, C)
+    height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
+    grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
+    query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
+    key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
+    exponent_scale, images,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS x COLUMNS keys, a part of its pixels and SLICES channel slices.
+
+    Grid: (tiles of all images, PARTS, runs of SLICES channel slices).
+    """
+    KEYS: tl.constexpr = ROWS * COLUMNS
+    sizes = (height, width, grid_rows, grid_columns)
+    rule = (ratio, cell_rows, cell_columns)
+    image, key_row, key_column, key_exists, rectangle = _tile_of_keys(
+        tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
+    )
+    head_channel = tl.arange(0, WIDTH)
+    key_place = key + image * key_image_stride + head_channel[None, :] * key_channel_stride
+    key_place += (key_row.to(tl.int64) * key_row_stride + key_column.to(tl.int64) * key_column_stride)[:, None]
+    query += image * query_image_stride
+    grad += image * grad_image_stride
+    first = tl.program_id(2) * (SLICES * SLICE)
+    sums = ()  # SLICES x (KEYS, SLICE)
+    for _slice in tl.static_range(SLICES):
+        sums = sums + (tl.zeros((KEYS, SLICE), tl.float32),)
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
+        row, column, exists = _pixel_block(block, rectangle, PIXELS)
+        windows = pixel_windows(row, column, sizes, rule, WINDOW)
+        limit = visibility(windows, key_row, key_column, key_exists)
+        limit = tl.where(exists[:, None], limit, float("-inf"))  # (PIXELS, KEYS)
+        pixel = (image * height + row) * width + column
+        query_place = query + head_channel[None, :] * query_channel_stride
+        query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
+        weights = tl.zeros((PIXELS, KEYS), tl.float32)
+        for head in tl.static_range(HEADS):
+            mine = tl.load(query_place + head * query_head_stride)  # (PIXELS, WIDTH)
+            theirs = tl.load(key_place + head * key_head_stride, mask=key_exists[:, None], other=0.0)
+            base = tl.load(lse + pixel * HEADS + head) * LOG2_E
+            weights += tl.math.exp2(logits(mine, theirs, limit, PRECISION) * exponent_scale - base[:, None])
+        shares = tl.trans((weights / HEADS).to(grad.dtype.element_ty))  # (KEYS, PIXELS)
+        grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
+        updated = ()
+        for piece in tl.static_range(SLICES):
+            outer = load_channels(
+                grad, grad_offset, exists, first + piece * SLICE, channels, grad_channel_stride, SLICE
+            )
+            updated = updated + (tl.dot(shares, outer, sums[piece], input_precision=PRECISION),)
+        sums = updated
+    entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
+    for piece in tl.static_range(SLICES):
+        channel = first + piece * SLICE + tl.arange(0, SLICE)
+        place = grad_value + entry[:, None] * channels + channel[None, :]
+        tl.store(place, sums[piece], mask=key_exists[:, None] & (channel < channels)[None, :])
+
+
+def plan_backward_key(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_key: Tensor,
+    *,
+    window: WindowRule,
+    scale: float,
+    precision: str,
+    config: BackwardGridConfig,
+) -> Launch:
+    """The launch that fills `grad_key`, (parts, B, h, w, heads, d), contiguous.
+
+    `delta` is what the pass over the queries stored; the other arguments are as for that pass.
+    """
+    tiles = _tiles(key, config)
+    return Launch(
+        kernel=_window_attention_backward_key_kernel,
+        grid=(key.shape[0] * tiles[0] * tiles[1], grad_key.shape[0]),
+        arguments={
+            "grad": grad,
+            "query": query,
+            "key": key,
+            "value": value,
+            "lse": lse,
+            "delta": delta,
+            "grad_key": grad_key,
+            **_common_arguments(grad, query, key, window, tiles),
+            "channels": value.shape[3],
+            **strides_of("value", value, "image row column channel"),
+            "scale": scale,
+            "exponent_scale": scale * LOG2_E.value,
+        },
+        constants=_constants(query, window, precision, config, grad_key.shape[0]),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def plan_backward_value(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    grad_value: Tensor,
+    *,
+    window: WindowRule,
+    scale: float,
+    precision: str,
+    config: BackwardGridConfig,
+) -> Launch:
+    """The launch that fills `grad_value`, (parts, B, h, w, C), contiguous; arguments as for the other passes."""
+    tiles = _tiles(key, config)
+    channels = grad_value.shape[4]
+    return Launch(
+        kernel=_window_attention_backward_value_kernel,
+        grid=(
+            key.shape[0] * tiles[0] * tiles[1],
+            grad_value.shape[0],
+            triton.cdiv(channels, config.channel_slice * config.slices),
+        ),
+        arguments={
+            "grad": grad,
+            "query": query,
+            "key": key,
+            "lse": lse,
+            "grad_value": grad_value,
+            **_common_arguments(grad, query, key, window, tiles),
+            "channels": channels,
+            "exponent_scale": scale * LOG2_E.value,
+        },
+        constants={**_constants(query, window, precision, config, grad_value.shape[0]), "SLICES": config.slices},
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def _tiles(key: Tensor, config: BackwardGridConfig) -> tuple[int, int]:
+    return triton.cdiv(key.shape[1], config.rows), triton.cdiv(key.shape[2], config.columns)
+
+
+def _common_arguments(
+    grad: Tensor, query: Tensor, key: Tensor, window: WindowRule, tiles: tuple[int, int]
+) -> dict[str, float]:
+    return {
+        **size_arguments(query, key, tiles),
+        **window.arguments(),
+        **strides_of("grad", grad, "image row column channel"),
+        **strides_of("query", query, "image row column head channel"),
+        **strides_of("key", key, "image row column head channel"),
+        "images": key.shape[0],
+    }
+
+
+def _constants(
+    query: Tensor, window: WindowRule, precision: str, config: BackwardGridConfig, parts: int
+) -> dict[str, object]:
+    return {
+        "WINDOW": window.kind,
+        "HEADS": query.shape[3],
+        "WIDTH": query.shape[4],
+        "PRECISION": precision,
+        "PARTS": parts,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "PIXELS": config.block_pixels,
+        "SLICE": config.channel_slice,
+    }

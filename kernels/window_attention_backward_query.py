@@ -1,0 +1,249 @@
+"""Window attention, backward, of the queries: a tile of pixels looks at its keys again.
+
+With n heads, dP(x, j) = <dO(x), v(j)> / n is every head's; dS_a = P_a (dP - delta_a) with
+delta_a(x) = sum_j P_a(x, j) dP(x, j), and dq_a = scale * sum_j dS_a k_a(j). delta_a is each head's own; the usual
+<dO, O> would be right only if O did not mix the heads. It is stored for the pass over the keys.
+
+Where the keys are few, dP of the whole tile stays in registers and the values are read once; where they are many, it
+is made for delta and again for dq.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import BackwardQueryConfig
+from .launch import SIZES, Launch, size_arguments, strides_of
+from .window_attention_tile import (
+    LOG2_E,
+    gradient_base,
+    key_block,
+    load_channels,
+    logits,
+    open_keys,
+    open_queries,
+    pixel_windows,
+    take_key,
+    take_query,
+    tile_keys,
+    tile_pixels,
+    visibility,
+)
+from .window_bounds import WindowRule
+
+
+@triton.jit
+def _grad_weights(
+    grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
+    PIXELS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<dO, v> of a block of keys, (PIXELS, BLOCK) float32."""
+    row, column, exists = key_block(block, rectangle, BLOCK)
+    value_row_stride, value_column_stride, value_channel_stride = value_strides
+    near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
+    product = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for first in tl.range(0, channels, SLICE):
+        outer = load_channels(grad, grad_offset, pixel_exists, first, channels, grad_channel_stride, SLICE)
+        carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
+        product = tl.dot(outer, tl.trans(carried), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _add_to_deltas(
+    delta, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Each head's sum of P dP, with a block of keys added."""
+    row, column, exists = key_block(block, rectangle, BLOCK)
+    near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
+    limit = visibility(windows, row, column, exists)
+    sums = ()
+    for head in tl.static_range(HEADS):
+        mine = take_query(queries, head, block, again, KEEP)
+        raw = logits(mine, take_key(near, head, exists, KEEP), limit, PRECISION)
+        weights = tl.math.exp2(raw * exponent_scale - base[head][:, None])
+        sums = sums + (delta[head] + tl.sum(weights * grad_weights, axis=1),)
+    return sums
+
+
+@triton.jit
+def _add_to_gradients(
+    gradients, delta, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Each head's sum of dS k, with a block of keys added."""
+    row, column, exists = key_block(block, rectangle, BLOCK)
+    near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
+    limit = visibility(windows, row, column, exists)
+    sums = ()
+    for head in tl.static_range(HEADS):
+        mine = take_query(queries, head, block, again, KEEP)
+        theirs = take_key(near, head, exists, KEEP)
+        raw = logits(mine, theirs, limit, PRECISION)
+        weights = tl.math.exp2(raw * exponent_scale - base[head][:, None])
+        inner = (weights * (grad_weights - delta[head][:, None])).to(theirs.dtype)
+        sums = sums + (tl.dot(inner, theirs, gradients[head], input_precision=PRECISION),)
+    return sums
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _window_attention_backward_query_kernel(
+    grad, query, key, value, lse, grad_query, delta,
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads); as query; as lse
+    height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
+    grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
+    query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
+    key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
+    value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
+    scale, exponent_scale, again,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS x COLUMNS pixels; grid: the tiles of all images.
+
+    With RESIDENT_BLOCKS no tile sees more than RESIDENT_BLOCKS * BLOCK keys; at 0 any number.
+    """
+    PIXELS: tl.constexpr = ROWS * COLUMNS
+    sizes = (height, width, grid_rows, grid_columns)
+    rule = (ratio, cell_rows, cell_columns)
+    image, top, left, pixel_row, pixel_column, pixel_exists = tile_pixels(
+        tl.program_id(0), tile_rows, tile_columns, sizes, ROWS, COLUMNS
+    )
+    rectangle = tile_keys(top, left, sizes, rule, ROWS, COLUMNS, WINDOW)
+    windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW)
+    keys = (key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
+    value += image * value_image_stride
+    value_strides = (value_row_stride, value_column_stride, value_channel_stride)
+    row64 = pixel_row.to(tl.int64)
+    column64 = pixel_column.to(tl.int64)
+    queries = open_queries(
+        query + image * query_image_stride, row64 * query_row_stride + column64 * query_column_stride,
+        query_head_stride, query_channel_stride, HEADS, WIDTH, KEEP,
+    )  # fmt: skip
+    grad += image * grad_image_stride
+    grad_offset = row64 * grad_row_stride + column64 * grad_column_stride
+    pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
+    base = ()
+    deltas = ()
+    gradients = ()
+    for head in tl.static_range(HEADS):
+        base = base + (gradient_base(lse, pixel, head, windows, HEADS),)
+        deltas = deltas + (tl.zeros((PIXELS,), tl.float32),)
+        gradients = gradients + (tl.zeros((PIXELS, WIDTH), tl.float32),)
+
+    if RESIDENT_BLOCKS:
+        products = ()  # RESIDENT_BLOCKS x (PIXELS, BLOCK)
+        for _block in tl.static_range(RESIDENT_BLOCKS):
+            products = products + (tl.zeros((PIXELS, BLOCK), tl.float32),)
+        for first in tl.range(0, channels, SLICE):
+            outer = load_channels(grad, grad_offset, pixel_exists, first, channels, grad_channel_stride, SLICE)
+            updated = ()
+            for block in tl.static_range(RESIDENT_BLOCKS):
+                row, column, exists = key_block(block, rectangle, BLOCK)
+                near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
+                carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
+                updated = updated + (tl.dot(outer, tl.trans(carried), products[block], input_precision=PRECISION),)
+            products = updated
+        for block in tl.static_range(RESIDENT_BLOCKS):
+            deltas = _add_to_deltas(
+                deltas, queries, keys, block, rectangle, windows, exponent_scale, base, products[block] / HEADS, again,
+                HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+            )  # fmt: skip
+        for block in tl.static_range(RESIDENT_BLOCKS):
+            gradients = _add_to_gradients(
+                gradients, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
+                products[block] / HEADS, again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+            )  # fmt: skip
+    else:
+        blocks = tl.cdiv(rectangle[3], BLOCK)
+        for block in tl.range(0, blocks):
+            product = _grad_weights(
+                grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
+                PIXELS, BLOCK, SLICE, PRECISION,
+            )  # fmt: skip
+            deltas = _add_to_deltas(
+                deltas, queries, keys, block, rectangle, windows, exponent_scale, base, product / HEADS, again,
+                HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+            )  # fmt: skip
+        for block in tl.range(0, blocks):
+            product = _grad_weights(
+                grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
+                PIXELS, BLOCK, SLICE, PRECISION,
+            )  # fmt: skip
+            gradients = _add_to_gradients(
+                gradients, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, product / HEADS,
+                again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+            )  # fmt: skip
+
+    channel = tl.arange(0, WIDTH)
+    for head in tl.static_range(HEADS):
+        tl.store(delta + pixel * HEADS + head, deltas[head], mask=pixel_exists)
+        place = grad_query + (pixel[:, None] * HEADS + head) * WIDTH + channel[None, :]
+        tl.store(place, gradients[head] * scale, mask=pixel_exists[:, None])
+
+
+def plan_backward_query(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    grad_query: Tensor,
+    delta: Tensor,
+    *,
+    window: WindowRule,
+    scale: float,
+    precision: str,
+    config: BackwardQueryConfig,
+) -> Launch:
+    """The launch that fills `grad_query` (B, H, W, heads, d) and `delta` (B, H, W, heads).
+
+    Args:
+        grad: of the output, (B, H, W, C), any strides, in the value's dtype.
+        query, key, value, window, scale, precision: as for the forward pass.
+        lse: what the forward pass stored, (B, H, W, heads) float32.
+        grad_query, delta: contiguous; `delta` float32.
+        config: how to cut the work; its resident blocks, if any, must hold the keys of every tile.
+    """
+    batch, height, width, heads, head_dim = query.shape
+    tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
+    return Launch(
+        kernel=_window_attention_backward_query_kernel,
+        grid=(batch * tiles[0] * tiles[1],),
+        arguments={
+            "grad": grad,
+            "query": query,
+            "key": key,
+            "value": value,
+            "lse": lse,
+            "grad_query": grad_query,
+            "delta": delta,
+            **size_arguments(query, key, tiles),
+            "channels": value.shape[3],
+            **window.arguments(),
+            **strides_of("grad", grad, "image row column channel"),
+            **strides_of("query", query, "image row column head channel"),
+            **strides_of("key", key, "image row column head channel"),
+            **strides_of("value", value, "image row column channel"),
+            "scale": scale,
+            "exponent_scale": scale * LOG2_E.value,
+            "again": 0,
+        },
+        constants={
+            "WINDOW": window.kind,
+            "HEADS": heads,
+            "WIDTH": head_dim,
+            "PRECISION": precision,
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+            "BLOCK": config.block_keys,
+            "SLICE": config.channel_slice,
+            "RESIDENT_BLOCKS": config.resident_blocks,
+            "KEEP": query.element_size() == 2,
+        },
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
