@@ -33,6 +33,7 @@ class ForwardConfig:
     slices: int
     num_warps: int
     num_stages: int
+    shares: int = 4
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps"):

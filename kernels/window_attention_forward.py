@@ -24,7 +24,6 @@ from .window_attention_tile import (
     logits,
     open_keys,
     open_queries,
-    pivot,
     pixel_windows,
     take_key,
     take_query,
@@ -34,42 +33,53 @@ from .window_attention_tile import (
 )
 from .window_bounds import WindowRule
 
+# A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
+LOWEST = tl.constexpr(-3.4e38)
+
 
 @triton.jit
 def _head_statistics(
     queries, keys, rectangle, windows, exponent_scale, again,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    KEEP: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,)."""
+    """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,).
+
+    Until the end each of SHARES shares of a block's keys has a pivot and a sum of its own: where a share is what one
+    thread holds of a product, no thread asks another in the loop.
+    """
     _, _, _, count = rectangle
-    largest = ()
+    base = ()
     total = ()
     for _head in tl.static_range(HEADS):
-        largest = largest + (tl.full((PIXELS,), float("-inf"), tl.float32),)
-        total = total + (tl.zeros((PIXELS,), tl.float32),)
+        base = base + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
+        total = total + (tl.zeros((PIXELS, SHARES), tl.float32),)
     for block in tl.range(0, tl.cdiv(count, BLOCK)):
         row, column, exists = key_block(block, rectangle, BLOCK)
         near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
         limit = visibility(windows, row, column, exists)
-        now_largest = ()
+        now_base = ()
         now_total = ()
         for head in tl.static_range(HEADS):
             mine = take_query(queries, head, block, again, KEEP)
             theirs = take_key(near, head, exists, KEEP)
-            raw = logits(mine, theirs, limit, PRECISION)  # (PIXELS, BLOCK)
-            now = tl.maximum(largest[head], tl.max(raw, axis=1))
-            base = pivot(now) * exponent_scale
-            shrink = tl.math.exp2(largest[head] * exponent_scale - base)
-            added = tl.sum(tl.math.exp2(raw * exponent_scale - base[:, None]), axis=1)
-            now_largest = now_largest + (now,)
-            now_total = now_total + (total[head] * shrink + added,)
-        largest = now_largest
+            raw = logits(mine, theirs, limit, PRECISION)
+            # Threads hold pairs of neighbouring keys.
+            raw = tl.reshape(raw, (PIXELS, BLOCK // (2 * SHARES), SHARES, 2))
+            now = tl.maximum(base[head], tl.max(tl.max(raw, axis=3), axis=1) * exponent_scale)
+            powers = tl.math.exp2(raw * exponent_scale - now[:, None, :, None])
+            added = tl.sum(tl.sum(powers, axis=3), axis=1)
+            now_base = now_base + (now,)
+            now_total = now_total + (total[head] * tl.math.exp2(base[head] - now) + added,)
+        base = now_base
         total = now_total
-    base = ()
+    all_base = ()
+    all_total = ()
     for head in tl.static_range(HEADS):
-        base = base + (pivot(largest[head]) * exponent_scale,)
-    return base, total
+        now = tl.max(base[head], axis=1)
+        all_base = all_base + (now,)
+        all_total = all_total + (tl.sum(total[head] * tl.math.exp2(base[head] - now[:, None]), axis=1),)
+    return all_base, all_total
 
 
 @triton.jit
@@ -81,14 +91,14 @@ def _mean_weights(
     """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
     row, column, exists = key_block(block, rectangle, BLOCK)
     near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
-    limit = visibility(windows, row, column, exists)
     weights = tl.zeros((PIXELS, BLOCK), tl.float32)
     for head in tl.static_range(HEADS):
         mine = take_query(queries, head, block, again, KEEP)
         theirs = take_key(near, head, exists, KEEP)
-        raw = logits(mine, theirs, limit, PRECISION)
+        raw = tl.dot(mine, tl.trans(theirs), input_precision=PRECISION)
         weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
-    return weights
+    # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.
+    return tl.where(visibility(windows, row, column, exists) > 0, weights, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -102,7 +112,7 @@ def _window_attention_forward_kernel(
     exponent_scale, again,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr,
+    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels, all channels; grid: the tiles of all images.
 
@@ -124,7 +134,7 @@ def _window_attention_forward_kernel(
         query + image * query_image_stride, offset, query_head_stride, query_channel_stride, HEADS, WIDTH, KEEP
     )
     base, total = _head_statistics(
-        queries, keys, rectangle, windows, exponent_scale, again, HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP
+        queries, keys, rectangle, windows, exponent_scale, again, HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP, SHARES
     )
     pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
     share = ()
@@ -237,6 +247,7 @@ def plan_forward(
             "RESIDENT_BLOCKS": config.resident_blocks,
             "SLICES": config.slices,
             "KEEP": query.element_size() == 2,
+            "SHARES": config.shares,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

@@ -67,16 +67,25 @@ def key_block(block, rectangle, BLOCK: tl.constexpr):
     """Rows, columns and existence of the keys of a block, (BLOCK,)."""
     first_row, first_column, columns, count = rectangle
     number = block * BLOCK + tl.arange(0, BLOCK)
-    return first_row + number // columns, first_column + number % columns, number < count
+    # One division of integers for the block, and one of floats for each key: numbers below `columns + BLOCK`, exact in
+    # float32, half a key away from a whole number of rows.
+    down = (block * BLOCK) // columns
+    beyond = number - down * columns
+    further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
+    return first_row + down + further, first_column + beyond - further * columns, number < count
 
 
 @triton.jit
 def visibility(windows, row, column, exists):
     """+inf where a pixel sees a key and -inf elsewhere, (pixels, keys) float32: what a logit is limited to."""
     row_start, row_stop, column_start, column_stop = windows
-    sees_row = (row[None, :] >= row_start[:, None]) & (row[None, :] < row_stop[:, None])
-    sees_column = (column[None, :] >= column_start[:, None]) & (column[None, :] < column_stop[:, None])
-    return tl.where(sees_row & sees_column & exists[None, :], float("inf"), float("-inf"))
+    # A key that does not exist is before any row. An unsigned difference compares with both ends at once.
+    row = tl.where(exists, row, -1)
+    beyond_row = (row[None, :] - row_start[:, None]).to(tl.uint32, bitcast=True)
+    beyond_column = (column[None, :] - column_start[:, None]).to(tl.uint32, bitcast=True)
+    rows = (row_stop - row_start).to(tl.uint32, bitcast=True)
+    columns = (column_stop - column_start).to(tl.uint32, bitcast=True)
+    return tl.where((beyond_row < rows[:, None]) & (beyond_column < columns[:, None]), float("inf"), float("-inf"))
 
 
 @triton.jit
