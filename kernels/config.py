@@ -23,6 +23,8 @@ class ForwardConfig:
         channel_slice: channels multiplied at once.
         slices: channel slices alive at once where keys are streamed.
         num_warps, num_stages: Triton's.
+        shares: of a block's keys, each with a running maximum of its own: 4 where four threads hold a row of a product.
+        keep: whether all heads' queries stay in registers, and all heads' keys of a block are asked for at once.
     """
 
     rows: int
@@ -33,7 +35,8 @@ class ForwardConfig:
     slices: int
     num_warps: int
     num_stages: int
-    shares: int = 4
+    shares: int
+    keep: bool
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps"):

@@ -246,7 +246,7 @@ def plan_forward(
             "SLICE": config.channel_slice,
             "RESIDENT_BLOCKS": config.resident_blocks,
             "SLICES": config.slices,
-            "KEEP": query.element_size() == 2,
+            "KEEP": config.keep,
             "SHARES": config.shares,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},

@@ -103,7 +103,7 @@ def open_queries(
             heads = heads + (tl.load(place + head * head_stride),)
         return heads
     else:
-        return place, head_stride
+        return place - head_stride, head_stride
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def take_query(queries, head: tl.constexpr, block, again, KEEP: tl.constexpr):
         return queries[head]
     else:
         place, head_stride = queries
-        return tl.load(place + head * head_stride + block * again)
+        return tl.load(place + (head + 1) * (head_stride ^ (block * again)))
 
 
 @triton.jit
