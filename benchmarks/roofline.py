@@ -56,7 +56,7 @@ class Device:
 DEVICES = (
     Device(
         "A100 SXM 80GB", 80, 2039e9, 312e12, 156e12, 108, 1.41e9, 5120 * 1.41e9,
-        "NVIDIA A100 datasheet (bandwidth, rates); A100 architecture whitepaper (108 SMs, 1410 MHz, L2 5120 bytes a clock)",
+        "NVIDIA A100 datasheet (bandwidth, rates); A100 whitepaper (108 SMs, 1410 MHz, L2 5120 bytes a clock)",
     ),
     Device(
         "H100 SXM", 90, 3.35e12, 989.4e12, 494.7e12, 132, 1.83e9, None,

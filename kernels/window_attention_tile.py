@@ -96,11 +96,11 @@ def open_queries(
 
     `offset` is each pixel's, int64.
     """
-    place = query + offset[:, None] + tl.arange(0, WIDTH)[None, :] * channel_stride
+    place = query + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * channel_stride
     if KEEP:
         heads = ()
         for head in tl.static_range(HEADS):
-            heads = heads + (tl.load(place + head * head_stride),)
+            heads = heads + (tl.load(place + tl.full((), head, tl.int64) * head_stride),)
         return heads
     else:
         return place - head_stride, head_stride
@@ -110,14 +110,15 @@ def open_queries(
 def take_query(queries, head: tl.constexpr, block, again, KEEP: tl.constexpr):
     """A head's queries, (pixels, WIDTH).
 
-    Queries of float32 are not kept: split in two for `tf32x3` they would take all registers. `again` is an offset of
-    0 that the compiler knows nothing of, or it would move the load, and the splitting, out of the loop over blocks.
+    Where they would take all registers they are not kept: those of float32, split in two for `tf32x3`, and many wide
+    heads. `again` is a 0 that the compiler knows nothing of, or it would move the load, the splitting and every
+    address out of the loop over blocks; an exclusive or, because a sum would be taken apart and half of it moved.
     """
     if KEEP:
         return queries[head]
     else:
         place, head_stride = queries
-        return tl.load(place + (head + 1) * (head_stride ^ (block * again)))
+        return tl.load(place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again)))
 
 
 @triton.jit
@@ -128,11 +129,12 @@ def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexp
     """
     key, row_stride, column_stride, head_stride, channel_stride = keys
     offset = row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    place = key + offset[:, None] + tl.arange(0, WIDTH)[None, :] * channel_stride
+    place = key + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * channel_stride
     if KEEP:
         heads = ()
         for head in tl.static_range(HEADS):
-            heads = heads + (tl.load(place + head * head_stride, mask=exists[:, None], other=0.0),)
+            mine = place + tl.full((), head, tl.int64) * head_stride
+            heads = heads + (tl.load(mine, mask=exists[:, None], other=0.0),)
         return heads
     else:
         return place, head_stride
@@ -145,7 +147,7 @@ def take_key(near, head: tl.constexpr, exists, KEEP: tl.constexpr):
         return near[head]
     else:
         place, head_stride = near
-        return tl.load(place + head * head_stride, mask=exists[:, None], other=0.0)
+        return tl.load(place + tl.full((), head, tl.int64) * head_stride, mask=exists[:, None], other=0.0)
 
 
 @triton.jit
