@@ -226,16 +226,19 @@ def _joined(blocks: list[Block], jumps: list[tuple[int, str]], labels: dict[str,
 
 
 def _loops(blocks: Sequence[Block], reached: frozenset[int]) -> list[Loop]:
-    """The natural loops: for each edge back to a head, the blocks that reach the edge without passing the head."""
+    """The natural loops: an edge back to a block that all ways to the edge pass, and what leads to the edge from there.
+
+    The order of the blocks in memory says nothing: a loop's head may stand behind its end.
+    """
     before: dict[int, set[int]] = {n: set() for n in reached}
     for n in reached:
         for after in blocks[n].follow:
             before[after].add(n)
+    dominators = _dominators(before)
     bodies: dict[int, set[int]] = {}
     for n in sorted(reached):
         for head in blocks[n].follow:
-            # An edge back to a block placed elsewhere is no loop unless it closes a cycle.
-            if head > n or n not in _reach(blocks, head):
+            if head not in dominators[n]:
                 continue
             body = bodies.setdefault(head, {head})
             waiting = [n]
@@ -247,14 +250,21 @@ def _loops(blocks: Sequence[Block], reached: frozenset[int]) -> list[Loop]:
     return [Loop(head, frozenset(body)) for head, body in sorted(bodies.items())]
 
 
-def _reach(blocks: Sequence[Block], start: int) -> set[int]:
-    seen, waiting = {start}, [start]
-    while waiting:
-        for after in blocks[waiting.pop()].follow:
-            if after not in seen:
-                seen.add(after)
-                waiting.append(after)
-    return seen
+def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
+    """For each block, those that every way from the entry to it passes, itself included."""
+    dominators = {n: set(before) for n in before}
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for n in sorted(before):
+            if n == 0:
+                continue
+            found = {n} | set.intersection(*(dominators[m] for m in before[n]))
+            if found != dominators[n]:
+                dominators[n] = found
+                changed = True
+    return dominators
 
 
 def _nested(loops: Sequence[Loop]) -> tuple[Loop, ...]:

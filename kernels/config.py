@@ -93,11 +93,11 @@ def forward_configs(
     elif resident:
         best = ForwardConfig(8, 8, 16, blocks, 32, 1, 4, 1, shares, keep)
     elif keep:
-        best = ForwardConfig(8, 8, 16, 0, 64, 2, 4, 1, shares, keep)
+        best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
     elif not wide:
         best = ForwardConfig(8, 8, 16, 0, 16, 4, 4, 1, shares, keep)
     else:
-        best = ForwardConfig(4, 8, 16, 0, 32 if half else 16, 1, 4, 1, shares, keep)
+        best = ForwardConfig(8, 8, 16, 0, 32 if half else 16, 1, 4, 1, shares, keep)
     return [best, ForwardConfig(4, 8, 16, 0, 16, 1, num_warps=4, num_stages=1, shares=shares, keep=False)]
 
 
