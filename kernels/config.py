@@ -25,6 +25,7 @@ class ForwardConfig:
         num_warps, num_stages: Triton's.
         shares: of a block's keys, each with a running maximum of its own: 4 where four threads hold a row of a product.
         keep: whether all heads' queries stay in registers, and all heads' keys of a block are asked for at once.
+        piece: channels of a head multiplied at once where queries are not kept.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class ForwardConfig:
     num_stages: int
     shares: int
     keep: bool
+    piece: int = 32
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps"):
@@ -97,8 +99,8 @@ def forward_configs(
     elif not wide:
         best = ForwardConfig(8, 8, 16, 0, 16, 4, 4, 1, shares, keep)
     else:
-        best = ForwardConfig(8, 8, 16, 0, 32 if half else 16, 1, 4, 1, shares, keep)
-    return [best, ForwardConfig(4, 8, 16, 0, 16, 1, num_warps=4, num_stages=1, shares=shares, keep=False)]
+        best = ForwardConfig(8, 8, 16, 0, 32 if half else 16, 1, 4, 1, shares, keep, piece=32 if half else 16)
+    return [best, ForwardConfig(4, 8, 16, 0, 16, 1, num_warps=4, num_stages=1, shares=shares, keep=False, piece=16)]
 
 
 @dataclass(frozen=True)

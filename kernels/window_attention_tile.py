@@ -151,6 +151,31 @@ def take_key(near, head: tl.constexpr, exists, KEEP: tl.constexpr):
 
 
 @triton.jit
+def head_product(
+    queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, exists, block, again,
+    WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """A head's queries times its keys of a block, (pixels, keys) float32.
+
+    What is not kept is multiplied in pieces of PIECE channels, which is the width that it was opened with.
+    """
+    if KEEP:
+        return tl.dot(queries[head], tl.trans(near[head]), input_precision=PRECISION)
+    else:
+        place, head_stride = queries
+        mine = place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
+        place, head_stride = near
+        theirs = place + tl.full((), head, tl.int64) * head_stride
+        product = tl.zeros((mine.shape[0], theirs.shape[0]), tl.float32)
+        for piece in tl.static_range(WIDTH // PIECE):
+            first = tl.full((), piece * PIECE, tl.int64)
+            query = tl.load(mine + first * query_channel_stride)
+            key = tl.load(theirs + first * key_channel_stride, mask=exists[:, None], other=0.0)
+            product = tl.dot(query, tl.trans(key), product, input_precision=PRECISION)
+        return product
+
+
+@triton.jit
 def load_channels(tensor, offset, exists, first, channels, channel_stride, SLICE: tl.constexpr):
     """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros elsewhere."""
     channel = first + tl.arange(0, SLICE)
