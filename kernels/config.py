@@ -100,7 +100,7 @@ def forward_configs(
         best = ForwardConfig(8, 8, 16, 0, 16, 4, 4, 1, shares, keep)
     else:
         best = ForwardConfig(8, 8, 16, 0, 32 if half else 16, 1, 4, 1, shares, keep, piece=32 if half else 16)
-    return [best, ForwardConfig(4, 8, 16, 0, 16, 1, num_warps=4, num_stages=1, shares=shares, keep=False, piece=16)]
+    return [best, ForwardConfig(4, 8, 16, 0, 32 if half else 16, 1, num_warps=4, num_stages=1, shares=shares, keep=False, piece=16)]
 
 
 @dataclass(frozen=True)
