@@ -36,8 +36,8 @@ class ForwardConfig:
     slices: int
     num_warps: int
     num_stages: int
-    shares: int
-    keep: bool
+    shares: int = 4
+    keep: bool = True
     piece: int = 32
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ _RESIDENT_KEYS = {True: 256, False: 64}
 # Queries of more channels, all heads' together, do not stay in registers.
 _KEPT_CHANNELS = 128
 # Each head and each resident block is code of its own.
-_RESIDENT_HEAD_BLOCKS = 32
+_RESIDENT_HEAD_BLOCKS = {True: 32, False: 16}
 
 
 def forward_configs(
@@ -87,9 +87,10 @@ def forward_configs(
     # Four threads hold a row of a product, except where the products have a memory of their own (sm_100) or a wave's
     # matrix units another layout (AMD).
     shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
     block = 32 if keep else 16
     blocks = -(-most_keys(8, 8) // block)
-    resident = not wide and block * blocks <= _RESIDENT_KEYS[half] and heads * blocks <= _RESIDENT_HEAD_BLOCKS
+    resident = not wide and block * blocks <= _RESIDENT_KEYS[half] and heads * blocks <= _RESIDENT_HEAD_BLOCKS[half]
     if resident and half:
         best = ForwardConfig(8, 8, 32, blocks, 64, 1, 4, 2, shares, keep)
     elif resident:
@@ -99,8 +100,9 @@ def forward_configs(
     elif not wide:
         best = ForwardConfig(8, 8, 16, 0, 16, 4, 4, 1, shares, keep)
     else:
-        best = ForwardConfig(8, 8, 16, 0, 32 if half else 16, 1, 4, 1, shares, keep, piece=32 if half else 16)
-    return [best, ForwardConfig(4, 8, 16, 0, 32 if half else 16, 1, num_warps=4, num_stages=1, shares=shares, keep=False, piece=16)]
+        best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=slice_)
+    rows = 4 if half else 8
+    return [best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=16)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, without a GPU. Compilation runs in processes that do not interpret kernels."""
+"""What the compiler makes of the kernels, without a GPU; compiled in processes that do not interpret kernels."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Window
 
 if TYPE_CHECKING:
+    from anyup.kernels.config import Target
     from anyup.kernels.window_bounds import WindowRule
 
 Config = TypeVar("Config")
