@@ -119,7 +119,10 @@ def row_of(case: Case, code: Code) -> Row:
     """All that is known of a case."""
     work = case.work()
     warps = occupancy(case.arch, registers=code.registers, shared=code.shared_bytes, warps=code.warps)
-    executed = code.executed(work.turns)
+    try:
+        executed = code.executed(work.turns)
+    except ValueError as error:
+        raise ValueError(f"{case}: {error}") from error
     programs = work.programs * code.warps / case.workload.pixels
     instructions = sum(executed.values()) * programs
     row: Row = {

@@ -81,12 +81,12 @@ class Code:
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """The outermost loops in order; one that only waits for a barrier counts as none."""
+        """The outermost loops in order; one that only waits, for a barrier or tensor memory, counts as none."""
         return _nested([loop for loop in _loops(self.blocks, self.reached) if not self._waits(loop)])
 
     def _waits(self, loop: Loop) -> bool:
         names = [i.name for b in loop.blocks for i in self.blocks[b].instructions]
-        return len(names) < 12 and any(name.startswith("SYNCS") for name in names)
+        return len(names) < 12 and any(name.startswith(("SYNCS", "NANOSLEEP")) for name in names)
 
     def weights(self, turns: Sequence[Any]) -> list[float]:
         """How often each block runs. `turns`: the loops' trip counts in order, (turns, [of the loops inside]) each.
