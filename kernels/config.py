@@ -122,11 +122,17 @@ def backward_query_configs(most_keys: MostKeys, *, half: bool) -> list[BackwardQ
 # Programs enough for the cards of today; a fixed number, or the sums would depend on the card.
 _GRID_PROGRAMS = 512
 _MOST_PARTS = 16
+# A part of fewer would not be worth its partial sum.
+_LEAST_PIXELS_OF_A_PART = 2048
 
 
-def backward_grid_configs(keys: int, channels: int, *, half: bool) -> list[BackwardGridConfig]:
-    """Cuts of the backward pass of `keys` keys (of all images) and of their values, best first."""
-    parts = max(1, min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1)))
+def backward_grid_configs(pixels: int, keys: int, channels: int, *, half: bool) -> list[BackwardGridConfig]:
+    """Cuts of the backward pass of the keys and of the values, best first.
+
+    `pixels` are those of one image, `keys` those of all images.
+    """
+    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
+    parts = max(1, parts)
     slices = 4 if channels > 128 else 2
     if not half:
         return [BackwardGridConfig(4, 4, 32, 32, slices, parts, num_warps=4, num_stages=1)]

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from .config import BackwardGridConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
-from .window_attention_tile import LOG2_E, gradient_base, load_channels, logits, pixel_windows, tile_pixels, visibility
+from .window_attention_tile import (
+    LOG2_E,
+    load_channels,
+    logits,
+    pixel_windows,
+    sees_several,
+    tile_pixels,
+    visibility,
+)
 from .window_bounds import WindowRule, axis_queries
 
 
@@ -48,10 +56,17 @@ def _pixel_block(block, rectangle, PIXELS: tl.constexpr):
     return first_row + number // columns, first_column + number % columns, exists
 
 
+@triton.jit
+def _exponentials(raw, lse, pixel, head: tl.constexpr, exponent_scale, HEADS: tl.constexpr):
+    """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights."""
+    base = tl.load(lse + pixel * HEADS + head) * LOG2_E
+    return tl.math.exp2(raw * exponent_scale - base[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_key_kernel(
-    grad, query, key, value, lse, delta, grad_key,
-    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) twice; (parts, *key)
+    grad, query, key, value, lse, share, delta, grad_key,
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) thrice; (parts, *key)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
@@ -99,8 +114,9 @@ def _window_attention_backward_key_kernel(
         for head in tl.static_range(HEADS):
             mine = tl.load(query_place + head * query_head_stride)  # (PIXELS, WIDTH)
             theirs = tl.load(key_place + head * key_head_stride, mask=key_exists[:, None], other=0.0)
-            base = gradient_base(lse, pixel, head, windows, HEADS)
-            weights = tl.math.exp2(logits(mine, theirs, limit, PRECISION) * exponent_scale - base[:, None])
+            raw = logits(mine, theirs, limit, PRECISION)
+            several_share = tl.load(share + pixel * HEADS + head) * sees_several(windows)
+            weights = _exponentials(raw, lse, pixel, head, exponent_scale, HEADS) * several_share[:, None]
             inner = (weights * (product - tl.load(delta + pixel * HEADS + head)[:, None])).to(mine.dtype)
             updated = updated + (tl.dot(tl.trans(inner), mine, gradients[head], input_precision=PRECISION),)
         gradients = updated
@@ -112,8 +128,8 @@ def _window_attention_backward_key_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_value_kernel(
-    grad, query, key, lse, grad_value,
-    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, H, W, heads); (parts, B, h, w, C)
+    grad, query, key, lse, share, grad_value,
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, H, W, heads) twice; (parts, B, h, w, C)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
@@ -153,8 +169,9 @@ def _window_attention_backward_value_kernel(
         for head in tl.static_range(HEADS):
             mine = tl.load(query_place + head * query_head_stride)  # (PIXELS, WIDTH)
             theirs = tl.load(key_place + head * key_head_stride, mask=key_exists[:, None], other=0.0)
-            base = tl.load(lse + pixel * HEADS + head) * LOG2_E
-            weights += tl.math.exp2(logits(mine, theirs, limit, PRECISION) * exponent_scale - base[:, None])
+            raw = logits(mine, theirs, limit, PRECISION)
+            head_share = tl.load(share + pixel * HEADS + head)[:, None]
+            weights += _exponentials(raw, lse, pixel, head, exponent_scale, HEADS) * head_share
         shares = tl.trans((weights / HEADS).to(grad.dtype.element_ty))  # (KEYS, PIXELS)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         updated = ()
@@ -177,6 +194,7 @@ def plan_backward_key(
     key: Tensor,
     value: Tensor,
     lse: Tensor,
+    share: Tensor,
     delta: Tensor,
     grad_key: Tensor,
     *,
@@ -187,7 +205,7 @@ def plan_backward_key(
 ) -> Launch:
     """The launch that fills `grad_key`, (parts, B, h, w, heads, d), contiguous.
 
-    `delta` is what the pass over the queries stored; the other arguments are as for that pass.
+    `share` and `delta` are what the pass over the queries stored; the other arguments are as for that pass.
     """
     tiles = _tiles(key, config)
     return Launch(
@@ -199,6 +217,7 @@ def plan_backward_key(
             "key": key,
             "value": value,
             "lse": lse,
+            "share": share,
             "delta": delta,
             "grad_key": grad_key,
             **_common_arguments(grad, query, key, window, tiles),
@@ -217,6 +236,7 @@ def plan_backward_value(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
+    share: Tensor,
     grad_value: Tensor,
     *,
     window: WindowRule,
@@ -239,6 +259,7 @@ def plan_backward_value(
             "query": query,
             "key": key,
             "lse": lse,
+            "share": share,
             "grad_value": grad_value,
             **_common_arguments(grad, query, key, window, tiles),
             "channels": channels,

@@ -4,6 +4,9 @@ With n heads, dP(x, j) = <dO(x), v(j)> / n is every head's; dS_a = P_a (dP - del
 delta_a(x) = sum_j P_a(x, j) dP(x, j), and dq_a = scale * sum_j dS_a k_a(j). delta_a is each head's own; the usual
 <dO, O> would be right only if O did not mix the heads. It is stored for the pass over the keys.
 
+The exponential of a logit minus the saved log-sum-exp carries the rounding of the latter, which grows with the
+logits. So the exponentials are added up once more, and their inverse sum, near 1, is stored beside delta.
+
 Where the keys are few, dP of the whole tile stays in registers and the values are read once; where they are many, it
 is made for delta and again for dq.
 """
@@ -18,13 +21,13 @@ from .config import BackwardQueryConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
 from .window_attention_tile import (
     LOG2_E,
-    gradient_base,
     key_block,
     load_channels,
     logits,
     open_keys,
     open_queries,
     pixel_windows,
+    sees_several,
     take_key,
     take_query,
     tile_keys,
@@ -52,26 +55,28 @@ def _grad_weights(
 
 
 @triton.jit
-def _add_to_deltas(
-    delta, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
+def _add_to_sums(
+    totals, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Each head's sum of P dP, with a block of keys added."""
+    """Each head's sum of exponentials, and of exponentials times dP, with a block of keys added."""
     row, column, exists = key_block(block, rectangle, BLOCK)
     near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
     limit = visibility(windows, row, column, exists)
-    sums = ()
+    new_totals = ()
+    new_deltas = ()
     for head in tl.static_range(HEADS):
         mine = take_query(queries, head, block, again, KEEP)
         raw = logits(mine, take_key(near, head, exists, KEEP), limit, PRECISION)
-        weights = tl.math.exp2(raw * exponent_scale - base[head][:, None])
-        sums = sums + (delta[head] + tl.sum(weights * grad_weights, axis=1),)
-    return sums
+        exponentials = tl.math.exp2(raw * exponent_scale - base[head][:, None])
+        new_totals = new_totals + (totals[head] + tl.sum(exponentials, axis=1),)
+        new_deltas = new_deltas + (deltas[head] + tl.sum(exponentials * grad_weights, axis=1),)
+    return new_totals, new_deltas
 
 
 @triton.jit
 def _add_to_gradients(
-    gradients, delta, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
+    gradients, shares, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Each head's sum of dS k, with a block of keys added."""
@@ -83,16 +88,32 @@ def _add_to_gradients(
         mine = take_query(queries, head, block, again, KEEP)
         theirs = take_key(near, head, exists, KEEP)
         raw = logits(mine, theirs, limit, PRECISION)
-        weights = tl.math.exp2(raw * exponent_scale - base[head][:, None])
-        inner = (weights * (grad_weights - delta[head][:, None])).to(theirs.dtype)
+        weights = tl.math.exp2(raw * exponent_scale - base[head][:, None]) * shares[head][:, None]
+        inner = (weights * (grad_weights - deltas[head][:, None])).to(theirs.dtype)
         sums = sums + (tl.dot(inner, theirs, gradients[head], input_precision=PRECISION),)
     return sums
 
 
+@triton.jit
+def _finish_sums(share, delta, totals, deltas, pixel, exists, windows, HEADS: tl.constexpr):
+    """Store each head's inverse sum of exponentials and delta; the shares for dS, and the deltas."""
+    several = sees_several(windows)
+    shares = ()
+    means = ()
+    for head in tl.static_range(HEADS):
+        inverse = 1.0 / totals[head]
+        mean = deltas[head] * inverse
+        tl.store(share + pixel * HEADS + head, inverse, mask=exists)
+        tl.store(delta + pixel * HEADS + head, mean, mask=exists)
+        shares = shares + (inverse * several,)
+        means = means + (mean,)
+    return shares, means
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_query_kernel(
-    grad, query, key, value, lse, grad_query, delta,
-    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads); as query; as lse
+    grad, query, key, value, lse, grad_query, share, delta,
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads); as query; as lse, twice
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
@@ -128,10 +149,12 @@ def _window_attention_backward_query_kernel(
     grad_offset = row64 * grad_row_stride + column64 * grad_column_stride
     pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
     base = ()
+    totals = ()
     deltas = ()
     gradients = ()
     for head in tl.static_range(HEADS):
-        base = base + (gradient_base(lse, pixel, head, windows, HEADS),)
+        base = base + (tl.load(lse + pixel * HEADS + head) * LOG2_E,)
+        totals = totals + (tl.zeros((PIXELS,), tl.float32),)
         deltas = deltas + (tl.zeros((PIXELS,), tl.float32),)
         gradients = gradients + (tl.zeros((PIXELS, WIDTH), tl.float32),)
 
@@ -149,13 +172,14 @@ def _window_attention_backward_query_kernel(
                 updated = updated + (tl.dot(outer, tl.trans(carried), products[block], input_precision=PRECISION),)
             products = updated
         for block in tl.static_range(RESIDENT_BLOCKS):
-            deltas = _add_to_deltas(
-                deltas, queries, keys, block, rectangle, windows, exponent_scale, base, products[block] / HEADS, again,
-                HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+            totals, deltas = _add_to_sums(
+                totals, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
+                products[block] / HEADS, again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
+        shares, deltas = _finish_sums(share, delta, totals, deltas, pixel, pixel_exists, windows, HEADS)
         for block in tl.static_range(RESIDENT_BLOCKS):
             gradients = _add_to_gradients(
-                gradients, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
+                gradients, shares, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
                 products[block] / HEADS, again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
     else:
@@ -165,23 +189,23 @@ def _window_attention_backward_query_kernel(
                 grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
                 PIXELS, BLOCK, SLICE, PRECISION,
             )  # fmt: skip
-            deltas = _add_to_deltas(
-                deltas, queries, keys, block, rectangle, windows, exponent_scale, base, product / HEADS, again,
+            totals, deltas = _add_to_sums(
+                totals, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, product / HEADS, again,
                 HEADS, WIDTH, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
+        shares, deltas = _finish_sums(share, delta, totals, deltas, pixel, pixel_exists, windows, HEADS)
         for block in tl.range(0, blocks):
             product = _grad_weights(
                 grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
                 PIXELS, BLOCK, SLICE, PRECISION,
             )  # fmt: skip
             gradients = _add_to_gradients(
-                gradients, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, product / HEADS,
-                again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+                gradients, shares, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
+                product / HEADS, again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
 
     channel = tl.arange(0, WIDTH)
     for head in tl.static_range(HEADS):
-        tl.store(delta + pixel * HEADS + head, deltas[head], mask=pixel_exists)
         place = grad_query + (pixel[:, None] * HEADS + head) * WIDTH + channel[None, :]
         tl.store(place, gradients[head] * scale, mask=pixel_exists[:, None])
 
@@ -193,6 +217,7 @@ def plan_backward_query(
     value: Tensor,
     lse: Tensor,
     grad_query: Tensor,
+    share: Tensor,
     delta: Tensor,
     *,
     window: WindowRule,
@@ -200,13 +225,13 @@ def plan_backward_query(
     precision: str,
     config: BackwardQueryConfig,
 ) -> Launch:
-    """The launch that fills `grad_query` (B, H, W, heads, d) and `delta` (B, H, W, heads).
+    """The launch that fills `grad_query` (B, H, W, heads, d), `share` and `delta` (B, H, W, heads).
 
     Args:
         grad: of the output, (B, H, W, C), any strides, in the value's dtype.
         query, key, value, window, scale, precision: as for the forward pass.
         lse: what the forward pass stored, (B, H, W, heads) float32.
-        grad_query, delta: contiguous; `delta` float32.
+        grad_query, share, delta: contiguous, the latter two float32.
         config: how to cut the work; its resident blocks, if any, must hold the keys of every tile.
     """
     batch, height, width, heads, head_dim = query.shape
@@ -221,6 +246,7 @@ def plan_backward_query(
             "value": value,
             "lse": lse,
             "grad_query": grad_query,
+            "share": share,
             "delta": delta,
             **size_arguments(query, key, tiles),
             "channels": value.shape[3],

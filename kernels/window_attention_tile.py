@@ -158,15 +158,14 @@ def logits(query, key, limit, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def gradient_base(lse, pixel, head: tl.constexpr, windows, HEADS: tl.constexpr):
-    """What is subtracted from scaled logits for the weights that dS is made of, (pixels,).
+def sees_several(windows):
+    """1 for a pixel that sees several keys and 0 for one that sees a single key, (pixels,) float32.
 
-    The weight of a pixel that sees a single key is constant and its dS zero: infinity makes it so exactly, where the
-    difference of two products rounded differently would not.
+    The weight of a single key is constant and its dS zero: this factor makes it so exactly, where the difference of
+    two differently rounded products would not.
     """
     row_start, row_stop, column_start, column_stop = windows
-    single = (row_stop - row_start) * (column_stop - column_start) == 1
-    return tl.where(single, float("inf"), tl.load(lse + pixel * HEADS + head) * LOG2_E)
+    return tl.where((row_stop - row_start) * (column_stop - column_start) > 1, 1.0, 0.0)
 
 
 @triton.jit

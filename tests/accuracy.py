@@ -49,23 +49,25 @@ def assert_backend_accurate(
         assert_close_enough(actual[name], reference[name], exact[name], name)
 
 
-def assert_backend_accurate_over_draws(run: Run, draw: Callable[[int], Mapping[str, Tensor]]) -> None:
+def assert_backend_accurate_over_draws(
+    run: Run, draw: Callable[[int], Mapping[str, Tensor]], *, backend: str = "torch"
+) -> None:
     """The error rule for several draws taken together, as one tensor for each result.
 
     Where few sums are compared, the reference's own error is sometimes small by luck: what three draws do not decide,
     forty-eight do. A wrong result fails both times.
     """
     try:
-        _assert_accurate_together(run, [draw(seed) for seed in range(3)])
+        _assert_accurate_together(run, [draw(seed) for seed in range(3)], backend)
     except AssertionError:
-        _assert_accurate_together(run, [draw(seed) for seed in range(48)])
+        _assert_accurate_together(run, [draw(seed) for seed in range(48)], backend)
 
 
-def _assert_accurate_together(run: Run, draws: Sequence[Mapping[str, Tensor]]) -> None:
+def _assert_accurate_together(run: Run, draws: Sequence[Mapping[str, Tensor]], backend: str) -> None:
     results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for tensors in draws:
         wide = {name: tensor.double() for name, tensor in tensors.items()}
-        actual = output_and_gradients(run, tensors, "torch")
+        actual = output_and_gradients(run, tensors, backend)
         reference = output_and_gradients(run, tensors, "reference")
         exact = output_and_gradients(run, wide, "reference")
         for name in exact:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Before anything imports triton: where there is no GPU its interpreter runs the kernels, on CPU tensors. ttsem brings a
+# device of its own.
+if not torch.cuda.is_available() and "ttsem" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

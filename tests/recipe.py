@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -112,6 +115,23 @@ ATTENTION_SHAPES = {
     "cell, whole grid": AttentionShape((16, 12), (8, 6), window=CellWindow(0.5)),
     "one head": AttentionShape((24, 24), (6, 6), heads=1, head_dim=16),
     "eight heads": AttentionShape((24, 24), (6, 6), heads=8, head_dim=2),
+}
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
+    reason="runs in Triton's interpreter: there is a GPU, or no triton",
+)
+
+# What Triton's interpreter runs, program by program: heads as wide as the matrix units want them, few pixels.
+KERNEL_SHAPES = {
+    **{name: shape._replace(head_dim=16) for name, shape in ATTENTION_SHAPES.items()},
+    "several tiles": AttentionShape((36, 40), (9, 10), channels=3, head_dim=16),
+    "odd scale": AttentionShape((35, 15), (7, 5), channels=2, head_dim=16),
+    "tall": AttentionShape((48, 8), (12, 3), head_dim=16),
+    "wide": AttentionShape((6, 60), (2, 15), head_dim=16),
+    "keys finer than pixels": AttentionShape((8, 7), (14, 12), head_dim=16),
+    "cell, wide": AttentionShape((22, 25), (11, 14), window=CellWindow(0.3), head_dim=16),
+    "wide heads": AttentionShape((18, 20), (6, 5), heads=1, head_dim=128),
+    "heads of the model": AttentionShape((18, 20), (6, 5), channels=70, heads=4, head_dim=32),
 }
 
 

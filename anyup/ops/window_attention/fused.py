@@ -87,7 +87,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, the weights recomputed from the log-sum-exp.
 
-    Beside them it allocates one statistic for each pixel and head, and where the grid has few keys the partial sums
+    Beside them it allocates two statistics for each pixel and head, and where the grid has few keys the partial sums
     of their gradients.
     """
     from anyup.kernels import config
@@ -98,10 +98,11 @@ def backward(
     query, scale = _positive_scale(query, scale)
     arguments = _shared_arguments(query, key, window, scale)
     half = _is_half(query, value)
-    grad_query, delta = torch.empty_like(query, memory_format=torch.contiguous_format), torch.empty_like(lse)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    share, delta = torch.empty_like(lse), torch.empty_like(lse)
     _run_first(
         lambda c: plan_backward_query(
-            grad, query, key, value, lse, grad_query, delta, **arguments, config=c
+            grad, query, key, value, lse, grad_query, share, delta, **arguments, config=c
         )(),
         config.backward_query_configs(_tile_keys(query, key, window), half=half),
     )  # fmt: skip
@@ -115,12 +116,15 @@ def backward(
             return parts[0] if cut.parts == 1 else parts.sum(dim=0).to(like.dtype)
 
         keys = like.shape[0] * like.shape[1] * like.shape[2]
-        return _run_first(run, config.backward_grid_configs(keys, value.shape[3], half=half))
+        pixels = query.shape[1] * query.shape[2]
+        return _run_first(run, config.backward_grid_configs(pixels, keys, value.shape[3], half=half))
 
     grad_key = add_up(
-        key, lambda out, c: plan_backward_key(grad, query, key, value, lse, delta, out, **arguments, config=c)()
+        key, lambda out, c: plan_backward_key(grad, query, key, value, lse, share, delta, out, **arguments, config=c)()
     )
-    grad_value = add_up(value, lambda out, c: plan_backward_value(grad, query, key, lse, out, **arguments, config=c)())
+    grad_value = add_up(
+        value, lambda out, c: plan_backward_value(grad, query, key, lse, share, out, **arguments, config=c)()
+    )
     if query is not given:
         grad_query *= given_scale
     return grad_query, grad_key, grad_value

@@ -1,0 +1,326 @@
+"""The window attention's Triton kernels, in Triton's interpreter, against float64; bfloat16 is tested in `device/`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import linecache
+import math
+from typing import Any
+
+import pytest
+import torch
+from accuracy import (
+    assert_backend_accurate,
+    assert_backend_accurate_over_draws,
+    output_and_gradients,
+)
+from recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors
+from torch import Tensor
+
+from anyup.ops import explain_backends, window_attention
+from anyup.ops.window_attention import fused
+from anyup.window import CellWindow, RatioWindow, Window, axis_bounds
+
+pytestmark = INTERPRETED
+
+
+def attention(shape: AttentionShape) -> Any:
+    """The operator for a shape's window, as the error rule calls it."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
+        return window_attention(query, key, value, window=shape.window, backend=backend)
+
+    return run
+
+
+@pytest.fixture(params=["resident", "streamed"])
+def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Cuts with few programs, in each of the kernels' two ways."""
+    from anyup.kernels import config
+
+    def forward(most_keys: Any, **_: Any) -> list[Any]:
+        blocks = -(-most_keys(8, 16) // 32) if request.param == "resident" else 0
+        return [config.ForwardConfig(8, 16, 32, blocks, 32, 2, num_warps=4, num_stages=1)]
+
+    def backward_query(most_keys: Any, **_: Any) -> list[Any]:
+        blocks = -(-most_keys(8, 16) // 32) if request.param == "resident" else 0
+        return [config.BackwardQueryConfig(8, 16, 32, blocks, 32, num_warps=4, num_stages=1)]
+
+    def backward_grid(*_: Any, **__: Any) -> list[Any]:
+        parts = 1 if request.param == "resident" else 2
+        return [config.BackwardGridConfig(4, 8, 128, 32, 2, parts, num_warps=4, num_stages=1)]
+
+    monkeypatch.setattr(config, "forward_configs", forward)
+    monkeypatch.setattr(config, "backward_query_configs", backward_query)
+    monkeypatch.setattr(config, "backward_grid_configs", backward_grid)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", KERNEL_SHAPES)
+def test_kernels_obey_the_error_rule(name: str, dtype: torch.dtype, weights_live: str) -> None:
+    shape = KERNEL_SHAPES[name]
+    assert_backend_accurate_over_draws(
+        attention(shape), lambda seed: attention_tensors(shape, seed, dtype), backend="triton"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["odd", "cell", "heads of the model"])
+def test_shipped_cuts_obey_the_error_rule(name: str, dtype: torch.dtype) -> None:
+    shape = KERNEL_SHAPES[name]
+    assert_backend_accurate(attention(shape), attention_tensors(shape, dtype=dtype), backend="triton")
+
+
+def test_half_queries_and_keys_with_wide_values_obey_the_error_rule(weights_live: str) -> None:
+    shape = KERNEL_SHAPES["odd"]
+    tensors = attention_tensors(shape)
+    tensors = {name: t if name == "value" else t.half() for name, t in tensors.items()}
+    assert_backend_accurate(attention(shape), tensors, backend="triton")
+
+
+def test_wide_queries_and_keys_with_half_values_obey_the_error_rule(weights_live: str) -> None:
+    shape = KERNEL_SHAPES["odd"]
+    tensors = attention_tensors(shape)
+    assert_backend_accurate(attention(shape), {**tensors, "value": tensors["value"].half()}, backend="triton")
+
+
+@pytest.mark.parametrize("size", [30.0, 3000.0])
+def test_saturated_logits_obey_the_error_rule(size: float, weights_live: str) -> None:
+    shape = KERNEL_SHAPES["prime"]
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        tensors = attention_tensors(shape, seed)
+        return {n: t if n == "value" else t * math.sqrt(size) for n, t in tensors.items()}
+
+    assert_backend_accurate_over_draws(attention(shape), draw, backend="triton")
+
+
+def test_strides_change_nothing(weights_live: str) -> None:
+    shape = KERNEL_SHAPES["batch 2"]
+    tensors = attention_tensors(shape)
+    expected = output_and_gradients(attention(shape), tensors, "triton")
+    orders = {"query": (0, 3, 4, 1, 2), "key": (0, 4, 3, 2, 1), "value": (3, 0, 2, 1)}
+    moved = {
+        name: t.permute(orders[name]).contiguous().permute([orders[name].index(n) for n in range(t.dim())])
+        for name, t in tensors.items()
+    }
+    assert not any(t.is_contiguous() for t in moved.values())
+    actual = output_and_gradients(attention(shape), moved, "triton")
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_kernels_read_no_uninitialised_memory(poisoned_memory: None, weights_live: str) -> None:
+    shape = KERNEL_SHAPES["odd"]
+    assert_backend_accurate(attention(shape), attention_tensors(shape), backend="triton")
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_any_scale_gives_the_reference_s_result(scale: float, weights_live: str) -> None:
+    shape = KERNEL_SHAPES["odd"]
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
+        return window_attention(query, key, value, window=shape.window, backend=backend, scale=scale)
+
+    assert_backend_accurate(run, attention_tensors(shape), backend="triton")
+
+
+def test_the_log_sum_exp_is_that_of_the_other_backends(weights_live: str) -> None:
+    from anyup.ops.window_attention import eager
+
+    shape = KERNEL_SHAPES["cell"]
+    tensors = attention_tensors(shape)
+    settings = {"window": shape.window, "scale": 0.3, "save_lse": True}
+    torch.testing.assert_close(fused.forward(**tensors, **settings)[1], eager.forward(**tensors, **settings)[1])
+
+
+def test_gradients_are_bit_equal_from_run_to_run(weights_live: str) -> None:
+    shape = KERNEL_SHAPES["odd"]
+    tensors = attention_tensors(shape)
+    first, second = (output_and_gradients(attention(shape), tensors, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_model_runs_on_the_kernels() -> None:
+    from recipe import fill, wave
+
+    from anyup import AnyUp
+
+    image, features = wave((1, 3, 20, 28), 3, 0.8), wave((1, 20, 5, 7), 7)
+    results = []
+    for backend in ("triton", "torch"):
+        model = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, backend={"window_attention": backend}), 0)
+        leaf = features.clone().requires_grad_()
+        out = model(image, leaf)
+        out.square().sum().backward()
+        results.append((out.detach(), leaf.grad))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# The window's rules inside a kernel.
+
+
+def bounds_in_a_kernel(window: Window, queries: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and stop (len(keys), queries) of every query of an axis, for several numbers of keys."""
+    import triton
+    import triton.language as tl
+
+    from anyup.kernels.window_bounds import axis_bounds as kernel_bounds
+
+    @triton.jit
+    def write(start, stop, number, sizes, queries, ratio, QUERIES: tl.constexpr, WINDOW: tl.constexpr):
+        query = tl.arange(0, QUERIES)
+        keys = tl.load(number + tl.program_id(0))
+        first, last = kernel_bounds(query, queries, keys, ratio, tl.load(sizes + tl.program_id(0)), WINDOW)
+        place = tl.program_id(0) * queries + query
+        tl.store(start + place, first, mask=query < queries)
+        tl.store(stop + place, last, mask=query < queries)
+
+    start, stop = (torch.full((len(keys), queries), -1, dtype=torch.int32) for _ in range(2))
+    rule = fused.window_rule(window, (queries, queries), (3, 3))
+    cell = [window.size(n) if isinstance(window, CellWindow) else 0 for n in keys.tolist()]
+    sizes = torch.tensor(cell, dtype=torch.int32)
+    most = triton.next_power_of_2(queries)
+    write[(len(keys),)](start, stop, keys.int(), sizes, queries, rule.ratio, QUERIES=most, WINDOW=rule.kind)
+    return start, stop
+
+
+def assert_bounds(window: Window, queries: int, keys: Tensor) -> None:
+    start, stop = bounds_in_a_kernel(window, queries, keys)
+    for row, number in enumerate(keys.tolist()):
+        expected = axis_bounds(window, queries, number)
+        assert (tuple(start[row].tolist()), tuple(stop[row].tolist())) == expected, (queries, number)
+
+
+@pytest.mark.parametrize("window", [RatioWindow(0.1), CellWindow(0.1)])
+def test_bounds_in_a_kernel_are_the_window_s(window: Window) -> None:
+    for queries in (1, 2, 7, 35, 37, 105, 448):
+        assert_bounds(window, queries, torch.tensor([1, 2, 7, 15, 16, 32, 37, 64, 100]))
+
+
+@pytest.mark.parametrize("window", [RatioWindow(0.01), RatioWindow(0.5), RatioWindow(1.5), CellWindow(0.3), None])
+def test_bounds_in_a_kernel_are_the_window_s_at_other_ratios(window: Window) -> None:
+    for queries in (5, 35, 64):
+        assert_bounds(window, queries, torch.tensor([1, 3, 7, 16, 60]))
+
+
+@pytest.mark.slow
+def test_bounds_in_a_kernel_are_the_window_s_for_every_axis_up_to_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 512 x 512 sizes, those of one number of queries at a time: the helper is elementwise in its sizes too."""
+    import triton
+    import triton.language as tl
+
+    from anyup.kernels.window_bounds import RATIO
+    from anyup.kernels.window_bounds import axis_bounds as kernel_bounds
+
+    @triton.jit
+    def write(start, stop, queries, ratio, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr):
+        query = tl.arange(0, QUERIES)[None, :]
+        keys = tl.arange(0, KEYS)[:, None] + 1
+        first, last = kernel_bounds(query, queries, keys, ratio, 0, WINDOW)
+        place = (keys - 1) * QUERIES + query
+        tl.store(start + place, first)
+        tl.store(stop + place, last)
+
+    start, stop = (torch.empty(512, 512, dtype=torch.int32) for _ in range(2))
+    for queries in range(1, 513):
+        write[(1,)](start, stop, queries, 0.1, QUERIES=512, KEYS=512, WINDOW=RATIO.value)
+        for keys in range(1, 513):
+            first, last = RatioWindow(0.1).bounds(queries, keys)
+            assert torch.equal(start[keys - 1, :queries].long(), first), (queries, keys)
+            assert torch.equal(stop[keys - 1, :queries].long(), last), (queries, keys)
+
+
+@pytest.mark.parametrize("window", [RatioWindow(0.1), RatioWindow(0.01), RatioWindow(0.6), CellWindow(0.2), None])
+def test_the_queries_of_a_range_of_keys_are_those_that_see_one(window: Window) -> None:
+    import triton
+    import triton.language as tl
+
+    from anyup.kernels.window_bounds import axis_queries
+
+    @triton.jit
+    def write(out, first_key, last_key, queries, keys, ratio, cell, WINDOW: tl.constexpr):
+        first, last = axis_queries(first_key, last_key, queries, keys, ratio, cell, WINDOW)
+        tl.store(out, first)
+        tl.store(out + 1, last)
+
+    out = torch.empty(2, dtype=torch.int32)
+    for queries, keys in ((35, 7), (9, 20), (1, 6), (30, 30), (64, 5)):
+        start, stop = axis_bounds(window, queries, keys)
+        rule = fused.window_rule(window, (queries, queries), (keys, keys))
+        for first_key in range(0, keys, 3):
+            last_key = min(first_key + 2, keys - 1)
+            write[(1,)](
+                out, first_key, last_key, queries, keys, rule.ratio, rule.cell_rows, WINDOW=rule.kind
+            )  # fmt: skip
+            seen = [q for q in range(queries) if start[q] <= last_key and stop[q] > first_key]
+            expected = list(range(seen[0], seen[-1] + 1)) if seen else []
+            assert list(range(*out.tolist())) == expected == seen
+
+
+# Mutations: what the error rule must notice. Each is a change of a kernel's source.
+
+
+def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, new: str) -> None:
+    """Give a kernel module a changed copy of a function that it calls."""
+    user = importlib.import_module(f"anyup.kernels.{module}")
+    function = getattr(user, name).fn
+    source = inspect.getsource(function)
+    assert old in source, (name, old)
+    changed, file = source.replace(old, new), f"{name}_mutated.py"
+    linecache.cache[file] = (len(changed), None, changed.splitlines(True), file)  # where Triton reads it
+    scope = dict(function.__globals__)
+    exec(compile(changed, file, "exec"), scope)
+    monkeypatch.setattr(user, name, scope[name])
+
+
+FORWARD, BACKWARD = "window_attention_forward", "window_attention_backward_query"
+
+MUTATIONS = {
+    "a row too many": (FORWARD, "visibility", "row_stop[:, None]", "row_stop[:, None] + 1"),
+    "a column too few": (FORWARD, "visibility", "column_start[:, None]", "column_start[:, None] + 1"),
+    "no mask": (FORWARD, "visibility", "sees_row & sees_column & exists[None, :]", "exists[None, :]"),
+    "a head too many in the mean": (FORWARD, "_mean_weights", "* share[head]", "* 1.5 * share[head]"),
+    "one head's pivot for all": (FORWARD, "_mean_weights", "base[head]", "base[0]"),
+    "one head's delta for all": (BACKWARD, "_add_to_gradients", "delta[head]", "delta[0]"),
+    "no mask in the backward pass": (BACKWARD, "visibility", "sees_row & sees_column &", ""),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutated_kernel_fails_the_error_rule(
+    mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
+) -> None:
+    shape = KERNEL_SHAPES["odd"]
+    mutate(monkeypatch, *MUTATIONS[mutation])
+    with pytest.raises(AssertionError, match="output: error" if FORWARD in MUTATIONS[mutation] else "query: error"):
+        assert_backend_accurate(attention(shape), attention_tensors(shape), backend="triton")
+
+
+# What the kernels do not take, and what a card does not.
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"query": torch.ones(1, 4, 4, 2, 24), "key": torch.ones(1, 2, 2, 2, 24)}, "heads are 24 wide"),
+        ({"query": torch.ones(1, 4, 4, 2, 8), "key": torch.ones(1, 2, 2, 2, 8)}, "heads are 8 wide"),
+        ({"query": torch.ones(1, 4, 4, 9, 16), "key": torch.ones(1, 2, 2, 9, 16)}, "9 heads, at most 8"),
+        ({"value": torch.ones(1, 2, 2, 3).double()}, "values are float64"),
+        ({"value": torch.ones(1, 2, 2, 3).bfloat16()}, "values are bfloat16, .*interpreter"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_a_reason_with_the_value(changed: dict[str, Tensor], message: str) -> None:
+    tensors = {**attention_tensors(AttentionShape((4, 4), (2, 2), head_dim=16)), **changed}
+    with pytest.raises(NotImplementedError, match=message):
+        window_attention(**tensors, window=RatioWindow(0.1), backend="triton")
+    assert explain_backends(**tensors, window=RatioWindow(0.1)).chosen == "torch"
+
+
+def test_the_interpreter_is_used_only_where_it_is_asked_for() -> None:
+    explanation = explain_backends(**attention_tensors(KERNEL_SHAPES["odd"]), window=RatioWindow(0.1))
+    assert explanation.chosen == "torch"
+    assert explanation.candidates[0].name == "triton" and "interpreter" in explanation.candidates[0].discouraged[0]
