@@ -6,18 +6,24 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from card import no_device
+from card import first_stage_only, no_device, pretended
 from torch import Tensor
 
 _launches: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="session")
-def _device_or_skip() -> None:
+def _device_or_skip() -> Iterator[None]:
     pytest.importorskip("triton", reason="triton is not installed")
     reason = no_device()
     if reason is not None:
         pytest.skip(f"no GPU: {reason}; on a CPU run `python -m ttsem.sanitize pytest tests/device`")
+    with pytest.MonkeyPatch.context() as patch:
+        if pretended():
+            from triton import knobs
+
+            patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
+        yield
 
 
 @pytest.fixture(autouse=True)

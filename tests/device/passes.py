@@ -47,7 +47,7 @@ def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
     choices: tuple[Sequence[Any], ...] = (
         forward_configs(keys_of, half=half),
         backward_query_configs(keys_of, half=half),
-        backward_grid_configs(keys, shape.channels, half=half),
+        backward_grid_configs(math.prod(shape.output), keys, shape.channels, half=half),
     )
     turns = range(max(2, *map(len, choices)))
     cuts = (Cuts(*(choice[min(turn, len(choice) - 1)] for choice in choices)) for turn in turns)
@@ -88,16 +88,16 @@ def run_passes(
         return torch.full(tuple(shape), math.nan, dtype=dtype, device="cuda")
 
     out = unwritten((*query.shape[:3], value.shape[3]), value.dtype)
-    lse, delta = (unwritten(query.shape[:4], torch.float32) for _ in range(2))
+    lse, share, delta = (unwritten(query.shape[:4], torch.float32) for _ in range(3))
     plan_forward(query, key, value, out, lse, **shared, config=cuts.forward)()
     grad_query = unwritten(query.shape, query.dtype)
-    plan_backward_query(grad, query, key, value, lse, grad_query, delta, **shared, config=cuts.query)()
+    plan_backward_query(grad, query, key, value, lse, grad_query, share, delta, **shared, config=cuts.query)()
     parts = cuts.grid.parts
     grad_key, grad_value = (
         unwritten((parts, *like.shape), torch.float32 if parts > 1 else like.dtype) for like in (key, value)
     )
-    plan_backward_key(grad, query, key, value, lse, delta, grad_key, **shared, config=cuts.grid)()
-    plan_backward_value(grad, query, key, lse, grad_value, **shared, config=cuts.grid)()
+    plan_backward_key(grad, query, key, value, lse, share, delta, grad_key, **shared, config=cuts.grid)()
+    plan_backward_value(grad, query, key, lse, share, grad_value, **shared, config=cuts.grid)()
     return {
         "output": out,
         "log-sum-exp": lse,
