@@ -21,12 +21,12 @@ def no_card() -> str | None:
     from triton import knobs
     from triton.runtime import driver
 
-    if knobs.runtime.interpret:
-        return "Triton interprets kernels in this process (TRITON_INTERPRET)"
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is built without CUDA and ROCm" + ("; ttsem pretends" * pretended())
     if not torch.cuda.is_available():
         return "torch finds no GPU"
+    if knobs.runtime.interpret:
+        return "Triton interprets kernels in this process (TRITON_INTERPRET)"
     name = type(driver.active).__module__
     if not name.startswith("triton."):
         return f"Triton's driver is a stand-in ({name})"

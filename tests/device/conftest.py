@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from card import first_stage_only, no_device, pretended
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from anyup.kernels.launch import Launch
 
 _launches: Counter[str] = Counter()
 
@@ -35,23 +38,24 @@ def launched(_device_or_skip: None) -> Iterator[Counter[str]]:
     launch = Launch.__call__
 
     def recorded(self: Launch) -> None:
-        launches[_described(self)] += 1
+        launches[_described(self)] += bool(all(self.grid))
         launch(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "__call__", recorded)
         yield launches
-    _launches.update(launches)
+    _launches.update(+launches)
 
 
-def _described(launch: object) -> str:
+def _described(launch: Launch) -> str:
     name = launch.kernel.__name__.removeprefix("_window_attention_").removesuffix("_kernel")
     if "RESIDENT_BLOCKS" in launch.constants:
         name += " resident" if launch.constants["RESIDENT_BLOCKS"] else " streamed"
     if "PARTS" in launch.constants:
         name += " in parts" if launch.constants["PARTS"] > 1 else " whole"
-    dtypes = (launch.arguments[argument].dtype for argument in ("query", "grad" if "grad" in launch.arguments else "out"))
-    return ", ".join((name, *(str(dtype).removeprefix("torch.") for dtype in dtypes)))
+    carried = launch.arguments["grad" if "grad" in launch.arguments else "out"]
+    dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in (launch.arguments["query"], carried))
+    return ", ".join((name, *dtypes))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -69,10 +69,11 @@ def test_the_kernels_are_chosen_where_nobody_asks_for_a_backend(launched: Counte
     assert launched.total() == 2
 
 
-def test_an_empty_batch_launches_nothing_and_has_gradients() -> None:
+def test_an_empty_batch_launches_nothing_and_has_gradients(launched: Counter[str]) -> None:
     shape = AttentionShape((9, 14), (4, 5), batch=0, head_dim=16)
     leaves = {name: tensor.requires_grad_() for name, tensor in on_device(shape).items()}
     out = window_attention(**leaves, window=RatioWindow(0.1))
     assert out.shape == (0, 9, 14, shape.channels)
     gradients = torch.autograd.grad(out.sum(), list(leaves.values()))
     assert [g.shape for g in gradients] == [leaf.shape for leaf in leaves.values()]
+    assert launched.total() == 0
