@@ -79,14 +79,17 @@ def forward_configs(
 ) -> list[ForwardConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
-    `half` says that all operands of products are of two bytes. None of these spills a register on any target that
-    `python -m benchmarks.codegen` knows, for 1 to 8 heads; that table is also what they were chosen by.
+    `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`: none of the
+    best spills a register where all heads have 128 channels together; many wide heads spill 24 bytes at most, on
+    sm_86 and sm_120.
     """
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
     # Four threads hold a row of a product, except where the products have a memory of their own (sm_100) or a wave's
     # matrix units another layout (AMD).
     shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    # In smaller pieces the compiler makes an empty kernel of eight wide heads of float32 for sm_100.
+    piece = 32 if target.arch == 100 else 16
     slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
     block = 32 if keep else 16
     blocks = -(-most_keys(8, 8) // block)
@@ -103,8 +106,8 @@ def forward_configs(
     elif not wide:
         best = ForwardConfig(8, 8, 16, 0, 16, 2 if target.arch == 120 else 4, 4, 1, shares, keep)
     else:
-        best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=16)
-    return [best, ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=16)]
+        best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=piece)
+    return [best, ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)]
 
 
 @dataclass(frozen=True)
