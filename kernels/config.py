@@ -79,9 +79,9 @@ def forward_configs(
 ) -> list[ForwardConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
-    `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`: none of the
-    best spills a register where all heads have 128 channels together; many wide heads spill 24 bytes at most, on
-    sm_86 and sm_120.
+    `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
+    where all heads have 128 channels together, none of the best spills a register; wider ones were seen to spill up
+    to 24 bytes in half precision, on sm_86 and sm_120.
     """
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
