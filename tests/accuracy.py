@@ -86,7 +86,7 @@ def output_and_gradients(
     results = {"output": out.detach()}
     if gradients:
         # Representable in every dtype, so that each run gets the same.
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).bfloat16().to(out.dtype)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).bfloat16().to(out)
         for name, value in zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True):
             results[f"gradient of {name}"] = value
     return results

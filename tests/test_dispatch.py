@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 
 from anyup.model import OPERATIONS
 from anyup.ops import feature_unification, pixel_encoder, query_projection, window_attention
-from anyup.ops.dispatch import BACKEND_NAMES, Operation, from_schema, parse_backend, to_schema
+from anyup.ops.dispatch import BACKEND_NAMES, BackendFailure, Operation, from_schema, parse_backend, to_schema
 
 
 class Problem(NamedTuple):
@@ -194,3 +195,56 @@ def test_importing_the_package_imports_no_optional_package() -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# A backend that fails when it runs.
+
+
+def broken(calls: list[str]) -> Any:
+    """A backend that says it can and then cannot."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append("triton")
+        raise BackendFailure("out of resource: shared memory, Required: 99, Hardware limit: 64")
+
+    module = SimpleNamespace(unsupported=lambda problem: [], forward=forward)
+    return lambda: module
+
+
+def test_where_a_backend_fails_the_next_one_runs_with_one_warning_for_the_process() -> None:
+    calls: list[str] = []
+    operation = Operation("stretch", {"triton": broken(calls), "torch": backend("torch", 100)})
+    with pytest.warns(UserWarning, match=r"'triton' failed on cpu .*out of resource: shared memory") as warned:
+        ran = [operation.run("forward", Problem(3), None)[0] for _ in range(2)]
+    assert ran == ["torch", "torch"]
+    assert len(warned) == 1 and calls == ["triton"]
+    assert "failed before on cpu" in operation.explain(Problem(3)).candidates[0].reasons[0]
+
+
+def test_a_backend_asked_for_by_name_fails_aloud() -> None:
+    operation = Operation("stretch", {"triton": broken([]), "torch": backend("torch", 100)})
+    with pytest.raises(BackendFailure, match="shared memory"):
+        operation.run("forward", Problem(3), "triton")
+
+
+def test_a_sequence_goes_on_where_its_first_backend_fails() -> None:
+    operation = Operation("stretch", {"triton": broken([]), "torch": backend("torch", 100)})
+    with pytest.warns(UserWarning, match="failed on cpu"):
+        assert operation.run("forward", Problem(3), ("triton", "torch"))[0] == "torch"
+
+
+def test_cuda_tensors_on_the_slow_path_are_warned_about_once() -> None:
+    operation = Operation("stretch", {"triton": backend("triton", 4), "torch": backend("torch", 100)})
+    on_card = Problem(50, torch.device("cuda"))
+    with pytest.warns(UserWarning, match=r"stretch runs on its slow backend 'torch' \(triton: size is 50") as warned:
+        operation.choose(on_card)
+    operation.choose(on_card)
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(("size", "device", "request_"), [(3, "cuda", None), (50, "cpu", None), (50, "cuda", "torch")])
+def test_nothing_is_warned_about_where_the_slow_path_is_none(size: int, device: str, request_: Any) -> None:
+    operation = Operation("stretch", {"triton": backend("triton", 4), "torch": backend("torch", 100)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        operation.choose(Problem(size, torch.device(device)), request_)

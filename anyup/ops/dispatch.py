@@ -21,6 +21,8 @@ logger = logging.getLogger("anyup")
 BACKEND_NAMES = ("triton", "flex", "torch", "reference")
 """Every name a user may type, in order of preference; an operation may have only some of them."""
 
+_FOR_ANY_DEVICE = ("torch", "reference")
+
 Backend = str | Sequence[str] | None
 """None: the first that can. A name: that one or an error. A sequence: the first of these that can."""
 
@@ -77,6 +79,7 @@ class Operation:
         self._backends = dict(backends)
         self._logged: set[str] = set()
         self._failures: dict[tuple[str, torch.device], str] = {}
+        self._warned_of_slow_path = False
 
     def explain(self, problem: Any, backend: Backend = None) -> Explanation:
         """Ask every candidate whether it can run `problem`."""
@@ -99,6 +102,8 @@ class Operation:
                 if name not in self._logged:
                     self._logged.add(name)
                     logger.debug("%s runs on backend %r (first for %s)", self.name, name, problem)
+                if not asked:
+                    self._warn_of_slow_path(name, problem)
                 return self._backends[name]()
         raise NotImplementedError(f"no backend can run this:\n{self.explain(problem, backend)}")
 
@@ -115,6 +120,7 @@ class Operation:
             name = next(n for n in self._backends if self._backends[n]() is module)
             if parse_backend(backend) == (name,):
                 raise
+            self._warned_of_slow_path = True  # the one warning is this one
             self._failures[name, problem.device] = f"failed before on {problem.device}: {failure}"
             warnings.warn(
                 f"anyup: {self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used on it "
@@ -122,6 +128,15 @@ class Operation:
                 stacklevel=2,
             )
         return self.run(function, problem, backend, *args, **kwargs)
+
+    def _warn_of_slow_path(self, name: str, problem: Any) -> None:
+        """Say once why CUDA tensors end on a backend that is not made for them, where there is one that is."""
+        faster = [other for other in self._backends if other not in _FOR_ANY_DEVICE]
+        if self._warned_of_slow_path or name not in _FOR_ANY_DEVICE or problem.device.type != "cuda" or not faster:
+            return
+        self._warned_of_slow_path = True
+        reasons = "; ".join(f"{other}: {reason}" for other in faster for reason in self._reasons(other, problem))
+        warnings.warn(f"anyup: {self.name} runs on its slow backend {name!r} ({reasons})", stacklevel=2)
 
     def _reasons(self, name: str, problem: Any) -> list[str]:
         if name not in self._backends:

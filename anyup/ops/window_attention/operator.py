@@ -20,6 +20,7 @@ OPERATION = Operation(
     "window_attention",
     {
         "triton": lambda: importlib.import_module("anyup.ops.window_attention.fused"),
+        "flex": lambda: importlib.import_module("anyup.ops.window_attention.flex"),
         "torch": lambda: importlib.import_module("anyup.ops.window_attention.eager"),
         "reference": lambda: importlib.import_module("anyup.ops.window_attention.reference"),
     },

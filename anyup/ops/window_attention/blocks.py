@@ -1,0 +1,165 @@
+"""The window as FlexAttention takes it: which blocks of keys a tile of pixels visits, and where a block is cut.
+
+Pixels and keys are numbered tile by tile, so that the 128 queries of a block are a rectangle of neighbouring pixels and
+the 64 keys of a block a square of the grid. A window is a rectangle of the grid: with keys numbered row by row a block
+would be a strip as wide as the grid, most of it outside. For each tile, at 448 from 32, 1024 from 64 and 2048 from 128,
+square blocks of 64 hold 173, 392 and 1008 keys, squares of 128 keys 255, 513 and 1230, and strips of 128 keys 320, 904
+and 3274, where a pixel's own window holds 49, 169 and 637.
+
+Everything is made from the two tables of an axis; nothing here has queries times keys values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from anyup.window import Window, axis_bounds
+
+QUERY_TILE = (8, 16)
+"""Rows and columns of a tile of pixels: 128 queries, which every block size of FlexAttention's kernels divides."""
+
+KEY_BLOCK = (8, 8)
+"""Rows and columns of a block of keys."""
+
+QUERIES = QUERY_TILE[0] * QUERY_TILE[1]
+KEYS = KEY_BLOCK[0] * KEY_BLOCK[1]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the output, cut into tiles, against the same axis of the grid, cut into blocks.
+
+    A query beyond the axis, which pads the last tile, has the range of the last query: what it sees is defined, and
+    its tile visits no more for it.
+
+    Attributes:
+        start, stop: each query's range of keys, (tiles, queries in a tile) int32.
+        visited: which blocks hold a key that some query of a tile may see, (tiles, blocks) bool.
+        full: which blocks hold only keys that every query of a tile sees, (tiles, blocks) bool.
+        position: each key's position, -1 for those that pad the last block, (blocks, keys in a block) int32.
+    """
+
+    start: Tensor
+    stop: Tensor
+    visited: Tensor
+    full: Tensor
+    position: Tensor
+
+    @property
+    def tiles(self) -> int:
+        return self.visited.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        return self.visited.shape[1]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a rectangle of tiles visits, tile by tile. T tiles, K blocks of the whole grid.
+
+    Attributes:
+        bounds: first row, last row (exclusive), first column and last column of each query, (4, T, QUERIES) int32.
+        partial_count, full_count: how many blocks a tile visits in part and as a whole, (T,) int32.
+        partial_index, full_index: which, the first `count` of each row, (T, K) int32.
+    """
+
+    bounds: Tensor
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """An output cut into tiles of pixels, and the grid cut into blocks of keys."""
+
+    rows: Axis
+    columns: Axis
+
+    def rectangles(self, most_tiles: int) -> Iterator[tuple[slice, slice]]:
+        """Rectangles of tiles (rows of tiles, columns of tiles) of one size, at least 2 and about `most_tiles` each.
+
+        The last ones reach back over tiles that were there before, so that none is smaller than the others.
+        """
+        rows, columns = self.rows.tiles, self.columns.tiles
+        most = max(2, most_tiles)
+        wide = min(columns, most)
+        high = min(rows, max(1, most // columns))
+        for row in range(0, rows, high):
+            for column in range(0, columns, wide):
+                top, left = min(row, rows - high), min(column, columns - wide)
+                yield slice(top, top + high), slice(left, left + wide)
+
+    def blocks(self, rows: slice, columns: slice) -> Blocks:
+        """What a rectangle of tiles visits."""
+
+        def both(of_rows: Tensor, of_columns: Tensor) -> Tensor:
+            """(tiles, K): a block whose rows and columns are both so."""
+            return (of_rows[rows, None, :, None] & of_columns[None, columns, None, :]).flatten(2).flatten(0, 1)
+
+        full = both(self.rows.full, self.columns.full)
+        partial = both(self.rows.visited, self.columns.visited) & ~full
+        shape = (rows.stop - rows.start, columns.stop - columns.start, *QUERY_TILE)
+        bounds = [table[rows, None, :, None].expand(shape) for table in (self.rows.start, self.rows.stop)]
+        bounds += [table[None, columns, None, :].expand(shape) for table in (self.columns.start, self.columns.stop)]
+        return Blocks(torch.stack(bounds).flatten(3).flatten(1, 2), *_listed(partial), *_listed(full))
+
+    def positions(self) -> Tensor:
+        """Row and column of each key, block by block, (2, K, KEYS) int32; -1 where a block reaches beyond the grid."""
+        shape = (self.rows.blocks, self.columns.blocks, *KEY_BLOCK)
+        rows = self.rows.position[:, None, :, None].expand(shape)
+        columns = self.columns.position[None, :, None, :].expand(shape)
+        return torch.stack((rows, columns)).flatten(3).flatten(1, 2)
+
+    def to(self, device: torch.device) -> Tiling:
+        """The same tiling with its tables on a device."""
+        axes = (Axis(*(t.to(device) for t in vars(axis).values())) for axis in (self.rows, self.columns))
+        return Tiling(*axes)
+
+
+@lru_cache(maxsize=64)
+def cut(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]) -> Tiling:
+    """The tiling of an output (H, W) and a grid (h, w), both of at least two tiles or blocks; on the CPU.
+
+    A single tile or block would be compiled for as a special case.
+    """
+    tiles = [-(-size // tile) for size, tile in zip(output_size, QUERY_TILE, strict=True)]
+    blocks = [-(-size // block) for size, block in zip(grid_size, KEY_BLOCK, strict=True)]
+    for counts in (tiles, blocks):
+        counts[0] = max(counts[0], 2 if counts[1] == 1 else 1)
+    with torch.inference_mode(False):  # the tables serve later calls, in inference or not
+        return Tiling(
+            *(
+                _axis(window, output_size[n], grid_size[n], (tiles[n], QUERY_TILE[n]), (blocks[n], KEY_BLOCK[n]))
+                for n in range(2)
+            )
+        )
+
+
+def _axis(window: Window, queries: int, keys: int, tiles: tuple[int, int], blocks: tuple[int, int]) -> Axis:
+    """The axis of `queries` in `tiles` (count, length) against `keys` in `blocks` (count, length)."""
+    last = torch.arange(tiles[0] * tiles[1], device="cpu").clamp(max=queries - 1)
+    bounds = (torch.tensor(bound, device="cpu", dtype=torch.int32) for bound in axis_bounds(window, queries, keys))
+    start, stop = (bound[last].view(tiles) for bound in bounds)
+    position = torch.arange(blocks[0] * blocks[1], device="cpu", dtype=torch.int32).view(blocks)
+    first, end = position[:, 0], position[:, -1] + 1
+    return Axis(
+        start=start,
+        stop=stop,
+        visited=(first < stop.amax(1, keepdim=True)) & (end > start.amin(1, keepdim=True)),
+        full=(first >= start.amax(1, keepdim=True)) & (end <= stop.amin(1, keepdim=True)),
+        position=torch.where(position < keys, position, -1),
+    )
+
+
+def _listed(which: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, K) bool -> how many are true in each row, and the positions with those first; both int32."""
+    order = torch.argsort(which.to(torch.int8), dim=1, descending=True, stable=True)
+    return which.sum(dim=1, dtype=torch.int32), order.int()

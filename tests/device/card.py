@@ -1,0 +1,71 @@
+"""What the tests in this folder run on: a real card, or the one that ttsem pretends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def no_device() -> str | None:
+    """Why no kernel can be launched on "cuda" here; None: it can, on a card or as ttsem executes it."""
+    return None if pretended() else no_card()
+
+
+def no_card() -> str | None:
+    """Why this is no real card; None: it is one.
+
+    Memory, capture and timing mean something on a card alone. ttsem answers for `torch.cuda.is_available` and the
+    like, so the driver and the allocator are asked as well, for which it has no answers.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA and ROCm" + ("; ttsem pretends" * pretended())
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if knobs.runtime.interpret:
+        return "Triton interprets kernels in this process (TRITON_INTERPRET)"
+    name = type(driver.active).__module__
+    if not name.startswith("triton."):
+        return f"Triton's driver is a stand-in ({name})"
+    before = torch.cuda.memory_allocated()
+    held = torch.empty(2**20, dtype=torch.uint8, device="cuda")
+    if torch.cuda.memory_allocated() - before < held.numel():
+        return "the device's allocator does not count what it hands out"
+    return None
+
+
+def pretended() -> bool:
+    """Whether ttsem executes the launches of this process."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    if knobs.runtime.interpret:
+        return False
+    try:
+        return type(driver.active).__module__.startswith("ttsem.")
+    except RuntimeError:  # Triton finds no driver
+        return False
+
+
+def first_stage_only(
+    backend: Any = None, stages: Any = None, options: Any = None, language: Any = None, capability: Any = None
+) -> tuple[str, str] | None:
+    """A hook of Triton's compiler that leaves out every stage after the one that ttsem executes.
+
+    Four fifths of the time would go into machine code that nothing runs; `benchmarks.codegen` looks at that.
+    """
+    if stages is None:  # asked for what tells these entries of the cache from others
+        return ("ttir only", "ttir only")
+    for name in list(stages):
+        if name != "ttir":
+            del stages[name]
+    stages[backend.binary_ext] = _no_binary
+    return None
+
+
+def _no_binary(module: Any, metadata: dict[str, Any]) -> bytes:
+    metadata.update(name="", shared=0)  # what a compiled kernel is asked for
+    return b""

@@ -1,0 +1,64 @@
+"""Where the kernels run that these tests launch, and a list of the launches at the end of the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from card import first_stage_only, no_device, pretended
+
+if TYPE_CHECKING:
+    from anyup.kernels.launch import Launch
+
+_launches: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="session")
+def _device_or_skip() -> Iterator[None]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    reason = no_device()
+    if reason is not None:
+        pytest.skip(f"no GPU: {reason}; on a CPU run `python -m ttsem.sanitize pytest tests/device`")
+    with pytest.MonkeyPatch.context() as patch:
+        if pretended():
+            from triton import knobs
+
+            patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def launched(_device_or_skip: None) -> Iterator[Counter[str]]:
+    """The launches of a test: how many of "kernel, cut, dtype of the queries and of the values"."""
+    from anyup.kernels.launch import Launch
+
+    launches: Counter[str] = Counter()
+    launch = Launch.__call__
+
+    def recorded(self: Launch) -> None:
+        launches[_described(self)] += bool(all(self.grid))
+        launch(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launch, "__call__", recorded)
+        yield launches
+    _launches.update(+launches)
+
+
+def _described(launch: Launch) -> str:
+    name = launch.kernel.__name__.removeprefix("_window_attention_").removesuffix("_kernel")
+    if "RESIDENT_BLOCKS" in launch.constants:
+        name += " resident" if launch.constants["RESIDENT_BLOCKS"] else " streamed"
+    if "PARTS" in launch.constants:
+        name += " in parts" if launch.constants["PARTS"] > 1 else " whole"
+    carried = launch.arguments["grad" if "grad" in launch.arguments else "out"]
+    dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in (launch.arguments["query"], carried))
+    return ", ".join((name, *dtypes))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was launched: a run that launched nothing has shown nothing."""
+    for name, number in sorted(_launches.items()):
+        terminalreporter.write_line(f"launched: {name}: {number}")

@@ -1,0 +1,118 @@
+"""The four kernels launched directly with given cuts, and what the reference says they compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from recipe import AttentionShape, attention_tensors
+from torch import Tensor
+
+from anyup.kernels.config import (
+    BackwardGridConfig,
+    BackwardQueryConfig,
+    ForwardConfig,
+    backward_grid_configs,
+    backward_query_configs,
+    forward_configs,
+)
+from anyup.ops.window_attention import reference
+from anyup.ops.window_attention.fused import dot_precision, window_rule
+from anyup.ops.window_attention.tiles import most_keys
+from anyup.window import Window
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How each pass is cut; keys and values alike."""
+
+    forward: ForwardConfig
+    query: BackwardQueryConfig
+    grid: BackwardGridConfig
+
+
+def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
+    """Every cut that ships for a shape, the keys' and values' pixels undivided and in two parts by turns."""
+
+    def keys_of(rows: int, columns: int) -> int:
+        return most_keys(shape.window, shape.output, shape.grid, (rows, columns))
+
+    keys = shape.batch * math.prod(shape.grid)
+    choices: tuple[Sequence[Any], ...] = (
+        forward_configs(keys_of, half=half),
+        backward_query_configs(keys_of, half=half),
+        backward_grid_configs(math.prod(shape.output), keys, shape.channels, half=half),
+    )
+    turns = range(max(2, *map(len, choices)))
+    cuts = (Cuts(*(choice[min(turn, len(choice) - 1)] for choice in choices)) for turn in turns)
+    return [replace(cut, grid=replace(cut.grid, parts=1 + turn % 2)) for turn, cut in enumerate(cuts)]
+
+
+def device_tensors(shape: AttentionShape, query_dtype: torch.dtype, value_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Query, key, value and the output's gradient on the device."""
+    tensors = attention_tensors(shape)
+    size = (shape.batch, *shape.output, shape.channels)
+    tensors["grad"] = torch.randn(size, generator=torch.Generator().manual_seed(5))
+    wide = {"query": query_dtype, "key": query_dtype, "value": value_dtype, "grad": value_dtype}
+    return {name: tensor.to("cuda", wide[name]) for name, tensor in tensors.items()}
+
+
+def channels_first(tensor: Tensor) -> Tensor:
+    """The same numbers, channels (or heads) outermost in memory, as the model passes features."""
+    order = (0, 3, 4, 1, 2) if tensor.dim() == 5 else (0, 3, 1, 2)
+    return tensor.permute(order).contiguous().permute([order.index(axis) for axis in range(tensor.dim())])
+
+
+def with_gaps(tensor: Tensor) -> Tensor:
+    """The same numbers, NaN between any two of them in memory."""
+    return torch.stack((tensor, torch.full_like(tensor, math.nan)), dim=-1)[..., 0]
+
+
+def run_passes(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, window: Window, cuts: Cuts
+) -> dict[str, Tensor]:
+    """What the kernels compute, into memory that holds NaN before."""
+    # Here, because where triton is missing these tests are skipped, not in error.
+    from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
+    from anyup.kernels.window_attention_backward_query import plan_backward_query
+    from anyup.kernels.window_attention_forward import plan_forward
+
+    shared: dict[str, Any] = {
+        "window": window_rule(window, tuple(query.shape[1:3]), tuple(key.shape[1:3])),
+        "scale": query.shape[4] ** -0.5,
+        "precision": dot_precision(),
+    }
+
+    def unwritten(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.full(tuple(shape), math.nan, dtype=dtype, device="cuda")
+
+    out = unwritten((*query.shape[:3], value.shape[3]), value.dtype)
+    lse, share, delta = (unwritten(query.shape[:4], torch.float32) for _ in range(3))
+    plan_forward(query, key, value, out, lse, **shared, config=cuts.forward)()
+    grad_query = unwritten(query.shape, query.dtype)
+    plan_backward_query(grad, query, key, value, lse, grad_query, share, delta, **shared, config=cuts.query)()
+    parts = cuts.grid.parts
+    grad_key, grad_value = (
+        unwritten((parts, *like.shape), torch.float32 if parts > 1 else like.dtype) for like in (key, value)
+    )
+    plan_backward_key(grad, query, key, value, lse, share, delta, grad_key, **shared, config=cuts.grid)()
+    plan_backward_value(grad, query, key, lse, share, grad_value, **shared, config=cuts.grid)()
+    return {
+        "output": out,
+        "log-sum-exp": lse,
+        "gradient of query": grad_query,
+        "gradient of key": grad_key.sum(dim=0).to(key.dtype),
+        "gradient of value": grad_value.sum(dim=0).to(value.dtype),
+    }
+
+
+def reference_passes(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, window: Window) -> dict[str, Tensor]:
+    """The same by the reference, in the dtypes of its arguments."""
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    out, lse = reference.forward(*leaves, window=window, scale=query.shape[4] ** -0.5, save_lse=True)
+    names = (f"gradient of {name}" for name in ("query", "key", "value"))
+    gradients = torch.autograd.grad(out, leaves, grad)
+    return {"output": out.detach(), "log-sum-exp": lse.detach(), **dict(zip(names, gradients, strict=True))}

@@ -1,0 +1,88 @@
+"""Each kernel launched directly, with the cuts that ship and with odd ones, against the reference in float64."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from accuracy import assert_close_enough
+from passes import Cuts, channels_first, device_tensors, reference_passes, run_passes, shipped_cuts, with_gaps
+from recipe import AttentionShape
+from torch import Tensor
+
+from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
+from anyup.window import CellWindow, RatioWindow, Window
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Small, because ttsem executes each program in Python; no side is a multiple of any tile's.
+SHAPES = {
+    "partial tiles": AttentionShape((11, 18), (4, 5), channels=37, batch=2, head_dim=16),
+    "many keys": AttentionShape((3, 9), (17, 16), channels=21, window=None, head_dim=16),
+    "cell window, one channel": AttentionShape(
+        (17, 10), (7, 5), channels=1, window=CellWindow(0.1), heads=1, head_dim=32
+    ),
+    "one key": AttentionShape((9, 19), (1, 1), channels=19, head_dim=16),
+    "one pixel": AttentionShape((1, 1), (6, 5), channels=65, window=RatioWindow(0.3), head_dim=16),
+    "keys finer than pixels": AttentionShape((5, 4), (13, 11), channels=7, head_dim=16),
+    "three heads": AttentionShape((5, 9), (3, 4), channels=16, heads=3, head_dim=32),
+    "one wide head": AttentionShape((3, 9), (2, 3), channels=16, heads=1, head_dim=128),
+}
+LAYOUTS = {"partial tiles": channels_first, "many keys": with_gaps, "one pixel": channels_first}
+
+ODD_CUTS = {
+    "rows of pixels, keys in columns": Cuts(
+        ForwardConfig(1, 16, 16, 0, 16, 3, num_warps=4, num_stages=1),
+        BackwardQueryConfig(1, 16, 16, 0, 16, num_warps=4, num_stages=1),
+        BackwardGridConfig(16, 1, 16, 16, 2, 2, num_warps=4, num_stages=1),
+    ),
+    "tall tiles, more blocks than keys": Cuts(
+        ForwardConfig(16, 2, 16, 3, 32, 1, num_warps=4, num_stages=1),
+        BackwardQueryConfig(16, 2, 32, 2, 32, num_warps=4, num_stages=1),
+        BackwardGridConfig(2, 8, 32, 16, 1, 1, num_warps=4, num_stages=1),
+    ),
+    "one tile for everything": Cuts(
+        ForwardConfig(8, 16, 64, 1, 128, 1, num_warps=8, num_stages=1),
+        BackwardQueryConfig(8, 16, 64, 1, 64, num_warps=8, num_stages=1),
+        BackwardGridConfig(8, 8, 128, 64, 2, 2, num_warps=8, num_stages=1),
+    ),
+}
+
+
+def assert_accurate(tensors: dict[str, Tensor], window: Window, cuts: Cuts) -> None:
+    actual = run_passes(**tensors, window=window, cuts=cuts)
+    narrow = {name: tensor.cpu() for name, tensor in tensors.items()}
+    expected = reference_passes(**narrow, window=window)
+    exact = reference_passes(**{name: tensor.double() for name, tensor in narrow.items()}, window=window)
+    for name in exact:
+        assert_close_enough(actual[name].cpu(), expected[name], exact[name], f"{name}, {cuts}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shipped_cut_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    shape = SHAPES[name]
+    layout = LAYOUTS.get(name, Tensor.contiguous)
+    tensors = {key: layout(tensor) for key, tensor in device_tensors(shape, dtype, dtype).items()}
+    all_cuts = shipped_cuts(shape, half=dtype != torch.float32)
+    for cuts in all_cuts:
+        assert_accurate(tensors, shape.window, cuts)
+    assert launched.total() == 4 * len(all_cuts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", ODD_CUTS)
+def test_a_cut_changes_speed_alone(cut: str, dtype: torch.dtype) -> None:
+    shape = SHAPES["partial tiles"]._replace(output=(7, 13), window=RatioWindow(0.2), batch=1)
+    assert_accurate(device_tensors(shape, dtype, dtype), shape.window, ODD_CUTS[cut])
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("queries_are_half", [True, False])
+def test_mixed_dtypes_obey_the_error_rule(queries_are_half: bool, half: torch.dtype) -> None:
+    shape = SHAPES["partial tiles"]
+    dtypes = (half, torch.float32) if queries_are_half else (torch.float32, half)
+    assert_accurate(device_tensors(shape, *dtypes), shape.window, shipped_cuts(shape, half=False)[0])

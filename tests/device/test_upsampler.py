@@ -1,0 +1,90 @@
+"""The whole upsampler on a card's path, from the image to the gradients, no backend named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_close_enough
+from recipe import fill, wave
+from torch import Tensor
+
+from anyup import AnyUp
+
+pytestmark = pytest.mark.gpu
+
+SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
+
+
+def model(device: str, dtype: torch.dtype, **arguments: Any) -> AnyUp:
+    return fill(AnyUp(**SMALL, **arguments), 0).to(device, dtype)
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return wave((2, 3, 15, 22), 3, 0.8), wave((2, 13, 4, 5), 7)
+
+
+def results(upsampler: AnyUp, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The output, and the gradient of the features, the image and every parameter that has one."""
+    image, features = (tensor.to(device, dtype).requires_grad_() for tensor in inputs())
+    out = upsampler(image, features)
+    grad = wave(tuple(out.shape), 11).to(device, dtype)
+    leaves = {"image": image, "features": features, **dict(upsampler.named_parameters())}
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
+    found = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {name: tensor.detach().cpu() for name, tensor in {"output": out, **found}.items()}
+
+
+@pytest.mark.parametrize("window", ["ratio", "cell"])
+def test_the_upsampler_on_a_card_gives_what_the_reference_gives_on_a_cpu(window: str, launched: Counter[str]) -> None:
+    upsampler = model("cuda", torch.float32, window=window)
+    image, features = (tensor.to("cuda") for tensor in inputs())
+    chosen = upsampler.explain(image, features).chosen
+    assert chosen.pop("window_attention") == "triton"
+    assert set(chosen.values()) == {"torch"}
+    actual = results(upsampler, "cuda", torch.float32)
+    assert launched.total() == 4
+    narrow, exact = (
+        results(model("cpu", dtype, window=window, backend="reference"), "cpu", dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert launched.total() == 4, "the reference launched a kernel"
+    assert actual.keys() == exact.keys() and len(actual) > 60
+    for name in ("output", "gradients"):
+        together = (_together(found, exact, name) for found in (actual, narrow, exact))
+        assert_close_enough(*together, name)
+
+
+def _together(found: dict[str, Tensor], exact: dict[str, Tensor], kind: str) -> Tensor:
+    """The output, or all gradients as one tensor, each in units of its largest number.
+
+    One by one, a gradient of few numbers exceeds twice the reference's error wherever that is small by luck.
+    """
+    names = [name for name in exact if name.startswith(kind.removesuffix("s"))]
+    return torch.cat([found[name].flatten() / exact[name].abs().max().to(found[name].dtype) for name in names])
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_under_autocast_half_queries_carry_wide_values(half: torch.dtype, launched: Counter[str]) -> None:
+    upsampler = model("cuda", torch.float32)
+    image, features = (tensor.to("cuda") for tensor in inputs())
+    with torch.no_grad():
+        expected = upsampler(image, features)
+        with torch.autocast("cuda", half):
+            out = upsampler(image, features)
+    assert out.dtype == features.dtype
+    name = str(half).removeprefix("torch.")
+    assert [kernel.split(", ")[1:] for kernel in launched] == [["float32", "float32"], [name, "float32"]]
+    assert (out - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_half_precision_upsampler_stays_near_the_wide_one(half: torch.dtype, launched: Counter[str]) -> None:
+    image, features = (tensor.to("cuda") for tensor in inputs())
+    with torch.inference_mode():
+        expected = model("cuda", torch.float32)(image, features)
+        out = model("cuda", half)(image.to(half), features.to(half))
+    assert out.dtype == half and launched.total() == 2
+    assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()

@@ -1,0 +1,159 @@
+"""The tests in `device/` on a CPU: ttsem executes what the compiler makes of each launch.
+
+An access outside a tensor, two programs at one element or an undefined value fails the test that launched it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from checkouts import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("ttsem") is None,
+        reason="ttsem is not installed (pip install --no-deps --ignore-requires-python ttsem==0.1.0)",
+    ),
+]
+
+TESTS = ROOT / "tests"
+
+
+def run_under_ttsem(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """pytest as ttsem runs it, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = (str(ROOT), str(TESTS), str(TESTS / "device"), environment.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    command = [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+
+
+def number_of(outcome: str, output: str) -> int:
+    """How many tests pytest's last line says to have had an outcome."""
+    found = re.search(rf"(\d+) {outcome}\b", output.strip().splitlines()[-1])
+    return int(found.group(1)) if found else 0
+
+
+def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_under_ttsem("tests/device", "-rs")
+    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
+    assert "too large to be checked for races" not in run.stdout + run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith(("SKIPPED", "launched: "))]
+    skipped = [line for line in lines if line.startswith("SKIPPED")]
+    assert all("test_on_a_card" in line for line in skipped) and len(skipped) < 3, skipped
+    assert number_of("passed", run.stdout) >= 56, run.stdout[-2_000:]
+    launched = "\n".join(lines)
+    for dtype in ("float32", "float16", "bfloat16"):
+        for kernel in (
+            *(f"{name} {weights}" for name in ("forward", "backward_query") for weights in ("resident", "streamed")),
+            *(f"{name} {split}" for name in ("backward_key", "backward_value") for split in ("whole", "in parts")),
+        ):
+            assert f"launched: {kernel}, {dtype}, {dtype}: " in launched, f"{kernel} in {dtype} was not launched"
+    with capsys.disabled():  # a number that a reader of the log should see
+        launches = sum(int(line.rsplit(": ", 1)[1]) for line in lines if line not in skipped)
+        print(f"\n{run.stdout.strip().splitlines()[-1]}, {launches} launches under ttsem")
+
+
+# Faults planted in a copy of the kernels: what ttsem must notice, or the test above says nothing.
+
+
+class Fault(NamedTuple):
+    """A change of a kernel's source, and what ttsem says of it.
+
+    `line` starts the source line that is named; ttsem has none for what is inlined into the kernel, only the kernel.
+    """
+
+    file: str
+    right: str
+    wrong: str
+    kernel: str
+    message: str
+    line: str | None = None
+
+
+PLANTED = {
+    "a store without its mask": Fault(
+        "window_attention_backward_grid.py",
+        "tl.store(place, sums[piece], mask=key_exists[:, None] & (channel < channels)[None, :])",
+        "tl.store(place, sums[piece])",
+        "_window_attention_backward_value_kernel",
+        "an operation with an undefined result: two lanes of one store wrote",
+        line="tl.store(place, sums[piece])",
+    ),
+    "gradients stored one key too far": Fault(
+        "window_attention_backward_grid.py",
+        "* grid_columns + key_column\n",
+        "* grid_columns + key_column + 1\n",
+        "_window_attention_backward_key_kernel",
+        "past the end of the tensor passed as `grad_key`",
+        line="tl.store(place, gradients[head]",
+    ),
+    "parts that write to one place": Fault(
+        "window_attention_backward_grid.py",
+        "((tl.program_id(1).to(tl.int64) * images + image) * grid_rows",
+        "(image * grid_rows",
+        "_window_attention_backward_key_kernel",
+        "both touch element 0 of `grad_key`",
+        line="tl.store(place, gradients[head]",
+    ),
+    "keys loaded without their mask": Fault(
+        "window_attention_tile.py",
+        "tl.load(place + head * head_stride, mask=exists[:, None], other=0.0)",
+        "tl.load(place + head * head_stride)",
+        "_window_attention_forward_kernel",
+        "past the end of the tensor passed as `key`",
+    ),
+}
+
+PLANTED_TEST = """
+import anyup.kernels
+anyup.kernels.__path__[:] = [{folder!r}]
+import torch
+from passes import device_tensors, run_passes, shipped_cuts
+from recipe import AttentionShape
+
+def test_passes():
+    shape = AttentionShape((5, 9), (4, 5), channels=21, head_dim=16)
+    tensors = device_tensors(shape, torch.float32, torch.float32)
+    run_passes(**tensors, window=shape.window, cuts=shipped_cuts(shape, half=False)[1])
+"""
+
+
+def run_planted(folder: Path, fault: Fault | None) -> subprocess.CompletedProcess[str]:
+    """All kernels launched from a copy that holds a fault, or none."""
+    copy = folder / "planted"
+    shutil.copytree(ROOT / "kernels", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    if fault is not None:
+        source = (copy / fault.file).read_text()
+        assert fault.right in source, "what the fault changes is no longer there"
+        (copy / fault.file).write_text(source.replace(fault.right, fault.wrong))
+    (folder / "test_planted.py").write_text(PLANTED_TEST.format(folder=str(copy)))
+    return run_under_ttsem("test_planted.py", "--rootdir", str(folder), cwd=folder)
+
+
+def test_a_copy_without_a_fault_passes(tmp_path: Path) -> None:
+    run = run_planted(tmp_path, None)
+    assert run.returncode == 0 and number_of("passed", run.stdout) == 1, run.stdout[-5_000:] + run.stderr[-2_000:]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_fails_and_is_named(name: str, tmp_path: Path) -> None:
+    fault = PLANTED[name]
+    run = run_planted(tmp_path, fault)
+    assert run.returncode == 1 and number_of("failed", run.stdout) == 1, run.stdout[-5_000:] + run.stderr[-2_000:]
+    told = next(line for line in run.stdout.splitlines() if line.startswith("E") and "KernelFault: " in line)
+    assert f"kernel `{fault.kernel}`" in told and fault.message in told
+    if fault.line is not None:
+        named = re.search(rf"`{re.escape(fault.file)}:(\d+): (.*?)`", told)
+        assert named is not None, told
+        source = (tmp_path / "planted" / fault.file).read_text().splitlines()
+        assert source[int(named[1]) - 1].strip() == named[2] and named[2].startswith(fault.line)
