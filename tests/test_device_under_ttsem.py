@@ -49,7 +49,7 @@ def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> N
     assert "too large to be checked for races" not in run.stdout + run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith(("SKIPPED", "launched: "))]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
-    assert all("test_on_a_card" in line for line in skipped) and len(skipped) < 3, skipped
+    assert skipped and all("test_on_a_card" in line and "needs a real card" in line for line in skipped), skipped
     assert number_of("passed", run.stdout) >= 56, run.stdout[-2_000:]
     launched = "\n".join(lines)
     for dtype in ("float32", "float16", "bfloat16"):
