@@ -23,6 +23,9 @@ class ForwardConfig:
         channel_slice: channels multiplied at once.
         slices: channel slices alive at once where keys are streamed.
         num_warps, num_stages: Triton's.
+        shares: of a block's keys, each with a running maximum of its own: 4 where four threads hold a row of a product.
+        keep: whether all heads' queries stay in registers, and all heads' keys of a block are asked for at once.
+        piece: channels of a head multiplied at once where queries are not kept.
     """
 
     rows: int
@@ -33,6 +36,9 @@ class ForwardConfig:
     slices: int
     num_warps: int
     num_stages: int
+    shares: int = 4
+    keep: bool = True
+    piece: int = 32
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps"):
@@ -49,28 +55,54 @@ class ForwardConfig:
             raise ValueError(f"resident_blocks, slices, num_stages: expected 0, 1, 1 at least, got {self}")
 
 
-_RESIDENT_KEYS = 256
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for: Triton's backend ("cuda", "hip") and architecture (80, "gfx942").
+
+    The interpreter has neither; the default stands for it and for cards nobody thought of.
+    """
+
+    backend: str = "any"
+    arch: int | str = 0
 
 
-def forward_configs(most_keys: MostKeys, *, half: bool) -> list[ForwardConfig]:
+# Weights of more keys would take the registers that everything else needs.
+_RESIDENT_KEYS = {True: 256, False: 64}
+# Queries of more channels, all heads' together, do not stay in registers.
+_KEPT_CHANNELS = 128
+# Each head and each resident block is code of its own.
+_RESIDENT_HEAD_BLOCKS = {True: 32, False: 16}
+
+
+def forward_configs(
+    most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
+) -> list[ForwardConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
-    `half` says that all operands of products are of two bytes.
+    `half` says that all operands of products are of two bytes. None of these spills a register on any target that
+    `python -m benchmarks.codegen` knows, for 1 to 8 heads; that table is also what they were chosen by.
     """
-    if not half:
-        keys = most_keys(4, 8)
-        blocks = -(-keys // 16)
-        few = ForwardConfig(4, 8, 16, blocks if blocks <= 8 else 0, 32, 1, num_warps=4, num_stages=1)
-        return [few, ForwardConfig(4, 4, 16, 0, 16, 1, num_warps=4, num_stages=1)]
-    # A larger tile asks for fewer bytes, a smaller one computes fewer logits that no pixel needs.
-    small, large = (-(-most_keys(*tile) // 32) for tile in ((8, 8), (8, 16)))
-    if 32 * small > _RESIDENT_KEYS:
-        best = ForwardConfig(8, 8, 32, 0, 64, 4, num_warps=8, num_stages=2)
-    elif large <= small and 32 * large <= _RESIDENT_KEYS:
-        best = ForwardConfig(8, 16, 32, large, 64, 1, num_warps=8, num_stages=2)
+    wide = heads * head_dim > _KEPT_CHANNELS
+    keep = half and not wide
+    # Four threads hold a row of a product, except where the products have a memory of their own (sm_100) or a wave's
+    # matrix units another layout (AMD).
+    shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
+    block = 32 if keep else 16
+    blocks = -(-most_keys(8, 8) // block)
+    resident = not wide and block * blocks <= _RESIDENT_KEYS[half] and heads * blocks <= _RESIDENT_HEAD_BLOCKS[half]
+    if resident and half:
+        best = ForwardConfig(8, 8, 32, blocks, 64, 1, 4, 2, shares, keep)
+    elif resident:
+        best = ForwardConfig(8, 8, 16, blocks, 32, 1, 4, 1, shares, keep)
+    elif keep:
+        best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
+    elif not wide:
+        best = ForwardConfig(8, 8, 16, 0, 16, 4, 4, 1, shares, keep)
     else:
-        best = ForwardConfig(8, 8, 32, small, 64, 1, num_warps=4, num_stages=2)
-    return [best, ForwardConfig(4, 8, 16, 0, 32, 1, num_warps=4, num_stages=1)]
+        best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=slice_)
+    rows = 4 if half else 8
+    return [best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=16)]
 
 
 @dataclass(frozen=True)

@@ -19,76 +19,86 @@ from .config import ForwardConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
 from .window_attention_tile import (
     LOG2_E,
+    head_product,
     key_block,
     load_channels,
-    logits,
     open_keys,
     open_queries,
-    pivot,
     pixel_windows,
-    take_key,
-    take_query,
     tile_keys,
     tile_pixels,
     visibility,
 )
 from .window_bounds import WindowRule
 
+# A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
+LOWEST = tl.constexpr(-3.4e38)
+
 
 @triton.jit
 def _head_statistics(
-    queries, keys, rectangle, windows, exponent_scale, again,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,)."""
+    """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,).
+
+    Until the end each of SHARES shares of a block's keys has a pivot and a sum of its own: where a share is what one
+    thread holds of a product, no thread asks another in the loop.
+    """
     _, _, _, count = rectangle
-    largest = ()
+    base = ()
     total = ()
     for _head in tl.static_range(HEADS):
-        largest = largest + (tl.full((PIXELS,), float("-inf"), tl.float32),)
-        total = total + (tl.zeros((PIXELS,), tl.float32),)
+        base = base + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
+        total = total + (tl.zeros((PIXELS, SHARES), tl.float32),)
     for block in tl.range(0, tl.cdiv(count, BLOCK)):
         row, column, exists = key_block(block, rectangle, BLOCK)
-        near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
+        near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
         limit = visibility(windows, row, column, exists)
-        now_largest = ()
+        now_base = ()
         now_total = ()
         for head in tl.static_range(HEADS):
-            mine = take_query(queries, head, block, again, KEEP)
-            theirs = take_key(near, head, exists, KEEP)
-            raw = logits(mine, theirs, limit, PRECISION)  # (PIXELS, BLOCK)
-            now = tl.maximum(largest[head], tl.max(raw, axis=1))
-            base = pivot(now) * exponent_scale
-            shrink = tl.math.exp2(largest[head] * exponent_scale - base)
-            added = tl.sum(tl.math.exp2(raw * exponent_scale - base[:, None]), axis=1)
-            now_largest = now_largest + (now,)
-            now_total = now_total + (total[head] * shrink + added,)
-        largest = now_largest
+            raw = head_product(
+                queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+            )
+            # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
+            raw = tl.minimum(raw, limit)
+            # Threads hold pairs of neighbouring keys.
+            raw = tl.reshape(raw, (PIXELS, BLOCK // (2 * SHARES), SHARES, 2))
+            now = tl.maximum(base[head], tl.max(tl.max(raw, axis=3), axis=1) * exponent_scale)
+            powers = tl.math.exp2(raw * exponent_scale - now[:, None, :, None])
+            added = tl.sum(tl.sum(powers, axis=3), axis=1)
+            now_base = now_base + (now,)
+            now_total = now_total + (total[head] * tl.math.exp2(base[head] - now) + added,)
+        base = now_base
         total = now_total
-    base = ()
+    all_base = ()
+    all_total = ()
     for head in tl.static_range(HEADS):
-        base = base + (pivot(largest[head]) * exponent_scale,)
-    return base, total
+        now = tl.max(base[head], axis=1)
+        all_base = all_base + (now,)
+        all_total = all_total + (tl.sum(total[head] * tl.math.exp2(base[head] - now[:, None]), axis=1),)
+    return all_base, all_total
 
 
 @triton.jit
 def _mean_weights(
-    queries, keys, block, rectangle, windows, exponent_scale, base, share, again,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
     row, column, exists = key_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
-    limit = visibility(windows, row, column, exists)
+    near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
     weights = tl.zeros((PIXELS, BLOCK), tl.float32)
     for head in tl.static_range(HEADS):
-        mine = take_query(queries, head, block, again, KEEP)
-        theirs = take_key(near, head, exists, KEEP)
-        raw = logits(mine, theirs, limit, PRECISION)
+        raw = head_product(
+            queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+        )
         weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
-    return weights
+    # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.
+    return tl.where(visibility(windows, row, column, exists) > 0, weights, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -101,8 +111,8 @@ def _window_attention_forward_kernel(
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
     exponent_scale, again,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr,
+    PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels, all channels; grid: the tiles of all images.
 
@@ -121,10 +131,11 @@ def _window_attention_forward_kernel(
     value += image * value_image_stride
     offset = pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
     queries = open_queries(
-        query + image * query_image_stride, offset, query_head_stride, query_channel_stride, HEADS, WIDTH, KEEP
+        query + image * query_image_stride, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP
     )
     base, total = _head_statistics(
-        queries, keys, rectangle, windows, exponent_scale, again, HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP
+        queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+        HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
     )
     pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
     share = ()
@@ -139,8 +150,8 @@ def _window_attention_forward_kernel(
             part = tl.zeros((PIXELS, BLOCK), tl.float32)
             if block * BLOCK < rectangle[3]:
                 part = _mean_weights(
-                    queries, keys, block, rectangle, windows, exponent_scale, base, share, again,
-                    HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP,
+                    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
+                    again, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
                 )  # fmt: skip
             weights = weights + (part.to(value.dtype.element_ty),)
         for first in tl.range(0, channels, SLICE):
@@ -158,8 +169,8 @@ def _window_attention_forward_kernel(
                 products = products + (tl.zeros((PIXELS, SLICE), tl.float32),)
             for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
                 part = _mean_weights(
-                    queries, keys, block, rectangle, windows, exponent_scale, base, share, again,
-                    HEADS, WIDTH, PIXELS, BLOCK, PRECISION, KEEP,
+                    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
+                    again, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
                 ).to(value.dtype.element_ty)  # fmt: skip
                 row, column, exists = key_block(block, rectangle, BLOCK)
                 near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
@@ -230,13 +241,15 @@ def plan_forward(
             "WIDTH": head_dim,
             "SAVE_LSE": lse.numel() > 0,
             "PRECISION": precision,
+            "PIECE": head_dim if config.keep else min(head_dim, config.piece),
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "BLOCK": config.block_keys,
             "SLICE": config.channel_slice,
             "RESIDENT_BLOCKS": config.resident_blocks,
             "SLICES": config.slices,
-            "KEEP": query.element_size() == 2,
+            "KEEP": config.keep,
+            "SHARES": config.shares,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

@@ -67,16 +67,25 @@ def key_block(block, rectangle, BLOCK: tl.constexpr):
     """Rows, columns and existence of the keys of a block, (BLOCK,)."""
     first_row, first_column, columns, count = rectangle
     number = block * BLOCK + tl.arange(0, BLOCK)
-    return first_row + number // columns, first_column + number % columns, number < count
+    # One division of integers for the block, and one of floats for each key: numbers below `columns + BLOCK`, exact in
+    # float32, half a key away from a whole number of rows.
+    down = (block * BLOCK) // columns
+    beyond = number - down * columns
+    further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
+    return first_row + down + further, first_column + beyond - further * columns, number < count
 
 
 @triton.jit
 def visibility(windows, row, column, exists):
     """+inf where a pixel sees a key and -inf elsewhere, (pixels, keys) float32: what a logit is limited to."""
     row_start, row_stop, column_start, column_stop = windows
-    sees_row = (row[None, :] >= row_start[:, None]) & (row[None, :] < row_stop[:, None])
-    sees_column = (column[None, :] >= column_start[:, None]) & (column[None, :] < column_stop[:, None])
-    return tl.where(sees_row & sees_column & exists[None, :], float("inf"), float("-inf"))
+    # A key that does not exist is before any row. An unsigned difference compares with both ends at once.
+    row = tl.where(exists, row, -1)
+    beyond_row = (row[None, :] - row_start[:, None]).to(tl.uint32, bitcast=True)
+    beyond_column = (column[None, :] - column_start[:, None]).to(tl.uint32, bitcast=True)
+    rows = (row_stop - row_start).to(tl.uint32, bitcast=True)
+    columns = (column_stop - column_start).to(tl.uint32, bitcast=True)
+    return tl.where((beyond_row < rows[:, None]) & (beyond_column < columns[:, None]), float("inf"), float("-inf"))
 
 
 @triton.jit
@@ -87,28 +96,29 @@ def open_queries(
 
     `offset` is each pixel's, int64.
     """
-    place = query + offset[:, None] + tl.arange(0, WIDTH)[None, :] * channel_stride
+    place = query + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * channel_stride
     if KEEP:
         heads = ()
         for head in tl.static_range(HEADS):
-            heads = heads + (tl.load(place + head * head_stride),)
+            heads = heads + (tl.load(place + tl.full((), head, tl.int64) * head_stride),)
         return heads
     else:
-        return place, head_stride
+        return place - head_stride, head_stride
 
 
 @triton.jit
 def take_query(queries, head: tl.constexpr, block, again, KEEP: tl.constexpr):
     """A head's queries, (pixels, WIDTH).
 
-    Queries of float32 are not kept: split in two for `tf32x3` they would take all registers. `again` is an offset of
-    0 that the compiler knows nothing of, or it would move the load, and the splitting, out of the loop over blocks.
+    Where they would take all registers they are not kept: those of float32, split in two for `tf32x3`, and many wide
+    heads. `again` is a 0 that the compiler knows nothing of, or it would move the load, the splitting and every
+    address out of the loop over blocks; an exclusive or, because a sum would be taken apart and half of it moved.
     """
     if KEEP:
         return queries[head]
     else:
         place, head_stride = queries
-        return tl.load(place + head * head_stride + block * again)
+        return tl.load(place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again)))
 
 
 @triton.jit
@@ -119,11 +129,12 @@ def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexp
     """
     key, row_stride, column_stride, head_stride, channel_stride = keys
     offset = row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    place = key + offset[:, None] + tl.arange(0, WIDTH)[None, :] * channel_stride
+    place = key + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * channel_stride
     if KEEP:
         heads = ()
         for head in tl.static_range(HEADS):
-            heads = heads + (tl.load(place + head * head_stride, mask=exists[:, None], other=0.0),)
+            mine = place + tl.full((), head, tl.int64) * head_stride
+            heads = heads + (tl.load(mine, mask=exists[:, None], other=0.0),)
         return heads
     else:
         return place, head_stride
@@ -136,7 +147,32 @@ def take_key(near, head: tl.constexpr, exists, KEEP: tl.constexpr):
         return near[head]
     else:
         place, head_stride = near
-        return tl.load(place + head * head_stride, mask=exists[:, None], other=0.0)
+        return tl.load(place + tl.full((), head, tl.int64) * head_stride, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def head_product(
+    queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, exists, block, again,
+    WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """A head's queries times its keys of a block, (pixels, keys) float32.
+
+    What is not kept is multiplied in pieces of PIECE channels, which is the width that it was opened with.
+    """
+    if KEEP:
+        return tl.dot(queries[head], tl.trans(near[head]), input_precision=PRECISION)
+    else:
+        place, head_stride = queries
+        mine = place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
+        place, head_stride = near
+        theirs = place + tl.full((), head, tl.int64) * head_stride
+        product = tl.zeros((mine.shape[0], theirs.shape[0]), tl.float32)
+        for piece in tl.static_range(WIDTH // PIECE):
+            first = tl.full((), piece * PIECE, tl.int64)
+            query = tl.load(mine + first * query_channel_stride)
+            key = tl.load(theirs + first * key_channel_stride, mask=exists[:, None], other=0.0)
+            product = tl.dot(query, tl.trans(key), product, input_precision=PRECISION)
+        return product
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Window
 
 if TYPE_CHECKING:
+    from anyup.kernels.config import Target
     from anyup.kernels.window_bounds import WindowRule
 
 Config = TypeVar("Config")
@@ -77,7 +78,13 @@ def forward(
     out = value.new_empty(batch, height, width, value.shape[3])
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=torch.float32)
     arguments = _shared_arguments(query, key, window, scale)
-    configs = forward_configs(_tile_keys(query, key, window), half=_is_half(query, value))
+    configs = forward_configs(
+        _tile_keys(query, key, window),
+        target=target(),
+        half=_is_half(query, value),
+        heads=heads,
+        head_dim=query.shape[4],
+    )
     _run_first(lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(), configs)
     return out, lse
 
@@ -128,6 +135,18 @@ def backward(
     if query is not given:
         grad_query *= given_scale
     return grad_query, grad_key, grad_value
+
+
+def target() -> Target:
+    """What kernels are compiled for here."""
+    from anyup.kernels.config import Target
+
+    if _interprets():
+        return Target()
+    from triton.runtime import driver
+
+    active = driver.active.get_current_target()
+    return Target(active.backend, active.arch)
 
 
 def _shared_arguments(query: Tensor, key: Tensor, window: Window, scale: float) -> dict[str, Any]:

@@ -1,0 +1,230 @@
+"""Launches of the kernels on targets that are not here: planned by the package, compiled, and counted.
+
+Imported where Triton does not interpret kernels, it compiles; elsewhere it still knows every launch's geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from anyup.kernels import config
+from anyup.kernels.config import ForwardConfig
+from anyup.kernels.launch import Launch
+from anyup.kernels.window_attention_forward import plan_forward
+from anyup.ops.window_attention.fused import window_rule
+from anyup.ops.window_attention.tiles import most_keys
+from anyup.window import RatioWindow
+from benchmarks import roofline
+from benchmarks.ahead_of_time import CUDA_ARCHITECTURES, compilation_of, target_of
+from benchmarks.machine_code import Code, read
+from benchmarks.occupancy import LIMITS, occupancy
+from benchmarks.window_attention_work import Work, forward_work
+from benchmarks.workloads import Workload, square
+
+WINDOW = RatioWindow(0.1)
+HEADS, HEAD_DIM = 4, 32
+CHANNELS = (384, 768, 1024)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ARCHITECTURES = (*map(str, CUDA_ARCHITECTURES), "gfx942")
+
+Row = dict[str, Any]
+
+
+def workloads(channels: int) -> tuple[Workload, ...]:
+    """What the tables are about."""
+    return tuple(square(*sizes, channels=channels) for sizes in ((448, 32), (1024, 64), (2048, 128)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward pass of the window attention on a target."""
+
+    workload: Workload
+    arch: str
+    dtype: str
+    heads: int = HEADS
+    head_dim: int = HEAD_DIM
+    save_lse: bool = False
+    cut: ForwardConfig | None = None
+
+    @cached_property
+    def configs(self) -> list[ForwardConfig]:
+        """The configs that the launcher tries, in order; `cut` instead where it is given."""
+        if self.cut is not None:
+            return [self.cut]
+        sizes = self.workload.size, self.workload.grid
+        target = target_of(self.arch)
+        return config.forward_configs(
+            lambda rows, columns: most_keys(WINDOW, *sizes, (rows, columns)),
+            target=config.Target(target.backend, target.arch),
+            half=self.half,
+            heads=self.heads,
+            head_dim=self.head_dim,
+        )
+
+    @property
+    def half(self) -> bool:
+        """Whether operands are of two bytes."""
+        return DTYPES[self.dtype].itemsize == 2
+
+    @property
+    def precision(self) -> str:
+        """Triton's input precision at torch's matmul precision "highest"."""
+        return "ieee" if self.arch.startswith("gfx") else "tf32x3"
+
+    def launch(self, number: int = 0) -> Launch:
+        """The launch with the config of a number; its tensors are on "meta"."""
+        w, dtype = self.workload, DTYPES[self.dtype]
+        heads = (self.heads, self.head_dim)
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        return plan_forward(
+            empty(w.batch, *w.size, *heads),
+            empty(w.batch, *w.grid, *heads),
+            empty(w.batch, *w.grid, w.channels),
+            empty(w.batch, *w.size, w.channels),
+            empty(*((w.batch, *w.size, self.heads) if self.save_lse else (0,)), dtype=torch.float32),
+            window=window_rule(WINDOW, w.size, w.grid),
+            scale=self.head_dim**-0.5,
+            precision=self.precision,
+            config=self.configs[number],
+        )
+
+    def work(self, number: int = 0) -> Work:
+        """The work of that launch, for each pixel."""
+        return forward_work(self.workload, WINDOW, self.launch(number))
+
+
+def compile_case(case: Case, number: int = 0) -> Code:
+    """The machine code of a case's launch; Triton keeps what it compiled on disk."""
+    launch = case.launch(number)
+    return read(compilation_of(launch, target_of(case.arch)).run(), launch.options["num_warps"])
+
+
+def key_of(case: Case) -> str:
+    """Cases with equal keys share one compiled kernel."""
+    return compilation_of(case.launch(), target_of(case.arch)).key
+
+
+def row_of(case: Case, code: Code) -> Row:
+    """All that is known of a case."""
+    work = case.work()
+    warps = occupancy(case.arch, registers=code.registers, shared=code.shared_bytes, warps=code.warps)
+    try:
+        executed = code.executed(work.turns)
+    except ValueError as error:
+        raise ValueError(f"{case}: {error}") from error
+    programs = work.programs * code.warps / case.workload.pixels
+    instructions = sum(executed.values()) * programs
+    row: Row = {
+        "kernel": "window_attention_forward",
+        "target": case.arch,
+        "dtype": case.dtype,
+        "channels": case.workload.channels,
+        "workload": f"{case.workload.size[0]} from {case.workload.grid[0]}",
+        "heads": case.heads,
+        "head_dim": case.head_dim,
+        "config": asdict(case.configs[0]),
+        "registers": code.registers,
+        "spill_bytes": code.spill_bytes,
+        "spill_instructions": code.spill_instructions,
+        "shared_bytes": code.shared_bytes,
+        "shared_limit": LIMITS[case.arch].shared,
+        "warps_by_registers": warps.by_registers,
+        "warps_by_shared": warps.by_shared,
+        "warps_by_threads": warps.by_warps,
+        "warps_of": LIMITS[case.arch].warps,
+        "tensor_core_instructions": code.tensor_instructions,
+        "widest_load_bits": code.widest("load"),
+        "widest_store_bits": code.widest("store"),
+        "copies_to_shared": code.count("LDGSTS"),
+        "code_instructions": sum(len(block.instructions) for block in code.blocks),
+        "instructions_per_pixel": round(instructions, 1),
+        "instructions_by_kind": {n: round(c * programs, 1) for n, c in executed.most_common(12)},
+        "bytes_per_pixel": round(work.bytes_compulsory, 1),
+        "bytes_asked_per_pixel": round(work.bytes_asked, 1),
+        "operations_per_pixel": round(work.logit_operations + work.value_operations),
+        "exact_operations_per_pixel": round(work.exact_operations),
+        "exponentials_per_pixel": round(work.exponentials),
+        "logit_slots_ratio": round(work.logit_slots / work.window, 3),
+        "value_slots_ratio": round(work.value_slots / work.window, 3),
+        "keys_loaded_ratio": round(work.tile_keys / work.window, 3),
+        **times_of(case, work, instructions),
+    }
+    return row
+
+
+def times_of(case: Case, work: Work, instructions: float) -> Row:
+    """Floor and modelled time on the device of the case's target; None without one."""
+    device = roofline.device_of(case.arch)
+    if device is None:
+        return dict.fromkeys(("device", "floor_us", "floor_term", "modelled_us", "modelled_term", "terms_us"))
+    pixels = case.workload.pixels
+    floor = roofline.floor(
+        device,
+        pixels,
+        bytes_compulsory=work.bytes_compulsory,
+        operations=work.exact_operations,
+        exponentials=work.exact_exponentials,
+        half=case.half,
+    )
+    modelled = roofline.modelled(
+        device,
+        pixels,
+        bytes_compulsory=work.bytes_compulsory,
+        bytes_asked=work.bytes_asked,
+        operations=(work.logit_operations + work.value_operations) * (1 if case.half else 3),
+        exponentials=work.exponentials,
+        instructions=instructions,
+        half=case.half,
+    )
+    return {
+        "device": device.name,
+        "floor_us": round(floor.total, 1),
+        "floor_term": floor.binding,
+        "modelled_us": round(modelled.total, 1),
+        "modelled_term": modelled.binding,
+        "terms_us": {name: round(time, 1) for name, time in modelled.terms.items()},
+    }
+
+
+def cases(
+    architectures: Sequence[str],
+    dtypes: Sequence[str],
+    channels: Sequence[int] = CHANNELS,
+    heads: tuple[int, int] = (HEADS, HEAD_DIM),
+) -> Iterator[Case]:
+    """Every case of the table; `heads`: their number and width."""
+    for arch in architectures:
+        for dtype in dtypes:
+            for number in channels:
+                for workload in workloads(number):
+                    yield Case(workload, arch, dtype, *heads)
+
+
+def measure(wanted: Sequence[Case], workers: int = 2) -> list[Row]:
+    """The rows of cases; each kernel is compiled once."""
+    first: dict[str, Case] = {}
+    keys = [key_of(case) for case in wanted]
+    for key, case in zip(keys, wanted, strict=True):
+        first.setdefault(key, case)
+    codes = dict(zip(first, _map(compile_case, list(first.values()), workers), strict=True))
+    return [row_of(case, codes[key]) for key, case in zip(keys, wanted, strict=True)]
+
+
+def _map(function: Callable[[Case], Code], items: Sequence[Case], workers: int) -> list[Code]:
+    if workers < 2 or len(items) < 2:
+        return [function(item) for item in items]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(function, items))
+
+

@@ -1,0 +1,310 @@
+"""What the compiler made of a kernel: registers, spills, instructions, and how often each runs.
+
+The control flow is read from the disassembly. Instructions in a loop run as often as the loop turns, everything else
+once. Left out is what a healthy launch never runs: the way around a diverged warp (`BRA.DIV`) and the slow path of a
+division by a subnormal number (only reached by a call).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+_TENSOR = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
+_NVIDIA_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_LABEL = re.compile(r"^\s*\.?(L_x_\d+|LBB\d+_\d+):")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its name with suffixes, its operands, whether a predicate guards it."""
+
+    name: str
+    operands: str = ""
+    guarded: bool = False
+
+
+@dataclass
+class Block:
+    """Instructions that run together, and the numbers of the blocks that may follow."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    follow: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop: the blocks in it, the first being its head, and the loops directly inside."""
+
+    head: int
+    blocks: frozenset[int]
+    inside: tuple[Loop, ...] = ()
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel.
+
+    Attributes:
+        registers: of a thread.
+        spill_bytes: of a thread's stack and local memory.
+        spill_instructions: loads and stores of local memory.
+        shared_bytes: of a program.
+        warps: of a program.
+        blocks: the control flow; the first is the entry.
+    """
+
+    registers: int
+    spill_bytes: int
+    spill_instructions: int
+    shared_bytes: int
+    warps: int
+    blocks: tuple[Block, ...]
+
+    @cached_property
+    def reached(self) -> frozenset[int]:
+        """Blocks that a healthy launch may run."""
+        seen, waiting = {0}, [0]
+        while waiting:
+            for after in self.blocks[waiting.pop()].follow:
+                if after not in seen:
+                    seen.add(after)
+                    waiting.append(after)
+        return frozenset(seen)
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The outermost loops in order; one that only waits, for a barrier or tensor memory, counts as none."""
+        return _nested([loop for loop in _loops(self.blocks, self.reached) if not self._waits(loop)])
+
+    def _waits(self, loop: Loop) -> bool:
+        names = [i.name for b in loop.blocks for i in self.blocks[b].instructions]
+        return len(names) < 12 and any(name.startswith(("SYNCS", "NANOSLEEP")) for name in names)
+
+    def weights(self, turns: Sequence[Any]) -> list[float]:
+        """How often each block runs. `turns`: the loops' trip counts in order, (turns, [of the loops inside]) each.
+
+        Raises ValueError where the code has other loops.
+        """
+        weights = [1.0 if n in self.reached else 0.0 for n in range(len(self.blocks))]
+
+        def enter(loops: Sequence[Loop], turns: Sequence[Any], outer: float) -> None:
+            if len(loops) != len(turns):
+                raise ValueError(f"the code has loops {_shape(self.loops)}, expected {turns}")
+            for loop, (count, inside) in zip(loops, turns, strict=True):
+                for block in loop.blocks:
+                    weights[block] = outer * count
+                enter(loop.inside, inside, outer * count)
+
+        enter(self.loops, turns, 1.0)
+        return weights
+
+    def count(self, pattern: str) -> int:
+        """Instructions in the code whose name a pattern matches, run or not."""
+        return sum(bool(re.match(pattern, i.name)) for block in self.blocks for i in block.instructions)
+
+    def executed(self, turns: Sequence[Any]) -> Counter[str]:
+        """How often a warp executes each kind of instruction (its name up to the first dot)."""
+        counts: Counter[str] = Counter()
+        for weight, block in zip(self.weights(turns), self.blocks, strict=True):
+            for instruction in block.instructions:
+                counts[instruction.name.split(".")[0]] += weight  # type: ignore[assignment]
+        return counts
+
+    @property
+    def tensor_instructions(self) -> int:
+        """Instructions of the matrix units."""
+        return self.count(_TENSOR.pattern)
+
+    def widest(self, kind: str) -> int:
+        """Bits of a thread's widest access of global memory; `kind`: "load", "store" or "copy" (to shared memory)."""
+        return max((_bits(i.name, kind) for block in self.blocks for i in block.instructions), default=0)
+
+
+def read(compiled: Any, warps: int) -> Code:
+    """The code of Triton's `CompiledKernel`."""
+    asm = compiled.asm
+    if "cubin" in asm:
+        usage, text = _disassemble(asm["cubin"])
+        match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert match is not None, usage
+        blocks = nvidia_blocks(text)
+        registers, spilled = int(match[1]), int(match[2]) + int(match[3])
+        local = r"LDL|STL"
+    else:
+        text = asm["amdgcn"]
+        blocks = amd_blocks(text)
+        registers = _amd_number(text, "vgpr_count")
+        spilled = _amd_number(text, "private_segment_fixed_size") + 4 * _amd_number(text, "vgpr_spill_count")
+        local = "scratch_"
+    spills = sum(bool(re.match(local, i.name)) for block in blocks for i in block.instructions)
+    return Code(registers, spilled, spills, compiled.metadata.shared, warps, tuple(blocks))
+
+
+def nvidia_blocks(text: str) -> list[Block]:
+    """The control flow of `nvdisasm -c`'s output."""
+    labels: dict[str, int] = {}
+    blocks = [Block()]
+    jumps: list[tuple[int, str]] = []
+    open_end = True
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            open_end = _begin(blocks, open_end)
+            labels[label[1]] = len(blocks) - 1
+            continue
+        if not (match := _NVIDIA_LINE.search(line)):
+            continue
+        _, guard, name, operands = match.groups()
+        if not open_end:
+            open_end = _begin(blocks, open_end)
+        blocks[-1].instructions.append(Instruction(name, operands, guard is not None))
+        # A call of a place within the kernel never returns: the compiler means a jump.
+        if name.startswith("BRA") or (name.startswith("CALL") and ".L_x_" in operands):
+            conditional = guard is not None or re.match(r"\s*!?U?P\d", operands) is not None or ".DIV" in name
+            if ".DIV" not in name:
+                jumps.append((len(blocks) - 1, re.findall(r"L_x_\d+", operands)[-1]))
+            blocks.append(Block())
+            if conditional:
+                blocks[-2].follow.append(len(blocks) - 1)
+            open_end = True
+        elif name.startswith(("EXIT", "RET")) and guard is None:
+            open_end = False
+    return _joined(blocks, jumps, labels)
+
+
+def amd_blocks(text: str) -> list[Block]:
+    """The control flow of AMD's assembly text."""
+    labels: dict[str, int] = {}
+    blocks = [Block()]
+    jumps: list[tuple[int, str]] = []
+    open_end = True
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            open_end = _begin(blocks, open_end)
+            labels[label[1]] = len(blocks) - 1
+            continue
+        match = re.match(r"\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+|scratch_\w+|flat_\w+)\s*(.*)", line)
+        if match is None:
+            continue
+        if not open_end:
+            open_end = _begin(blocks, open_end)
+        name, operands = match.groups()
+        blocks[-1].instructions.append(Instruction(name, operands))
+        if name.startswith(("s_cbranch", "s_branch")):
+            jumps.append((len(blocks) - 1, re.findall(r"LBB\d+_\d+", operands)[-1]))
+            blocks.append(Block())
+            if name.startswith("s_cbranch"):
+                blocks[-2].follow.append(len(blocks) - 1)
+        elif name.startswith("s_endpgm"):
+            open_end = False
+    return _joined(blocks, jumps, labels)
+
+
+def _begin(blocks: list[Block], falls_through: bool) -> bool:
+    """Start a block, which the last one may run into."""
+    if falls_through:
+        if not blocks[-1].instructions and not any(len(blocks) - 1 in b.follow for b in blocks):
+            return True
+        blocks[-1].follow.append(len(blocks))
+    blocks.append(Block())
+    return True
+
+
+def _joined(blocks: list[Block], jumps: list[tuple[int, str]], labels: dict[str, int]) -> list[Block]:
+    for block, label in jumps:
+        blocks[block].follow.append(labels[label])
+    for block in blocks:
+        block.follow = [n for n in block.follow if n < len(blocks)]
+    return blocks
+
+
+def _loops(blocks: Sequence[Block], reached: frozenset[int]) -> list[Loop]:
+    """The natural loops: an edge back to a block that all ways to the edge pass, and what leads to the edge from there.
+
+    The order of the blocks in memory says nothing: a loop's head may stand behind its end.
+    """
+    before: dict[int, set[int]] = {n: set() for n in reached}
+    for n in reached:
+        for after in blocks[n].follow:
+            before[after].add(n)
+    dominators = _dominators(before)
+    bodies: dict[int, set[int]] = {}
+    for n in sorted(reached):
+        for head in blocks[n].follow:
+            if head not in dominators[n]:
+                continue
+            body = bodies.setdefault(head, {head})
+            waiting = [n]
+            while waiting:
+                block = waiting.pop()
+                if block not in body:
+                    body.add(block)
+                    waiting.extend(before[block])
+    return [Loop(head, frozenset(body)) for head, body in sorted(bodies.items())]
+
+
+def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
+    """For each block, those that every way from the entry to it passes, itself included."""
+    dominators = {n: set(before) for n in before}
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for n in sorted(before):
+            if n == 0:
+                continue
+            found = {n} | set.intersection(*(dominators[m] for m in before[n]))
+            if found != dominators[n]:
+                dominators[n] = found
+                changed = True
+    return dominators
+
+
+def _nested(loops: Sequence[Loop]) -> tuple[Loop, ...]:
+    outer = [a for a in loops if not any(a.blocks < b.blocks for b in loops)]
+    return tuple(
+        Loop(a.head, a.blocks, _nested([b for b in loops if b.blocks < a.blocks]))
+        for a in sorted(outer, key=lambda loop: loop.head)
+    )
+
+
+def _shape(loops: Sequence[Loop]) -> list[Any]:
+    return [_shape(loop.inside) for loop in loops]
+
+
+def _bits(name: str, kind: str) -> int:
+    nvidia = {"load": r"LDG\.", "store": r"STG\.", "copy": r"LDGSTS\."}[kind]
+    if re.match(nvidia, name):
+        match = re.search(r"\.(128|64|U16|S16|U8|S8)\b", name)
+        return int(match[1].lstrip("US")) if match else 32
+    amd = {"load": r"(?:global|buffer)_load", "store": r"(?:global|buffer)_store", "copy": r"$^"}[kind]
+    if re.match(amd, name):
+        match = re.search(r"dwordx(\d)", name)
+        return 32 * int(match[1]) if match else 32 if "dword" in name else 16
+    return 0
+
+
+def _amd_number(text: str, name: str) -> int:
+    match = re.search(rf"\.{name}:\s+(\d+)", text)
+    assert match is not None, name
+    return int(match[1])
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """`cuobjdump -res-usage` and `nvdisasm -c` of a cubin, by the tools that Triton ships."""
+    import triton.backends.nvidia as nvidia
+
+    tools = Path(nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        commands = ([tools / "cuobjdump", "-res-usage", file], [tools / "nvdisasm", "-c", file])
+        usage, text = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+    return usage, text

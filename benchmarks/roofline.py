@@ -1,0 +1,141 @@
+"""A roofline from counted work: how long a launch takes at least, and as it is written, on a device.
+
+Everything here is *modelled*. The floor is the longest of: compulsory bytes at the bandwidth of device memory, the
+operations of the exact windows at the dense rate of the matrix units, their exponentials at the special-function
+rate. The modelled time is the longest of the same terms for what the kernel really does (padded keys, further passes),
+of its instructions at the issue rate, and of the bytes it asks for at the bandwidth of the L2 cache where that is
+published, plus the launch. Bytes asked for again hit the L2 cache: a tile's keys and values are a few hundred KB
+that its neighbours share. Against device memory stand the compulsory bytes alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LAUNCH_US = 3.0
+"""Microseconds to start a kernel."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published figures of a device.
+
+    Attributes:
+        arch: compute capability without the dot.
+        memory: bytes a second of device memory.
+        tensor: dense operations a second of the matrix units with float32 accumulators: 16-bit operands.
+        tensor_tf32: the same for tf32.
+        sms: multiprocessors.
+        clock: boost clock, Hz.
+        l2: bytes a second read from the L2 cache; None where nothing is published.
+        source: of all these.
+    """
+
+    name: str
+    arch: int
+    memory: float
+    tensor: float
+    tensor_tf32: float
+    sms: int
+    clock: float
+    l2: float | None
+    source: str
+
+    @property
+    def issue(self) -> float:
+        """Warp instructions a second: four schedulers on each multiprocessor, one instruction a cycle each."""
+        return 4 * self.sms * self.clock
+
+    @property
+    def special(self) -> float:
+        """Exponentials a second: 16 a cycle and multiprocessor (CUDA programming guide, arithmetic instructions,
+        compute capability 8.0 to 9.0)."""
+        return 16 * self.sms * self.clock
+
+
+DEVICES = (
+    Device(
+        "A100 SXM 80GB", 80, 2039e9, 312e12, 156e12, 108, 1.41e9, 5120 * 1.41e9,
+        "NVIDIA A100 datasheet (bandwidth, rates); A100 whitepaper (108 SMs, 1410 MHz, L2 5120 bytes a clock)",
+    ),
+    Device(
+        "H100 SXM", 90, 3.35e12, 989.4e12, 494.7e12, 132, 1.83e9, None,
+        "NVIDIA H100 datasheet (bandwidth) and architecture whitepaper (132 SMs, rates; the clock is the one that the "
+        "rates are quoted at: 4096 16-bit operations a cycle and SM)",
+    ),
+    Device(
+        "RTX 4090", 89, 1008e9, 165.2e12, 82.6e12, 128, 2.52e9, None,
+        "NVIDIA Ada GPU architecture whitepaper, table of the RTX 4090 (rates with FP32 accumulate)",
+    ),
+    Device(
+        "RTX 3060 Laptop", 86, 336e9, 512 * 30 * 1.425e9, 256 * 30 * 1.425e9, 30, 1.425e9, None,
+        "NVIDIA product page (3840 cores: 30 SMs, boost 1283 to 1703 MHz by power: 1425 MHz, as most tables have it; "
+        "192 bits of 14 Gbit/s); GA102 architecture whitepaper (512 16-bit and 256 tf32 operations a cycle and SM)",
+    ),
+)  # fmt: skip
+
+
+def device_of(arch: str | int) -> Device | None:
+    """The device that stands for a compute capability."""
+    return next((device for device in DEVICES if str(device.arch) == str(arch)), None)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds by term; the longest binds."""
+
+    terms: dict[str, float]
+    launch: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Microseconds."""
+        return max(self.terms.values()) + self.launch
+
+    @property
+    def binding(self) -> str:
+        """The longest term."""
+        return max(self.terms, key=lambda name: self.terms[name])
+
+
+def floor(
+    device: Device, pixels: int, *, bytes_compulsory: float, operations: float, exponentials: float, half: bool
+) -> Times:
+    """The floor of an operation, its work given for one pixel."""
+    return Times(
+        {
+            "memory": 1e6 * pixels * bytes_compulsory / device.memory,
+            "tensor": 1e6 * pixels * operations / (device.tensor if half else device.tensor_tf32),
+            "exponential": 1e6 * pixels * exponentials / device.special,
+        }
+    )
+
+
+def modelled(
+    device: Device,
+    pixels: int,
+    *,
+    bytes_compulsory: float,
+    bytes_asked: float,
+    operations: float,
+    exponentials: float,
+    instructions: float,
+    half: bool,
+) -> Times:
+    """The time of a kernel by what it really does, its work given for one pixel.
+
+    `operations` are those of the matrix units, each of the three products of `tf32x3` counted; `instructions` are a
+    warp's.
+    """
+    terms = floor(
+        device,
+        pixels,
+        bytes_compulsory=bytes_compulsory,
+        operations=operations,
+        exponentials=exponentials,
+        half=half,
+    ).terms
+    terms["issue"] = 1e6 * pixels * instructions / device.issue
+    if device.l2 is not None:
+        terms["L2"] = 1e6 * pixels * bytes_asked / device.l2
+    return Times(terms, LAUNCH_US)

@@ -1,0 +1,281 @@
+"""What the compiler makes of the kernels, without a GPU; compiled in processes that do not interpret kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anyup.kernels.config import ForwardConfig
+from benchmarks import roofline
+from benchmarks.compiled import ARCHITECTURES, DTYPES, Case
+from benchmarks.machine_code import Code, amd_blocks, nvidia_blocks
+from benchmarks.occupancy import LIMITS
+from benchmarks.workloads import Workload, square
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {(448, 32): 1.55, (1024, 64): 1.35, (2048, 128): 1.10}
+"""Output and grid to the most key slots computed, in windows."""
+
+KEYS_LOADED = 1.3
+MODELLED = 1.5
+"""Modelled time in floors."""
+
+
+def uninterpreted(*arguments: str, timeout: float = 600) -> str:
+    """What a Python without TRITON_INTERPRET prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Rows of `python -m benchmarks.codegen`."""
+    file = folder / "codegen.json"
+    uninterpreted("-m", "benchmarks.codegen", "--channels", "384", "--json", str(file), *arguments)
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("codegen")
+    return [
+        *measured(folder, "--arch", "80", "90", "--dtype", "bfloat16", "float32"),
+        *measured(folder, "--arch", "gfx942", "--dtype", "bfloat16"),
+        *measured(folder, "--arch", "80", "--dtype", "bfloat16", "--heads", "8", "16"),
+    ]
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a kernel."""
+    found = []
+    if row["spill_bytes"] or row["spill_instructions"]:
+        found.append(f"spills {row['spill_bytes']} bytes, {row['spill_instructions']} instructions")
+    if row["shared_bytes"] > row["shared_limit"]:
+        found.append(f"{row['shared_bytes']} bytes of shared memory, the limit is {row['shared_limit']}")
+    if not row["tensor_core_instructions"]:
+        found.append("no tensor cores")
+    if row["target"] != "gfx942" and row["widest_store_bits"] < 128:
+        found.append(f"stores {row['widest_store_bits']} bits at a time")
+    return found
+
+
+def test_no_kernel_spills_or_asks_for_too_much_or_leaves_the_tensor_cores_idle(rows: Sequence[dict[str, Any]]) -> None:
+    found = {f"{r['target']} {r['dtype']} {r['workload']} heads {r['heads']}": faults(r) for r in rows}
+    assert len(rows) == 18
+    assert not {name: what for name, what in found.items() if what}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spill_bytes": 8},
+        {"spill_instructions": 1},
+        {"shared_limit": 1000},
+        {"tensor_core_instructions": 0},
+        {"widest_store_bits": 64},
+    ],
+)
+def test_a_planted_fault_is_found(rows: Sequence[dict[str, Any]], change: dict[str, int]) -> None:
+    assert not faults(rows[0])
+    assert faults({**rows[0], **change})
+
+
+def test_a_cut_that_is_too_large_is_seen_to_spill() -> None:
+    cut = ForwardConfig(8, 16, 32, 0, 128, 4, num_warps=4, num_stages=2, shares=4, keep=True)
+    text = uninterpreted(
+        "-c",
+        "from benchmarks.compiled import *\nfrom anyup.kernels.config import ForwardConfig\n"
+        f"code = compile_case(Case(workloads(384)[2], '80', 'bfloat16', cut={cut!r}))\n"
+        "print(code.spill_bytes, code.spill_instructions)",
+    )
+    assert all(int(number) > 0 for number in text.split())
+
+
+def test_products_are_all_on_the_tensor_cores() -> None:
+    text = uninterpreted(
+        "-c",
+        "from benchmarks.compiled import *\n"
+        "for arch in ('80', 'gfx942'):\n"
+        "    case = Case(workloads(384)[0], arch, 'bfloat16')\n"
+        "    text = compilation_of(case.launch(), target_of(arch)).run().asm['ttgir']\n"
+        "    for line in text.splitlines():\n"
+        "        if 'tt.dot ' in line: print(line.split('->')[-1].split('loc(')[0])\n"
+        "    layouts = [l for l in text.splitlines() if l.startswith('#mma')]\n"
+        "    print(*layouts, sep='\\n')\n",
+    )
+    products = [line for line in text.splitlines() if "tensor<" in line]
+    assert products
+    assert all("#mma" in line for line in products)
+
+
+def test_window_bounds_divide_as_ieee_does() -> None:
+    text = uninterpreted(
+        "-c",
+        "import triton, triton.language as tl\n"
+        "from triton.compiler import ASTSource\n"
+        "from benchmarks.ahead_of_time import target_of\n"
+        "from tests.bounds_kernel import bounds\n"
+        "signature = {'out': '*i32', 'queries': 'i32', 'keys': 'i32', 'ratio': 'fp32'}\n"
+        "print(triton.compile(ASTSource(bounds, signature), target=target_of(90)).asm['ptx'])",
+    )
+    assert "div.rn.f32" in text
+    assert not re.search(r"div\.full|div\.approx|rcp\.", text)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "limit"), SIZES.items())
+def test_hardly_more_keys_are_worked_on_than_the_windows_hold(
+    arch: str, dtype: str, sizes: tuple[int, int], limit: float
+) -> None:
+    work = Case(square(*sizes), arch, dtype).work()
+    assert work.window <= work.logit_slots <= limit * work.window
+    assert work.window <= work.value_slots <= limit * work.window
+    assert work.tile_keys <= KEYS_LOADED * work.window
+
+
+def test_blocks_of_64_keys_would_be_too_many() -> None:
+    cut = ForwardConfig(8, 16, 64, 2, 64, 1, num_warps=8, num_stages=2, shares=4, keep=True)
+    work = Case(square(448, 32), "90", "bfloat16", cut=cut).work()
+    assert work.logit_slots > SIZES[448, 32] * work.window
+
+
+def test_work_agrees_with_a_count_pixel_by_pixel() -> None:
+    from anyup.window import axis_bounds
+    from benchmarks.compiled import WINDOW
+
+    workload = Workload((20, 13), (6, 5))
+    cut = ForwardConfig(8, 4, 16, 0, 16, 2, num_warps=4, num_stages=1, shares=4, keep=True)
+    work = Case(workload, "80", "bfloat16", cut=cut).work()
+    bounds = [axis_bounds(WINDOW, q, k) for q, k in zip(workload.size, workload.grid, strict=True)]
+    seen = slots = loaded = 0
+    for top in range(0, 20, 8):
+        for left in range(0, 13, 4):
+            rows, columns = range(top, min(top + 8, 20)), range(left, min(left + 4, 13))
+            keys = 1
+            for (start, stop), axis in zip(bounds, (rows, columns), strict=True):
+                keys *= max(stop[i] for i in axis) - min(start[i] for i in axis)
+            slots += 32 * (-(-keys // 16) * 16)
+            loaded += 32 * keys
+            seen += sum(
+                (bounds[0][1][i] - bounds[0][0][i]) * (bounds[1][1][j] - bounds[1][0][j]) for i in rows for j in columns
+            )
+    assert work.window == pytest.approx(seen / 260)
+    assert work.logit_slots == pytest.approx(slots / 260)
+    assert work.tile_keys == pytest.approx(loaded / 260)
+    assert work.value_operations == pytest.approx(2 * slots / 260 * 384)
+    # 12 runs of two slices of 16 channels, each after logits made anew.
+    assert work.logit_operations == pytest.approx(2 * 13 * slots / 260 * 128)
+
+
+def test_modelled_time_is_close_to_the_floor_at_448(rows: Sequence[dict[str, Any]]) -> None:
+    chosen = [r for r in rows if r["floor_us"] and r["dtype"] == "bfloat16" and r["workload"] == "448 from 32"]
+    chosen = [r for r in chosen if r["heads"] == 4]
+    assert {r["device"] for r in chosen} == {"A100 SXM 80GB", "H100 SXM"}
+    for row in chosen:
+        assert row["floor_us"] < row["modelled_us"] <= MODELLED * row["floor_us"], row
+
+
+def test_the_floor_is_the_longest_of_its_terms() -> None:
+    device = roofline.device_of(80)
+    assert device is not None
+    work = {"bytes_compulsory": 1000.0, "operations": 1000.0, "exponentials": 1.0}
+    floor = roofline.floor(device, 10**6, **work, half=True)
+    assert floor.binding == "memory"
+    assert floor.total == pytest.approx(1e6 * 1e9 / 2039e9)
+    assert roofline.floor(device, 10**6, **{**work, "operations": 1e6}, half=True).binding == "tensor"
+    assert roofline.floor(device, 10**6, **{**work, "exponentials": 1e5}, half=True).binding == "exponential"
+
+
+def test_a_new_image_size_compiles_nothing() -> None:
+    text = uninterpreted(
+        "-c",
+        "from benchmarks.compiled import *\nfrom benchmarks.workloads import Workload\n"
+        "cut = Case(workloads(384)[0], '90', 'bfloat16').configs[0]\n"
+        "cases = [((448, 448), (32, 32), 384), ((464, 400), (29, 25), 768), ((129, 17), (3, 1), 384)]\n"
+        "cases = [Case(Workload(s, g, c), '90', 'bfloat16', cut=cut) for s, g, c in cases]\n"
+        "cases.append(Case(Workload((448, 448), (32, 32), 383), '90', 'bfloat16', cut=cut))\n"
+        "print(*[key_of(case) for case in cases])",
+    )
+    first, second, third, odd_channels = text.split()
+    assert first == second == third
+    assert odd_channels != first  # the keys do tell kernels apart
+
+
+def test_no_stride_is_multiplied_in_32_bits() -> None:
+    """At 2048 x 2048, C = 1024 and batch 4 the output has 2^34 elements."""
+    text = uninterpreted(
+        "-c",
+        "from benchmarks.compiled import *\n"
+        "for dtype in ('bfloat16', 'float32'):\n"
+        "    case = Case(square(2048, 128, channels=1024, batch=4), '90', dtype, save_lse=True)\n"
+        "    print(compilation_of(case.launch(), target_of('90')).run().asm['ttir'])",
+    )
+    assert "stride" in text
+    assert not narrow_strides(text)
+    assert narrow_strides("%x = arith.muli %a, %key_row_stride : i32")
+
+
+def narrow_strides(text: str) -> list[str]:
+    """Lines of Triton's IR that multiply or splat a stride, or the channels, in 32 bits, before they are widened."""
+    return [
+        line
+        for line in text.splitlines()
+        if re.search(r"arith\.muli|tt\.splat", line) and re.search(r"%\w*stride\b|%channels\b", line)
+        if re.search(r":\s*(tensor<[^>]*x)?i32", line) and not re.search(r"splat %channels", line)
+    ]
+
+
+def test_every_target_has_limits_and_devices_are_targets() -> None:
+    assert set(ARCHITECTURES) == set(LIMITS)
+    assert {str(device.arch) for device in roofline.DEVICES} <= set(ARCHITECTURES)
+
+
+LOOPS = """
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_0:
+        /*0020*/                   FADD R1, R1, R2 ;
+.L_x_1:
+        /*0030*/                   BRA.DIV ~URZ, `(.L_x_9) ;
+        /*0040*/              @P1 BRA `(.L_x_1) ;
+        /*0050*/                   FMUL R1, R1, R2 ;
+        /*0060*/              @!P2 CALL.REL.NOINC `(.L_x_2) ;
+        /*0070*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*0080*/                   CALL.REL.NOINC `($__internal_0) ;
+        /*0090*/                   EXIT ;
+.L_x_9:
+        /*00a0*/                   MUFU.EX2 R1, R1 ;
+        /*00b0*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_instructions_in_loops_count_as_often_as_the_loops_turn() -> None:
+    code = Code(1, 0, 0, 0, 4, tuple(nvidia_blocks(LOOPS)))
+    executed = code.executed([(3, [(5, [])])])
+    assert executed["MOV"] == 1
+    assert executed["FADD"] == executed["FMUL"] == 3
+    assert executed["MUFU"] == 0  # only after a divergence
+    assert executed["BRA"] == 1 + 15 + 15 + 3
+    with pytest.raises(ValueError, match="loops"):
+        code.executed([(3, []), (2, [])])
+
+
+def test_loops_of_amd_code_are_read_too() -> None:
+    text = ".LBB0_1:\n\tv_add_f32 v0, v0, v1\n\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n"
+    executed = Code(1, 0, 0, 0, 4, tuple(amd_blocks(text))).executed([(7, [])])
+    assert executed["v_add_f32"] == 7
+    assert executed["s_endpgm"] == 1
