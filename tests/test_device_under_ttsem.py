@@ -107,9 +107,9 @@ PLANTED = {
     ),
     "keys loaded without their mask": Fault(
         "window_attention_tile.py",
-        "tl.load(place + head * head_stride, mask=exists[:, None], other=0.0)",
-        "tl.load(place + head * head_stride)",
-        "_window_attention_forward_kernel",
+        "tl.load(place + tl.full((), head, tl.int64) * head_stride, mask=exists[:, None], other=0.0)",
+        "tl.load(place + tl.full((), head, tl.int64) * head_stride)",
+        "_window_attention_backward_query_kernel",
         "past the end of the tensor passed as `key`",
     ),
 }
