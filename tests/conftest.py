@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# For `benchmarks`, which is not installed; last, so that nothing here hides another package.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # Before anything imports triton: where there is no GPU its interpreter runs the kernels, on CPU tensors. ttsem brings a
 # device of its own.
