@@ -81,7 +81,7 @@ def forward_configs(
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
     where all heads have 128 channels together, none of the best spills a register. Wider ones were seen to spill up
-    to 24 bytes in half precision (sm_86, sm_120) and 96 in float32, the last cuts up to 40.
+    to 24 bytes in half precision (sm_86, sm_120) and 96 in float32, the last cuts up to 160.
     """
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
