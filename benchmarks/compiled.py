@@ -139,6 +139,7 @@ def row_of(case: Case, code: Code) -> Row:
         "spill_instructions": code.spill_instructions,
         "shared_bytes": code.shared_bytes,
         "shared_limit": LIMITS[case.arch].shared,
+        "tensor_memory_columns": code.tensor_memory,
         "warps_by_registers": warps.by_registers,
         "warps_by_shared": warps.by_shared,
         "warps_by_threads": warps.by_warps,

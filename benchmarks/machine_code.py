@@ -57,6 +57,7 @@ class Code:
         spill_bytes: of a thread's stack and local memory.
         spill_instructions: loads and stores of local memory.
         shared_bytes: of a program.
+        tensor_memory: columns of sm_100's tensor memory; beyond 512 Triton refuses to launch and makes no code.
         warps: of a program.
         blocks: the control flow; the first is the entry.
     """
@@ -65,6 +66,7 @@ class Code:
     spill_bytes: int
     spill_instructions: int
     shared_bytes: int
+    tensor_memory: int
     warps: int
     blocks: tuple[Block, ...]
 
@@ -145,7 +147,8 @@ def read(compiled: Any, warps: int) -> Code:
         spilled = _amd_number(text, "private_segment_fixed_size") + 4 * _amd_number(text, "vgpr_spill_count")
         local = "scratch_"
     spills = sum(bool(re.match(local, i.name)) for block in blocks for i in block.instructions)
-    return Code(registers, spilled, spills, compiled.metadata.shared, warps, tuple(blocks))
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Code(registers, spilled, spills, compiled.metadata.shared, columns, warps, tuple(blocks))
 
 
 def nvidia_blocks(text: str) -> list[Block]:

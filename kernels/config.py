@@ -80,23 +80,26 @@ def forward_configs(
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
-    where all heads have 128 channels together, none of the best spills a register; wider ones were seen to spill up
-    to 24 bytes in half precision, on sm_86 and sm_120.
+    where all heads have 128 channels together, none of the best spills a register. Wider ones were seen to spill up
+    to 24 bytes in half precision (sm_86, sm_120) and 96 in float32, the last cuts up to 160.
     """
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
     # Four threads hold a row of a product, except where the products have a memory of their own (sm_100) or a wave's
     # matrix units another layout (AMD).
     shares = 1 if target.backend == "hip" or target.arch == 100 else 4
-    # In smaller pieces the compiler makes an empty kernel of eight wide heads of float32 for sm_100.
+    # Products of float32 take tensor memory of sm_100 by the piece; eight heads of 128 ask for more than there is, and
+    # run with the last cut, whose 32 pixels are too few for that kind of product.
     piece = 32 if target.arch == 100 else 16
     slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
     block = 32 if keep else 16
     blocks = -(-most_keys(8, 8) // block)
     resident = not wide and block * blocks <= _RESIDENT_KEYS[half] and heads * blocks <= _RESIDENT_HEAD_BLOCKS[half]
-    # sm_120 has as many registers as any, but its compiler needs some more.
-    if target.arch == 120:
+    # The same registers as elsewhere, but these compilers need some more of them.
+    if target.arch in (86, 89, 120):
         resident = resident and heads <= 4
+    if target.arch == 100 and not half:
+        resident = resident and head_dim <= 64
     if resident and half:
         best = ForwardConfig(8, 8, 32, blocks, 64, 1, 4, 2, shares, keep)
     elif resident:
@@ -107,7 +110,8 @@ def forward_configs(
         best = ForwardConfig(8, 8, 16, 0, 16, 2 if target.arch == 120 else 4, 4, 1, shares, keep)
     else:
         best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=piece)
-    return [best, ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)]
+    rows = 4 if target.arch == 100 else 8
+    return [best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)]
 
 
 @dataclass(frozen=True)

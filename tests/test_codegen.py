@@ -64,6 +64,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['spill_bytes']} bytes, {row['spill_instructions']} instructions")
     if row["shared_bytes"] > row["shared_limit"]:
         found.append(f"{row['shared_bytes']} bytes of shared memory, the limit is {row['shared_limit']}")
+    if row["tensor_memory_columns"] > 512:
+        found.append(f"{row['tensor_memory_columns']} columns of tensor memory, there are 512")
     if not row["tensor_core_instructions"]:
         found.append("no tensor cores")
     if row["target"] != "gfx942" and row["widest_store_bits"] < 128:
@@ -83,6 +85,7 @@ def test_no_kernel_spills_or_asks_for_too_much_or_leaves_the_tensor_cores_idle(r
         {"spill_bytes": 8},
         {"spill_instructions": 1},
         {"shared_limit": 1000},
+        {"tensor_memory_columns": 513},
         {"tensor_core_instructions": 0},
         {"widest_store_bits": 64},
     ],
@@ -264,7 +267,7 @@ LOOPS = """
 
 
 def test_instructions_in_loops_count_as_often_as_the_loops_turn() -> None:
-    code = Code(1, 0, 0, 0, 4, tuple(nvidia_blocks(LOOPS)))
+    code = Code(1, 0, 0, 0, 0, 4, tuple(nvidia_blocks(LOOPS)))
     executed = code.executed([(3, [(5, [])])])
     assert executed["MOV"] == 1
     assert executed["FADD"] == executed["FMUL"] == 3
@@ -276,6 +279,6 @@ def test_instructions_in_loops_count_as_often_as_the_loops_turn() -> None:
 
 def test_loops_of_amd_code_are_read_too() -> None:
     text = ".LBB0_1:\n\tv_add_f32 v0, v0, v1\n\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n"
-    executed = Code(1, 0, 0, 0, 4, tuple(amd_blocks(text))).executed([(7, [])])
+    executed = Code(1, 0, 0, 0, 0, 4, tuple(amd_blocks(text))).executed([(7, [])])
     assert executed["v_add_f32"] == 7
     assert executed["s_endpgm"] == 1
