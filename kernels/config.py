@@ -107,7 +107,9 @@ def forward_configs(
 
 @dataclass(frozen=True)
 class BackwardQueryConfig:
-    """A cut of the backward pass of the queries; attributes as of `ForwardConfig`."""
+    """A cut of the backward pass of the queries; attributes as of `ForwardConfig`, and
+    `heads`: of a program, a divisor of their number; 0: all.
+    """
 
     rows: int
     columns: int
@@ -116,6 +118,9 @@ class BackwardQueryConfig:
     channel_slice: int
     num_warps: int
     num_stages: int
+    heads: int = 0
+    keep: bool = True
+    piece: int = 32
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,9 @@ class BackwardGridConfig:
         slices: channel slices that a program adds up, of values.
         parts: programs that share the pixels of a tile.
         num_warps, num_stages: Triton's.
+        heads: of a program, of keys: a divisor of their number; 0: all.
+        keep: whether all heads' keys stay in registers.
+        piece: channels of a head multiplied at once where keys are not kept.
     """
 
     rows: int
@@ -139,16 +147,27 @@ class BackwardGridConfig:
     parts: int
     num_warps: int
     num_stages: int
+    heads: int = 0
+    keep: bool = True
+    piece: int = 32
 
 
-def backward_query_configs(most_keys: MostKeys, *, half: bool) -> list[BackwardQueryConfig]:
-    """Cuts of the backward pass of the queries, best first."""
-    if not half:
-        return [BackwardQueryConfig(4, 8, 16, 0, 16, num_warps=4, num_stages=1)]
-    blocks = -(-most_keys(8, 8) // 32)
-    few = blocks if blocks <= 8 else 0
-    best = BackwardQueryConfig(8, 8, 32, few, 64, num_warps=4 if 0 < blocks <= 2 else 8, num_stages=2)
-    return [best, BackwardQueryConfig(4, 8, 16, 0, 32, num_warps=4, num_stages=1)]
+def backward_query_configs(
+    most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
+) -> list[BackwardQueryConfig]:
+    """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
+    group = _heads_of_a_program(heads, head_dim)
+    if half:
+        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
+    else:
+        best = BackwardQueryConfig(4, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False)
+    return [best, BackwardQueryConfig(4, 8, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
+
+
+def _heads_of_a_program(heads: int, head_dim: int) -> int:
+    """The most heads whose gradients stay in registers, a divisor of their number."""
+    most = max(1, _KEPT_CHANNELS // head_dim)
+    return max(number for number in range(1, heads + 1) if heads % number == 0 and number <= most)
 
 
 # Programs enough for the cards of today; a fixed number, or the sums would depend on the card.
@@ -158,15 +177,20 @@ _MOST_PARTS = 16
 _LEAST_PIXELS_OF_A_PART = 2048
 
 
-def backward_grid_configs(pixels: int, keys: int, channels: int, *, half: bool) -> list[BackwardGridConfig]:
-    """Cuts of the backward pass of the keys and of the values, best first.
+def backward_grid_configs(
+    pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int
+) -> list[BackwardGridConfig]:
+    """Cuts of the backward pass of the keys and of the values, best first; chosen as those of the forward pass.
 
     `pixels` are those of one image, `keys` those of all images.
     """
     parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
     parts = max(1, parts)
     slices = 4 if channels > 128 else 2
-    if not half:
-        return [BackwardGridConfig(4, 4, 32, 32, slices, parts, num_warps=4, num_stages=1)]
-    best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2)
-    return [best, BackwardGridConfig(4, 4, 32, 32, 2, parts, num_warps=4, num_stages=1)]
+    group = _heads_of_a_program(heads, head_dim)
+    keep = half and heads * head_dim <= _KEPT_CHANNELS and head_dim <= 32
+    if half:
+        best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2, heads=group, keep=keep)
+    else:
+        best = BackwardGridConfig(4, 4, 64, 32, slices, parts, num_warps=8, num_stages=1, heads=group, keep=False)
+    return [best, BackwardGridConfig(4, 4, 32, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
