@@ -268,7 +268,8 @@ class AnyUp(nn.Module):
         out = window_attention(
             query,
             key,
-            values.permute(0, 2, 3, 1),
+            # A pixel takes whole channels of a few keys: a copy of a small grid pays where they lie apart.
+            values.permute(0, 2, 3, 1).contiguous(),
             window=self.window,
             backend=self._backends["window_attention"],
             max_queries=q_chunk_size,

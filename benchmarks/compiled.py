@@ -262,5 +262,3 @@ def _map(function: Callable[[Case], Code], items: Sequence[Case], workers: int) 
         return [function(item) for item in items]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(function, items))
-
-

@@ -79,18 +79,24 @@ def forward_configs(
 ) -> list[ForwardConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
-    `half` says that all operands of products are of two bytes. None of these spills a register on any target that
-    `python -m benchmarks.codegen` knows, for 1 to 8 heads; that table is also what they were chosen by.
+    `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
+    where all heads have 128 channels together, none of the best spills a register; wider ones were seen to spill up
+    to 24 bytes in half precision, on sm_86 and sm_120.
     """
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
     # Four threads hold a row of a product, except where the products have a memory of their own (sm_100) or a wave's
     # matrix units another layout (AMD).
     shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    # In smaller pieces the compiler makes an empty kernel of eight wide heads of float32 for sm_100.
+    piece = 32 if target.arch == 100 else 16
     slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
     block = 32 if keep else 16
     blocks = -(-most_keys(8, 8) // block)
     resident = not wide and block * blocks <= _RESIDENT_KEYS[half] and heads * blocks <= _RESIDENT_HEAD_BLOCKS[half]
+    # sm_120 has as many registers as any, but its compiler needs some more.
+    if target.arch == 120:
+        resident = resident and heads <= 4
     if resident and half:
         best = ForwardConfig(8, 8, 32, blocks, 64, 1, 4, 2, shares, keep)
     elif resident:
@@ -98,11 +104,10 @@ def forward_configs(
     elif keep:
         best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
     elif not wide:
-        best = ForwardConfig(8, 8, 16, 0, 16, 4, 4, 1, shares, keep)
+        best = ForwardConfig(8, 8, 16, 0, 16, 2 if target.arch == 120 else 4, 4, 1, shares, keep)
     else:
-        best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=slice_)
-    rows = 4 if half else 8
-    return [best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=16)]
+        best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=piece)
+    return [best, ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)]
 
 
 @dataclass(frozen=True)

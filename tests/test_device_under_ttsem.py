@@ -49,7 +49,7 @@ def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> N
     assert "too large to be checked for races" not in run.stdout + run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith(("SKIPPED", "launched: "))]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
-    assert all("test_on_a_card" in line for line in skipped) and len(skipped) < 3, skipped
+    assert skipped and all("test_on_a_card" in line and "needs a real card" in line for line in skipped), skipped
     assert number_of("passed", run.stdout) >= 56, run.stdout[-2_000:]
     launched = "\n".join(lines)
     for dtype in ("float32", "float16", "bfloat16"):
@@ -107,9 +107,9 @@ PLANTED = {
     ),
     "keys loaded without their mask": Fault(
         "window_attention_tile.py",
-        "tl.load(place + head * head_stride, mask=exists[:, None], other=0.0)",
-        "tl.load(place + head * head_stride)",
-        "_window_attention_forward_kernel",
+        "tl.load(place + tl.full((), head, tl.int64) * head_stride, mask=exists[:, None], other=0.0)",
+        "tl.load(place + tl.full((), head, tl.int64) * head_stride)",
+        "_window_attention_backward_query_kernel",
         "past the end of the tensor passed as `key`",
     ),
 }

@@ -37,6 +37,23 @@ def no_card() -> str | None:
     return None
 
 
+def description() -> dict[str, str]:
+    """The card and the software that results belong to."""
+    import triton
+
+    import anyup
+
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return {
+        "device": torch.cuda.get_device_name(),
+        "compute_capability": capability,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "triton": triton.__version__,
+        "anyup": anyup.__version__,
+    }
+
+
 def pretended() -> bool:
     """Whether ttsem executes the launches of this process."""
     from triton import knobs

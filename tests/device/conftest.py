@@ -1,18 +1,22 @@
-"""Where the kernels run that these tests launch, and a list of the launches at the end of the run."""
+"""Where the kernels run that these tests launch, a list of the launches, and what was measured on a real card."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from card import first_stage_only, no_device, pretended
+from card import description, first_stage_only, no_card, no_device, pretended
 
 if TYPE_CHECKING:
     from anyup.kernels.launch import Launch
 
 _launches: Counter[str] = Counter()
+_outcomes: dict[str, dict[str, Any]] = {}
+_results = Path(__file__).parent / "results"
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +62,27 @@ def _described(launch: Launch) -> str:
     return ", ".join((name, *dtypes))
 
 
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What a test measures, to be stored beside its outcome."""
+    return _outcomes.setdefault(request.node.name, {})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call" and not report.skipped:
+        _outcomes.setdefault(item.name, {})["outcome"] = report.outcome
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was launched: a run that launched nothing has shown nothing."""
     for name, number in sorted(_launches.items()):
         terminalreporter.write_line(f"launched: {name}: {number}")
+    if _launches and no_card() is None:
+        card = description()
+        _results.mkdir(exist_ok=True)
+        path = _results / f"{card['device'].replace(' ', '-')}.json"
+        path.write_text(json.dumps({**card, "launches": _launches, "tests": _outcomes}, indent=1) + "\n")
+        terminalreporter.write_line(f"results: {path}")

@@ -20,7 +20,7 @@ from anyup.kernels.config import (
     forward_configs,
 )
 from anyup.ops.window_attention import reference
-from anyup.ops.window_attention.fused import dot_precision, window_rule
+from anyup.ops.window_attention.fused import dot_precision, target, window_rule
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import Window
 
@@ -42,7 +42,7 @@ def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
 
     keys = shape.batch * math.prod(shape.grid)
     choices: tuple[Sequence[Any], ...] = (
-        forward_configs(keys_of, half=half),
+        forward_configs(keys_of, target=target(), half=half, heads=shape.heads, head_dim=shape.head_dim),
         backward_query_configs(keys_of, half=half),
         backward_grid_configs(math.prod(shape.output), keys, shape.channels, half=half),
     )

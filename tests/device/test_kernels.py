@@ -35,12 +35,12 @@ LAYOUTS = {"partial tiles": channels_first, "many keys": with_gaps, "one pixel":
 
 ODD_CUTS = {
     "rows of pixels, keys in columns": Cuts(
-        ForwardConfig(1, 16, 16, 0, 16, 3, num_warps=4, num_stages=1),
+        ForwardConfig(1, 16, 16, 0, 16, 3, num_warps=4, num_stages=1, shares=1, keep=False, piece=16),
         BackwardQueryConfig(1, 16, 16, 0, 16, num_warps=4, num_stages=1),
         BackwardGridConfig(16, 1, 16, 16, 2, 2, num_warps=4, num_stages=1),
     ),
     "tall tiles, more blocks than keys": Cuts(
-        ForwardConfig(16, 2, 16, 3, 32, 1, num_warps=4, num_stages=1),
+        ForwardConfig(16, 2, 16, 3, 32, 1, num_warps=4, num_stages=1, shares=2),
         BackwardQueryConfig(16, 2, 32, 2, 32, num_warps=4, num_stages=1),
         BackwardGridConfig(2, 8, 32, 16, 1, 1, num_warps=4, num_stages=1),
     ),

@@ -1,0 +1,267 @@
+"""What only a real card can show: numbers at a realistic size, memory, determinism, capture; `pytest -m gpu`.
+
+What is measured is stored as JSON under the card's name (see `conftest.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_close_enough, output_and_gradients
+from card import no_card
+from recipe import AttentionShape, attention_tensors, fill, wave
+from torch import Tensor
+
+from anyup import AnyUp
+from anyup.kernels.config import backward_grid_configs
+from anyup.ops import explain_backends, window_attention
+from anyup.window import RatioWindow
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# 448 x 448 from 32 x 32, ViT-S features.
+REAL = AttentionShape((448, 448), (32, 32), channels=384, heads=4, head_dim=32)
+
+# The allocator rounds each tensor up to 512 bytes.
+ROUNDING = 16 * 512
+
+
+@pytest.fixture(autouse=True)
+def _card_or_skip(launched: Any) -> None:
+    reason = no_card()
+    if reason is not None:
+        pytest.skip(f"needs a real card: {reason}")
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whoever waits for the device is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def attention(shape: AttentionShape) -> Callable[..., Tensor]:
+    """The operator in the layout of the model's output, as the error rule calls it."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
+        return window_attention(query, key, value, window=shape.window, backend=backend).permute(0, 3, 1, 2)
+
+    return run
+
+
+def on_card(shape: AttentionShape, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in attention_tensors(shape, seed, dtype).items()}
+
+
+def model(dtype: torch.dtype = torch.float32) -> AnyUp:
+    return fill(AnyUp(), 0).cuda().to(dtype).eval()
+
+
+def model_inputs(dtype: torch.dtype = torch.float32, phase: int = 3) -> tuple[Tensor, Tensor]:
+    return wave((1, 3, 448, 448), phase, 0.8).cuda().to(dtype), wave((1, 384, 32, 32), phase + 4).cuda().to(dtype)
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def peak_of(function: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes of device memory that a call takes beyond what is held before it, and its result."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, result
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_at_448_obeys_the_error_rule(dtype: torch.dtype, measured: dict[str, Any]) -> None:
+    """Measured with the `torch` backend, in float64 too: the reference would need tens of gigabytes."""
+    tensors = on_card(REAL, dtype)
+    actual = output_and_gradients(attention(REAL), tensors, "triton")
+    narrow = output_and_gradients(attention(REAL), tensors, "torch")
+    exact = output_and_gradients(attention(REAL), {name: t.double() for name, t in tensors.items()}, "torch")
+    measured["relative errors"] = {name: relative_error(actual[name], exact[name]) for name in exact}
+    for name in exact:
+        assert_close_enough(actual[name], narrow[name], exact[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_at_112_obeys_the_error_rule_by_the_reference(dtype: torch.dtype) -> None:
+    shape = REAL._replace(output=(112, 112), grid=(16, 16))
+    tensors = on_card(shape, dtype)
+    actual = output_and_gradients(attention(shape), tensors, "triton")
+    narrow = output_and_gradients(attention(shape), tensors, "reference")
+    exact = output_and_gradients(attention(shape), {name: t.double() for name, t in tensors.items()}, "reference")
+    for name in exact:
+        assert_close_enough(actual[name], narrow[name], exact[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_forward_pass_allocates_its_output_alone(dtype: torch.dtype, measured: dict[str, Any]) -> None:
+    tensors = on_card(REAL, dtype)
+
+    def run() -> Tensor:
+        return window_attention(**tensors, window=REAL.window, backend="triton")
+
+    run()  # the first call compiles
+    peak, out = peak_of(run)
+    measured.update(peak_bytes=peak, output_bytes=bytes_of(out))
+    assert bytes_of(out) <= peak <= bytes_of(out) + ROUNDING
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_gradients_the_forward_pass_keeps_a_number_for_each_pixel_and_head_besides(dtype: torch.dtype) -> None:
+    tensors = {name: tensor.requires_grad_() for name, tensor in on_card(REAL, dtype).items()}
+
+    def run() -> Tensor:
+        return window_attention(**tensors, window=REAL.window, backend="triton")
+
+    run()
+    peak, out = peak_of(run)
+    statistics = 4 * tensors["query"].shape[:4].numel()
+    assert bytes_of(out) + statistics <= peak <= bytes_of(out) + statistics + ROUNDING
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backward_pass_allocates_gradients_two_statistics_and_the_parts(
+    dtype: torch.dtype, measured: dict[str, Any]
+) -> None:
+    tensors = {name: tensor.requires_grad_() for name, tensor in on_card(REAL, dtype).items()}
+    leaves = list(tensors.values())
+    out = window_attention(**tensors, window=REAL.window, backend="triton")
+    grad = torch.randn_like(out)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    run()
+    peak, gradients = peak_of(run)
+    pixels, keys = (tensors[name].shape[1:3].numel() for name in ("query", "key"))
+    parts = backward_grid_configs(pixels, keys, REAL.channels, half=dtype != torch.float32)[0].parts
+    # The parts' sum is made in float32, before it becomes the gradient.
+    in_parts = 4 * (parts + 1) * max(tensors["key"].numel(), tensors["value"].numel()) if parts > 1 else 0
+    allowed = bytes_of(*gradients) + 2 * 4 * tensors["query"].shape[:4].numel() + in_parts
+    measured.update(peak_bytes=peak, allowed_bytes=allowed, parts=parts)
+    assert bytes_of(*gradients) <= peak <= allowed + ROUNDING
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_are_bit_equal_from_run_to_run(dtype: torch.dtype) -> None:
+    tensors = on_card(REAL, dtype)
+    first, second = (output_and_gradients(attention(REAL), tensors, "triton") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_neither_pass_waits_for_the_device() -> None:
+    tensors = {name: tensor.requires_grad_() for name, tensor in on_card(REAL).items()}
+    grad = torch.randn(1, *REAL.output, REAL.channels, device="cuda")
+
+    def run() -> tuple[Tensor, ...]:
+        out = window_attention(**tensors, window=REAL.window, backend="triton")
+        return torch.autograd.grad(out, list(tensors.values()), grad)
+
+    run()  # loading a kernel waits
+    with no_waiting():
+        run()
+
+
+def test_the_upsampler_does_not_wait_for_the_device() -> None:
+    upsampler, inputs = model(), model_inputs()
+    with torch.inference_mode():
+        upsampler(*inputs)
+        with no_waiting():
+            upsampler(*inputs)
+
+
+def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A call captured in a graph, after calls on a stream of its own as capture wants them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+def test_both_passes_of_the_attention_are_captured_in_a_graph_and_replayed_on_other_numbers() -> None:
+    tensors, others = on_card(REAL, torch.bfloat16), on_card(REAL, torch.bfloat16, seed=1)
+    grad = torch.randn(1, *REAL.output, REAL.channels, device="cuda").bfloat16()
+    settings = (*("ratio", 0.1), 32**-0.5, "triton")
+
+    def run() -> tuple[Tensor, ...]:
+        out, lse = torch.ops.anyup.window_attention(*tensors.values(), *settings, 0, True)
+        return out, *torch.ops.anyup.window_attention_backward(grad, *tensors.values(), lse, *settings)
+
+    graph, results = captured(run)
+    for name, tensor in tensors.items():
+        tensor.copy_(others[name])
+    graph.replay()
+    replayed = [result.clone() for result in results]
+    for actual, expected in zip(replayed, run(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_upsampler_is_captured_in_a_graph_and_replayed_on_another_image(dtype: torch.dtype) -> None:
+    upsampler, inputs, others = model(dtype), model_inputs(dtype), model_inputs(dtype, phase=13)
+    with torch.inference_mode():
+        graph, out = captured(lambda: upsampler(*inputs))
+        for tensor, other in zip(inputs, others, strict=True):
+            tensor.copy_(other)
+        graph.replay()
+        replayed = out.clone()
+        expected = upsampler(*others)
+    # A library may choose another algorithm outside a graph.
+    assert relative_error(replayed, expected.double()) < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_upsampler_chooses_the_kernels_and_stays_near_float64(
+    dtype: torch.dtype, launched: Any, measured: dict[str, Any]
+) -> None:
+    image, features = model_inputs()
+    upsampler = model(dtype)
+    with torch.inference_mode():
+        assert upsampler.explain(image.to(dtype), features.to(dtype)).chosen["window_attention"] == "triton"
+        peak, out = peak_of(lambda: upsampler(image.to(dtype), features.to(dtype)))
+        assert launched.total() == 1
+        exact = model(torch.float64)(image.double(), features.double())
+    error = relative_error(out, exact)
+    measured.update(relative_error=error, peak_bytes=peak)
+    assert error < {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+
+
+def test_a_problem_that_the_kernels_do_not_take_is_warned_about_once() -> None:
+    from anyup.ops.window_attention.operator import OPERATION
+
+    tensors = on_card(AttentionShape((16, 16), (4, 4), head_dim=24))
+    OPERATION._warned_of_slow_path = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            window_attention(**tensors, window=RatioWindow(0.1), max_queries=None)
+    chosen = explain_backends(**tensors, window=RatioWindow(0.1)).chosen
+    slow = [str(w.message) for w in caught if "slow backend" in str(w.message)]
+    assert len(slow) == (chosen == "torch"), (chosen, slow)
