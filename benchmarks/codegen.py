@@ -22,8 +22,8 @@ RESULT = Path(__file__).parent / "results" / "codegen.json"
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line for each row; times are modelled."""
     head = (
-        "kernel", "target", "dtype", "C", "workload", "tile, block, warps", "reg", "spill", "shared KB", "warps/SM", "tensor",
-        "ld/st bits", "instr/px", "B/px asked", "floor us", "modelled us", "ratio", "binds",
+        "kernel", "target", "dtype", "C", "workload", "tile, block, warps", "reg", "spill", "shared KB", "warps/SM",
+        "tensor", "ld/st bits", "instr/px", "B/px asked", "floor us", "modelled us", "ratio", "binds",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:

@@ -164,9 +164,16 @@ def backward_query_configs(
     group = _heads_of_a_program(heads, head_dim)
     if half:
         best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
+    elif _multiplies_64_rows(target):
+        best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
     else:
-        best = BackwardQueryConfig(4, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False)
-    return [best, BackwardQueryConfig(4, 8, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
+        best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False)
+    return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
+
+
+def _multiplies_64_rows(target: Target) -> bool:
+    """Whether the matrix units take 64 rows of tf32 from shared memory, which saves registers."""
+    return target.backend == "cuda" and target.arch in (90, 100)
 
 
 def _heads_of_a_program(heads: int, head_dim: int) -> int:
@@ -191,11 +198,13 @@ def backward_grid_configs(
     """
     parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
     parts = max(1, parts)
-    slices = 4 if channels > 128 else 2
+    slices = 4 if channels > 128 and head_dim <= 32 else 2
     group = _heads_of_a_program(heads, head_dim)
-    keep = half and heads * head_dim <= _KEPT_CHANNELS and head_dim <= 32
+    keep = heads <= 4 and head_dim <= 32
     if half:
         best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2, heads=group, keep=keep)
-    else:
+    elif _multiplies_64_rows(target):
         best = BackwardGridConfig(4, 4, 64, 32, slices, parts, num_warps=8, num_stages=1, heads=group, keep=False)
-    return [best, BackwardGridConfig(4, 4, 32, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
+    else:
+        best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
+    return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
