@@ -164,10 +164,11 @@ def backward_query_configs(
     group = _heads_of_a_program(heads, head_dim)
     if half:
         best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
-    elif _multiplies_64_rows(target):
+    elif _multiplies_64_rows(target) and head_dim <= 32:
         best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
     else:
-        best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False)
+        warps = 4 if head_dim <= 32 else 8
+        best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, keep=False)
     return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
 
 
@@ -198,12 +199,17 @@ def backward_grid_configs(
     """
     parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
     parts = max(1, parts)
-    slices = 4 if channels > 128 and head_dim <= 32 else 2
     group = _heads_of_a_program(heads, head_dim)
-    keep = heads <= 4 and head_dim <= 32
+    keep = half and heads <= 4 and head_dim <= 32
+    if head_dim > 32 or channels <= 128 or (half and not keep):
+        slices = 2
+    elif half and target.backend == "cuda" and target.arch != 100:
+        slices = 6  # of 64 channels: most features in one run
+    else:
+        slices = 4
     if half:
         best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2, heads=group, keep=keep)
-    elif _multiplies_64_rows(target):
+    elif _multiplies_64_rows(target) and head_dim <= 32:
         best = BackwardGridConfig(4, 4, 64, 32, slices, parts, num_warps=8, num_stages=1, heads=group, keep=False)
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
