@@ -177,9 +177,9 @@ def _multiplies_64_rows(target: Target) -> bool:
     return target.backend == "cuda" and target.arch in (90, 100)
 
 
-def _heads_of_a_program(heads: int, head_dim: int) -> int:
-    """The most heads whose gradients stay in registers, a divisor of their number."""
-    most = max(1, _KEPT_CHANNELS // head_dim)
+def _heads_of_a_program(heads: int, head_dim: int, most: int = 8) -> int:
+    """The most heads whose gradients stay in registers, a divisor of their number, not above `most`."""
+    most = min(most, max(1, _KEPT_CHANNELS // head_dim))
     return max(number for number in range(1, heads + 1) if heads % number == 0 and number <= most)
 
 
@@ -199,7 +199,7 @@ def backward_grid_configs(
     """
     parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
     parts = max(1, parts)
-    group = _heads_of_a_program(heads, head_dim)
+    group = _heads_of_a_program(heads, head_dim, most=4 if half else 8)
     keep = half and heads <= 4 and head_dim <= 32
     if head_dim > 32 or channels <= 128 or (half and not keep):
         slices = 2
