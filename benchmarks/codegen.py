@@ -1,6 +1,6 @@
 """What the compiler makes of each kernel, and a roofline of it; no GPU is needed.
 
-    python -m benchmarks.codegen [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE]
+    python -m benchmarks.codegen [--kernel NAME] [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE]
 
 Every launch is planned by the package itself, with the config that it would choose, and compiled ahead of time.
 Registers, spills, shared memory and instructions are the compiler's; bytes, operations and times are *modelled*
@@ -22,21 +22,22 @@ RESULT = Path(__file__).parent / "results" / "codegen.json"
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line for each row; times are modelled."""
     head = (
-        "target", "dtype", "C", "workload", "tile, keys, warps", "reg", "spill", "shared KB", "warps/SM", "tensor",
-        "ld/st bits", "instr/px", "B/px asked", "floor us", "modelled us", "ratio", "binds",
+        "kernel", "target", "dtype", "C", "workload", "tile, block, warps", "reg", "spill", "shared KB", "warps/SM",
+        "tensor", "ld/st bits", "instr/px", "B/px asked", "floor us", "modelled us", "ratio", "binds",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cut = row["config"]
-        keys = f"{cut['resident_blocks'] or 'any'} x {cut['block_keys']}"
+        pixels = cut.get("block_pixels")
+        block = f"{pixels} pixels" if pixels else f"{cut['resident_blocks'] or 'any'} x {cut['block_keys']}"
         warps = min(row["warps_by_registers"], row["warps_by_shared"], row["warps_by_threads"])
         ratio = f"{row['modelled_us'] / row['floor_us']:.2f}" if row["floor_us"] else ""
         cells = (
-            row["target"], row["dtype"], row["channels"], row["workload"],
-            f"{cut['rows']}x{cut['columns']}, {keys}, {cut['num_warps']}", row["registers"],
+            row["kernel"].removeprefix("window_attention_"), row["target"], row["dtype"], row["channels"],
+            row["workload"], f"{cut['rows']}x{cut['columns']}, {block}, {cut['num_warps']}", row["registers"],
             f"{row['spill_bytes']}/{row['spill_instructions']}", f"{row['shared_bytes'] / 1024:.0f}",
             f"{warps}/{row['warps_of']}", row["tensor_core_instructions"],
-            f"{row['widest_load_bits']}/{row['widest_store_bits']}", row["instructions_per_pixel"],
+            f"{row['widest_load_bits']}/{row['widest_store_bits']}", row["instructions_per_pixel"] or "",
             f"{row['bytes_per_pixel']:.0f}/{row['bytes_asked_per_pixel']:.0f}", row["floor_us"] or "",
             row["modelled_us"] or "", ratio, row["modelled_term"] or "",
         )  # fmt: skip
@@ -48,17 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     # Interpreted kernels have no code. This must be said before triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
-    from benchmarks.compiled import ARCHITECTURES, CHANNELS, DTYPES, HEAD_DIM, HEADS, cases, measure
+    from benchmarks.compiled import ARCHITECTURES, CHANNELS, DTYPES, HEAD_DIM, HEADS, KERNELS, cases, measure
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--channels", nargs="+", type=int, default=CHANNELS)
     parser.add_argument("--heads", nargs=2, type=int, default=(HEADS, HEAD_DIM), metavar=("NUMBER", "WIDTH"))
+    parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--smallest", action="store_true", help="the smallest workload alone")
     parser.add_argument("--json", type=Path, help=f"where to store the rows; the repository's is {RESULT}")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     chosen = parser.parse_args(arguments)
-    rows = measure(list(cases(chosen.arch, chosen.dtype, chosen.channels, tuple(chosen.heads))), chosen.workers)
+    sizes = slice(1) if chosen.smallest else slice(None)
+    wanted = list(cases(chosen.arch, chosen.dtype, chosen.channels, tuple(chosen.heads), chosen.kernel, sizes))
+    rows = measure(wanted, chosen.workers)
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

@@ -5,6 +5,7 @@ Imported where Triton does not interpret kernels, it compiles; elsewhere it stil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 
 from anyup.kernels import config
-from anyup.kernels.config import ForwardConfig
+from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.kernels.launch import Launch
+from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
+from anyup.kernels.window_attention_backward_query import plan_backward_query
 from anyup.kernels.window_attention_forward import plan_forward
 from anyup.ops.window_attention.fused import window_rule
 from anyup.ops.window_attention.tiles import most_keys
@@ -25,7 +28,7 @@ from benchmarks import roofline
 from benchmarks.ahead_of_time import CUDA_ARCHITECTURES, compilation_of, target_of
 from benchmarks.machine_code import Code, read
 from benchmarks.occupancy import LIMITS, occupancy
-from benchmarks.window_attention_work import Work, forward_work
+from benchmarks.window_attention_work import Work, backward_grid_work, backward_query_work, forward_work
 from benchmarks.workloads import Workload, square
 
 WINDOW = RatioWindow(0.1)
@@ -34,6 +37,9 @@ CHANNELS = (384, 768, 1024)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ARCHITECTURES = (*map(str, CUDA_ARCHITECTURES), "gfx942")
 
+KERNELS = tuple(f"window_attention_{name}" for name in ("forward", "backward_query", "backward_key", "backward_value"))
+
+Cut = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
 Row = dict[str, Any]
 
 
@@ -44,7 +50,7 @@ def workloads(channels: int) -> tuple[Workload, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """A forward pass of the window attention on a target."""
+    """A kernel of the window attention on a target."""
 
     workload: Workload
     arch: str
@@ -52,22 +58,30 @@ class Case:
     heads: int = HEADS
     head_dim: int = HEAD_DIM
     save_lse: bool = False
-    cut: ForwardConfig | None = None
+    cut: Cut | None = None
+    kernel: str = KERNELS[0]
 
     @cached_property
-    def configs(self) -> list[ForwardConfig]:
+    def configs(self) -> Sequence[Cut]:
         """The configs that the launcher tries, in order; `cut` instead where it is given."""
         if self.cut is not None:
             return [self.cut]
-        sizes = self.workload.size, self.workload.grid
-        target = target_of(self.arch)
-        return config.forward_configs(
-            lambda rows, columns: most_keys(WINDOW, *sizes, (rows, columns)),
-            target=config.Target(target.backend, target.arch),
-            half=self.half,
-            heads=self.heads,
-            head_dim=self.head_dim,
-        )
+        w, target = self.workload, target_of(self.arch)
+        known = {
+            "target": config.Target(target.backend, target.arch),
+            "half": self.half,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+        }
+
+        def keys(rows: int, columns: int) -> int:
+            return most_keys(WINDOW, w.size, w.grid, (rows, columns))
+
+        if self.kernel == KERNELS[0]:
+            return config.forward_configs(keys, **known)
+        if self.kernel == KERNELS[1]:
+            return config.backward_query_configs(keys, **known)
+        return config.backward_grid_configs(math.prod(w.size), w.batch * w.keys, w.channels, **known)
 
     @property
     def half(self) -> bool:
@@ -87,21 +101,32 @@ class Case:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        return plan_forward(
-            empty(w.batch, *w.size, *heads),
-            empty(w.batch, *w.grid, *heads),
-            empty(w.batch, *w.grid, w.channels),
-            empty(w.batch, *w.size, w.channels),
-            empty(*((w.batch, *w.size, self.heads) if self.save_lse else (0,)), dtype=torch.float32),
-            window=window_rule(WINDOW, w.size, w.grid),
-            scale=self.head_dim**-0.5,
-            precision=self.precision,
-            config=self.configs[number],
-        )
+        cut: Any = self.configs[number]
+        query, key = empty(w.batch, *w.size, *heads), empty(w.batch, *w.grid, *heads)
+        value, out = empty(w.batch, *w.grid, w.channels), empty(w.batch, *w.size, w.channels)
+        statistic = empty(w.batch, *w.size, self.heads, dtype=torch.float32)
+        shared: dict[str, Any] = {
+            "window": window_rule(WINDOW, w.size, w.grid),
+            "scale": self.head_dim**-0.5,
+            "precision": self.precision,
+            "config": cut,
+        }
+        if self.kernel == KERNELS[0]:
+            lse = statistic if self.save_lse else empty(0, dtype=torch.float32)
+            return plan_forward(query, key, value, out, lse, **shared)
+        if self.kernel == KERNELS[1]:
+            return plan_backward_query(out, query, key, value, statistic, query, statistic, statistic, **shared)
+        sums = torch.float32 if cut.parts > 1 else dtype
+        if self.kernel == KERNELS[2]:
+            parts = empty(cut.parts, *key.shape, dtype=sums)
+            return plan_backward_key(out, query, key, value, statistic, statistic, statistic, parts, **shared)
+        parts = empty(cut.parts, *value.shape, dtype=sums)
+        return plan_backward_value(out, query, key, statistic, statistic, parts, **shared)
 
     def work(self, number: int = 0) -> Work:
         """The work of that launch, for each pixel."""
-        return forward_work(self.workload, WINDOW, self.launch(number))
+        count = {KERNELS[0]: forward_work, KERNELS[1]: backward_query_work}.get(self.kernel, backward_grid_work)
+        return count(self.workload, WINDOW, self.launch(number))
 
 
 def compile_case(case: Case, number: int = 0) -> Code:
@@ -119,14 +144,19 @@ def row_of(case: Case, code: Code) -> Row:
     """All that is known of a case."""
     work = case.work()
     warps = occupancy(case.arch, registers=code.registers, shared=code.shared_bytes, warps=code.warps)
+    programs = work.programs * code.warps / case.workload.pixels
+    by_kind: dict[str, float] | None = None
+    instructions: float | None = None
     try:
         executed = code.executed(work.turns)
+        by_kind = {n: round(c * programs, 1) for n, c in executed.most_common(12)}
+        instructions = round(sum(executed.values()) * programs, 1)
     except ValueError as error:
-        raise ValueError(f"{case}: {error}") from error
-    programs = work.programs * code.warps / case.workload.pixels
-    instructions = sum(executed.values()) * programs
+        # The backward kernels' loops are modelled where the compiler leaves them as they are written.
+        if case.kernel == KERNELS[0]:
+            raise ValueError(f"{case}: {error}") from error
     row: Row = {
-        "kernel": "window_attention_forward",
+        "kernel": case.kernel,
         "target": case.arch,
         "dtype": case.dtype,
         "channels": case.workload.channels,
@@ -149,8 +179,8 @@ def row_of(case: Case, code: Code) -> Row:
         "widest_store_bits": code.widest("store"),
         "copies_to_shared": code.count("LDGSTS"),
         "code_instructions": sum(len(block.instructions) for block in code.blocks),
-        "instructions_per_pixel": round(instructions, 1),
-        "instructions_by_kind": {n: round(c * programs, 1) for n, c in executed.most_common(12)},
+        "instructions_per_pixel": instructions,
+        "instructions_by_kind": by_kind,
         "bytes_per_pixel": round(work.bytes_compulsory, 1),
         "bytes_asked_per_pixel": round(work.bytes_asked, 1),
         "operations_per_pixel": round(work.logit_operations + work.value_operations),
@@ -164,8 +194,11 @@ def row_of(case: Case, code: Code) -> Row:
     return row
 
 
-def times_of(case: Case, work: Work, instructions: float) -> Row:
-    """Floor and modelled time on the device of the case's target; None without one."""
+def times_of(case: Case, work: Work, instructions: float | None) -> Row:
+    """Floor and modelled time on the device of the case's target; None without one.
+
+    Where instructions are not known the modelled time leaves them out.
+    """
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(("device", "floor_us", "floor_term", "modelled_us", "modelled_term", "terms_us"))
@@ -185,7 +218,7 @@ def times_of(case: Case, work: Work, instructions: float) -> Row:
         bytes_asked=work.bytes_asked,
         operations=(work.logit_operations + work.value_operations) * (1 if case.half else 3),
         exponentials=work.exponentials,
-        instructions=instructions,
+        instructions=instructions or 0.0,
         half=case.half,
     )
     return {
@@ -203,13 +236,16 @@ def cases(
     dtypes: Sequence[str],
     channels: Sequence[int] = CHANNELS,
     heads: tuple[int, int] = (HEADS, HEAD_DIM),
+    kernels: Sequence[str] = KERNELS,
+    sizes: slice = slice(None),
 ) -> Iterator[Case]:
-    """Every case of the table; `heads`: their number and width."""
+    """Every case of the table; `heads`: their number and width; `sizes`: which of `workloads`."""
     for arch in architectures:
         for dtype in dtypes:
             for number in channels:
-                for workload in workloads(number):
-                    yield Case(workload, arch, dtype, *heads)
+                for workload in workloads(number)[sizes]:
+                    for kernel in kernels:
+                        yield Case(workload, arch, dtype, *heads, kernel=kernel)
 
 
 def measure(wanted: Sequence[Case], workers: int = 2) -> list[Row]:

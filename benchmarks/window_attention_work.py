@@ -1,15 +1,17 @@
-"""The work of the window attention's forward kernel, counted from its launch: keys, products, exponentials, bytes.
+"""The work of the window attention's kernels, counted from a launch: keys, products, exponentials, bytes.
 
 All figures are for one output pixel, averaged over the output, unless they say otherwise.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
 from anyup.ops.window_attention.tiles import axis_unions
-from anyup.window import Window
+from anyup.window import Window, axis_bounds
 from benchmarks.workloads import Workload
 
 
@@ -19,10 +21,11 @@ class Work:
 
     Attributes:
         window: keys in the exact window.
-        tile_keys: keys of the pixel's tile: what is loaded in a pass.
+        tile_keys: keys of the pixel's tile, or pairs with keys of the tiles of keys: what is loaded in a pass.
         logit_slots: keys that a pass makes logits of, padding included.
         value_slots: keys in the product with the values, padding included.
-        logit_operations, value_operations: floating-point operations of all products, padding included.
+        logit_operations, value_operations: floating-point operations of all products over the channels of the heads
+            and over those of the values, padding included.
         exact_operations: those on the exact windows, each product once.
         exponentials, exact_exponentials: of all passes; of one pass on the exact windows.
         bytes_compulsory: each input once, each output once.
@@ -53,15 +56,8 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
     resident, piece = constant["RESIDENT_BLOCKS"], constant["SLICE"]
     heads, dim = constant["HEADS"], constant["WIDTH"]
     channels = workload.channels
-    sizes = zip(workload.size, workload.grid, (rows, columns), strict=True)
-    unions = [axis_unions(window, *each) for each in sizes]
-    counts = [a * b for a in unions[0] for b in unions[1]]
-    tiles = len(counts)
-    # A tile at the border works on as many pixels as any other.
-    padded = tiles * rows * columns * workload.batch / workload.pixels
-    blocks = sum(-(-count // block) for count in counts) / tiles
-    keys = padded * sum(counts) / tiles
-    slots = padded * blocks * block
+    tiles = _pixel_tiles(workload, window, rows, columns, block)
+    padded, blocks, keys, slots = tiles.padded, tiles.blocks, tiles.keys, tiles.slots
     value_slots = padded * resident * block if resident else slots
     run = piece if resident else piece * constant["SLICES"]
     runs = -(-channels // run)
@@ -90,3 +86,127 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
         programs=launch.grid[0],
         turns=[(blocks, []), (runs, [] if resident else [(blocks, [])])],
     )
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Means over a launch's tiles of pixels: blocks of keys; keys and, padded to blocks, slots for each pixel."""
+
+    padded: float
+    blocks: float
+    keys: float
+    slots: float
+
+
+def _pixel_tiles(workload: Workload, window: Window, rows: int, columns: int, block: int) -> _Tiles:
+    sizes = zip(workload.size, workload.grid, (rows, columns), strict=True)
+    unions = [axis_unions(window, *each) for each in sizes]
+    counts = [a * b for a in unions[0] for b in unions[1]]
+    # A tile at the border works on as many pixels as any other.
+    padded = len(counts) * rows * columns * workload.batch / workload.pixels
+    blocks = sum(-(-count // block) for count in counts) / len(counts)
+    return _Tiles(padded, blocks, padded * sum(counts) / len(counts), padded * blocks * block)
+
+
+def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work:
+    """The work of a launch that `kernels.window_attention_backward_query.plan_backward_query` made."""
+    constant, argument = launch.constants, launch.arguments
+    rows, columns, block = constant["ROWS"], constant["COLUMNS"], constant["BLOCK"]
+    resident, heads = constant["RESIDENT_BLOCKS"], constant["HEADS"]
+    tiles = _pixel_tiles(workload, window, rows, columns, block)
+    blocks = resident or tiles.blocks
+    slots = tiles.padded * blocks * block
+    width = heads * constant["WIDTH"]
+    groups = launch.grid[1]
+    slices = -(-workload.channels // constant["SLICE"])
+    exact = workload.mean_window(window)
+    query_bytes = width * argument["query"].element_size()
+    value_bytes = workload.channels * argument["value"].element_size()
+    once = 2 * query_bytes + value_bytes + 12 * heads
+    # Products with the values: once where they stay, else for delta and for dq.
+    products = groups * (1 if resident else 2)
+    grad_loads = products * (1 if resident else tiles.blocks)
+    query_loads = 1 if constant["KEEP"] else 2 * blocks
+    return Work(
+        window=exact,
+        tile_keys=tiles.keys,
+        logit_slots=slots,
+        value_slots=slots,
+        logit_operations=3 * 2 * slots * width,
+        value_operations=products * 2 * slots * slices * constant["SLICE"],
+        exact_operations=2 * exact * (workload.channels + 2 * width),
+        exponentials=2 * heads * slots,
+        exact_exponentials=heads * exact,
+        bytes_compulsory=once + (query_bytes + value_bytes) * workload.batch * workload.keys / workload.pixels,
+        bytes_asked=12 * heads
+        + query_bytes
+        + tiles.padded * (query_loads * query_bytes + grad_loads * value_bytes)
+        + ((2 if constant["KEEP"] else 3) * query_bytes + products * value_bytes) * tiles.keys / (rows * columns),
+        programs=math.prod(launch.grid),
+        turns=[(slices, [])] if resident else [(tiles.blocks, [(slices, [])])] * 2,
+    )
+
+
+def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
+    """The work of a launch that `plan_backward_key` or `plan_backward_value` of that kernel's module made.
+
+    Adding up the parts, a small kernel of torch's, is left out.
+    """
+    constant, argument = launch.constants, launch.arguments
+    of_values = "grad_value" in argument
+    block, parts, heads = constant["PIXELS"], constant["PARTS"], constant["HEADS"]
+    tile = constant["ROWS"] * constant["COLUMNS"]
+    sizes = zip(workload.size, workload.grid, (constant["ROWS"], constant["COLUMNS"]), strict=True)
+    lengths = [_axis_pixels(window, *each) for each in sizes]
+    counts = [a * b for a in lengths[0] for b in lengths[1]]
+    blocks = sum(-(-count // block) for count in counts)
+    per_pixel = workload.batch / workload.pixels
+    slots = blocks * block * tile * per_pixel
+    width = heads * constant["WIDTH"]
+    slices = -(-workload.channels // constant["SLICE"])
+    exact = workload.mean_window(window)
+    query_bytes = width * argument["query"].element_size()
+    value_bytes = workload.channels * argument["grad"].element_size()
+    grid_bytes = workload.keys * per_pixel
+    repeats = launch.grid[2]  # groups of heads, or runs of channel slices
+    loaded = blocks * block * per_pixel  # pixels, for each pixel
+    out_bytes = 4 if parts > 1 else argument["query"].element_size()
+    keys_asked = query_bytes * (len(counts) * parts if constant["KEEP"] else blocks) * tile * per_pixel
+    if of_values:
+        once = query_bytes + value_bytes + 8 * heads + (query_bytes + value_bytes) * grid_bytes
+        # Every run makes the weights again; its gradients are a share of the channels.
+        asked = loaded * (repeats * (query_bytes + 8 * heads) + value_bytes) + repeats * keys_asked
+        asked += parts * out_bytes * workload.channels * grid_bytes
+        head_products, value_products, exact_operations = repeats, repeats * constant["SLICES"], width
+    else:
+        once = query_bytes + value_bytes + 12 * heads + (2 * query_bytes + value_bytes) * grid_bytes
+        # A block's queries are loaded for the logits and again for the sum; the tile's values with every block.
+        asked = loaded * (2 * query_bytes + repeats * value_bytes + 12 * heads) + keys_asked
+        asked += repeats * value_bytes * blocks * tile * per_pixel + parts * out_bytes * width * grid_bytes
+        head_products, value_products, exact_operations = 2, repeats * slices, 2 * width
+    turns = blocks / (len(counts) * parts)
+    bisection = [(math.ceil(math.log2(size + 1)), []) for size in workload.size for _ in range(2)]
+    return Work(
+        window=exact,
+        tile_keys=sum(counts) * tile * per_pixel,
+        logit_slots=slots,
+        value_slots=slots,
+        logit_operations=2 * slots * head_products * width,
+        value_operations=2 * slots * value_products * constant["SLICE"],
+        exact_operations=2 * exact * (workload.channels + exact_operations),
+        exponentials=(repeats if of_values else 1) * heads * slots,
+        exact_exponentials=heads * exact,
+        bytes_compulsory=once,
+        bytes_asked=asked,
+        programs=math.prod(launch.grid),
+        turns=[*bisection, (turns, [] if of_values else [(slices, [])])],
+    )
+
+
+def _axis_pixels(window: Window, queries: int, keys: int, length: int) -> list[int]:
+    """Along one axis, the pixels that see any key of each run of `length` keys; the last run may be shorter."""
+    start, stop = axis_bounds(window, queries, keys)
+    return [
+        bisect_right(start, min(first + length, keys) - 1) - bisect_right(stop, first)
+        for first in range(0, keys, length)
+    ]

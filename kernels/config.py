@@ -116,7 +116,9 @@ def forward_configs(
 
 @dataclass(frozen=True)
 class BackwardQueryConfig:
-    """A cut of the backward pass of the queries; attributes as of `ForwardConfig`."""
+    """A cut of the backward pass of the queries; attributes as of `ForwardConfig`, and
+    `heads`: of a program, a divisor of their number; 0: all.
+    """
 
     rows: int
     columns: int
@@ -125,6 +127,9 @@ class BackwardQueryConfig:
     channel_slice: int
     num_warps: int
     num_stages: int
+    heads: int = 0
+    keep: bool = True
+    piece: int = 32
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,9 @@ class BackwardGridConfig:
         slices: channel slices that a program adds up, of values.
         parts: programs that share the pixels of a tile.
         num_warps, num_stages: Triton's.
+        heads: of a program, of keys: a divisor of their number; 0: all.
+        keep: whether all heads' keys stay in registers.
+        piece: channels of a head multiplied at once where keys are not kept.
     """
 
     rows: int
@@ -148,16 +156,35 @@ class BackwardGridConfig:
     parts: int
     num_warps: int
     num_stages: int
+    heads: int = 0
+    keep: bool = True
+    piece: int = 32
 
 
-def backward_query_configs(most_keys: MostKeys, *, half: bool) -> list[BackwardQueryConfig]:
-    """Cuts of the backward pass of the queries, best first."""
-    if not half:
-        return [BackwardQueryConfig(4, 8, 16, 0, 16, num_warps=4, num_stages=1)]
-    blocks = -(-most_keys(8, 8) // 32)
-    few = blocks if blocks <= 8 else 0
-    best = BackwardQueryConfig(8, 8, 32, few, 64, num_warps=4 if 0 < blocks <= 2 else 8, num_stages=2)
-    return [best, BackwardQueryConfig(4, 8, 16, 0, 32, num_warps=4, num_stages=1)]
+def backward_query_configs(
+    most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
+) -> list[BackwardQueryConfig]:
+    """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
+    group = _heads_of_a_program(heads, head_dim)
+    if half:
+        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
+    elif _multiplies_64_rows(target) and head_dim <= 32:
+        best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
+    else:
+        warps = 4 if head_dim <= 32 else 8
+        best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, keep=False)
+    return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
+
+
+def _multiplies_64_rows(target: Target) -> bool:
+    """Whether the matrix units take 64 rows of tf32 from shared memory, which saves registers."""
+    return target.backend == "cuda" and target.arch in (90, 100)
+
+
+def _heads_of_a_program(heads: int, head_dim: int, most: int = 8) -> int:
+    """The most heads whose gradients stay in registers, a divisor of their number, not above `most`."""
+    most = min(most, max(1, _KEPT_CHANNELS // head_dim))
+    return max(number for number in range(1, heads + 1) if heads % number == 0 and number <= most)
 
 
 # Programs enough for the cards of today; a fixed number, or the sums would depend on the card.
@@ -167,15 +194,27 @@ _MOST_PARTS = 16
 _LEAST_PIXELS_OF_A_PART = 2048
 
 
-def backward_grid_configs(pixels: int, keys: int, channels: int, *, half: bool) -> list[BackwardGridConfig]:
-    """Cuts of the backward pass of the keys and of the values, best first.
+def backward_grid_configs(
+    pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int
+) -> list[BackwardGridConfig]:
+    """Cuts of the backward pass of the keys and of the values, best first; chosen as those of the forward pass.
 
     `pixels` are those of one image, `keys` those of all images.
     """
     parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
     parts = max(1, parts)
-    slices = 4 if channels > 128 else 2
-    if not half:
-        return [BackwardGridConfig(4, 4, 32, 32, slices, parts, num_warps=4, num_stages=1)]
-    best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2)
-    return [best, BackwardGridConfig(4, 4, 32, 32, 2, parts, num_warps=4, num_stages=1)]
+    group = _heads_of_a_program(heads, head_dim, most=4 if half else 8)
+    keep = half and heads <= 4 and head_dim <= 32
+    if head_dim > 32 or channels <= 128 or (half and not keep):
+        slices = 2
+    elif half and target.backend == "cuda" and target.arch != 100:
+        slices = 6  # of 64 channels: most features in one run
+    else:
+        slices = 4
+    if half:
+        best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2, heads=group, keep=keep)
+    elif _multiplies_64_rows(target) and head_dim <= 32:
+        best = BackwardGridConfig(4, 4, 64, 32, slices, parts, num_warps=8, num_stages=1, heads=group, keep=False)
+    else:
+        best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
+    return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]

@@ -7,6 +7,8 @@ bisection. On a small grid the rectangle's pixels are split into parts, each wit
 enough programs.
 
 With one part, a kernel's result is the gradient; with more, (parts, ...) partial sums.
+
+A tile's keys play the part that a tile's pixels have in the other passes: they may be kept in registers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .launch import SIZES, Launch, size_arguments, strides_of
 from .window_attention_tile import (
     LOG2_E,
     load_channels,
-    logits,
+    open_queries,
     pixel_windows,
     sees_several,
     tile_pixels,
@@ -57,10 +59,29 @@ def _pixel_block(block, rectangle, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _exponentials(raw, lse, pixel, head: tl.constexpr, exponent_scale, HEADS: tl.constexpr):
-    """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights."""
-    base = tl.load(lse + pixel * HEADS + head) * LOG2_E
-    return tl.math.exp2(raw * exponent_scale - base[:, None])
+def _exponentials(
+    keys, key_channel_stride, query_place, query_channel_stride, limit, lse, entry, head: tl.constexpr,
+    exponent_scale, block, again, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights.
+
+    `query_place`, (pixels, PIECE), is the head's own. Keys that are not kept are loaded as `take_query` loads queries.
+    """
+    if KEEP:
+        raw = tl.dot(tl.load(query_place), tl.trans(keys[head]), input_precision=PRECISION)
+    else:
+        place, head_stride = keys
+        place += tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
+        raw = tl.zeros(limit.shape, tl.float32)
+        for piece in tl.static_range(WIDTH // PIECE):
+            first = tl.full((), piece * PIECE, tl.int64)
+            mine = tl.load(query_place + first * query_channel_stride)
+            theirs = tl.load(place + first * key_channel_stride)
+            raw = tl.dot(mine, tl.trans(theirs), raw, input_precision=PRECISION)
+    base = tl.load(lse + entry + head) * LOG2_E
+    # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
+    return tl.math.exp2(tl.minimum(raw, limit) * exponent_scale - base[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -72,11 +93,15 @@ def _window_attention_backward_key_kernel(
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
-    scale, exponent_scale, images,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
+    scale, exponent_scale, images, again,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
+    SLICE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS x COLUMNS keys and one part of its pixels; grid: (tiles of all images, PARTS)."""
+    """One tile of ROWS x COLUMNS keys, one part of its pixels and GROUP heads.
+
+    Grid: (tiles of all images, PARTS, groups of heads).
+    """
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
@@ -85,16 +110,20 @@ def _window_attention_backward_key_kernel(
     )
     row64 = key_row.to(tl.int64)
     column64 = key_column.to(tl.int64)
-    head_channel = tl.arange(0, WIDTH)
-    key_place = key + image * key_image_stride + head_channel[None, :] * key_channel_stride
-    key_place += (row64 * key_row_stride + column64 * key_column_stride)[:, None]
+    first_head = tl.program_id(2).to(tl.int64) * GROUP
+    keys = open_queries(
+        key + image * key_image_stride + first_head * key_head_stride,
+        row64 * key_row_stride + column64 * key_column_stride,
+        key_head_stride, key_channel_stride, GROUP, PIECE, KEEP,
+    )  # fmt: skip
     value += image * value_image_stride
     value_offset = row64 * value_row_stride + column64 * value_column_stride
-    query += image * query_image_stride
+    query += image * query_image_stride + first_head * query_head_stride
     grad += image * grad_image_stride
-    gradients = ()  # HEADS x (KEYS, WIDTH)
-    for _head in tl.static_range(HEADS):
-        gradients = gradients + (tl.zeros((KEYS, WIDTH), tl.float32),)
+    gradients = ()  # each head's pieces, (KEYS, PIECE)
+    for _piece in tl.static_range(GROUP * (WIDTH // PIECE)):
+        gradients = gradients + (tl.zeros((KEYS, PIECE), tl.float32),)
+    head_channel = tl.arange(0, PIECE).to(tl.int64)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
         row, column, exists = _pixel_block(block, rectangle, PIXELS)
         windows = pixel_windows(row, column, sizes, rule, WINDOW)
@@ -107,23 +136,30 @@ def _window_attention_backward_key_kernel(
             carried = load_channels(value, value_offset, key_exists, first, channels, value_channel_stride, SLICE)
             product = tl.dot(outer, tl.trans(carried), product, input_precision=PRECISION)
         product = product / HEADS
-        pixel = (image * height + row) * width + column
+        entry = ((image * height + row) * width + column) * HEADS + first_head
         query_place = query + head_channel[None, :] * query_channel_stride
         query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
         updated = ()
-        for head in tl.static_range(HEADS):
-            mine = tl.load(query_place + head * query_head_stride)  # (PIXELS, WIDTH)
-            theirs = tl.load(key_place + head * key_head_stride, mask=key_exists[:, None], other=0.0)
-            raw = logits(mine, theirs, limit, PRECISION)
-            several_share = tl.load(share + pixel * HEADS + head) * sees_several(windows)
-            weights = _exponentials(raw, lse, pixel, head, exponent_scale, HEADS) * several_share[:, None]
-            inner = (weights * (product - tl.load(delta + pixel * HEADS + head)[:, None])).to(mine.dtype)
-            updated = updated + (tl.dot(tl.trans(inner), mine, gradients[head], input_precision=PRECISION),)
+        for head in tl.static_range(GROUP):
+            place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
+            weights = _exponentials(
+                keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
+                again, WIDTH, PIECE, PRECISION, KEEP,
+            )  # fmt: skip
+            several_share = tl.load(share + entry + head) * sees_several(windows)
+            inner = weights * several_share[:, None] * (product - tl.load(delta + entry + head)[:, None])
+            inner = tl.trans(inner.to(query.dtype.element_ty))
+            for piece in tl.static_range(WIDTH // PIECE):
+                mine = tl.load(place + tl.full((), piece * PIECE, tl.int64) * query_channel_stride)
+                before = gradients[head * (WIDTH // PIECE) + piece]
+                updated = updated + (tl.dot(inner, mine, before, input_precision=PRECISION),)
         gradients = updated
     entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
-    for head in tl.static_range(HEADS):
-        place = grad_key + (entry[:, None] * HEADS + head) * WIDTH + head_channel[None, :]
-        tl.store(place, gradients[head] * scale, mask=key_exists[:, None])
+    entry = entry * HEADS + first_head
+    for head in tl.static_range(GROUP):
+        for piece in tl.static_range(WIDTH // PIECE):
+            place = grad_key + (entry[:, None] + head) * WIDTH + (piece * PIECE + head_channel)[None, :]
+            tl.store(place, gradients[head * (WIDTH // PIECE) + piece] * scale, mask=key_exists[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -134,9 +170,10 @@ def _window_attention_backward_value_kernel(
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
-    exponent_scale, images,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr,
+    exponent_scale, images, again,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
+    SLICES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS keys, a part of its pixels and SLICES channel slices.
 
@@ -148,9 +185,12 @@ def _window_attention_backward_value_kernel(
     image, key_row, key_column, key_exists, rectangle = _tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
-    head_channel = tl.arange(0, WIDTH)
-    key_place = key + image * key_image_stride + head_channel[None, :] * key_channel_stride
-    key_place += (key_row.to(tl.int64) * key_row_stride + key_column.to(tl.int64) * key_column_stride)[:, None]
+    keys = open_queries(
+        key + image * key_image_stride,
+        key_row.to(tl.int64) * key_row_stride + key_column.to(tl.int64) * key_column_stride,
+        key_head_stride, key_channel_stride, HEADS, PIECE, KEEP,
+    )  # fmt: skip
+    head_channel = tl.arange(0, PIECE).to(tl.int64)
     query += image * query_image_stride
     grad += image * grad_image_stride
     first = tl.program_id(2) * (SLICES * SLICE)
@@ -162,16 +202,17 @@ def _window_attention_backward_value_kernel(
         windows = pixel_windows(row, column, sizes, rule, WINDOW)
         limit = visibility(windows, key_row, key_column, key_exists)
         limit = tl.where(exists[:, None], limit, float("-inf"))  # (PIXELS, KEYS)
-        pixel = (image * height + row) * width + column
+        entry = ((image * height + row) * width + column) * HEADS
         query_place = query + head_channel[None, :] * query_channel_stride
         query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
         weights = tl.zeros((PIXELS, KEYS), tl.float32)
         for head in tl.static_range(HEADS):
-            mine = tl.load(query_place + head * query_head_stride)  # (PIXELS, WIDTH)
-            theirs = tl.load(key_place + head * key_head_stride, mask=key_exists[:, None], other=0.0)
-            raw = logits(mine, theirs, limit, PRECISION)
-            head_share = tl.load(share + pixel * HEADS + head)[:, None]
-            weights += _exponentials(raw, lse, pixel, head, exponent_scale, HEADS) * head_share
+            place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
+            exponentials = _exponentials(
+                keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
+                again, WIDTH, PIECE, PRECISION, KEEP,
+            )  # fmt: skip
+            weights += exponentials * tl.load(share + entry + head)[:, None]
         shares = tl.trans((weights / HEADS).to(grad.dtype.element_ty))  # (KEYS, PIXELS)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         updated = ()
@@ -208,9 +249,10 @@ def plan_backward_key(
     `share` and `delta` are what the pass over the queries stored; the other arguments are as for that pass.
     """
     tiles = _tiles(key, config)
+    group = config.heads or query.shape[3]
     return Launch(
         kernel=_window_attention_backward_key_kernel,
-        grid=(key.shape[0] * tiles[0] * tiles[1], grad_key.shape[0]),
+        grid=(key.shape[0] * tiles[0] * tiles[1], grad_key.shape[0], query.shape[3] // group),
         arguments={
             "grad": grad,
             "query": query,
@@ -226,7 +268,7 @@ def plan_backward_key(
             "scale": scale,
             "exponent_scale": scale * LOG2_E.value,
         },
-        constants=_constants(query, window, precision, config, grad_key.shape[0]),
+        constants={**_constants(query, window, precision, config, grad_key.shape[0]), "GROUP": group},
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
 
@@ -284,6 +326,7 @@ def _common_arguments(
         **strides_of("query", query, "image row column head channel"),
         **strides_of("key", key, "image row column head channel"),
         "images": key.shape[0],
+        "again": 0,
     }
 
 
@@ -300,4 +343,6 @@ def _constants(
         "COLUMNS": config.columns,
         "PIXELS": config.block_pixels,
         "SLICE": config.channel_slice,
+        "PIECE": query.shape[4] if config.keep else min(config.piece, query.shape[4]),
+        "KEEP": config.keep,
     }

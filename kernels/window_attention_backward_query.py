@@ -8,7 +8,7 @@ The exponential of a logit minus the saved log-sum-exp carries the rounding of t
 logits. So the exponentials are added up once more, and their inverse sum, near 1, is stored beside delta.
 
 Where the keys are few, dP of the whole tile stays in registers and the values are read once; where they are many, it
-is made for delta and again for dq.
+is made for delta and again for dq. Wide heads are shared out among programs, each of which makes dP.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from .config import BackwardQueryConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
 from .window_attention_tile import (
     LOG2_E,
+    head_product,
     key_block,
+    key_piece,
     load_channels,
-    logits,
     open_keys,
     open_queries,
     pixel_windows,
     sees_several,
-    take_key,
-    take_query,
     tile_keys,
     tile_pixels,
     visibility,
@@ -56,18 +55,23 @@ def _grad_weights(
 
 @triton.jit
 def _add_to_sums(
-    totals, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
+    grad_weights, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Each head's sum of exponentials, and of exponentials times dP, with a block of keys added."""
     row, column, exists = key_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
+    near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     new_totals = ()
     new_deltas = ()
     for head in tl.static_range(HEADS):
-        mine = take_query(queries, head, block, again, KEEP)
-        raw = logits(mine, take_key(near, head, exists, KEEP), limit, PRECISION)
+        raw = head_product(
+            queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+        )
+        # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
+        raw = tl.minimum(raw, limit)
         exponentials = tl.math.exp2(raw * exponent_scale - base[head][:, None])
         new_totals = new_totals + (totals[head] + tl.sum(exponentials, axis=1),)
         new_deltas = new_deltas + (deltas[head] + tl.sum(exponentials * grad_weights, axis=1),)
@@ -76,26 +80,32 @@ def _add_to_sums(
 
 @triton.jit
 def _add_to_gradients(
-    gradients, shares, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, grad_weights, again,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
+    grad_weights, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Each head's sum of dS k, with a block of keys added."""
     row, column, exists = key_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, exists, HEADS, WIDTH, KEEP)
+    near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     sums = ()
     for head in tl.static_range(HEADS):
-        mine = take_query(queries, head, block, again, KEEP)
-        theirs = take_key(near, head, exists, KEEP)
-        raw = logits(mine, theirs, limit, PRECISION)
+        raw = head_product(
+            queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+        )
+        raw = tl.minimum(raw, limit)
         weights = tl.math.exp2(raw * exponent_scale - base[head][:, None]) * shares[head][:, None]
-        inner = (weights * (grad_weights - deltas[head][:, None])).to(theirs.dtype)
-        sums = sums + (tl.dot(inner, theirs, gradients[head], input_precision=PRECISION),)
+        inner = (weights * (grad_weights - deltas[head][:, None])).to(keys[0].dtype.element_ty)
+        for piece in tl.static_range(WIDTH // PIECE):
+            theirs = key_piece(near, keys[4], head, piece, exists, PIECE, KEEP)
+            before = gradients[head * (WIDTH // PIECE) + piece]
+            sums = sums + (tl.dot(inner, theirs, before, input_precision=PRECISION),)
     return sums
 
 
 @triton.jit
-def _finish_sums(share, delta, totals, deltas, pixel, exists, windows, HEADS: tl.constexpr):
+def _finish_sums(share, delta, totals, deltas, entry, exists, windows, HEADS: tl.constexpr):
     """Store each head's inverse sum of exponentials and delta; the shares for dS, and the deltas."""
     several = sees_several(windows)
     shares = ()
@@ -103,8 +113,8 @@ def _finish_sums(share, delta, totals, deltas, pixel, exists, windows, HEADS: tl
     for head in tl.static_range(HEADS):
         inverse = 1.0 / totals[head]
         mean = deltas[head] * inverse
-        tl.store(share + pixel * HEADS + head, inverse, mask=exists)
-        tl.store(delta + pixel * HEADS + head, mean, mask=exists)
+        tl.store(share + entry + head, inverse, mask=exists)
+        tl.store(delta + entry + head, mean, mask=exists)
         shares = shares + (inverse * several,)
         means = means + (mean,)
     return shares, means
@@ -120,11 +130,11 @@ def _window_attention_backward_query_kernel(
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
     scale, exponent_scale, again,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    SLICE: tl.constexpr, RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS x COLUMNS pixels; grid: the tiles of all images.
+    """One tile of ROWS x COLUMNS pixels and GROUP heads; grid: (tiles of all images, groups of heads).
 
     With RESIDENT_BLOCKS no tile sees more than RESIDENT_BLOCKS * BLOCK keys; at 0 any number.
     """
@@ -136,27 +146,32 @@ def _window_attention_backward_query_kernel(
     )
     rectangle = tile_keys(top, left, sizes, rule, ROWS, COLUMNS, WINDOW)
     windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW)
-    keys = (key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
+    first_head = tl.program_id(1).to(tl.int64) * GROUP
+    key += image * key_image_stride + first_head * key_head_stride
+    keys = (key, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
     value += image * value_image_stride
     value_strides = (value_row_stride, value_column_stride, value_channel_stride)
     row64 = pixel_row.to(tl.int64)
     column64 = pixel_column.to(tl.int64)
     queries = open_queries(
-        query + image * query_image_stride, row64 * query_row_stride + column64 * query_column_stride,
-        query_head_stride, query_channel_stride, HEADS, WIDTH, KEEP,
+        query + image * query_image_stride + first_head * query_head_stride,
+        row64 * query_row_stride + column64 * query_column_stride,
+        query_head_stride, query_channel_stride, GROUP, PIECE, KEEP,
     )  # fmt: skip
     grad += image * grad_image_stride
     grad_offset = row64 * grad_row_stride + column64 * grad_column_stride
-    pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
+    # int64, as the image is: the place of a pixel's first head in what has one number for each head.
+    entry = ((image * height + pixel_row) * width + pixel_column) * HEADS + first_head
     base = ()
     totals = ()
     deltas = ()
-    gradients = ()
-    for head in tl.static_range(HEADS):
-        base = base + (tl.load(lse + pixel * HEADS + head) * LOG2_E,)
+    gradients = ()  # each head's pieces, (PIXELS, PIECE)
+    for head in tl.static_range(GROUP):
+        base = base + (tl.load(lse + entry + head) * LOG2_E,)
         totals = totals + (tl.zeros((PIXELS,), tl.float32),)
         deltas = deltas + (tl.zeros((PIXELS,), tl.float32),)
-        gradients = gradients + (tl.zeros((PIXELS, WIDTH), tl.float32),)
+        for _piece in tl.static_range(WIDTH // PIECE):
+            gradients = gradients + (tl.zeros((PIXELS, PIECE), tl.float32),)
 
     if RESIDENT_BLOCKS:
         products = ()  # RESIDENT_BLOCKS x (PIXELS, BLOCK)
@@ -173,14 +188,14 @@ def _window_attention_backward_query_kernel(
             products = updated
         for block in tl.static_range(RESIDENT_BLOCKS):
             totals, deltas = _add_to_sums(
-                totals, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
-                products[block] / HEADS, again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+                totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
+                products[block] / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
-        shares, deltas = _finish_sums(share, delta, totals, deltas, pixel, pixel_exists, windows, HEADS)
+        shares, deltas = _finish_sums(share, delta, totals, deltas, entry, pixel_exists, windows, GROUP)
         for block in tl.static_range(RESIDENT_BLOCKS):
             gradients = _add_to_gradients(
-                gradients, shares, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
-                products[block] / HEADS, again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+                gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
+                exponent_scale, base, products[block] / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
     else:
         blocks = tl.cdiv(rectangle[3], BLOCK)
@@ -190,24 +205,25 @@ def _window_attention_backward_query_kernel(
                 PIXELS, BLOCK, SLICE, PRECISION,
             )  # fmt: skip
             totals, deltas = _add_to_sums(
-                totals, deltas, queries, keys, block, rectangle, windows, exponent_scale, base, product / HEADS, again,
-                HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+                totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
+                product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
-        shares, deltas = _finish_sums(share, delta, totals, deltas, pixel, pixel_exists, windows, HEADS)
+        shares, deltas = _finish_sums(share, delta, totals, deltas, entry, pixel_exists, windows, GROUP)
         for block in tl.range(0, blocks):
             product = _grad_weights(
                 grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
                 PIXELS, BLOCK, SLICE, PRECISION,
             )  # fmt: skip
             gradients = _add_to_gradients(
-                gradients, shares, deltas, queries, keys, block, rectangle, windows, exponent_scale, base,
-                product / HEADS, again, HEADS, WIDTH, BLOCK, PRECISION, KEEP,
+                gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
+                exponent_scale, base, product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
 
-    channel = tl.arange(0, WIDTH)
-    for head in tl.static_range(HEADS):
-        place = grad_query + (pixel[:, None] * HEADS + head) * WIDTH + channel[None, :]
-        tl.store(place, gradients[head] * scale, mask=pixel_exists[:, None])
+    channel = tl.arange(0, PIECE)
+    for head in tl.static_range(GROUP):
+        for piece in tl.static_range(WIDTH // PIECE):
+            place = grad_query + (entry[:, None] + head) * WIDTH + (piece * PIECE + channel)[None, :]
+            tl.store(place, gradients[head * (WIDTH // PIECE) + piece] * scale, mask=pixel_exists[:, None])
 
 
 def plan_backward_query(
@@ -236,9 +252,10 @@ def plan_backward_query(
     """
     batch, height, width, heads, head_dim = query.shape
     tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
+    group = config.heads or heads
     return Launch(
         kernel=_window_attention_backward_query_kernel,
-        grid=(batch * tiles[0] * tiles[1],),
+        grid=(batch * tiles[0] * tiles[1], heads // group),
         arguments={
             "grad": grad,
             "query": query,
@@ -262,14 +279,16 @@ def plan_backward_query(
         constants={
             "WINDOW": window.kind,
             "HEADS": heads,
+            "GROUP": group,
             "WIDTH": head_dim,
+            "PIECE": head_dim if config.keep else min(config.piece, head_dim),
             "PRECISION": precision,
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "BLOCK": config.block_keys,
             "SLICE": config.channel_slice,
             "RESIDENT_BLOCKS": config.resident_blocks,
-            "KEEP": query.element_size() == 2,
+            "KEEP": config.keep,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

@@ -211,3 +211,16 @@ def pivot(largest):
     -inf - -inf would be NaN.
     """
     return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
+def key_piece(
+    near, key_channel_stride, head: tl.constexpr, piece: tl.constexpr, exists, PIECE: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
+    """PIECE channels of a head's keys of a block, (keys, PIECE); a kept head is one piece."""
+    if KEEP:
+        return near[head]
+    else:
+        place, head_stride = near
+        place += tl.full((), head, tl.int64) * head_stride + tl.full((), piece * PIECE, tl.int64) * key_channel_stride
+        return tl.load(place, mask=exists[:, None], other=0.0)

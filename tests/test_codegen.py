@@ -15,7 +15,7 @@ import pytest
 
 from anyup.kernels.config import ForwardConfig
 from benchmarks import roofline
-from benchmarks.compiled import ARCHITECTURES, DTYPES, Case
+from benchmarks.compiled import ARCHITECTURES, DTYPES, KERNELS, Case
 from benchmarks.machine_code import Code, amd_blocks, nvidia_blocks
 from benchmarks.occupancy import LIMITS
 from benchmarks.workloads import Workload, square
@@ -50,10 +50,11 @@ def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("codegen")
+    forward = ("--kernel", KERNELS[0])
     return [
-        *measured(folder, "--arch", "80", "90", "--dtype", "bfloat16", "float32"),
-        *measured(folder, "--arch", "gfx942", "--dtype", "bfloat16"),
-        *measured(folder, "--arch", "80", "--dtype", "bfloat16", "--heads", "8", "16"),
+        *measured(folder, *forward, "--arch", "80", "90", "--dtype", "bfloat16", "float32"),
+        *measured(folder, *forward, "--arch", "gfx942", "--dtype", "bfloat16"),
+        *measured(folder, *forward, "--arch", "80", "--dtype", "bfloat16", "--heads", "8", "16"),
     ]
 
 
@@ -77,6 +78,20 @@ def test_no_kernel_spills_or_asks_for_too_much_or_leaves_the_tensor_cores_idle(r
     found = {f"{r['target']} {r['dtype']} {r['workload']} heads {r['heads']}": faults(r) for r in rows}
     assert len(rows) == 18
     assert not {name: what for name, what in found.items() if what}
+
+
+def test_backward_kernels_are_as_sound(tmp_path: Path) -> None:
+    chosen = ["--smallest", "--kernel", *KERNELS[1:]]
+    rows = [
+        *measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
+        *measured(tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
+    ]
+    assert [row["kernel"] for row in rows] == 4 * list(KERNELS[1:])
+    found = {f"{r['kernel']} {r['target']} {r['dtype']}": faults(r) for r in rows}
+    assert not {name: what for name, what in found.items() if what}
+    for row in rows:
+        if row["floor_us"]:
+            assert row["floor_us"] < row["modelled_us"], row
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,11 @@ def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
         return most_keys(shape.window, shape.output, shape.grid, (rows, columns))
 
     keys = shape.batch * math.prod(shape.grid)
+    known: dict[str, Any] = {"target": target(), "half": half, "heads": shape.heads, "head_dim": shape.head_dim}
     choices: tuple[Sequence[Any], ...] = (
-        forward_configs(keys_of, target=target(), half=half, heads=shape.heads, head_dim=shape.head_dim),
-        backward_query_configs(keys_of, half=half),
-        backward_grid_configs(math.prod(shape.output), keys, shape.channels, half=half),
+        forward_configs(keys_of, **known),
+        backward_query_configs(keys_of, **known),
+        backward_grid_configs(math.prod(shape.output), keys, shape.channels, **known),
     )
     turns = range(max(2, *map(len, choices)))
     cuts = (Cuts(*(choice[min(turn, len(choice) - 1)] for choice in choices)) for turn in turns)

@@ -78,13 +78,7 @@ def forward(
     out = value.new_empty(batch, height, width, value.shape[3])
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=torch.float32)
     arguments = _shared_arguments(query, key, window, scale)
-    configs = forward_configs(
-        _tile_keys(query, key, window),
-        target=target(),
-        half=_is_half(query, value),
-        heads=heads,
-        head_dim=query.shape[4],
-    )
+    configs = forward_configs(_tile_keys(query, key, window), **_known(query, value))
     _run_first(lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(), configs)
     return out, lse
 
@@ -104,14 +98,14 @@ def backward(
     given, given_scale = query, scale
     query, scale = _positive_scale(query, scale)
     arguments = _shared_arguments(query, key, window, scale)
-    half = _is_half(query, value)
+    known = _known(query, value)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     share, delta = torch.empty_like(lse), torch.empty_like(lse)
     _run_first(
         lambda c: plan_backward_query(
             grad, query, key, value, lse, grad_query, share, delta, **arguments, config=c
         )(),
-        config.backward_query_configs(_tile_keys(query, key, window), half=half),
+        config.backward_query_configs(_tile_keys(query, key, window), **known),
     )  # fmt: skip
 
     def add_up(like: Tensor, launch: Callable[[Tensor, Any], None]) -> Tensor:
@@ -124,7 +118,7 @@ def backward(
 
         keys = like.shape[0] * like.shape[1] * like.shape[2]
         pixels = query.shape[1] * query.shape[2]
-        return _run_first(run, config.backward_grid_configs(pixels, keys, value.shape[3], half=half))
+        return _run_first(run, config.backward_grid_configs(pixels, keys, value.shape[3], **known))
 
     grad_key = add_up(
         key, lambda out, c: plan_backward_key(grad, query, key, value, lse, share, delta, out, **arguments, config=c)()
@@ -161,8 +155,14 @@ def _tile_keys(query: Tensor, key: Tensor, window: Window) -> Callable[[int, int
     return lambda rows, columns: most_keys(window, output_size, grid_size, (rows, columns))
 
 
-def _is_half(query: Tensor, value: Tensor) -> bool:
-    return query.dtype in _HALF and value.dtype in _HALF
+def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
+    """What every choice of a cut takes by name."""
+    return {
+        "target": target(),
+        "half": query.dtype in _HALF and value.dtype in _HALF,
+        "heads": query.shape[3],
+        "head_dim": query.shape[4],
+    }
 
 
 def window_rule(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]) -> WindowRule:
