@@ -92,7 +92,7 @@ def visibility(windows, row, column, exists):
 def open_queries(
     query, offset, head_stride, channel_stride, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr
 ):
-    """The queries for `take_query`: a tuple of each head's (pixels, WIDTH), or where they are if they are not kept.
+    """The queries for `head_product`: a tuple of each head's (pixels, WIDTH), or where they are if they are not kept.
 
     `offset` is each pixel's, int64.
     """
@@ -107,23 +107,8 @@ def open_queries(
 
 
 @triton.jit
-def take_query(queries, head: tl.constexpr, block, again, KEEP: tl.constexpr):
-    """A head's queries, (pixels, WIDTH).
-
-    Where they would take all registers they are not kept: those of float32, split in two for `tf32x3`, and many wide
-    heads. `again` is a 0 that the compiler knows nothing of, or it would move the load, the splitting and every
-    address out of the loop over blocks; an exclusive or, because a sum would be taken apart and half of it moved.
-    """
-    if KEEP:
-        return queries[head]
-    else:
-        place, head_stride = queries
-        return tl.load(place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again)))
-
-
-@triton.jit
 def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
-    """The keys of a block for `take_key`: a tuple of each head's (keys, WIDTH), or where they are if they are not kept.
+    """The keys of a block for `head_product`: a tuple of each head's (keys, WIDTH), or where they are if they are not kept.
 
     All heads' keys are asked for at once, so that they arrive together, where the registers allow it.
     """
@@ -141,23 +126,16 @@ def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def take_key(near, head: tl.constexpr, exists, KEEP: tl.constexpr):
-    """A head's keys of a block, (keys, WIDTH); zeros where there is no key."""
-    if KEEP:
-        return near[head]
-    else:
-        place, head_stride = near
-        return tl.load(place + tl.full((), head, tl.int64) * head_stride, mask=exists[:, None], other=0.0)
-
-
-@triton.jit
 def head_product(
     queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, exists, block, again,
     WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """A head's queries times its keys of a block, (pixels, keys) float32.
 
-    What is not kept is multiplied in pieces of PIECE channels, which is the width that it was opened with.
+    Where they would take all registers queries are not kept: those of float32, split in two for `tf32x3`, and many wide
+    heads. They are multiplied in pieces of PIECE channels, which is the width that they were opened with. `again` is a
+    0 that the compiler knows nothing of, or it would move the load, the splitting and every address out of the loop
+    over blocks; an exclusive or, because a sum would be taken apart and half of it moved.
     """
     if KEEP:
         return tl.dot(queries[head], tl.trans(near[head]), input_precision=PRECISION)
@@ -184,16 +162,6 @@ def load_channels(tensor, offset, exists, first, channels, channel_stride, SLICE
 
 
 @triton.jit
-def logits(query, key, limit, PRECISION: tl.constexpr):
-    """Unscaled logits (pixels, keys) float32 of (pixels, d) and (keys, d), -inf where a pixel does not see a key.
-
-    The smaller of a NaN and a number is the number: a NaN that a pixel does not see becomes -inf, one that it sees
-    +inf, and so the pixel's softmax NaN.
-    """
-    return tl.minimum(tl.dot(query, tl.trans(key), input_precision=PRECISION), limit)
-
-
-@triton.jit
 def sees_several(windows):
     """1 for a pixel that sees several keys and 0 for one that sees a single key, (pixels,) float32.
 
@@ -202,15 +170,6 @@ def sees_several(windows):
     """
     row_start, row_stop, column_start, column_stop = windows
     return tl.where((row_stop - row_start) * (column_stop - column_start) > 1, 1.0, 0.0)
-
-
-@triton.jit
-def pivot(largest):
-    """What is subtracted before the exponential: the largest logit, or 0 for a row that has seen no key yet.
-
-    -inf - -inf would be NaN.
-    """
-    return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit
