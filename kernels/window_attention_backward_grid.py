@@ -66,7 +66,7 @@ def _exponentials(
 ):  # fmt: skip
     """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights.
 
-    `query_place`, (pixels, PIECE), is the head's own. Keys that are not kept are loaded as queries are in `head_product`.
+    `query_place`, (pixels, PIECE), is the head's own. Keys that are not kept are loaded as `head_product` does.
     """
     if KEEP:
         raw = tl.dot(tl.load(query_place), tl.trans(keys[head]), input_precision=PRECISION)

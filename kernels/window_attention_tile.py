@@ -92,7 +92,7 @@ def visibility(windows, row, column, exists):
 def open_queries(
     query, offset, head_stride, channel_stride, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr
 ):
-    """The queries for `head_product`: a tuple of each head's (pixels, WIDTH), or where they are if they are not kept.
+    """The queries for `head_product`: a tuple of each head's (pixels, WIDTH), or where they are if not kept.
 
     `offset` is each pixel's, int64.
     """
@@ -108,7 +108,7 @@ def open_queries(
 
 @triton.jit
 def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
-    """The keys of a block for `head_product`: a tuple of each head's (keys, WIDTH), or where they are if they are not kept.
+    """The keys of a block for `head_product`: a tuple of each head's (keys, WIDTH), or where they are if not kept.
 
     All heads' keys are asked for at once, so that they arrive together, where the registers allow it.
     """
