@@ -164,19 +164,17 @@ def backward_query_configs(
     """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
     group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
     few = heads <= 4 and head_dim <= 32
-    if half:
+    if half and target.arch == 120:
+        best = BackwardQueryConfig(8, 8, 16, 0, 64, num_warps=4, num_stages=1, heads=group, keep=False)
+    elif half:
         best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
-    elif _multiplies_64_rows(target) and few:
+    elif few and target.backend == "cuda" and target.arch in (90, 100):
+        # Their matrix units take 64 rows of tf32 from shared memory, which saves registers.
         best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
     else:
         warps = 4 if head_dim <= 32 else 8
         best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, keep=False)
     return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
-
-
-def _multiplies_64_rows(target: Target) -> bool:
-    """Whether the matrix units take 64 rows of tf32 from shared memory, which saves registers."""
-    return target.backend == "cuda" and target.arch in (90, 100)
 
 
 def _heads_of_a_program(heads: int, head_dim: int, most: int) -> int:
@@ -204,7 +202,9 @@ def backward_grid_configs(
     group = _heads_of_a_program(heads, head_dim, most=4)
     few = heads <= 4 and head_dim <= 32
     # Two stages hold every head's queries in shared memory.
-    stages = 2 if heads * head_dim <= _KEPT_CHANNELS else 1
+    block, stages = (64, 2) if heads * head_dim <= _KEPT_CHANNELS else (32, 1)
+    if target.arch == 120:
+        block = 32
     if not few or channels <= 128:
         slices = 2
     elif half and target.backend == "cuda" and target.arch != 100:
@@ -212,9 +212,7 @@ def backward_grid_configs(
     else:
         slices = 4
     if half:
-        best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few)
-    elif _multiplies_64_rows(target) and few:
-        best = BackwardGridConfig(4, 4, 64, 32, slices, parts, num_warps=8, num_stages=1, heads=group, keep=False)
+        best = BackwardGridConfig(4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few)
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
     return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
