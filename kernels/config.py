@@ -165,7 +165,7 @@ def backward_query_configs(
     group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
     few = heads <= 4 and head_dim <= 32
     if half and target.arch == 120:
-        best = BackwardQueryConfig(8, 8, 16, 0, 64, num_warps=4, num_stages=1, heads=group, keep=False)
+        best = BackwardQueryConfig(4, 4, 32, 0, 64, num_warps=4, num_stages=2, heads=group, keep=False)
     elif half:
         best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
     elif few and target.backend == "cuda" and target.arch in (90, 100):
