@@ -116,8 +116,9 @@ def forward_configs(
 
 @dataclass(frozen=True)
 class BackwardQueryConfig:
-    """A cut of the backward pass of the queries; attributes as of `ForwardConfig`, and
-    `heads`: of a program, a divisor of their number; 0: all.
+    """A cut of the backward pass of the queries: `heads` of a program, a divisor of their number, 0: all.
+
+    The other attributes are as of `ForwardConfig`.
     """
 
     rows: int
@@ -165,10 +166,14 @@ def backward_query_configs(
     most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
 ) -> list[BackwardQueryConfig]:
     """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
-    group = _heads_of_a_program(heads, head_dim)
-    if half:
+    group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
+    few = heads <= 4 and head_dim <= 32
+    if half and target.arch == 120:
+        best = BackwardQueryConfig(4, 4, 32, 0, 64, num_warps=4, num_stages=2, heads=group, keep=False)
+    elif half:
         best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
-    elif _multiplies_64_rows(target) and head_dim <= 32:
+    elif few and target.backend == "cuda" and target.arch in (90, 100):
+        # Their matrix units take 64 rows of tf32 from shared memory, which saves registers.
         best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
     else:
         warps = 4 if head_dim <= 32 else 8
@@ -176,12 +181,7 @@ def backward_query_configs(
     return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
 
 
-def _multiplies_64_rows(target: Target) -> bool:
-    """Whether the matrix units take 64 rows of tf32 from shared memory, which saves registers."""
-    return target.backend == "cuda" and target.arch in (90, 100)
-
-
-def _heads_of_a_program(heads: int, head_dim: int, most: int = 8) -> int:
+def _heads_of_a_program(heads: int, head_dim: int, most: int) -> int:
     """The most heads whose gradients stay in registers, a divisor of their number, not above `most`."""
     most = min(most, max(1, _KEPT_CHANNELS // head_dim))
     return max(number for number in range(1, heads + 1) if heads % number == 0 and number <= most)
@@ -203,18 +203,20 @@ def backward_grid_configs(
     """
     parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
     parts = max(1, parts)
-    group = _heads_of_a_program(heads, head_dim, most=4 if half else 8)
-    keep = half and heads <= 4 and head_dim <= 32
-    if head_dim > 32 or channels <= 128 or (half and not keep):
+    group = _heads_of_a_program(heads, head_dim, most=4)
+    few = heads <= 4 and head_dim <= 32
+    # Two stages hold every head's queries in shared memory.
+    block, stages = (64, 2) if heads * head_dim <= _KEPT_CHANNELS else (32, 1)
+    if target.arch == 120:
+        block = 32
+    if not few or channels <= 128:
         slices = 2
     elif half and target.backend == "cuda" and target.arch != 100:
         slices = 6  # of 64 channels: most features in one run
     else:
         slices = 4
     if half:
-        best = BackwardGridConfig(4, 4, 64, 64, slices, parts, num_warps=4, num_stages=2, heads=group, keep=keep)
-    elif _multiplies_64_rows(target) and head_dim <= 32:
-        best = BackwardGridConfig(4, 4, 64, 32, slices, parts, num_warps=8, num_stages=1, heads=group, keep=False)
+        best = BackwardGridConfig(4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few)
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
     return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
