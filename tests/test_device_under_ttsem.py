@@ -95,7 +95,7 @@ PLANTED = {
         "* grid_columns + key_column + 1\n",
         "_window_attention_backward_key_kernel",
         "past the end of the tensor passed as `grad_key`",
-        line="tl.store(place, gradients[head]",
+        line="tl.store(place, gradients[head",
     ),
     "parts that write to one place": Fault(
         "window_attention_backward_grid.py",
@@ -103,13 +103,13 @@ PLANTED = {
         "(image * grid_rows",
         "_window_attention_backward_key_kernel",
         "both touch element 0 of `grad_key`",
-        line="tl.store(place, gradients[head]",
+        line="tl.store(place, gradients[head",
     ),
     "keys loaded without their mask": Fault(
         "window_attention_tile.py",
-        "tl.load(place + tl.full((), head, tl.int64) * head_stride, mask=exists[:, None], other=0.0)",
-        "tl.load(place + tl.full((), head, tl.int64) * head_stride)",
-        "_window_attention_backward_query_kernel",
+        "tl.load(theirs + first * key_channel_stride, mask=exists[:, None], other=0.0)",
+        "tl.load(theirs + first * key_channel_stride)",
+        "_window_attention_forward_kernel",
         "past the end of the tensor passed as `key`",
     ),
 }
