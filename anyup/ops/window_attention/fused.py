@@ -219,8 +219,8 @@ def _device_reasons(device: torch.device) -> list[str]:
 
     try:
         target, place = driver.active.get_current_target(), driver.active.get_active_torch_device()
-    except RuntimeError as error:
-        return [f"Triton finds no GPU here ({error})"]
+    except RuntimeError:  # its drivers are counted: none is active, or several
+        return ["Triton finds no GPU that it can drive"]
     if device.type not in ("cuda", place.type):
         return [f"tensors are on {device.type}, Triton's kernels run on {place.type}"]
     if target.backend not in ("cuda", "hip"):
