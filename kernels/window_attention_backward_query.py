@@ -7,8 +7,9 @@ delta_a(x) = sum_j P_a(x, j) dP(x, j), and dq_a = scale * sum_j dS_a k_a(j). del
 The exponential of a logit minus the saved log-sum-exp carries the rounding of the latter, which grows with the
 logits. So the exponentials are added up once more, and their inverse sum, near 1, is stored beside delta.
 
-Where the keys are few, dP of the whole tile stays in registers and the values are read once; where they are many, it
-is made for delta and again for dq. Wide heads are shared out among programs, each of which makes dP.
+dP is made for delta and again for dq; a cut may keep that of the whole tile in registers instead and read the values
+once, which no cut in `config.py` does, because each that was tried spilled on some target. Wide heads are shared out
+among programs, each of which makes dP.
 """
 
 from __future__ import annotations

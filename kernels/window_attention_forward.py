@@ -134,22 +134,9 @@ def _window_attention_forward_kernel(
         query + image * query_image_stride, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP
     )
     base, total = _head_statistics(
-        queries,
-        query_channel_stride,
-        keys,
-        rectangle,
-        windows,
-        exponent_scale,
-        again,
-        HEADS,
-        WIDTH,
-        PIECE,
-        PIXELS,
-        BLOCK,
-        PRECISION,
-        KEEP,
-        SHARES,
-    )
+        queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+        HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
+    )  # fmt: skip
     pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
     share = ()
     for head in tl.static_range(HEADS):
