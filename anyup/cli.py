@@ -1,4 +1,4 @@
-"""The command `anyup`: `demo`, `upsample` and `info`.
+"""The command `anyup`: `demo`, `upsample`, `train` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
 exit status 1, an interruption 130. Results go to files and stdout, progress to stderr. Torch is imported by
@@ -35,6 +35,7 @@ examples:
   anyup demo -o demo.png
   anyup upsample photo.jpg --encoder dinov2_s_derived -o features.npy --picture features.png
   anyup upsample photo.jpg --features low.pt --size 512 -o high.safetensors
+  anyup train --config mini data.photographs=photos output=runs/first
   anyup info
 """
 
@@ -54,6 +55,14 @@ Upsample a feature map, guided by the photograph it belongs to, and write the re
 The features come from an encoder that is run on the photograph (--encoder), or from a file (--features):
 .npy, .npz, .pt, .pth or .safetensors, of shape (C, h, w) or (1, C, h, w), any C, not normalised in any
 particular way.
+"""
+
+_TRAIN = """\
+Train the upsampler on a folder of photographs and the features of frozen encoders. Settings are read from a TOML
+file, or one of those that come with the package (mini, published), and changed by key=value, as in
+`data.photographs=photos optimizer.steps=2000`; docs/training.md explains each. The features are computed first and
+kept in the folder data.cache. Ctrl-C stops after the step at hand with a checkpoint. Several processes:
+`torchrun --nproc-per-node 4 -m anyup train ...`.
 """
 
 _INFO = """\
@@ -160,6 +169,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_weights(upsample, "anyup_multi_backbone")
 
+    train = commands.add_parser(
+        "train",
+        help="weights of your own, from photographs and encoders",
+        description=_TRAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("--config", required=True, metavar="FILE", help="a TOML file, or: mini, published")
+    train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the output folder")
+    train.add_argument("--cache-only", action="store_true", help="compute the features and stop")
+    train.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
+
     command("info", "versions, devices, backends and why, optional packages, weights", _INFO)
     return parser
 
@@ -189,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = _parser().parse_args(argv)
             debug = arguments.debug
-            run = {"demo": _demo, "upsample": _upsample, "info": _info}[arguments.command]
+            run = {"demo": _demo, "upsample": _upsample, "train": _train, "info": _info}[arguments.command]
             run(arguments)
             sys.stdout.flush()
         except SystemExit as wanted:  # --help and --version
@@ -261,6 +282,18 @@ def _info(arguments: argparse.Namespace) -> None:
     from anyup.info import report
 
     print(report(arguments.device, arguments.backend))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from anyup.training import config
+
+    try:
+        settings = config.read(arguments.config, arguments.settings)
+    except config.ConfigError as error:
+        raise UsageError(str(error)) from error
+    from anyup.training.loop import train
+
+    train(settings, resume=arguments.resume, cache_only=arguments.cache_only)
 
 
 def _upsample(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,66 @@
+"""One process, or several under torchrun by way of Accelerate.
+
+Each process takes its share of a step's samples; the gradients are the mean over the processes, which the divisors of
+the loss turn into the gradients that one process has for the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Engine:
+    """A single process on a device."""
+
+    rank = 0
+    world = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that reports and writes."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on the device; its backward pass leaves the same gradients in every process."""
+        return module.to(self.device)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+
+    def close(self) -> None:
+        """Leave the group of processes."""
+
+
+class AccelerateEngine(Engine):
+    """One of several processes: torchrun's environment variables say which, Accelerate does the rest."""
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            from accelerate import Accelerator
+        except ImportError as error:
+            raise ImportError("several processes need Accelerate: pip install 'anyup[train]'") from error
+        self._accelerator: Any = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
+        super().__init__(self._accelerator.device)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        wrapped: nn.Module = self._accelerator.prepare_model(module)
+        return wrapped
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self._accelerator.end_training()
+
+
+def start(device: torch.device) -> Engine:
+    """The engine for this process: several where torchrun says so."""
+    return AccelerateEngine(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Engine(device)

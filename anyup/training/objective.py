@@ -1,0 +1,58 @@
+"""One forward pass of the training: the upsampler and the terms of its loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyup.model import AnyUp
+from anyup.training.config import Loss
+from anyup.training.losses import cosine_loss, normalised_error, windows
+from anyup.training.samples import Batch
+
+
+class Objective(nn.Module):
+    """The upsampler with its loss: one module, so that an engine for several processes sees one forward pass."""
+
+    def __init__(self, upsampler: AnyUp, loss: Loss) -> None:
+        super().__init__()
+        self.upsampler = upsampler
+        self.loss = loss
+
+    def forward(self, batch: Batch, samples: float, augmented: float) -> dict[str, Tensor]:
+        """The terms of the loss of a batch, weighted, and their sum under "loss".
+
+        `samples` and `augmented` are what the sums over the batch's samples are divided by: the numbers of the whole
+        step, where a batch is a part of it.
+        """
+        loss = self.loss
+        out = self.upsampler(batch.guidance, batch.low, (batch.side, batch.side))
+        near = windows(out, batch.places, (batch.targets.shape[3], batch.targets.shape[4]))
+        terms = {
+            "cosine": loss.cosine * cosine_loss(near, batch.targets).sum() / samples,
+            "mse": loss.mse * normalised_error(near, batch.targets).sum() / samples,
+        }
+        if loss.input_consistency:
+            small = F.adaptive_avg_pool2d(out, batch.low.shape[2:])
+            terms["input"] = loss.input_consistency * self._distance(small, batch.low).sum() / samples
+        if loss.self_consistency and len(batch.augmented):
+            count = len(batch.augmented)
+            clean = self._clean(out, batch, count)
+            changed = self.upsampler(batch.augmented, batch.low[:count], clean.shape[2:])
+            terms["self"] = loss.self_consistency * self._distance(changed, clean).sum() / augmented
+        terms["loss"] = torch.stack(list(terms.values())).sum()
+        return terms
+
+    def _clean(self, out: Tensor, batch: Batch, count: int) -> Tensor:
+        """What the maps of the augmented guidance are held against; no gradient flows there."""
+        side = self.loss.self_consistency_size
+        if side in (0, out.shape[2]):
+            return out[:count].detach()
+        with torch.no_grad():
+            clean: Tensor = self.upsampler(batch.guidance[:count], batch.low[:count], (side, side))
+        return clean
+
+    def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        loss = self.loss
+        return loss.cosine * cosine_loss(prediction, target) + loss.mse * normalised_error(prediction, target)

@@ -1,0 +1,129 @@
+"""Which samples a step takes, and the tensors that they become.
+
+A sample's photograph follows from its number: each epoch is one pass over the photographs in an order of its own.
+Its view, crops and augmentation are drawn for its number, and a step's encoder for the step's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anyup.images import normalize_imagenet, resize
+from anyup.training.augmentations import augment
+from anyup.training.config import Settings
+from anyup.training.feature_cache import Features, Grid, Recipe
+from anyup.training.randomness import drawer
+
+
+class FeatureSource(Protocol):
+    """Where views and features come from: the cache, or the encoders at work."""
+
+    recipe: Recipe
+    grids: dict[str, Grid]
+    input_sizes: dict[str, list[int]]
+
+    def guidance(self, path: Path, view: int) -> Tensor: ...
+
+    def features(self, path: Path, encoder: str, view: int, input_size: int, crops: Sequence[int]) -> Features: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A view of a photograph, and some crops of its pool."""
+
+    number: int
+    photograph: int
+    view: int
+    crops: tuple[int, ...]
+    augmented: bool  # whether the self-consistency is asked of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of the optimizer learns from."""
+
+    encoder: str
+    input_size: int
+    guidance_size: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of some samples: `guidance` (B, 3, G, G) and `augmented` (A, 3, G, G), of the first A of them,
+    normalised; `low` (B, C, h, w); `targets` (B, K, C, hc, wc) at `places` (B, K, 2) of the (`side`, `side`) output.
+    """
+
+    guidance: Tensor
+    augmented: Tensor
+    low: Tensor
+    targets: Tensor
+    places: Tensor
+    side: int
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (t.to(device, non_blocking=True) for t in (self.guidance, self.augmented, self.low, self.targets))
+        return Batch(*moved, self.places, self.side)
+
+
+def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:
+    """Step number `number`, whose samples are counted from `first_sample`."""
+    draw = drawer(settings.seed, "step", number)
+    strides = sorted({source.grids[name].stride for name in settings.encoders})
+    stride = draw.choice(strides)  # a stride first, then an encoder of that stride
+    encoder = draw.choice([name for name in settings.encoders if source.grids[name].stride == stride])
+    batch = settings.optimizer.batch
+    consistent = math.ceil(batch * settings.loss.self_consistency_share) if settings.loss.self_consistency else 0
+    return Step(
+        encoder,
+        draw.choice(source.input_sizes[encoder]),
+        settings.guidance.size(number),
+        tuple(_sample(settings, photographs, first_sample + i, i < consistent) for i in range(batch)),
+    )
+
+
+def _sample(settings: Settings, photographs: int, number: int, augmented: bool) -> Sample:
+    epoch, position = divmod(number, photographs)
+    draw = drawer(settings.seed, "sample", number)
+    data = settings.data
+    crops = tuple(sorted(draw.sample(range(data.crops), data.crops_per_sample)))
+    return Sample(
+        number, _order(settings.seed, epoch, photographs)[position], draw.randrange(data.views), crops, augmented
+    )
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, photographs: int) -> list[int]:
+    order = list(range(photographs))
+    drawer(seed, "epoch", epoch).shuffle(order)
+    return order
+
+
+def assemble(step: Step, samples: Sequence[Sample], source: FeatureSource, paths: Sequence[Path], seed: int) -> Batch:
+    """The tensors of some of a step's samples; those to be augmented come first."""
+    samples = sorted(samples, key=lambda sample: not sample.augmented)
+    pixels = [source.guidance(paths[s.photograph], s.view) for s in samples]
+    features = [source.features(paths[s.photograph], step.encoder, s.view, step.input_size, s.crops) for s in samples]
+    size = (step.guidance_size, step.guidance_size)
+    clean = resize(torch.stack(pixels).float() / 255, size)
+    changed = [
+        augment((image * 255).round().to(torch.uint8), seed, sample.number)
+        for image, sample in zip(clean, samples, strict=True)
+        if sample.augmented
+    ]
+    return Batch(
+        normalize_imagenet(clean),
+        normalize_imagenet(torch.stack(changed)) if changed else clean.new_empty(0, *clean.shape[1:]),
+        torch.stack([f.low for f in features]),
+        torch.stack([f.targets for f in features]),
+        torch.stack([f.places for f in features]),
+        source.grids[step.encoder].image,
+    )

@@ -1,0 +1,60 @@
+"""Checkpoints of a run: complete or absent, read by `anyup.load`, and enough to go on exactly.
+
+A file holds the weights to use (the average, where there is one) under "anyup" with the constructor's arguments under
+"config", and under "training" what the run goes on from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.images import complete_or_absent
+from anyup.model import AnyUp
+
+LATEST = "latest.pth"
+
+
+@dataclass
+class State:
+    """Where a run stands after `step` steps and `samples` samples."""
+
+    step: int
+    samples: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    settings: dict[str, Any]
+    photographs: str  # a hash of their names
+
+
+def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp) -> None:
+    """Write a checkpoint; `shipped` are the weights that `anyup.load` gives."""
+    content = {
+        "anyup": {name: tensor.detach().cpu() for name, tensor in shipped.items()},
+        "config": dict(upsampler.config),
+        "training": {
+            "step": state.step,
+            "samples": state.samples,
+            "weights": state.weights,
+            "optimizer": state.optimizer,
+            "settings": state.settings,
+            "photographs": state.photographs,
+        },
+    }
+    with complete_or_absent(path) as partial:
+        torch.save(content, partial)
+
+
+def load(path: Path) -> tuple[State, dict[str, Tensor]]:
+    """A checkpoint's state and the weights to use; ValueError for a file that is none."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return State(**content["training"]), content["anyup"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of a training run ({type(error).__name__}: {error})") from error
