@@ -29,7 +29,7 @@ class Data:
     """Where the photographs are, and what is taken of them; sizes in pixels."""
 
     photographs: str = ""
-    cache: str = ""  # folder of the stored views and features
+    cache: str = ""  # folder of the stored views and features; "": none, the encoders run in each step
     held_out_every: int = 10  # for validation, by name; 0: none
     min_side: int = 448  # smaller photographs are left out
     image_size: int = 448  # side of the view whose crops give the true features
@@ -294,7 +294,8 @@ def _check(settings: Settings) -> None:
         need(key, flat[key] >= 0, "0 or more")
     need("data.held_out_every", data.held_out_every == 0 or data.held_out_every > 1, "0, or 2 and more")
     need("data.crop_size", data.crop_size <= data.image_size, f"at most image_size, {data.image_size}")
-    need("data.crops_per_sample", data.crops_per_sample <= data.crops, f"at most crops, {data.crops}")
+    if data.cache:
+        need("data.crops_per_sample", data.crops_per_sample <= data.crops, f"at most crops, {data.crops}")
     need("data.input_sizes", bool(data.input_sizes) and min(data.input_sizes) >= 1, "sizes of 1 or more")
     low, high = data.view_scales
     need("data.view_scales", 0 < low <= high <= 1, "two fractions, 0 < first <= second <= 1")

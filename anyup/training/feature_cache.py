@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from anyup.encoders import Encoder
-from anyup.images import complete_or_absent, read_photo, resize
+from anyup.images import complete_or_absent, resize
 from anyup.training.config import ConfigError, Data
-from anyup.training.photographs import draw_view, view_of
-from anyup.training.randomness import drawer
+from anyup.training.photographs import draw_view, read_large, view_of
+from anyup.training.randomness import Key, drawer
 
 _FORMAT = 1  # of the files; another one reads none of the old
 _BATCH = 16  # images that an encoder sees at a time
@@ -95,6 +95,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike[str], root: str | os.PathLike[str], recipe: Recipe) -> None:
         self.recipe = recipe
+        self.views, self.crops = recipe.views, recipe.crops
         self._folder, self._root = Path(folder), Path(root)
         pixels = dataclasses.replace(recipe, crops=0, crop_size=0, input_sizes=(), image_size=0)
         self._views = self._folder / f"views-{_hash(_FORMAT, pixels)}"
@@ -123,7 +124,7 @@ class FeatureCache:
         for count, path in enumerate(paths, 1):
             if not (self._file(folder, path).is_file() and self._file(self._views, path).is_file()):
                 try:
-                    photo = self._read_photo(path)
+                    photo = read_large(path, self.recipe.min_side)
                 except (OSError, ValueError) as error:
                     broken(path, error)
                 else:
@@ -139,7 +140,7 @@ class FeatureCache:
         recipe = dataclasses.replace(self.recipe, guidance_size=0, min_side=0)
         self._encoders[encoder.name] = self._folder / f"{slug}-{_hash(_FORMAT, facts, recipe)}"
 
-    def complete(self, path: Path) -> bool:
+    def usable(self, path: Path) -> bool:
         """Whether a photograph has its views and every registered encoder's features."""
         return all(self._file(folder, path).is_file() for folder in (self._views, *self._encoders.values()))
 
@@ -158,13 +159,6 @@ class FeatureCache:
             stored["places"][view][chosen].long(),
         )
 
-    def _read_photo(self, path: Path) -> Tensor:
-        photo = read_photo(path)
-        short = min(photo.shape[2:])
-        if short < self.recipe.min_side:
-            raise ValueError(f"{path}: its short side is {short}, less than data.min_side, {self.recipe.min_side}")
-        return photo
-
     def _write(self, encoder: Encoder, folder: Path, path: Path, photo: Tensor, device: torch.device) -> None:
         recipe, name = self.recipe, self.name(path)
         grid = self.grids[encoder.name]
@@ -179,7 +173,7 @@ class FeatureCache:
             return
         images = torch.cat([view_of(photo, view, recipe.image_size) for view in views])
         places = torch.tensor(
-            [draw_places(recipe.crops, grid, recipe.seed, encoder.name, name, index) for index in range(recipe.views)]
+            [draw_places(range(recipe.crops), grid, recipe.seed, encoder.name, name, v) for v in range(recipe.views)]
         )
         stored = {
             f"low_{size}": encode(encoder, resize(images, (size, size)), device)
@@ -198,10 +192,11 @@ class FeatureCache:
         return folder / f"{path.stem[:60]}-{_hash(self.name(path), status.st_size, status.st_mtime_ns)}.pt"
 
 
-def draw_places(count: int, grid: Grid, *key: int | str) -> list[tuple[int, int]]:
-    """The first row and column, in cells, of `count` aligned crops drawn for a key."""
-    draw, free = drawer("crops", *key), grid.image - grid.crop
-    return [(draw.randint(0, free), draw.randint(0, free)) for _ in range(count)]
+def draw_places(crops: Iterable[int], grid: Grid, *key: Key) -> list[tuple[int, int]]:
+    """The first row and column, in cells, of the aligned crops of these numbers in a key's pool."""
+    free = grid.image - grid.crop
+    draws = [drawer("crop", *key, crop) for crop in crops]
+    return [(draw.randint(0, free), draw.randint(0, free)) for draw in draws]
 
 
 def cut_crops(images: Tensor, places: Tensor, stride: int, side: int) -> Tensor:

@@ -29,6 +29,10 @@ class FeatureSource(Protocol):
     recipe: Recipe
     grids: dict[str, Grid]
     input_sizes: dict[str, list[int]]
+    views: int  # of a photograph
+    crops: int  # of a view
+
+    def usable(self, path: Path) -> bool: ...
 
     def guidance(self, path: Path, view: int) -> Tensor: ...
 
@@ -86,18 +90,16 @@ def plan(settings: Settings, source: FeatureSource, photographs: int, number: in
         encoder,
         draw.choice(source.input_sizes[encoder]),
         settings.guidance.size(number),
-        tuple(_sample(settings, photographs, first_sample + i, i < consistent) for i in range(batch)),
+        tuple(_sample(settings, source, photographs, first_sample + i, i < consistent) for i in range(batch)),
     )
 
 
-def _sample(settings: Settings, photographs: int, number: int, augmented: bool) -> Sample:
+def _sample(settings: Settings, source: FeatureSource, photographs: int, number: int, augmented: bool) -> Sample:
     epoch, position = divmod(number, photographs)
     draw = drawer(settings.seed, "sample", number)
-    data = settings.data
-    crops = tuple(sorted(draw.sample(range(data.crops), data.crops_per_sample)))
-    return Sample(
-        number, _order(settings.seed, epoch, photographs)[position], draw.randrange(data.views), crops, augmented
-    )
+    view = draw.randrange(source.views)
+    crops = tuple(draw.sample(range(source.crops), settings.data.crops_per_sample))
+    return Sample(number, _order(settings.seed, epoch, photographs)[position], view, crops, augmented)
 
 
 @lru_cache(maxsize=2)
@@ -110,8 +112,12 @@ def _order(seed: int, epoch: int, photographs: int) -> list[int]:
 def assemble(step: Step, samples: Sequence[Sample], source: FeatureSource, paths: Sequence[Path], seed: int) -> Batch:
     """The tensors of some of a step's samples; those to be augmented come first."""
     samples = sorted(samples, key=lambda sample: not sample.augmented)
-    pixels = [source.guidance(paths[s.photograph], s.view) for s in samples]
-    features = [source.features(paths[s.photograph], step.encoder, s.view, step.input_size, s.crops) for s in samples]
+    chosen = [_usable(source, paths, sample.photograph) for sample in samples]
+    pixels = [source.guidance(path, s.view) for path, s in zip(chosen, samples, strict=True)]
+    features = [
+        source.features(path, step.encoder, s.view, step.input_size, s.crops)
+        for path, s in zip(chosen, samples, strict=True)
+    ]
     size = (step.guidance_size, step.guidance_size)
     clean = resize(torch.stack(pixels).float() / 255, size)
     changed = [
@@ -127,3 +133,11 @@ def assemble(step: Step, samples: Sequence[Sample], source: FeatureSource, paths
         torch.stack([f.places for f in features]),
         source.grids[step.encoder].image,
     )
+
+
+def _usable(source: FeatureSource, paths: Sequence[Path], index: int) -> Path:
+    """The photograph of that index, or the next that can be used."""
+    for path in (*paths[index:], *paths[:index]):
+        if source.usable(path):
+            return path
+    raise ValueError(f"data.photographs: none of {len(paths)} can be used")

@@ -1,0 +1,193 @@
+"""A run in progress: the upsampler, its optimizer, and its place in the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import anyup
+from anyup.model import AnyUp
+from anyup.training import samples, state
+from anyup.training.config import Optimizer, Settings
+from anyup.training.distributed import Engine
+from anyup.training.objective import Objective
+from anyup.training.randomness import number
+from anyup.training.samples import Batch, FeatureSource, Step
+
+
+class Trainer:
+    """A run in progress: the upsampler, its optimizer and its place in the data."""
+
+    def __init__(self, settings: Settings, source: FeatureSource, paths: Sequence[Path], engine: Engine) -> None:
+        self.settings = settings
+        self.source = source
+        self.paths = list(paths)
+        self.engine = engine
+        self.step = 0
+        self.samples = 0
+        self.upsampler = make_upsampler(settings).to(engine.device).train()
+        self._objective = engine.wrap(Objective(self.upsampler, settings.loss))
+        self._parameters = [p for p in self.upsampler.parameters() if p.requires_grad]
+        optimizer = settings.optimizer
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, optimizer.learning_rate, optimizer.betas, weight_decay=optimizer.weight_decay
+        )
+        self._average = {name: t.detach().clone() for name, t in self.upsampler.state_dict().items()}
+        # While a device works, the next step's tensors are made; a CPU has no hand free for that.
+        self._pool = None if engine.device.type == "cpu" else ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[tuple[Step, list[Batch]]]] | None = None
+
+    def advance(self) -> dict[str, Any]:
+        """One step of the optimizer; what to log of it."""
+        optimizer = self.settings.optimizer
+        rate = learning_rate(optimizer, self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        record = self.backward()
+        if optimizer.clip:
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, optimizer.clip)
+            record["norm"] = norm.item()
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(f"step {self.step}: the loss is {record['loss']}; the last checkpoint is whole")
+        self._optimizer.step()
+        self.step += 1
+        self.samples += optimizer.batch
+        self._keep_average()
+        return {"step": self.step, **record, "learning_rate": rate}
+
+    def backward(self) -> dict[str, Any]:
+        """The gradients of the next step's loss, in the parameters; its terms as this process saw them."""
+        engine = self.engine
+        step, batches = self._take()
+        # A sum over a process's samples, divided by these, has the whole step's mean as its mean over the processes.
+        whole = len(step.samples) / engine.world
+        augmented = sum(sample.augmented for sample in step.samples) / engine.world
+        self._optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        for batch in batches:
+            with self._autocast():
+                terms = self._objective(batch.to(engine.device), whole, augmented)
+            terms["loss"].backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        return {"encoder": step.encoder, "guidance": step.guidance_size, "input": step.input_size, **sums}
+
+    def _take(self) -> tuple[Step, list[Batch]]:
+        """The next step and this process's part of it, in micro-batches."""
+        if self._pool is None:
+            return self._make(self.step, self.samples)
+        ready = self._next[1].result() if self._next and self._next[0] == self.step else None
+        ready = ready or self._make(self.step, self.samples)
+        following = (self.step + 1, self.samples + self.settings.optimizer.batch)
+        self._next = (following[0], self._pool.submit(self._make, *following))
+        return ready
+
+    def _make(self, number: int, first_sample: int) -> tuple[Step, list[Batch]]:
+        settings, engine = self.settings, self.engine
+        step = samples.plan(settings, self.source, len(self.paths), number, first_sample)
+        mine = step.samples[engine.rank :: engine.world]
+        size = settings.optimizer.micro_batch or len(mine)
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
+        return step, [samples.assemble(step, part, self.source, self.paths, settings.seed) for part in parts]
+
+    @property
+    def shipped(self) -> dict[str, Tensor]:
+        """The weights to use: the average, where there is one."""
+        return self._average if self.settings.optimizer.average else self.upsampler.state_dict()
+
+    @contextmanager
+    def shipped_weights(self) -> Iterator[AnyUp]:
+        """The upsampler with the weights to use, until the block ends."""
+        kept = {name: tensor.clone() for name, tensor in self.upsampler.state_dict().items()}
+        self.upsampler.load_state_dict(self.shipped)
+        try:
+            yield self.upsampler
+        finally:
+            self.upsampler.load_state_dict(kept)
+
+    def save(self, path: Path) -> None:
+        settings = self.settings
+        current = state.State(
+            self.step,
+            self.samples,
+            {name: tensor.detach().cpu() for name, tensor in self.upsampler.state_dict().items()},
+            self._optimizer.state_dict(),
+            settings.flat(),
+            self._photographs(),
+        )
+        state.save(path, current, self.shipped, self.upsampler)
+
+    def resume(self, path: Path) -> list[str]:
+        """Go on from a checkpoint; what has changed since, in words."""
+        stored, shipped = state.load(path)
+        if stored.settings["model.qk_dim"] != self.settings.model.qk_dim or stored.weights.keys() != shipped.keys():
+            raise ValueError(f"{path}: holds another model; --resume goes on with the same one")
+        self.upsampler.load_state_dict(stored.weights)
+        self._optimizer.load_state_dict(stored.optimizer)
+        self._average = {name: tensor.to(self.engine.device) for name, tensor in shipped.items()}
+        self.step, self.samples = stored.step, stored.samples
+        now = json.loads(json.dumps(self.settings.flat()))
+        before = json.loads(json.dumps(stored.settings))
+        changes = [
+            f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if stored.photographs != self._photographs():
+            changes.append("the photographs are others: the order of the samples changes")
+        return changes
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.settings.run.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.engine.device.type, torch.bfloat16)
+
+    def _keep_average(self) -> None:
+        decay = self.settings.optimizer.average
+        if not decay:
+            return
+        # Early on a shorter memory: the first weights are noise.
+        decay = min(decay, self.step / (self.step + 9))
+        current = self.upsampler.state_dict()
+        average = [self._average[name] for name in current]
+        torch._foreach_lerp_(average, [t.detach() for t in current.values()], 1 - decay)
+
+    def _photographs(self) -> str:
+        names = "\n".join(path.name for path in self.paths)
+        return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
+
+
+def make_upsampler(settings: Settings) -> AnyUp:
+    """A new upsampler with weights drawn for the seed, or those to start from; what has no influence is frozen."""
+    arguments = dataclasses.asdict(settings.model)
+    weights = arguments.pop("weights")
+    backend = settings.run.backend or None
+    if weights:
+        upsampler = anyup.load(weights, backend=backend, **arguments)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number(settings.seed, "weights"))
+            upsampler = AnyUp(**arguments, backend=backend)
+    upsampler.cross_decode.cross_attn.attention.out_proj.requires_grad_(False)
+    return upsampler
+
+
+def learning_rate(optimizer: Optimizer, step: int) -> float:
+    """Of a step, counted from 0: a linear warm-up, then constant or along half a cosine to the final fraction."""
+    if step < optimizer.warmup:
+        return optimizer.learning_rate * (step + 1) / optimizer.warmup
+    if optimizer.decay == "constant":
+        return optimizer.learning_rate
+    progress = min(1.0, (step - optimizer.warmup) / max(1, optimizer.steps - optimizer.warmup))
+    fraction = optimizer.final_fraction + (1 - optimizer.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+    return optimizer.learning_rate * fraction
