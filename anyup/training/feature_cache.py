@@ -217,7 +217,7 @@ def encode(encoder: Encoder, rgb01: Tensor, device: torch.device) -> Tensor:
             f"{encoder.name}: expected {cells} x {cells} cells of its stride {encoder.stride} for an image of "
             f"{rgb01.shape[2]} pixels, got {parts[0].shape[2]} x {parts[0].shape[3]}"
         )
-    return torch.cat(parts).clone()
+    return torch.cat(parts)
 
 
 def fingerprint(encoder: Encoder) -> str:

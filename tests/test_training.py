@@ -1,0 +1,347 @@
+"""A training run: that it learns, what it keeps, and that it goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+import small_training
+from checkouts import ROOT
+from small_training import Told, make_photographs, records, settings
+
+import anyup
+from anyup.training import loop, preparation, state
+from anyup.training.config import Optimizer
+from anyup.training.distributed import Engine
+from anyup.training.objective import Objective
+from anyup.training.preparation import prepare
+from anyup.training.trainer import Trainer, learning_rate, make_upsampler
+
+
+@pytest.fixture(autouse=True)
+def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(preparation, "load_encoder", small_training.load_encoder)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_photographs(tmp_path / "photographs")
+    return tmp_path
+
+
+def train(folder: Path, *overrides: str, **arguments: Any) -> list[str]:
+    told = Told()
+    loop.train(settings(folder, *overrides), reporter=told, **arguments)
+    return told.lines
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in records(folder) if "loss" in record]
+
+
+def trainer(folder: Path, *overrides: str, engine: Engine | None = None) -> Trainer:
+    chosen = settings(folder, *overrides)
+    engine = engine or Engine(torch.device("cpu"))
+    found = loop.find_photographs(chosen.data.photographs)
+    prepared = prepare(chosen, found, engine, Told())
+    return Trainer(chosen, prepared.source, prepared.paths, engine)
+
+
+# What a run does.
+
+
+def test_a_run_learns(folder: Path) -> None:
+    train(folder, "optimizer.steps=60", "run.validate_every=60", "guidance.schedule=[[0, 16]]", "optimizer.warmup=5")
+    found = [loss for _, loss in losses(folder / "run")]
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+
+
+def test_a_run_leaves_weights_that_load_reads_and_a_log(folder: Path) -> None:
+    lines = train(folder)
+    final = anyup.load(folder / "run" / "final.pth")
+    latest = anyup.load(folder / "run" / "latest.pth")
+    for name, tensor in final.state_dict().items():
+        assert torch.equal(tensor, latest.state_dict()[name]), name
+    assert [step for step, _ in losses(folder / "run")] == [1, 2, 3, 4]
+    held_out = [record["held_out"]["tiny:8"] for record in records(folder / "run") if "held_out" in record]
+    assert len(held_out) == 2 and all(0 < score["distance"] < 2 for score in held_out)
+    assert any("6 photographs, step 0 of 4" in line for line in lines)
+    assert any("step 2 of 4: loss" in line and "samples/s" in line and "left" in line for line in lines)
+    assert sorted(path.name for path in (folder / "run").iterdir()) == ["final.pth", "latest.pth", "log.jsonl"]
+
+
+def test_shipped_weights_are_the_average_and_not_the_last(folder: Path) -> None:
+    train(folder)
+    stored, shipped = state.load(folder / "run" / "latest.pth")
+    assert any(not torch.equal(stored.weights[name], tensor) for name, tensor in shipped.items())
+    train(folder, "optimizer.average=0", "output=" + (folder / "plain").as_posix())
+    stored, shipped = state.load(folder / "plain" / "latest.pth")
+    assert all(torch.equal(stored.weights[name], tensor) for name, tensor in shipped.items())
+
+
+def test_checkpoints_to_keep_stay(folder: Path) -> None:
+    train(folder, "run.keep_every=2")
+    for step in (2, 4):
+        assert state.load(folder / "run" / f"step-{step:07}.pth")[0].step == step
+
+
+def test_a_run_starts_from_given_weights(folder: Path) -> None:
+    train(folder)
+    weights = (folder / "run" / "final.pth").as_posix()
+    made = make_upsampler(settings(folder, f"model.weights={weights}"))
+    for name, tensor in anyup.load(weights).state_dict().items():
+        assert torch.equal(made.state_dict()[name], tensor)
+
+
+def test_a_run_without_a_cache_encodes_as_it_goes(folder: Path) -> None:
+    lines = train(folder, "data.cache=", "optimizer.steps=2")
+    assert [step for step, _ in losses(folder / "run")] == [1, 2]
+    assert not any("features of" in line for line in lines)
+    assert not (folder / "cache").exists()
+
+
+def test_cache_only_fills_the_cache_and_trains_nothing(folder: Path) -> None:
+    lines = train(folder, cache_only=True)
+    assert any("features of tiny:8: 6 of 6 photographs" in line for line in lines)
+    assert not (folder / "run").exists()
+
+
+def test_a_broken_photograph_is_told_once_and_left_out(folder: Path) -> None:
+    (folder / "photographs" / "photo_01.png").write_bytes(b"no picture")
+    lines = train(folder, "encoders=['tiny:8', 'tiny:4']")
+    assert sum("left out" in line and "photo_01.png" in line for line in lines) == 1
+    assert any("5 photographs" in line for line in lines)
+
+
+def test_photographs_that_are_all_broken_stop_a_run(folder: Path) -> None:
+    for path in (folder / "photographs").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="data.photographs: none of 6 .* can be used"):
+        train(folder)
+
+
+def test_a_run_does_not_write_over_another(folder: Path) -> None:
+    train(folder)
+    with pytest.raises(ValueError, match="--resume goes on from it"):
+        train(folder)
+
+
+def test_resuming_needs_a_checkpoint(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--resume: there is no checkpoint"):
+        train(folder, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        train(folder, "optimizer.learning_rate=1e30", "optimizer.steps=20", "run.validate_every=0")
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    optimizer = Optimizer(steps=12, warmup=2, learning_rate=1.0, decay="cosine", final_fraction=0.1)
+    rates = [learning_rate(optimizer, step) for step in range(13)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[7] == pytest.approx(0.55)
+    assert rates[12] == pytest.approx(0.1)
+    assert learning_rate(Optimizer(warmup=2, learning_rate=1.0), 1000) == 1.0
+
+
+# The loss of a step.
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_micro_batches_give_the_gradients_of_the_whole(folder: Path, backend: str) -> None:
+    whole, parts = (
+        trainer(folder, f"optimizer.micro_batch={size}", f"run.backend={backend}", "loss.self_consistency_share=0.5")
+        for size in (0, 3)
+    )
+    terms = [one.backward() for one in (whole, parts)]
+    assert terms[0]["loss"] == pytest.approx(terms[1]["loss"], rel=1e-5)
+    assert terms[0]["self"] == pytest.approx(terms[1]["self"], rel=1e-4)
+    for (name, one), other in zip(whole.upsampler.named_parameters(), parts.upsampler.parameters(), strict=True):
+        if one.grad is not None:
+            assert other.grad is not None
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_terms_sum_to_the_loss_and_weights_scale_them(folder: Path) -> None:
+    terms = trainer(folder).backward()
+    names = ("cosine", "mse", "input", "self")
+    assert terms["loss"] == pytest.approx(sum(terms[name] for name in names))
+    heavier = trainer(folder, "loss.input_consistency=0.4", "loss.self_consistency=0.3", "loss.mse=2.0").backward()
+    assert heavier["input"] == pytest.approx(4 * (terms["input"] + 0), rel=0.5)
+    assert heavier["cosine"] == pytest.approx(terms["cosine"])
+    assert heavier["mse"] == pytest.approx(2 * terms["mse"])
+    without = trainer(folder, "loss.input_consistency=0", "loss.self_consistency=0").backward()
+    assert without["loss"] == pytest.approx(terms["cosine"] + terms["mse"])
+
+
+def test_no_gradient_flows_through_the_clean_half_of_the_self_consistency(folder: Path) -> None:
+    for size in (0, 24):
+        one = trainer(folder, f"loss.self_consistency_size={size}", "loss.self_consistency_share=1.0")
+        _, (batch,) = one._take()
+        objective = Objective(one.upsampler, one.settings.loss)
+        out = one.upsampler(batch.guidance, batch.low, (batch.side, batch.side))
+        clean = objective._clean(out, batch, len(batch.augmented))
+        assert not clean.requires_grad
+        assert clean.shape[2] == (size or batch.side)
+
+
+# Going on.
+
+
+def test_a_resumed_run_has_the_same_losses_and_weights_bit_by_bit(folder: Path) -> None:
+    extra = ("optimizer.steps=7", "encoders=['tiny:8', 'tiny:4']", "loss.self_consistency_share=0.5")
+    train(folder, *extra)
+    straight = losses(folder / "run")
+    output = "output=" + (folder / "parts").as_posix()
+    stopped = trainer(folder, *extra, output)
+    for _ in range(3):
+        stopped.advance()
+    (folder / "parts").mkdir()
+    stopped.save(folder / "parts" / "latest.pth")
+    train(folder, *extra, output, resume=True)
+    assert losses(folder / "parts") == straight[3:]
+    one, other = (torch.load(folder / name / "latest.pth", weights_only=True) for name in ("run", "parts"))
+    for key in ("anyup",):
+        assert all(torch.equal(one[key][name], tensor) for name, tensor in other[key].items())
+    moments, others = (content["training"]["optimizer"]["state"] for content in (one, other))
+    assert all(torch.equal(moments[p]["exp_avg_sq"], others[p]["exp_avg_sq"]) for p in moments)
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(folder: Path) -> None:
+    train(folder, "optimizer.steps=2")
+    with (folder / "run" / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')  # a killed run's
+    train(folder, "optimizer.steps=4", resume=True)
+    assert [step for step, _ in losses(folder / "run")] == [1, 2, 3, 4]
+    assert losses(folder / "run")[2][1] != 9.0
+
+
+def test_changed_settings_are_told_when_a_run_goes_on(folder: Path) -> None:
+    train(folder, "optimizer.steps=2")
+    lines = train(folder, "optimizer.steps=3", "optimizer.batch=2", resume=True)
+    (told,) = [line for line in lines if line.startswith("going on after step 2")]
+    assert "optimizer.batch: 4 before, 2 now" in told and "optimizer.steps: 2 before, 3 now" in told
+
+
+def test_another_model_cannot_go_on(folder: Path) -> None:
+    train(folder)
+    with pytest.raises(ValueError, match="holds another model"):
+        train(folder, "model.qk_dim=32", resume=True)
+
+
+_RUN = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+import small_training
+from anyup.training import loop, preparation
+preparation.load_encoder = small_training.load_encoder
+from pathlib import Path
+"""
+
+
+def start(code: str, **environment: str) -> subprocess.Popen[str]:
+    """Another Python that has the tiny encoders."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN.format(root=str(ROOT), tests=str(ROOT / "tests")) + code],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("nothing came of it in a minute")
+
+
+_LONG = "loop.train(small_training.settings(Path({folder!r}), 'optimizer.steps=100000', 'run.validate_every=0'))"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_leaves_whole_files_and_goes_on(folder: Path, kind: signal.Signals) -> None:
+    process = start(_LONG.format(folder=str(folder)))
+    latest = folder / "run" / "latest.pth"
+    _wait_for(latest.is_file, process)
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=60)
+    stored, _ = state.load(latest)
+    assert anyup.load(latest).config["qk_dim"] == 16
+    if kind == signal.SIGTERM:
+        assert process.returncode == 0
+        assert f"stopped after step {stored.step}; --resume goes on" in err
+        assert losses(folder / "run")[-1][0] == stored.step
+    train(folder, f"optimizer.steps={stored.step + 2}", "run.validate_every=0", resume=True)
+    assert [step for step, _ in losses(folder / "run")] == list(range(1, stored.step + 3))
+
+
+# Several processes.
+
+
+_GRADIENTS = """
+from anyup.training.distributed import start
+from anyup.training.preparation import prepare
+from anyup.training.trainer import Trainer
+folder = Path({folder!r})
+settings = small_training.settings(folder, *{overrides!r})
+engine = start(torch.device("cpu"))
+prepared = prepare(settings, loop.find_photographs(settings.data.photographs), engine, small_training.Told())
+trainer = Trainer(settings, prepared.source, prepared.paths, engine)
+terms = trainer.backward()
+grads = {{name: p.grad for name, p in trainer.upsampler.named_parameters() if p.grad is not None}}
+torch.save({{"world": engine.world, "grads": grads}}, folder / f"grads-{{engine.rank}}.pt")
+engine.close()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    # An odd number of samples, and of augmented ones: the processes' shares differ.
+    overrides = ["optimizer.batch=5", "loss.self_consistency_share=0.6"]
+    one = trainer(folder, *overrides)
+    one.backward()
+    code = _GRADIENTS.format(folder=str(folder), overrides=overrides)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    processes = [start(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    expected = {name: p.grad for name, p in one.upsampler.named_parameters() if p.grad is not None}
+    for rank in (0, 1):
+        stored = torch.load(folder / f"grads-{rank}.pt", weights_only=True)
+        assert stored["world"] == 2
+        assert stored["grads"].keys() == expected.keys()
+        for name, grad in expected.items():
+            scale = grad.abs().max().item()
+            torch.testing.assert_close(stored["grads"][name], grad, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
