@@ -65,7 +65,7 @@ class TinyEncoder(Encoder):
     """A random projection of patches, whose weights the name decides."""
 
     def __init__(self, stride: int, channels: int = 6) -> None:
-        super().__init__(f"tiny:{stride}", channels=channels, stride=stride)
+        super().__init__(f"tiny:{stride}:{channels}", channels=channels, stride=stride)
         generator = torch.Generator().manual_seed(stride)
         weight = torch.randn(channels, 3, stride, stride, generator=generator) / stride
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -75,7 +75,7 @@ class TinyEncoder(Encoder):
 
 
 def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
-    """In place of `anyup.encoders.load_encoder`: "tiny:8" has a stride of 8 pixels."""
+    """In place of `anyup.encoders.load_encoder`: "tiny:8" has a stride of 8 pixels (and another name of its own)."""
     return TinyEncoder(int(name.removeprefix("tiny:"))).to(device).eval()
 
 

@@ -110,7 +110,7 @@ def cache(tmp_path: Path, recipe: Recipe = RECIPE) -> FeatureCache:
 def test_cached_features_are_those_of_the_encoder(tmp_path: Path, photographs: list[Path]) -> None:
     encoder = TinyEncoder(8)
     stored = cache(tmp_path)
-    stored.fill(encoder, photographs)
+    stored.fill("tiny:8", encoder, photographs)
     features = stored.features(photographs[1], "tiny:8", 1, 32, [2, 0])
     assert features.low.shape == (6, 4, 4) and features.targets.shape == (2, 6, 4, 4)
 
@@ -126,7 +126,7 @@ def test_cached_features_are_those_of_the_encoder(tmp_path: Path, photographs: l
 
 def test_places_differ_between_crops_and_stay_inside(tmp_path: Path, photographs: list[Path]) -> None:
     stored = cache(tmp_path, dataclasses.replace(RECIPE, crops=40))
-    stored.fill(TinyEncoder(4), photographs[:1])
+    stored.fill("tiny:4", TinyEncoder(4), photographs[:1])
     places = stored.features(photographs[0], "tiny:4", 0, 32, range(40)).places
     assert places.min() == 0 and places.max() == 8  # 16 cells of the view, 8 of the crop
     assert len({tuple(place) for place in places.tolist()}) > 20
@@ -135,14 +135,14 @@ def test_places_differ_between_crops_and_stay_inside(tmp_path: Path, photographs
 def test_a_filled_cache_runs_no_encoder(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache(tmp_path).fill(TinyEncoder(8), photographs)
+    cache(tmp_path).fill("tiny:8", TinyEncoder(8), photographs)
 
     def refuse(*_: object) -> None:
         raise AssertionError("the encoder ran")
 
     monkeypatch.setattr(TinyEncoder, "features", refuse)
     again = cache(tmp_path)
-    again.fill(TinyEncoder(8), photographs)
+    again.fill("tiny:8", TinyEncoder(8), photographs)
     assert all(again.usable(path) for path in photographs)
 
 
@@ -150,34 +150,34 @@ def test_a_filled_cache_runs_no_encoder(
 def test_a_changed_recipe_reads_no_stale_features(
     tmp_path: Path, photographs: list[Path], change: dict[str, object]
 ) -> None:
-    cache(tmp_path).fill(TinyEncoder(8), photographs)
+    cache(tmp_path).fill("tiny:8", TinyEncoder(8), photographs)
     other = cache(tmp_path, dataclasses.replace(RECIPE, **change))
-    other.register(TinyEncoder(8))
+    other.register("tiny:8", TinyEncoder(8))
     assert not other.usable(photographs[0])
 
 
 def test_other_weights_read_no_stale_features(tmp_path: Path, photographs: list[Path]) -> None:
-    cache(tmp_path).fill(TinyEncoder(8), photographs)
+    cache(tmp_path).fill("tiny:8", TinyEncoder(8), photographs)
     changed = TinyEncoder(8)
     changed.weight.data[0, 0, 0, 0] += 1
     other = cache(tmp_path)
-    other.register(changed)
+    other.register("tiny:8", changed)
     assert not other.usable(photographs[0])
 
 
 def test_another_guidance_size_keeps_the_features(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache(tmp_path).fill(TinyEncoder(8), photographs)
+    cache(tmp_path).fill("tiny:8", TinyEncoder(8), photographs)
     monkeypatch.setattr(TinyEncoder, "features", None)
     larger = cache(tmp_path, dataclasses.replace(RECIPE, guidance_size=48))
-    larger.fill(TinyEncoder(8), photographs)
+    larger.fill("tiny:8", TinyEncoder(8), photographs)
     assert larger.guidance(photographs[0], 1).shape == (3, 48, 48)
 
 
 def test_a_photograph_that_changed_is_encoded_again(tmp_path: Path, photographs: list[Path]) -> None:
     stored = cache(tmp_path)
-    stored.fill(TinyEncoder(8), photographs)
+    stored.fill("tiny:8", TinyEncoder(8), photographs)
     photographs[0].write_bytes(photographs[1].read_bytes())
     assert not stored.usable(photographs[0])
 
@@ -188,7 +188,7 @@ def test_broken_and_small_photographs_are_told_once_and_left_out(tmp_path: Path,
     told: list[str] = []
     stored = cache(tmp_path)
     every = [*photographs, small / "photo_00.png"]
-    stored.fill(TinyEncoder(8), every, broken=lambda path, error: told.append(str(error)))
+    stored.fill("tiny:8", TinyEncoder(8), every, broken=lambda path, error: told.append(str(error)))
     assert [stored.usable(path) for path in every] == [False, True, True, False]
     assert len(told) == 2
     assert "photo_00.png" in told[0]
@@ -204,13 +204,13 @@ def test_an_interrupted_write_leaves_no_file(
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache(tmp_path).fill(TinyEncoder(8), photographs)
+        cache(tmp_path).fill("tiny:8", TinyEncoder(8), photographs)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
 def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path, photographs: list[Path]) -> None:
     stored = cache(tmp_path)
-    stored.fill(TinyEncoder(8), photographs)
+    stored.fill("tiny:8", TinyEncoder(8), photographs)
     (file,) = (tmp_path / "cache").glob("tiny*/photo_00*")
     file.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="photo_00.*damaged file of the cache"):
@@ -218,21 +218,21 @@ def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path, photographs: list[
 
 
 def test_an_encoder_whose_stride_does_not_divide_the_crop_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.image_size: expected a multiple of tiny:12's stride 12, got 64"):
-        cache(tmp_path).register(TinyEncoder(12))
+    with pytest.raises(ConfigError, match="data.image_size: expected a multiple of tiny:12:6's stride 12, got 64"):
+        cache(tmp_path).register("tiny:12", TinyEncoder(12))
 
 
 def test_input_sizes_off_the_grid_of_an_encoder_are_left_out(tmp_path: Path) -> None:
     stored = cache(tmp_path)
-    stored.register(TinyEncoder(8))
-    stored.register(TinyEncoder(4))
+    stored.register("tiny:8", TinyEncoder(8))
+    stored.register("tiny:4", TinyEncoder(4))
     assert stored.input_sizes == {"tiny:8": [32], "tiny:4": [32, 20]}
 
 
 def test_live_features_are_those_of_the_cache(tmp_path: Path, photographs: list[Path]) -> None:
     stored = cache(tmp_path)
-    stored.fill(TinyEncoder(8), photographs)
-    live = LiveFeatures(tmp_path / "photographs", RECIPE, [TinyEncoder(8)], lambda path, error: None)
+    stored.fill("tiny:8", TinyEncoder(8), photographs)
+    live = LiveFeatures(tmp_path / "photographs", RECIPE, {"tiny:8": TinyEncoder(8)}, lambda path, error: None)
     for path in photographs:
         torch.testing.assert_close(live.guidance(path, 1), stored.guidance(path, 1), rtol=0, atol=0)
         ours, theirs = (source.features(path, "tiny:8", 1, 32, [1, 2]) for source in (live, stored))
@@ -244,7 +244,9 @@ def test_live_features_are_those_of_the_cache(tmp_path: Path, photographs: list[
 def test_a_live_photograph_that_breaks_is_replaced_and_told_once(tmp_path: Path, photographs: list[Path]) -> None:
     photographs[0].write_bytes(b"no picture")
     told: list[Path] = []
-    live = LiveFeatures(tmp_path / "photographs", RECIPE, [TinyEncoder(8)], lambda path, error: told.append(path))
+    live = LiveFeatures(
+        tmp_path / "photographs", RECIPE, {"tiny:8": TinyEncoder(8)}, lambda path, error: told.append(path)
+    )
     chosen = settings(tmp_path, "data.cache=", "optimizer.batch=9")
     step = samples.plan(chosen, live, 3, 0, 0)
     batch = samples.assemble(step, step.samples, live, photographs, 0)
@@ -259,7 +261,7 @@ def test_a_live_photograph_that_breaks_is_replaced_and_told_once(tmp_path: Path,
 def source(tmp_path: Path, photographs: list[Path]) -> FeatureCache:
     stored = cache(tmp_path)
     for stride in (8, 4):
-        stored.fill(TinyEncoder(stride), photographs)
+        stored.fill(f"tiny:{stride}", TinyEncoder(stride), photographs)
     return stored
 
 

@@ -105,19 +105,20 @@ class FeatureCache:
 
     def fill(
         self,
+        name: str,
         encoder: Encoder,
         paths: Sequence[Path],
         *,
         done: Callable[[int], None] = lambda count: None,
         broken: Callable[[Path, Exception], None] = lambda path, error: None,
     ) -> None:
-        """Write what is missing of an encoder's files and of the views'.
+        """Write what is missing of an encoder's files and of the views'; `name` is what the encoder is asked for by.
 
         `done` is told after each photograph how many are through; `broken` which cannot be read, or are smaller
         than a view needs: they are passed over and have no file.
         """
-        self.register(encoder)
-        folder = self._encoders[encoder.name]
+        self.register(name, encoder)
+        folder = self._encoders[name]
         for made in (self._views, folder):
             made.mkdir(parents=True, exist_ok=True)
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
@@ -128,17 +129,17 @@ class FeatureCache:
                 except (OSError, ValueError) as error:
                     broken(path, error)
                 else:
-                    self._write(encoder, folder, path, photo, device)
+                    self._write(name, encoder, path, photo, device)
             done(count)
 
-    def register(self, encoder: Encoder) -> None:
-        """Make an encoder's files known, without writing any."""
-        self.grids[encoder.name] = Grid.of(encoder, self.recipe)
-        self.input_sizes[encoder.name] = input_sizes(encoder, self.recipe)
+    def register(self, name: str, encoder: Encoder) -> None:
+        """Make an encoder's files known under a name, without writing any."""
+        self.grids[name] = Grid.of(encoder, self.recipe)
+        self.input_sizes[name] = input_sizes(encoder, self.recipe)
         facts = (encoder.name, encoder.stride, fingerprint(encoder))
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", encoder.name)
         recipe = dataclasses.replace(self.recipe, guidance_size=0, min_side=0)
-        self._encoders[encoder.name] = self._folder / f"{slug}-{_hash(_FORMAT, facts, recipe)}"
+        self._encoders[name] = self._folder / f"{slug}-{_hash(_FORMAT, facts, recipe)}"
 
     def usable(self, path: Path) -> bool:
         """Whether a photograph has its views and every registered encoder's features."""
@@ -159,37 +160,36 @@ class FeatureCache:
             stored["places"][view][chosen].long(),
         )
 
-    def _write(self, encoder: Encoder, folder: Path, path: Path, photo: Tensor, device: torch.device) -> None:
-        recipe, name = self.recipe, self.name(path)
-        grid = self.grids[encoder.name]
-        views = [draw_view(name, index, recipe.seed, recipe.view_scales) for index in range(recipe.views)]
+    def _write(self, name: str, encoder: Encoder, path: Path, photo: Tensor, device: torch.device) -> None:
+        recipe, called = self.recipe, self._name(path)
+        grid = self.grids[name]
+        views = [draw_view(called, index, recipe.seed, recipe.view_scales) for index in range(recipe.views)]
         pixels = self._file(self._views, path)
         if not pixels.is_file():
             side = recipe.guidance_size
             guidance = torch.cat([view_of(photo, view, side) for view in views])
             _save(pixels, {"guidance": guidance.mul(255).round().to(torch.uint8)})
-        target = self._file(folder, path)
+        target = self._file(self._encoders[name], path)
         if target.is_file():
             return
         images = torch.cat([view_of(photo, view, recipe.image_size) for view in views])
         places = torch.tensor(
-            [draw_places(range(recipe.crops), grid, recipe.seed, encoder.name, name, v) for v in range(recipe.views)]
+            [draw_places(range(recipe.crops), grid, recipe.seed, encoder.name, called, v) for v in range(recipe.views)]
         )
         stored = {
-            f"low_{size}": encode(encoder, resize(images, (size, size)), device)
-            for size in self.input_sizes[encoder.name]
+            f"low_{size}": encode(encoder, resize(images, (size, size)), device) for size in self.input_sizes[name]
         }
         crops = encode(encoder, cut_crops(images, places, grid.stride, recipe.crop_size), device)
         stored["crops"] = crops.unflatten(0, places.shape[:2])
         _save(target, {**{key: _half(value) for key, value in stored.items()}, "places": places.to(torch.int16)})
 
-    def name(self, path: Path) -> str:
+    def _name(self, path: Path) -> str:
         """What a photograph is called: its path below the folder of photographs."""
         return path.relative_to(self._root).as_posix()
 
     def _file(self, folder: Path, path: Path) -> Path:
         status = path.stat()
-        return folder / f"{path.stem[:60]}-{_hash(self.name(path), status.st_size, status.st_mtime_ns)}.pt"
+        return folder / f"{path.stem[:60]}-{_hash(self._name(path), status.st_size, status.st_mtime_ns)}.pt"
 
 
 def draw_places(crops: Iterable[int], grid: Grid, *key: Key) -> list[tuple[int, int]]:

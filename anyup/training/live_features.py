@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,15 +26,15 @@ class LiveFeatures:
         self,
         root: str | os.PathLike[str],
         recipe: Recipe,
-        encoders: Sequence[Encoder],
+        encoders: Mapping[str, Encoder],
         broken: Callable[[Path, Exception], None],
     ) -> None:
         self.recipe = recipe
         self.views = 1 if recipe.views == 1 else _ENDLESS
         self.crops = _ENDLESS
-        self.grids = {encoder.name: Grid.of(encoder, recipe) for encoder in encoders}
-        self.input_sizes = {encoder.name: input_sizes(encoder, recipe) for encoder in encoders}
-        self._encoders = {encoder.name: encoder for encoder in encoders}
+        self.grids = {name: Grid.of(encoder, recipe) for name, encoder in encoders.items()}
+        self.input_sizes = {name: input_sizes(encoder, recipe) for name, encoder in encoders.items()}
+        self._encoders = dict(encoders)
         self._root = Path(root)
         self._broken = broken
         self._unreadable: set[Path] = set()
@@ -62,7 +62,7 @@ class LiveFeatures:
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         image = self._view(path, view, recipe.image_size)
         name = path.relative_to(self._root).as_posix()
-        places = torch.tensor(draw_places(crops, grid, recipe.seed, encoder, name, view))
+        places = torch.tensor(draw_places(crops, grid, recipe.seed, network.name, name, view))
         low = encode(network, resize(image, (input_size, input_size)), device)
         targets = encode(network, cut_crops(image, places[None], grid.stride, recipe.crop_size), device)
         return Features(low[0].float(), targets.float(), places)

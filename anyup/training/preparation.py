@@ -44,14 +44,14 @@ def prepare(settings: Settings, found: Sequence[Path], engine: Engine, reporter:
             reporter.note(f"left out: {error}")
 
     if not data.cache:
-        encoders = [load_encoder(name, device=engine.device) for name in settings.encoders]
+        encoders = {name: load_encoder(name, device=engine.device) for name in settings.encoders}
         source, unseen = (LiveFeatures(data.photographs, r, encoders, broken) for r in (recipe, once))
         return Prepared(source, learned, unseen, [path for path in held_out if unseen.usable(path)])
     cache, unseen_cache = (FeatureCache(data.cache, data.photographs, r) for r in (recipe, once))
     for name in settings.encoders:
         encoder = load_encoder(name, device=engine.device)
         for target, paths, what in ((cache, learned, "photographs"), (unseen_cache, held_out, "held out")):
-            _fill(target, encoder, paths[engine.rank :: engine.world], what, broken, reporter)
+            _fill(target, name, encoder, paths[engine.rank :: engine.world], what, broken, reporter)
         del encoder
     engine.wait()
     usable = [path for path in learned if cache.usable(path)]
@@ -62,6 +62,7 @@ def prepare(settings: Settings, found: Sequence[Path], engine: Engine, reporter:
 
 def _fill(
     cache: FeatureCache,
+    name: str,
     encoder: Encoder,
     paths: Sequence[Path],
     what: str,
@@ -73,6 +74,6 @@ def _fill(
     def done(count: int) -> None:
         rate.count(count)
         left = f", {rate.left(total - count)} left" if count < total else ""
-        reporter.tick(f"features of {encoder.name}: {count} of {total} {what}{left}", last=count == total)
+        reporter.tick(f"features of {name}: {count} of {total} {what}{left}", last=count == total)
 
-    cache.fill(encoder, paths, done=done, broken=broken)
+    cache.fill(name, encoder, paths, done=done, broken=broken)
