@@ -22,8 +22,14 @@ Result = TypeVar("Result")
 _MOST_WORKERS = 8
 
 
-def cut(length: int, most: int, device: torch.device) -> list[slice]:
-    """Slices of about one size that cover `length`, none longer than `most`, as many for each worker as for another."""
+def cut(length: int, most: int, device: torch.device, multiple: int = 1) -> list[slice]:
+    """Slices of about one size that cover `length`, none longer than `most`, as many for each worker as for another.
+
+    All but the last are as long as some multiple of `multiple`.
+    """
+    if multiple > 1:
+        units = cut(-(-length // multiple), max(1, most // multiple), device)
+        return [slice(unit.start * multiple, min(unit.stop * multiple, length)) for unit in units]
     if not length:
         return []
     workers = min(torch.get_num_threads(), _MOST_WORKERS) if device.type == "cpu" else 1
