@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
-from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.parallel import cut, map_tiles, on_one_thread
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters, normalise
 from anyup.ops.pixel_encoder.rotary import Rotation, rotate_backward
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Part, Statistics, parts_of
@@ -183,8 +183,10 @@ class Band:
         return self._statistics(go)
 
     def _statistics(self, function: Callable[[slice], list[Part]]) -> Statistics:
+        """Of the parts that the function returns for each tile."""
         parts = [part for tile in self._map(function, SUBSETS) for part in tile]
-        return Statistics.of(parts, self._dim)
+        with on_one_thread():
+            return Statistics.of(parts, self._dim)
 
     def _map(self, function: Callable[[slice], Result], multiple: int = 1) -> list[Result]:
         """The function's result for each tile, in order."""
