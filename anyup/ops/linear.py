@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
     """x[:, g] @ weight[g] for each group g: contiguous (n, G, K) pixels and (G, K, N) weights to (n, G, N)."""
     pixels, groups, width = x.shape
-    if not _goes_through_convolution(x) or not x.numel():
+    if not _goes_through_convolution(x):
         return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
     # As above; the transposed convolution takes its weights as they lie here.
     image = x.view(1, 1, pixels, groups * width).permute(0, 3, 1, 2)
@@ -32,7 +32,7 @@ def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _goes_through_convolution(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _convolution_is_faster()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _convolution_is_faster()
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,8 @@ _LARGEST_FREED = 2**25 - 2**16
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> None:
     """Let the C library keep what tiles free, for the next tile: frees a block, once, that was never touched."""
-    torch.empty(_LARGEST_FREED, dtype=torch.uint8, device="meta" if sys.platform != "linux" else "cpu")
+    if sys.platform == "linux":
+        torch.empty(_LARGEST_FREED, dtype=torch.uint8)
 
 
 class _Kept(threading.local):
