@@ -20,6 +20,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return result.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
 
 
+def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `x` (n, Cin) and of the weight (Cout, Cin), for a contiguous gradient (n, Cout)."""
+    if not _goes_through_convolution(x):
+        return grad @ weight, grad.T @ x
+    image, outer = (t.view(1, 1, *t.shape).permute(0, 3, 1, 2) for t in (x, grad))
+    one, two, none = (1, 1), (2, 2), (0, 0)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        outer, image, weight[:, :, None, None], None, one, none, two, False, none, 1, (True, True, False)
+    )
+    return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight.flatten(1)
+
+
 def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
     """x[:, g] @ weight[g] for each group g: contiguous (n, G, K) pixels and (G, K, N) weights to (n, G, N)."""
     pixels, groups, width = x.shape

@@ -80,7 +80,7 @@ class Trainer:
             terms["loss"].backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        return {"encoder": step.encoder, "guidance": step.guidance_size, "input": step.input_size, **sums}
+        return {"encoder": step.encoder, "guidance_size": step.guidance_size, "input_size": step.input_size, **sums}
 
     def _take(self) -> tuple[Step, list[Batch]]:
         """The next step and this process's part of it, in micro-batches."""

@@ -20,11 +20,14 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles, on_one_thread
-from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters, normalise
-from anyup.ops.pixel_encoder.rotary import Rotation, rotate_backward
+from anyup.ops.pixel_encoder.gradients import backward
+from anyup.ops.pixel_encoder.problem import EncoderParameters
+from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Part, Statistics, parts_of
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection
 from anyup.ops.precision import working_dtype
+
+__all__ = ["backward", "forward", "unsupported"]
 
 Result = TypeVar("Result")
 
@@ -192,78 +195,6 @@ class Band:
         """The function's result for each tile, in order."""
         most = _TILE_PIXELS.get(self._device.type, _TILE_PIXELS_ELSEWHERE)
         return map_tiles(function, cut(self._count, most, self._device, multiple), self._device)
-
-
-def backward(
-    grad: Tensor,
-    pixels: Tensor,
-    parameters: EncoderParameters,
-    *,
-    frequencies: Tensor | None,
-    output_size: tuple[int, int],
-) -> tuple[Tensor, EncoderParameters, Tensor | None]:
-    """The gradients of the pixels, the parameters and the frequencies.
-
-    Nothing was kept from the forward pass: the map before each normalisation is computed again (four maps of D
-    channels), and autograd sees one normalisation, activation and convolution at a time.
-    """
-    projection, block1, block2 = parameters
-    x = pixels.permute(0, 3, 1, 2)
-    first = x if projection is None else F.conv2d(x, projection[:, :, None, None])
-    hidden1 = _half_block(first, block1[:3])
-    second = first + _half_block(hidden1, block1[3:])
-    hidden2 = _half_block(second, block2[:3])
-
-    grad = grad.permute(0, 3, 1, 2)
-    if grad.shape[2:] != x.shape[2:]:
-        grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), first)
-    grad_frequencies = None
-    if frequencies is not None:
-        encoded = second + _half_block(hidden2, block2[3:])
-        grad, grad_frequencies = rotate_backward(grad.permute(0, 2, 3, 1), encoded.permute(0, 2, 3, 1), frequencies)
-        grad = grad.permute(0, 3, 1, 2)
-    grad_hidden, grad_norm4 = _half_block_backward(grad, hidden2, block2[3:])
-    grad_second, grad_norm3 = _half_block_backward(grad_hidden, second, block2[:3])
-    grad_second += grad
-    grad_hidden, grad_norm2 = _half_block_backward(grad_second, hidden1, block1[3:])
-    grad_first, grad_norm1 = _half_block_backward(grad_hidden, first, block1[:3])
-    grad_first += grad_second
-    grad_projection = None
-    if projection is not None:
-        grad_first, grad_projection = _conv_backward(grad_first, x, projection)
-    grads = EncoderParameters(
-        grad_projection, BlockParameters(*grad_norm1, *grad_norm2), BlockParameters(*grad_norm3, *grad_norm4)
-    )
-    return grad_first.permute(0, 2, 3, 1), grads, grad_frequencies
-
-
-def _half_block(x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-    norm_weight, norm_bias, weight = parameters
-    return F.conv2d(F.silu(normalise(x, norm_weight, norm_bias)), weight[:, :, None, None])
-
-
-def _half_block_backward(
-    grad: Tensor, x: Tensor, parameters: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The gradient of the input (B, D, H, W), and of the norm's weight and bias and the convolution's weight."""
-    norm_weight, norm_bias, weight = parameters
-    x = x.contiguous()
-    sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], GROUPS)
-    normed, mean, rstd = torch.native_group_norm(x, norm_weight, norm_bias, *sizes, EPS)
-    grad, grad_weight = _conv_backward(grad, F.silu(normed), weight)
-    grad = torch.ops.aten.silu_backward(grad.contiguous(), normed)
-    every = (True, True, True)
-    grad, *grad_norm = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, norm_weight, *sizes, every)
-    return grad, (*grad_norm, grad_weight)
-
-
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the input and the weight (Cout, Cin) of a 1x1 convolution."""
-    one, zero = (1, 1), (0, 0)
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight[:, :, None, None], None, one, zero, one, False, zero, 1, (True, True, False)
-    )
-    return grad_x, grad_weight.flatten(1)
 
 
 def _norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Tensor]]:

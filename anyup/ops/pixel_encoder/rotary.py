@@ -16,17 +16,37 @@ class Rotation:
 
     def __init__(self, size: tuple[int, int], frequencies: Tensor) -> None:
         self.width = size[1]
-        rows, columns = _angles(size, frequencies.to(working_dtype(frequencies.dtype)))
+        frequencies = frequencies.to(working_dtype(frequencies.dtype))
+        self._rows, self._columns = (_coordinates(length, frequencies) for length in size)  # (H, 1) and (W, 1)
+        rows, columns = self._rows * frequencies[0], self._columns * frequencies[1]
         self._row_cos, self._row_sin = rows.cos()[:, None], rows.sin()[:, None]  # (H, 1, D)
         self._column_cos, self._column_sin = columns.cos(), columns.sin()  # (W, D)
 
     def __call__(self, x: Tensor, pixels: slice) -> Tensor:
         """Rotate (n, D): these pixels of the map, in the dtype worked in."""
+        return rotated(x, *self._cos_sin(pixels))
+
+    def backward(self, grad: Tensor, x: Tensor, pixels: slice) -> tuple[Tensor, Tensor]:
+        """From the gradient (n, D) of what these pixels became: that of `x`, and their part of the frequencies'."""
+        cos, sin = self._cos_sin(pixels)
+        half = x.shape[1] // 2
+        # The rotation's transpose: the partner's sine, the other sign.
+        grad_x = grad * cos
+        grad_x[:, :half].addcmul_(grad[:, half:], sin[:, half:])
+        grad_x[:, half:].addcmul_(grad[:, :half], sin[:, :half], value=-1)
+        grad_angle = rotated(x, sin.neg_(), cos).mul_(grad).view(-1, self.width, x.shape[1])
+        first = pixels.start // self.width
+        rows = self._rows[first : first + len(grad_angle)]
+        grad_rows = (grad_angle.sum(dim=1) * rows).sum(dim=0)
+        grad_columns = (grad_angle.sum(dim=0) * self._columns).sum(dim=0)
+        return grad_x, torch.stack((grad_rows, grad_columns))
+
+    def _cos_sin(self, pixels: slice) -> tuple[Tensor, Tensor]:
         rows = slice(pixels.start // self.width, pixels.stop // self.width)
         row_cos, row_sin = self._row_cos[rows], self._row_sin[rows]
         cos = (self._column_cos * row_cos).addcmul_(self._column_sin, row_sin, value=-1)
         sin = (self._column_sin * row_cos).addcmul_(self._column_cos, row_sin)
-        return rotated(x, cos.flatten(0, 1), sin.flatten(0, 1))
+        return cos.flatten(0, 1), sin.flatten(0, 1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,28 +58,6 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-def rotate_backward(grad: Tensor, x: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the input (B, H, W, D) and of the frequencies (2, D)."""
-    wide = working_dtype(x.dtype)
-    row_angle, column_angle = _angles((x.shape[1], x.shape[2]), frequencies.to(wide))
-    angle = row_angle[:, None] + column_angle
-    cos, sin = angle.cos(), angle.sin()
-    grad, x, dtype = grad.to(wide), x.to(wide), x.dtype
-    # The rotation's transpose: the partner's sine, the other sign.
-    half = x.shape[-1] // 2
-    swapped = torch.cat((sin[..., half:], sin[..., :half]), dim=-1)
-    grad_x = rotated(grad, cos, -swapped)
-    grad_angle = rotated(x, -sin, cos) * grad
-    unit = torch.ones_like(frequencies, dtype=wide)
-    row, column = _angles((x.shape[1], x.shape[2]), unit)
-    grad_row = (grad_angle.sum(dim=(0, 2)) * row).sum(dim=0)
-    grad_column = (grad_angle.sum(dim=(0, 1)) * column).sum(dim=0)
-    return grad_x.to(dtype), torch.stack((grad_row, grad_column)).to(frequencies.dtype)
-
-
-def _angles(size: tuple[int, int], frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """The angle of each row (H, D) and of each column (W, D), which add up; coordinates run from 0 to 1."""
-    rows, columns = (
-        torch.arange(n, device=frequencies.device, dtype=frequencies.dtype)[:, None] / max(n - 1, 1) for n in size
-    )
-    return rows * frequencies[0], columns * frequencies[1]
+def _coordinates(length: int, like: Tensor) -> Tensor:
+    """Of an axis, from 0 to 1: (length, 1)."""
+    return torch.arange(length, device=like.device, dtype=like.dtype)[:, None] / max(length - 1, 1)

@@ -65,6 +65,13 @@ class Statistics:
         counts = [part.count for part in parts for _ in range(part.means.numel() // dim)]
         return Statistics._merge(counts, means, variances * _column(counts, variances))
 
+    def of_groups(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group of neighbouring channels: (groups, 1)."""
+        means = self.mean.view(GROUPS, -1)
+        mean = means.mean(dim=1, keepdim=True)
+        within = (self.deviation / self.count).view(GROUPS, -1)
+        return mean, (within + (means - mean).square()).mean(dim=1, keepdim=True)
+
     @staticmethod
     def merge(several: Sequence[Statistics]) -> Statistics:
         """The statistics of all pixels together."""
@@ -94,10 +101,7 @@ class Affine:
     @staticmethod
     def of(statistics: Statistics, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Affine:
         """The normalisation over groups of neighbouring channels with these channel statistics."""
-        means = statistics.mean.view(GROUPS, -1)
-        mean = means.mean(dim=1, keepdim=True)
-        within = (statistics.deviation / statistics.count).view(GROUPS, -1)
-        variance = (within + (means - mean).square()).mean(dim=1, keepdim=True)
+        mean, variance = statistics.of_groups()
         scale = (weight.to(mean.dtype).view(GROUPS, -1) * torch.rsqrt(variance + EPS)).to(dtype)
         offset = mean * scale.to(mean.dtype)
         # x * scale - offset cancels where the mean is large beside the deviation; subtracting first does not, but is

@@ -1,0 +1,380 @@
+"""The gradients of the pixel encoder in plain PyTorch, tile by tile.
+
+Nothing is kept from the forward pass: the maps before the second, third and fourth normalisation are made again. Once
+some sums are known, the gradient of a normalisation is a scale and a shift of each channel too, of the gradient and of
+the map. So a half block y = W silu(gn(x)) takes one pass over the tiles: it finishes what the last pass left of the
+gradient of y, goes through W and silu, stores the result, and takes the sums that the next pass waits for. Two maps of
+gradients are alive beside the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyup.ops.linear import linear, linear_backward
+from anyup.ops.memory import empty
+from anyup.ops.parallel import cut, map_tiles, on_one_thread
+from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
+from anyup.ops.pixel_encoder.rotary import Rotation
+from anyup.ops.pixel_encoder.statistics import Part, Statistics, parts_of
+from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
+from anyup.ops.precision import working_dtype
+
+Result = TypeVar("Result")
+Source = Callable[[slice], Tensor]
+"""A tile of a map, (n, D), in the dtype worked in."""
+
+_TILE_PIXELS = {"cpu": 4096}
+_TILE_PIXELS_ELSEWHERE = 2**18
+
+
+def backward(
+    grad: Tensor,
+    pixels: Tensor,
+    parameters: EncoderParameters,
+    *,
+    frequencies: Tensor | None,
+    output_size: tuple[int, int],
+) -> tuple[Tensor, EncoderParameters, Tensor | None]:
+    """The gradients of the pixels, the parameters and the frequencies, of a result (B, *output_size, D)."""
+    if not pixels.numel():
+        return _zeros(pixels, parameters, frequencies)
+    size = (pixels.shape[1], pixels.shape[2])
+    wide = working_dtype(pixels.dtype)
+    rotation = None if frequencies is None else Rotation(size, frequencies)
+    spread = None if output_size == size else Spread(size, output_size, wide, pixels.device)
+    grad_pixels = empty(tuple(pixels.shape), pixels)
+    found = [
+        _Image(image.flatten(0, 1), parameters, size).backward(g, rotation, spread, result.flatten(0, 1))
+        for g, image, result in zip(grad, pixels, grad_pixels, strict=True)
+    ]
+    sums = [None if each[0] is None else torch.stack(each).sum(dim=0) for each in zip(*found, strict=True)]
+    projection, *tensors, grad_frequencies = (None if t is None else t.to(pixels.dtype) for t in sums)
+    blocks = (BlockParameters(*tensors[:6]), BlockParameters(*tensors[6:]))
+    return grad_pixels, EncoderParameters(projection, *blocks), grad_frequencies
+
+
+def _zeros(
+    pixels: Tensor, parameters: EncoderParameters, frequencies: Tensor | None
+) -> tuple[Tensor, EncoderParameters, Tensor | None]:
+    blocks = (BlockParameters(*map(torch.zeros_like, block)) for block in parameters[1:])
+    projection, grad_frequencies = (None if t is None else torch.zeros_like(t) for t in (parameters[0], frequencies))
+    return torch.zeros_like(pixels), EncoderParameters(projection, *blocks), grad_frequencies
+
+
+class Spread:
+    """The transpose of adaptive average pooling from `size` to `output_size`, some rows of the map at a time."""
+
+    def __init__(
+        self, size: tuple[int, int], output_size: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._rows, self._columns = (
+            _cells(length, cells, dtype, device) for length, cells in zip(size, output_size, strict=True)
+        )
+
+    def over_columns(self, grid: Tensor) -> Tensor:
+        """(h, w, D) to (h, W, D)."""
+        return self._columns @ grid
+
+    def over_rows(self, wide: Tensor, pixels: slice) -> Tensor:
+        """(h, W, D) to these pixels, whole rows of the map: (n, D)."""
+        width, dim = wide.shape[1:]
+        return (self._rows[self._of(pixels, width)] @ wide.flatten(1)).view(-1, dim)
+
+    def pool_rows(self, x: Tensor, pixels: slice) -> Tensor:
+        """What these pixels (n, D), whole rows, add to the map pooled along its columns: (h, W, D)."""
+        width = self._columns.shape[0]
+        return (self._rows[self._of(pixels, width)].T @ x.view(-1, width * x.shape[1])).view(-1, width, x.shape[1])
+
+    def pool_columns(self, wide: Tensor) -> Tensor:
+        """(h, W, D) to (h, w, D)."""
+        return self._columns.T @ wide
+
+    @staticmethod
+    def _of(pixels: slice, width: int) -> slice:
+        return slice(pixels.start // width, -(-pixels.stop // width))
+
+
+def _cells(length: int, cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weight of each of `cells` adaptive cells' gradient in each position of an axis: (length, cells)."""
+    cell, position = torch.arange(cells, device=device), torch.arange(length, device=device)[:, None]
+    inside = ((position >= cell * length // cells) & (position < -((cell + 1) * length // -cells))).to(dtype)
+    return inside / inside.sum(dim=0)
+
+
+class _HalfBlock(NamedTuple):
+    """The parameters of y = W silu(gn(x))."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+
+
+class _Gradients(NamedTuple):
+    """Of a half block's parameters, in the dtype worked in or wider."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A group normalisation with known statistics, and what its gradient takes.
+
+    The mean is always subtracted first, which costs a pass: sums of products with values far from zero would cancel.
+    """
+
+    center: Tensor  # (D,), the mean as the dtype worked in has it
+    scale: Tensor  # (D,)
+    shift: Tensor  # (D,)
+    mean: Tensor  # (D,), what the centre leaves of it
+    rstd: Tensor  # (D,)
+    weight: Tensor  # (D,)
+    count: int  # values of a group
+
+    @staticmethod
+    def of(statistics: Statistics, parameters: _HalfBlock, dtype: torch.dtype) -> _Norm:
+        each = statistics.mean.numel() // GROUPS
+        mean, variance = (t.expand(GROUPS, each).flatten() for t in statistics.of_groups())
+        rstd = torch.rsqrt(variance + EPS)
+        weight, bias = parameters.norm_weight.to(mean.dtype), parameters.norm_bias.to(mean.dtype)
+        center = mean.to(dtype)
+        mean = mean - center.to(mean.dtype)
+        scale = weight * rstd
+        shift = bias - mean * scale
+        return _Norm(center, scale.to(dtype), shift.to(dtype), mean, rstd, weight, statistics.count * each)
+
+    def of_centered(self, x: Tensor) -> Tensor:
+        """Normalise pixels (n, D) less the centre."""
+        return torch.addcmul(self.shift, x, self.scale)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """silu(gn(x)) of pixels (n, D)."""
+        return F.silu(self.of_centered(x - self.center), inplace=True)
+
+    def backward(self, sum_grad: Tensor, sum_product: Tensor, dtype: torch.dtype) -> tuple[_Pending, Tensor, Tensor]:
+        """From the sums over the pixels of the result's gradient and of its product with centred x.
+
+        Returns how the gradient of x follows, and the gradients of the weight and the bias.
+        """
+        grad_weight = self.rstd * (sum_product - self.mean * sum_grad)
+        mean_grad, mean_product = (self._group_mean(self.weight * t) for t in (sum_grad, grad_weight))
+        # rstd (weight grad - mean_grad - normalised mean_product), the normalised x written out.
+        slope = -self.rstd.square() * mean_product
+        offset = -slope * self.mean - self.rstd * mean_grad
+        pending = _Pending(self.center, self.scale, slope.to(dtype), offset.to(dtype))
+        return pending, grad_weight, sum_grad
+
+    def _group_mean(self, channels: Tensor) -> Tensor:
+        groups = channels.view(GROUPS, -1)
+        return (groups.sum(dim=1, keepdim=True) / self.count).expand_as(groups).flatten()
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """The gradient of x, given that of its normalised map: scale * grad + slope * centred x + offset."""
+
+    center: Tensor
+    scale: Tensor
+    slope: Tensor
+    offset: Tensor
+
+    def __call__(self, grad: Tensor, x: Tensor) -> Tensor:
+        return torch.addcmul(self.offset, x - self.center, self.slope).addcmul_(grad, self.scale)
+
+
+class _Image:
+    """One image's pixels (n, Cin), whose map of `size` is encoded again and differentiated."""
+
+    def __init__(self, pixels: Tensor, parameters: EncoderParameters, size: tuple[int, int]) -> None:
+        self._pixels = pixels.contiguous()
+        self._dtype = working_dtype(pixels.dtype)
+        self._size = size
+        projection, block1, block2 = parameters
+        self._projection = None if projection is None else projection.to(self._dtype)
+        halves = (block1[:3], block1[3:], block2[:3], block2[3:])
+        self._halves = [_HalfBlock(*(t.to(self._dtype) for t in half)) for half in halves]
+        self._dim = block1.weight1.shape[0]
+        first = self._first_map()
+        norm1 = self._norm(0, self._map(lambda tile: parts_of(first(tile))))
+        map1, norm2 = self._next(1, first, norm1)
+        map2, norm3 = self._next(2, map1, norm2, residual=first)
+        map3, norm4 = self._next(3, map2, norm3)
+        self._maps, self._norms = (first, map1, map2, map3), (norm1, norm2, norm3, norm4)
+
+    def backward(
+        self, grad: Tensor, rotation: Rotation | None, spread: Spread | None, result: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """From the gradient (h, w, D) of the image's result: that of the pixels goes to `result` (n, Cin).
+
+        Returns the gradients of the projection, of the blocks' parameters in order, and of the frequencies.
+        """
+        first, map1, map2, map3 = self._maps
+        stored = self._empty()
+        incoming: Source
+        grad_frequencies: Tensor | None = None
+        if rotation is None and spread is not None:
+            wide = spread.over_columns(grad.to(self._dtype))
+
+            def incoming(tile: slice) -> Tensor:
+                return spread.over_rows(wide, tile)
+
+            pending, last = self._pooled_half(grad.to(self._dtype), spread, stored)
+        else:
+            grad = self._whole(grad, spread)
+            if rotation is not None:
+                grad, grad_frequencies = self._unrotated(grad, rotation)
+
+            def incoming(tile: slice) -> Tensor:
+                return grad[tile].to(self._dtype)
+
+            pending, last = self._half(3, incoming, stored)
+        pending, third = self._half(2, self._after(pending, stored, map3), stored)
+        passed = self._empty()
+        whole = self._after(pending, stored, map2)
+
+        def second(tile: slice) -> Tensor:
+            total = whole(tile).add_(incoming(tile))
+            passed[tile] = total
+            return total
+
+        pending, middle = self._half(1, second, stored)
+        pending, start = self._half(0, self._after(pending, stored, map1), stored)
+        whole = self._after(pending, stored, first)
+
+        def finish(tile: slice) -> Tensor | None:
+            total = whole(tile).add_(passed[tile])
+            if self._projection is None:
+                result[tile] = total
+                return None
+            # Few channels: no library's strong side, and little work.
+            result[tile], grad_weight = linear_backward(total, self._pixels[tile].to(self._dtype), self._projection)
+            return grad_weight
+
+        projections = self._map(finish)
+        grad_projection = None if projections[0] is None else torch.stack(projections).sum(dim=0)
+        blocks = [tensor for half in (start, middle, third, last) for tensor in half]
+        return (grad_projection, *blocks, grad_frequencies)
+
+    def _first_map(self) -> Source:
+        projection = self._projection
+        if projection is None:
+            return lambda tile: self._pixels[tile].to(self._dtype)
+        if projection.shape[1] <= MOST_CHANNELS:
+            return lambda tile: F.linear(self._pixels[tile].to(self._dtype), projection)
+        stored = self._empty()
+
+        def project(tile: slice) -> None:
+            stored[tile] = linear(self._pixels[tile].to(self._dtype), projection)
+
+        self._map(project)
+        return lambda tile: stored[tile]
+
+    def _next(self, index: int, source: Source, norm: _Norm, residual: Source | None = None) -> tuple[Source, _Norm]:
+        """The map behind the half block of that number, and its norm."""
+        weight, stored = self._halves[index - 1].weight, self._empty()
+
+        def go(tile: slice) -> list[Part]:
+            made = linear(norm.activated(source(tile)), weight)
+            if residual is not None:
+                made += residual(tile)
+            stored[tile] = made
+            return parts_of(made)
+
+        return (lambda tile: stored[tile]), self._norm(index, self._map(go))
+
+    def _norm(self, index: int, parts: Sequence[Sequence[Part]]) -> _Norm:
+        with on_one_thread():
+            statistics = Statistics.of([part for tile in parts for part in tile], self._dim)
+            return _Norm.of(statistics, self._halves[index], self._dtype)
+
+    def _half(self, index: int, incoming: Source, stored: Tensor) -> tuple[_Pending, _Gradients]:
+        """Backward through a half block: the gradient of its normalised map goes to `stored`."""
+        source, norm, weight = self._maps[index], self._norms[index], self._halves[index].weight
+
+        def go(tile: slice) -> tuple[Tensor, Tensor, Tensor]:
+            x = source(tile) - norm.center
+            normed = norm.of_centered(x)
+            grad, grad_weight = linear_backward(incoming(tile), F.silu(normed), weight)
+            return (grad_weight, *self._activated(grad, normed, x, stored[tile]))
+
+        return self._sums(norm, self._map(go))
+
+    def _pooled_half(self, grad: Tensor, spread: Spread, stored: Tensor) -> tuple[_Pending, _Gradients]:
+        """The last half block, where its convolution runs behind the pooling: on the small grid (h, w, D)."""
+        source, norm, weight = self._maps[3], self._norms[3], self._halves[3].weight
+        h, w, dim = grad.shape
+        wide = spread.over_columns(linear(grad.reshape(-1, dim), weight.T.contiguous()).view(h, w, dim))
+
+        def go(tile: slice) -> tuple[Tensor, Tensor, Tensor]:
+            x = source(tile) - norm.center
+            normed = norm.of_centered(x)
+            pooled = spread.pool_rows(F.silu(normed), tile)
+            return (pooled, *self._activated(spread.over_rows(wide, tile), normed, x, stored[tile]))
+
+        tiles = self._map(go)
+        pooled = spread.pool_columns(torch.stack([tile[0] for tile in tiles]).sum(dim=0))
+        pending, (grad_norm, grad_bias, _) = self._sums(norm, tiles)
+        return pending, _Gradients(grad_norm, grad_bias, grad.reshape(-1, dim).T @ pooled.reshape(-1, dim))
+
+    @staticmethod
+    def _activated(grad: Tensor, normed: Tensor, centered: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the gradient of the normalised map, and give its sum and that of its product with centred x."""
+        grad = torch.ops.aten.silu_backward(grad, normed)
+        stored.copy_(grad)
+        return grad.sum(dim=0), grad.mul_(centered).sum(dim=0)
+
+    def _sums(self, norm: _Norm, tiles: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[_Pending, _Gradients]:
+        with on_one_thread():
+            weights, sums, products = (torch.stack(t) for t in zip(*tiles, strict=True))
+            wide = norm.mean.dtype
+            sums, products = (t.to(wide).sum(dim=0) for t in (sums, products))
+            pending, grad_norm, grad_bias = norm.backward(sums, products, self._dtype)
+            return pending, _Gradients(grad_norm, grad_bias, weights.sum(dim=0))
+
+    @staticmethod
+    def _after(pending: _Pending, stored: Tensor, source: Source) -> Source:
+        """The gradient of the map that a normalisation took."""
+        return lambda tile: pending(stored[tile], source(tile))
+
+    def _whole(self, grad: Tensor, spread: Spread | None) -> Tensor:
+        """The gradient (n, D) of the unpooled result."""
+        if spread is None:
+            return grad.reshape(-1, self._dim)
+        whole, wide = self._empty(), spread.over_columns(grad.to(self._dtype))
+
+        def go(tile: slice) -> None:
+            whole[tile] = spread.over_rows(wide, tile)
+
+        self._map(go)
+        return whole
+
+    def _unrotated(self, grad: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """The gradients (n, D) of what was rotated, and of the frequencies."""
+        before, norm, weight = self._empty(), self._norms[3], self._halves[3].weight
+        source, residual = self._maps[3], self._maps[2]
+
+        def go(tile: slice) -> Tensor:
+            encoded = linear(norm.activated(source(tile)), weight).add_(residual(tile))
+            before[tile], grad_frequencies = rotation.backward(grad[tile].to(self._dtype), encoded, tile)
+            return grad_frequencies
+
+        return before, torch.stack(self._map(go)).sum(dim=0)
+
+    def _empty(self) -> Tensor:
+        """A map (n, D) in the dtype worked in."""
+        like = self._pixels.new_empty(0, dtype=self._dtype)
+        return empty((self._pixels.shape[0], self._dim), like)
+
+    def _map(self, function: Callable[[slice], Result]) -> list[Result]:
+        """The function's result for each tile of whole rows, in order."""
+        count, device = self._pixels.shape[0], self._pixels.device
+        most = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
+        return map_tiles(function, cut(count, most, device, self._size[1]), device)
