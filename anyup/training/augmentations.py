@@ -10,8 +10,12 @@ import random
 from collections.abc import Callable
 
 import torch
-from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+
+try:
+    from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
+except ImportError as missing:
+    raise ImportError("training needs Pillow: pip install 'anyup[train]'") from missing
 
 from anyup.training.randomness import Key, drawer, number
 

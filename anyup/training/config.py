@@ -198,9 +198,10 @@ def _value(text: str) -> Any:
 def _put(table: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
+        inner: Any = table.setdefault(section, {})
+        if not isinstance(inner, dict):
             raise ConfigError(f"{key}: {section} is no section")
+        table = inner
     table[name] = value
 
 

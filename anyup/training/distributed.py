@@ -34,6 +34,10 @@ class Engine:
     def wait(self) -> None:
         """Until every process is here."""
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in some process; every process must ask."""
+        return flag
+
     def close(self) -> None:
         """Leave the group of processes."""
 
@@ -56,6 +60,10 @@ class AccelerateEngine(Engine):
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
+
+    def any(self, flag: bool) -> bool:
+        total: torch.Tensor = self._accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum")
+        return total.item() > 0
 
     def close(self) -> None:
         self._accelerator.end_training()

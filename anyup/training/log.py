@@ -32,7 +32,7 @@ class Log:
             except ImportError:
                 self.missing = "TensorBoard's records need the package tensorboard: pip install 'anyup[train]'"
             else:
-                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def step(self, record: dict[str, Any]) -> None:
         """Add a step's record."""

@@ -81,9 +81,9 @@ class _Run:
         """To the last step or an interruption."""
         trainer, engine, steps = self._trainer, self._engine, self._settings.optimizer.steps
         self._introduce()
-        with _interruption(catches=engine.world == 1) as interrupted:
+        with _interruption() as interrupted:
             self._rate = Rate()
-            while trainer.step < steps and not interrupted.is_set():
+            while trainer.step < steps and not engine.any(interrupted.is_set()):
                 self._take(trainer.advance())
         if self._log:
             self._log.close()
@@ -151,10 +151,10 @@ class _Run:
 
 
 @contextmanager
-def _interruption(catches: bool) -> Iterator[threading.Event]:
+def _interruption() -> Iterator[threading.Event]:
     """Set when the process is asked to stop (SIGINT, SIGTERM); asked a second time, it stops at once."""
     event = threading.Event()
-    if not catches or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield event
         return
     kinds = (signal.SIGINT, signal.SIGTERM)

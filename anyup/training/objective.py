@@ -34,7 +34,7 @@ class Objective(nn.Module):
             "mse": loss.mse * normalised_error(near, batch.targets).sum() / samples,
         }
         if loss.input_consistency:
-            small = F.adaptive_avg_pool2d(out, batch.low.shape[2:])
+            small = F.adaptive_avg_pool2d(out, (batch.low.shape[2], batch.low.shape[3]))
             terms["input"] = loss.input_consistency * self._distance(small, batch.low).sum() / samples
         if loss.self_consistency and len(batch.augmented):
             count = len(batch.augmented)

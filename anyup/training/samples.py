@@ -74,8 +74,8 @@ class Batch:
     side: int
 
     def to(self, device: torch.device) -> Batch:
-        moved = (t.to(device, non_blocking=True) for t in (self.guidance, self.augmented, self.low, self.targets))
-        return Batch(*moved, self.places, self.side)
+        moved = [t.to(device, non_blocking=True) for t in (self.guidance, self.augmented, self.low, self.targets)]
+        return Batch(moved[0], moved[1], moved[2], moved[3], self.places, self.side)
 
 
 def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:

@@ -24,7 +24,7 @@ from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, Encode
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Part, Statistics, parts_of
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import accumulator_dtype, working_dtype
 
 Result = TypeVar("Result")
 Source = Callable[[slice], Tensor]
@@ -54,10 +54,17 @@ def backward(
         _Image(image.flatten(0, 1), parameters, size).backward(g, rotation, spread, result.flatten(0, 1))
         for g, image, result in zip(grad, pixels, grad_pixels, strict=True)
     ]
-    sums = [None if each[0] is None else torch.stack(each).sum(dim=0) for each in zip(*found, strict=True)]
-    projection, *tensors, grad_frequencies = (None if t is None else t.to(pixels.dtype) for t in sums)
-    blocks = (BlockParameters(*tensors[:6]), BlockParameters(*tensors[6:]))
-    return grad_pixels, EncoderParameters(projection, *blocks), grad_frequencies
+    projections, blocks, rotations = zip(*found, strict=True)
+    grads = _sum(blocks, pixels.dtype)
+    grad_projection = None if projections[0] is None else _sum([(p,) for p in projections], pixels.dtype)[0]
+    grad_frequencies = None if rotations[0] is None else _sum([(r,) for r in rotations], pixels.dtype)[0]
+    whole = EncoderParameters(grad_projection, BlockParameters(*grads[:6]), BlockParameters(*grads[6:]))
+    return grad_pixels, whole, grad_frequencies
+
+
+def _sum(images: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """The sum over the images of each of their tensors."""
+    return [torch.stack(each).sum(dim=0).to(dtype) for each in zip(*images, strict=True)]
 
 
 def _zeros(
@@ -211,7 +218,7 @@ class _Image:
 
     def backward(
         self, grad: Tensor, rotation: Rotation | None, spread: Spread | None, result: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
         """From the gradient (h, w, D) of the image's result: that of the pixels goes to `result` (n, Cin).
 
         Returns the gradients of the projection, of the blocks' parameters in order, and of the frequencies.
@@ -249,19 +256,32 @@ class _Image:
         pending, start = self._half(0, self._after(pending, stored, map1), stored)
         whole = self._after(pending, stored, first)
 
-        def finish(tile: slice) -> Tensor | None:
-            total = whole(tile).add_(passed[tile])
-            if self._projection is None:
-                result[tile] = total
-                return None
-            # Few channels: no library's strong side, and little work.
-            result[tile], grad_weight = linear_backward(total, self._pixels[tile].to(self._dtype), self._projection)
-            return grad_weight
-
-        projections = self._map(finish)
-        grad_projection = None if projections[0] is None else torch.stack(projections).sum(dim=0)
+        grad_projection = self._projected(whole, passed, result)
         blocks = [tensor for half in (start, middle, third, last) for tensor in half]
-        return (grad_projection, *blocks, grad_frequencies)
+        return grad_projection, blocks, grad_frequencies
+
+    def _projected(self, whole: Source, passed: Tensor, result: Tensor) -> Tensor | None:
+        """Backward through the first projection: the pixels' gradient goes to `result`."""
+        projection = self._projection
+        if projection is None:
+
+            def pass_on(tile: slice) -> None:
+                result[tile] = whole(tile).add_(passed[tile])
+
+            self._map(pass_on)
+            return None
+        # What one channel of the image adds to all pixels' gradients nearly cancels in the norm behind it.
+        wide = accumulator_dtype(result.device) if projection.shape[1] <= MOST_CHANNELS else self._dtype
+
+        def go(tile: slice) -> Tensor:
+            total, pixels = whole(tile).add_(passed[tile]), self._pixels[tile].to(self._dtype)
+            if wide == self._dtype:
+                result[tile], grad_weight = linear_backward(total, pixels, projection)
+                return grad_weight
+            result[tile] = total @ projection
+            return total.to(wide).T @ pixels.to(wide)
+
+        return torch.stack(self._map(go)).sum(dim=0)
 
     def _first_map(self) -> Source:
         projection = self._projection
