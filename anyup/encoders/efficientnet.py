@@ -92,7 +92,8 @@ class EfficientNetLite0(Encoder):
     def __init__(self, block: int = 10, name: str | None = None) -> None:
         if not 0 <= block < _DEPTH:
             raise ValueError(f"block: expected one of the blocks 0 to {_DEPTH - 1}, got {block}")
-        channels, stride, blocks = _STEM_CHANNELS, 2, []
+        channels, stride = _STEM_CHANNELS, 2
+        blocks: list[nn.Module] = []
         for expansion, outputs, repeats, first_stride, kernel in _STAGES:
             for repeat in range(repeats):
                 if len(blocks) > block:
