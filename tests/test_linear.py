@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anyup.ops import linear as module
-from anyup.ops.linear import grouped_product, linear
+from anyup.ops.linear import grouped_product, linear, linear_backward
 from tests.accuracy import assert_close_enough
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -44,3 +44,17 @@ def test_each_group_is_multiplied_by_its_own_weight(
     expected = torch.einsum("ngk,gkm->ngm", x, weight)
     exact = torch.einsum("ngk,gkm->ngm", x.double(), weight.double())
     assert_close_enough(grouped_product(x, weight), expected, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 3, 5), (200, 128, 160), (0, 4, 4)])
+def test_gradients_of_linear_are_products_with_the_gradient(
+    sizes: tuple[int, int, int], dtype: torch.dtype, through_convolution: None
+) -> None:
+    pixels, inputs, outputs = sizes
+    x, weight = randn(pixels, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype)
+    grad = randn(pixels, outputs, dtype=dtype)
+    grad_x, grad_weight = linear_backward(grad, x, weight)
+    assert grad_x.is_contiguous()
+    assert_close_enough(grad_x, grad @ weight, grad.double() @ weight.double())
+    assert_close_enough(grad_weight, grad.T @ x, grad.double().T @ x.double())

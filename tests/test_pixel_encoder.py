@@ -26,6 +26,8 @@ from anyup.ops.pixel_encoder import (
     explain_backends,
     reference,
 )
+from anyup.ops.pixel_encoder.gradients import Spread
+from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics, parts_of
 from anyup.ops.pixel_encoder.thin import ThinProjection
 
@@ -193,7 +195,8 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
             size,
             rng.choice([None, (rng.randint(1, 12), rng.randint(1, 12)), (rng.randint(1, 60), rng.randint(1, 60))]),
             rng.choice([None, 1, 3, 20]),
-            rng.choice([8, 16, 40]),
+            # In a group of one channel a deviation is small by chance now and then, and rounding decides: see `SHAPES`.
+            rng.choice([16, 24, 40]),
             rng.random() < 0.5,
             rng.randint(1, 2),
         )
@@ -296,6 +299,42 @@ def test_rotation_keeps_the_length_of_each_pair_when_the_frequencies_agree(backe
     a, b = plain[0, 4, 9].chunk(2)
     turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
     torch.testing.assert_close(rotated[0, 4, 9], turned)
+
+
+@pytest.mark.parametrize("output", [(4, 3), (5, 7), (13, 2), (1, 1)])
+def test_a_spread_gradient_is_that_of_torch_s_pooling(output: tuple[int, int]) -> None:
+    x = torch.randn(1, 8, 12, 9, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(*output, 8, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(F.adaptive_avg_pool2d(x, output), x, grad.permute(2, 0, 1)[None])
+    spread = Spread((12, 9), output, torch.float64, x.device)
+    wide = spread.over_columns(grad)
+    parts = [spread.over_rows(wide, slice(9 * first, 9 * last)) for first, last in ((0, 5), (5, 12))]
+    torch.testing.assert_close(torch.cat(parts), expected[0].permute(1, 2, 0).flatten(0, 1))
+
+
+@pytest.mark.parametrize("output", [(4, 3), (5, 7), (13, 2), (1, 1)])
+def test_a_spread_pools_as_torch_does(output: tuple[int, int]) -> None:
+    x = torch.randn(12, 9, 8, dtype=torch.float64)
+    spread = Spread((12, 9), output, torch.float64, x.device)
+    bands = [slice(9 * first, 9 * last) for first, last in ((0, 5), (5, 12))]
+    rows = torch.stack([spread.pool_rows(x.flatten(0, 1)[band], band) for band in bands]).sum(dim=0)
+    expected = F.adaptive_avg_pool2d(x.permute(2, 0, 1), output).permute(1, 2, 0)
+    torch.testing.assert_close(spread.pool_columns(rows), expected)
+
+
+def test_gradients_of_a_rotation_are_autograd_s_in_any_bands() -> None:
+    frequencies = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6 * 5, 8, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(6 * 5, 8, dtype=torch.float64)
+    bands = [slice(0, 10), slice(10, 30)]
+    row, column = torch.arange(6.0).double() / 5, torch.arange(5.0).double() / 4
+    angle = (row[:, None, None] * frequencies[0] + column[:, None] * frequencies[1]).flatten(0, 1)
+    turned = x * angle.cos() + torch.cat((-x[:, 4:], x[:, :4]), dim=1) * angle.sin()
+    expected = torch.autograd.grad(turned, (x, frequencies), grad)
+    rotation = Rotation((6, 5), frequencies.detach())
+    parts = [rotation.backward(grad[band], x.detach()[band], band) for band in bands]
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), expected[0])
+    torch.testing.assert_close(parts[0][1] + parts[1][1], expected[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
