@@ -66,7 +66,9 @@ def trainer(folder: Path, *overrides: str, engine: Engine | None = None) -> Trai
 
 
 def test_a_run_learns(folder: Path) -> None:
-    train(folder, "optimizer.steps=40", "run.validate_every=0", "guidance.schedule=[[0, 16]]", "loss.self_consistency=0")
+    train(
+        folder, "optimizer.steps=40", "run.validate_every=0", "guidance.schedule=[[0, 16]]", "loss.self_consistency=0"
+    )
     found = [loss for _, loss in losses(folder / "run")]
     assert sum(found[-10:]) < 0.8 * sum(found[:10])
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import math
-import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,15 +168,13 @@ def _find(config: str) -> Path:
 
 
 def _toml() -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        return tomllib
-    try:
-        import tomli
-    except ImportError as error:
-        raise ImportError("reading TOML on Python 3.10 needs tomli: pip install 'anyup[train]'") from error
-    return tomli
+    """The standard library's reader, or its forerunner on Python 3.10."""
+    for name in ("tomllib", "tomli"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            pass
+    raise ImportError("reading TOML on Python 3.10 needs tomli: pip install 'anyup[train]'")
 
 
 def _parse(path: Path) -> dict[str, Any]:
