@@ -22,10 +22,12 @@ __all__ = ["report"]
 # Import name, distribution, what it is for.
 _OPTIONAL = (
     ("triton", "triton", "kernels for GPUs"),
-    ("PIL", "pillow", "reading and writing pictures: demo, upsample"),
+    ("PIL", "pillow", "reading and writing pictures: demo, upsample, train"),
     ("safetensors", "safetensors", ".safetensors files"),
     ("matplotlib", "matplotlib", "vis_attn=True"),
     ("h5py", "h5py", 'encoder "squeezenet1_1"'),
+    ("accelerate", "accelerate", "training in several processes"),
+    ("tensorboard", "tensorboard", "the curves of a training"),
     ("timm", "timm", 'encoders "timm/<model>"'),
     ("transformers", "transformers", 'encoders "transformers/<model>"'),
     ("torchvision", "torchvision", 'encoders "torchvision/<model>:<layer>"'),

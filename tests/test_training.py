@@ -96,6 +96,25 @@ def test_shipped_weights_are_the_average_and_not_the_last(folder: Path) -> None:
     assert all(torch.equal(stored.weights[name], tensor) for name, tensor in shipped.items())
 
 
+def test_tensorboard_gets_the_terms_and_the_scores(folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(folder, "run.tensorboard=true")
+    shown = EventAccumulator(str(folder / "run" / "tensorboard"))
+    shown.Reload()
+    expected = {"loss", "cosine", "mse", "input", "self", "learning_rate", "loss/tiny:8", "samples_per_second"}
+    assert expected | {"held_out/tiny:8/distance", "held_out/tiny:8/error"} == set(shown.Tags()["scalars"])
+    assert [event.step for event in shown.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_without_tensorboard_a_run_says_so_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    lines = train(folder, "run.tensorboard=true", "optimizer.steps=1")
+    assert any("need the package tensorboard" in line for line in lines)
+    assert len(losses(folder / "run")) == 1
+
+
 def test_checkpoints_to_keep_stay(folder: Path) -> None:
     train(folder, "run.keep_every=2")
     for step in (2, 4):
@@ -326,9 +345,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Pat
     one = trainer(folder, *overrides)
     one.backward()
     code = _GRADIENTS.format(folder=str(folder), overrides=overrides)
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    processes = [start(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)]
-    for process in processes:
+    for process in _torchrun(code):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     expected = {name: p.grad for name, p in one.upsampler.named_parameters() if p.grad is not None}
@@ -339,6 +356,37 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Pat
         for name, grad in expected.items():
             scale = grad.abs().max().item()
             torch.testing.assert_close(stored["grads"][name], grad, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+
+
+def _torchrun(code: str) -> list[subprocess.Popen[str]]:
+    """Two processes of a group, as torchrun starts them."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return [start(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)]
+
+
+def test_two_processes_train_report_stop_and_go_on_as_one(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    overrides = ["optimizer.steps=3", "loss.self_consistency_share=0.25", "optimizer.clip=1.0"]
+    train(folder, *overrides)
+    (folder / "cache").rename(folder / "first_cache")
+    alone = losses(folder / "run")
+    together = [*overrides, "output=" + (folder / "together").as_posix()]
+    run = f"loop.train(small_training.settings(Path({str(folder)!r}), *{together!r})"
+    for process in _torchrun(run + ")"):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert [step for step, _ in alone] == [step for step, _ in losses(folder / "together")]
+    for (_, one), (_, other) in zip(alone, losses(folder / "together"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    together.append("optimizer.steps=100000")
+    run = f"loop.train(small_training.settings(Path({str(folder)!r}), *{together!r}), resume=True)"
+    processes = _torchrun(run)
+    log = folder / "together" / "log.jsonl"
+    _wait_for(lambda: len(log.read_text(encoding="utf-8").splitlines()) > 8, processes[0])
+    processes[1].send_signal(signal.SIGTERM)  # the other one must hear of it
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert state.load(folder / "together" / "latest.pth")[0].step == losses(folder / "together")[-1][0]
 
 
 def _free_port() -> int:

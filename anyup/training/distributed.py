@@ -7,6 +7,7 @@ the loss turn into the gradients that one process has for the whole batch.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,13 @@ class Engine:
     def wait(self) -> None:
         """Until every process is here."""
 
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Each value's mean over the processes, every one of which must ask."""
+        return list(values)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process; every process must ask."""
-        return flag
+        return self.mean([float(flag)])[0] > 0
 
     def close(self) -> None:
         """Leave the group of processes."""
@@ -61,9 +66,9 @@ class AccelerateEngine(Engine):
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
 
-    def any(self, flag: bool) -> bool:
-        total: torch.Tensor = self._accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum")
-        return total.item() > 0
+    def mean(self, values: Sequence[float]) -> list[float]:
+        reduced: torch.Tensor = self._accelerator.reduce(torch.tensor(values, device=self.device), "mean")
+        return reduced.tolist()
 
     def close(self) -> None:
         self._accelerator.end_training()

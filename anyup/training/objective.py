@@ -19,6 +19,8 @@ class Objective(nn.Module):
         super().__init__()
         self.upsampler = upsampler
         self.loss = loss
+        terms = {"cosine": 1.0, "mse": 1.0, "input": loss.input_consistency, "self": loss.self_consistency}
+        self.names = (*(name for name, weight in terms.items() if weight), "loss")
 
     def forward(self, batch: Batch, samples: float, augmented: float) -> dict[str, Tensor]:
         """The terms of the loss of a batch, weighted, and their sum under "loss".

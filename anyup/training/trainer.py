@@ -36,7 +36,9 @@ class Trainer:
         self.step = 0
         self.samples = 0
         self.upsampler = make_upsampler(settings).to(engine.device).train()
-        self._objective = engine.wrap(Objective(self.upsampler, settings.loss))
+        objective = Objective(self.upsampler, settings.loss)
+        self._terms = objective.names
+        self._objective = engine.wrap(objective)
         self._parameters = [p for p in self.upsampler.parameters() if p.requires_grad]
         optimizer = settings.optimizer
         self._optimizer = torch.optim.AdamW(
@@ -66,20 +68,22 @@ class Trainer:
         return {"step": self.step, **record, "learning_rate": rate}
 
     def backward(self) -> dict[str, Any]:
-        """The gradients of the next step's loss, in the parameters; its terms as this process saw them."""
+        """The gradients of the next step's loss, in the parameters; its terms, over all processes."""
         engine = self.engine
         step, batches = self._take()
         # A sum over a process's samples, divided by these, has the whole step's mean as its mean over the processes.
         whole = len(step.samples) / engine.world
         augmented = sum(sample.augmented for sample in step.samples) / engine.world
         self._optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
+        # A process that has nothing to augment has the term all the same.
+        sums = dict.fromkeys(self._terms, 0.0)
         for batch in batches:
             with self._autocast():
                 terms = self._objective(batch.to(engine.device), whole, augmented)
             terms["loss"].backward()
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+                sums[name] += value.item()
+        sums = dict(zip(sums, engine.mean(list(sums.values())), strict=True))
         return {"encoder": step.encoder, "guidance_size": step.guidance_size, "input_size": step.input_size, **sums}
 
     def _take(self) -> tuple[Step, list[Batch]]:
