@@ -290,7 +290,7 @@ def test_a_probe_beside_others_learns_what_it_learns_alone() -> None:
         loss.backward()
         optimizer_alone.step()
         assert shown is not None
-        assert float(shown[1, 1]) == pytest.approx(float(loss), rel=1e-5)
+        assert float(shown[1, 1]) == pytest.approx(loss.item(), rel=1e-5)
     assert torch.allclose(together.weight[1, 1], alone.weight[:, :, 0, 0], atol=1e-5)
     assert torch.allclose(together.bias[1, 1], alone.bias, atol=1e-5)
 

@@ -96,7 +96,7 @@ def read_mask(path: Path, labels: Labels, size: int) -> Tensor:
     if bool((classes < 0).any()):
         wrong = int(values[classes < 0][0])
         raise ValueError(f"{path}: a class (0 to {labels.classes - 1}) or a void value expected, got {wrong}")
-    resized = _short_side(*values.shape, size)
+    resized = _short_side(values.shape[0], values.shape[1], size)
     # The values are far below 2^24: float32 holds them exactly.
     mask = F.interpolate(classes[None, None].float(), size=resized, mode="nearest-exact")
     return _centre(mask, size)[0, 0].to(torch.uint8)

@@ -150,7 +150,7 @@ class Scores:
             raise ImportError("measuring segmentation needs torchmetrics: pip install 'anyup[evaluate]'") from error
 
         def metrics() -> Any:
-            arguments = {"num_classes": classes, "ignore_index": VOID, "validate_args": False}
+            arguments: dict[str, Any] = {"num_classes": classes, "ignore_index": VOID, "validate_args": False}
             return MetricCollection(
                 {
                     "miou": MulticlassJaccardIndex(average="macro", **arguments),
