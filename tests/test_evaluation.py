@@ -62,6 +62,7 @@ def test_sides_that_the_stride_does_not_divide_become_the_nearest_multiple() -> 
     by_stride = {s: [(t.truth, t.side, t.view) for t in plan(make_encoder(s))] for s in (8, 14, 16, 32)}
     assert by_stride[8] == by_stride[14] == by_stride[16] == [(CROPS, 224, 448), (WHOLE, 112, 448)]
     assert by_stride[32] == [(CROPS, 224, 448), (WHOLE, 128, 448)]
+    assert [t.side for t in plan(make_encoder(4), 64, 32, [17, 18, 26])[1:]] == [16, 20, 28]
 
 
 def test_tasks_are_named_by_their_ratio() -> None:
@@ -157,7 +158,7 @@ def test_the_summary_is_relative_to_bilinear_photograph_by_photograph() -> None:
     assert relative["ratio"] == pytest.approx((0.25 + 0.3) / (0.5 + 0.2))
     assert relative["mean"] == pytest.approx((0.5 + 1.5) / 2) and relative["std"] == pytest.approx(0.5**0.5)
     assert relative["better"] == 0.5
-    assert summary["bilinear"]["relative"]["ratio"] == 1
+    assert summary["bilinear"]["relative"]["ratio"] == 1 and summary["bilinear"]["relative"]["better"] == 0
     assert summary["ours"]["error"] == {"mean": 0.5, "std": 0.0}
 
 
