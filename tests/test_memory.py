@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +50,12 @@ def test_maps_keep_dtype_and_shape() -> None:
     assert made.dtype == torch.bfloat16
     assert made.shape == (2, memory._LARGE // 4)
     assert made.is_contiguous()
+
+
+def test_asking_to_keep_freed_memory_takes_none() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    memory.keep_freed_memory.__wrapped__()
+    assert resident() - before < memory._LARGEST_FREED / 8

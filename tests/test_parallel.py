@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anyup.ops.parallel import map_tiles
+from anyup.ops.parallel import cut, map_tiles, on_one_thread
 
 CPU = torch.device("cpu")
 
@@ -143,3 +143,19 @@ def test_a_forked_child_can_run_tiles_after_its_parent_did(threads: None) -> Non
     finally:
         child.kill()
         child.join()
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 4097])
+@pytest.mark.parametrize("multiple", [1, 7, 300])
+def test_a_cut_covers_the_length_in_whole_multiples(length: int, multiple: int, threads: None) -> None:
+    tiles = cut(length, 64, CPU, multiple)
+    assert [i for tile in tiles for i in range(tile.start, tile.stop)] == list(range(length))
+    assert all(tile.start % multiple == 0 for tile in tiles)
+    assert all(tile.stop - tile.start <= max(64, multiple) for tile in tiles)
+
+
+def test_small_work_between_tiles_wakes_no_thread_and_leaves_their_number_alone(threads: None) -> None:
+    before = torch.get_num_threads()
+    with on_one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -26,7 +26,8 @@ from anyup.ops.pixel_encoder import (
     explain_backends,
     reference,
 )
-from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+from anyup.ops.pixel_encoder.statistics import Affine, Statistics, parts_of
+from anyup.ops.pixel_encoder.thin import ThinProjection
 
 BACKENDS = ("torch", "reference")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -235,8 +236,14 @@ def test_bands_with_merged_statistics_are_the_whole_map(inputs: int | None, dtyp
 def test_statistics_are_those_of_all_pixels(offset: float) -> None:
     pixels = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)) + offset
     expected_variance, expected_mean = torch.var_mean(pixels.double(), dim=0, correction=0)
-    parts = [Statistics.of(part) for part in pixels.split([1, 399, 600])]
-    for statistics in (Statistics.of(pixels), Statistics.merge(parts), Statistics.merge(parts[::-1])):
+    parts = [parts_of(some) for some in pixels.split([1, 399, 600])]
+    bands = [Statistics.of(part, 16) for part in parts]
+    for statistics in (
+        Statistics.of(parts_of(pixels), 16),
+        Statistics.of([*parts[2], *parts[0], *parts[1]], 16),
+        Statistics.merge(bands),
+        Statistics.merge(bands[::-1]),
+    ):
         assert statistics.count == 1000 and statistics.mean.dtype == torch.float64
         torch.testing.assert_close(statistics.mean, expected_mean, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(
@@ -247,10 +254,24 @@ def test_statistics_are_those_of_all_pixels(offset: float) -> None:
 def test_statistics_of_a_projection_are_those_of_the_projected_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels, weight = torch.randn(500, 3, generator=generator) + 30, torch.randn(16, 3, generator=generator)
-    expected = Statistics.of(pixels.double() @ weight.double().T)
-    actual = Statistics.of_projection(pixels, weight)
+    expected = Statistics.of(parts_of(pixels.double() @ weight.double().T), 16)
+    thin = ThinProjection(pixels, weight, torch.float32)
+    actual = thin.statistics([thin.moments(slice(0, 123)), thin.moments(slice(123, 500))])
     torch.testing.assert_close(actual.mean, expected.mean)
     torch.testing.assert_close(actual.deviation, expected.deviation)
+
+
+@pytest.mark.parametrize("center", [None, torch.arange(16.0)])
+def test_a_thin_projection_is_normalised_by_its_weight(center: Tensor | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels, weight = torch.randn(500, 3, generator=generator) + 30, torch.randn(16, 3, generator=generator)
+    norm = Affine(*(torch.randn(16, generator=generator) for _ in range(2)), center)
+    thin = ThinProjection(pixels, weight, torch.float32)
+    tile = slice(100, 300)
+    expected = norm((pixels.double() @ weight.double().T)[tile]).float()
+    torch.testing.assert_close(thin.project(tile, thin.normalised(norm)), expected, rtol=1e-5, atol=1e-5)
+    plain = thin.add(tile, thin.offset.repeat(200, 1))
+    torch.testing.assert_close(plain.double(), pixels[tile].double() @ weight.double().T, rtol=1e-6, atol=1e-5)
 
 
 def test_statistics_of_half_precision_maps_are_taken_before_rounding() -> None:

@@ -40,10 +40,10 @@ def _features(arguments: argparse.Namespace) -> None:
     results: dict[str, Any] = {}
     cache = TensorCache(arguments.cache)
     plans = []
-    for encoder in _load_encoders(arguments.encoder, device):
-        plans.append((encoder, reconstruction.plan(encoder, PUBLISHED_VIEW, PUBLISHED_CROP, sides)))
-    for encoder, tasks in plans:
-        results[encoder.name] = reconstruction.run(
+    for name, encoder in zip(arguments.encoder, _load_encoders(arguments.encoder, device), strict=True):
+        plans.append((name, encoder, reconstruction.plan(encoder, PUBLISHED_VIEW, PUBLISHED_CROP, sides)))
+    for name, encoder, tasks in plans:
+        results[name] = reconstruction.run(
             photographs,
             encoder,
             upsamplers,

@@ -1,4 +1,4 @@
-"""A matrix product over pixels, as fast as the CPU's libraries allow."""
+"""Matrix products over pixels, as fast as the CPU's libraries allow."""
 
 from __future__ import annotations
 
@@ -11,13 +11,28 @@ from torch import Tensor
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for contiguous (n, Cin) pixels and a (Cout, Cin) weight."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not _convolution_is_faster():
+    if not _goes_through_convolution(x):
         return F.linear(x, weight, bias)
     # On some CPUs oneDNN, behind a convolution, is twice as fast as the BLAS behind F.linear. Dilation means nothing
     # to a 1x1 kernel, but without it torch takes a slower way for a 1x1 convolution on one thread.
     image = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
     result = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
     return result.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+
+
+def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x[:, g] @ weight[g] for each group g: contiguous (n, G, K) pixels and (G, K, N) weights to (n, G, N)."""
+    pixels, groups, width = x.shape
+    if not _goes_through_convolution(x):
+        return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+    # As above; the transposed convolution takes its weights as they lie here.
+    image = x.view(1, 1, pixels, groups * width).permute(0, 3, 1, 2)
+    result = F.conv_transpose2d(image, weight.reshape(groups * width, -1, 1, 1), groups=groups, dilation=2)
+    return result.permute(0, 2, 3, 1).reshape(pixels, groups, -1)
+
+
+def _goes_through_convolution(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _convolution_is_faster()
 
 
 @lru_cache(maxsize=1)

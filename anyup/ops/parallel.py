@@ -8,12 +8,15 @@ scheduled again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
+
+from anyup.ops.memory import keep_freed_memory
 
 Tile = TypeVar("Tile")
 Result = TypeVar("Result")
@@ -22,8 +25,14 @@ Result = TypeVar("Result")
 _MOST_WORKERS = 8
 
 
-def cut(length: int, most: int, device: torch.device) -> list[slice]:
-    """Slices of about one size that cover `length`, none longer than `most`, as many for each worker as for another."""
+def cut(length: int, most: int, device: torch.device, multiple: int = 1) -> list[slice]:
+    """Slices of about one size that cover `length`, none longer than `most`, as many for each worker as for another.
+
+    All but the last are as long as some multiple of `multiple`.
+    """
+    if multiple > 1:
+        units = cut(-(-length // multiple), max(1, most // multiple), device)
+        return [slice(unit.start * multiple, min(unit.stop * multiple, length)) for unit in units]
     if not length:
         return []
     workers = min(torch.get_num_threads(), _MOST_WORKERS) if device.type == "cpu" else 1
@@ -34,12 +43,25 @@ def cut(length: int, most: int, device: torch.device) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(bounds)]
 
 
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """For small work between two calls of `map_tiles`: torch's own threads, once woken, spin while the tiles run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device: torch.device) -> list[Result]:
     """`[function(tile) for tile in tiles]`, on worker threads where `device` is a CPU with threads to share.
 
     The function must not differentiate, and must touch no memory that another tile's call touches. Each call starts
     its own threads, so nothing idles between calls and a process may fork.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     threads = torch.get_num_threads()
     workers = min(threads, _MOST_WORKERS, len(tiles)) if device.type == "cpu" else 1
     if workers <= 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from anyup.images import resize
+from anyup.images import read_photo, resize
 from anyup.training.randomness import drawer
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -40,6 +40,15 @@ def split(paths: Sequence[Path], every: int = 10) -> tuple[list[Path], list[Path
     held_out = ordered[every - 1 :: every] if every else []
     kept = set(held_out)
     return [path for path in ordered if path not in kept], held_out
+
+
+def read_large(path: Path, min_side: int) -> Tensor:
+    """A photograph (1, 3, H, W) in 0..1; OSError or ValueError where it is broken or a side is below `min_side`."""
+    photo = read_photo(path)
+    short = min(photo.shape[2:])
+    if short < min_side:
+        raise ValueError(f"{path}: its short side is {short} pixels, less than data.min_side, {min_side}")
+    return photo
 
 
 def square_crop(rgb01: Tensor, side: int) -> Tensor:

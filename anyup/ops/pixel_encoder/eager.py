@@ -4,7 +4,7 @@ Between two group normalisations everything is pixelwise. So the map passes thro
 of which reads a tile of pixels, normalises, activates and multiplies it while it is in the cache, stores the result
 over what is not needed any more, and takes the statistics that the next step's normalisation waits for. Two maps of
 D channels are alive. Where the first projection has few inputs its map is never stored: its statistics follow from
-the mean and covariance of its input, and recomputing it is cheaper than reading it.
+the mean and covariance of its input, and recomputing it is cheaper than reading it (`thin`).
 Where the result is pooled, the last convolution and the residual commute with the pooling and run on the small grid.
 """
 
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
-from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.parallel import cut, map_tiles, on_one_thread
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters, normalise
-from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+from anyup.ops.pixel_encoder.rotary import Rotation, rotate_backward
+from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Part, Statistics, parts_of
+from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection
 from anyup.ops.precision import working_dtype
 
 Result = TypeVar("Result")
@@ -30,9 +32,6 @@ Result = TypeVar("Result")
 # work to the threads; elsewhere a tile bounds the scratch memory.
 _TILE_PIXELS = {"cpu": 4096}
 _TILE_PIXELS_ELSEWHERE = 2**18
-
-# Up to this many input channels the first projection is recomputed, not stored.
-_FEW_INPUTS = 16
 
 
 def unsupported(problem: object) -> list[str]:
@@ -49,6 +48,7 @@ def forward(
     pools = output_size != (height, width)
     shrinks = pools and output_size[0] <= height and output_size[1] <= width and frequencies is None
     out = empty((batch, *(output_size if shrinks else (height, width)), dim), pixels)
+    rotation = None if frequencies is None else Rotation((height, width), frequencies)
     for image, result in zip(pixels, out, strict=True):
         band = Band(image.flatten(0, 1), parameters, trunk=None if shrinks else result.flatten(0, 1))
         norms: list[Affine] = []
@@ -58,9 +58,7 @@ def forward(
         if shrinks:
             band.finish_pooled(norms[-1], (height, width), result)
         else:
-            band.finish(norms[-1])
-            if frequencies is not None:
-                _rotate(result, frequencies)
+            band.finish(norms[-1], rotation)
     if pools and not shrinks:
         return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
     return out
@@ -76,14 +74,19 @@ class Band:
 
     def __init__(self, pixels: Tensor, parameters: EncoderParameters, trunk: Tensor | None = None) -> None:
         """(n, Cin) pixels; `trunk` is where the result goes, (n, D), a new tensor if None."""
-        self._pixels = pixels.contiguous()  # an image comes with its channels outermost
         self._parameters = parameters
         self.work_dtype = working_dtype(pixels.dtype)
-        dim = parameters.block1.weight1.shape[0]
-        self._trunk = empty((pixels.shape[0], dim), pixels) if trunk is None else trunk
+        self._count, self._device = pixels.shape[0], pixels.device
+        self._dim = parameters.block1.weight1.shape[0]
+        self._trunk = empty((self._count, self._dim), pixels) if trunk is None else trunk
         self._branch: Tensor | None = None
         self._norms_done = 0
-        self._recomputes = parameters.projection is not None and parameters.projection.shape[1] <= _FEW_INPUTS
+        projection = parameters.projection
+        self._thin: ThinProjection | None = None
+        if projection is not None and projection.shape[1] <= MOST_CHANNELS:
+            self._thin = ThinProjection(pixels, projection, self.work_dtype)
+        else:
+            self._pixels = pixels.contiguous()
 
     def advance(self, norm: Affine | None) -> Statistics:
         """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input."""
@@ -94,33 +97,39 @@ class Band:
         assert norm is not None
         if self._branch is None:
             self._branch = empty(tuple(self._trunk.shape), self._trunk)
-        block = self._parameters.block1 if step < 3 else self._parameters.block2
-        weight = block.weight2 if step == 2 else block.weight1
-        weight = weight.to(self.work_dtype)
-        branch = self._branch
+        if step == 2:
+            return self._close_block(norm)
+        weight = (self._parameters.block1 if step == 1 else self._parameters.block2).weight1.to(self.work_dtype)
+        branch, thin = self._branch, self._thin if step == 1 else None
+        normalised = None if thin is None else thin.normalised(norm)
 
-        def go(tile: slice) -> Statistics:
-            source = branch[tile] if step == 2 else self._trunk_tile(tile, step)
-            result = linear(_activate(source.to(self.work_dtype), norm), weight)
-            if step == 2:
-                stored = torch.add(result, self._trunk_tile(tile, step), out=self._trunk[tile])
+        def go(tile: slice) -> list[Part]:
+            if thin is not None and normalised is not None:
+                activated = F.silu(thin.project(tile, normalised), inplace=True)
             else:
-                stored = branch[tile].copy_(result)
-            return Statistics.of(stored.to(self.work_dtype))
+                activated = _activate(self._trunk[tile].to(self.work_dtype), norm)
+            stored = branch[tile].copy_(linear(activated, weight))
+            return parts_of(stored.to(self.work_dtype))
 
-        return Statistics.merge(self._map(go))
+        return self._statistics(go)
 
-    def finish(self, norm: Affine) -> Tensor:
-        """Apply the last normalisation and what follows it: the encoded pixels (n, D), in the trunk."""
+    def finish(self, norm: Affine, rotation: Rotation | None = None) -> Tensor:
+        """Apply the last normalisation and what follows it: the encoded pixels (n, D), in the trunk.
+
+        A rotation is of whole rows, so the band must be its map.
+        """
         assert self._branch is not None
         weight = self._parameters.block2.weight2.to(self.work_dtype)
         branch = self._branch
 
         def go(tile: slice) -> None:
             result = linear(_activate(branch[tile].to(self.work_dtype), norm), weight)
-            torch.add(result, self._trunk[tile], out=self._trunk[tile])
+            if rotation is None:
+                torch.add(result, self._trunk[tile], out=self._trunk[tile])
+            else:
+                self._trunk[tile] = rotation(result.add_(self._trunk[tile]), tile)
 
-        self._map(go)
+        self._map(go, 1 if rotation is None else rotation.width)
         return self._trunk
 
     def finish_pooled(self, norm: Affine, size: tuple[int, int], out: Tensor) -> None:
@@ -143,31 +152,46 @@ class Band:
         out.copy_(linear(activated.flatten(0, 1), weight).view_as(passed).add_(passed))
 
     def _project(self) -> Statistics:
+        if self._thin is not None:
+            return self._thin.statistics(self._map(self._thin.moments))
         projection = self._parameters.projection
 
-        def go(tile: slice) -> Statistics:
+        def go(tile: slice) -> list[Part]:
             result = self._pixels[tile].to(self.work_dtype)
             if projection is not None:
-                if self._recomputes:
-                    return Statistics.of_projection(result, projection)
                 result = linear(result, projection.to(self.work_dtype))
             self._trunk[tile] = result
-            return Statistics.of(result)
+            return parts_of(result)
 
-        return Statistics.merge(self._map(go))
+        return self._statistics(go)
 
-    def _trunk_tile(self, tile: slice, step: int) -> Tensor:
-        if self._recomputes and step < 3:
-            projection = self._parameters.projection
-            assert projection is not None
-            return linear(self._pixels[tile].to(self.work_dtype), projection.to(self.work_dtype))
-        return self._trunk[tile]
+    def _close_block(self, norm: Affine) -> Statistics:
+        """The first block's second convolution and residual."""
+        assert self._branch is not None
+        weight = self._parameters.block1.weight2.to(self.work_dtype)
+        branch, trunk, thin = self._branch, self._trunk, self._thin
+        bias = None if thin is None else thin.offset
 
-    def _map(self, function: Callable[[slice], Result]) -> list[Result]:
+        def go(tile: slice) -> list[Part]:
+            result = linear(_activate(branch[tile].to(self.work_dtype), norm), weight, bias)
+            if thin is None:
+                stored = torch.add(result, trunk[tile], out=trunk[tile])
+            else:
+                stored = trunk[tile].copy_(thin.add(tile, result))
+            return parts_of(stored.to(self.work_dtype))
+
+        return self._statistics(go)
+
+    def _statistics(self, function: Callable[[slice], list[Part]]) -> Statistics:
+        """Of the parts that the function returns for each tile."""
+        parts = [part for tile in self._map(function, SUBSETS) for part in tile]
+        with on_one_thread():
+            return Statistics.of(parts, self._dim)
+
+    def _map(self, function: Callable[[slice], Result], multiple: int = 1) -> list[Result]:
         """The function's result for each tile, in order."""
-        device = self._pixels.device
-        most = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
-        return map_tiles(function, cut(self._pixels.shape[0], most, device), device)
+        most = _TILE_PIXELS.get(self._device.type, _TILE_PIXELS_ELSEWHERE)
+        return map_tiles(function, cut(self._count, most, self._device, multiple), self._device)
 
 
 def backward(
@@ -196,7 +220,7 @@ def backward(
     grad_frequencies = None
     if frequencies is not None:
         encoded = second + _half_block(hidden2, block2[3:])
-        grad, grad_frequencies = _rotate_backward(grad.permute(0, 2, 3, 1), encoded.permute(0, 2, 3, 1), frequencies)
+        grad, grad_frequencies = rotate_backward(grad.permute(0, 2, 3, 1), encoded.permute(0, 2, 3, 1), frequencies)
         grad = grad.permute(0, 3, 1, 2)
     grad_hidden, grad_norm4 = _half_block_backward(grad, hidden2, block2[3:])
     grad_second, grad_norm3 = _half_block_backward(grad_hidden, second, block2[:3])
@@ -266,59 +290,3 @@ class _CellMean:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return (self._indicator @ rows.sum(dim=0)) / (self._count * rows.shape[0])
-
-
-def _rotate(encoded: Tensor, frequencies: Tensor) -> None:
-    """Apply the rotary embedding to (H, W, D) in place, some rows at a time.
-
-    The cosine and sine of a sum of a row's and a column's angle follow from two small tables.
-    """
-    height, width, _ = encoded.shape
-    wide = working_dtype(encoded.dtype)
-    row_angle, column_angle = _angles((height, width), frequencies.to(wide))
-    row_cos, row_sin = row_angle.cos()[:, None], row_angle.sin()[:, None]  # (H, 1, D)
-    column_cos, column_sin = column_angle.cos(), column_angle.sin()  # (W, D)
-    most = max(1, _TILE_PIXELS.get(encoded.device.type, _TILE_PIXELS_ELSEWHERE) // width)
-
-    def go(rows: slice) -> None:
-        cos = (column_cos * row_cos[rows]).addcmul_(column_sin, row_sin[rows], value=-1)
-        sin = (column_sin * row_cos[rows]).addcmul_(column_cos, row_sin[rows])
-        encoded[rows] = _rotated(encoded[rows].to(wide), cos, sin)
-
-    map_tiles(go, cut(height, most, encoded.device), encoded.device)
-
-
-def _angles(size: tuple[int, int], frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """The angle of each row (H, D) and of each column (W, D), which add up; coordinates run from 0 to 1."""
-    rows, columns = (
-        torch.arange(n, device=frequencies.device, dtype=frequencies.dtype)[:, None] / max(n - 1, 1) for n in size
-    )
-    return rows * frequencies[0], columns * frequencies[1]
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, for (..., D)."""
-    half = x.shape[-1] // 2
-    result = x * cos
-    result[..., :half] -= x[..., half:] * sin[..., :half]
-    result[..., half:] += x[..., :half] * sin[..., half:]
-    return result
-
-
-def _rotate_backward(grad: Tensor, x: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the input (B, H, W, D) and of the frequencies (2, D)."""
-    wide = working_dtype(x.dtype)
-    row_angle, column_angle = _angles((x.shape[1], x.shape[2]), frequencies.to(wide))
-    angle = row_angle[:, None] + column_angle
-    cos, sin = angle.cos(), angle.sin()
-    grad, x, dtype = grad.to(wide), x.to(wide), x.dtype
-    # The rotation's transpose: the partner's sine, the other sign.
-    half = x.shape[-1] // 2
-    swapped = torch.cat((sin[..., half:], sin[..., :half]), dim=-1)
-    grad_x = _rotated(grad, cos, -swapped)
-    grad_angle = _rotated(x, -sin, cos) * grad
-    unit = torch.ones_like(frequencies, dtype=wide)
-    row, column = _angles((x.shape[1], x.shape[2]), unit)
-    grad_row = (grad_angle.sum(dim=(0, 2)) * row).sum(dim=0)
-    grad_column = (grad_angle.sum(dim=(0, 1)) * column).sum(dim=0)
-    return grad_x.to(dtype), torch.stack((grad_row, grad_column)).to(frequencies.dtype)

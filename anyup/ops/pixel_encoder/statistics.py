@@ -11,10 +11,38 @@ from torch import Tensor
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS
 from anyup.ops.precision import accumulator_dtype
 
-_SUBSETS = 16
+SUBSETS = 16
+"""Pixels of a tile that are no multiple of this take one more pass."""
 
 # Means of up to so many deviations lose nothing that matters when scale and shift are applied at once.
 _LARGEST_OFFSET = 4.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Mean and variance of each channel over each of some sets of `count` pixels: (sets * D,), as torch returns them.
+
+    What a tile hands over. Making statistics of it takes many small operations, for which worker threads would wait
+    for each other at Python's interpreter lock: it is done once for all tiles.
+    """
+
+    count: int
+    means: Tensor
+    variances: Tensor
+
+
+def parts_of(pixels: Tensor) -> list[Part]:
+    """The parts of (n, D) contiguous float32 or float64 pixels, by two passes over them: no cancellation."""
+    count, dim = pixels.shape
+    even = count - count % SUBSETS
+    if pixels.device.type != "cpu" or not even:
+        variance, mean = torch.var_mean(pixels, dim=0, correction=0)
+        return [Part(count, mean, variance)]
+    # var_mean over the first dimension is not vectorised on a CPU. This is, but sums one value after the other, so
+    # that its error grows with their number: take interleaved subsets as if they were channels.
+    image = pixels[:even].view(1, 1, even // SUBSETS, SUBSETS * dim).permute(0, 3, 1, 2)
+    parts = [Part(even // SUBSETS, *torch.ops.aten.batch_norm_update_stats(image, None, None, 0.0))]
+    return parts if even == count else parts + parts_of(pixels[even:])
 
 
 @dataclass(frozen=True)
@@ -29,52 +57,30 @@ class Statistics:
     deviation: Tensor
 
     @staticmethod
-    def of(pixels: Tensor) -> Statistics:
-        """Statistics of (n, D) contiguous float32 or float64 pixels, by two passes over them: no cancellation."""
-        count, dim = pixels.shape
-        wide = accumulator_dtype(pixels.device)
-        even = count - count % _SUBSETS
-        if pixels.device.type != "cpu" or not even:
-            variance, mean = torch.var_mean(pixels, dim=0, correction=0)
-            return Statistics(count, mean.to(wide), variance.to(wide) * count)
-        # var_mean over the first dimension is not vectorised on a CPU. This is, but sums one value after the other, so
-        # that its error grows with their number: take interleaved subsets as if they were channels.
-        image = pixels[:even].view(1, 1, even // _SUBSETS, _SUBSETS * dim).permute(0, 3, 1, 2)
-        means, variances = torch.ops.aten.batch_norm_update_stats(image, None, None, 0.0)
-        means, variances = (t.view(_SUBSETS, dim).to(wide) for t in (means, variances))
-        each = even // _SUBSETS
-        subsets = Statistics._of_parts(even, each, means, variances * each)
-        if even == count:
-            return subsets
-        variance, mean = torch.var_mean(pixels[even:], dim=0, correction=0)
-        rest = Statistics(count - even, mean.to(wide), variance.to(wide) * (count - even))
-        return Statistics.merge([subsets, rest])
-
-    @staticmethod
-    def of_projection(pixels: Tensor, weight: Tensor) -> Statistics:
-        """Statistics of `pixels @ weight.T` from the mean and the covariance of (n, Cin) pixels.
-
-        mean' = W mean and var' = diag(W cov W^T): exact for a linear map, and cheap where Cin is small.
-        """
-        wide = accumulator_dtype(pixels.device)
-        x, w = pixels.to(wide), weight.to(wide)
-        mean = x.mean(dim=0)
-        x = x - mean
-        return Statistics(pixels.shape[0], w @ mean, ((w @ (x.T @ x)) * w).sum(dim=1))
-
-    @staticmethod
-    def merge(parts: Sequence[Statistics]) -> Statistics:
+    def of(parts: Sequence[Part], dim: int) -> Statistics:
         """The statistics of all pixels of the parts together."""
-        first = parts[0].mean
-        counts = torch.tensor([p.count for p in parts], dtype=first.dtype, device=first.device)[:, None]
-        means, deviations = (torch.stack(t) for t in zip(*((p.mean, p.deviation) for p in parts), strict=True))
-        return Statistics._of_parts(sum(p.count for p in parts), counts, means, deviations)
+        wide = accumulator_dtype(parts[0].means.device)
+        means = torch.cat([part.means for part in parts]).to(wide).view(-1, dim)
+        variances = torch.cat([part.variances for part in parts]).to(wide).view(-1, dim)
+        counts = [part.count for part in parts for _ in range(part.means.numel() // dim)]
+        return Statistics._merge(counts, means, variances * _column(counts, variances))
 
     @staticmethod
-    def _of_parts(count: int, counts: Tensor | int, means: Tensor, deviations: Tensor) -> Statistics:
-        """Parts stacked as (parts, D), with `counts` pixels each, `count` in all (Chan, Golub and LeVeque 1983)."""
-        mean = (counts * means).sum(dim=0) / count
-        return Statistics(count, mean, (deviations + counts * (means - mean).square()).sum(dim=0))
+    def merge(several: Sequence[Statistics]) -> Statistics:
+        """The statistics of all pixels together."""
+        means, deviations = (torch.stack(t) for t in zip(*((s.mean, s.deviation) for s in several), strict=True))
+        return Statistics._merge([s.count for s in several], means, deviations)
+
+    @staticmethod
+    def _merge(counts: Sequence[int], means: Tensor, deviations: Tensor) -> Statistics:
+        """Stacked as (several, D), with `counts` pixels each (Chan, Golub and LeVeque 1983)."""
+        count, each = sum(counts), _column(counts, means)
+        mean = (each * means).sum(dim=0) / count
+        return Statistics(count, mean, (deviations + each * (means - mean).square()).sum(dim=0))
+
+
+def _column(counts: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(counts, dtype=like.dtype, device=like.device)[:, None]
 
 
 @dataclass(frozen=True)

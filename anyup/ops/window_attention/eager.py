@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyup.ops.linear import grouped_product
 from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
@@ -62,13 +63,11 @@ def forward(
         def attend(part: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
             logits = part.logits(query[image], keys, scale, scratch)
             weights = torch.softmax(logits, dim=-1, out=scratch.take("weights", logits.shape, logits))
-            mean = scratch.take("mean", (part.count, part.pixels, part.keys), weights)
-            torch.mean(weights, dim=1, out=mean)
-            product = scratch.take("product", (part.count, part.pixels, channels), values)
-            torch.bmm(mean.to(values.dtype), part.take_keys(values), out=product)
-            part.put_pixels(out[image], product)
+            mean = scratch.take("mean", (part.pixels, part.count, part.keys), weights)
+            torch.mean(weights, dim=2, out=mean)
+            part.put_pixels(out[image], grouped_product(mean.to(values.dtype), part.take_keys(values)).transpose(0, 1))
             if save_lse:
-                part.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(1, 2))
+                part.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(0, 1))
 
         map_tiles(attend, list(_batches(window, query, keys, channels, max_queries)), query.device)
     return out, lse
@@ -96,13 +95,14 @@ def backward(
         # Each is a sum over all pixels that see a key.
         sum_keys, sum_values = (torch.zeros_like(t, dtype=accumulator_dtype(t.device)) for t in (keys, values))
         for part in _batches(window, query, keys, channels, longest=_LONGEST_SEGMENT_BACKWARD):
-            # (count, heads, pixels, keys)
             weights = torch.softmax(part.logits(query[image], keys, scale, scratch), dim=-1)
+            weights = weights.permute(1, 2, 0, 3)  # (count, heads, pixels, keys)
             outer = part.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
             part.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
             inner = (outer @ part.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
             # dS (count, heads, pixels, keys)
-            inner = torch.ops.aten._softmax_backward_data(inner.expand_as(weights), weights, -1, weights.dtype)
+            inner = inner.expand_as(weights)
+            inner = torch.ops.aten._softmax_backward_data(inner, weights.contiguous(), -1, weights.dtype)
             queries = part.take_pixels(query[image]).to(keys.dtype).transpose(1, 2)
             part.add_keys(sum_keys, (inner.transpose(2, 3) @ queries).transpose(1, 2))
             update = (inner @ part.take_keys(keys).transpose(1, 2)) * scale  # (count, heads, pixels, d)
@@ -166,32 +166,27 @@ class _Batch:
         band.index_add_(0, self.columns.key_positions(band.device), update)
 
     def logits(self, query: Tensor, keys: Tensor, scale: float, scratch: _Scratch) -> Tensor:
-        """Scaled logits (count, heads, pixels, keys), -inf where a pixel does not see a key."""
-        pixels = self.take_pixels(query).transpose(1, 2)  # (count, heads, pixels, d)
+        """Scaled logits (pixels, count, heads, keys), -inf where a pixel does not see a key."""
+        pixels = self.take_pixels(query).transpose(0, 1)  # (pixels, count, heads, d)
         queries = scratch.take("queries", pixels.shape, keys).copy_(pixels)
         near = self.take_keys(keys).permute(0, 2, 3, 1).contiguous()  # (count, heads, d, keys)
-        logits = scratch.take("logits", (*queries.shape[:3], self.keys), keys)
+        logits = grouped_product(queries.flatten(1, 2), near.flatten(0, 1)).view(*queries.shape[:3], self.keys)
         bias = self._bias()
-        added = False
-        if bias is not None and self.finite:
-            logits.copy_(bias)
-            added = True
-        # With beta 0 what was in the buffer is ignored, a NaN too.
-        flat = logits.flatten(0, 1)
-        torch.baddbmm(flat, queries.flatten(0, 1), near.flatten(0, 1), beta=int(added), alpha=scale, out=flat)
-        if bias is not None and not added:
-            # NaN - inf is NaN: a key that holds one would reach pixels that do not see it.
-            logits.masked_fill_(bias < 0, -math.inf)
-        return logits
+        if bias is None:
+            return logits.mul_(scale)
+        if self.finite:
+            return torch.add(bias, logits, alpha=scale, out=logits)
+        # NaN - inf is NaN: a key that holds one would reach pixels that do not see it.
+        return logits.mul_(scale).masked_fill_(bias < 0, -math.inf)
 
     def _bias(self) -> Tensor | None:
-        """The sum of the row and the column bias, (count, 1, pixels, keys)."""
+        """The sum of the row and the column bias, (pixels, count, 1, keys)."""
         if self.rows.bias is None and self.columns.bias is None:
             return None
-        rows = 0.0 if self.rows.bias is None else self.rows.bias[:, :, None, None, :]
-        columns = 0.0 if self.columns.bias is None else self.columns.bias[:, None, :, :, None]
-        shape = (self.count, self.rows.length, self.columns.length, self.columns.keys, self.rows.keys)
-        return (rows + columns).expand(shape).reshape(self.count, 1, self.pixels, self.keys)  # type: ignore[union-attr]
+        rows = 0.0 if self.rows.bias is None else self.rows.bias[0, :, None, None, None, :]
+        columns = 0.0 if self.columns.bias is None else self.columns.bias.transpose(0, 1)[:, :, :, None]
+        shape = (self.rows.length, self.columns.length, self.count, self.columns.keys, self.rows.keys)
+        return (rows + columns).expand(shape).reshape(self.pixels, self.count, 1, self.keys)  # type: ignore[union-attr]
 
 
 def _batches(
