@@ -445,6 +445,16 @@ def test_what_is_kept_in_the_cache_changes_no_bit(data: Path, tmp_path: Path) ->
     assert all(size <= path.stat().st_size < size + 200 for path in kept)
 
 
+def test_a_mirrored_example_mirrors_image_and_mask_alike(data: Path) -> None:
+    source = make_source()
+    sample = load_split(data, LAYOUTS["camvid"], "train")[0]
+    assert torch.equal(source.mask(sample, True), source.mask(sample).flip(1))
+    mirrored = source.image(sample).flip(3)
+    assert torch.equal(source.image(sample, True), mirrored)
+    assert torch.equal(source.features(sample, True), make_encoder(4)(source.encoder.normalize(mirrored)))
+    assert not torch.equal(source.mask(sample), source.mask(sample).flip(1))
+
+
 def test_the_count_of_what_would_be_kept_is_right_before_and_after(data: Path, tmp_path: Path) -> None:
     source = make_source(TensorCache(tmp_path / "cache"), keep=True)
     samples = load_split(data, LAYOUTS["camvid"], "train")
