@@ -20,7 +20,7 @@ import anyup.encoders
 from anyup import checkpoints, cli
 from anyup.evaluation import datasets, segmentation
 from anyup.evaluation.cache import TensorCache
-from anyup.evaluation.carriers import AttentionCarrier, InterpolationCarrier, averaged_weights, tile
+from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, NearestCarrier, averaged_weights, tile
 from anyup.evaluation.datasets import LAYOUTS, VOID, load_split, make_labels, read_image, read_mask
 from anyup.evaluation.probe import Example, Probes, Recipe, losses, train_step
 from anyup.evaluation.upsamplers import Interpolation, Learned
@@ -232,18 +232,27 @@ def test_carried_logits_are_the_models(
         weights = averaged_weights(model, image, features, size)
     carrier = AttentionCarrier(tile(model.window, size, grid), weights)
     carried = torch.empty_like(expected)
-    for logits, pixels in zip(carrier.logits(values), carrier.labels(numbers), strict=True):
+    for logits, pixels in zip(carrier.logits(values), carrier.targets(numbers, 4), strict=True):
         carried[:, pixels.flatten()] = logits.transpose(0, 1).flatten(1)
     assert weights.dtype == torch.float16
     assert (carried - expected).abs().max() < 2e-3 * values.abs().max()  # float16 rounds a weight by up to 1/2048
 
 
+@pytest.mark.parametrize(("size", "grid"), [((12, 16), (3, 4)), ((11, 13), (5, 6)), ((2, 3), (8, 9))])
 @pytest.mark.parametrize("method", ["nearest", "bilinear"])
-def test_interpolated_logits_are_the_interpolations(method: str) -> None:
-    values = random_tensor(4, 5, 6)
-    expected = Interpolation(method)(torch.empty(0), values[None], (11, 13))
-    (logits,) = InterpolationCarrier(method, (11, 13)).logits(values)
-    assert torch.equal(logits, expected.flatten(2))
+def test_the_loss_of_interpolated_logits_and_its_gradient_are_those_of_the_map(
+    method: str, size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    labels = torch.randint(0, 3, size, generator=torch.Generator().manual_seed(4)).to(torch.uint8)
+    labels[:1, 1:] = VOID
+    values = random_tensor(6, *grid).requires_grad_()
+    each = losses(NearestCarrier(size, grid) if method == "nearest" else BilinearCarrier(size), values, labels, seeds=2)
+    logits = Interpolation(method)(torch.empty(0), values[None], size)[0].unflatten(0, (2, 3))
+    targets = labels.long().expand(2, *size)
+    expected = F.cross_entropy(logits, targets, ignore_index=VOID, reduction="none").sum(dim=(1, 2))
+    assert torch.allclose(each, expected, rtol=1e-5)
+    gradients = [torch.autograd.grad(loss.sum(), values, retain_graph=True)[0] for loss in (each, expected)]
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> None:
@@ -273,7 +282,7 @@ def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> Non
 def make_example(size: int = 12, grid: int = 3, channels: int = 5, seed: int = 0) -> Example:
     labels = torch.randint(0, 3, (size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     labels[: 1 + 2 * (seed % 3)] = VOID
-    carriers = {name: InterpolationCarrier(name, (size, size)) for name in ("nearest", "bilinear")}
+    carriers = {"nearest": NearestCarrier((size, size), (grid, grid)), "bilinear": BilinearCarrier((size, size))}
     return Example(random_tensor(1, channels, grid, grid, seed=seed), labels, carriers)
 
 

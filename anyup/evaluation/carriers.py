@@ -134,30 +134,49 @@ class AttentionCarrier:
         self._weights = weights.float()
 
     def logits(self, values: Tensor) -> Iterator[Tensor]:
-        """(C, h, w) to (tiles, C, pixels) for each shape of tile, in the order of `labels`; differentiable."""
+        """(C, h, w) to (tiles, C, pixels) for each shape of tile, in the order of `targets`; differentiable."""
         for near, weights in zip(self.tiling.near(values), self.tiling.split(self._weights), strict=True):
             yield near @ weights.transpose(1, 2)
 
-    def labels(self, labels: Tensor) -> Iterator[Tensor]:
-        """(H, W) to (tiles, pixels) for each shape of tile."""
-        yield from self.tiling.tiles(labels)
+    def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
+        """(H, W) uint8 to int64 (tiles, pixels) for each shape of tile."""
+        yield from self.tiling.tiles(labels.long())
 
 
-class InterpolationCarrier:
-    """Carries by "bilinear" or "nearest" interpolation."""
+class BilinearCarrier:
+    """Carries by bilinear interpolation to (H, W)."""
 
-    def __init__(self, method: str, size: tuple[int, int]) -> None:
-        self.mode = {"bilinear": "bilinear", "nearest": "nearest-exact"}[method]
+    def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
 
     def logits(self, values: Tensor) -> Iterator[Tensor]:
         """(C, h, w) to (1, C, H * W), as the one tile that there is; differentiable."""
-        align = False if self.mode == "bilinear" else None
-        yield F.interpolate(values[None], size=self.size, mode=self.mode, align_corners=align).flatten(2)
+        yield F.interpolate(values[None], size=self.size, mode="bilinear", align_corners=False).flatten(2)
 
-    def labels(self, labels: Tensor) -> Iterator[Tensor]:
-        """(H, W) to (1, H * W)."""
-        yield labels.flatten()[None]
+    def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
+        """(H, W) uint8 to int64 (1, H * W)."""
+        yield labels.long().flatten()[None]
 
 
-Carrier = AttentionCarrier | InterpolationCarrier
+class NearestCarrier:
+    """Carries by nearest interpolation to (H, W): all pixels of a cell have its logits, so their labels are counted."""
+
+    def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
+        self._count = grid[0] * grid[1]
+        cells = torch.arange(self._count).view(1, 1, *grid)
+        # float64, because a number of cells beyond 2^24 would be rounded.
+        self._cells = F.interpolate(cells.double(), size=size, mode="nearest-exact")[0, 0].long()
+
+    def logits(self, values: Tensor) -> Iterator[Tensor]:
+        """(C, h, w) to (1, C, h * w)."""
+        yield values.flatten(1)[None]
+
+    def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
+        """(H, W) uint8 to float32 (1, classes, h * w): how many of a cell's pixels have each class; void is none."""
+        cells = self._cells.to(labels.device)
+        valid = labels < classes
+        counts = torch.bincount(cells[valid] * classes + labels[valid].long(), minlength=classes * self._count)
+        yield counts.view(-1, classes).T[None].float()
+
+
+Carrier = AttentionCarrier | BilinearCarrier | NearestCarrier

@@ -99,10 +99,13 @@ def losses(carrier: Carrier, logits: Tensor, labels: Tensor, seeds: int) -> Tens
     logits (seeds * classes, h, w) on the small grid, labels (H, W) uint8 with VOID.
     """
     total = logits.new_zeros(seeds)
-    for carried, of_tiles in zip(carrier.logits(logits), carrier.labels(labels.long()), strict=True):
-        carried = carried.unflatten(1, (seeds, -1)).flatten(0, 1)  # (tiles * seeds, classes, pixels)
-        targets = of_tiles[:, None].expand(-1, seeds, -1).flatten(0, 1)
-        entropy = F.cross_entropy(carried, targets, ignore_index=VOID, reduction="none")
+    classes = logits.shape[0] // seeds
+    for carried, targets in zip(carrier.logits(logits), carrier.targets(labels, classes), strict=True):
+        carried = carried.unflatten(1, (seeds, classes)).flatten(0, 1)  # (tiles * seeds, classes, pixels)
+        targets = targets.unsqueeze(1).expand(-1, seeds, *targets.shape[1:]).flatten(0, 1)
+        # Class numbers, or for each class how many pixels have it: those without void, which torch wants to hear.
+        ignored = -100 if targets.is_floating_point() else VOID
+        entropy = F.cross_entropy(carried, targets, ignore_index=ignored, reduction="none")  # (tiles * seeds, pixels)
         total = total + entropy.unflatten(0, (-1, seeds)).sum(dim=(0, 2))
     return total
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anyup.encoders import Encoder
 from anyup.evaluation.cache import TensorCache, file_fingerprint, module_fingerprint
-from anyup.evaluation.carriers import AttentionCarrier, Carrier, InterpolationCarrier, averaged_weights, tile
+from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, Carrier, NearestCarrier, averaged_weights, tile
 from anyup.evaluation.datasets import Labels, Sample, check_pair, read_image, read_mask
 from anyup.evaluation.probe import Example, Probes, Recipe, Scores, train_step
 from anyup.evaluation.report import spread, table
@@ -101,15 +101,15 @@ class Source:
     def example(self, sample: Sample, mirrored: bool = False) -> Example:
         """What a step needs of an image, on the device."""
         features = self.features(sample, mirrored)
-        carriers: dict[str, Carrier] = {}
-        for upsampler in self.upsamplers:
+        size, grid = (self.size, self.size), (features.shape[2], features.shape[3])
+
+        def carrier(upsampler: Upsampler) -> Carrier:
             if isinstance(upsampler, Interpolation):
-                carriers[upsampler.name] = InterpolationCarrier(upsampler.name, (self.size, self.size))
-            else:
-                grid = (features.shape[2], features.shape[3])
-                tiling = tile(upsampler.model.window, (self.size, self.size), grid)
-                weights = self.weights(upsampler, sample, mirrored).to(self.device)
-                carriers[upsampler.name] = AttentionCarrier(tiling, weights)
+                return NearestCarrier(size, grid) if upsampler.name == "nearest" else BilinearCarrier(size)
+            weights = self.weights(upsampler, sample, mirrored).to(self.device)
+            return AttentionCarrier(tile(upsampler.model.window, size, grid), weights)
+
+        carriers = {upsampler.name: carrier(upsampler) for upsampler in self.upsamplers}
         return Example(features.to(self.device), self.mask(sample, mirrored).to(self.device), carriers)
 
     def attention_bytes(self, samples: Sequence[Sample], flips: bool) -> int:
