@@ -234,6 +234,12 @@ def test_methods_are_named_by_file_and_apart(tmp_path: Path) -> None:
     assert [u.trained for u in upsamplers if isinstance(u, Learned)] == [True] * 4 + [False]
 
 
+def test_nearest_takes_the_cell_that_a_pixels_centre_lies_in() -> None:
+    cells = torch.arange(5.0).view(1, 1, 1, 5)
+    assert Interpolation("nearest")(torch.empty(0), cells, (1, 3)).flatten().tolist() == [0, 2, 4]
+    assert Interpolation("nearest")(torch.empty(0), cells, (1, 7)).flatten().tolist() == [0, 1, 1, 2, 3, 3, 4]
+
+
 def test_the_same_weights_twice_are_refused() -> None:
     with pytest.raises(ValueError, match="weights: each once expected, got a.pth"):
         make_upsamplers(["a.pth", "a.pth"], device=CPU)

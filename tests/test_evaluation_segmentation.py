@@ -246,7 +246,9 @@ def test_the_loss_of_interpolated_logits_and_its_gradient_are_those_of_the_map(
     labels = torch.randint(0, 3, size, generator=torch.Generator().manual_seed(4)).to(torch.uint8)
     labels[:1, 1:] = VOID
     values = random_tensor(6, *grid).requires_grad_()
-    each = losses(NearestCarrier(size, grid) if method == "nearest" else BilinearCarrier(size), values, labels, seeds=2)
+    each = losses(
+        NearestCarrier(size, grid) if method == "nearest" else BilinearCarrier(size, grid), values, labels, seeds=2
+    )
     logits = Interpolation(method)(torch.empty(0), values[None], size)[0].unflatten(0, (2, 3))
     targets = labels.long().expand(2, *size)
     expected = F.cross_entropy(logits, targets, ignore_index=VOID, reduction="none").sum(dim=(1, 2))
@@ -282,7 +284,10 @@ def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> Non
 def make_example(size: int = 12, grid: int = 3, channels: int = 5, seed: int = 0) -> Example:
     labels = torch.randint(0, 3, (size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     labels[: 1 + 2 * (seed % 3)] = VOID
-    carriers = {"nearest": NearestCarrier((size, size), (grid, grid)), "bilinear": BilinearCarrier((size, size))}
+    carriers = {
+        "nearest": NearestCarrier((size, size), (grid, grid)),
+        "bilinear": BilinearCarrier((size, size), (grid, grid)),
+    }
     return Example(random_tensor(1, channels, grid, grid, seed=seed), labels, carriers)
 
 

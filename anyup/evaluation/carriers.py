@@ -144,14 +144,15 @@ class AttentionCarrier:
 
 
 class BilinearCarrier:
-    """Carries by bilinear interpolation to (H, W)."""
+    """Carries by bilinear interpolation to (H, W): a matrix for each axis, whose transposes are the backward pass."""
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
+        self._rows, self._columns = (_linear(pixels, cells) for pixels, cells in zip(size, grid, strict=True))
 
     def logits(self, values: Tensor) -> Iterator[Tensor]:
         """(C, h, w) to (1, C, H * W), as the one tile that there is; differentiable."""
-        yield F.interpolate(values[None], size=self.size, mode="bilinear", align_corners=False).flatten(2)
+        rows, columns = self._rows.to(values), self._columns.to(values)
+        yield (rows @ values @ columns.T).flatten(1)[None]
 
     def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
         """(H, W) uint8 to int64 (1, H * W)."""
@@ -177,6 +178,12 @@ class NearestCarrier:
         valid = labels < classes
         counts = torch.bincount(cells[valid] * classes + labels[valid].long(), minlength=classes * self._count)
         yield counts.view(-1, classes).T[None].float()
+
+
+@lru_cache(maxsize=8)
+def _linear(pixels: int, cells: int) -> Tensor:
+    """(pixels, cells): the weights of linear interpolation along an axis."""
+    return F.interpolate(torch.eye(cells)[None], size=pixels, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 Carrier = AttentionCarrier | BilinearCarrier | NearestCarrier

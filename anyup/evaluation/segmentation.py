@@ -105,7 +105,7 @@ class Source:
 
         def carrier(upsampler: Upsampler) -> Carrier:
             if isinstance(upsampler, Interpolation):
-                return NearestCarrier(size, grid) if upsampler.name == "nearest" else BilinearCarrier(size)
+                return NearestCarrier(size, grid) if upsampler.name == "nearest" else BilinearCarrier(size, grid)
             weights = self.weights(upsampler, sample, mirrored).to(self.device)
             return AttentionCarrier(tile(upsampler.model.window, size, grid), weights)
 
