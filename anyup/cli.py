@@ -1,4 +1,4 @@
-"""The command `anyup`: `demo`, `upsample`, `train` and `info`.
+"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
 exit status 1, an interruption 130. Results go to files and stdout, progress to stderr. Torch is imported by
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from anyup._version import __version__
+from anyup.evaluation import arguments as evaluation
+from anyup.evaluation.command import run as _evaluate
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--cache-only", action="store_true", help="compute the features and stop")
     train.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    evaluation.add_arguments(commands.add_parser("evaluate", help=evaluation.HELP))
 
     command("info", "versions, devices, backends and why, optional packages, weights", _INFO)
     return parser
@@ -211,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = _parser().parse_args(argv)
             debug = arguments.debug
-            run = {"demo": _demo, "upsample": _upsample, "train": _train, "info": _info}[arguments.command]
+            runners = {"demo": _demo, "upsample": _upsample, "train": _train, "evaluate": _evaluate, "info": _info}
+            run = runners[arguments.command]
             run(arguments)
             sys.stdout.flush()
         except SystemExit as wanted:  # --help and --version

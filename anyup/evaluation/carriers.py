@@ -1,0 +1,189 @@
+"""Bringing class logits from the small grid to the labels' pixels, many times for the same image.
+
+While a probe trains, the encoder and the upsampler are frozen: what changes from step to step are the logits that are
+carried. So the averaged attention weights of an image are taken out of the model once, by carrying one-hot maps with
+its own attention, and from then on a step is one small matrix product, forward and backward.
+
+The windows make this small. Two keys whose rows (or columns) differ by the size of the largest window are never seen
+by the same pixel, so keys are told apart by their position modulo that size: at 448 pixels from 32 cells, 64 one-hot
+channels instead of 1024 give all weights, 25.7 MB an image in float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anyup.model import AnyUp
+from anyup.ops.window_attention.segments import Segments, cut_axis
+from anyup.window import Window
+
+# Longest side of a tile in pixels, as in the attention itself.
+_LONGEST = 32
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The segments of one axis that have one length: pixels that share a small range of keys."""
+
+    pixels: Tensor  # (count, length) int64
+    keys: Tensor  # (count, modulus) int64: the key of each residue that a segment's pixels see
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The pixels of an image cut into tiles, those of one shape together, and the keys that each tile sees.
+
+    Attributes:
+        modulus: (rows, columns), the residues by which keys are told apart.
+    """
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    modulus: tuple[int, int]
+    shapes: tuple[tuple[_Axis, _Axis], ...]
+
+    @property
+    def keys(self) -> int:
+        """Weights of each pixel."""
+        return self.modulus[0] * self.modulus[1]
+
+    @property
+    def count(self) -> int:
+        """Weights of an image."""
+        return self.size[0] * self.size[1] * self.keys
+
+    def one_hot(self) -> Tensor:
+        """(1, keys, h, w) float32: 1 in the channel of a key's residue."""
+        h, w = self.grid
+        residue = (torch.arange(h) % self.modulus[0])[:, None] * self.modulus[1] + torch.arange(w) % self.modulus[1]
+        return F.one_hot(residue, self.keys).permute(2, 0, 1)[None].float()
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """(H, W, ...) to (H * W, ...), tile after tile."""
+        return torch.cat([p.flatten(0, 1) for p in self.tiles(pixels)])
+
+    def tiles(self, pixels: Tensor) -> Iterator[Tensor]:
+        """(H, W, ...) as (tiles, pixels of a tile, ...), one tensor for each shape of tile."""
+        for rows, columns in self.shapes:
+            picked = pixels[rows.pixels.flatten()][:, columns.pixels.flatten()]
+            picked = picked.unflatten(1, columns.pixels.shape).unflatten(0, rows.pixels.shape)
+            yield picked.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows, columns, row, column, ...)
+
+    def split(self, cut: Tensor) -> Iterator[Tensor]:
+        """(H * W, ...), cut, as (tiles, pixels of a tile, ...) views, one for each shape of tile."""
+        first = 0
+        for rows, columns in self.shapes:
+            tiles = len(rows.pixels) * len(columns.pixels)
+            pixels = rows.pixels.shape[1] * columns.pixels.shape[1]
+            yield cut[first : first + tiles * pixels].view(tiles, pixels, *cut.shape[1:])
+            first += tiles * pixels
+
+    def near(self, values: Tensor) -> Iterator[Tensor]:
+        """(C, h, w) as (tiles, C, keys): what each tile's pixels can see, one tensor for each shape of tile."""
+        for rows, columns in self.shapes:
+            at_rows, at_columns = (axis.keys.flatten().to(values.device) for axis in (rows, columns))
+            picked = values.index_select(1, at_rows).index_select(2, at_columns)
+            picked = picked.unflatten(2, columns.keys.shape).unflatten(1, rows.keys.shape)
+            # (C, rows, row residues, columns, column residues) to (rows, columns, C, residues)
+            yield picked.permute(1, 3, 0, 2, 4).flatten(3, 4).flatten(0, 1)
+
+
+@lru_cache(maxsize=8)
+def tile(window: Window, size: tuple[int, int], grid: tuple[int, int]) -> Tiling:
+    """The tiling of an output of `size` pixels from `grid` cells."""
+    axes = [cut_axis(window, pixels, keys, _LONGEST) for pixels, keys in zip(size, grid, strict=True)]
+    rows, columns = (max(segments.keys for segments in axis) for axis in axes)
+    shapes = tuple((_axis(r, rows, grid[0]), _axis(c, columns, grid[1])) for r in axes[0] for c in axes[1])
+    return Tiling(size, grid, (rows, columns), shapes)
+
+
+def _axis(segments: Segments, modulus: int, keys: int) -> _Axis:
+    starts = torch.tensor(segments.starts)[:, None]
+    first = torch.tensor(segments.key_starts)[:, None]
+    # Of each residue the key in first ... first + modulus - 1. Where that lies behind the grid, no pixel sees it: its
+    # weight is zero and any key will do.
+    position = first + (torch.arange(modulus) - first) % modulus
+    return _Axis(starts + torch.arange(segments.length), position.clamp(max=keys - 1))
+
+
+def averaged_weights(model: AnyUp, image: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
+    """The model's attention weights for one image, averaged over the heads: (H * W, keys) float16, cut into tiles.
+
+    image (1, 3, Hi, Wi), features (1, C, h, w). Rounding to float16 changes a weight by at most 1/2048 of it.
+    """
+    tiling = tile(model.window, size, (features.shape[2], features.shape[3]))
+    weights = model(image, features, size, values=tiling.one_hot().to(features.device))
+    return tiling.cut(weights[0].permute(1, 2, 0)).half()
+
+
+class AttentionCarrier:
+    """Carries by averaged attention weights.
+
+    Args:
+        weights: (H * W, keys), as `averaged_weights` gives them.
+    """
+
+    def __init__(self, tiling: Tiling, weights: Tensor) -> None:
+        self.tiling = tiling
+        self._weights = weights.float()
+
+    def logits(self, values: Tensor) -> Iterator[Tensor]:
+        """(C, h, w) to (tiles, C, pixels) for each shape of tile, in the order of `targets`; differentiable."""
+        for near, weights in zip(self.tiling.near(values), self.tiling.split(self._weights), strict=True):
+            yield near @ weights.transpose(1, 2)
+
+    def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
+        """(H, W) uint8 to int64 (tiles, pixels) for each shape of tile."""
+        yield from self.tiling.tiles(labels.long())
+
+
+class BilinearCarrier:
+    """Carries by bilinear interpolation to (H, W): a matrix for each axis, whose transposes are the backward pass."""
+
+    def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
+        self._rows, self._columns = (_linear(pixels, cells) for pixels, cells in zip(size, grid, strict=True))
+
+    def logits(self, values: Tensor) -> Iterator[Tensor]:
+        """(C, h, w) to (1, C, H * W), as the one tile that there is; differentiable."""
+        rows, columns = self._rows.to(values), self._columns.to(values)
+        yield (rows @ values @ columns.T).flatten(1)[None]
+
+    def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
+        """(H, W) uint8 to int64 (1, H * W)."""
+        yield labels.long().flatten()[None]
+
+
+class NearestCarrier:
+    """Carries by nearest interpolation to (H, W): all pixels of a cell have its logits, so their labels are counted."""
+
+    def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
+        self._count = grid[0] * grid[1]
+        cells = torch.arange(self._count).view(1, 1, *grid)
+        # float64, because a number of cells beyond 2^24 would be rounded.
+        self._cells = F.interpolate(cells.double(), size=size, mode="nearest-exact")[0, 0].long()
+
+    def logits(self, values: Tensor) -> Iterator[Tensor]:
+        """(C, h, w) to (1, C, h * w)."""
+        yield values.flatten(1)[None]
+
+    def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
+        """(H, W) uint8 to float32 (1, classes, h * w): how many of a cell's pixels have each class; void is none."""
+        cells = self._cells.to(labels.device)
+        valid = labels < classes
+        counts = torch.bincount(cells[valid] * classes + labels[valid].long(), minlength=classes * self._count)
+        yield counts.view(-1, classes).T[None].float()
+
+
+@lru_cache(maxsize=8)
+def _linear(pixels: int, cells: int) -> Tensor:
+    """(pixels, cells): the weights of linear interpolation along an axis."""
+    return F.interpolate(torch.eye(cells)[None], size=pixels, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+Carrier = AttentionCarrier | BilinearCarrier | NearestCarrier

@@ -1,0 +1,198 @@
+"""The command `anyup evaluate`: from what was typed to results. Torch is imported when a command runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW
+
+if TYPE_CHECKING:
+    import torch
+
+    from anyup.encoders import Encoder
+    from anyup.evaluation.datasets import Labels
+    from anyup.evaluation.upsamplers import Upsampler
+    from anyup.training.reporting import Reporter
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what was typed; results on stdout and in files, progress on stderr."""
+    if arguments.threads:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    {"features": _features, "pictures": _pictures, "segmentation": _segmentation}[arguments.evaluation](arguments)
+
+
+def _features(arguments: argparse.Namespace) -> None:
+    from anyup.evaluation import reconstruction
+    from anyup.evaluation.cache import TensorCache
+    from anyup.evaluation.report import surroundings, write_json
+    from anyup.images import check_writable
+
+    output = check_writable(arguments.output, (".json",), "results")
+    photographs = _held_out(arguments.photographs, arguments.every)
+    reporter, device, upsamplers = _start(arguments)
+    sides = arguments.sides or [112]
+    results: dict[str, Any] = {}
+    cache = TensorCache(arguments.cache)
+    plans = []
+    for name, encoder in zip(arguments.encoder, _load_encoders(arguments.encoder, device), strict=True):
+        plans.append((name, encoder, reconstruction.plan(encoder, PUBLISHED_VIEW, PUBLISHED_CROP, sides)))
+    for name, encoder, tasks in plans:
+        results[name] = reconstruction.run(
+            photographs,
+            encoder,
+            upsamplers,
+            tasks=tasks,
+            guidance=arguments.guidance,
+            cache=cache,
+            device=device,
+            reporter=reporter,
+        )
+    write_json(
+        output,
+        {
+            "evaluation": "features",
+            "guidance": arguments.guidance,
+            "photographs": list(photographs),
+            "methods": _describe(upsamplers),
+            "made_with": surroundings(device),
+            "encoders": results,
+        },
+    )
+    print(reconstruction.as_table(results))
+    print(output)
+
+
+def _pictures(arguments: argparse.Namespace) -> None:
+    from anyup.evaluation import pictures
+    from anyup.evaluation.report import surroundings, write_json
+
+    photographs = dict(list(_held_out(arguments.photographs, arguments.every).items())[: arguments.count])
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter, device, upsamplers = _start(arguments)
+    encoders = _load_encoders(arguments.encoder, device)
+    shown = [upsampler for upsampler in upsamplers if upsampler.name != "nearest"]  # it is the picture of the features
+    written = pictures.run(photographs, encoders, shown, folder, side=arguments.side, device=device, reporter=reporter)
+    results = {
+        "evaluation": "pictures",
+        "side": arguments.side,
+        "methods": _describe(shown),
+        "made_with": surroundings(device),
+        "pictures": written,
+    }
+    write_json(folder / "index.json", results)
+    for entry in written:
+        print(folder / entry["picture"])
+
+
+def _segmentation(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from anyup.evaluation import datasets, segmentation
+    from anyup.evaluation.cache import TensorCache
+    from anyup.evaluation.probe import Recipe, Scores
+    from anyup.evaluation.report import surroundings, write_json
+    from anyup.images import check_writable
+
+    output = check_writable(arguments.output, (".json",), "results")
+    checkpoint = check_writable(arguments.checkpoint or output.with_suffix(".probes.pt"), (".pt",), "checkpoint")
+    layout = datasets.LAYOUTS[arguments.layout]
+    labels = _labels(arguments, layout.labels)
+    recipe = Recipe(
+        learning_rate=arguments.learning_rate,
+        batch=arguments.batch,
+        epochs=arguments.epochs,
+        schedule=arguments.schedule,
+        flips=arguments.flips,
+        order_seed=arguments.order_seed,
+    )
+    splits = arguments.train_split or layout.train, arguments.test_split or layout.test
+    to_train, to_test = (datasets.load_split(arguments.data, layout, split)[: arguments.limit] for split in splits)
+    Scores([], [], labels.classes)  # torchmetrics is missed now, not after hours
+    if len(arguments.encoder) > 1:
+        raise ValueError(f"--encoder: one expected, got {len(arguments.encoder)}")
+    reporter, device, upsamplers = _start(arguments)
+    (encoder,) = _load_encoders(arguments.encoder, device)
+    source = segmentation.Source(encoder, upsamplers, labels, arguments.size, TensorCache(arguments.cache), device)
+    source.keep_attention = segmentation.keep_attention(source, to_train, recipe.flips, arguments.attention, reporter)
+    seeds = list(range(arguments.seeds))
+    probes, history = segmentation.train(
+        source, to_train, recipe, seeds, checkpoint=checkpoint, resume=arguments.resume, reporter=reporter
+    )
+    results = segmentation.summarise(segmentation.test(source, to_test, probes, reporter))
+    write_json(
+        output,
+        {
+            "evaluation": "segmentation",
+            "layout": arguments.layout,
+            "splits": dict(zip(splits, (len(to_train), len(to_test)), strict=True)),
+            "classes": labels.names,
+            "encoder": encoder.name,
+            "size": arguments.size,
+            "recipe": dataclasses.asdict(recipe),
+            "seeds": seeds,
+            "methods": _describe(upsamplers),
+            "made_with": surroundings(device),
+            "results": results,
+            "losses": history,
+        },
+    )
+    print(segmentation.as_table(results, history))
+    print(output)
+
+
+def _labels(arguments: argparse.Namespace, known: Labels | None) -> Labels:
+    """The layout's labels, or what was typed where the layout has none."""
+    from anyup.evaluation.datasets import VOID, make_labels
+
+    if known is None:
+        if arguments.classes is None:
+            raise ValueError(f"--classes: expected with --layout {arguments.layout}")
+        return make_labels([str(index) for index in range(arguments.classes)], arguments.void or [VOID])
+    if arguments.classes is not None or arguments.void is not None:
+        raise ValueError(f"--classes and --void: not expected, --layout {arguments.layout} knows its own")
+    return known
+
+
+def _held_out(folder: str, every: int) -> dict[str, Path]:
+    """The photographs that training held out, by their path below the folder."""
+    from anyup.training.photographs import find_photographs, split
+
+    paths = find_photographs(folder)
+    if every:
+        _, held_out = split(paths, every)
+        if not held_out:
+            raise ValueError(f"--every: at least one of each {every} photographs expected, {folder} has {len(paths)}")
+        paths = held_out
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _start(arguments: argparse.Namespace) -> tuple[Reporter, torch.device, list[Upsampler]]:
+    from anyup.demo import choose_device
+    from anyup.evaluation.upsamplers import make_upsamplers
+    from anyup.training.reporting import Reporter
+
+    device = choose_device(arguments.device)
+    upsamplers = make_upsamplers(
+        arguments.weights, untrained=arguments.untrained, device=device, backend=arguments.backend
+    )
+    return Reporter(), device, upsamplers
+
+
+def _load_encoders(names: Sequence[str], device: torch.device) -> list[Encoder]:
+    from anyup.encoders import load_encoder
+
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if repeated:
+        raise ValueError(f"--encoder: each once expected, got {', '.join(repeated)} more than once")
+    return [load_encoder(name, device=device) for name in names]
+
+
+def _describe(upsamplers: Sequence[Upsampler]) -> dict[str, Any]:
+    return {upsampler.name: upsampler.describe() for upsampler in upsamplers}

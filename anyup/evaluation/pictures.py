@@ -1,0 +1,75 @@
+"""Pictures to look at: the photograph, the encoder's features, and what each method makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from anyup.demo import draw_panels
+from anyup.encoders import Encoder
+from anyup.evaluation.upsamplers import Learned, Upsampler
+from anyup.images import normalize_imagenet, read_photo, round_to_multiple, save_picture
+from anyup.training.photographs import square_crop
+from anyup.training.reporting import Reporter
+from anyup.visualization import pca_picture
+
+
+def draw(
+    path: Path, encoder: Encoder, upsamplers: Sequence[Upsampler], output: Path, *, side: int, device: torch.device
+) -> None:
+    """Write one picture (.png) of the photograph's central square at `side` pixels, rounded to the encoder's stride.
+
+    The colours are the first three principal components of the low-resolution features, in all panels.
+    """
+    size = round_to_multiple((side, side), encoder.stride)
+    with torch.inference_mode():
+        view = square_crop(read_photo(path), size[0])
+        low = encoder(encoder.normalize(view).to(device)).float()
+        image = normalize_imagenet(view).to(device)
+        panels, titles, alarms = [view[0]], [f"photograph, {size[0]} x {size[1]}"], []
+        for upsampler in upsamplers:
+            # One map of all channels at full resolution alive at a time; the basis is the low map's in each.
+            low_picture, high_picture = pca_picture(low, upsampler(image, low, size))
+            if len(panels) == 1:
+                panels.append(F.interpolate(low_picture[None], size=size, mode="nearest-exact")[0].cpu())
+                titles.append(f"features, {' x '.join(map(str, low.shape[1:]))}")
+            panels.append(high_picture.cpu())
+            untrained = isinstance(upsampler, Learned) and not upsampler.trained
+            titles.append(f"{upsampler.name}, UNTRAINED WEIGHTS" if untrained else upsampler.name)
+            alarms += titles[-1:] if untrained else []
+    footer = [f"Features: {encoder.name}. Colours: first three principal components of the low-resolution features."]
+    save_picture(output, draw_panels(panels, titles, footer, alarms))
+
+
+def run(
+    photographs: Mapping[str, Path],
+    encoders: Sequence[Encoder],
+    upsamplers: Sequence[Upsampler],
+    folder: Path,
+    *,
+    side: int,
+    device: torch.device,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    """One picture for each photograph and encoder; what was written, and of what.
+
+    A photograph that cannot be read is told of and left out.
+    """
+    written = []
+    total = len(photographs) * len(encoders)
+    for name, path in photographs.items():
+        for encoder in encoders:
+            stem = f"{Path(name).with_suffix('').as_posix()}--{encoder.name}"
+            picture = folder / ("".join(c if c.isalnum() or c in "-_." else "_" for c in stem) + ".png")
+            try:
+                draw(path, encoder, upsamplers, picture, side=side, device=device)
+            except (ValueError, OSError) as error:
+                reporter.note(f"left out: {name}, {encoder.name}: {error}")
+                continue
+            written.append({"picture": picture.name, "photograph": name, "encoder": encoder.name})
+            reporter.tick(f"{len(written)} of {total} pictures", last=len(written) == total)
+    return written

@@ -1,0 +1,179 @@
+"""Linear probes: 1x1 convolutions on upsampled features, many trained side by side, everything below them frozen.
+
+A probe is linear and the weights of a pixel sum to one, so it is applied on the small grid and its logits are carried
+(`carriers`): exact, and features at image resolution never exist. Every method has one probe for each seed; the probes
+of a seed begin with the same values, see the same images in the same order, and do not influence one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anyup.evaluation.carriers import Carrier
+from anyup.evaluation.datasets import VOID
+
+SCHEDULES = ("epochs", "iterations", "published")
+"""How the learning rate follows a cosine: see `Recipe`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How probes are trained: JAFAR's protocol.
+
+    Attributes:
+        schedule: the cosine's half period is "epochs": all epochs, the rate changing after each; "iterations": all
+            iterations, the rate changing after each; "published": as many *iterations* as there are epochs, so that
+            the rate goes down and up again all through the training.
+        flips: mirror a batch with probability one half.
+    """
+
+    learning_rate: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-5
+    batch: int = 2
+    epochs: int = 20
+    schedule: str = "epochs"
+    flips: bool = False
+    order_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: one of {', '.join(SCHEDULES)} expected, got {self.schedule!r}")
+        for name in ("batch", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: at least 1 expected, got {getattr(self, name)}")
+
+    def rate(self, epoch: int, iteration: int, iterations: int) -> float:
+        """The learning rate of an iteration of all `iterations`, in the epoch it lies in; both from 0."""
+        done, period = {
+            "epochs": (epoch, self.epochs),
+            "iterations": (iteration, iterations),
+            "published": (iteration, self.epochs),
+        }[self.schedule]
+        return self.learning_rate * (1 + math.cos(math.pi * done / period)) / 2
+
+    def batches(self, images: int, epoch: int) -> list[list[tuple[int, bool]]]:
+        """(image, mirrored) in the order of an epoch, which depends on nothing but the seed and the epoch."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.order_seed + epoch)
+        order = torch.randperm(images, generator=generator).tolist()
+        batches = [order[first : first + self.batch] for first in range(0, images, self.batch)]
+        mirrored = torch.rand(len(batches), generator=generator) < 0.5
+        return [[(image, self.flips and bool(m)) for image in b] for b, m in zip(batches, mirrored, strict=True)]
+
+
+class Probes(nn.Module):
+    """The probes of `methods` x `seeds`, each a linear map from `channels` to `classes`."""
+
+    def __init__(self, methods: Sequence[str], seeds: Sequence[int], channels: int, classes: int) -> None:
+        super().__init__()
+        self.methods, self.seeds = tuple(methods), tuple(seeds)
+        self.channels, self.classes = channels, classes
+        weights, biases = zip(*(self._start(seed) for seed in seeds), strict=True)
+        self.weight = nn.Parameter(torch.stack(weights).expand(len(methods), -1, -1, -1).clone())
+        self.bias = nn.Parameter(torch.stack(biases).expand(len(methods), -1, -1).clone())
+
+    def _start(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Torch's initial values of a 1x1 convolution after `manual_seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            convolution = nn.Conv2d(self.channels, self.classes, 1)
+        assert convolution.bias is not None
+        return convolution.weight.detach().flatten(1), convolution.bias.detach()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(1, C, h, w) to logits (methods, seeds * classes, h, w)."""
+        logits = self.weight @ features[0].flatten(1) + self.bias[..., None]  # (methods, seeds, classes, h * w)
+        return logits.flatten(1, 2).unflatten(2, features.shape[2:])
+
+
+def losses(carrier: Carrier, logits: Tensor, labels: Tensor, seeds: int) -> Tensor:
+    """Cross-entropy summed over an image's valid pixels, of each seed's probe: (seeds,).
+
+    logits (seeds * classes, h, w) on the small grid, labels (H, W) uint8 with VOID.
+    """
+    total = logits.new_zeros(seeds)
+    classes = logits.shape[0] // seeds
+    for carried, targets in zip(carrier.logits(logits), carrier.targets(labels, classes), strict=True):
+        carried = carried.unflatten(1, (seeds, classes)).flatten(0, 1)  # (tiles * seeds, classes, pixels)
+        targets = targets.unsqueeze(1).expand(-1, seeds, *targets.shape[1:]).flatten(0, 1)
+        # Class numbers, or for each class how many pixels have it: those without void, which torch wants to hear.
+        ignored = -100 if targets.is_floating_point() else VOID
+        entropy = F.cross_entropy(carried, targets, ignore_index=ignored, reduction="none")  # (tiles * seeds, pixels)
+        total = total + entropy.unflatten(0, (-1, seeds)).sum(dim=(0, 2))
+    return total
+
+
+@dataclass(frozen=True)
+class Example:
+    """What training needs of one image: features (1, C, h, w), labels (H, W) uint8, and a carrier for each method."""
+
+    features: Tensor
+    labels: Tensor
+    carriers: Mapping[str, Carrier]
+
+
+def train_step(probes: Probes, optimizer: torch.optim.Optimizer, batch: Sequence[Example]) -> Tensor | None:
+    """One step of all probes: the mean cross-entropy over the batch's valid pixels, (methods, seeds), detached.
+
+    None, and no step, where every pixel is void.
+    """
+    valid = sum(int((example.labels != VOID).sum()) for example in batch)
+    if not valid:
+        return None
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros(len(probes.methods), len(probes.seeds))
+    for example in batch:
+        low = probes(example.features)
+        # The carried logits of one method alive at a time; the gradient meets the probes once.
+        leaf = low.detach().requires_grad_()
+        for index, method in enumerate(probes.methods):
+            each = losses(example.carriers[method], leaf[index], example.labels, len(probes.seeds))
+            (each.sum() / valid).backward()
+            total[index] += each.detach().cpu() / valid
+        low.backward(leaf.grad)
+    optimizer.step()
+    return total
+
+
+class Scores:
+    """Mean intersection over union and pixel accuracy over a whole set, for each method and seed (torchmetrics)."""
+
+    def __init__(self, methods: Sequence[str], seeds: Sequence[int], classes: int) -> None:
+        try:
+            from torchmetrics import MetricCollection
+            from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+        except ImportError as error:
+            raise ImportError("measuring segmentation needs torchmetrics: pip install 'anyup[evaluate]'") from error
+
+        def metrics() -> Any:
+            arguments: dict[str, Any] = {"num_classes": classes, "ignore_index": VOID, "validate_args": False}
+            return MetricCollection(
+                {
+                    "miou": MulticlassJaccardIndex(average="macro", **arguments),
+                    "iou": MulticlassJaccardIndex(average="none", **arguments),
+                    "accuracy": MulticlassAccuracy(average="micro", **arguments),
+                }
+            )
+
+        self._metrics = {method: [metrics() for _ in seeds] for method in methods}
+
+    def update(self, method: str, logits: Tensor, labels: Tensor) -> None:
+        """Count one image: logits (seeds, classes, H, W), labels (H, W) with VOID."""
+        predicted = logits.argmax(dim=1).cpu()
+        for of_seed, metric in zip(predicted, self._metrics[method], strict=True):
+            metric.update(of_seed[None], labels[None].long())
+
+    def compute(self) -> dict[str, list[dict[str, Any]]]:
+        """{method: [{"miou", "accuracy", "iou": [of each class]} for each seed]}, in 0..1."""
+        results: dict[str, list[dict[str, Any]]] = {}
+        for method, of_seeds in self._metrics.items():
+            computed = [metric.compute() for metric in of_seeds]
+            results[method] = [{name: value.tolist() for name, value in values.items()} for values in computed]
+        return results

@@ -1,0 +1,86 @@
+"""What is compared: interpolation, and any number of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anyup.checkpoints import NAMED, load
+from anyup.evaluation.cache import module_fingerprint
+from anyup.model import AnyUp
+
+REFERENCE = "bilinear"
+"""The method that the others are measured against."""
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Interpolation of the features alone: "bilinear" (half-pixel centres) or "nearest"."""
+
+    name: str
+
+    def __call__(self, image: Tensor, features: Tensor, size: tuple[int, int], values: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) to (B, C, *size); the image says nothing."""
+        carried = features if values is None else values
+        if self.name == "nearest":
+            return F.interpolate(carried, size=size, mode="nearest-exact")
+        return F.interpolate(carried, size=size, mode="bilinear", align_corners=False)
+
+    def describe(self) -> dict[str, Any]:
+        """What results are stored with."""
+        return {"kind": "interpolation"}
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A model in eval mode under the name that tables show."""
+
+    name: str
+    model: AnyUp
+    trained: bool = True
+
+    def __call__(self, image: Tensor, features: Tensor, size: tuple[int, int], values: Tensor | None = None) -> Tensor:
+        """(B, 3, Hi, Wi) normalised and (B, C, h, w) to (B, C, *size)."""
+        upsampled: Tensor = self.model(image, features, size, values=values)
+        return upsampled
+
+    def describe(self) -> dict[str, Any]:
+        """What results are stored with."""
+        return {
+            "kind": "weights" if self.trained else "untrained weights",
+            "sha256": module_fingerprint(self.model),
+            "arguments": self.model.config,
+        }
+
+
+Upsampler = Interpolation | Learned
+
+
+def make_upsamplers(
+    weights: Sequence[str], *, untrained: bool = False, device: torch.device, backend: str | None = None
+) -> list[Upsampler]:
+    """Nearest, bilinear, then the model of each name or file for `anyup.load`, then (if asked for) an untrained one.
+
+    A file is called by its stem, or by its path where two have the same. Raises ValueError for the same weights twice.
+    """
+    repeated = sorted({source for source in weights if list(weights).count(source) > 1})
+    if repeated:
+        raise ValueError(f"weights: each once expected, got {', '.join(repeated)} more than once")
+    short = [source if source in NAMED else Path(source).stem for source in weights]
+    taken = {"nearest", REFERENCE, "untrained"}
+    names = [
+        name if short.count(name) == 1 and name not in taken else source
+        for name, source in zip(short, weights, strict=True)
+    ]
+    learned = [Learned(n, load(s, device=device, backend=backend)) for n, s in zip(names, weights, strict=True)]
+    if untrained:
+        from anyup.demo import untrained_model
+
+        learned.append(Learned("untrained", untrained_model(device, backend), trained=False))
+    return [Interpolation("nearest"), Interpolation(REFERENCE), *learned]
