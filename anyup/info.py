@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from anyup._version import __version__
-from anyup.checkpoints import NAMED
+from anyup.checkpoints import NAMED, PACKAGED
 from anyup.demo import choose_device
 from anyup.model import AnyUp
 from anyup.progress import human_bytes
@@ -41,7 +41,7 @@ def report(device: str | None = None, backend: str | None = None) -> str:
         ("devices", list(_device_lines())),
         *((f"backends on {place}, {_sizes()}", _backend_lines(place, backend)) for place in places),
         ("optional packages", list(_optional_lines())),
-        ("published weights", list(_weights_lines())),
+        ("weights", list(_weights_lines())),
     ]
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
@@ -105,6 +105,8 @@ def _optional_lines() -> Iterator[str]:
 
 
 def _weights_lines() -> Iterator[str]:
+    for name, packaged in PACKAGED.items():
+        yield f"{name}: in the package; trained on {packaged.trained_on}; {packaged.licence}"
     for name, checkpoint in NAMED.items():
         state = "present" if checkpoint.path.is_file() else "not downloaded"
         yield f"{name}: {state}; trained on {checkpoint.trained_on}; {checkpoint.licence}"
