@@ -59,3 +59,16 @@ def anyup_multi_backbone(
 ) -> _AnyUp:
     """Return the AnyUp upsampler trained on the features of several backbones; arguments as for ``anyup``."""
     return _build("anyup_multi_backbone", use_natten, pretrained, device, backend)
+
+
+def anyup_mini(
+    use_natten: bool = False,
+    pretrained: bool = True,
+    device: str | _torch.device = "cpu",
+    backend: _ModelBackend = None,
+) -> _AnyUp:
+    """Return the AnyUp upsampler with the little-trained weights that come with the package.
+
+    Needs the package safetensors and no download of its own. Arguments as for ``anyup``.
+    """
+    return _build("anyup_mini", use_natten, pretrained, device, backend)

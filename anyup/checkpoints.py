@@ -1,4 +1,4 @@
-"""Weights: from a published checkpoint or a file into a model, and from a model into a file.
+"""Weights: from the packaged checkpoint, a published one or a file into a model, and from a model into a file.
 
 A state dict tells the model's widths by its shapes, but neither the number of heads nor the window. ``save``
 writes the constructor's arguments beside the weights and ``load`` reads them back.
@@ -21,10 +21,21 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor
 
+from anyup import assets
 from anyup.images import complete_or_absent
 from anyup.model import AnyUp, ModelBackend
 
-__all__ = ["NAMED", "CheckpointNotFoundError", "DownloadError", "NamedCheckpoint", "load", "save"]
+__all__ = [
+    "MINI",
+    "NAMED",
+    "PACKAGED",
+    "CheckpointNotFoundError",
+    "DownloadError",
+    "NamedCheckpoint",
+    "PackagedCheckpoint",
+    "load",
+    "save",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +50,7 @@ _DOWNLOAD_TIMEOUT = 20.0
 
 
 class CheckpointNotFoundError(FileNotFoundError, ValueError):
-    """Neither the name of a published checkpoint nor an existing file."""
+    """Neither the name of a checkpoint nor an existing file."""
 
 
 class DownloadError(OSError):
@@ -62,7 +73,7 @@ class NamedCheckpoint:
 
 _RELEASES = "https://github.com/wimmerth/anyup/releases/download"
 
-#: The checkpoints that ``load`` knows by name.
+#: The published checkpoints, which ``load`` downloads once.
 NAMED: dict[str, NamedCheckpoint] = {
     "anyup": NamedCheckpoint(
         url=f"{_RELEASES}/checkpoint/anyup_paper.pth",
@@ -77,14 +88,41 @@ NAMED: dict[str, NamedCheckpoint] = {
 }
 
 
+@dataclass(frozen=True)
+class PackagedCheckpoint:
+    """A checkpoint of our own that comes with the package."""
+
+    file: str
+    trained_on: str
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        """The file in the package."""
+        return assets.path(self.file)
+
+
+MINI = "anyup_mini"
+"""The checkpoint that ``load`` takes by default; its card is ``anyup/assets/anyup_mini.md``."""
+
+#: The checkpoints that need no download.
+PACKAGED: dict[str, PackagedCheckpoint] = {
+    MINI: PackagedCheckpoint(
+        file="anyup_mini.safetensors",
+        trained_on="209 photographs and four encoders, for an hour on a CPU",
+        licence="Apache-2.0",
+    ),
+}
+
+
 def load(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] = MINI,
     device: str | torch.device = "cpu",
     backend: ModelBackend = None,
     window: str | None = None,
     **model_arguments: Any,
 ) -> AnyUp:
-    """Return the upsampler with the weights of a published checkpoint or of a file, in eval mode.
+    """Return the upsampler with the weights of a named checkpoint or of a file, in eval mode.
 
     A file is ``.pth``, ``.pt`` or ``.safetensors`` and holds a bare state dict; the first two may also be a
     training checkpoint that holds one under ``anyup`` or ``state_dict``. Only tensors and plain containers
@@ -96,8 +134,9 @@ def load(
     given here, what ``save`` stored, the constructor's default. The published checkpoints store none of it.
 
     Args:
-        name_or_path: a name of ``NAMED``, downloaded once into torch.hub's cache, or the path of a file. A
-            string that is such a name always means the published checkpoint.
+        name_or_path: a name of ``PACKAGED``, which comes with the package (``"anyup_mini"``: the full
+            architecture, little training), a name of ``NAMED``, downloaded once into torch.hub's cache, or the
+            path of a file. A string that is such a name always means the named checkpoint.
         device: where the model is put.
         backend: which implementation runs the heavy operations, see ``AnyUp``; None chooses.
         window: ``"ratio"`` or ``"cell"``; None means the stored window, and ``"ratio"`` where none is stored.
@@ -106,7 +145,7 @@ def load(
 
     Raises:
         DownloadError: a published checkpoint that is not cached and cannot be downloaded.
-        CheckpointNotFoundError: neither a name of ``NAMED`` nor a file.
+        CheckpointNotFoundError: neither a name of ``PACKAGED`` or ``NAMED`` nor a file.
         ValueError: a file that cannot be read or holds another model's weights, an argument that contradicts
             the file or another argument, or a device that torch cannot use.
         ImportError: a ``.safetensors`` file without the package that reads it.
@@ -178,12 +217,14 @@ def _usable_device(device: str | torch.device) -> torch.device:
 
 def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file to read, downloading it where a name of ``NAMED`` is not cached yet."""
+    if isinstance(name_or_path, str) and name_or_path in PACKAGED:
+        return PACKAGED[name_or_path].path
     if isinstance(name_or_path, str) and name_or_path in NAMED:
         return _cached(name_or_path)
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"name_or_path: expected a name or a path, got {type(name_or_path).__name__}")
     path = Path(name_or_path)
-    names = ", ".join(repr(name) for name in NAMED)
+    names = ", ".join(repr(name) for name in (*PACKAGED, *NAMED))
     if path.is_dir():
         raise ValueError(f"name_or_path: expected one of the names {names} or a file, got the folder {str(path)!r}")
     if not path.exists():
@@ -220,8 +261,9 @@ def _cached(name: str) -> Path:
             f"the checkpoint {name!r} is not cached and could not be downloaded: {error}\n"
             f"  address: {checkpoint.url}\n"
             f"  a file put by hand is found at: {path}\n"
-            f"  alternatives: anyup.load(PATH) with a checkpoint file kept elsewhere (TORCH_HOME moves the "
-            f"cache), or untrained weights with anyup.AnyUp() (torch.hub.load: pretrained=False)"
+            f"  alternatives: anyup.load({MINI!r}), which comes with the package; anyup.load(PATH) with a "
+            f"checkpoint file kept elsewhere (TORCH_HOME moves the cache); untrained weights with anyup.AnyUp() "
+            f"(torch.hub.load: pretrained=False)"
         ) from error
     return path
 

@@ -31,6 +31,7 @@ __all__ = ["main"]
 
 _BACKENDS = ("triton", "flex", "torch", "reference")
 _ENCODER_LONGER_SIDE = 448
+_WEIGHTS = "anyup_mini"  # `anyup.checkpoints.MINI`, which is imported with torch
 
 _EPILOG = """\
 examples:
@@ -46,9 +47,6 @@ Upsample stored features of a real encoder to the resolution of the photograph t
 write one picture with four panels side by side: the photograph, the features, bilinear interpolation, and
 AnyUp. Features are shown by their first three principal components, the same basis and colours in all
 panels. Time, memory, backend and why this backend are told in the terminal and, in brief, on the picture.
-
-Without --weights the published weights are used where they can be had quickly (torch.hub's cache, else the
-network); elsewhere the weights are random, and both terminal and picture say so.
 """
 
 _UPSAMPLE = """\
@@ -121,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT.png",
         help="the picture to write (default: %(default)s)",
     )
-    _add_weights(demo, "the published ones if they can be had quickly")
+    _add_weights(demo)
 
     upsample = command("upsample", "a photograph and its features to high-resolution features", _UPSAMPLE)
     upsample.add_argument("photo", metavar="PHOTO", help="the photograph: any format that Pillow reads")
@@ -170,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         help="upsample these maps instead (logits, masks, depth; (Cv, h, w) on the grid of the features), by "
         "the attention that the features give",
     )
-    _add_weights(upsample, "anyup_multi_backbone")
+    _add_weights(upsample)
 
     train = commands.add_parser(
         "train",
@@ -189,13 +187,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_weights(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_weights(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--weights",
+        default=_WEIGHTS,
         metavar="NAME|FILE",
-        help='"anyup", "anyup_multi_backbone" (downloaded once), or a .pth, .pt or .safetensors file '
-        f"(default: {default})",
+        help='"anyup_mini" (comes with the package; little training), the published "anyup" or '
+        '"anyup_multi_backbone" (downloaded once), or a .pth, .pt or .safetensors file (default: %(default)s)',
     )
     group.add_argument(
         "--untrained",
@@ -265,7 +264,7 @@ def _naming_the_options() -> Iterator[None]:
     try:
         yield
     except DownloadError as error:
-        options = "here: --weights FILE takes a file kept elsewhere, --untrained does without, to try things out"
+        options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
         raise OSError(f"{error}\n  {options}") from error
 
 
@@ -311,7 +310,7 @@ def _upsample(arguments: argparse.Namespace) -> None:
     import torch
 
     from anyup.checkpoints import load
-    from anyup.demo import PUBLISHED, choose_device, untrained_model
+    from anyup.demo import choose_device, untrained_model
     from anyup.encoders import load_encoder
     from anyup.images import (
         ARRAY_SUFFIXES,
@@ -343,12 +342,12 @@ def _upsample(arguments: argparse.Namespace) -> None:
         carried = features if values is None else values
         _check_room(carried.shape[1], carried.element_size(), size, output, device)
 
-    with progress.stage("loading " + ("untrained weights" if arguments.untrained else "weights")):
+    with progress.stage("loading " + ("untrained weights" if arguments.untrained else f"weights {arguments.weights}")):
         if arguments.untrained:
             model = untrained_model(device, arguments.backend)
         else:
             with _naming_the_options():
-                model = load(arguments.weights or PUBLISHED, device=device, backend=arguments.backend)
+                model = load(arguments.weights, device=device, backend=arguments.backend)
     if arguments.untrained:
         progress.note("UNTRAINED weights: the result shows that everything runs and means nothing")
     if arguments.encoder:

@@ -1,27 +1,24 @@
 """The demonstration: a photograph and stored features of a real encoder, enlarged three ways, in one picture.
 
-Needs torch, NumPy and Pillow; no encoder, and no network where the weights are at hand or may be untrained.
+Needs torch, NumPy, Pillow and safetensors; no encoder and no network.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyup.checkpoints import NAMED, load
+from anyup.checkpoints import MINI, NAMED, PACKAGED, load
 from anyup.images import check_writable, normalize_imagenet, read_photo, save_picture, to_pil
 from anyup.model import AnyUp, ModelExplanation
 from anyup.progress import Progress, human_bytes
@@ -32,10 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Weights", "choose_device", "draw_panels", "load_weights", "run", "untrained_model"]
 
-PUBLISHED = "anyup_multi_backbone"
 UNTRAINED_SEED = 0
 
-_ANSWER_SECONDS = 5.0  # a machine without a network must not wait longer for a demonstration
 _SECOND_CALL_BELOW = 20.0  # seconds of the first call; beyond it nobody wants to see it twice
 
 _MARGIN = 16
@@ -76,54 +71,17 @@ def untrained_model(device: torch.device, backend: str | None = None, **argument
     return model.eval().to(device)
 
 
-def _check_reachable(url: str, seconds: float) -> None:
-    """Raise OSError where the address does not answer within so many seconds.
-
-    The look-up of a host name has no time limit of its own everywhere, so the question is asked in a
-    thread; one that is given up ends with the process.
-    """
-    outcome: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            with urlopen(Request(url, method="HEAD", headers={"User-Agent": "anyup"}), timeout=seconds):
-                outcome.append(None)
-        except (OSError, HTTPException, ValueError) as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if outcome[0] is not None:
-        raise OSError(str(outcome[0])) from outcome[0]
-
-
 def load_weights(
-    weights: str | None, *, untrained: bool, device: torch.device, backend: str | None, progress: Progress
+    weights: str, *, untrained: bool, device: torch.device, backend: str | None, progress: Progress
 ) -> Weights:
-    """The model to show: of `weights` (a name or a file) if given, else the published one, else untrained.
-
-    Falls back to untrained weights only where nothing was asked for by name, and says so.
-    """
-    if weights is not None:
-        with progress.stage(f"loading weights {weights}"):
-            model = load(weights, device=device, backend=backend)
-        return Weights(model, Path(weights).name, trained=True)
-    if not untrained:
-        checkpoint = NAMED[PUBLISHED]
-        try:
-            if not checkpoint.path.is_file():
-                with progress.stage(f"asking for the published weights {PUBLISHED}"):
-                    _check_reachable(checkpoint.url, _ANSWER_SECONDS)
-            with progress.stage(f"loading the published weights {PUBLISHED}"):
-                model = load(PUBLISHED, device=device, backend=backend)
-            return Weights(model, f"{PUBLISHED}, {checkpoint.licence}", trained=True)
-        except OSError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            progress.note(f"the published weights cannot be had here: {reason}")
-    return Weights(untrained_model(device, backend), f"untrained (random, fixed seed {UNTRAINED_SEED})", trained=False)
+    """The model to show: of `weights`, a name or a file, or with random weights where `untrained`."""
+    if untrained:
+        return Weights(untrained_model(device, backend), f"untrained (random, fixed seed {UNTRAINED_SEED})", False)
+    with progress.stage(f"loading weights {weights}"):
+        model = load(weights, device=device, backend=backend)
+    known = PACKAGED.get(weights) or NAMED.get(weights)
+    name = f"{weights} ({known.licence}), trained on {known.trained_on}" if known else Path(weights).name
+    return Weights(model, name, trained=True)
 
 
 @dataclass
@@ -188,7 +146,7 @@ def _device_in_words(device: torch.device) -> str:
 def run(
     output: str | os.PathLike[str],
     *,
-    weights: str | None = None,
+    weights: str = MINI,
     untrained: bool = False,
     backend: str | None = None,
     device: str | None = None,
@@ -196,9 +154,8 @@ def run(
 ) -> Path:
     """Write the demonstration's picture to `output` (.png) and tell on stdout what was measured.
 
-    `weights` is a name or a file for `anyup.load`; None takes the published weights where they can be had
-    quickly and untrained ones, marked as such, elsewhere; `untrained` does not even look. Returns the path
-    written.
+    `weights` is a name or a file for `anyup.load`; `untrained` takes random ones instead, and marks the picture
+    as such. Returns the path written.
     """
     from anyup import assets
 
@@ -254,7 +211,6 @@ def run(
     print(f"weights   {chosen.name}")
     if not chosen.trained:
         print("          UNTRAINED: the last panel shows that everything runs, not what AnyUp can do.")
-        print("          `anyup demo --weights NAME_OR_FILE` uses weights of your own.")
     print(f"features  {assets.DEMO_ENCODER}, {_grid(low)}")
     print(f"photo     {assets.DEMO_CREDIT}")
     print(f"picture   {path}")

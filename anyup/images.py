@@ -215,7 +215,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(".safetensors files need safetensors: pip install 'anyup[demo]'") from error
+        raise ImportError(".safetensors files need safetensors: pip install safetensors") from error
     return safetensors.torch
 
 

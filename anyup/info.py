@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from anyup._version import __version__
-from anyup.checkpoints import NAMED
+from anyup.checkpoints import NAMED, PACKAGED
 from anyup.demo import choose_device
 from anyup.encoders import PACKAGED_WEIGHTS
 from anyup.model import AnyUp
@@ -46,7 +46,7 @@ def report(device: str | None = None, backend: str | None = None) -> str:
         *((f"backends on {place}, {_sizes()}", _backend_lines(place, backend)) for place in places),
         ("optional packages", list(_optional_lines())),
         ("weights of packaged encoders", list(_encoder_lines())),
-        ("published weights", list(_weights_lines())),
+        ("weights", list(_weights_lines())),
     ]
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
 
@@ -119,6 +119,8 @@ def _encoder_lines() -> Iterator[str]:
 
 
 def _weights_lines() -> Iterator[str]:
+    for name, packaged in PACKAGED.items():
+        yield f"{name}: in the package; trained on {packaged.trained_on}; {packaged.licence}"
     for name, checkpoint in NAMED.items():
         state = "present" if checkpoint.path.is_file() else "not downloaded"
         yield f"{name}: {state}; trained on {checkpoint.trained_on}; {checkpoint.licence}"

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from anyup import checkpoints
-from anyup.checkpoints import NAMED, CheckpointNotFoundError, DownloadError, NamedCheckpoint, load, save
+from anyup import assets, checkpoints
+from anyup.checkpoints import MINI, NAMED, PACKAGED, CheckpointNotFoundError, DownloadError, NamedCheckpoint, load, save
 from anyup.model import AnyUp
 
 SMALL: dict[str, Any] = {
@@ -400,6 +400,26 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
     monkeypatch.setitem(NAMED, "anyup", NamedCheckpoint(server.url, "features", "CC-BY-4.0"))
     yield server
     server.close()
+
+
+def test_the_packaged_checkpoint_is_the_default_small_and_has_a_card(hub: Path) -> None:
+    model = load()
+    assert_same_weights(model, load(MINI))
+    assert_same_weights(model, load(PACKAGED[MINI].path))
+    assert model.config == AnyUp().config and not model.training
+    assert PACKAGED[MINI].path.stat().st_size <= 4_000_000
+    assert not hub.exists()  # nothing was downloaded
+    card = assets.path("anyup_mini.md").read_text(encoding="utf-8")
+    for part in ("licence", "Limits", "SqueezeNet", "bilinear"):
+        assert part in card
+
+
+def test_the_packaged_checkpoint_is_finite_and_was_trained() -> None:
+    model, untrained = load(), AnyUp()
+    for name, tensor in model.state_dict().items():
+        assert bool(torch.isfinite(tensor).all()), name
+    norms = [name for name, tensor in untrained.state_dict().items() if bool((tensor == 1).all())]
+    assert norms and all(bool((model.state_dict()[name] != 1).any()) for name in norms)
 
 
 def test_published_addresses_are_those_of_the_release() -> None:

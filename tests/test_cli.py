@@ -382,38 +382,23 @@ def test_demo_draws_four_panels_side_by_side(
     assert "UNTRAINED" not in told
 
 
-def test_demo_without_a_network_says_in_the_terminal_and_on_the_picture_that_weights_are_untrained(
+def test_demo_needs_no_network_and_uses_the_packaged_weights(
     small_demo: Path, offline: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_picture("photo.png", resize(read_photo("photo.png"), (60, 400))[0])
-    assert cli.main(["demo", "-o", "demo.png"]) == 0
-    captured = capsys.readouterr()
-    assert "UNTRAINED" in captured.out
-    assert "cannot be had here" in captured.err and "no network in this test" in captured.err
-    assert _reddish(small_demo / "demo.png") > 100
-
-
-def test_demo_does_not_wait_for_a_network_that_does_not_answer(
-    small_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "urlopen", lambda *_, **__: time.sleep(30))
-    monkeypatch.setattr(demo, "_ANSWER_SECONDS", 0.2)
-    start = time.perf_counter()
-    demo.load_weights(None, untrained=False, device=torch.device("cpu"), backend=None, progress=Progress())
-    assert time.perf_counter() - start < 10
-    assert "no answer within" in capsys.readouterr().err
-
-
-def test_demo_takes_published_weights_from_the_cache_without_asking_the_network(
-    small_demo: Path, offline: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = checkpoints.NAMED[demo.PUBLISHED].path
-    path.parent.mkdir(parents=True)
-    torch.save(AnyUp(qk_dim=16).state_dict(), path)
     assert cli.main(["demo", "-o", "demo.png"]) == 0
     captured = capsys.readouterr()
     assert "UNTRAINED" not in captured.out + captured.err
-    assert "anyup_multi_backbone, CC-BY-4.0" in captured.out
+    assert "anyup_mini (Apache-2.0)" in captured.out
+    assert _reddish(small_demo / "demo.png") == 0
+
+
+def test_demo_says_in_the_terminal_and_on_the_picture_that_weights_are_untrained(
+    small_demo: Path, offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_picture("photo.png", resize(read_photo("photo.png"), (60, 400))[0])
+    assert cli.main(["demo", "-o", "demo.png", "--untrained"]) == 0
+    assert "UNTRAINED" in capsys.readouterr().out
+    assert _reddish(small_demo / "demo.png") > 100
 
 
 def test_demo_weights_asked_for_by_name_are_never_replaced(

@@ -12,10 +12,10 @@ import torch
 from checkouts import CHECK_BRIDGE, ROOT, copy_checkout, other_kernels_package, run_python
 
 from anyup import AnyUp
-from anyup.checkpoints import DownloadError
+from anyup.checkpoints import DownloadError, load
 
-NAMES = ("anyup", "anyup_multi_backbone")
 FILES = {"anyup": "anyup_paper.pth", "anyup_multi_backbone": "anyup_multi_backbone.pth"}
+NAMES = (*FILES, "anyup_mini")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def hubconf() -> ModuleType:
     return module
 
 
-def test_hub_would_list_the_two_entry_points_and_nothing_else(hubconf: ModuleType) -> None:
+def test_hub_would_list_the_entry_points_and_nothing_else(hubconf: ModuleType) -> None:
     # The rule of torch.hub.list, which has no source="local".
     listed = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
     assert sorted(listed) == sorted(NAMES)
@@ -73,7 +73,7 @@ def test_entry_point_has_help_and_the_published_arguments_in_order(hubconf: Modu
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_pretrained_weights_come_from_the_cache(hub: Path, name: str) -> None:
     published = AnyUp()
     torch.save(published.state_dict(), hub / FILES[name])
@@ -83,6 +83,13 @@ def test_pretrained_weights_come_from_the_cache(hub: Path, name: str) -> None:
     assert model.config["window"] == "ratio"
     assert not model.training
     assert torch.hub.load(str(ROOT), name, source="local", use_natten=True).config["window"] == "cell"
+
+
+def test_the_packaged_weights_need_no_cache(hub: Path) -> None:
+    model, expected = torch.hub.load(str(ROOT), "anyup_mini", source="local"), load("anyup_mini")
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+    assert not model.training
 
 
 def test_pretrained_weights_that_cannot_be_had_say_where_to_put_them(

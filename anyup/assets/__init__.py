@@ -1,7 +1,7 @@
-"""The demonstration's photograph and the stored features of a real encoder for it.
+"""What comes with the package as files: the demonstration's photograph and features, and the checkpoint `anyup_mini`.
 
-Reading them needs torch and numpy alone: no encoder, no weights and no network.
-``README.md`` beside this file is the licence note in full; ``tools/make_demo_assets.py`` made both.
+The demonstration needs no encoder and no network. ``README.md`` beside this file is the licence note of photograph
+and features in full, ``tools/make_demo_assets.py`` made both; ``anyup_mini.md`` is the checkpoint's card.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ DEMO_CREDIT = "Coffee cup, photograph by Rachel Michetti, courtesy of Pikolo Esp
 """The photograph, its author and its licence in one line."""
 
 
-def _path(name: str) -> Path:
+def path(name: str) -> Path:
     """Path of an asset; the package is installed as plain files, so nothing has to be extracted."""
-    path = Path(str(resources.files(__name__).joinpath(name)))
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: not in {path.parent}; was the package installed without its data files?")
-    return path
+    found = Path(str(resources.files(__name__).joinpath(name)))
+    if not found.is_file():
+        raise FileNotFoundError(f"{name}: not in {found.parent}; was the package installed without its data files?")
+    return found
 
 
 def demo_photo_path() -> Path:
     """Path of the photograph (sRGB JPEG, 588 x 392 pixels: both sides are multiples of 14)."""
-    return _path("demo.jpg")
+    return path("demo.jpg")
 
 
 def demo_features_path() -> Path:
     """Path of the stored features, a float16 ``.npy`` file of shape (1, C, h, w)."""
-    return _path("demo_features.npy")
+    return path("demo_features.npy")
 
 
 def demo_features() -> Tensor:
@@ -45,4 +45,4 @@ def demo_features() -> Tensor:
 
 def demo_licence() -> str:
     """The licence note of the photograph, the features and the encoder, in full (Markdown)."""
-    return _path("README.md").read_text(encoding="utf-8")
+    return path("README.md").read_text(encoding="utf-8")
