@@ -67,7 +67,7 @@ def _changes(cut: Any, aspect: str, heads: int, most_keys: MostKeys) -> Iterator
         if hasattr(cut, "heads"):
             yield from ({"heads": number} for number in range(1, heads + 1) if heads % number == 0)
     # How many slices are alive at once matters to streamed weights alone.
-    elif hasattr(cut, aspect) and not (aspect == "slices" and getattr(cut, "resident_blocks", 0)):
+    elif hasattr(cut, aspect) and not (aspect == "slices" and getattr(cut, "resident_blocks", False)):
         yield from ({aspect: number} for number in _VALUES[aspect])
 
 
