@@ -290,7 +290,13 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _tune(arguments: argparse.Namespace) -> None:
     from anyup.bench import tune
+    from anyup.bench.workloads import find
 
+    for name in arguments.workload or ():
+        try:
+            find(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     report = _output(arguments.report, (".json",), "report") if arguments.report else None
     table = tune.run(
         arguments.device,

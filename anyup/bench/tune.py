@@ -182,7 +182,7 @@ def tune(
     dtypes: Sequence[str] = tuple(DTYPES),
     kernels: Sequence[str] | None = None,
     quick: bool = False,
-    make: Callable[[Workload, torch.dtype, torch.device], Passes] = AttentionPasses,
+    make: Callable[[Workload, torch.dtype, torch.device], Passes] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Search]:
     """Search for each case, yield what was found, and keep the table up to date.
@@ -195,7 +195,7 @@ def tune(
         workloads, dtypes: what for; of workloads that are one case, the first counts.
         kernels: all of them by default.
         quick: fewer cuts for each.
-        make: what gives the launches.
+        make: what gives the launches, `AttentionPasses` by default.
         progress: where to tell what is going on.
     """
     from anyup.kernels import config_tables
@@ -206,7 +206,7 @@ def tune(
     for workload in workloads:
         for dtype in dtypes:
             try:
-                passes = make(workload, DTYPES[dtype], device)
+                passes = (make or AttentionPasses)(workload, DTYPES[dtype], device)
             except torch.OutOfMemoryError as error:
                 told.note(f"{workload.name}, {dtype}: left out, out of memory ({str(error).splitlines()[0]})")
                 continue
