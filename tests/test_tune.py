@@ -178,6 +178,18 @@ def test_a_gain_that_is_not_seen_twice_leaves_the_rule() -> None:
     assert found.best is not None and found.best.cut == RULE
 
 
+def test_a_rule_that_was_slow_only_once_stays() -> None:
+    seen: set[Any] = set()
+
+    def unlucky_once(cut: Any) -> float:
+        first = cut not in seen
+        seen.add(cut)
+        return (200e-6 if first else 100e-6) if cut == RULE else 150e-6
+
+    found = tuning.search(FakePasses(), "forward", Clock(unlucky_once))
+    assert found.best is not None and found.best.cut == RULE and found.rule == pytest.approx(100e-6)
+
+
 def test_where_the_rule_s_best_cut_does_not_run_its_next_one_is_the_measure() -> None:
     passes = FakePasses(fails=lambda cut: RuntimeError("no") if cut == RULE else None)
     found = tuning.search(passes, "forward", Clock())
