@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--encoder",
         metavar="NAME",
         help='run this encoder on the photograph: "timm/<model>", "transformers/<model>", '
-        '"torchvision/<model>:<layer>", "dinov2_s_derived" or "mobilenet_v2"',
+        '"torchvision/<model>:<layer>", "dinov2_s_derived", "mobilenet_v2", '
+        '"efficientnet_lite0" or "squeezenet1_1"',
     )
     source.add_argument("--features", metavar="FILE", help="take the low-resolution features from this file")
     upsample.add_argument(

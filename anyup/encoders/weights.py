@@ -29,7 +29,7 @@ class WheelWeights:
         FileNotFoundError (with what to type) where there is none, ValueError where the content differs.
         """
         if path is None:
-            source = self._installed()
+            source = self.installed()
             if source is None:
                 raise FileNotFoundError(
                     f"no weights: {self.distribution} is not installed; type\n"
@@ -61,8 +61,8 @@ class WheelWeights:
             )
         return data
 
-    def _installed(self) -> Path | None:
-        """Path of the file in the installed distribution, found without importing it."""
+    def installed(self) -> Path | None:
+        """Path of the file in the installed distribution, found without importing it; None where there is none."""
         try:
             distribution = metadata.distribution(self.distribution)
         except metadata.PackageNotFoundError:
