@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 MostKeys = Callable[[int, int], int]
 """Rows and columns of a tile to the most keys that one such tile sees."""
@@ -42,33 +41,18 @@ class ForwardConfig:
     piece: int = 32
 
     def __post_init__(self) -> None:
-        _check(self, powers=("block_keys", "shares"), counts=("slices",))
-        if self.block_keys < 2 * self.shares:
-            raise ValueError(f"shares: expected at most half of {self.block_keys} keys, got {self.shares}")
-
-
-def _check(cut: Any, *, powers: tuple[str, ...], counts: tuple[str, ...] = ()) -> None:
-    """Raise a ValueError that names the attribute which no kernel can be cut by.
-
-    Beside what every cut has, `powers` names attributes that must be powers of two, `counts` those at least 1.
-    """
-    for name in ("rows", "columns", "channel_slice", "piece", "num_warps", *powers):
-        number = getattr(cut, name)
-        if number < 1 or number & (number - 1):
-            raise ValueError(f"{name}: expected a power of two, got {number}")
-    # The smallest tile that the matrix units take.
-    blocks = {name: getattr(cut, name) for name in (*powers, "channel_slice", "piece") if name != "shares"}
-    for name, number in {"rows * columns": cut.rows * cut.columns, **blocks}.items():
-        if number < 16:
-            raise ValueError(f"{name}: expected at least 16, got {number}")
-    for name in ("num_stages", *counts):
-        if getattr(cut, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(cut, name)}")
-    for name in ("resident_blocks", "heads"):
-        if getattr(cut, name, 0) < 0:
-            raise ValueError(f"{name}: expected at least 0, got {getattr(cut, name)}")
-    if cut.num_warps > 32:
-        raise ValueError(f"num_warps: expected at most 32, got {cut.num_warps}")
+        for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps"):
+            number = getattr(self, name)
+            if number < 1 or number & (number - 1):
+                raise ValueError(f"{name}: expected a power of two, got {number}")
+        # The smallest tile that the matrix units take.
+        for name, number in (("rows * columns", self.rows * self.columns), ("block_keys", self.block_keys)):
+            if number < 16:
+                raise ValueError(f"{name}: expected at least 16, got {number}")
+        if self.channel_slice < 16:
+            raise ValueError(f"channel_slice: expected at least 16, got {self.channel_slice}")
+        if self.resident_blocks < 0 or self.slices < 1 or self.num_stages < 1:
+            raise ValueError(f"resident_blocks, slices, num_stages: expected 0, 1, 1 at least, got {self}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +133,7 @@ class BackwardQueryConfig:
     piece: int = 32
 
     def __post_init__(self) -> None:
-        _check(self, powers=("block_keys",))
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -181,7 +165,29 @@ class BackwardGridConfig:
     piece: int = 32
 
     def __post_init__(self) -> None:
-        _check(self, powers=("block_pixels",), counts=("slices", "parts"))
+        check(self)
+
+
+def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None:
+    """Raise a ValueError that names an attribute of a cut which the language or the matrix units do not take."""
+    numbers = {name: number for name, number in vars(cut).items() if type(number) is int}
+    for name in ("rows", "columns", "block_keys", "block_pixels", "channel_slice", "piece", "shares", "num_warps"):
+        number = numbers.get(name, 1)
+        if number < 1 or number & (number - 1):
+            raise ValueError(f"{name}: expected a power of two, got {number}")
+    numbers["rows * columns"] = cut.rows * cut.columns
+    for least, names in (
+        (16, ("rows * columns", "block_keys", "block_pixels", "channel_slice", "piece")),
+        (1, ("slices", "parts", "num_stages")),
+        (0, ("resident_blocks", "heads")),
+    ):
+        for name in names:
+            if numbers.get(name, least) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {numbers[name]}")
+    if cut.num_warps > 32:
+        raise ValueError(f"num_warps: expected at most 32, got {cut.num_warps}")
+    if isinstance(cut, ForwardConfig) and cut.block_keys < 2 * cut.shares:
+        raise ValueError(f"shares: expected at most half of {cut.block_keys} keys, got {cut.shares}")
 
 
 def backward_query_configs(

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, MostKeys
+from .config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, MostKeys, check
 
 Cut = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
 
@@ -217,6 +217,7 @@ def _cut(case: Case, stored: Mapping[str, Any], where: str) -> Cut:
         values["parts"] = 1
     try:
         cut = kind(**values)
+        check(cut)
     except ValueError as error:
         raise TableError(f"{where}: {error}") from error
     if (heads := getattr(cut, "heads", 0)) and case.heads % heads:
@@ -290,6 +291,20 @@ def before_the_rule(
     return rule if cut is None else [cut, *(other for other in rule if other != cut)]
 
 
+def held(cut: Any, most_keys: MostKeys) -> dict[str, int]:
+    """The number of resident blocks that hold the keys of every tile, by attribute.
+
+    A cut may end with a smaller block, `tail_keys`, which is left out where it is of no use.
+    """
+    blocks, left = divmod(most_keys(cut.rows, cut.columns), cut.block_keys)
+    tail = getattr(cut, "tail_keys", None)
+    if tail is None:
+        return {"resident_blocks": blocks + (left > 0)}
+    if blocks and 0 < left <= tail:
+        return {"resident_blocks": blocks}
+    return {"resident_blocks": blocks + (left > 0), "tail_keys": 0}
+
+
 def fitted(cut: Cut, rule: Sequence[Cut], *, most_keys: MostKeys, channels: int) -> Cut | None:
     """A cut for these sizes; None where its resident blocks do not hold the keys of every tile.
 
@@ -297,10 +312,9 @@ def fitted(cut: Cut, rule: Sequence[Cut], *, most_keys: MostKeys, channels: int)
     """
     changed: dict[str, int] = {}
     if resident := getattr(cut, "resident_blocks", 0):
-        needed = -(-most_keys(cut.rows, cut.columns) // cut.block_keys)
-        if needed > resident:
+        changed = held(cut, most_keys)
+        if changed["resident_blocks"] > resident:
             return None
-        changed["resident_blocks"] = needed
     if slices := getattr(cut, "slices", 0):
         changed["slices"] = min(slices, -(-channels // cut.channel_slice))
     if isinstance(cut, BackwardGridConfig):

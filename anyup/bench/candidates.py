@@ -40,18 +40,22 @@ def variations(cut: Cut, aspect: str, *, heads: int, most_keys: MostKeys) -> Ite
 
     Resident blocks are as many as hold the keys of every tile: `most_keys` tells by a tile's rows and columns.
     """
-    for changed in _changes(cut, aspect, heads, most_keys):
+    from anyup.kernels.config import check
+    from anyup.kernels.config_tables import held
+
+    for changed in _changes(cut, aspect, heads):
         try:
             other = replace(cut, **changed)
             if getattr(other, "resident_blocks", 0):
-                other = replace(other, resident_blocks=_blocks(other, most_keys))
+                other = replace(other, **held(other, most_keys))
+            check(other)
         except ValueError:  # a cut checks itself
             continue
         if other != cut and _is_small(other, heads):
             yield other
 
 
-def _changes(cut: Any, aspect: str, heads: int, most_keys: MostKeys) -> Iterator[dict[str, Any]]:
+def _changes(cut: Any, aspect: str, heads: int) -> Iterator[dict[str, Any]]:
     block = "block_keys" if hasattr(cut, "block_keys") else "block_pixels"
     if aspect == "tile":
         yield from ({"rows": rows, "columns": columns} for rows, columns in _TILES[block])
@@ -59,7 +63,8 @@ def _changes(cut: Any, aspect: str, heads: int, most_keys: MostKeys) -> Iterator
         yield from ({block: number} for number in _BLOCKS)
     elif aspect == "residence":
         if hasattr(cut, "resident_blocks"):
-            yield {"resident_blocks": 0 if cut.resident_blocks else _blocks(cut, most_keys)}
+            no_tail = {"tail_keys": 0} if hasattr(cut, "tail_keys") else {}
+            yield {"resident_blocks": 0, **no_tail} if cut.resident_blocks else {"resident_blocks": 1}
     elif aspect == "keep":
         yield {"keep": True}
         yield from ({"keep": False, "piece": piece} for piece in (16, 32))
@@ -69,10 +74,6 @@ def _changes(cut: Any, aspect: str, heads: int, most_keys: MostKeys) -> Iterator
     # How many slices are alive at once matters to streamed weights alone.
     elif hasattr(cut, aspect) and not (aspect == "slices" and getattr(cut, "resident_blocks", False)):
         yield from ({aspect: number} for number in _VALUES[aspect])
-
-
-def _blocks(cut: Any, most_keys: MostKeys) -> int:
-    return -(-most_keys(cut.rows, cut.columns) // cut.block_keys)
 
 
 def _is_small(cut: Any, heads: int) -> bool:
