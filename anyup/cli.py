@@ -1,4 +1,4 @@
-"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate` and `info`.
+"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate`, `tune` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
 exit status 1, an interruption 130. Results go to files and stdout, progress to stderr. Torch is imported by
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _BACKENDS = ("triton", "flex", "torch", "reference")
+_DTYPES = ("bfloat16", "float32", "float16")
 _ENCODER_LONGER_SIDE = 448
 _WEIGHTS = "anyup_mini"  # `anyup.checkpoints.MINI`, which is imported with torch
 
@@ -39,6 +40,7 @@ examples:
   anyup upsample photo.jpg --encoder dinov2_s_derived -o features.npy --picture features.png
   anyup upsample photo.jpg --features low.pt --size 512 -o high.safetensors
   anyup train --config mini data.photographs=photos output=runs/first
+  anyup tune
   anyup info
 """
 
@@ -67,7 +69,17 @@ kept in the folder data.cache. Ctrl-C stops after the step at hand with a checkp
 
 _INFO = """\
 Tell what would run here: versions, devices and threads, the backend of each operation and why not the
-others, which optional packages are found, and where downloaded weights are kept.
+others, which table of kernel cuts is in force, which optional packages are found, and where downloaded
+weights are kept.
+"""
+
+_TUNE = """\
+Time the window attention's kernels on this machine's GPU, each cut in many ways, and write the fastest cuts to
+a table in the user's cache folder, where the kernels find them from then on. A result never depends on it.
+
+The cuts of all four kernels (forward, and the gradients of queries, keys and values) are timed for several
+sizes and dtypes; each is compared with the reference first. The table is complete after each case: ctrl-C keeps
+what is found until then. ANYUP_CONFIGS names another folder, or is "off": then no table is read or written.
 """
 
 
@@ -183,6 +195,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
     evaluation.add_arguments(commands.add_parser("evaluate", help=evaluation.HELP))
 
+    tune = commands.add_parser(
+        "tune",
+        help="time the kernels on this GPU and keep the fastest cuts",
+        description=_TUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("--device", metavar="cuda:N", help="the card (default: cuda:0)")
+    tune.add_argument("--quick", action="store_true", help="two sizes, two dtypes and the cuts that promise most")
+    tune.add_argument("--workload", nargs="+", metavar="SIZE", help='only these, as "448 from 32"')
+    tune.add_argument("--dtype", nargs="+", choices=_DTYPES, help="only these")
+    tune.add_argument("--report", metavar="OUT.json", help="also what became of every cut that was tried")
+    tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
+
     command("info", "versions, devices, backends and why, optional packages, weights", _INFO)
     return parser
 
@@ -213,7 +238,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = _parser().parse_args(argv)
             debug = arguments.debug
-            runners = {"demo": _demo, "upsample": _upsample, "train": _train, "evaluate": _evaluate, "info": _info}
+            runners = {
+                "demo": _demo,
+                "upsample": _upsample,
+                "train": _train,
+                "evaluate": _evaluate,
+                "tune": _tune,
+                "info": _info,
+            }
             run = runners[arguments.command]
             run(arguments)
             sys.stdout.flush()
@@ -298,6 +330,28 @@ def _train(arguments: argparse.Namespace) -> None:
     from anyup.training.loop import train
 
     train(settings, resume=arguments.resume, cache_only=arguments.cache_only)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from anyup.bench import tune
+    from anyup.bench.workloads import find
+
+    for name in arguments.workload or ():
+        try:
+            find(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    report = _output(arguments.report, (".json",), "report") if arguments.report else None
+    table = tune.run(
+        arguments.device,
+        quick=arguments.quick,
+        workloads=arguments.workload,
+        dtypes=arguments.dtype,
+        report=report,
+    )
+    for written in (table, report):
+        if written:
+            print(written)
 
 
 def _upsample(arguments: argparse.Namespace) -> None:

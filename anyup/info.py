@@ -44,6 +44,7 @@ def report(device: str | None = None, backend: str | None = None) -> str:
         ("versions", list(_versions())),
         ("devices", list(_device_lines())),
         *((f"backends on {place}, {_sizes()}", _backend_lines(place, backend)) for place in places),
+        ("cuts of the kernels", list(_cut_lines())),
         ("optional packages", list(_optional_lines())),
         ("weights of packaged encoders", list(_encoder_lines())),
         ("weights", list(_weights_lines())),
@@ -101,6 +102,22 @@ def _backend_lines(place: torch.device, backend: str | None) -> list[str]:
     with torch.inference_mode():
         explanation = model.explain(torch.zeros(_IMAGE, device=place), torch.zeros(_FEATURES, device=place))
     return str(explanation).splitlines()
+
+
+def _cut_lines() -> Iterator[str]:
+    from anyup.kernels import config_tables
+    from anyup.ops.window_attention.fused import device_name
+
+    folder = config_tables.user_folder()
+    off = f"none is read ({config_tables.VARIABLE} is {config_tables.OFF})"
+    yield f"folder of the user's tables: {folder or off}"
+    if not torch.cuda.is_available():
+        yield "the rule's: without a GPU no table is looked for"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        name = device_name(torch.device("cuda", index))
+        tables = config_tables.in_force(name)
+        yield f"cuda:{index} {name}: " + ("tables, then the rule" if tables.entries else "the rule's")
+        yield from (f"  {line}" for line in tables.told)
 
 
 def _optional_lines() -> Iterator[str]:

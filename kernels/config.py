@@ -132,6 +132,9 @@ class BackwardQueryConfig:
     keep: bool = True
     piece: int = 32
 
+    def __post_init__(self) -> None:
+        check(self)
+
 
 @dataclass(frozen=True)
 class BackwardGridConfig:
@@ -160,6 +163,31 @@ class BackwardGridConfig:
     heads: int = 0
     keep: bool = True
     piece: int = 32
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None:
+    """Raise a ValueError that names an attribute of a cut which the language or the matrix units do not take."""
+    numbers = {name: number for name, number in vars(cut).items() if type(number) is int}
+    for name in ("rows", "columns", "block_keys", "block_pixels", "channel_slice", "piece", "shares", "num_warps"):
+        number = numbers.get(name, 1)
+        if number < 1 or number & (number - 1):
+            raise ValueError(f"{name}: expected a power of two, got {number}")
+    numbers["rows * columns"] = cut.rows * cut.columns
+    for least, names in (
+        (16, ("rows * columns", "block_keys", "block_pixels", "channel_slice", "piece")),
+        (1, ("slices", "parts", "num_stages")),
+        (0, ("resident_blocks", "heads")),
+    ):
+        for name in names:
+            if numbers.get(name, least) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {numbers[name]}")
+    if cut.num_warps > 32:
+        raise ValueError(f"num_warps: expected at most 32, got {cut.num_warps}")
+    if isinstance(cut, ForwardConfig) and cut.block_keys < 2 * cut.shares:
+        raise ValueError(f"shares: expected at most half of {cut.block_keys} keys, got {cut.shares}")
 
 
 def backward_query_configs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,3 +266,38 @@ def test_a_problem_that_the_kernels_do_not_take_is_warned_about_once() -> None:
     chosen = explain_backends(**tensors, window=RatioWindow(0.1)).chosen
     slow = [str(w.message) for w in caught if "slow backend" in str(w.message)]
     assert len(slow) == (chosen == "torch"), (chosen, slow)
+
+
+def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyup.bench.attention_passes import AttentionPasses
+    from anyup.bench.clock import CudaClock
+    from anyup.bench.tune import tune
+    from anyup.bench.workloads import square
+    from anyup.kernels import config_tables
+    from anyup.kernels.launch import Launch
+
+    place, workload = torch.device("cuda", torch.cuda.current_device()), square(224, 16)
+    name = torch.cuda.get_device_name(place)
+    monkeypatch.setenv(config_tables.VARIABLE, str(tmp_path))
+    config_tables.in_force.cache_clear()
+    try:
+        (found,) = tune(
+            place, name, tmp_path / config_tables.file_name(name), CudaClock(place, budget=0.02),
+            workloads=[workload], dtypes=["bfloat16"], kernels=["forward"], quick=True,
+        )  # fmt: skip
+        assert found.best is not None and found.gain >= 1
+        assert not [outcome for outcome in found.outcomes if outcome.reason.startswith("wrong")]
+        cuts: list[Any] = []
+        call = Launch.__call__
+
+        def recorded(self: Launch) -> None:
+            cuts.append({**self.constants, **self.options})
+            call(self)
+
+        monkeypatch.setattr(Launch, "__call__", recorded)
+        passes = AttentionPasses(workload, torch.bfloat16, place)
+        window_attention(passes.query, passes.key, passes.value, window=passes.window, backend="triton")
+        expected = passes.launch("forward", found.best.cut)
+        assert cuts == [{**expected.constants, **expected.options}]
+    finally:
+        config_tables.in_force.cache_clear()

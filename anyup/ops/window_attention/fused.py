@@ -16,6 +16,7 @@ from anyup.window import CellWindow, Window
 
 if TYPE_CHECKING:
     from anyup.kernels.config import Target
+    from anyup.kernels.config_tables import Case
     from anyup.kernels.window_bounds import WindowRule
 
 Config = TypeVar("Config")
@@ -31,7 +32,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
     """Why the kernels cannot run a problem; empty: they can."""
     if find_spec("triton") is None:
         return ["triton is not installed (on Linux: pip install triton)"]
-    reasons = _device_reasons(problem.device)
+    reasons = device_reasons(problem.device)
     for name, dtype in (("queries", problem.query_dtype), ("values", problem.value_dtype)):
         if dtype == torch.float64:
             reasons.append(f"{name} are float64, the kernels compute in float32")
@@ -79,7 +80,8 @@ def forward(
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=torch.float32)
     arguments = _shared_arguments(query, key, window, scale)
     configs = forward_configs(_tile_keys(query, key, window), **_known(query, value))
-    _run_first(lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(), configs)
+    configs = _measured_first("forward", configs, query, key, value, window)
+    run_first(lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(), configs)
     return out, lse
 
 
@@ -101,14 +103,17 @@ def backward(
     known = _known(query, value)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     share, delta = torch.empty_like(lse), torch.empty_like(lse)
-    _run_first(
+    run_first(
         lambda c: plan_backward_query(
             grad, query, key, value, lse, grad_query, share, delta, **arguments, config=c
         )(),
-        config.backward_query_configs(_tile_keys(query, key, window), **known),
+        _measured_first(
+            "backward_query", config.backward_query_configs(_tile_keys(query, key, window), **known),
+            query, key, value, window,
+        ),
     )  # fmt: skip
 
-    def add_up(like: Tensor, launch: Callable[[Tensor, Any], None]) -> Tensor:
+    def add_up(kernel: str, like: Tensor, launch: Callable[[Tensor, Any], None]) -> Tensor:
         """The gradient of `like`, in as many parts as a cut has, added up in a fixed order."""
 
         def run(cut: Any) -> Tensor:
@@ -118,13 +123,18 @@ def backward(
 
         keys = like.shape[0] * like.shape[1] * like.shape[2]
         pixels = query.shape[1] * query.shape[2]
-        return _run_first(run, config.backward_grid_configs(pixels, keys, value.shape[3], **known))
+        cuts = config.backward_grid_configs(pixels, keys, value.shape[3], **known)
+        return run_first(run, _measured_first(kernel, cuts, query, key, value, window))
 
     grad_key = add_up(
-        key, lambda out, c: plan_backward_key(grad, query, key, value, lse, share, delta, out, **arguments, config=c)()
+        "backward_key",
+        key,
+        lambda out, c: plan_backward_key(grad, query, key, value, lse, share, delta, out, **arguments, config=c)(),
     )
     grad_value = add_up(
-        value, lambda out, c: plan_backward_value(grad, query, key, lse, share, out, **arguments, config=c)()
+        "backward_value",
+        value,
+        lambda out, c: plan_backward_value(grad, query, key, lse, share, out, **arguments, config=c)(),
     )
     if query is not given:
         grad_query *= given_scale
@@ -165,6 +175,44 @@ def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
     }
 
 
+def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window) -> Case:
+    """What a measured cut of a kernel is looked up by."""
+    from anyup.kernels.config_tables import Case, rounded_keys
+
+    names = [str(dtype).removeprefix("torch.") for dtype in (query.dtype, value.dtype)]
+    return Case(
+        kernel=kernel,
+        dtype=names[0] if names[0] == names[1] else ", ".join(names),
+        precision="" if query.dtype in _HALF and value.dtype in _HALF else dot_precision(),
+        heads=query.shape[3],
+        head_dim=query.shape[4],
+        keys=rounded_keys(_tile_keys(query, key, window)),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What a table of measured cuts belongs to."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _measured_first(
+    kernel: str, rule: Sequence[Config], query: Tensor, key: Tensor, value: Tensor, window: Window
+) -> Sequence[Config]:
+    """The cuts to try: what was measured best on this card, where anything was and it fits, then the rule's."""
+    from anyup.kernels import config_tables
+
+    device = device_name(query.device)
+    if not config_tables.in_force(device).entries:
+        return rule
+    return config_tables.before_the_rule(
+        rule,
+        case(kernel, query, key, value, window),
+        device=device,
+        most_keys=_tile_keys(query, key, window),
+        channels=value.shape[3],
+    )
+
+
 def window_rule(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]) -> WindowRule:
     """A window on given sizes, as kernels take it."""
     from anyup.kernels.window_bounds import CELL, EVERY_KEY, RATIO, WindowRule
@@ -191,7 +239,7 @@ def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (query, scale) if scale > 0 else (query * scale, 1.0)
 
 
-def _run_first(run: Callable[[Config], Result], configs: Sequence[Config]) -> Result:
+def run_first(run: Callable[[Config], Result], configs: Sequence[Config]) -> Result:
     """The result with the first cut that the device takes; raises BackendFailure where it takes none."""
     from triton.errors import TritonError
 
@@ -212,7 +260,7 @@ def _interprets() -> bool:
     return knobs.runtime.interpret
 
 
-def _device_reasons(device: torch.device) -> list[str]:
+def device_reasons(device: torch.device) -> list[str]:
     if _interprets():
         return [] if device.type == "cpu" else [f"Triton's interpreter runs on cpu, not on {device.type}"]
     from triton.runtime import driver

@@ -1,0 +1,1 @@
+"""Measuring on the user's machine: what the installed package runs, without pytest."""

@@ -1,0 +1,86 @@
+"""Cuts worth timing: those that differ from a given one in a single respect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anyup.kernels.config import MostKeys
+    from anyup.kernels.config_tables import Cut
+
+QUICK_ASPECTS = ("tile", "block", "num_warps", "num_stages")
+"""Where most of the gain is to be expected."""
+
+ASPECTS = (*QUICK_ASPECTS, "residence", "channel_slice", "slices", "keep", "shares", "heads")
+"""What cuts differ in, in the order in which they are tried."""
+
+_TILES = {
+    "block_keys": ((4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    "block_pixels": ((4, 4), (4, 8), (8, 8)),
+}
+_BLOCKS = (16, 32, 64, 128)
+_VALUES = {
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4),
+    "channel_slice": (16, 32, 64, 128),
+    "slices": (1, 2, 3, 4, 6),
+    "shares": (1, 2, 4),
+}
+
+# Beyond these a program's code or its registers are such that compiling takes minutes and running fails.
+_MOST_PRODUCT = 128 * 128
+_MOST_RESIDENT = 2**15
+_MOST_UNROLLED = 64
+
+
+def variations(cut: Cut, aspect: str, *, heads: int, most_keys: MostKeys) -> Iterator[Cut]:
+    """Cuts that differ from `cut` in one of `ASPECTS`, itself left out; none where its kernel knows no such thing.
+
+    Resident blocks are as many as hold the keys of every tile: `most_keys` tells by a tile's rows and columns.
+    """
+    from anyup.kernels.config import check
+    from anyup.kernels.config_tables import held
+
+    for changed in _changes(cut, aspect, heads):
+        try:
+            other = replace(cut, **changed)
+            if getattr(other, "resident_blocks", 0):
+                other = replace(other, **held(other, most_keys))
+            check(other)
+        except ValueError:  # a cut checks itself
+            continue
+        if other != cut and _is_small(other, heads):
+            yield other
+
+
+def _changes(cut: Any, aspect: str, heads: int) -> Iterator[dict[str, Any]]:
+    block = "block_keys" if hasattr(cut, "block_keys") else "block_pixels"
+    if aspect == "tile":
+        yield from ({"rows": rows, "columns": columns} for rows, columns in _TILES[block])
+    elif aspect == "block":
+        yield from ({block: number} for number in _BLOCKS)
+    elif aspect == "residence":
+        if hasattr(cut, "resident_blocks"):
+            no_tail = {"tail_keys": 0} if hasattr(cut, "tail_keys") else {}
+            yield {"resident_blocks": 0, **no_tail} if cut.resident_blocks else {"resident_blocks": 1}
+    elif aspect == "keep":
+        yield {"keep": True}
+        yield from ({"keep": False, "piece": piece} for piece in (16, 32))
+    elif aspect == "heads":
+        if hasattr(cut, "heads"):
+            yield from ({"heads": number} for number in range(1, heads + 1) if heads % number == 0)
+    # How many slices are alive at once matters to streamed weights alone.
+    elif hasattr(cut, aspect) and not (aspect == "slices" and getattr(cut, "resident_blocks", False)):
+        yield from ({aspect: number} for number in _VALUES[aspect])
+
+
+def _is_small(cut: Any, heads: int) -> bool:
+    tile, resident = cut.rows * cut.columns, getattr(cut, "resident_blocks", 0)
+    block = getattr(cut, "block_keys", None) or cut.block_pixels
+    return (
+        tile * max(block, cut.channel_slice * getattr(cut, "slices", 1)) <= _MOST_PRODUCT
+        and tile * block * resident <= _MOST_RESIDENT
+        and heads * resident <= _MOST_UNROLLED
+    )

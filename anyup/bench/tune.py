@@ -1,0 +1,331 @@
+"""Finding the fastest cut of each kernel on a card, and writing the table that the kernels look it up in.
+
+For each case (a kernel, a dtype, how many keys a tile sees) the search starts at the rule's cut and varies one aspect
+after another, keeping what is faster. A cut that does not compile, does not launch or is wrong is a result like any
+other. The table on the disk is complete after each case, so that an interrupted run loses one case at most.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from anyup._version import __version__
+from anyup.bench.attention_passes import AttentionPasses, ParityError
+from anyup.bench.candidates import ASPECTS, QUICK_ASPECTS, variations
+from anyup.bench.workloads import Workload, find, square
+from anyup.images import complete_or_absent
+from anyup.ops.window_attention import fused
+from anyup.progress import Progress
+
+if TYPE_CHECKING:
+    from anyup.kernels.config_tables import Case, Cut, Entry
+    from anyup.kernels.launch import Launch
+
+WORKLOADS = (square(448, 32), square(1024, 64), square(224, 16), square(2048, 128))
+"""What is tuned for, what is used most first."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+QUICK_WORKLOADS = WORKLOADS[:2]
+QUICK_DTYPES = ("bfloat16", "float32")
+
+# Less is within the spread of the clock.
+_LEAST_GAIN = 1.02
+_ROUNDS = 3
+
+Clock = Callable[["Launch"], float]
+"""Seconds of a launch."""
+
+
+class Passes(Protocol):
+    """What the search asks of `AttentionPasses`."""
+
+    workload: Workload
+
+    @property
+    def heads(self) -> int: ...
+
+    def most_keys(self, rows: int, columns: int) -> int: ...
+
+    def case(self, kernel: str) -> Case: ...
+
+    def rule(self, kernel: str) -> Sequence[Cut]: ...
+
+    def fitted(self, kernel: str, cut: Cut) -> Cut | None: ...
+
+    def launch(self, kernel: str, cut: Cut) -> Launch: ...
+
+    def check(self, kernel: str, cut: Cut) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cut: its time, or the reason why it has none."""
+
+    cut: Cut
+    seconds: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was tried for a case, in that order.
+
+    Attributes:
+        case, workload: what for, and on which sizes.
+        outcomes: of every cut that was tried, the rule's first.
+        rule: the time of the rule's cut, None where no cut of the rule ran.
+        best: the fastest cut, None where none ran.
+    """
+
+    case: Case
+    workload: str
+    outcomes: tuple[Outcome, ...]
+    rule: float | None
+    best: Outcome | None
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the rule's cut the best one is; 1.0 where one of them did not run."""
+        if self.rule is None or self.best is None or self.best.seconds is None:
+            return 1.0
+        return self.rule / self.best.seconds
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """An object for each cut, for JSON; times in microseconds."""
+        for outcome in self.outcomes:
+            time = None if outcome.seconds is None else round(outcome.seconds * 1e6, 2)
+            told = {"us": time, "reason": outcome.reason, "best": outcome is self.best}
+            yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.cut), **told}
+
+    def __str__(self) -> str:
+        c = self.case
+        head = f"{c.kernel}, {c.dtype}, {c.heads} heads of {c.head_dim}, up to {c.keys} keys ({self.workload})"
+        failed = sum(outcome.seconds is None for outcome in self.outcomes)
+        tried = f"{len(self.outcomes)} cuts tried" + f", {failed} failed" * bool(failed)
+        if self.best is None or self.best.seconds is None:
+            return f"{head}: no cut runs; {tried}"
+        rule = "the rule's do not run" if self.rule is None else f"rule {self.rule * 1e6:.1f} us"
+        return f"{head}: {rule}, best {self.best.seconds * 1e6:.1f} us, {self.gain:.2f}x; {tried}"
+
+
+def search(passes: Passes, kernel: str, clock: Clock, *, quick: bool = False) -> Search:
+    """Find the fastest cut of a kernel on a workload.
+
+    The rule's cut stays the best unless another one is faster beyond the clock's spread, seen twice.
+    """
+    found: dict[Cut, Outcome] = {}
+
+    def seconds(cut: Cut, *, again: bool = False) -> float:
+        if again or cut not in found:
+            found[cut] = _measure(passes, kernel, cut, clock)
+        outcome = found[cut]
+        return float("inf") if outcome.seconds is None else outcome.seconds
+
+    rule = next((cut for cut in passes.rule(kernel) if seconds(cut) < float("inf")), None)
+    start = passes.rule(kernel)[0] if rule is None else rule
+    best = start
+    for _ in range(1 if quick else _ROUNDS):
+        before = best
+        for aspect in QUICK_ASPECTS if quick else ASPECTS:
+            for other in variations(best, aspect, heads=passes.heads, most_keys=passes.most_keys):
+                cut = passes.fitted(kernel, other)
+                if cut is not None and seconds(cut) < seconds(best):
+                    best = cut
+        if best == before:
+            break
+    if rule is not None and best != rule and not seconds(rule, again=True) >= _LEAST_GAIN * seconds(best, again=True):
+        best = rule
+    outcome = found[best] if seconds(best) < float("inf") else None
+    time = None if rule is None else found[rule].seconds
+    return Search(passes.case(kernel), passes.workload.name, tuple(found.values()), time, outcome)
+
+
+def _measure(passes: Passes, kernel: str, cut: Cut, clock: Clock) -> Outcome:
+    try:
+        passes.check(kernel, cut)
+        return Outcome(cut, clock(passes.launch(kernel, cut)))
+    except ParityError as error:
+        return Outcome(cut, None, f"wrong: {error}")
+    except Exception as error:  # the compiler's errors are of many kinds
+        _require_a_living_card(error)
+        text = str(error).strip()
+        return Outcome(cut, None, f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}")
+
+
+def _require_a_living_card(error: Exception) -> None:
+    """Raise RuntimeError where an error has taken the card along: whatever ran after it would fail too."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as dead:
+        raise RuntimeError(f"the card does not answer after a cut that failed ({error}): {dead}") from error
+
+
+def tune(
+    device: torch.device,
+    name: str,
+    path: Path,
+    clock: Clock,
+    *,
+    workloads: Sequence[Workload] = WORKLOADS,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    kernels: Sequence[str] | None = None,
+    quick: bool = False,
+    make: Callable[[Workload, torch.dtype, torch.device], Passes] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Search]:
+    """Search for each case, yield what was found, and keep the table up to date.
+
+    Args:
+        device: where kernels run.
+        name: of the card, as the table names it.
+        path: of the table; entries of other cases that it has stay, if it is a table of this card and these kernels.
+        clock: what times a launch.
+        workloads, dtypes: what for; of workloads that are one case, the first counts.
+        kernels: all of them by default.
+        quick: fewer cuts for each.
+        make: what gives the launches, `AttentionPasses` by default.
+        progress: where to tell what is going on.
+    """
+    from anyup.kernels import config_tables
+
+    told = Progress() if progress is None else progress
+    entries = dict(_kept(path, name, told))
+    seen: set[Case] = set()
+    for workload in workloads:
+        for dtype in dtypes:
+            try:
+                passes = (make or AttentionPasses)(workload, DTYPES[dtype], device)
+            except torch.OutOfMemoryError as error:
+                told.note(f"{workload.name}, {dtype}: left out, out of memory ({str(error).splitlines()[0]})")
+                continue
+            for kernel in kernels or config_tables.KINDS:
+                case = passes.case(kernel)
+                if case in seen:
+                    continue
+                seen.add(case)
+                with told.stage(f"{kernel}, {dtype}, {workload.name}"):
+                    found = search(passes, kernel, clock, quick=quick)
+                if found.best is None:
+                    entries.pop(case, None)
+                else:
+                    entries[case] = config_tables.Entry(found.best.cut, found.gain)
+                _store(path, name, entries)
+                yield found
+            del passes  # before the next one takes as much memory
+
+
+def _kept(path: Path, name: str, told: Progress) -> Mapping[Case, Entry]:
+    """The entries of the table that is there, none where it is not for this card and these kernels."""
+    from anyup.kernels import config_tables
+
+    try:
+        return config_tables.load(path.read_text(encoding="utf-8"), name).entries
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        told.note(f"{path} is made anew: {error}")
+        return {}
+
+
+def _store(path: Path, name: str, entries: Mapping[Case, Entry]) -> None:
+    from anyup.kernels import config_tables
+
+    made_with = {"anyup": __version__, "torch": torch.__version__, "triton": metadata.version("triton")}
+    made_with["on"] = datetime.now(timezone.utc).date().isoformat()
+    table = config_tables.Table(name, entries, made_with)
+    with complete_or_absent(path) as partial:
+        partial.write_text(config_tables.dump(table), encoding="utf-8")
+    config_tables.in_force.cache_clear()  # so that this process finds it too
+
+
+# The command
+
+
+def card(name: str | None = None) -> torch.device:
+    """The card to tune, "cuda:0" by default; raises ValueError saying why kernels cannot be timed on it."""
+    if find_spec("triton") is None:
+        raise ValueError("no kernels to tune: triton is not installed (on Linux: pip install triton)")
+    try:
+        device = torch.device(name or "cuda:0")
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a card as cuda:0, got {name!r}") from error
+    if device.type != "cuda":
+        raise ValueError(f"device: kernels are tuned on a GPU, as cuda:0, got {name!r}")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = "torch sees no device" if built else f"this build of torch ({torch.__version__}) has no CUDA and no ROCm"
+        raise ValueError(f"no GPU to tune the kernels on: {why}")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: there are {torch.cuda.device_count()} cards, got {name!r}")
+    if reasons := fused.device_reasons(device):
+        raise ValueError(f"the kernels do not run on {name or device}: {'; '.join(reasons)}")
+    return torch.device("cuda", device.index or 0)
+
+
+def table_path(name: str) -> Path:
+    """Where the user's table of a card is written, its folder made; raises ValueError where tables are off."""
+    from anyup.kernels import config_tables
+
+    folder = config_tables.user_folder()
+    if folder is None:
+        variable = config_tables.VARIABLE
+        raise ValueError(f"{variable} is {config_tables.OFF!r}: unset it, or name a folder for the table")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / config_tables.file_name(name)
+
+
+def run(
+    device: str | None = None,
+    *,
+    quick: bool = False,
+    workloads: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    report: Path | None = None,
+) -> Path:
+    """What `anyup tune` does: a line on stdout for each case, progress on stderr; the table's path.
+
+    Raises ValueError, before any work, where kernels cannot be timed here or a name is none; OSError where the table
+    cannot be written.
+    """
+    from anyup.bench.clock import CudaClock
+    from anyup.images import check_writable
+
+    sizes = [find(name) for name in workloads] if workloads else (QUICK_WORKLOADS if quick else WORKLOADS)
+    place = card(device)
+    name = torch.cuda.get_device_name(place)
+    path = check_writable(table_path(name), (".json",), "table")
+    progress = Progress()
+    progress.note(f"tuning on {name}; ctrl-C ends it and keeps what is found until then in {path}")
+    clock = CudaClock(place, budget=0.03 if quick else 0.1)
+    rows: list[dict[str, Any]] = []
+    try:
+        with torch.cuda.device(place):
+            for found in tune(
+                place,
+                name,
+                path,
+                clock,
+                workloads=sizes,
+                dtypes=dtypes or (QUICK_DTYPES if quick else tuple(DTYPES)),
+                quick=quick,
+                progress=progress,
+            ):
+                rows += found.rows()
+                print(found, flush=True)
+    finally:
+        if report and rows:
+            with complete_or_absent(report) as partial:
+                partial.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    return path
