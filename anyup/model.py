@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +181,42 @@ class AnyUp(nn.Module):
             image.clone(), queries, dict(zip(names, image_keys, strict=True)), weights_of(self.parameters())
         )
 
+    def stream(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: Sequence[int] | None = None,
+        *,
+        tile: int | Sequence[int] | None = None,
+        region: Sequence[int] | None = None,
+        values: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Bring features to the image's resolution piece by piece, without a map of that resolution in memory.
+
+        Exact: normalisations take the statistics of the whole image, windows and convolutions know no seams. What
+        is not kept is computed again, which costs two to three times the arithmetic before the attention.
+
+        Args:
+            image, features, output_size, values: as in the call.
+            tile: rows, or (rows, columns), of a piece; None: full rows, as many as are worked on at a time.
+            region: (top, left, height, width): compute this part of the output alone, at the cost of the part plus
+                the statistics. None: all of it.
+            dtype: of the pieces; None means that of the features (or values).
+
+        Yields:
+            (rows, columns, piece): two slices of the output and (B, C or Cv, rows, columns), from left to right and
+            from top to bottom. The work is done as they are taken.
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came; before any work.
+            RuntimeError: a gradient is wanted; call it under `torch.no_grad()`.
+            NotImplementedError: no requested backend can; lists every reason.
+        """
+        from anyup.streaming import stream
+
+        return stream(self, image, features, output_size, tile=tile, region=region, values=values, dtype=dtype)
+
     def check(
         self,
         image: Tensor | ImageContext,
@@ -194,7 +230,8 @@ class AnyUp(nn.Module):
         device, input_dim = self.rope.freqs.device, self.config["input_dim"]
         if isinstance(image, ImageContext):
             image.check(output_size, self._compute_dtype(device), device, weights_of(self.parameters()))
-            image, output_size = image.image, image.output_size
+            output_size = image.output_size
+            image = image.image
         return check_inputs(image, features, values, output_size, q_chunk_size, input_dim=input_dim, device=device)
 
     def explain(

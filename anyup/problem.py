@@ -29,9 +29,8 @@ def check_inputs(
 ) -> tuple[int, int]:
     """The output's (height, width); raises a ValueError or TypeError that names the argument at fault."""
     _check_map("image", image, input_dim, device)
-    for name, tensor in (("features", features), ("values", values)):
-        if tensor is None and name == "values":
-            continue
+    others = {"features": features} if values is None else {"features": features, "values": values}
+    for name, tensor in others.items():
         _check_map(name, tensor, None, device)
         if tensor.shape[0] != image.shape[0]:
             raise ValueError(f"{name}: expected the image's batch of {image.shape[0]}, got {tensor.shape[0]}")
