@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from anyup.image_context import ImageContext
 from anyup.model import AnyUp
 
 
@@ -24,13 +25,16 @@ class WithHead(nn.Module):
 
     def forward(
         self,
-        image: Tensor,
+        image: Tensor | ImageContext,
         features: Tensor,
         output_size: Sequence[int] | None = None,
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
     ) -> Tensor:
-        """(B, 3, Hi, Wi), (B, C, h, w) -> (B, head's outputs, H, W), in the head's output dtype."""
+        """(B, 3, Hi, Wi), (B, C, h, w) -> (B, head's outputs, H, W), in the head's output dtype.
+
+        Instead of the image a context that the upsampler made of it serves too.
+        """
         self.upsampler.check(image, features, output_size=output_size, q_chunk_size=q_chunk_size)
         channels = self.head.in_features if isinstance(self.head, nn.Linear) else self.head.in_channels
         if features.shape[1] != channels:

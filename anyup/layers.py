@@ -75,6 +75,14 @@ class BorderConv2d(nn.Conv2d):
         products = [F.linear(x[:, i : i + height, j : j + width], weight[:, :, i, j]) for i, j in taps]
         return sum(products[1:], products[0]).permute(0, 3, 1, 2)
 
+    def part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """These rows and columns of the result, computed in a dtype."""
+        half = self.kernel_size[0] // 2
+        for dim, part in ((2, rows), (3, columns)):
+            positions = _border_positions(x.shape[dim], half, x.device)
+            x = x.index_select(dim, positions[part.start : part.stop + 2 * half])
+        return F.conv2d(x.to(dtype), self.weight.to(dtype))
+
 
 def _border_positions(length: int, half: int, device: torch.device) -> Tensor:
     """Where an axis padded by `half` on both sides reads: reflected, or clamped where it is too short for that.
@@ -99,14 +107,24 @@ class Encoder(nn.Sequential):
 
         A first convolution that sees more than its pixel runs here.
         """
-        conv, block1, block2 = self._layers()
-        projection: Tensor | None = None
+        conv, _, _ = self._layers()
+        parameters = self.parameters_for_op(x.dtype)
         if self.kernel_size > 1:
             x = conv(x)
-        else:
-            projection = conv.weight.to(x.dtype).flatten(1)
-        blocks = (block1.parameters_for_op(x.dtype), block2.parameters_for_op(x.dtype))
-        return x.permute(0, 2, 3, 1), EncoderParameters(projection, *blocks)
+        return x.permute(0, 2, 3, 1), parameters
+
+    def prepare_part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """The same pixels for a rectangle of one image (C, H, W), in a dtype: (rows, columns, C or D)."""
+        conv, _, _ = self._layers()
+        if self.kernel_size == 1:
+            return x[:, rows, columns].permute(1, 2, 0).to(dtype)
+        return conv.part(x[None], rows, columns, dtype)[0].permute(1, 2, 0)
+
+    def parameters_for_op(self, dtype: torch.dtype) -> EncoderParameters:
+        """The encoder's tensors in a dtype, as the pixel encoder takes them."""
+        conv, block1, block2 = self._layers()
+        projection = conv.weight.to(dtype).flatten(1) if self.kernel_size == 1 else None
+        return EncoderParameters(projection, block1.parameters_for_op(dtype), block2.parameters_for_op(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, H, W, D), as plain layers: for the small grid."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyup.cross_attention import CrossAttentionBlock
+from anyup.image_context import ImageContext, check_grids, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
 from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.ops.window_attention import window_attention
-from anyup.problem import check_inputs
+from anyup.problem import check_image, check_inputs
 from anyup.window import WINDOW_KINDS, make_window
 
 OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
@@ -113,7 +114,7 @@ class AnyUp(nn.Module):
 
     def forward(
         self,
-        image: Tensor,
+        image: Tensor | ImageContext,
         features: Tensor,
         output_size: Sequence[int] | None = None,
         vis_attn: bool = False,
@@ -124,9 +125,9 @@ class AnyUp(nn.Module):
         """Bring features to the image's resolution.
 
         Args:
-            image: (B, input_dim, Hi, Wi), ImageNet-normalised, any floating dtype.
+            image: (B, input_dim, Hi, Wi), ImageNet-normalised, any floating dtype; or what `encode_image` made of it.
             features: (B, C, h, w), any encoder's, any C, any floating dtype.
-            output_size: (H, W); None means the image's size.
+            output_size: (H, W); None means the image's size, or what its context was made for.
             vis_attn: show a picture of the attention as well (`anyup.visualization.show_attention`).
             q_chunk_size: the most output pixels the attention works on at a time, where a backend works in
                 chunks; the result does not depend on it.
@@ -149,9 +150,76 @@ class AnyUp(nn.Module):
             self._show_attention(query, key, q_chunk_size)
         return self._attend(query, key, features if values is None else values, q_chunk_size)
 
-    def check(
+    def encode_image(
         self,
         image: Tensor,
+        output_size: Sequence[int] | None = None,
+        *,
+        grids: Sequence[Sequence[int]] = (),
+    ) -> ImageContext:
+        """Do the image's half of the work once, for calls with several feature maps.
+
+        Calls with the context instead of the image return exactly what they return with the image. For features on
+        a grid that was not named, the image is encoded again in each call, its queries alone are shared. Gradients
+        flow through a context as through a call.
+
+        Args:
+            image: (B, input_dim, Hi, Wi), as in the call.
+            output_size: (H, W) of the calls to come; None means the image's size.
+            grids: (h, w) of the feature maps to come.
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came; before any work.
+        """
+        device, input_dim = self.rope.freqs.device, self.config["input_dim"]
+        size = check_image(image, output_size, input_dim=input_dim, device=device)
+        names = check_grids(grids)
+        with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
+            queries, image_keys = self._encode_image(image, size, names)
+        # The caller may write the next frame into the image.
+        return ImageContext(
+            image.clone(), queries, dict(zip(names, image_keys, strict=True)), weights_of(self.parameters())
+        )
+
+    def stream(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: Sequence[int] | None = None,
+        *,
+        tile: int | Sequence[int] | None = None,
+        region: Sequence[int] | None = None,
+        values: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Bring features to the image's resolution piece by piece, without a map of that resolution in memory.
+
+        Exact: normalisations take the statistics of the whole image, windows and convolutions know no seams. What
+        is not kept is computed again, which costs two to three times the arithmetic before the attention.
+
+        Args:
+            image, features, output_size, values: as in the call.
+            tile: rows, or (rows, columns), of a piece; None: full rows, as many as are worked on at a time.
+            region: (top, left, height, width): compute this part of the output alone, at the cost of the part plus
+                the statistics. None: all of it.
+            dtype: of the pieces; None means that of the features (or values).
+
+        Yields:
+            (rows, columns, piece): two slices of the output and (B, C or Cv, rows, columns), from left to right and
+            from top to bottom. The work is done as they are taken.
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came; before any work.
+            RuntimeError: a gradient is wanted; call it under `torch.no_grad()`.
+            NotImplementedError: no requested backend can; lists every reason.
+        """
+        from anyup.streaming import stream
+
+        return stream(self, image, features, output_size, tile=tile, region=region, values=values, dtype=dtype)
+
+    def check(
+        self,
+        image: Tensor | ImageContext,
         features: Tensor,
         output_size: Sequence[int] | None = None,
         q_chunk_size: int | None = None,
@@ -160,11 +228,15 @@ class AnyUp(nn.Module):
     ) -> tuple[int, int]:
         """The size of the output of this call; raises the ValueError or TypeError that the call would raise."""
         device, input_dim = self.rope.freqs.device, self.config["input_dim"]
+        if isinstance(image, ImageContext):
+            image.check(output_size, self._compute_dtype(device), device, weights_of(self.parameters()))
+            output_size = image.output_size
+            image = image.image
         return check_inputs(image, features, values, output_size, q_chunk_size, input_dim=input_dim, device=device)
 
     def explain(
         self,
-        image: Tensor,
+        image: Tensor | ImageContext,
         features: Tensor,
         output_size: Sequence[int] | None = None,
         *,
@@ -172,6 +244,7 @@ class AnyUp(nn.Module):
     ) -> ModelExplanation:
         """Which backend would run each operation of this call, and why not the others; nothing is computed."""
         height, width = self.check(image, features, output_size, values=values)
+        image = image.image if isinstance(image, ImageContext) else image
         dtype = self._compute_dtype(image.device)
         batch, _, h, w = features.shape
         carried = features if values is None else values
@@ -212,19 +285,39 @@ class AnyUp(nn.Module):
             )
         )
 
-    def _query_and_key(self, image: Tensor, features: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _query_and_key(
+        self, image: Tensor | ImageContext, features: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """Queries (B, H, W, heads, head_dim) and keys (B, h, w, heads, head_dim)."""
-        dtype = self._compute_dtype(image.device)
         grid = (features.shape[2], features.shape[3])
-        guidance = self._encode(self.image_encoder, image.to(dtype), frequencies=self.rope.freqs.to(dtype))
-        guidance = guidance.permute(0, 3, 1, 2)
-        image_keys = self._encode(self.key_encoder, guidance, grid)
+        if not isinstance(image, ImageContext):
+            queries, (image_keys,) = self._encode_image(image, size, [grid])
+        else:
+            queries = image.queries
+            if grid in image.image_keys:
+                image_keys = image.image_keys[grid]
+            else:
+                image_keys = self._encode(self.key_encoder, self._guidance(image.image), grid)
+        return queries, self._keys(image_keys, features).to(queries.dtype)
+
+    def _encode_image(
+        self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Queries (B, H, W, heads, head_dim) of the image, and its keys (B, h, w, D) pooled to each grid."""
+        guidance = self._guidance(image)
+        image_keys = [self._encode(self.key_encoder, guidance, grid) for grid in grids]
         queries = self._encode(self.query_encoder, guidance, size)
         del guidance  # a map of D channels at full resolution
         queries = query_projection.project_queries(
-            queries, self.cross_decode.query_parameters(dtype), backend=self._backends["query_projection"]
+            queries, self.cross_decode.query_parameters(queries.dtype), backend=self._backends["query_projection"]
         )
-        return self.cross_decode.split_heads(queries), self._keys(image_keys, features).to(dtype)
+        return self.cross_decode.split_heads(queries), image_keys
+
+    def _guidance(self, image: Tensor) -> Tensor:
+        """(B, D, Hi, Wi): the encoded image, from which queries and keys are made."""
+        dtype = self._compute_dtype(image.device)
+        encoded = self._encode(self.image_encoder, image.to(dtype), frequencies=self.rope.freqs.to(dtype))
+        return encoded.permute(0, 3, 1, 2)
 
     def _keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
         """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).

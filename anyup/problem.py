@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,27 +28,10 @@ def check_inputs(
     device: torch.device,
 ) -> tuple[int, int]:
     """The output's (height, width); raises a ValueError or TypeError that names the argument at fault."""
-    for name, tensor, channels in (
-        ("image", image, input_dim),
-        ("features", features, None),
-        ("values", values, None),
-    ):
-        if tensor is None and name == "values":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        layout = f"(B, {channels or 'C'}, height, width)"
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
-        if channels is not None and tensor.shape[1] != channels:
-            raise ValueError(f"{name}: expected {channels} channels, {layout}, got shape {tuple(tensor.shape)}")
-        if min(tensor.shape[1:]) < 1:
-            raise ValueError(f"{name}: expected at least one channel, row and column, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in FLOATING:
-            hint = "; convert to floating point and normalise (ImageNet mean and std)" if name == "image" else ""
-            raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}{hint}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device} like the model, got one on {tensor.device}")
+    _check_map("image", image, input_dim, device)
+    others = {"features": features} if values is None else {"features": features, "values": values}
+    for name, tensor in others.items():
+        _check_map(name, tensor, None, device)
         if tensor.shape[0] != image.shape[0]:
             raise ValueError(f"{name}: expected the image's batch of {image.shape[0]}, got {tensor.shape[0]}")
     if values is not None and values.shape[2:] != features.shape[2:]:
@@ -56,17 +40,52 @@ def check_inputs(
         )
     if q_chunk_size is not None:
         _check_positive("q_chunk_size", q_chunk_size)
-    if output_size is None:
-        size = (image.shape[2], image.shape[3])
-    else:
-        if not isinstance(output_size, Sequence) or len(output_size) != 2:
-            raise ValueError(f"output_size: expected two positive integers (height, width), got {output_size!r}")
-        for length in output_size:
-            _check_positive("output_size", length)
-        size = (output_size[0], output_size[1])
+    size = _output_size(image, output_size)
     if image.device.type == "cpu" and not torch.compiler.is_compiling():
         _warn_unnormalised(image)
     return size
+
+
+def check_image(
+    image: Tensor, output_size: Sequence[int] | None, *, input_dim: int, device: torch.device
+) -> tuple[int, int]:
+    """The same for an image without features."""
+    _check_map("image", image, input_dim, device)
+    size = _output_size(image, output_size)
+    if image.device.type == "cpu" and not torch.compiler.is_compiling():
+        _warn_unnormalised(image)
+    return size
+
+
+def _output_size(image: Tensor, output_size: Sequence[int] | None) -> tuple[int, int]:
+    return (image.shape[2], image.shape[3]) if output_size is None else check_size("output_size", output_size)
+
+
+def check_size(name: str, size: Sequence[int]) -> tuple[int, int]:
+    """(height, width); raises a ValueError or TypeError that names the argument unless it is one."""
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"{name}: expected two positive integers (height, width), got {size!r}")
+    for length in size:
+        _check_positive(name, length)
+    return size[0], size[1]
+
+
+def _check_map(name: str, tensor: Any, channels: int | None, device: torch.device) -> None:
+    """Raise unless this is (B, channels, height, width), floating-point, on the device; any channels if None."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    layout = f"(B, {channels or 'C'}, height, width)"
+    if tensor.dim() != 4:
+        raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
+    if channels is not None and tensor.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, {layout}, got shape {tuple(tensor.shape)}")
+    if min(tensor.shape[1:]) < 1:
+        raise ValueError(f"{name}: expected at least one channel, row and column, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in FLOATING:
+        hint = "; convert to floating point and normalise (ImageNet mean and std)" if name == "image" else ""
+        raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}{hint}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the model, got one on {tensor.device}")
 
 
 def _check_positive(name: str, number: int) -> None:

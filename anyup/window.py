@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +105,30 @@ def check_window(window: Window) -> None:
         raise TypeError(f"window: expected RatioWindow, CellWindow or None, got {type(window).__name__}")
     if not -math.inf < window.ratio < math.inf:  # math.isfinite would stop a tracer whose ratio is symbolic
         raise ValueError(f"window: expected a finite ratio, got {window.ratio}")
+
+
+class Part(NamedTuple):
+    """Where a rectangle of pixels lies in a map: its first row and column, and the size of the whole map."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raise a ValueError unless a rectangle of this size lies inside the map."""
+        inside = self.top + rows <= self.height and self.left + columns <= self.width
+        if min(self.top, self.left) < 0 or not inside:
+            raise ValueError(
+                f"part: expected {rows} x {columns} pixels at ({self.top}, {self.left}) to lie inside "
+                f"{self.height} x {self.width}"
+            )
+
+
+def part_bounds(window: Window, queries: int, keys: int, first: int, total: int) -> tuple[tuple[int, ...], ...]:
+    """The bounds along an axis of `queries` pixels from the `first` on of an axis of `total`."""
+    start, stop = axis_bounds(window, total, keys)
+    return start[first : first + queries], stop[first : first + queries]
 
 
 @lru_cache(maxsize=256)

@@ -63,7 +63,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         raise URLError("no network in this test")
 
     monkeypatch.setattr(checkpoints, "urlopen", refuse)
-    monkeypatch.setattr(demo, "urlopen", refuse)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup.ops import explain_backends, window_attention
 from anyup.ops.window_attention import eager, segments
-from anyup.window import CellWindow, RatioWindow, axis_bounds
+from anyup.window import CellWindow, Part, RatioWindow, axis_bounds, part_bounds
 
 BACKENDS = ("torch", "reference")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -172,6 +172,44 @@ def test_a_gradient_wanted_alone_is_the_one_wanted_with_others(wanted: str) -> N
     assert torch.equal(output_and_gradients(run, {wanted: tensors[wanted]}, "torch")[f"gradient of {wanted}"], expected)
 
 
+# A part of a map: the windows are those of the whole.
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", ["odd", "prime", "batch 2", "keys finer than pixels", "cell", "no window"])
+def test_a_part_of_a_map_is_what_the_whole_map_has_there(name: str, backend: str) -> None:
+    shape = ATTENTION_SHAPES[name]
+    tensors = {key: tensor.double() for key, tensor in attention_tensors(shape).items()}
+    height, width = shape.output
+    whole = attention(shape)(**tensors, backend="reference")
+    for top, left, rows, columns in ((0, 0, 1, width), (height - 3, width // 2, 3, 2), (height // 2, 1, 4, width - 1)):
+        query = tensors["query"][:, top : top + rows, left : left + columns]
+        actual = window_attention(
+            **{**tensors, "query": query}, window=shape.window, backend=backend, part=Part(top, left, height, width)
+        )
+        expected = whole[:, top : top + rows, left : left + columns]
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() <= 1e-12 * whole.abs().max()
+
+
+def test_a_part_outside_the_map_and_its_gradient_are_refused() -> None:
+    shape = ATTENTION_SHAPES["odd"]
+    tensors = attention_tensors(shape)
+    for part in (Part(1, 0, *shape.output), Part(0, -1, 99, 99), Part(0, 0, 35, 20)):
+        with pytest.raises(ValueError, match="part: expected 35 x 21 pixels at .* to lie inside"):
+            window_attention(**tensors, window=shape.window, part=part)
+    tensors["key"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="part: .*no_grad"):
+        window_attention(**tensors, window=shape.window, part=Part(0, 0, 99, 99))
+
+
+@pytest.mark.parametrize("backend", ["triton", "flex"])
+def test_a_backend_without_parts_says_so(backend: str) -> None:
+    shape = ATTENTION_SHAPES["odd"]
+    with pytest.raises(NotImplementedError, match="the pixels are a part of the output"):
+        window_attention(**attention_tensors(shape), window=shape.window, backend=backend, part=Part(0, 0, 99, 99))
+
+
 # Mutations: what the error rule must notice.
 
 
@@ -180,12 +218,12 @@ def patch_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Replace the bounds that the torch backend sees by a function of the right ones."""
 
     def patch(change: Any) -> None:
-        def wrong(window: Any, queries: int, keys: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-            pairs = zip(*axis_bounds(window, queries, keys), strict=True)
+        def wrong(window: Any, queries: int, keys: int, first: int, total: int) -> tuple[tuple[int, ...], ...]:
+            pairs = zip(*part_bounds(window, queries, keys, first, total), strict=True)
             start, stop = zip(*(change(a, b, keys) for a, b in pairs), strict=True)
             return start, stop
 
-        monkeypatch.setattr(segments, "axis_bounds", wrong)
+        monkeypatch.setattr(segments, "part_bounds", wrong)
         segments.cut_axis.cache_clear()
 
     yield patch

@@ -20,6 +20,7 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles, on_one_thread
+from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.gradients import backward
 from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
@@ -55,11 +56,12 @@ def forward(
     for image, result in zip(pixels, out, strict=True):
         band = Band(image.flatten(0, 1), parameters, trunk=None if shrinks else result.flatten(0, 1))
         norms: list[Affine] = []
-        for norm_weight, norm_bias in _norm_parameters(parameters):
+        for norm_weight, norm_bias in norm_parameters(parameters):
             statistics = band.advance(norms[-1] if norms else None)
             norms.append(Affine.of(statistics, norm_weight, norm_bias, band.work_dtype))
         if shrinks:
-            band.finish_pooled(norms[-1], (height, width), result)
+            rows, columns = (Cells(0, n, n, length) for n, length in zip(output_size, (height, width), strict=True))
+            band.finish_pooled(norms[-1], rows, columns, result)
         else:
             band.finish(norms[-1], rotation)
     if pools and not shrinks:
@@ -84,6 +86,7 @@ class Band:
         self._trunk = empty((self._count, self._dim), pixels) if trunk is None else trunk
         self._branch: Tensor | None = None
         self._norms_done = 0
+        self._measures = True
         projection = parameters.projection
         self._thin: ThinProjection | None = None
         if projection is not None and projection.shape[1] <= MOST_CHANNELS:
@@ -93,6 +96,17 @@ class Band:
 
     def advance(self, norm: Affine | None) -> Statistics:
         """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input."""
+        self._measures = True
+        statistics = self._step(norm)
+        assert statistics is not None
+        return statistics
+
+    def pass_on(self, norm: Affine | None) -> None:
+        """The same where the next one's statistics are known already."""
+        self._measures = False
+        self._step(norm)
+
+    def _step(self, norm: Affine | None) -> Statistics | None:
         step = self._norms_done
         self._norms_done += 1
         if step == 0:
@@ -111,8 +125,7 @@ class Band:
                 activated = F.silu(thin.project(tile, normalised), inplace=True)
             else:
                 activated = _activate(self._trunk[tile].to(self.work_dtype), norm)
-            stored = branch[tile].copy_(linear(activated, weight))
-            return parts_of(stored.to(self.work_dtype))
+            return self._parts(branch[tile].copy_(linear(activated, weight)))
 
         return self._statistics(go)
 
@@ -135,28 +148,26 @@ class Band:
         self._map(go, 1 if rotation is None else rotation.width)
         return self._trunk
 
-    def finish_pooled(self, norm: Affine, size: tuple[int, int], out: Tensor) -> None:
-        """The same for a band of whole rows, pooled to `out` (h, w, D): no larger than `size`, which it covers."""
+    def finish_pooled(self, norm: Affine, rows: Cells, columns: Cells, out: Tensor) -> None:
+        """The same for a rectangle of pixels, pooled to `out` (h, w, D): these cells, which need these pixels."""
         assert self._branch is not None
-        (height, width), (h, w, _) = size, out.shape
+        height, width = (cells.pixels.stop - cells.pixels.start for cells in (rows, columns))
         branch, trunk = (t.view(height, width, -1) for t in (self._branch, self._trunk))
-        activated, passed = (
-            torch.empty(h, w, out.shape[2], dtype=self.work_dtype, device=out.device) for _ in range(2)
-        )
-        mean = _CellMean(width, w, activated)
+        activated, passed = (torch.empty(out.shape, dtype=self.work_dtype, device=out.device) for _ in range(2))
+        mean = columns.mean(self.work_dtype, out.device)
 
         def go(row: int) -> None:
-            rows = slice(row * height // h, -((row + 1) * height // -h))
-            activated[row] = mean(_activate(branch[rows].to(self.work_dtype), norm))
-            passed[row] = mean(trunk[rows].to(self.work_dtype))
+            within = rows.within(row)
+            activated[row] = mean(_activate(branch[within].to(self.work_dtype), norm))
+            passed[row] = mean(trunk[within].to(self.work_dtype))
 
-        map_tiles(go, range(h), out.device)
+        map_tiles(go, range(out.shape[0]), out.device)
         weight = self._parameters.block2.weight2.to(self.work_dtype)
         out.copy_(linear(activated.flatten(0, 1), weight).view_as(passed).add_(passed))
 
-    def _project(self) -> Statistics:
+    def _project(self) -> Statistics | None:
         if self._thin is not None:
-            return self._thin.statistics(self._map(self._thin.moments))
+            return self._thin.statistics(self._map(self._thin.moments)) if self._measures else None
         projection = self._parameters.projection
 
         def go(tile: slice) -> list[Part]:
@@ -164,11 +175,11 @@ class Band:
             if projection is not None:
                 result = linear(result, projection.to(self.work_dtype))
             self._trunk[tile] = result
-            return parts_of(result)
+            return self._parts(result)
 
         return self._statistics(go)
 
-    def _close_block(self, norm: Affine) -> Statistics:
+    def _close_block(self, norm: Affine) -> Statistics | None:
         """The first block's second convolution and residual."""
         assert self._branch is not None
         weight = self._parameters.block1.weight2.to(self.work_dtype)
@@ -181,13 +192,18 @@ class Band:
                 stored = torch.add(result, trunk[tile], out=trunk[tile])
             else:
                 stored = trunk[tile].copy_(thin.add(tile, result))
-            return parts_of(stored.to(self.work_dtype))
+            return self._parts(stored)
 
         return self._statistics(go)
 
-    def _statistics(self, function: Callable[[slice], list[Part]]) -> Statistics:
+    def _parts(self, stored: Tensor) -> list[Part]:
+        return parts_of(stored.to(self.work_dtype)) if self._measures else []
+
+    def _statistics(self, function: Callable[[slice], list[Part]]) -> Statistics | None:
         """Of the parts that the function returns for each tile."""
         parts = [part for tile in self._map(function, SUBSETS) for part in tile]
+        if not parts:
+            return None
         with on_one_thread():
             return Statistics.of(parts, self._dim)
 
@@ -197,7 +213,8 @@ class Band:
         return map_tiles(function, cut(self._count, most, self._device, multiple), self._device)
 
 
-def _norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Tensor]]:
+def norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weight and bias of each normalisation, in order."""
     for block in (parameters.block1, parameters.block2):
         yield block.norm1_weight, block.norm1_bias
         yield block.norm2_weight, block.norm2_bias
@@ -205,19 +222,3 @@ def _norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Te
 
 def _activate(x: Tensor, norm: Affine) -> Tensor:
     return F.silu(norm(x), inplace=True)
-
-
-class _CellMean:
-    """The mean of (r, W, D) rows over all of them and over each of w adaptive cells of columns: (w, D).
-
-    As row sums and a product with the cells' indicator: adaptive pooling's own kernel does not vectorise on a CPU.
-    """
-
-    def __init__(self, width: int, w: int, like: Tensor) -> None:
-        cell, column = torch.arange(w, device=like.device)[:, None], torch.arange(width, device=like.device)
-        inside = (column >= cell * width // w) & (column < -((cell + 1) * width // -w))
-        self._indicator = inside.to(like.dtype)
-        self._count = self._indicator.sum(dim=1, keepdim=True)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return (self._indicator @ rows.sum(dim=0)) / (self._count * rows.shape[0])

@@ -5,6 +5,8 @@ An angle is the sum of a row's and a column's, so the cosines and sines of a map
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,14 @@ class Rotation:
         rows, columns = self._rows * frequencies[0], self._columns * frequencies[1]
         self._row_cos, self._row_sin = rows.cos()[:, None], rows.sin()[:, None]  # (H, 1, D)
         self._column_cos, self._column_sin = columns.cos(), columns.sin()  # (W, D)
+
+    def part(self, rows: slice, columns: slice) -> Rotation:
+        """The rotation of a rectangle of the map, as a map of its own."""
+        part = copy.copy(self)
+        part._row_cos, part._row_sin = self._row_cos[rows], self._row_sin[rows]
+        part._column_cos, part._column_sin = self._column_cos[columns], self._column_sin[columns]
+        part.width = part._column_cos.shape[0]
+        return part
 
     def __call__(self, x: Tensor, pixels: slice) -> Tensor:
         """Rotate (n, D): these pixels of the map, in the dtype worked in."""

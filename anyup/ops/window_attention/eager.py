@@ -22,7 +22,7 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
 from anyup.ops.window_attention.segments import Segments, cut_axis
-from anyup.window import Window
+from anyup.window import Part, Window
 
 # Values in the largest buffer of a batch: on a CPU what stays in its caches, elsewhere enough work for a launch.
 _BUDGET = {"cpu": 2**19}
@@ -50,8 +50,12 @@ def forward(
     scale: float,
     max_queries: int | None = None,
     save_lse: bool = False,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits."""
+    """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits.
+
+    The queries may be a part of a map.
+    """
     batch, height, width, heads, _ = query.shape
     channels = value.shape[3]
     out = empty((batch, height, width, channels), value)
@@ -69,7 +73,7 @@ def forward(
             if save_lse:
                 part.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(0, 1))
 
-        map_tiles(attend, list(_batches(window, query, keys, channels, max_queries)), query.device)
+        map_tiles(attend, list(_batches(window, query, keys, channels, max_queries, part=part)), query.device)
     return out, lse
 
 
@@ -196,6 +200,7 @@ def _batches(
     channels: int,
     max_queries: int | None = None,
     longest: int = _LONGEST_SEGMENT,
+    part: Part | None = None,
 ) -> Iterator[_Batch]:
     """All rectangles of an image, those of one shape in one band of rows together as far as the budget goes."""
     _, height, width, heads, _ = query.shape
@@ -205,9 +210,10 @@ def _batches(
     # Adding the bias is several times as fast on a CPU as filling by a mask, but right only for keys that give finite
     # logits. On other devices it is about the same, and asking would wait for the device. (A NaN is not <= anything.)
     finite = keys.device.type == "cpu" and bool(keys.abs().max() <= _SAFE_KEY)
+    top, left, full_height, full_width = part or (0, 0, height, width)
     row_classes, column_classes = (
-        [s.to(keys.device, keys.dtype) for s in cut_axis(window, *sizes, longest)]
-        for sizes in ((height, h), (width, w))
+        [s.to(keys.device, keys.dtype) for s in cut_axis(window, queries, number, longest, first, total)]
+        for queries, number, first, total in ((height, h, top, full_height), (width, w, left, full_width))
     )
     for row_class in row_classes:
         for rows in row_class.split(1):

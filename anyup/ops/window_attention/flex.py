@@ -24,6 +24,7 @@ from torch import Tensor
 
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, cut
+from anyup.ops.window_attention.problem import no_part
 from anyup.window import Window, axis_bounds
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
         reasons.append(f"device is {kind}, flex runs on cuda and cpu")
     if any(os.environ.get(name) == "1" for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")):
         reasons.append("torch.compile is switched off: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE")
-    return reasons
+    return reasons + no_part(problem)
 
 
 def discouraged(problem: WindowAttentionProblem) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.dispatch import BackendFailure
-from anyup.ops.window_attention.problem import WindowAttentionProblem
+from anyup.ops.window_attention.problem import WindowAttentionProblem, no_part
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Window
 
@@ -32,7 +32,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
     """Why the kernels cannot run a problem; empty: they can."""
     if find_spec("triton") is None:
         return ["triton is not installed (on Linux: pip install triton)"]
-    reasons = device_reasons(problem.device)
+    reasons = device_reasons(problem.device) + no_part(problem)
     for name, dtype in (("queries", problem.query_dtype), ("values", problem.value_dtype)):
         if dtype == torch.float64:
             reasons.append(f"{name} are float64, the kernels compute in float32")

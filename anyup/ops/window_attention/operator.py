@@ -14,7 +14,7 @@ from torch import Tensor
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention import problem as problems
-from anyup.window import Window, describe_window, make_window
+from anyup.window import Part, Window, describe_window, make_window
 
 OPERATION = Operation(
     "window_attention",
@@ -36,6 +36,7 @@ def window_attention(
     scale: float | None = None,
     backend: Backend = None,
     max_queries: int | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """Attend from each pixel to the keys of its window, heads averaged, and carry the values.
 
@@ -50,15 +51,17 @@ def window_attention(
         backend: None, a name, or a sequence of names (see `anyup.ops.dispatch`).
         max_queries: the most output pixels worked on at a time, where the backend works in chunks.
             The result does not depend on it.
+        part: where the queries lie in a larger output, whose windows they have; without gradients. None: they are
+            all of it.
 
     Returns:
         (B, H, W, C), contiguous, in the value's dtype.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
-        NotImplementedError: no requested backend can; lists every reason.
+        NotImplementedError: no requested backend can; lists every reason. Or a gradient of a part is wanted.
     """
-    problems.check(query, key, value, window)
+    problems.check(query, key, value, window, part)
     if max_queries is not None and max_queries < 1:
         raise ValueError(f"max_queries: expected a positive number of pixels, got {max_queries}")
     kind, ratio = describe_window(window)
@@ -73,17 +76,24 @@ def window_attention(
         to_schema(backend),
         max_queries or 0,
         needs_gradient,
+        *(part or (0, 0, 0, 0)),
     )
     return out
 
 
 def explain_backends(
-    query: Tensor, key: Tensor, value: Tensor, *, window: Window, backend: Backend = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: Window,
+    backend: Backend = None,
+    part: Part | None = None,
 ) -> Explanation:
     """Which backend `window_attention` would choose for these arguments, and why not the others."""
-    problems.check(query, key, value, window)
+    problems.check(query, key, value, window, part)
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return OPERATION.explain(problems.describe(query, key, value, window, needs_gradient), backend)
+    return OPERATION.explain(problems.describe(query, key, value, window, needs_gradient, part), backend)
 
 
 @torch.library.custom_op("anyup::window_attention", mutates_args=())
@@ -97,9 +107,15 @@ def _forward(
     backend: str,
     max_queries: int,
     save_lse: bool,
+    top: int = 0,
+    left: int = 0,
+    full_height: int = 0,
+    full_width: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """`full_height` is 0 where the queries are not a part."""
     window = make_window(window_kind, ratio)
-    problem = problems.describe(query, key, value, window, save_lse)
+    part = Part(top, left, full_height, full_width) if full_height else None
+    problem = problems.describe(query, key, value, window, save_lse, part)
     return OPERATION.run(
         "forward",
         problem,
@@ -111,11 +127,12 @@ def _forward(
         scale=scale,
         max_queries=max_queries or None,
         save_lse=save_lse,
+        **({} if part is None else {"part": part}),
     )
 
 
 @_forward.register_fake
-def _(query, key, value, window_kind, ratio, scale, backend, max_queries, save_lse):  # type: ignore[no-untyped-def]
+def _(query, key, value, window_kind, ratio, scale, backend, max_queries, save_lse, *part):  # type: ignore[no-untyped-def]
     batch, height, width, heads, _ = query.shape
     wide = working_dtype(query.dtype)
     lse_shape = (batch, height, width, heads) if save_lse else (0,)
@@ -154,9 +171,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, lse = ctx.saved_tensors
-    kind, ratio, scale, backend, _, _ = ctx.settings
+    kind, ratio, scale, backend, *_ = ctx.settings
     grads = _backward(grad, query, key, value, lse, kind, ratio, scale, backend)
-    return (*grads, *(None,) * 6)
+    return (*grads, *(None,) * len(ctx.settings))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

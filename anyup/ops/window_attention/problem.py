@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.precision import FLOATING
-from anyup.window import Window, check_window
+from anyup.window import Part, Window, check_window
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,21 @@ class WindowAttentionProblem:
     device: torch.device
     window: Window
     needs_gradient: bool
+    part: Part | None = None
+    """Where the pixels lie in the output; None: they are all of it."""
 
     def __str__(self) -> str:
         (height, width), (h, w) = self.output_size, self.grid_size
+        where = "" if self.part is None else f" of {self.part.height} x {self.part.width}"
         return (
-            f"{height} x {width} from {h} x {w}, batch {self.batch}, {self.heads} heads of {self.head_dim}, "
+            f"{height} x {width}{where} from {h} x {w}, batch {self.batch}, {self.heads} heads of {self.head_dim}, "
             f"C = {self.channels}, {str(self.query_dtype).removeprefix('torch.')}, {self.device.type}"
         )
 
 
-def describe(query: Tensor, key: Tensor, value: Tensor, window: Window, needs_gradient: bool) -> WindowAttentionProblem:
+def describe(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, needs_gradient: bool, part: Part | None = None
+) -> WindowAttentionProblem:
     """The problem that these (checked) tensors pose."""
     batch, height, width, heads, head_dim = query.shape
     return WindowAttentionProblem(
@@ -50,10 +55,18 @@ def describe(query: Tensor, key: Tensor, value: Tensor, window: Window, needs_gr
         device=query.device,
         window=window,
         needs_gradient=needs_gradient,
+        part=part,
     )
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, window: Window) -> None:
+def no_part(problem: WindowAttentionProblem) -> list[str]:
+    """The reason of a backend that takes no part of a map, where one is asked for."""
+    if problem.part is None:
+        return []
+    return ["the pixels are a part of the output (a stream or a region), this backend takes a whole output"]
+
+
+def check(query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part | None = None) -> None:
     """Raise a ValueError or TypeError that names the argument unless the call makes sense."""
     for name, tensor, layout in (
         ("query", query, "(B, H, W, heads, head_dim)"),
@@ -85,3 +98,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, window: Window) -> None:
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
     check_window(window)
+    if part is None:
+        return
+    part.check(query.shape[1], query.shape[2])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        raise NotImplementedError("part: a part of a map has no backward pass: call under torch.no_grad()")

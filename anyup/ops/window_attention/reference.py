@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyup.ops.precision import working_dtype
 from anyup.ops.pullback import pullback
-from anyup.window import Window, axis_bounds
+from anyup.window import Part, Window, part_bounds
 
 
 def unsupported(problem: object) -> list[str]:
@@ -21,11 +21,15 @@ def unsupported(problem: object) -> list[str]:
     return []
 
 
-def window_mask(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+def window_mask(
+    window: Window, output_size: tuple[int, int], grid_size: tuple[int, int], part: Part | None = None
+) -> Tensor:
     """True where a pixel sees a key: (H*W, h*w) bool."""
     axes = []
-    for queries, keys in zip(output_size, grid_size, strict=True):
-        start, stop = (torch.tensor(bound, device="cpu")[:, None] for bound in axis_bounds(window, queries, keys))
+    top, left, *full_size = part or (0, 0, *output_size)
+    for queries, keys, first, total in zip(output_size, grid_size, (top, left), full_size, strict=True):
+        bounds = part_bounds(window, queries, keys, first, total)
+        start, stop = (torch.tensor(bound, device="cpu")[:, None] for bound in bounds)
         position = torch.arange(keys, device="cpu")
         axes.append((position >= start) & (position < stop))
     rows, columns = axes
@@ -42,11 +46,15 @@ def forward(
     scale: float,
     max_queries: int | None = None,
     save_lse: bool = False,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits."""
+    """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits.
+
+    The queries may be a part of a map.
+    """
     height, width = query.shape[1:3]
     grid = (key.shape[1], key.shape[2])
-    mask = window_mask(window, (height, width), grid).to(query.device)
+    mask = window_mask(window, (height, width), grid, part).to(query.device)
     q, k = (rearrange(t, "b row column head d -> b head (row column) d") for t in (query, key))
     v = rearrange(value, "b row column c -> b (row column) c")
     outputs, statistics = [], []

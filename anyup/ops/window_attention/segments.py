@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from anyup.window import Window, axis_bounds
+from anyup.window import Window, part_bounds
 
 # What a segment costs besides its products, as a number of pixels: it keeps segments from becoming single pixels
 # where windows move fast (features about as fine as the output).
@@ -68,9 +68,14 @@ class Segments:
 
 
 @lru_cache(maxsize=64)
-def cut_axis(window: Window, queries: int, keys: int, longest: int) -> tuple[Segments, ...]:
-    """Segments that cover an axis, none longer than `longest`, for about the least work."""
-    start, stop = axis_bounds(window, queries, keys)
+def cut_axis(
+    window: Window, queries: int, keys: int, longest: int, first: int = 0, total: int | None = None
+) -> tuple[Segments, ...]:
+    """Segments that cover an axis, none longer than `longest`, for about the least work.
+
+    The axis may be a part, from the `first` query on, of one with `total` queries.
+    """
+    start, stop = part_bounds(window, queries, keys, first, queries if total is None else total)
     widest = max(b - a for a, b in zip(start, stop, strict=True))
     cuts = [_cut(start, stop, round(widest * growth), longest) for growth in (1, 1.25, 1.5, 2)]
     by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)

@@ -1,0 +1,83 @@
+"""The image's half of the work, kept to be shared by several feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.problem import check_size
+
+Weights = tuple[tuple[int, int | None], ...]
+"""Which parameters, and how often each has been written to."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageContext:
+    """What an upsampler has made of an image, to be called with instead of the image (`AnyUp.encode_image`).
+
+    Attributes:
+        image: (B, input_dim, Hi, Wi), a copy: for a grid that was not named it is encoded again.
+        queries: (B, H, W, heads, head_dim), in the dtype that the upsampler computes in.
+        image_keys: (B, h, w, D) for each grid (h, w) that was named.
+        weights: of the upsampler that made it, as `weights_of` gives them.
+    """
+
+    image: Tensor
+    queries: Tensor
+    image_keys: Mapping[tuple[int, int], Tensor]
+    weights: Weights
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(H, W) of what calls with this context return."""
+        return self.queries.shape[1], self.queries.shape[2]
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """The feature grids (h, w) for which nothing of the image has to be computed again."""
+        return tuple(self.image_keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the context keeps alive."""
+        return sum(t.numel() * t.element_size() for t in (self.image, self.queries, *self.image_keys.values()))
+
+    def __repr__(self) -> str:
+        (height, width), batch = self.output_size, self.image.shape[0]
+        grids = ", ".join(f"{h} x {w}" for h, w in self.grids) or "none"
+        return f"ImageContext(batch {batch}, {height} x {width}, grids: {grids}, {self.nbytes / 1e6:.1f} MB)"
+
+    def check(self, output_size: Any, dtype: torch.dtype, device: torch.device, weights: Weights) -> None:
+        """Raise a ValueError or TypeError unless this context serves a call with these settings."""
+        if output_size is not None and tuple(check_size("output_size", output_size)) != self.output_size:
+            raise ValueError(
+                f"output_size: the context was made for {self.output_size}, got {tuple(output_size)}; "
+                "encode_image takes the output_size, leave it out here"
+            )
+        if self.queries.device != device:
+            raise ValueError(f"image: the context is on {self.queries.device}, the model on {device}")
+        if self.queries.dtype != dtype:
+            raise TypeError(
+                f"image: the context was computed in {self.queries.dtype}, this call computes in {dtype}; "
+                "encode the image again after a change of dtype or of autocast"
+            )
+        if [which for which, _ in weights] != [which for which, _ in self.weights]:
+            raise ValueError("image: the context was made by another upsampler")
+        if weights != self.weights:
+            raise ValueError("image: the upsampler's weights have changed since the context was made")
+
+
+def weights_of(parameters: Iterable[Tensor]) -> Weights:
+    """What changes when an optimiser or `load_state_dict` writes to one of the parameters."""
+    return tuple((id(p), None if p.is_inference() else p._version) for p in parameters)
+
+
+def check_grids(grids: Any) -> list[tuple[int, int]]:
+    """The distinct grids (h, w); raises a ValueError or TypeError that says what was expected."""
+    if not isinstance(grids, Sequence) or isinstance(grids, str):
+        raise TypeError(f"grids: expected a sequence of (height, width), got {grids!r}")
+    return list(dict.fromkeys(check_size("grids", grid) for grid in grids))
