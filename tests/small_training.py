@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyup.encoders import Encoder
-from anyup.images import save_picture
+from anyup.images import complete_or_absent, save_picture
 from anyup.training import config
 from anyup.training.config import Settings
 from anyup.training.reporting import Reporter
@@ -94,7 +94,8 @@ def make_photographs(folder: Path, count: int = 8, size: tuple[int, int] = (64, 
 def settings(folder: Path, *overrides: str) -> Settings:
     """The settings above for a folder, changed by `key=value`."""
     path = folder / "config.toml"
-    path.write_text(SETTINGS.format(folder=folder.as_posix()), encoding="utf-8")
+    with complete_or_absent(path) as partial:  # several processes may be at it
+        partial.write_text(SETTINGS.format(folder=folder.as_posix()), encoding="utf-8")
     return config.read(str(path), overrides)
 
 

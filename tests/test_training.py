@@ -278,15 +278,29 @@ from pathlib import Path
 """
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.communicate()
+
+
 def start(code: str, **environment: str) -> subprocess.Popen[str]:
     """Another Python that has the tiny encoders."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", _RUN.format(root=str(ROOT), tests=str(ROOT / "tests")) + code],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    _started.append(process)
+    return process
 
 
 def _wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
@@ -308,7 +322,7 @@ def test_a_stopped_run_leaves_whole_files_and_goes_on(folder: Path, kind: signal
     latest = folder / "run" / "latest.pth"
     _wait_for(latest.is_file, process)
     process.send_signal(kind)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     stored, _ = state.load(latest)
     assert anyup.load(latest).config["qk_dim"] == 16
     if kind == signal.SIGTERM:
@@ -346,7 +360,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Pat
     one.backward()
     code = _GRADIENTS.format(folder=str(folder), overrides=overrides)
     for process in _torchrun(code):
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     expected = {name: p.grad for name, p in one.upsampler.named_parameters() if p.grad is not None}
     for rank in (0, 1):
@@ -373,7 +387,7 @@ def test_two_processes_train_report_stop_and_go_on_as_one(folder: Path) -> None:
     together = [*overrides, "output=" + (folder / "together").as_posix()]
     run = f"loop.train(small_training.settings(Path({str(folder)!r}), *{together!r})"
     for process in _torchrun(run + ")"):
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     assert [step for step, _ in alone] == [step for step, _ in losses(folder / "together")]
     for (_, one), (_, other) in zip(alone, losses(folder / "together"), strict=True):
@@ -384,7 +398,7 @@ def test_two_processes_train_report_stop_and_go_on_as_one(folder: Path) -> None:
     log = folder / "together" / "log.jsonl"
     _wait_for(lambda: len(log.read_text(encoding="utf-8").splitlines()) > 8, processes[0])
     processes[1].send_signal(signal.SIGTERM)  # the other one must hear of it
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert state.load(folder / "together" / "latest.pth")[0].step == losses(folder / "together")[-1][0]
 
