@@ -1,6 +1,6 @@
 """What the compiler makes of each kernel, and a roofline of it; no GPU is needed.
 
-    python -m benchmarks.codegen [--kernel NAME] [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE]
+    python -m benchmarks.codegen [--kernel NAME] [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE [--merge]]
 
 Every launch is planned by the package itself, with the config that it would choose, and compiled ahead of time.
 Registers, spills, shared memory and instructions are the compiler's; bytes, operations and times are *modelled*
@@ -45,6 +45,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def store(file: Path, rows: Sequence[dict[str, Any]], *, merge: bool = False) -> None:
+    """Write rows as JSON, a line for each; with `merge` in the place of the file's rows of the same cases.
+
+    The file is complete at any moment.
+    """
+    names = ("kernel", "target", "dtype", "channels", "workload", "heads", "head_dim")
+    kept = json.loads(file.read_text()) if merge and file.exists() else []
+    by_case = {tuple(row[name] for name in names): row for row in (*kept, *rows)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in by_case.values()) + "\n]\n")
+    os.replace(partial, file)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     # Interpreted kernels have no code. This must be said before triton is imported.
@@ -59,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
     parser.add_argument("--smallest", action="store_true", help="the smallest workload alone")
     parser.add_argument("--json", type=Path, help=f"where to store the rows; the repository's is {RESULT}")
+    parser.add_argument("--merge", action="store_true", help="keep the file's rows of other cases")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     chosen = parser.parse_args(arguments)
     sizes = slice(1) if chosen.smallest else slice(None)
     wanted = list(cases(chosen.arch, chosen.dtype, chosen.channels, tuple(chosen.heads), chosen.kernel, sizes))
     rows = measure(wanted, chosen.workers)
     if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        store(chosen.json, rows, merge=chosen.merge)
     print("Code by the compiler; bytes, operations and times modelled.\n")
     print(table(rows))
 

@@ -1,8 +1,9 @@
 """What the compiler made of a kernel: registers, spills, instructions, and how often each runs.
 
-The control flow is read from the disassembly. Instructions in a loop run as often as the loop turns, everything else
-once. Left out is what a healthy launch never runs: the way around a diverged warp (`BRA.DIV`) and the slow path of a
-division by a subnormal number (only reached by a call).
+The control flow is read from the disassembly. Instructions in a loop run as often as the loop turns, those that a
+branch skips as often as they are said to be run, everything else once. Left out is what a healthy launch never runs:
+the way around a diverged warp (`BRA.DIV`) and the slow path of a division by a subnormal number (only reached by a
+call).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _TENSOR = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
 _NVIDIA_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -46,6 +47,13 @@ class Loop:
     head: int
     blocks: frozenset[int]
     inside: tuple[Loop, ...] = ()
+
+
+class Branch(NamedTuple):
+    """Beside the trip counts of loops: instructions that are run or skipped; how often, and what is inside."""
+
+    share: float
+    inside: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -90,22 +98,32 @@ class Code:
         names = [i.name for b in loop.blocks for i in self.blocks[b].instructions]
         return len(names) < 12 and any(name.startswith(("SYNCS", "NANOSLEEP")) for name in names)
 
-    def weights(self, turns: Sequence[Any]) -> list[float]:
-        """How often each block runs. `turns`: the loops' trip counts in order, (turns, [of the loops inside]) each.
+    @cached_property
+    def scopes(self) -> tuple[Loop, ...]:
+        """The loops, and beside and in them what a branch skips: many instructions without a loop."""
+        loops = [loop for loop in _loops(self.blocks, self.reached) if not self._waits(loop)]
+        return _nested([*loops, *_skipped(self.blocks, self.reached, loops)])
 
-        Raises ValueError where the code has other loops.
+    def weights(self, turns: Sequence[Any]) -> list[float]:
+        """How often each block runs.
+
+        `turns`: in order the loops' trip counts, (turns, [of the scopes inside]) each, and each `Branch`. Where the
+        code has other branches than that, all of them count as taken. Raises ValueError where it has other loops.
         """
         weights = [1.0 if n in self.reached else 0.0 for n in range(len(self.blocks))]
 
-        def enter(loops: Sequence[Loop], turns: Sequence[Any], outer: float) -> None:
-            if len(loops) != len(turns):
-                raise ValueError(f"the code has loops {_shape(self.loops)}, expected {turns}")
-            for loop, (count, inside) in zip(loops, turns, strict=True):
-                for block in loop.blocks:
+        def enter(scopes: Sequence[Loop], turns: Sequence[Any], outer: float) -> None:
+            for scope, (count, inside) in zip(scopes, turns, strict=True):
+                for block in scope.blocks:
                     weights[block] = outer * count
-                enter(loop.inside, inside, outer * count)
+                enter(scope.inside, inside, outer * count)
 
-        enter(self.loops, turns, 1.0)
+        if _shape_of(turns) == _shape(self.scopes):
+            enter(self.scopes, turns, 1.0)
+        elif _shape_of(loops := _without_branches(turns)) == _shape(self.loops):
+            enter(self.loops, loops, 1.0)
+        else:
+            raise ValueError(f"the code has loops {_shape(self.loops)}, expected {turns}")
         return weights
 
     def count(self, pattern: str) -> int:
@@ -278,8 +296,53 @@ def _nested(loops: Sequence[Loop]) -> tuple[Loop, ...]:
     )
 
 
+# Fewer instructions than this are skipped for the compiler's own reasons.
+_LEAST_SKIPPED = 12
+
+
+def _skipped(blocks: Sequence[Block], reached: frozenset[int], loops: Sequence[Loop]) -> list[Loop]:
+    """What a branch skips: the blocks that lead from one of its ways to the other, and are not entered from elsewhere.
+
+    Loops are left alone: what skips a loop of no turns is none.
+    """
+    before: dict[int, set[int]] = {n: set() for n in reached}
+    for n in reached:
+        for after in blocks[n].follow:
+            before[after].add(n)
+    homes = {n: min((loop for loop in loops if n in loop.blocks), key=lambda o: len(o.blocks), default=None)
+             for n in reached}  # fmt: skip
+    found = []
+    for n in sorted(reached):
+        if len(ways := set(blocks[n].follow)) != 2:
+            continue
+        for entry in ways:
+            (end,) = ways - {entry}
+            region, waiting = set(), [entry]
+            while waiting:
+                block = waiting.pop()
+                if block != end and block not in region:
+                    region.add(block)
+                    waiting.extend(blocks[block].follow)
+            closed = all(before[block] <= (region if block != entry else {n}) for block in region)
+            leaves = any(not blocks[block].follow for block in region)
+            same = all(homes[block] is homes[n] for block in region)
+            size = sum(len(blocks[block].instructions) for block in region)
+            if closed and same and not leaves and size >= _LEAST_SKIPPED:
+                found.append(Loop(entry, frozenset(region)))
+    return found
+
+
 def _shape(loops: Sequence[Loop]) -> list[Any]:
     return [_shape(loop.inside) for loop in loops]
+
+
+def _shape_of(turns: Sequence[Any]) -> list[Any]:
+    return [_shape_of(inside) for _, inside in turns]
+
+
+def _without_branches(turns: Sequence[Any]) -> list[Any]:
+    """The loops alone; there are none in a branch."""
+    return [(count, _without_branches(inside)) for count, inside in (t for t in turns if not isinstance(t, Branch))]
 
 
 def _bits(name: str, kind: str) -> int:

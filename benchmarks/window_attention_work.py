@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from anyup.ops.window_attention.tiles import axis_unions
+from anyup.ops.window_attention.tiles import axis_unions_and_cores
 from anyup.window import Window, axis_bounds
+from benchmarks.machine_code import Branch
 from benchmarks.workloads import Workload
 
 
@@ -56,56 +59,79 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
     resident, piece = constant["RESIDENT_BLOCKS"], constant["SLICE"]
     heads, dim = constant["HEADS"], constant["WIDTH"]
     channels = workload.channels
-    tiles = _pixel_tiles(workload, window, rows, columns, block)
-    padded, blocks, keys, slots = tiles.padded, tiles.blocks, tiles.keys, tiles.slots
-    value_slots = padded * resident * block if resident else slots
+    tiles = _Tiles.of(workload, window, rows, columns)
+    blocks = tiles.mean(lambda keys, _: -(-keys // block))
+    slots = tiles.padded * blocks * block
     run = piece if resident else piece * constant["SLICES"]
     runs = -(-channels // run)
-    passes = 2 if resident else 1 + runs
+    if resident:
+        kept = [(n * block, block) for n in range(resident)] + [(resident * block, constant["TAIL"])]
+        kept = [(first, size) for first, size in kept if size]
+        slots = tiles.padded * sum(size for _, size in kept)
+    passes = 1 if resident else 1 + runs
     exact = workload.mean_window(window)
     query_bytes = heads * dim * argument["query"].element_size()
     key_bytes = heads * dim * argument["key"].element_size()
     value_bytes = channels * argument["value"].element_size()
     lse_bytes = 4 * heads if constant["SAVE_LSE"] else 0
     once = query_bytes + value_bytes + lse_bytes
-    query_loads = padded * (1 if constant["KEEP"] else passes * blocks)
+    query_loads = tiles.padded * (1 if resident or constant["KEEP"] else passes * blocks)
+    # Each share of a block's keys, or of a group of blocks that stay, scales its sum to another pivot.
+    scaled = tiles.padded * constant["SHARES"] * (-(-len(kept) // constant["GROUP"]) if resident else blocks + 1)
+    if resident:
+        masks = [Branch(tiles.mean(lambda _, core, end=f + size: end > core)) for f, size in kept]
+        turns = [*masks, *([(heads, masks)] if heads > 1 else masks), (runs, [])]
+    else:
+        in_core = tiles.mean(lambda _, core: core // block)
+        turns = [(blocks, [Branch(1 - in_core / blocks)])]
+        turns.append((runs, list(turns)))
     return Work(
         window=exact,
-        tile_keys=keys,
+        tile_keys=tiles.padded * tiles.keys,
         logit_slots=slots,
-        value_slots=value_slots,
+        value_slots=slots,
         logit_operations=2 * passes * slots * heads * dim,
-        value_operations=2 * value_slots * runs * run,
+        value_operations=2 * slots * runs * run,
         exact_operations=2 * exact * (heads * dim + channels),
-        exponentials=heads * (passes * slots + padded * blocks),
+        exponentials=heads * (passes * slots + scaled),
         exact_exponentials=heads * exact,
         bytes_compulsory=once + (key_bytes + value_bytes) * workload.batch * workload.keys / workload.pixels,
         bytes_asked=once
         + (query_loads - 1) * query_bytes
-        + (passes * key_bytes + value_bytes) * keys / (rows * columns),
-        programs=launch.grid[0],
-        turns=[(blocks, []), (runs, [] if resident else [(blocks, [])])],
+        + (passes * key_bytes + value_bytes) * slots / (rows * columns),
+        programs=math.prod(launch.grid),
+        turns=turns,
     )
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Means over a launch's tiles of pixels: blocks of keys; keys and, padded to blocks, slots for each pixel."""
+    """A launch's tiles of pixels: for each how many keys it sees, and how many of these all its pixels see.
 
+    `padded`: pixels worked on, for each pixel; a tile at the border works on as many as any other.
+    """
+
+    counts: Counter[tuple[int, int]]
     padded: float
-    blocks: float
-    keys: float
-    slots: float
 
+    @classmethod
+    def of(cls, workload: Workload, window: Window, rows: int, columns: int) -> _Tiles:
+        sizes = zip(workload.size, workload.grid, (rows, columns), strict=True)
+        down, across = (Counter(axis_unions_and_cores(window, *each)) for each in sizes)
+        counts: Counter[tuple[int, int]] = Counter()
+        for (a, b), times in down.items():
+            for (c, d), more in across.items():
+                counts[a * c, b * d] += times * more
+        return cls(counts, counts.total() * rows * columns * workload.batch / workload.pixels)
 
-def _pixel_tiles(workload: Workload, window: Window, rows: int, columns: int, block: int) -> _Tiles:
-    sizes = zip(workload.size, workload.grid, (rows, columns), strict=True)
-    unions = [axis_unions(window, *each) for each in sizes]
-    counts = [a * b for a in unions[0] for b in unions[1]]
-    # A tile at the border works on as many pixels as any other.
-    padded = len(counts) * rows * columns * workload.batch / workload.pixels
-    blocks = sum(-(-count // block) for count in counts) / len(counts)
-    return _Tiles(padded, blocks, padded * sum(counts) / len(counts), padded * blocks * block)
+    def mean(self, of: Callable[[int, int], float]) -> float:
+        """The mean over the tiles of something of a tile's two numbers."""
+        return sum(of(*tile) * times for tile, times in self.counts.items()) / self.counts.total()
+
+    @property
+    def keys(self) -> float:
+        """Mean number of keys that a tile sees."""
+        return self.mean(lambda keys, _: keys)
 
 
 def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work:
@@ -113,8 +139,8 @@ def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work
     constant, argument = launch.constants, launch.arguments
     rows, columns, block = constant["ROWS"], constant["COLUMNS"], constant["BLOCK"]
     resident, heads = constant["RESIDENT_BLOCKS"], constant["HEADS"]
-    tiles = _pixel_tiles(workload, window, rows, columns, block)
-    blocks = resident or tiles.blocks
+    tiles = _Tiles.of(workload, window, rows, columns)
+    blocks = resident or tiles.mean(lambda keys, _: -(-keys // block))
     slots = tiles.padded * blocks * block
     width = heads * constant["WIDTH"]
     groups = launch.grid[1]
@@ -125,11 +151,12 @@ def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work
     once = 2 * query_bytes + value_bytes + 12 * heads
     # Products with the values: once where they stay, else for delta and for dq.
     products = groups * (1 if resident else 2)
-    grad_loads = products * (1 if resident else tiles.blocks)
+    grad_loads = products * (1 if resident else blocks)
     query_loads = 1 if constant["KEEP"] else 2 * blocks
+    tile_keys = tiles.padded * tiles.keys
     return Work(
         window=exact,
-        tile_keys=tiles.keys,
+        tile_keys=tile_keys,
         logit_slots=slots,
         value_slots=slots,
         logit_operations=3 * 2 * slots * width,
@@ -141,9 +168,9 @@ def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work
         bytes_asked=12 * heads
         + query_bytes
         + tiles.padded * (query_loads * query_bytes + grad_loads * value_bytes)
-        + ((2 if constant["KEEP"] else 3) * query_bytes + products * value_bytes) * tiles.keys / (rows * columns),
+        + ((2 if constant["KEEP"] else 3) * query_bytes + products * value_bytes) * tile_keys / (rows * columns),
         programs=math.prod(launch.grid),
-        turns=[(slices, [])] if resident else [(tiles.blocks, [(slices, [])])] * 2,
+        turns=[(slices, [])] if resident else [(blocks, [(slices, [])])] * 2,
     )
 
 

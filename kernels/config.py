@@ -26,6 +26,8 @@ class ForwardConfig:
         shares: of a block's keys, each with a running maximum of its own: 4 where four threads hold a row of a product.
         keep: whether all heads' queries stay in registers, and all heads' keys of a block are asked for at once.
         piece: channels of a head multiplied at once where queries are not kept.
+        group_blocks: resident blocks whose logits are in registers at once.
+        tail_keys: of a last, smaller block that stays in registers too; 0: there is none.
     """
 
     rows: int
@@ -39,11 +41,13 @@ class ForwardConfig:
     shares: int = 4
     keep: bool = True
     piece: int = 32
+    tail_keys: int = 0
+    group_blocks: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps"):
+        for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps", "tail_keys"):
             number = getattr(self, name)
-            if number < 1 or number & (number - 1):
+            if number < 0 or number & (number - 1) or (not number and name != "tail_keys"):
                 raise ValueError(f"{name}: expected a power of two, got {number}")
         # The smallest tile that the matrix units take.
         for name, number in (("rows * columns", self.rows * self.columns), ("block_keys", self.block_keys)):
@@ -51,8 +55,13 @@ class ForwardConfig:
                 raise ValueError(f"{name}: expected at least 16, got {number}")
         if self.channel_slice < 16:
             raise ValueError(f"channel_slice: expected at least 16, got {self.channel_slice}")
-        if self.resident_blocks < 0 or self.slices < 1 or self.num_stages < 1:
-            raise ValueError(f"resident_blocks, slices, num_stages: expected 0, 1, 1 at least, got {self}")
+        if not 0 <= self.resident_blocks < 16 or self.slices < 1 or self.num_stages < 1 or self.group_blocks < 1:
+            raise ValueError(f"resident_blocks, slices, num_stages, group_blocks: expected 0-15, 1, 1, 1, got {self}")
+        # What a thread's share of a block holds is told by the bits of an integer.
+        if self.resident_blocks and self.block_keys > 32 * self.shares:
+            raise ValueError(f"block_keys: expected at most 32 for each of {self.shares} shares, got {self.block_keys}")
+        if self.tail_keys and not (self.resident_blocks and 16 <= self.tail_keys < self.block_keys):
+            raise ValueError(f"tail_keys: expected 0, or 16 to less than resident block_keys, got {self}")
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,20 @@ class Target:
     arch: int | str = 0
 
 
-# Weights of more keys would take the registers that everything else needs.
-_RESIDENT_KEYS = {True: 256, False: 64}
 # Queries of more channels, all heads' together, do not stay in registers.
 _KEPT_CHANNELS = 128
-# Each head and each resident block is code of its own.
-_RESIDENT_HEAD_BLOCKS = {True: 32, False: 16}
+
+
+def _resident_keys(target: Target, half: bool, heads: int, head_dim: int) -> int:
+    """The most keys whose weights stay in registers: more would take those that everything else needs."""
+    if not half:
+        narrow = head_dim <= 64 or (heads == 1 and (target.arch == 90 or target.backend == "hip"))
+        return 64 if narrow else 0
+    if head_dim <= 32:
+        return 224
+    if heads * head_dim <= _KEPT_CHANNELS:
+        return 160 if target.arch == 120 and head_dim == 64 else 208
+    return 128 if head_dim == 64 else 64
 
 
 def forward_configs(
@@ -80,8 +97,9 @@ def forward_configs(
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
-    where all heads have 128 channels together, none of the best spills a register. Wider ones were seen to spill up
-    to 24 bytes in half precision (sm_86, sm_120) and 96 in float32, the last cuts up to 160.
+    where all heads have 128 channels together, none of the best spills a register, but one head of 128 in float32 on
+    sm_120 (16 bytes). Where a tile sees more keys than stay in registers, wider ones were seen to spill up to 48 bytes
+    in half precision (sm_100, sm_120) and some more in float32, the last cuts up to 160.
     """
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
@@ -92,18 +110,23 @@ def forward_configs(
     # run with the last cut, whose 32 pixels are too few for that kind of product.
     piece = 32 if target.arch == 100 else 16
     slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
-    block = 32 if keep else 16
-    blocks = -(-most_keys(8, 8) // block)
-    resident = not wide and block * blocks <= _RESIDENT_KEYS[half] and heads * blocks <= _RESIDENT_HEAD_BLOCKS[half]
-    # The same registers as elsewhere, but these compilers need some more of them.
-    if target.arch in (86, 89, 120):
-        resident = resident and heads <= 4
-    if target.arch == 100 and not half:
-        resident = resident and head_dim <= 64
+    block = 32 if half else 16
+    blocks, left = divmod(most_keys(8, 8), block)
+    # A half block at the end where that is enough.
+    tail = 16 if half and blocks and 0 < left <= 16 else 0
+    blocks += bool(left and not tail)
+    resident = block * blocks + tail <= _resident_keys(target, half, heads, head_dim)
     if resident and half:
-        best = ForwardConfig(8, 8, 32, blocks, 64, 1, 4, 2, shares, keep)
+        # Products of 64 channels, where they leave registers enough.
+        roomy = block * blocks + tail <= (208 if head_dim <= 32 else 0 if target.arch == 100 else 64)
+        roomy = roomy and target.arch != 120
+        group = 4 if target.arch == 100 else 8
+        best = ForwardConfig(
+            8, 8, 32, blocks, 64 if roomy else 32, 1, 4, 1 if wide and head_dim == 64 else 2, shares, keep,
+            tail_keys=tail, group_blocks=group,
+        )  # fmt: skip
     elif resident:
-        best = ForwardConfig(8, 8, 16, blocks, 32, 1, 4, 1, shares, keep)
+        best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, shares, keep)
     elif keep:
         best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
     elif not wide:

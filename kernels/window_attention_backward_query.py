@@ -23,12 +23,12 @@ from .launch import SIZES, Launch, size_arguments, strides_of
 from .window_attention_tile import (
     LOG2_E,
     head_product,
-    key_block,
     key_piece,
     load_channels,
     open_keys,
     open_queries,
     pixel_windows,
+    row_block,
     sees_several,
     tile_keys,
     tile_pixels,
@@ -43,7 +43,7 @@ def _grad_weights(
     PIXELS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """<dO, v> of a block of keys, (PIXELS, BLOCK) float32."""
-    row, column, exists = key_block(block, rectangle, BLOCK)
+    row, column, exists = row_block(block, rectangle, BLOCK)
     value_row_stride, value_column_stride, value_channel_stride = value_strides
     near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
     product = tl.zeros((PIXELS, BLOCK), tl.float32)
@@ -62,7 +62,7 @@ def _add_to_sums(
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """Each head's sum of exponentials, and of exponentials times dP, with a block of keys added."""
-    row, column, exists = key_block(block, rectangle, BLOCK)
+    row, column, exists = row_block(block, rectangle, BLOCK)
     near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     new_totals = ()
@@ -87,7 +87,7 @@ def _add_to_gradients(
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """Each head's sum of dS k, with a block of keys added."""
-    row, column, exists = key_block(block, rectangle, BLOCK)
+    row, column, exists = row_block(block, rectangle, BLOCK)
     near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     sums = ()
@@ -182,7 +182,7 @@ def _window_attention_backward_query_kernel(
             outer = load_channels(grad, grad_offset, pixel_exists, first, channels, grad_channel_stride, SLICE)
             updated = ()
             for block in tl.static_range(RESIDENT_BLOCKS):
-                row, column, exists = key_block(block, rectangle, BLOCK)
+                row, column, exists = row_block(block, rectangle, BLOCK)
                 near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
                 carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
                 updated = updated + (tl.dot(outer, tl.trans(carried), products[block], input_precision=PRECISION),)

@@ -5,8 +5,9 @@ largest logit and sum of exponentials over the keys of its tile, then makes the 
 with the values. The idea that makes it fast: neighbouring pixels see nearly the same keys, so a tile's keys are few,
 and no mask, table or copied key is read from memory.
 
-Where the keys are few, all weights of a tile stay in registers, and the channels go by slice by slice. Where they are
-many, the weights are made anew for each run of channel slices, a block of keys at a time.
+Where the keys are few, all weights of a tile stay in registers (`window_attention_resident.py`), and the channels go
+by slice by slice. Where they are many, the weights are made anew for each run of channel slices, a block of keys at a
+time.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from torch import Tensor
 
 from .config import ForwardConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
+from .window_attention_resident import LOWEST, resident_weights, run_offsets, side_by_side
 from .window_attention_tile import (
     LOG2_E,
+    core_keys,
+    grid_offsets,
     head_product,
+    in_shares,
     key_block,
     load_channels,
+    of_shares,
     open_keys,
     open_queries,
     pixel_windows,
@@ -30,9 +36,6 @@ from .window_attention_tile import (
     visibility,
 )
 from .window_bounds import WindowRule
-
-# A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
-LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -46,31 +49,29 @@ def _head_statistics(
     Until the end each of SHARES shares of a block's keys has a pivot and a sum of its own: where a share is what one
     thread holds of a product, no thread asks another in the loop.
     """
-    _, _, _, count = rectangle
     base = ()
     total = ()
     for _head in tl.static_range(HEADS):
         base = base + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
         total = total + (tl.zeros((PIXELS, SHARES), tl.float32),)
-    for block in tl.range(0, tl.cdiv(count, BLOCK)):
-        row, column, exists = key_block(block, rectangle, BLOCK)
-        near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
-        limit = visibility(windows, row, column, exists)
+    for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
+        row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
+        near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
+        limit = tl.full((PIXELS, BLOCK), float("inf"), tl.float32)
+        if block * BLOCK + BLOCK > core_keys(rectangle):
+            limit = visibility(windows, row, column, exists)
         now_base = ()
         now_total = ()
         for head in tl.static_range(HEADS):
             raw = head_product(
-                queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+                queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
             )
             # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
-            raw = tl.minimum(raw, limit)
-            # Threads hold pairs of neighbouring keys.
-            raw = tl.reshape(raw, (PIXELS, BLOCK // (2 * SHARES), SHARES, 2))
-            now = tl.maximum(base[head], tl.max(tl.max(raw, axis=3), axis=1) * exponent_scale)
+            raw = in_shares(tl.minimum(raw, limit), SHARES)
+            now = tl.maximum(base[head], of_shares(raw, "max") * exponent_scale)
             powers = tl.math.exp2(raw * exponent_scale - now[:, None, :, None])
-            added = tl.sum(tl.sum(powers, axis=3), axis=1)
             now_base = now_base + (now,)
-            now_total = now_total + (total[head] * tl.math.exp2(base[head] - now) + added,)
+            now_total = now_total + (total[head] * tl.math.exp2(base[head] - now) + of_shares(powers, "sum"),)
         base = now_base
         total = now_total
     all_base = ()
@@ -89,16 +90,18 @@ def _mean_weights(
     PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
-    row, column, exists = key_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
+    row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
+    near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
     weights = tl.zeros((PIXELS, BLOCK), tl.float32)
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
         )
         weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
-    # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.
-    return tl.where(visibility(windows, row, column, exists) > 0, weights, 0.0)
+    if block * BLOCK + BLOCK > core_keys(rectangle):
+        # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.
+        weights = tl.where(visibility(windows, row, column, exists) > 0, weights, 0.0)
+    return weights
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -112,12 +115,13 @@ def _window_attention_forward_kernel(
     exponent_scale, again,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
     PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
+    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr, TAIL: tl.constexpr,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels, all channels; grid: the tiles of all images.
 
-    With RESIDENT_BLOCKS no tile sees more than RESIDENT_BLOCKS * BLOCK keys; at 0 any number, and SLICES channel
-    slices are worked on at once.
+    With RESIDENT_BLOCKS no tile sees more than RESIDENT_BLOCKS * BLOCK + TAIL keys; at 0 any number, and SLICES channel
+    slices are worked on at once. WHOLE says that these divide the channels.
     """
     PIXELS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
@@ -130,39 +134,38 @@ def _window_attention_forward_kernel(
     keys = (key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
     value += image * value_image_stride
     offset = pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
-    queries = open_queries(
-        query + image * query_image_stride, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP
-    )
-    base, total = _head_statistics(
-        queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
-        HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
-    )  # fmt: skip
+    query += image * query_image_stride
     pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
-    share = ()
-    for head in tl.static_range(HEADS):
-        if SAVE_LSE:
-            tl.store(lse + pixel * HEADS + head, (base[head] + tl.math.log2(total[head])) / LOG2_E, mask=pixel_exists)
-        share = share + (1.0 / (total[head] * HEADS),)
-
     if RESIDENT_BLOCKS:
-        weights = ()  # RESIDENT_BLOCKS x (PIXELS, BLOCK)
-        for block in tl.static_range(RESIDENT_BLOCKS):
-            part = tl.zeros((PIXELS, BLOCK), tl.float32)
-            if block * BLOCK < rectangle[3]:
-                part = _mean_weights(
-                    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
-                    again, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
-                )  # fmt: skip
-            weights = weights + (part.to(value.dtype.element_ty),)
+        place = query + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * query_channel_stride
+        parts = resident_weights(
+            place, query_head_stride, keys, rectangle, windows, exponent_scale, lse + pixel * HEADS, pixel_exists,
+            again, HEADS, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, GROUP, PRECISION, SHARES, SAVE_LSE,
+            tl.float16 if value.dtype.element_ty.primitive_bitwidth == 16 else tl.float32,
+        )  # fmt: skip
+        weights = ()  # of the keys in runs, (PIXELS, keys)
+        for part in tl.static_range(len(parts)):
+            weights = weights + (parts[part].to(value.dtype.element_ty),)
+        weights = side_by_side(weights, RESIDENT_BLOCKS)
+        near = run_offsets(rectangle, value_row_stride, value_column_stride, again, BLOCK, RESIDENT_BLOCKS, TAIL)
         for first in tl.range(0, channels, SLICE):
             product = tl.zeros((PIXELS, SLICE), tl.float32)
-            for block in tl.static_range(RESIDENT_BLOCKS):
-                row, column, exists = key_block(block, rectangle, BLOCK)
-                near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
-                carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
-                product = tl.dot(weights[block], carried, product, input_precision=PRECISION)
-            _store(out, product, pixel, pixel_exists, first, channels, SLICE)
+            for run in tl.static_range(len(near)):
+                carried = load_channels(value, near[run], None, first, channels, value_channel_stride, SLICE, WHOLE)
+                product = tl.dot(weights[run], carried, product, input_precision=PRECISION)
+            _store(out, product, pixel, pixel_exists, first, channels, SLICE, WHOLE)
     else:
+        queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
+        base, total = _head_statistics(
+            queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+            HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
+        )  # fmt: skip
+        share = ()
+        for head in tl.static_range(HEADS):
+            if SAVE_LSE:
+                place = lse + pixel * HEADS + head
+                tl.store(place, (base[head] + tl.math.log2(total[head])) / LOG2_E, mask=pixel_exists)
+            share = share + (1.0 / (total[head] * HEADS),)
         for first in tl.range(0, channels, SLICE * SLICES):
             products = ()  # SLICES x (PIXELS, SLICE)
             for _slice in tl.static_range(SLICES):
@@ -172,25 +175,28 @@ def _window_attention_forward_kernel(
                     queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
                     again, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
                 ).to(value.dtype.element_ty)  # fmt: skip
-                row, column, exists = key_block(block, rectangle, BLOCK)
-                near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
+                row, column, _ = key_block(block * BLOCK, rectangle, BLOCK)
+                near = grid_offsets(row, column, value_row_stride, value_column_stride)
                 updated = ()
                 for piece in tl.static_range(SLICES):
                     carried = load_channels(
-                        value, near, exists, first + piece * SLICE, channels, value_channel_stride, SLICE
+                        value, near, None, first + piece * SLICE, channels, value_channel_stride, SLICE, WHOLE
                     )
                     updated = updated + (tl.dot(part, carried, products[piece], input_precision=PRECISION),)
                 products = updated
             for piece in tl.static_range(SLICES):
-                _store(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE)
+                _store(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE, WHOLE)
 
 
 @triton.jit
-def _store(out, product, pixel, exists, first, channels, SLICE: tl.constexpr):
+def _store(out, product, pixel, exists, first, channels, SLICE: tl.constexpr, WHOLE: tl.constexpr):
     """Write (pixels, SLICE) to the channels from `first` on."""
     channel = first + tl.arange(0, SLICE)
     place = out + pixel[:, None] * channels + channel[None, :]
-    tl.store(place, product, mask=exists[:, None] & (channel < channels)[None, :])
+    if WHOLE:
+        tl.store(place, product, mask=exists[:, None])
+    else:
+        tl.store(place, product, mask=exists[:, None] & (channel < channels)[None, :])
 
 
 def plan_forward(
@@ -250,6 +256,9 @@ def plan_forward(
             "SLICES": config.slices,
             "KEEP": config.keep,
             "SHARES": config.shares,
+            "TAIL": config.tail_keys,
+            "GROUP": config.group_blocks,
+            "WHOLE": value.shape[3] % (config.channel_slice * (1 if config.resident_blocks else config.slices)) == 0,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

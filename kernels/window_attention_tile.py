@@ -1,13 +1,15 @@
 """What the passes of the window attention share: a tile of pixels, the keys it sees, and its logits.
 
 A program owns a small rectangle of output pixels. The keys that its pixels see together are a rectangle of the key
-grid, hardly larger than one pixel's window; they are numbered row by row and worked on in blocks. Which of them a
-pixel does not see is decided where the logits are made, by integer bounds.
+grid, hardly larger than one pixel's window. Most of them are in its core: keys that every pixel of the tile sees.
+In the forward pass they have the first numbers, so that only the last blocks of keys hold any that a pixel does not
+see, which is decided where the logits are made, by integer bounds.
 
 Tuples travel together:
 - `sizes`: height, width, grid_rows, grid_columns, int32;
 - `rule`: ratio (float32), cell_rows, cell_columns, what the window's kind needs beyond the sizes;
-- `rectangle`: first row, first column, columns and number of keys of a tile, int32;
+- `rectangle`: first row, first column, columns and number of keys of a tile, int32, and its core: first row, first
+  column, rows and columns, one of the latter two 0 where there is none;
 - `windows`: row start, row stop, column start, column stop of each pixel, (pixels,) int32 each;
 - `keys`: the pointer to an image's keys and its row, column, head and channel strides.
 """
@@ -56,16 +58,26 @@ def tile_keys(top, left, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     height, width, _, _ = sizes
     bottom = tl.minimum(top + ROWS, height) - 1
     right = tl.minimum(left + COLUMNS, width) - 1
-    first_row, _, first_column, _ = pixel_windows(top, left, sizes, rule, WINDOW)
-    _, last_row, _, last_column = pixel_windows(bottom, right, sizes, rule, WINDOW)
-    columns = last_column - first_column
-    return first_row, first_column, columns, (last_row - first_row) * columns
+    first_row, core_row_stop, first_column, core_column_stop = pixel_windows(top, left, sizes, rule, WINDOW)
+    core_row, row_stop, core_column, column_stop = pixel_windows(bottom, right, sizes, rule, WINDOW)
+    columns = column_stop - first_column
+    core_rows = tl.maximum(core_row_stop - core_row, 0)
+    core_columns = tl.maximum(core_column_stop - core_column, 0)
+    core = (core_row, core_column, core_rows, core_columns)
+    return first_row, first_column, columns, (row_stop - first_row) * columns, core
 
 
 @triton.jit
-def key_block(block, rectangle, BLOCK: tl.constexpr):
-    """Rows, columns and existence of the keys of a block, (BLOCK,)."""
-    first_row, first_column, columns, count = rectangle
+def core_keys(rectangle):
+    """Number of keys that all pixels of the tile see."""
+    _, _, core_rows, core_columns = rectangle[4]
+    return core_rows * core_columns
+
+
+@triton.jit
+def row_block(block, rectangle, BLOCK: tl.constexpr):
+    """Rows, columns and existence of the keys of a block, (BLOCK,), numbered row by row."""
+    first_row, first_column, columns, count, _ = rectangle
     number = block * BLOCK + tl.arange(0, BLOCK)
     # One division of integers for the block, and one of floats for each key: numbers below `columns + BLOCK`, exact in
     # float32, half a key away from a whole number of rows.
@@ -73,6 +85,53 @@ def key_block(block, rectangle, BLOCK: tl.constexpr):
     beyond = number - down * columns
     further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
     return first_row + down + further, first_column + beyond - further * columns, number < count
+
+
+@triton.jit
+def key_block(first, rectangle, BLOCK: tl.constexpr, FEW: tl.constexpr = False):
+    """Rows, columns and existence of the keys numbered from `first` on, (BLOCK,); one beyond the end repeats the last.
+
+    The core's columns have the first numbers, row by row from the core's first row on, the rows above the core last;
+    then the other columns, in rows of the same order, those left of the core last.
+    """
+    first_row, first_column, columns, count, core = rectangle
+    core_row, core_column, _, core_columns = core
+    rows = count // columns
+    number = first + tl.arange(0, BLOCK)
+    exists = number < count
+    number = tl.minimum(number, count - 1)
+    beside = number >= rows * core_columns
+    sides = columns - core_columns
+    number -= tl.where(beside, rows * core_columns, 0)
+    length = tl.where(beside, sides, core_columns)
+    down, along = _divide(number, length, tl.where(beside, _inverse(sides), _inverse(core_columns)), FEW)
+    row = core_row + down
+    column = along + tl.where(beside, core_column + core_columns, core_column)
+    row -= tl.where(row >= first_row + rows, rows, 0)
+    column -= tl.where(column >= first_column + columns, columns, 0)
+    return row, column, exists
+
+
+@triton.jit
+def _inverse(length):
+    """What `_divide` by a length takes, a scalar."""
+    return tl.full((), 0xFFFFFFFF, tl.uint32) // tl.maximum(length, 1).to(tl.uint32)
+
+
+@triton.jit
+def _divide(number, length, inverse, FEW: tl.constexpr):
+    """Quotient and remainder of integers from 0 on; FEW: the number times the length is below 2^30."""
+    if FEW:
+        # (number + 1/2) / length: half a key away from a whole number, more than the inverse's rounding can move it.
+        twice = (2 * number + 1).to(tl.uint32)
+        quotient = tl.umulhi(twice, (inverse >> 1) + tl.zeros_like(twice)).to(tl.int32)
+        return quotient, number - quotient * length
+    else:
+        # The product with the inverse, rounded down, is at most 1 below the quotient.
+        quotient = tl.umulhi(number.to(tl.uint32), inverse + tl.zeros_like(number).to(tl.uint32)).to(tl.int32)
+        remainder = number - quotient * length
+        more = remainder >= length
+        return quotient + more.to(tl.int32), tl.where(more, remainder - length, remainder)
 
 
 @triton.jit
@@ -86,6 +145,27 @@ def visibility(windows, row, column, exists):
     rows = (row_stop - row_start).to(tl.uint32, bitcast=True)
     columns = (column_stop - column_start).to(tl.uint32, bitcast=True)
     return tl.where((beyond_row < rows[:, None]) & (beyond_column < columns[:, None]), float("inf"), float("-inf"))
+
+
+@triton.jit
+def in_shares(matrix, SHARES: tl.constexpr):
+    """(pixels, keys) as (pixels, runs, SHARES, 2): where a thread holds pairs of neighbouring keys, what it holds."""
+    return tl.reshape(matrix, (matrix.shape[0], matrix.shape[1] // (2 * SHARES), SHARES, 2))
+
+
+@triton.jit
+def of_shares(numbers, WHAT: tl.constexpr):
+    """The "max" or "sum" of each share's numbers, (pixels, SHARES)."""
+    if WHAT == "max":
+        return tl.max(tl.max(numbers, axis=3), axis=1)
+    else:
+        return tl.sum(tl.sum(numbers, axis=3), axis=1)
+
+
+@triton.jit
+def grid_offsets(row, column, row_stride, column_stride):
+    """Where rows and columns of a grid are, int64."""
+    return row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
 
 
 @triton.jit
@@ -110,16 +190,16 @@ def open_queries(
 def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
     """The keys of a block for `head_product`: a tuple of each head's (keys, WIDTH), or where they are if not kept.
 
-    All heads' keys are asked for at once, so that they arrive together, where the registers allow it.
+    All heads' keys are asked for at once, so that they arrive together, where the registers allow it. `exists` says
+    which become zeros here and in `head_product`; None: none.
     """
     key, row_stride, column_stride, head_stride, channel_stride = keys
-    offset = row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    offset = grid_offsets(row, column, row_stride, column_stride)
     place = key + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * channel_stride
     if KEEP:
         heads = ()
         for head in tl.static_range(HEADS):
-            mine = place + tl.full((), head, tl.int64) * head_stride
-            heads = heads + (tl.load(mine, mask=exists[:, None], other=0.0),)
+            heads = heads + (_load_rows(place + tl.full((), head, tl.int64) * head_stride, exists),)
         return heads
     else:
         return place, head_stride
@@ -148,17 +228,36 @@ def head_product(
         for piece in tl.static_range(WIDTH // PIECE):
             first = tl.full((), piece * PIECE, tl.int64)
             query = tl.load(mine + first * query_channel_stride)
-            key = tl.load(theirs + first * key_channel_stride, mask=exists[:, None], other=0.0)
+            key = _load_rows(theirs + first * key_channel_stride, exists)
             product = tl.dot(query, tl.trans(key), product, input_precision=PRECISION)
         return product
 
 
 @triton.jit
-def load_channels(tensor, offset, exists, first, channels, channel_stride, SLICE: tl.constexpr):
-    """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros elsewhere."""
+def _load_rows(place, exists):
+    """What is at `place`, a matrix, with zeros in the rows that do not exist."""
+    if exists is None:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def load_channels(
+    tensor, offset, exists, first, channels, channel_stride, SLICE: tl.constexpr, WHOLE: tl.constexpr = False
+):
+    """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros elsewhere.
+
+    `exists` None says that all rows exist, WHOLE that all slices are whole.
+    """
     channel = first + tl.arange(0, SLICE)
     place = tensor + offset[:, None] + channel.to(tl.int64)[None, :] * channel_stride
-    return tl.load(place, mask=exists[:, None] & (channel < channels)[None, :], other=0.0)
+    if WHOLE:
+        return _load_rows(place, exists)
+    elif exists is None:
+        return tl.load(place, mask=(channel < channels)[None, :], other=0.0)
+    else:
+        return tl.load(place, mask=exists[:, None] & (channel < channels)[None, :], other=0.0)
 
 
 @triton.jit
@@ -182,4 +281,4 @@ def key_piece(
     else:
         place, head_stride = near
         place += tl.full((), head, tl.int64) * head_stride + tl.full((), piece * PIECE, tl.int64) * key_channel_stride
-        return tl.load(place, mask=exists[:, None], other=0.0)
+        return _load_rows(place, exists)

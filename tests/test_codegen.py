@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from anyup.kernels.config import ForwardConfig
-from benchmarks import roofline
-from benchmarks.compiled import ARCHITECTURES, DTYPES, KERNELS, Case
-from benchmarks.machine_code import Code, amd_blocks, nvidia_blocks
+from anyup.window import axis_bounds
+from benchmarks import codegen, roofline
+from benchmarks.compiled import ARCHITECTURES, DTYPES, KERNELS, WINDOW, Case
+from benchmarks.machine_code import Branch, Code, amd_blocks, nvidia_blocks
 from benchmarks.occupancy import LIMITS
 from benchmarks.workloads import Workload, square
 
@@ -45,6 +46,18 @@ def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     file = folder / "codegen.json"
     uninterpreted("-m", "benchmarks.codegen", "--channels", "384", "--json", str(file), *arguments)
     return json.loads(file.read_text())
+
+
+def test_rows_of_other_cases_are_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    case = dict.fromkeys(("kernel", "dtype", "channels", "workload", "heads", "head_dim"))
+    first, second, third = ({**case, "target": target, "registers": 1} for target in ("80", "90", "100"))
+    file = tmp_path / "folder" / "codegen.json"
+    codegen.store(file, [first, second])
+    codegen.store(file, [{**first, "registers": 2}, third], merge=True)
+    assert json.loads(file.read_text()) == [{**first, "registers": 2}, second, third]
+    codegen.store(file, [third])
+    assert json.loads(file.read_text()) == [third]
+    assert [path.name for path in file.parent.iterdir()] == ["codegen.json"]
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +184,6 @@ def test_blocks_of_64_keys_would_be_too_many() -> None:
 
 
 def test_work_agrees_with_a_count_pixel_by_pixel() -> None:
-    from anyup.window import axis_bounds
-    from benchmarks.compiled import WINDOW
-
     workload = Workload((20, 13), (6, 5))
     cut = ForwardConfig(8, 4, 16, 0, 16, 2, num_warps=4, num_stages=1, shares=4, keep=True)
     work = Case(workload, "80", "bfloat16", cut=cut).work()
@@ -198,8 +208,22 @@ def test_work_agrees_with_a_count_pixel_by_pixel() -> None:
     assert work.logit_operations == pytest.approx(2 * 13 * slots / 260 * 128)
 
 
-def test_modelled_time_is_close_to_the_floor_at_448(rows: Sequence[dict[str, Any]]) -> None:
-    chosen = [r for r in rows if r["floor_us"] and r["dtype"] == "bfloat16" and r["workload"] == "448 from 32"]
+def test_branches_are_counted_by_the_tiles_that_take_them() -> None:
+    cut = ForwardConfig(8, 8, 32, 6, 64, 1, num_warps=4, num_stages=2, tail_keys=16)
+    work = Case(square(1024, 64), "80", "bfloat16", cut=cut).work()
+    axis = list(zip(*axis_bounds(WINDOW, 1024, 64), strict=True))
+    ends = [(axis[first], axis[first + 7]) for first in range(0, 1024, 8)]
+    cores = [max(0, low[1] - high[0]) for low, high in ends]
+    tiles = [a * b for a in cores for b in cores]
+    shares = [sum(core < end for core in tiles) / len(tiles) for end in (32, 64, 96, 128, 160, 192, 208)]
+    masks = [Branch(pytest.approx(share)) for share in shares]
+    assert work.turns == [*masks, (4, masks), (6, [])]
+    assert work.logit_slots == work.value_slots == 208
+
+
+@pytest.mark.parametrize("workload", ["448 from 32", "1024 from 64"])
+def test_modelled_time_is_close_to_the_floor(rows: Sequence[dict[str, Any]], workload: str) -> None:
+    chosen = [r for r in rows if r["floor_us"] and r["dtype"] == "bfloat16" and r["workload"] == workload]
     chosen = [r for r in chosen if r["heads"] == 4]
     assert {r["device"] for r in chosen} == {"A100 SXM 80GB", "H100 SXM"}
     for row in chosen:
@@ -237,8 +261,8 @@ def test_no_stride_is_multiplied_in_32_bits() -> None:
     text = uninterpreted(
         "-c",
         "from benchmarks.compiled import *\n"
-        "for dtype in ('bfloat16', 'float32'):\n"
-        "    case = Case(square(2048, 128, channels=1024, batch=4), '90', dtype, save_lse=True)\n"
+        "for dtype, grid in (('bfloat16', 128), ('float32', 128), ('bfloat16', 64)):\n"
+        "    case = Case(square(2048, grid, channels=1024, batch=4), '90', dtype, save_lse=True)\n"
         "    print(compilation_of(case.launch(), target_of('90')).run().asm['ttir'])",
     )
     assert "stride" in text
@@ -290,6 +314,35 @@ def test_instructions_in_loops_count_as_often_as_the_loops_turn() -> None:
     assert executed["BRA"] == 1 + 15 + 15 + 3
     with pytest.raises(ValueError, match="loops"):
         code.executed([(3, []), (2, [])])
+
+
+SKIPPED = """
+        /*0000*/                   MOV R1, R2 ;
+.L_x_0:
+        /*0010*/                   FMUL R1, R1, R2 ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+{inside}
+.L_x_1:
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/              @!P2 BRA `(.L_x_2) ;
+        /*0050*/                   MOV R1, R2 ;
+.L_x_2:
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_what_a_branch_skips_counts_as_often_as_it_is_run() -> None:
+    text = SKIPPED.format(inside="        /*0028*/                   FADD R1, R1, R2 ;\n" * 20)
+    code = Code(1, 0, 0, 0, 0, 4, tuple(nvidia_blocks(text)))
+    executed = code.executed([(8, [Branch(0.25)])])
+    assert executed["FADD"] == 8 * 0.25 * 20
+    assert executed["FMUL"] == 8
+    assert executed["MOV"] == 2  # one instruction is no branch worth telling
+    # Where the code has other branches, all count as taken.
+    assert code.executed([(8, [Branch(0.25), Branch(0.5)])])["FADD"] == 8 * 20
+    assert code.executed([Branch(0.5), (8, [])])["FADD"] == 8 * 20
+    with pytest.raises(ValueError, match="loops"):
+        code.executed([(8, [Branch(0.25)]), (2, [])])
 
 
 def test_loops_of_amd_code_are_read_too() -> None:

@@ -44,8 +44,11 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     from anyup.kernels import config
 
     def forward(most_keys: Any, **_: Any) -> list[Any]:
-        blocks = -(-most_keys(8, 16) // 32) if request.param == "resident" else 0
-        return [config.ForwardConfig(8, 16, 32, blocks, 32, 2, num_warps=4, num_stages=1)]
+        blocks, tail = 0, 0
+        if request.param == "resident":
+            blocks = max(1, -(-(most_keys(8, 16) - 16) // 32))
+            tail = 16 if most_keys(8, 16) > 32 * blocks else 0
+        return [config.ForwardConfig(8, 16, 32, blocks, 32, 2, 4, 1, tail_keys=tail, group_blocks=2)]
 
     def backward_query(most_keys: Any, **_: Any) -> list[Any]:
         blocks = -(-most_keys(8, 16) // 32) if request.param == "resident" else 0
@@ -200,6 +203,7 @@ if find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
+    from anyup.kernels.window_attention_tile import key_block, tile_keys
     from anyup.kernels.window_bounds import axis_bounds as kernel_bounds
     from anyup.kernels.window_bounds import axis_queries
 
@@ -220,6 +224,14 @@ if find_spec("triton") is not None:
         place = (keys - 1) * SIDE + query
         tl.store(start + place, first)
         tl.store(stop + place, last)
+
+    @triton.jit
+    def _write_tile_keys(
+        numbers, top, left, sizes, rule, WINDOW: tl.constexpr, SIDE: tl.constexpr, KEYS: tl.constexpr, FEW: tl.constexpr
+    ):
+        rectangle = tile_keys(top, left, sizes, rule, SIDE, SIDE, WINDOW)
+        row, column, exists = key_block(0, rectangle, KEYS, FEW)
+        tl.store(numbers + row * sizes[3] + column, tl.arange(0, KEYS), mask=exists)
 
     @triton.jit
     def _write_queries(out, first_key, last_key, queries, keys, ratio, cell, WINDOW: tl.constexpr):
@@ -286,6 +298,32 @@ def test_the_queries_of_a_range_of_keys_are_those_that_see_one(window: Window) -
             assert list(range(*out.tolist())) == expected == seen
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("window", [RatioWindow(0.1), RatioWindow(0.3), RatioWindow(0.01), CellWindow(0.2), None])
+def test_a_tile_s_keys_are_numbered_once_each_and_those_that_all_pixels_see_first(window: Window, few: bool) -> None:
+    for output, grid in (((35, 40), (9, 7)), ((9, 20), (14, 11)), ((6, 5), (12, 16)), ((64, 30), (1, 3))):
+        axes = [axis_bounds(window, *each) for each in zip(output, grid, strict=True)]
+        rule = fused.window_rule(window, output, grid)
+        for top, left in ((0, 0), (output[0] // 8 * 8 - 8 if output[0] > 8 else 0, (output[1] - 1) // 8 * 8)):
+            numbers = torch.full(grid, -1, dtype=torch.int32)
+            arguments = ((*output, *grid), (rule.ratio, rule.cell_rows, rule.cell_columns))
+            _write_tile_keys[(1,)](numbers, top, left, *arguments, WINDOW=rule.kind, SIDE=8, KEYS=256, FEW=few)
+            sees = [
+                torch.tensor(
+                    [[start[q] <= key < stop[q] for key in range(keys)] for q in range(first, min(first + 8, n))]
+                )
+                for (start, stop), first, n, keys in zip(axes, (top, left), output, grid, strict=True)
+            ]
+            rectangle = sees[0].any(0)[:, None] & sees[1].any(0)
+            core = sees[0].all(0)[:, None] & sees[1].all(0)
+            # A tile's rectangle has no hole, even where no pixel sees a row or column in it.
+            rows, columns = (side.nonzero().flatten() for side in (sees[0].any(0), sees[1].any(0)))
+            rectangle[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+            assert numbers[rectangle].sort().values.tolist() == list(range(int(rectangle.sum())))
+            assert (numbers[~rectangle] == -1).all()
+            assert numbers[core].sort().values.tolist() == list(range(int(core.sum())))
+
+
 # Mutations: what the error rule must notice. Each is a change of a kernel's source.
 
 
@@ -302,27 +340,68 @@ def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, ne
     monkeypatch.setattr(user, name, scope[name])
 
 
-FORWARD, BACKWARD = "window_attention_forward", "window_attention_backward_query"
+FORWARD, RESIDENT = "window_attention_forward", "window_attention_resident"
+BACKWARD = "window_attention_backward_query"
 
+# By the way that weights are kept where the change is in a function of one of them.
 MUTATIONS = {
-    "a row too many": (FORWARD, "visibility", "row_stop - row_start", "row_stop - row_start + 1"),
-    "a column too few": (FORWARD, "visibility", "column_stop - column_start", "column_stop - column_start - 1"),
-    "no mask": (FORWARD, "visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
-    "a head too many in the mean": (FORWARD, "_mean_weights", "* share[head]", "* 1.5 * share[head]"),
-    "one head's pivot for all": (FORWARD, "_mean_weights", "base[head]", "base[0]"),
-    "one head's delta for all": (BACKWARD, "_add_to_gradients", "deltas[head]", "deltas[0]"),
-    "no mask in the backward pass": (BACKWARD, "visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
+    "a row too many": ("visibility", "row_stop - row_start", "row_stop - row_start + 1"),
+    "a column too few": ("visibility", "column_stop - column_start", "column_stop - column_start - 1"),
+    "no mask": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
+    "a head too many in the mean": {
+        "resident": ("resident_weights", "(total * HEADS)", "(total * (HEADS + 1))"),
+        "streamed": ("_mean_weights", "* share[head]", "* 1.5 * share[head]"),
+    },
+    "one head's pivot for all": {
+        "resident": ("resident_weights", "- pivot[:, None, :, None]", "- head"),
+        "streamed": ("_mean_weights", "base[head]", "base[0]"),
+    },
+    "shares that keep their pivots": {
+        "resident": ("resident_weights", "tl.math.exp2(pivots[group] - base[:, None])", "pivots[group] * 0 + 1"),
+        "streamed": ("_head_statistics", "tl.math.exp2(base[head] - now[:, None])", "1"),
+    },
+}
+BACKWARD_MUTATIONS = {
+    "one head's delta for all": ("_add_to_gradients", "deltas[head]", "deltas[0]"),
+    "no mask": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
 }
 
 
+def assert_odd_shape_is_accurate() -> None:
+    shape = KERNEL_SHAPES["odd"]
+    assert_backend_accurate(attention(shape), attention_tensors(shape), backend="triton")
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutated_kernel_fails_the_error_rule(
+def test_a_mutated_forward_kernel_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
 ) -> None:
-    shape = KERNEL_SHAPES["odd"]
-    mutate(monkeypatch, *MUTATIONS[mutation])
-    with pytest.raises(AssertionError, match="output: error" if FORWARD in MUTATIONS[mutation] else "query: error"):
-        assert_backend_accurate(attention(shape), attention_tensors(shape), backend="triton")
+    change: Any = MUTATIONS[mutation]
+    change = change if isinstance(change, tuple) else change[weights_live]
+    for module in (RESIDENT, FORWARD):
+        if hasattr(importlib.import_module(f"anyup.kernels.{module}"), change[0]):
+            mutate(monkeypatch, module, *change)
+    with pytest.raises(AssertionError, match="output: error"):
+        assert_odd_shape_is_accurate()
+
+
+def test_a_core_that_is_too_large_fails_the_error_rule(monkeypatch: pytest.MonkeyPatch, weights_live: str) -> None:
+    shape = AttentionShape((24, 16), (12, 12), window=RatioWindow(0.5), heads=1, head_dim=16)
+    tensors = attention_tensors(shape)
+    assert_backend_accurate(attention(shape), tensors, backend="triton")
+    module = RESIDENT if weights_live == "resident" else FORWARD
+    mutate(monkeypatch, module, "core_keys", "core_rows * core_columns", "2 * core_rows * core_columns")
+    with pytest.raises(AssertionError, match="output: error"):
+        assert_backend_accurate(attention(shape), tensors, backend="triton")
+
+
+@pytest.mark.parametrize("mutation", BACKWARD_MUTATIONS)
+def test_a_mutated_backward_kernel_fails_the_error_rule(
+    mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
+) -> None:
+    mutate(monkeypatch, BACKWARD, *BACKWARD_MUTATIONS[mutation])
+    with pytest.raises(AssertionError, match="query: error"):
+        assert_odd_shape_is_accurate()
 
 
 # What the kernels do not take, and what a card does not.

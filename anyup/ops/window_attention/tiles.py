@@ -18,5 +18,11 @@ def most_keys(window: Window, output_size: tuple[int, int], grid_size: tuple[int
 
 def axis_unions(window: Window, queries: int, keys: int, length: int) -> list[int]:
     """Along one axis, the keys that each run of `length` queries sees together; the last run may be shorter."""
+    return [union for union, _ in axis_unions_and_cores(window, queries, keys, length)]
+
+
+def axis_unions_and_cores(window: Window, queries: int, keys: int, length: int) -> list[tuple[int, int]]:
+    """Along one axis, the keys that any and that all of each run of `length` queries see."""
     start, stop = axis_bounds(window, queries, keys)
-    return [stop[min(first + length, queries) - 1] - start[first] for first in range(0, queries, length)]
+    runs = [(first, min(first + length, queries) - 1) for first in range(0, queries, length)]
+    return [(stop[last] - start[first], max(0, stop[first] - start[last])) for first, last in runs]
