@@ -312,15 +312,15 @@ def test_an_interrupted_run_leaves_no_file_and_says_130(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_without_weights_the_error_names_the_address_and_the_alternatives(
+def test_where_weights_cannot_be_downloaded_the_error_names_the_address_and_the_alternatives(
     folder: Path, offline: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert upsample("--features", "features.npy", "-o", "o.npy") == 1
+    assert upsample("--features", "features.npy", "-o", "o.npy", "--weights", "anyup_multi_backbone") == 1
     error = capsys.readouterr().err
     assert len(_errors(error)) == 1
     assert checkpoints.NAMED["anyup_multi_backbone"].url in error
     assert str(folder / "hub") in error
-    assert "--weights FILE" in error and "--untrained" in error
+    assert "--weights FILE" in error and "--weights anyup_mini" in error
     assert not (folder / "o.npy").exists()
 
 
