@@ -305,7 +305,9 @@ class AnyUp(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries (B, H, W, heads, head_dim) of the image, and its keys (B, h, w, D) pooled to each grid."""
         guidance = self._guidance(image)
-        image_keys = [self._encode(self.key_encoder, guidance, grid) for grid in grids]
+        image_keys = []
+        for grid in grids:  # in a comprehension the map would be a closure's, which torch.compile cannot delete
+            image_keys.append(self._encode(self.key_encoder, guidance, grid))
         queries = self._encode(self.query_encoder, guidance, size)
         del guidance  # a map of D channels at full resolution
         queries = query_projection.project_queries(
