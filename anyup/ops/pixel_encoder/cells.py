@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Index = TypeVar("Index", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,16 @@ class Cells:
         offset = self.pixels.start
         return slice(start - offset, stop - offset)
 
+    def indicator(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(cells, pixels): 1 where a cell averages one of the pixels that these cells need, 0 elsewhere."""
+        start, stop = self._bounds(torch.arange(self.first, self.stop, device=device)[:, None])
+        pixel = torch.arange(self.pixels.start, self.pixels.stop, device=device)
+        return ((pixel >= start) & (pixel < stop)).to(dtype)
+
     def mean(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
         """What takes rows (r, pixels, D) to their mean over all rows and over each cell of columns: (cells, D)."""
-        cells = [self.within(cell) for cell in range(self.stop - self.first)]
         if not self.shrinks:  # a cell is one pixel, or two
+            cells = [self.within(cell) for cell in range(self.stop - self.first)]
             first = torch.tensor([cell.start for cell in cells], device=device)
             last = torch.tensor([cell.stop - 1 for cell in cells], device=device)
 
@@ -50,14 +59,9 @@ class Cells:
 
             return gathered
         # Row sums and a product with the cells' indicator: adaptive pooling's own kernel does not vectorise on a CPU.
-        column = torch.arange(self.pixels.stop - self.pixels.start, device=device)
-        start, stop = (
-            torch.tensor(bounds, device=device)[:, None]
-            for bounds in zip(*((cell.start, cell.stop) for cell in cells), strict=True)
-        )
-        indicator = ((column >= start) & (column < stop)).to(dtype)
+        indicator = self.indicator(dtype, device)
         number = indicator.sum(dim=1, keepdim=True)
         return lambda rows: (indicator @ rows.sum(dim=0)) / (number * rows.shape[0])
 
-    def _bounds(self, cell: int) -> tuple[int, int]:
+    def _bounds(self, cell: Index) -> tuple[Index, Index]:
         return cell * self.length // self.count, -((cell + 1) * self.length // -self.count)

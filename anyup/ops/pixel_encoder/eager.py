@@ -19,23 +19,19 @@ from torch import Tensor
 
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
-from anyup.ops.parallel import cut, map_tiles, on_one_thread
+from anyup.ops.parallel import map_tiles, on_one_thread
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.gradients import backward
 from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Part, Statistics, parts_of
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection
+from anyup.ops.pixel_encoder.tiles import map_pixels
 from anyup.ops.precision import working_dtype
 
 __all__ = ["backward", "forward", "unsupported"]
 
 Result = TypeVar("Result")
-
-# Pixels of a tile: on a CPU a tile's working set of some 5 MB stays in a shared cache and still amortises handing
-# work to the threads; elsewhere a tile bounds the scratch memory.
-_TILE_PIXELS = {"cpu": 4096}
-_TILE_PIXELS_ELSEWHERE = 2**18
 
 
 def unsupported(problem: object) -> list[str]:
@@ -209,8 +205,7 @@ class Band:
 
     def _map(self, function: Callable[[slice], Result], multiple: int = 1) -> list[Result]:
         """The function's result for each tile, in order."""
-        most = _TILE_PIXELS.get(self._device.type, _TILE_PIXELS_ELSEWHERE)
-        return map_tiles(function, cut(self._count, most, self._device, multiple), self._device)
+        return map_pixels(function, self._count, self._device, multiple)
 
 
 def norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Tensor]]:

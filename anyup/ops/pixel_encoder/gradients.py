@@ -19,19 +19,18 @@ from torch import Tensor
 
 from anyup.ops.linear import linear, linear_backward
 from anyup.ops.memory import empty
-from anyup.ops.parallel import cut, map_tiles, on_one_thread
+from anyup.ops.parallel import on_one_thread
+from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Part, Statistics, parts_of
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
+from anyup.ops.pixel_encoder.tiles import map_pixels
 from anyup.ops.precision import accumulator_dtype, working_dtype
 
 Result = TypeVar("Result")
 Source = Callable[[slice], Tensor]
 """A tile of a map, (n, D), in the dtype worked in."""
-
-_TILE_PIXELS = {"cpu": 4096}
-_TILE_PIXELS_ELSEWHERE = 2**18
 
 
 def backward(
@@ -81,9 +80,12 @@ class Spread:
     def __init__(
         self, size: tuple[int, int], output_size: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._rows, self._columns = (
-            _cells(length, cells, dtype, device) for length, cells in zip(size, output_size, strict=True)
+        # The weight of each cell's gradient in each position of an axis: (length, cells).
+        inside = (
+            Cells(0, cells, cells, length).indicator(dtype, device).T
+            for length, cells in zip(size, output_size, strict=True)
         )
+        self._rows, self._columns = (axis / axis.sum(dim=0) for axis in inside)
 
     def over_columns(self, grid: Tensor) -> Tensor:
         """(h, w, D) to (h, W, D)."""
@@ -106,13 +108,6 @@ class Spread:
     @staticmethod
     def _of(pixels: slice, width: int) -> slice:
         return slice(pixels.start // width, -(-pixels.stop // width))
-
-
-def _cells(length: int, cells: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weight of each of `cells` adaptive cells' gradient in each position of an axis: (length, cells)."""
-    cell, position = torch.arange(cells, device=device), torch.arange(length, device=device)[:, None]
-    inside = ((position >= cell * length // cells) & (position < -((cell + 1) * length // -cells))).to(dtype)
-    return inside / inside.sum(dim=0)
 
 
 class _HalfBlock(NamedTuple):
@@ -395,6 +390,4 @@ class _Image:
 
     def _map(self, function: Callable[[slice], Result]) -> list[Result]:
         """The function's result for each tile of whole rows, in order."""
-        count, device = self._pixels.shape[0], self._pixels.device
-        most = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
-        return map_tiles(function, cut(count, most, device, self._size[1]), device)
+        return map_pixels(function, self._pixels.shape[0], self._pixels.device, self._size[1])
