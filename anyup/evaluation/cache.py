@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyup.images import save_array
 
@@ -55,12 +55,3 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
     """Hash of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
-
-
-def module_fingerprint(module: nn.Module) -> str:
-    """Hash of a module's class, parameters and buffers: names, shapes, dtypes and values."""
-    digest = hashlib.sha256(type(module).__name__.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anyup.checkpoints import NAMED, load
-from anyup.evaluation.cache import module_fingerprint
+from anyup.fingerprint import module_fingerprint
 from anyup.model import AnyUp
 
 REFERENCE = "bilinear"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from anyup.encoders import Encoder
+from anyup.fingerprint import module_fingerprint
 from anyup.images import complete_or_absent, resize
 from anyup.training.config import ConfigError, Data
 from anyup.training.photographs import draw_view, read_large, view_of
@@ -136,7 +137,7 @@ class FeatureCache:
         """Make an encoder's files known under a name, without writing any."""
         self.grids[name] = Grid.of(encoder, self.recipe)
         self.input_sizes[name] = input_sizes(encoder, self.recipe)
-        facts = (encoder.name, encoder.stride, fingerprint(encoder))
+        facts = (encoder.name, encoder.stride, module_fingerprint(encoder))
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", encoder.name)
         recipe = dataclasses.replace(self.recipe, guidance_size=0, min_side=0)
         self._encoders[name] = self._folder / f"{slug}-{_hash(_FORMAT, facts, recipe)}"
@@ -218,15 +219,6 @@ def encode(encoder: Encoder, rgb01: Tensor, device: torch.device) -> Tensor:
             f"{rgb01.shape[2]} pixels, got {parts[0].shape[2]} x {parts[0].shape[3]}"
         )
     return torch.cat(parts)
-
-
-def fingerprint(encoder: Encoder) -> str:
-    """A hash of an encoder's weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _half(tensor: Tensor) -> Tensor:
