@@ -7,7 +7,6 @@ through the query and the key encoder four times more before anything can be use
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,7 @@ from anyup.ops import memory, query_projection
 from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.rotary import Rotation
+from anyup.ops.precision import without_autocast
 
 if TYPE_CHECKING:
     from anyup.model import AnyUp
@@ -71,7 +71,7 @@ class BandedImage:
             Cells(part.start, part.stop, count, length)
             for part, count, length in zip(reach, self._size, (self._height, self._width), strict=True)
         )
-        with self._alone():
+        with without_autocast(self._image.device.type):
             guidance = self._guidance(row_cells.pixels, column_cells.pixels)
             encoded = self._query_encoder.encode_pooled(guidance, row_cells, column_cells)
             del guidance
@@ -90,7 +90,7 @@ class BandedImage:
         h, w = grid
         columns = Cells(0, w, w, self._width)
         pooled = []
-        with self._alone(), memory.reuse():
+        with without_autocast(self._image.device.type), memory.reuse():
             most = max(1, self._band_rows * h // self._height)
             for first in range(0, h, most):
                 rows = Cells(first, min(first + most, h), h, self._height)
@@ -99,7 +99,7 @@ class BandedImage:
 
     def _measure(self) -> None:
         """The statistics of every normalisation."""
-        with self._alone(), memory.reuse():
+        with without_autocast(self._image.device.type), memory.reuse():
             for _ in range(PASSES):
                 for rows in self._bands():
                     self._image_encoder.observe(self._pixels(rows))
@@ -126,8 +126,3 @@ class BandedImage:
         """(rows, columns, D): the encoded image."""
         columns = slice(0, self._width) if columns is None else columns
         return self._image_encoder.encode(self._pixels(rows, columns), self._rotation.part(rows, columns))
-
-    def _alone(self) -> AbstractContextManager[object]:
-        """Autocast off: the dtype is decided."""
-        kind = self._image.device.type
-        return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from anyup.image_context import ImageContext, check_grids, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
 from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import autocasts, without_autocast, working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.ops.window_attention import window_attention
 from anyup.problem import check_image, check_inputs
@@ -329,7 +329,7 @@ class AnyUp(nn.Module):
         """
         wide = working_dtype(image_keys.dtype)
         _, block1, block2 = self.key_features_encoder
-        with _without_autocast(features.device.type):
+        with without_autocast(features.device.type):
             features = F.normalize(features.to(wide), dim=1)
             unified = feature_unification.unify_features(
                 features, self._basis(wide), backend=self._backends["feature_unification"]
@@ -382,7 +382,7 @@ class AnyUp(nn.Module):
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """What queries and keys are computed in: autocast's dtype where it is on, else the parameters'."""
-        if _autocasts(device.type):
+        if autocasts(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.rope.freqs.dtype
 
@@ -406,14 +406,6 @@ class ModelExplanation:
 
     def __str__(self) -> str:
         return "\n".join(str(e) for e in self.explanations)
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
 
 
 def _check_widths(

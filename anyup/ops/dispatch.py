@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from anyup.ops.precision import without_autocast
+
 logger = logging.getLogger("anyup")
 
 BACKEND_NAMES = ("triton", "flex", "torch", "reference")
@@ -154,9 +156,7 @@ class Operation:
 
 
 def _call(function: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return function(*args, **kwargs)
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(device_type):
         return function(*args, **kwargs)
 
 

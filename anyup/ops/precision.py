@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -16,3 +18,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """For sums of many terms: float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off for a kind of device, where dtypes are decided."""
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
