@@ -41,6 +41,11 @@ class ImageContext:
         """The feature grids (h, w) for which nothing of the image has to be computed again."""
         return tuple(self.image_keys)
 
+    def part(self, images: slice) -> ImageContext:
+        """The context of some images of the batch; it shares their memory."""
+        keys = {grid: keys[images] for grid, keys in self.image_keys.items()}
+        return ImageContext(self.image[images], self.queries[images], keys, self.weights)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the context keeps alive."""

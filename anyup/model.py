@@ -121,6 +121,7 @@ class AnyUp(nn.Module):
         q_chunk_size: int | None = None,
         *,
         values: Tensor | None = None,
+        max_memory: int | str | None = None,
     ) -> Tensor:
         """Bring features to the image's resolution.
 
@@ -133,17 +134,38 @@ class AnyUp(nn.Module):
                 chunks; the result does not depend on it.
             values: (B, Cv, h, w) to carry with the same attention instead of the features: class logits, masks,
                 depth. A pixel's weights sum to one, so a linear head with bias may as well be applied before.
+            max_memory: bytes, or a text such as "2GB", that the call may allocate, its result included; it keeps
+                less, and computes more again, as `plan` says. None: no limit on a CPU, 90 % of what is free on a GPU
+                (none where a gradient is wanted, or while torch.compile traces).
 
         Returns:
             (B, C or Cv, H, W) in the dtype of the features (or values), channels last in memory.
 
         Raises:
-            ValueError, TypeError: which argument, what was expected, what came; before any work.
+            ValueError, TypeError: which argument, what was expected, what came; before any work. `max_memory`: the
+                smallest that can.
+            RuntimeError: a gradient is wanted within `max_memory`.
             NotImplementedError: no requested backend can; lists every reason.
         """
         size = self.check(image, features, output_size, q_chunk_size, values=values)
+        if torch.compiler.is_compiling() and max_memory is None:
+            return self._upsample(image, features, size, vis_attn, q_chunk_size, values)
+        from anyup import streaming
+
+        return streaming.call(self, image, features, size, vis_attn, q_chunk_size, values, max_memory)
+
+    def _upsample(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        size: tuple[int, int],
+        vis_attn: bool,
+        q_chunk_size: int | None,
+        values: Tensor | None,
+    ) -> Tensor:
+        """The call with whole maps of the whole batch."""
         if self.backend is not None and not torch.compiler.is_compiling():
-            self.explain(image, features, output_size, values=values).require()
+            self.explain(image, features, size, values=values).require()
         with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
             query, key = self._query_and_key(image, features, size)
         if vis_attn:
@@ -188,6 +210,7 @@ class AnyUp(nn.Module):
         output_size: Sequence[int] | None = None,
         *,
         tile: int | Sequence[int] | None = None,
+        max_memory: int | str | None = None,
         region: Sequence[int] | None = None,
         values: Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -200,6 +223,9 @@ class AnyUp(nn.Module):
         Args:
             image, features, output_size, values: as in the call.
             tile: rows, or (rows, columns), of a piece; None: full rows, as many as are worked on at a time.
+            max_memory: bytes, or a text such as "2GB", that the stream may allocate, two pieces included (the one that
+                the caller holds, and the next); what has room is kept instead of being computed again. None: 90 % of
+                what is free on a GPU, and nothing that is kept on a CPU.
             region: (top, left, height, width): compute this part of the output alone, at the cost of the part plus
                 the statistics. None: all of it.
             dtype: of the pieces; None means that of the features (or values).
@@ -215,7 +241,10 @@ class AnyUp(nn.Module):
         """
         from anyup.streaming import stream
 
-        return stream(self, image, features, output_size, tile=tile, region=region, values=values, dtype=dtype)
+        return stream(
+            self, image, features, output_size,
+            tile=tile, max_memory=max_memory, region=region, values=values, dtype=dtype,
+        )  # fmt: skip
 
     def check(
         self,

@@ -1,28 +1,32 @@
-"""An upsampled map tile by tile, for outputs that nobody wants, or has the memory, to hold whole."""
+"""An upsampled map within a budget of memory: whole, or piece by piece for outputs that nobody wants to hold whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from anyup.banded import BandedImage, band_rows, output_rows
+from anyup.banded import BandedImage, Workspace
+from anyup.budget import limit_on
 from anyup.image_context import ImageContext
-from anyup.ops.precision import FLOATING
+from anyup.ops import memory
+from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
+from anyup.planning import BudgetError, Plan, choose, rows_at_once, task_of
 from anyup.problem import check_size
 from anyup.window import Part
 
 if TYPE_CHECKING:
     from anyup.model import AnyUp
 
-BAND_PIXELS = 2**16
-"""Pixels worked on at a time: some 30 MB for each map of 128 float32 channels."""
-
 Tile = tuple[slice, slice, Tensor]
 """Rows and columns of the output, and its values there (B, C, rows, columns)."""
+
+Result = TypeVar("Result")
 
 
 def stream(
@@ -32,111 +36,281 @@ def stream(
     output_size: Sequence[int] | None,
     *,
     tile: int | Sequence[int] | None,
+    max_memory: int | str | None,
     region: Sequence[int] | None,
     values: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Iterator[Tile]:
     """Check the arguments of `AnyUp.stream` now; compute as tiles are taken."""
     size = model.check(image, features, output_size, values=values)
-    top, left, height, width = check_region(region, size)
+    top, left, height, width = where = check_region(region, size)
     carried = features if values is None else values
     if dtype is not None and dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating-point dtype of 16, 32 or 64 bits, got {dtype!r}")
     tile_size = _check_tile(tile, (height, width))
-    given = image.image if isinstance(image, ImageContext) else image
-    tensors = (given, features, carried, *model.parameters())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if wants_gradients(model, image, features, carried):
         raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
-    if not isinstance(image, ImageContext):
-        asked = model._backends["pixel_encoder"]
-        if asked is not None and "torch" not in ([asked] if isinstance(asked, str) else asked):
-            raise NotImplementedError(f"backend: bands of pixels are encoded by 'torch' alone, got {asked!r}")
-    source = _Source(model, image, size)
-    h, w = features.shape[2:]
-    heads = model.config["num_heads"]
-    stand_in = torch.empty((), dtype=source.dtype, device=given.device)
-    head_dim = model.config["qk_dim"] // heads
-    explanation = explain_backends(
-        stand_in.expand(1, 1, 1, heads, head_dim),
-        stand_in.expand(1, h, w, heads, head_dim),
-        carried[:1].permute(0, 2, 3, 1) if len(carried) else carried.new_empty(1, h, w, carried.shape[1]),
-        window=model.window,
-        backend=model._backends["window_attention"],
-        part=Part(0, 0, *size),
-    )
-    if explanation.chosen is None:
-        raise NotImplementedError(f"no backend can run this:\n{explanation}")
+    task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
+    plan = choose(task, limit_on(features.device, max_memory))
+    source = _Source(model, image, features, carried, size, Rescue(plan))
+    rows, columns = tile_size or (rows_at_once(plan), width)
     parts = [
         (slice(row, min(row + rows, top + height)), slice(column, min(column + columns, left + width)))
-        for rows, columns in (tile_size or (source.rows(height), width),)
         for row in range(top, top + height, rows)
         for column in range(left, left + width, columns)
     ]
-    return _tiles(source, features, carried, parts, dtype or carried.dtype)
+    return _tiles(source, parts, dtype or carried.dtype)
 
 
 @torch.no_grad()  # of each step: what the caller does between two tiles is his own
-def _tiles(
-    source: _Source, features: Tensor, carried: Tensor, parts: Sequence[tuple[slice, slice]], dtype: torch.dtype
-) -> Iterator[Tile]:
-    keys = source.keys(features) if len(features) else features
-    values = carried.permute(0, 2, 3, 1).contiguous()
+def _tiles(source: _Source, parts: Sequence[tuple[slice, slice]], dtype: torch.dtype) -> Iterator[Tile]:
     for rows, columns in parts:
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        step = source.rows(height)
-        bands = [slice(row, min(row + step, rows.stop)) for row in range(rows.start, rows.stop, step)]
-        if len(bands) == 1 and len(values) == 1:
-            out = source.attend(0, rows, columns, keys, values).to(dtype)
-        else:
-            out = values.new_empty((len(values), height, width, values.shape[3]), dtype=dtype)
-            for band in bands:
-                within = slice(band.start - rows.start, band.stop - rows.start)
-                for index in range(len(values)):
-                    out[index, within] = source.attend(index, band, columns, keys, values)[0]
+        out = source.piece(rows, columns, dtype)
         yield rows, columns, out.permute(0, 3, 1, 2)
         del out  # before the next one is made
 
 
+def call(
+    model: AnyUp,
+    image: Tensor | ImageContext,
+    features: Tensor,
+    size: tuple[int, int],
+    vis_attn: bool,
+    q_chunk_size: int | None,
+    values: Tensor | None,
+    max_memory: int | str | None,
+) -> Tensor:
+    """The call of an `AnyUp` with checked arguments, within a budget: maps are whole where they may be."""
+    carried = features if values is None else values
+    limit = limit_on(features.device, max_memory)
+    if wants_gradients(model, image, features, carried):
+        if max_memory is not None:
+            raise RuntimeError(
+                "max_memory does not differentiate: call it under torch.no_grad() or torch.inference_mode()"
+            )
+        return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
+    rescue = Rescue(choose(task_of(model, image, features, size, values=values), limit))
+    if rescue.plan.order == "whole":
+        try:
+            return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
+        except torch.OutOfMemoryError as error:
+            rescue.fail(error)
+    if vis_attn:
+        raise ValueError(f"vis_attn: the picture needs whole maps, which do not fit; the plan is\n{rescue.plan}")
+    return _upsample(model, image, features, size, rescue, values=values, q_chunk_size=q_chunk_size)
+
+
+@torch.no_grad()
+def _upsample(
+    model: AnyUp,
+    image: Tensor | ImageContext,
+    features: Tensor,
+    size: tuple[int, int],
+    rescue: Rescue,
+    *,
+    values: Tensor | None,
+    q_chunk_size: int | None,
+) -> Tensor:
+    """A call one image after the other, each by the plan: (B, C, H, W), channels last in memory."""
+    carried = features if values is None else values
+    columns, out = slice(0, size[1]), None
+    for index in range(len(features)):
+        one = slice(index, index + 1)
+        part = image.part(one) if isinstance(image, ImageContext) else image[one]
+        source = _Source(model, part, features[one], carried[one], size, rescue, q_chunk_size)
+        source.prepare()
+        if out is None:
+            out = source.new(len(features), *size)
+        source.fill(out[one], slice(0, size[0]), columns)
+    assert out is not None
+    return out.permute(0, 3, 1, 2)
+
+
+class Rescue:
+    """Runs the steps of a plan; when a GPU's memory does not suffice, the rest of them with half the budget, once.
+
+    Attributes:
+        plan: that is followed now.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._happened = False
+
+    def attempt(self, step: Callable[[], Result], adopt: Callable[[], None]) -> Result:
+        """The step's result; where it fails for memory, `adopt` the smaller plan and take the step again.
+
+        Raises torch.OutOfMemoryError, with the plan, where it has failed before.
+        """
+        while True:
+            try:
+                return step()
+            except torch.OutOfMemoryError as error:
+                self.fail(error)
+            adopt()  # outside of the handler: the error holds the frames that hold what is to be freed
+
+    def fail(self, error: torch.OutOfMemoryError) -> None:
+        """Take half the budget, once."""
+        if self._happened:
+            raise torch.OutOfMemoryError(
+                f"out of memory again, with half the budget: {error}\nThe plan was\n{self.plan}"
+            ) from error
+        self._happened = True
+        half = (self.plan.limit or self.plan.peak_bytes) // 2
+        try:
+            self.plan = choose(self.plan.task, half)
+        except BudgetError as unmet:
+            self.plan = choose(self.plan.task, unmet.smallest)
+
+
 class _Source:
-    """The queries and keys of a batch: from a context, or made from the images band by band when first asked for."""
+    """The queries and keys of a batch by a plan, made when first asked for, and what the pixels make of them."""
 
-    def __init__(self, model: AnyUp, image: Tensor | ImageContext, size: tuple[int, int]) -> None:
-        self._model, self._image, self._size = model, image, size
-        self.dtype = model._compute_dtype((image.image if isinstance(image, ImageContext) else image).device)
+    def __init__(
+        self,
+        model: AnyUp,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        carried: Tensor,
+        size: tuple[int, int],
+        rescue: Rescue,
+        q_chunk_size: int | None = None,
+    ) -> None:
+        self._model, self._image, self._features, self._carried, self._size = model, image, features, carried, size
+        self._rescue, self._q_chunk_size = rescue, q_chunk_size
+        device = features.device
+        self._dtype = model._compute_dtype(device)
+        # What makes whole maps runs as the caller called it, whenever it runs.
+        self._autocasts = autocasts(device.type)
         self._banded: list[BandedImage] = []
+        self._queries: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._check_backends()
 
-    def rows(self, height: int) -> int:
-        """Output rows worked on at a time, of at most `height`."""
-        if isinstance(self._image, ImageContext):
-            rows = band_rows(self._size[1], BAND_PIXELS)
-        else:
-            rows = output_rows((self._image.shape[2], self._image.shape[3]), self._size, BAND_PIXELS)
-        return min(rows, height)
+    def prepare(self) -> None:
+        """Make keys, and all of the queries that the plan keeps."""
+        self._rescue.attempt(self._prepare, self._adopt)
 
-    def keys(self, features: Tensor) -> Tensor:
-        """(B, h, w, heads, head_dim)."""
-        grid = (features.shape[2], features.shape[3])
-        if isinstance(self._image, ImageContext):
-            return self._model._query_and_key(self._image, features, self._size)[1]
-        self._banded = [BandedImage(self._model, one, self._size, self.dtype, BAND_PIXELS) for one in self._image]
-        keys = [one.image_keys(grid) for one in self._banded]
-        return self._model._keys(torch.cat(keys), features).to(self.dtype)
+    def new(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(batch, height, width, C), in the dtype of what is carried if None."""
+        like = self._carried if dtype is None else self._carried.new_empty(0, dtype=dtype)
+        shape = (batch, height, width, self._carried.shape[1])
+        return self._rescue.attempt(lambda: memory.empty(shape, like), self._adopt)
 
-    def attend(self, index: int, rows: slice, columns: slice, keys: Tensor, values: Tensor) -> Tensor:
+    def piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """(B, rows, columns, C)."""
+        self.prepare()
+        height, width, batch = rows.stop - rows.start, columns.stop - columns.start, len(self._features)
+        if batch == 1 and height <= rows_at_once(self._rescue.plan):
+            return self._rescue.attempt(lambda: self._attend(0, rows, columns).to(dtype), self._adopt)
+        out = self.new(batch, height, width, dtype)
+        self.fill(out, rows, columns)
+        return out
+
+    def fill(self, out: Tensor, rows: slice, columns: slice) -> None:
+        """Write these rows and columns of the output into (B, rows, columns, C), a band at a time."""
+        done = rows.start
+
+        def step() -> int:
+            stop = min(done + rows_at_once(self._rescue.plan), rows.stop)
+            for index in range(len(out)):
+                part = self._attend(index, slice(done, stop), columns)
+                out[index, done - rows.start : stop - rows.start] = part[0]
+            return stop
+
+        while done < rows.stop:
+            done = self._rescue.attempt(step, self._adopt)
+
+    def _attend(self, index: int, rows: slice, columns: slice) -> Tensor:
         """(1, rows, columns, C) of one image."""
-        if isinstance(self._image, ImageContext):
-            queries = self._image.queries[index : index + 1, rows, columns]
+        self._prepare()
+        one = slice(index, index + 1)
+        assert self._keys is not None and self._values is not None
+        if self._queries is not None:
+            queries = self._queries[one, rows, columns]
         else:
             queries = self._banded[index].queries(rows, columns)
-        one = slice(index, index + 1)
         return window_attention(
             queries,
-            keys[one],
-            values[one],
+            self._keys[one],
+            self._values[one],
             window=self._model.window,
             backend=self._model._backends["window_attention"],
+            max_queries=self._q_chunk_size,
             part=Part(rows.start, columns.start, *self._size),
         )
+
+    def _prepare(self) -> None:
+        """Called again after an error it goes on with the pass that failed."""
+        if self._keys is not None or not len(self._features):
+            return
+        image, grid, bands = self._image, (self._features.shape[2], self._features.shape[3]), self._rescue.plan.bands
+        queries: Tensor | None = None
+        if bands is None or (isinstance(image, ImageContext) and grid in image.image_keys):
+            with self._as_called(), memory.reuse():
+                queries, keys = self._model._query_and_key(image, self._features, self._size)
+        else:
+            if isinstance(image, ImageContext):
+                queries, image = image.queries, image.image
+            if not self._banded:
+                work = Workspace(image.new_empty(0, dtype=self._dtype), self._model.config["qk_dim"])
+                make = partial(BandedImage, needs_queries=queries is None)
+                self._banded = [make(self._model, one, self._size, self._dtype, bands, work) for one in image]
+            image_keys = torch.cat([one.image_keys(grid) for one in self._banded])
+            keys = self._model._keys(image_keys, self._features).to(self._dtype)
+            if queries is not None:
+                self._banded.clear()
+        self._queries, self._keys = queries, keys
+        self._values = self._carried.permute(0, 2, 3, 1).contiguous()
+
+    def _adopt(self) -> None:
+        """Go on by the plan as it is now."""
+        bands = self._rescue.plan.bands
+        if bands is None:
+            self._banded.clear()
+        if not self._banded:
+            self._queries = self._keys = self._values = None
+        elif bands is not None:
+            for one in self._banded:
+                one.recut(bands)
+
+    def _as_called(self) -> AbstractContextManager[object]:
+        """Autocast as it was when this was made."""
+        kind = self._features.device.type
+        if self._autocasts == autocasts(kind) and self._dtype == self._model._compute_dtype(self._features.device):
+            return nullcontext()
+        return torch.autocast(kind, dtype=self._dtype if self._autocasts else None, enabled=self._autocasts)
+
+    def _check_backends(self) -> None:
+        """Raise NotImplementedError where the backends that were asked for cannot work on a part."""
+        model, plan = self._model, self._rescue.plan
+        asked = model._backends["pixel_encoder"]
+        makes_bands = plan.bands is not None and plan.task.context != "all"
+        if makes_bands and asked is not None and "torch" not in ([asked] if isinstance(asked, str) else asked):
+            raise NotImplementedError(f"backend: bands of pixels are encoded by 'torch' alone, got {asked!r}")
+        heads, (h, w) = model.config["num_heads"], self._features.shape[2:]
+        stand_in = torch.empty((), dtype=self._dtype, device=self._features.device)
+        head_dim = model.config["qk_dim"] // heads
+        empty = self._carried.new_empty(1, self._carried.shape[1], h, w)
+        explanation = explain_backends(
+            stand_in.expand(1, 1, 1, heads, head_dim),
+            stand_in.expand(1, h, w, heads, head_dim),
+            (self._carried[:1] if len(self._carried) else empty).permute(0, 2, 3, 1),
+            window=model.window,
+            backend=model._backends["window_attention"],
+            part=Part(0, 0, *self._size),
+        )
+        if explanation.chosen is None:
+            raise NotImplementedError(f"no backend can run this:\n{explanation}")
+
+
+def wants_gradients(model: AnyUp, image: Tensor | ImageContext, *maps: Tensor) -> bool:
+    """Whether autograd would record a call with these."""
+    if not torch.is_grad_enabled():
+        return False
+    images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
+    return any(t.requires_grad for t in (*images, *maps, *model.parameters()))
 
 
 def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from accuracy import assert_close_enough
 from recipe import fill, wave
 from torch import Tensor
 
-from anyup import AnyUp, banded, streaming
+from anyup import AnyUp, banded, planning, streaming
 from anyup.ops.dispatch import Operation
 from anyup.ops.pixel_encoder import banded as banded_encoder
 from anyup.ops.pixel_encoder.cells import Cells
@@ -27,7 +27,7 @@ def upsampler(**arguments: Any) -> AnyUp:
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of five image rows, so that a small image has several."""
-    monkeypatch.setattr(streaming, "BAND_PIXELS", 5 * 17)
+    monkeypatch.setattr(planning, "BAND_PIXELS", 5 * 17)
 
 
 def joined(model: AnyUp, image: Any, features: Tensor, size: tuple[int, int] | None = None, **settings: Any) -> Tensor:
@@ -79,7 +79,7 @@ def test_a_stream_obeys_the_error_rule_in_every_dtype(dtype: torch.dtype) -> Non
 def test_bands_of_one_row_and_of_all_rows_give_the_same(
     pixels: int, size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "BAND_PIXELS", pixels)
+    monkeypatch.setattr(planning, "BAND_PIXELS", pixels)
     assert_streams_exactly({"kernel_size": 5}, size)
 
 
@@ -185,7 +185,7 @@ def test_an_empty_batch_gives_empty_pieces() -> None:
 
 
 def test_a_halo_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(banded, "_HALO", 0)
+    monkeypatch.setattr(banded, "HALO", 0)
     with pytest.raises(AssertionError, match="exceeds"):
         assert_streams_exactly({})
 

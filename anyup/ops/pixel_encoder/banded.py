@@ -1,16 +1,18 @@
-"""The pixel encoder for maps that are never whole: bands of pixels that go through one after the other.
+"""The pixel encoder for maps that are not whole: bands of pixels that go through one after the other.
 
 A band can go on only when the statistics of the next normalisation are known, which are those of the whole map. So the
-bands pass four times, and each time go through the encoder from the start up to the next normalisation.
+bands pass four times. A band that keeps its trunk between the passes goes on from there; any other goes through the
+encoder from the start, up to the next normalisation, each time.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from anyup.ops.memory import empty
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.eager import Band, norm_parameters
+from anyup.ops.pixel_encoder.eager import Band, is_thin, joined, norm_parameters
 from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
@@ -21,22 +23,34 @@ PASSES = 4
 
 
 class BandedEncoder:
-    """An encoder of one image, `PASSES` times `observe` for each band and `close_pass`, then `encode`."""
+    """An encoder of one image, `PASSES` times `observe` for each band and `close_pass`, then `encode`.
+
+    The maps that it works in, `trunk` and `branch`, are (rows, columns, D), contiguous and the caller's. `kept` says
+    that the trunk holds what `observe` left in it in the last pass, so that the pixels are not needed again (but for
+    those of a thin first projection).
+    """
 
     def __init__(self, parameters: EncoderParameters) -> None:
         self._parameters = parameters
         self._norms: list[Affine] = []
         self._observed: list[Statistics] = []
+        self.is_thin = is_thin(parameters)
 
-    def observe(self, pixels: Tensor) -> None:
-        """Take the statistics of a band (rows, columns, Cin) before the next normalisation."""
+    @property
+    def passes(self) -> int:
+        """How many have been closed."""
+        return len(self._norms)
+
+    def observe(self, pixels: Tensor, trunk: Tensor, branch: Tensor, *, keep: bool = False, kept: bool = False) -> None:
+        """Take the statistics of a band (rows, columns, Cin) before the next normalisation.
+
+        With `keep` the trunk is fit to be kept afterwards. The pixels may lie in the trunk, unless they are thin.
+        """
         assert len(self._norms) < PASSES
-        band = Band(pixels.flatten(0, 1), self._parameters)
-        norm = None
-        for following in self._norms:
-            band.pass_on(norm)
-            norm = following
-        self._observed.append(band.advance(norm))
+        # A thin projection is not stored: in the first block it is the branch that is worth keeping.
+        if keep and self.is_thin and self.passes < 3:
+            branch = trunk
+        self._observed.append(self._band(pixels, trunk, branch, kept, self.passes).advance(self._last_norm()))
 
     def close_pass(self) -> None:
         """All bands have been observed: their statistics together are the next normalisation."""
@@ -45,28 +59,77 @@ class BandedEncoder:
             self._norms.append(Affine.of(Statistics.merge(self._observed), weight, bias, working_dtype(weight.dtype)))
         self._observed.clear()
 
-    def encode(self, pixels: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(rows, columns, Cin) -> (rows, columns, D), rotated as the map of that size that the rotation is of."""
-        return self._ready(pixels).finish(self._norms[-1], rotation).view(*pixels.shape[:2], -1)
+    def abandon_pass(self) -> None:
+        """Some bands could not be observed: the pass begins anew."""
+        self._observed.clear()
 
-    def encode_pooled(self, pixels: Tensor, rows: Cells, columns: Cells) -> Tensor:
+    def begin(self, pixels: Tensor, trunk: Tensor, branch: Tensor) -> None:
+        """Bring a band to where a trunk that has been kept through all passes is."""
+        assert len(self._norms) == PASSES
+        self._band(pixels, trunk, branch, kept=False, steps=PASSES - 1)
+
+    def encode(
+        self, pixels: Tensor, trunk: Tensor, branch: Tensor, rotation: Rotation | None = None, *, kept: bool = False
+    ) -> Tensor:
+        """(rows, columns, Cin) -> (rows, columns, D) in the trunk, rotated as the map of that size."""
+        self._ready(pixels, trunk, branch, kept).finish(self._norms[-1], rotation)
+        return trunk
+
+    def encode_pooled(
+        self, pixels: Tensor, trunk: Tensor, branch: Tensor, rows: Cells, columns: Cells, *, kept: bool = False
+    ) -> Tensor:
         """The pixels (rows, columns, Cin) that these cells need -> the cells (rows, columns, D)."""
         if rows.count == rows.length and columns.count == columns.length:
-            return self.encode(pixels)
-        dim = self._parameters.block1.weight1.shape[0]
-        out = pixels.new_empty(rows.stop - rows.first, columns.stop - columns.first, dim)
+            return self.encode(pixels, trunk, branch, kept=kept)
+        out = empty((rows.stop - rows.first, columns.stop - columns.first, trunk.shape[2]), trunk)
         if rows.shrinks and columns.shrinks:
-            self._ready(pixels).finish_pooled(self._norms[-1], rows, columns, out)
+            self._ready(pixels, trunk, branch, kept).finish_pooled(self._norms[-1], rows, columns, out)
             return out
-        encoded, mean = self.encode(pixels), columns.mean(working_dtype(pixels.dtype), pixels.device)
+        encoded = self.encode(pixels, trunk, branch, kept=kept)
+        mean = columns.mean(working_dtype(encoded.dtype), encoded.device)
         for row in range(out.shape[0]):
-            out[row] = mean(encoded[rows.within(row)].to(working_dtype(pixels.dtype)))
+            out[row] = mean(encoded[rows.within(row)].to(working_dtype(encoded.dtype)))
         return out
 
-    def _ready(self, pixels: Tensor) -> Band:
+    def add_to_cells(
+        self,
+        pixels: Tensor,
+        trunk: Tensor,
+        branch: Tensor,
+        rows: slice,
+        cells: tuple[Cells, Cells],
+        sums: tuple[Tensor, Tensor],
+        *,
+        kept: bool = False,
+    ) -> None:
+        """Add a band of whole rows to two sums (h, w, D) over the cells of the rows and columns of a pooling."""
+        self._ready(pixels, trunk, branch, kept).add_to_cells(self._norms[-1], rows, cells, sums)
+
+    def pooled(self, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> Tensor:
+        """(h, w, D), in the dtype worked in, of the sums to which all bands have been added; they are used up."""
+        rows, columns = (axis.sizes(sums[0].dtype, sums[0].device) for axis in cells)
+        for each in sums:
+            each.div_((rows[:, None] * columns)[:, :, None])
+        return joined(*sums, self._parameters)
+
+    def _ready(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool) -> Band:
         """A band that waits for the last normalisation."""
         assert len(self._norms) == PASSES
-        band = Band(pixels.flatten(0, 1), self._parameters)
-        for norm in (None, *self._norms[:-1]):
-            band.pass_on(norm)
+        band = self._band(pixels, trunk, branch, kept, PASSES - 1)
+        band.pass_on(self._norms[-2])
         return band
+
+    def _band(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool, steps: int) -> Band:
+        """A band that has taken so many steps."""
+        taken = min(self._steps_kept(self.passes), steps) if kept else 0
+        band = Band(pixels.flatten(0, 1), self._parameters, trunk.flatten(0, 1), branch.flatten(0, 1), taken)
+        for step in range(taken, steps):
+            band.pass_on(self._norms[step - 1] if step else None)
+        return band
+
+    def _steps_kept(self, passes: int) -> int:
+        """The steps that a trunk kept in the last of so many passes has behind it."""
+        return ((0, 0, 2, 3, 3) if self.is_thin else (0, 1, 1, 3, 3))[passes]
+
+    def _last_norm(self) -> Affine | None:
+        return self._norms[-1] if self._norms else None

@@ -40,6 +40,16 @@ class Cells:
         offset = self.pixels.start
         return slice(start - offset, stop - offset)
 
+    def touching(self, pixels: slice) -> range:
+        """The cells of the axis, all of which these must be, that average one of these pixels."""
+        first = pixels.start * self.count // self.length
+        while first and self.within(first - 1).stop > pixels.start:
+            first -= 1
+        stop = first
+        while stop < self.count and self.within(stop).start < pixels.stop:
+            stop += 1
+        return range(first, stop)
+
     def indicator(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(cells, pixels): 1 where a cell averages one of the pixels that these cells need, 0 elsewhere."""
         start, stop = self._bounds(torch.arange(self.first, self.stop, device=device)[:, None])
@@ -58,10 +68,20 @@ class Cells:
                 return (line.index_select(0, first) + line.index_select(0, last)) / 2
 
             return gathered
+        number = self.sizes(dtype, device)[:, None]
+        total = self.total(dtype, device)
+        return lambda rows: total(rows) / (number * rows.shape[0])
+
+    def total(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """What takes rows (r, pixels, D) to their sum over all rows and over each cell of columns: (cells, D)."""
         # Row sums and a product with the cells' indicator: adaptive pooling's own kernel does not vectorise on a CPU.
         indicator = self.indicator(dtype, device)
-        number = indicator.sum(dim=1, keepdim=True)
-        return lambda rows: (indicator @ rows.sum(dim=0)) / (number * rows.shape[0])
+        return lambda rows: indicator @ rows.sum(dim=0)
+
+    def sizes(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(cells,): the pixels that each averages."""
+        start, stop = self._bounds(torch.arange(self.first, self.stop, device=device))
+        return (stop - start).to(dtype)
 
     def _bounds(self, cell: Index) -> tuple[Index, Index]:
         return cell * self.length // self.count, -((cell + 1) * self.length // -self.count)

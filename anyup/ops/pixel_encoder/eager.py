@@ -73,21 +73,39 @@ class Band:
     band. With several bands, merge their statistics before going on. `finish` applies the last one.
     """
 
-    def __init__(self, pixels: Tensor, parameters: EncoderParameters, trunk: Tensor | None = None) -> None:
-        """(n, Cin) pixels; `trunk` is where the result goes, (n, D), a new tensor if None."""
+    def __init__(
+        self,
+        pixels: Tensor,
+        parameters: EncoderParameters,
+        trunk: Tensor | None = None,
+        branch: Tensor | None = None,
+        steps: int = 0,
+    ) -> None:
+        """Of (n, Cin) pixels, or with `steps` of the encoder behind it.
+
+        Args:
+            pixels: what the encoder takes; it is not read where a trunk of three steps (one, unless the first
+                projection is thin) is there.
+            parameters: its weights.
+            trunk: (n, D), what the residual blocks add to; the result goes there. A new tensor if None.
+            branch: (n, D), room for what they add; it may be the trunk up to the third step of a thin encoder.
+            steps: how far the trunk (and, in the middle of a block, the branch) has come already.
+        """
         self._parameters = parameters
         self.work_dtype = working_dtype(pixels.dtype)
         self._count, self._device = pixels.shape[0], pixels.device
         self._dim = parameters.block1.weight1.shape[0]
         self._trunk = empty((self._count, self._dim), pixels) if trunk is None else trunk
-        self._branch: Tensor | None = None
-        self._norms_done = 0
+        self._branch = branch
+        self._norms_done = steps
         self._measures = True
         projection = parameters.projection
         self._thin: ThinProjection | None = None
-        if projection is not None and projection.shape[1] <= MOST_CHANNELS:
+        if steps > 2:
+            return
+        if projection is not None and is_thin(parameters):
             self._thin = ThinProjection(pixels, projection, self.work_dtype)
-        else:
+        elif not steps:
             self._pixels = pixels.contiguous()
 
     def advance(self, norm: Affine | None) -> Statistics:
@@ -158,8 +176,26 @@ class Band:
             passed[row] = mean(trunk[within].to(self.work_dtype))
 
         map_tiles(go, range(out.shape[0]), out.device)
-        weight = self._parameters.block2.weight2.to(self.work_dtype)
-        out.copy_(linear(activated.flatten(0, 1), weight).view_as(passed).add_(passed))
+        out.copy_(joined(activated, passed, self._parameters))
+
+    def add_to_cells(self, norm: Affine, rows: slice, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> None:
+        """Apply the last normalisation to some whole rows of a map, and add them to the cells of its pooling.
+
+        There are two sums (h, w, D), of activations and of the trunk; `joined` makes the result of their means.
+        """
+        assert self._branch is not None
+        row_cells, columns = cells
+        branch, trunk = (t.view(rows.stop - rows.start, columns.length, -1) for t in (self._branch, self._trunk))
+        total = columns.total(self.work_dtype, self._device)
+
+        def go(cell: int) -> None:
+            wanted = row_cells.within(cell)
+            within = slice(max(wanted.start - rows.start, 0), min(wanted.stop, rows.stop) - rows.start)
+            activations, passed = (s[cell] for s in sums)
+            activations += total(_activate(branch[within].to(self.work_dtype), norm))
+            passed += total(trunk[within].to(self.work_dtype))
+
+        map_tiles(go, row_cells.touching(rows), self._device)
 
     def _project(self) -> Statistics | None:
         if self._thin is not None:
@@ -213,6 +249,17 @@ def norm_parameters(parameters: EncoderParameters) -> Iterator[tuple[Tensor, Ten
     for block in (parameters.block1, parameters.block2):
         yield block.norm1_weight, block.norm1_bias
         yield block.norm2_weight, block.norm2_bias
+
+
+def is_thin(parameters: EncoderParameters) -> bool:
+    """Whether the first projection has so few inputs that its map is never stored."""
+    return parameters.projection is not None and parameters.projection.shape[1] <= MOST_CHANNELS
+
+
+def joined(activated: Tensor, passed: Tensor, parameters: EncoderParameters) -> Tensor:
+    """(h, w, D): the pooled result, from the means over its cells of the last activations and of the trunk."""
+    weight = parameters.block2.weight2.to(activated.dtype)
+    return linear(activated.flatten(0, 1), weight).view_as(passed).add_(passed)
 
 
 def _activate(x: Tensor, norm: Affine) -> Tensor:

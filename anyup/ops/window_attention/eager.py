@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -75,6 +76,33 @@ def forward(
 
         map_tiles(attend, list(_batches(window, query, keys, channels, max_queries, part=part)), query.device)
     return out, lse
+
+
+@lru_cache(maxsize=256)
+def scratch_bytes(
+    window: Window,
+    rows: int,
+    output_size: tuple[int, int],
+    grid: tuple[int, int],
+    shape: tuple[int, int, int],
+    device_type: str,
+) -> int:
+    """Bytes that a thread works in, for so many rows of an output; an estimate from above.
+
+    `shape` is (heads, width of queries, channels of the values).
+    """
+    heads, dim, channels = shape
+    budget = _BUDGET.get(device_type, _BUDGET_ELSEWHERE)
+    most = 0
+    for row in cut_axis(window, output_size[0], grid[0], min(rows, _LONGEST_SEGMENT)):
+        for column in cut_axis(window, output_size[1], grid[1], _LONGEST_SEGMENT):
+            pixels, keys = row.length * column.length, row.keys * column.keys
+            count = min(max(1, budget // (pixels * max(heads * keys, channels))), column.count)
+            biased = row.bias is not None or column.bias is not None
+            logits = (2 * heads + 1 + biased) * pixels * keys  # logits, weights, their mean, the bias
+            values = dim * (pixels + 2 * keys) + channels * (2 * keys + 2 * pixels)
+            most = max(most, count * (logits + values))
+    return 4 * most
 
 
 def backward(
