@@ -122,6 +122,7 @@ class AnyUp(nn.Module):
         *,
         values: Tensor | None = None,
         max_memory: int | str | None = None,
+        out: Any = None,
     ) -> Tensor:
         """Bring features to the image's resolution.
 
@@ -137,9 +138,12 @@ class AnyUp(nn.Module):
             max_memory: bytes, or a text such as "2GB", that the call may allocate, its result included; it keeps
                 less, and computes more again, as `plan` says. None: no limit on a CPU, 90 % of what is free on a GPU
                 (none where a gradient is wanted, or while torch.compile traces).
+            out: write the result into this, of its shape and any floating dtype, and return it: a tensor on any
+                device, a NumPy array or memory map, a zarr array. No other map of the output is made, and `max_memory`
+                does not count it.
 
         Returns:
-            (B, C or Cv, H, W) in the dtype of the features (or values), channels last in memory.
+            (B, C or Cv, H, W) in the dtype of the features (or values), channels last in memory; or `out`.
 
         Raises:
             ValueError, TypeError: which argument, what was expected, what came; before any work. `max_memory`: the
@@ -148,11 +152,40 @@ class AnyUp(nn.Module):
             NotImplementedError: no requested backend can; lists every reason.
         """
         size = self.check(image, features, output_size, q_chunk_size, values=values)
+        if out is not None:
+            self._write(image, features, size, vis_attn, q_chunk_size, values, max_memory, out)
+            written: Tensor = out
+            return written
         if torch.compiler.is_compiling() and max_memory is None:
             return self._upsample(image, features, size, vis_attn, q_chunk_size, values)
         from anyup import streaming
 
         return streaming.call(self, image, features, size, vis_attn, q_chunk_size, values, max_memory)
+
+    def _write(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        size: tuple[int, int],
+        vis_attn: bool,
+        q_chunk_size: int | None,
+        values: Tensor | None,
+        max_memory: int | str | None,
+        out: Any,
+    ) -> None:
+        """The call into what the caller brings."""
+        from anyup import streaming
+
+        if vis_attn:
+            raise ValueError("vis_attn: the picture is not drawn where the result goes to `out`")
+        if streaming.wants_gradients(self, image, features, *(() if values is None else (values,))):
+            raise RuntimeError("out does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
+        for _ in streaming.stream(
+            self, image, features, size,
+            tile=None, max_memory=max_memory, region=None, values=values, dtype=None,
+            out=out, keep=True, q_chunk_size=q_chunk_size,
+        ):  # fmt: skip
+            pass
 
     def _upsample(
         self,
@@ -214,6 +247,7 @@ class AnyUp(nn.Module):
         region: Sequence[int] | None = None,
         values: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        out: Any = None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Bring features to the image's resolution piece by piece, without a map of that resolution in memory.
 
@@ -228,7 +262,9 @@ class AnyUp(nn.Module):
                 what is free on a GPU, and nothing that is kept on a CPU.
             region: (top, left, height, width): compute this part of the output alone, at the cost of the part plus
                 the statistics. None: all of it.
-            dtype: of the pieces; None means that of the features (or values).
+            dtype: of the pieces; None means that of `out`, else of the features (or values).
+            out: write the pieces into this as well, of the shape (B, C or Cv, H, W) of the output or the region, as in
+                the call. It is complete when the stream ends.
 
         Yields:
             (rows, columns, piece): two slices of the output and (B, C or Cv, rows, columns), from left to right and
@@ -243,7 +279,7 @@ class AnyUp(nn.Module):
 
         return stream(
             self, image, features, output_size,
-            tile=tile, max_memory=max_memory, region=region, values=values, dtype=dtype,
+            tile=tile, max_memory=max_memory, region=region, values=values, dtype=dtype, out=out,
         )  # fmt: skip
 
     def check(

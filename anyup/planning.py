@@ -201,16 +201,16 @@ class BudgetError(ValueError):
         )
 
 
-def choose(task: Task, limit: int | None) -> Plan:
+def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """The plan with the least work among those that keep to the limit.
 
-    Without one a call keeps whole maps, and a stream nothing.
+    Without one a call keeps whole maps, and so does a stream with `keep`; another stream keeps nothing.
 
     Raises:
         BudgetError: there is none.
     """
     if limit is None:
-        return _whole(task, None) if task.returned or task.context == "all" else _unlimited_stream(task)
+        return _whole(task, None) if keep or task.returned or task.context == "all" else _unlimited_stream(task)
     candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= limit]
     smallest = min(plan.peak_bytes for plan in _whole_plans(task, limit))
     if not candidates or candidates[0].cost > 1:

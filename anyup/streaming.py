@@ -16,6 +16,7 @@ from anyup.image_context import ImageContext
 from anyup.ops import memory
 from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
+from anyup.outputs import Target, target_of
 from anyup.planning import BudgetError, Plan, choose, rows_at_once, task_of
 from anyup.problem import check_size
 from anyup.window import Part
@@ -40,8 +41,16 @@ def stream(
     region: Sequence[int] | None,
     values: Tensor | None,
     dtype: torch.dtype | None,
+    out: Any = None,
+    keep: bool = False,
+    skip: int = 0,
+    q_chunk_size: int | None = None,
 ) -> Iterator[Tile]:
-    """Check the arguments of `AnyUp.stream` now; compute as tiles are taken."""
+    """Check the arguments of `AnyUp.stream` now; compute as tiles are taken.
+
+    Without a limit it keeps nothing, or, with `keep`, whole maps of all but the output. The first `skip` pieces are
+    left out.
+    """
     size = model.check(image, features, output_size, values=values)
     top, left, height, width = where = check_region(region, size)
     carried = features if values is None else values
@@ -50,24 +59,46 @@ def stream(
     tile_size = _check_tile(tile, (height, width))
     if wants_gradients(model, image, features, carried):
         raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
+    target = None
+    if out is not None:
+        target = target_of(out, (len(features), carried.shape[1], height, width), features.device)
+    dtype = dtype or (carried.dtype if target is None else target.dtype)
     task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
-    plan = choose(task, limit_on(features.device, max_memory))
-    source = _Source(model, image, features, carried, size, Rescue(plan))
+    plan = choose(task, limit_on(features.device, max_memory), keep=keep)
+    source = _Source(model, image, features, carried, size, Rescue(plan), q_chunk_size)
     rows, columns = tile_size or (rows_at_once(plan), width)
+    if target is not None and tile_size is None:
+        rows -= rows % target.multiple if rows > target.multiple else 0
     parts = [
         (slice(row, min(row + rows, top + height)), slice(column, min(column + columns, left + width)))
         for row in range(top, top + height, rows)
         for column in range(left, left + width, columns)
     ]
-    return _tiles(source, parts, dtype or carried.dtype)
+    return _tiles(source, parts[skip:], dtype, (top, left), target)
 
 
 @torch.no_grad()  # of each step: what the caller does between two tiles is his own
-def _tiles(source: _Source, parts: Sequence[tuple[slice, slice]], dtype: torch.dtype) -> Iterator[Tile]:
-    for rows, columns in parts:
-        out = source.piece(rows, columns, dtype)
-        yield rows, columns, out.permute(0, 3, 1, 2)
-        del out  # before the next one is made
+def _tiles(
+    source: _Source,
+    parts: Sequence[tuple[slice, slice]],
+    dtype: torch.dtype,
+    origin: tuple[int, int],
+    target: Target | None,
+) -> Iterator[Tile]:
+    try:
+        for rows, columns in parts:
+            piece = source.piece(rows, columns, dtype).permute(0, 3, 1, 2)
+            if target is not None:
+                target.write(_less(rows, origin[0]), _less(columns, origin[1]), piece)
+            yield rows, columns, piece
+            del piece  # before the next one is made
+    finally:
+        if target is not None:
+            target.finish()
+
+
+def _less(part: slice, origin: int) -> slice:
+    return slice(part.start - origin, part.stop - origin)
 
 
 def call(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_close_enough
 from recipe import fill, wave
-from torch import Tensor
 
 from anyup import AnyUp, planning, streaming
 from anyup.banded import Bands

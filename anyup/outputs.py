@@ -1,0 +1,247 @@
+"""Where an upsampled map is written piece by piece: tensors, NumPy arrays and memory maps, zarr arrays and their like.
+
+A piece is converted to the dtype of what it is written into. Pages of a memory map go to disk and out of memory after
+each piece, for they count as resident otherwise; pieces of a GPU travel to the host while the next one is computed.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anyup.budget import readable
+from anyup.ops.precision import FLOATING
+
+Shape = tuple[int, int, int, int]
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+class Target(Protocol):
+    """What takes the pieces of a map.
+
+    Attributes:
+        dtype: that values are stored in.
+        multiple: rows of a piece that are written without reading others, a chunk's; 1 where it does not matter.
+    """
+
+    dtype: torch.dtype
+    multiple: int
+
+    def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
+        """Take (B, C, rows, columns) for these rows and columns."""
+
+    def finish(self) -> None:
+        """Wait until all that was taken has arrived."""
+
+
+def target_of(out: Any, shape: Shape, device: torch.device) -> Target:
+    """How pieces made on `device` are written into `out`, of the shape (B, C, H, W).
+
+    Raises:
+        TypeError: neither a tensor nor an array, or not of floating-point numbers.
+        ValueError: another shape, or nothing that can be written.
+        OSError: the disk has no room for a memory map that is to be filled.
+    """
+    if isinstance(out, Tensor):
+        return _tensor_target(out, shape, device)
+    if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
+        raise TypeError(f"out: expected a tensor, a NumPy or a zarr array, got {type(out).__name__}")
+    _check_shape(out.shape, shape)
+    dtype = _DTYPES.get(str(out.dtype))
+    if dtype is None:
+        raise TypeError(f"out: expected floating-point numbers of {', '.join(_DTYPES)}, got {out.dtype}")
+    if getattr(out, "read_only", False):
+        raise ValueError("out: expected an array that can be written, got a read-only one")
+    host = _array_target(out, dtype)
+    return _Pinned(host) if device.type == "cuda" else host
+
+
+def _tensor_target(out: Tensor, shape: Shape, device: torch.device) -> Target:
+    _check_shape(out.shape, shape)
+    if out.dtype not in FLOATING:
+        raise TypeError(f"out: expected a floating-point tensor, got {out.dtype}")
+    if out.requires_grad:
+        raise ValueError("out: expected a tensor that needs no gradient; use out.detach()")
+    if out.is_meta:
+        raise ValueError("out: expected a tensor with memory, got one on the device meta")
+    target = _Memory(out)
+    return _Pinned(target) if device.type == "cuda" and out.device.type == "cpu" else target
+
+
+def _array_target(out: Any, dtype: torch.dtype) -> Target:
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(out, numpy.ndarray):
+        return _Chunked(out, dtype)
+    if not out.flags.writeable:
+        raise ValueError("out: expected an array that can be written, got a read-only one")
+    try:
+        tensor = torch.from_numpy(out)
+    except ValueError as error:  # strides that torch has no tensors of
+        raise ValueError(f"out: {error}") from error
+    mapping = _mapping(out)
+    if mapping is None:
+        return _Memory(tensor)
+    if getattr(out, "mode", None) == "c":
+        raise ValueError("out: expected a memory map that is written to its file (r+ or w+), got mode 'c'")
+    if getattr(out, "filename", None):
+        reserve(out.filename)
+    return _MemoryMap(tensor, mapping)
+
+
+def _check_shape(actual: Sequence[int], expected: Shape) -> None:
+    if tuple(actual) != expected:
+        raise ValueError(f"out: expected shape {expected}, (B, C, H, W) of what is computed, got {tuple(actual)}")
+
+
+def _mapping(array: Any) -> mmap.mmap | None:
+    """The map of a file that an array lies in."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = getattr(array, "base", None)
+    return array
+
+
+def reserve(path: str | os.PathLike[str]) -> None:
+    """Give a file that may have holes all of its blocks: writing to a map of it on a full disk ends the process.
+
+    Raises OSError, with what was needed and what is free, where they are not to be had.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        status = os.fstat(file.fileno())
+        needed = status.st_size - status.st_blocks * 512
+        if needed <= 0:
+            return
+        try:
+            os.posix_fallocate(file.fileno(), 0, status.st_size)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                return  # a file system that does not know how
+            free = readable(shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free)
+            what = f"{readable(needed)} needed, {free} free: {error.strerror}"
+            raise OSError(errno.ENOSPC, what, os.fspath(path)) from error
+
+
+class _Memory:
+    """A tensor, on any device."""
+
+    multiple = 1
+
+    def __init__(self, out: Tensor) -> None:
+        self._out = out
+        self.dtype = out.dtype
+
+    def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
+        self._out[:, :, rows, columns] = piece
+
+    def finish(self) -> None:
+        pass
+
+
+class _MemoryMap(_Memory):
+    """A tensor over a map of a file."""
+
+    def __init__(self, out: Tensor, mapping: mmap.mmap) -> None:
+        super().__init__(out)
+        self._mapping = mapping
+
+    def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
+        super().write(rows, columns, piece)
+        self._mapping.flush()
+        if hasattr(self._mapping, "madvise"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class _Chunked:
+    """An array that is written by assignment: zarr's, h5py's."""
+
+    def __init__(self, out: Any, dtype: torch.dtype) -> None:
+        self._out = out
+        self.dtype = dtype
+        chunks = getattr(out, "chunks", None)
+        self.multiple = int(chunks[2]) if chunks else 1
+
+    def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
+        self._out[:, :, rows, columns] = piece.to("cpu", self.dtype).contiguous().numpy()
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass
+class _OnItsWay:
+    """A piece in a buffer of the host, which holds it once the event has happened."""
+
+    rows: slice
+    columns: slice
+    piece: Tensor
+    event: Any
+
+
+def _pinned(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, pin_memory=True)
+
+
+class _Pinned:
+    """Pieces of a GPU into memory of the host, by way of two pinned buffers.
+
+    A piece is handed on when its buffer is needed again: until then the GPU computes the next.
+    """
+
+    def __init__(
+        self,
+        host: Target,
+        make_buffer: Callable[[int, torch.dtype], Tensor] = _pinned,
+        make_event: Callable[[], Any] = torch.cuda.Event,
+    ) -> None:
+        self._host, self._make_buffer, self._make_event = host, make_buffer, make_event
+        self.dtype, self.multiple = host.dtype, host.multiple
+        self._buffers: list[Tensor | None] = [None, None]
+        self._underway: list[_OnItsWay | None] = [None, None]
+        self._turn = 0
+
+    def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
+        turn = self._turn
+        self._hand_on(turn)
+        # As it lies in memory, channels last, so that the copy is one block.
+        source = piece.permute(0, 2, 3, 1).to(self.dtype).contiguous()
+        buffer = self._buffers[turn]
+        if buffer is None or buffer.numel() < source.numel():
+            buffer = self._buffers[turn] = self._make_buffer(source.numel(), self.dtype)
+        held = buffer[: source.numel()].view(source.shape)
+        held.copy_(source, non_blocking=True)
+        event = self._make_event()
+        event.record()
+        self._underway[turn] = _OnItsWay(rows, columns, held.permute(0, 3, 1, 2), event)
+        self._turn = 1 - turn
+
+    def finish(self) -> None:
+        for turn in (self._turn, 1 - self._turn):  # the older first
+            self._hand_on(turn)
+        self._host.finish()
+
+    def _hand_on(self, turn: int) -> None:
+        underway, self._underway[turn] = self._underway[turn], None
+        if underway is not None:
+            underway.event.synchronize()
+            self._host.write(underway.rows, underway.columns, underway.piece)
+
+
+def discard(path: str | os.PathLike[str]) -> None:
+    """Remove a file or folder, if it is there."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
