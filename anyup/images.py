@@ -47,6 +47,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ARRAY_SUFFIXES = (".npy", ".pt", ".safetensors")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
+_TENSOR_SUFFIXES = (".safetensors", ".pt", ".pth")
 _FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 
 
@@ -146,7 +147,10 @@ def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], what
         raise ValueError(f"{what} {path}: the name must end in {_one_of(suffixes)}")
     if path.suffix.lower() == ".safetensors":
         _safetensors()
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    if path.suffix.lower() == ".zarr":
+        if path.exists() and not path.is_dir():
+            raise OSError(f"{what} {path}: exists and is not a folder")
+    elif path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise OSError(f"{what} {path}: exists and is not a regular file")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
@@ -255,6 +259,29 @@ def read_features(path: str | os.PathLike[str]) -> Tensor:
     if found.dim() != 4 or found.shape[0] != 1 or 0 in found.shape:
         raise ValueError(f"features {path}: shape (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}")
     return found.detach().contiguous()
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt or .pth file by name; nothing in the file is executed.
+
+    Raises OSError where the file cannot be opened, and ValueError where it holds no such thing.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _TENSOR_SUFFIXES:
+        raise ValueError(f"{path}: the name must end in {_one_of(_TENSOR_SUFFIXES)}")
+    with path.open("rb"):
+        pass
+    try:
+        found = _read_arrays(path, suffix)
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: cannot be read as {suffix}, it may be truncated ({reason})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: tensors by name expected, it holds a {type(found).__name__}")
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _read_arrays(path: Path, suffix: str) -> object:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from anyup.ops.window_attention import explain_backends as explain_window_attent
 from anyup.ops.window_attention import window_attention
 from anyup.problem import check_image, check_inputs
 from anyup.window import WINDOW_KINDS, make_window
+
+if TYPE_CHECKING:
+    from anyup.streaming import Stream
 
 OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
 
@@ -248,7 +251,7 @@ class AnyUp(nn.Module):
         values: Tensor | None = None,
         dtype: torch.dtype | None = None,
         out: Any = None,
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
+    ) -> Stream:
         """Bring features to the image's resolution piece by piece, without a map of that resolution in memory.
 
         Exact: normalisations take the statistics of the whole image, windows and convolutions know no seams. What
@@ -266,9 +269,9 @@ class AnyUp(nn.Module):
             out: write the pieces into this as well, of the shape (B, C or Cv, H, W) of the output or the region, as in
                 the call. It is complete when the stream ends.
 
-        Yields:
-            (rows, columns, piece): two slices of the output and (B, C or Cv, rows, columns), from left to right and
-            from top to bottom. The work is done as they are taken.
+        Returns:
+            An iterator over (rows, columns, piece), two slices of the output and (B, C or Cv, rows, columns), from
+            left to right and from top to bottom. The work is done as they are taken. It has a length, and a `plan`.
 
         Raises:
             ValueError, TypeError: which argument, what was expected, what came; before any work.

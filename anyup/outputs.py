@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -236,12 +235,3 @@ class _Pinned:
         if underway is not None:
             underway.event.synchronize()
             self._host.write(underway.rows, underway.columns, underway.piece)
-
-
-def discard(path: str | os.PathLike[str]) -> None:
-    """Remove a file or folder, if it is there."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -21,6 +21,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB" if count < 100 else f"{count:.0f} GB"
+
+
+def _left(told: list[tuple[float, float]]) -> str:
+    """ ", 40 %, 18 s left", from (seconds, share done) of the first and the last time that it was told."""
+    if len(told) < 2 or told[1][1] <= told[0][1]:
+        return ""
+    (first, begun), (last, done) = told
+    return f", {done:.0%}, {(1 - done) * (last - first) / (done - begun):.0f} s left"
 
 
 class Progress:
@@ -42,14 +50,22 @@ class Progress:
         self._write(f"{text}\n")
 
     @contextmanager
-    def stage(self, text: str) -> Iterator[None]:
-        """Show that `text` is going on until the block ends, then how long it took."""
+    def stage(self, text: str) -> Iterator[Callable[[float], None]]:
+        """Show that `text` is going on until the block ends, then how long it took.
+
+        Called with the share of it that is done, what the block gets makes a terminal show the time left.
+        """
         start = time.perf_counter()
         over = threading.Event()
+        told: list[tuple[float, float]] = []  # the first share told of, and the last, with their seconds
+
+        def tell(share: float) -> None:
+            told[1 if told else 0 :] = [(time.perf_counter() - start, share)]
 
         def tick() -> None:
             while not over.wait(_TICK):
-                self._write(f"\r{text} ... {time.perf_counter() - start:.0f} s")
+                seconds = time.perf_counter() - start
+                self._write(f"\r{text} ... {seconds:.0f} s{_left(told)}   ")
 
         self._write(f"{text} ... ")
         ticker = threading.Thread(target=tick, daemon=True) if self._live else None
@@ -57,7 +73,7 @@ class Progress:
             ticker.start()
         finished = False
         try:
-            yield
+            yield tell
             finished = True
         finally:
             over.set()

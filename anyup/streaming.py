@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,13 +43,11 @@ def stream(
     dtype: torch.dtype | None,
     out: Any = None,
     keep: bool = False,
-    skip: int = 0,
     q_chunk_size: int | None = None,
-) -> Iterator[Tile]:
+) -> Stream:
     """Check the arguments of `AnyUp.stream` now; compute as tiles are taken.
 
-    Without a limit it keeps nothing, or, with `keep`, whole maps of all but the output. The first `skip` pieces are
-    left out.
+    Without a limit it keeps nothing, or, with `keep`, whole maps of all but the output.
     """
     size = model.check(image, features, output_size, values=values)
     top, left, height, width = where = check_region(region, size)
@@ -74,27 +72,63 @@ def stream(
         for row in range(top, top + height, rows)
         for column in range(left, left + width, columns)
     ]
-    return _tiles(source, parts[skip:], dtype, (top, left), target)
+    return Stream(source, parts, dtype, (top, left), target)
 
 
-@torch.no_grad()  # of each step: what the caller does between two tiles is his own
-def _tiles(
-    source: _Source,
-    parts: Sequence[tuple[slice, slice]],
-    dtype: torch.dtype,
-    origin: tuple[int, int],
-    target: Target | None,
-) -> Iterator[Tile]:
-    try:
-        for rows, columns in parts:
-            piece = source.piece(rows, columns, dtype).permute(0, 3, 1, 2)
+class Stream(Iterator[Tile]):
+    """The pieces of an upsampled map, each computed when it is taken; `len` tells how many there are in all.
+
+    Attributes:
+        parts: rows and columns of each piece, in their order.
+    """
+
+    def __init__(
+        self,
+        source: _Source,
+        parts: Sequence[tuple[slice, slice]],
+        dtype: torch.dtype,
+        origin: tuple[int, int],
+        target: Target | None,
+    ) -> None:
+        self.parts = tuple(parts)
+        self._source, self._dtype, self._origin, self._target = source, dtype, origin, target
+        self._first = 0
+        self._tiles = self._make()
+
+    @property
+    def plan(self) -> Plan:
+        """What is kept and what is computed again; `print` it."""
+        return self._source.plan
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __next__(self) -> Tile:
+        return next(self._tiles)
+
+    def skip(self, count: int) -> None:
+        """Leave out the next pieces, which are not computed then."""
+        self._first += count
+
+    def close(self) -> None:
+        """Stop here; what was written into `out` has arrived there."""
+        self._tiles.close()
+
+    @torch.no_grad()  # of each step: what the caller does between two tiles is his own
+    def _make(self) -> Generator[Tile, None, None]:
+        target, (top, left) = self._target, self._origin
+        try:
+            while self._first < len(self.parts):
+                rows, columns = self.parts[self._first]
+                self._first += 1
+                piece = self._source.piece(rows, columns, self._dtype).permute(0, 3, 1, 2)
+                if target is not None:
+                    target.write(_less(rows, top), _less(columns, left), piece)
+                yield rows, columns, piece
+                del piece  # before the next one is made
+        finally:
             if target is not None:
-                target.write(_less(rows, origin[0]), _less(columns, origin[1]), piece)
-            yield rows, columns, piece
-            del piece  # before the next one is made
-    finally:
-        if target is not None:
-            target.finish()
+                target.finish()
 
 
 def _less(part: slice, origin: int) -> slice:
@@ -218,6 +252,11 @@ class _Source:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._check_backends()
+
+    @property
+    def plan(self) -> Plan:
+        """That is followed now."""
+        return self._rescue.plan
 
     def prepare(self) -> None:
         """Make keys, and all of the queries that the plan keeps."""

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from anyup import assets, checkpoints, cli, demo
+from anyup import assets, checkpoints, cli, demo, streaming, upsample_command
 from anyup.images import normalize_imagenet, read_features, read_photo, resize, save_array, save_picture
 from anyup.model import AnyUp
 from anyup.progress import Progress, human_bytes
@@ -69,7 +68,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (checkpoints, demo):
         monkeypatch.setattr(module, "load", work)
     monkeypatch.setattr(demo, "untrained_model", work)
-    monkeypatch.setattr(AnyUp, "forward", work)
+    monkeypatch.setattr(streaming, "stream", work)
 
 
 @pytest.fixture
@@ -182,7 +181,7 @@ def _errors(captured: str) -> list[str]:
         (["upsample", "photo.png", "-o", "o.npy"], 2, "--encoder --features"),
         (["upsample", "photo.png", "--features", "features.npy", "--encoder", "x"], 2, "not allowed with"),
         (["upsample", "photo.png", "--features", "features.npy"], 2, "nothing to write"),
-        (["upsample", "photo.png", "--features", "features.npy", "-o", "o.tif"], 2, "must end in .npy, .pt"),
+        (["upsample", "photo.png", "--features", "features.npy", "-o", "o.tif"], 2, "must end in .npy, .zarr, .pt"),
         (
             ["upsample", "photo.png", "--features", "features.npy", "--picture", "o.npy"],
             2,
@@ -277,11 +276,11 @@ def test_a_result_that_does_not_fit_is_refused_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if scarce == "memory":
-        monkeypatch.setattr(cli, "_free_memory", lambda device: 1000)
+        monkeypatch.setattr(upsample_command, "free_memory", lambda device: 1000)
     else:
         usage = type("usage", (), {"free": 1000})
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert upsample("--features", "features.npy", "-o", "o.npy") == 1
+    assert upsample("--features", "features.npy", "-o", "o.pt") == 1
     error = capsys.readouterr().err
     assert "takes 15 kB" in error and "1 kB" in error and "--size" in error
 
@@ -296,12 +295,13 @@ def test_an_interrupted_run_leaves_no_file_and_says_130(
 ) -> None:
     def interrupt(*arguments: object, **_: object) -> None:
         if during == "writing":
-            Path(str(arguments[0])).write_bytes(b"half")
+            Path(str(arguments[1])).write_bytes(b"half")
         raise KeyboardInterrupt
 
     before = sorted(folder.iterdir())
-    monkeypatch.setattr(*((AnyUp, "forward") if during == "model" else (np, "save")), interrupt)
-    assert upsample("--features", "features.npy", "--weights", weights, "-o", "o.npy") == 130
+    monkeypatch.setattr(*((streaming._Source, "piece") if during == "model" else (torch, "save")), interrupt)
+    output = "o.npy" if during == "model" else "o.pt"
+    assert upsample("--features", "features.npy", "--weights", weights, "-o", output) == 130
     assert sorted(folder.iterdir()) == before
     assert "interrupted" in capsys.readouterr().err
 
@@ -335,7 +335,7 @@ def test_an_unforeseen_error_is_one_line_and_with_debug_a_traceback(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck\nand more")
 
-    monkeypatch.setattr(AnyUp, "forward", fail)
+    monkeypatch.setattr(streaming, "stream", fail)
     options = ("--features", "features.npy", "--weights", weights, "-o", "o.npy")
     assert upsample(*options) == 1
     assert _errors(capsys.readouterr().err) == ["anyup: error: RuntimeError: out of luck (--debug shows more)"]

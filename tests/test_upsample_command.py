@@ -1,0 +1,315 @@
+"""`anyup upsample` in pieces: files larger than the memory, regions, heads, interruptions and what completes them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from anyup import checkpoints, cli, outputs, planning
+from anyup.images import normalize_imagenet, read_features, read_photo, save_array, save_picture
+from anyup.model import AnyUp
+
+pytest.importorskip("PIL")
+
+PHOTO_SIZE = (24, 32)
+CHANNELS, GRID = 5, (6, 8)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with photo.png, features.npy and weights.pth; pieces are four rows."""
+    generator = torch.Generator().manual_seed(1)
+    save_picture(tmp_path / "photo.png", torch.rand(3, *PHOTO_SIZE, generator=generator))
+    save_array(tmp_path / "features.npy", torch.randn(CHANNELS, *GRID, generator=generator))
+    torch.manual_seed(0)
+    checkpoints.save(AnyUp(qk_dim=16, num_heads=2), tmp_path / "weights.pth")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "BAND_PIXELS", 4 * PHOTO_SIZE[1])
+
+
+def upsample(*arguments: object) -> int:
+    fixed = ("upsample", "photo.png", "--features", "features.npy", "--weights", "weights.pth")
+    return cli.main([*fixed, *map(str, arguments)])
+
+
+def expected(**arguments: Any) -> Tensor:
+    image, features = normalize_imagenet(read_photo("photo.png")), read_features("features.npy")
+    with torch.inference_mode():
+        result: Tensor = checkpoints.load("weights.pth")(image, features, **arguments)
+    return result[0]
+
+
+def left() -> set[str]:
+    return {path.name for path in Path().iterdir()} - {"photo.png", "features.npy", "weights.pth"}
+
+
+def array(path: str) -> Tensor:
+    if path.endswith(".zarr"):
+        zarr = pytest.importorskip("zarr")
+        return torch.from_numpy(zarr.open_array(path, mode="r")[...])[0]
+    return torch.from_numpy(np.load(path))
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
+def test_a_file_written_in_pieces_holds_what_the_model_returns(name: str) -> None:
+    if name.endswith("zarr"):
+        pytest.importorskip("zarr")
+    assert upsample("-o", name) == 0
+    torch.testing.assert_close(array(name), expected(), rtol=1e-5, atol=1e-5)
+    assert left() == {name}
+
+
+def test_an_older_file_is_replaced_and_until_then_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("out.npy", "out.zarr"):
+        if name.endswith("zarr"):
+            pytest.importorskip("zarr")
+        assert upsample("-o", name) == 0
+        before = array(name).clone()
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            assert upsample("-o", name, "--dtype", "float16") == 130
+        assert torch.equal(array(name), before)
+        assert upsample("-o", name, "--dtype", "float16", "--resume") == 0
+        assert array(name).dtype == torch.float16
+
+
+@pytest.mark.parametrize("output", ["out.npy", "out.pt"])
+def test_a_region_is_that_part_of_the_result(output: str) -> None:
+    assert upsample("-o", output, "--region", "5,8,10,16", "--picture", "out.png") == 0
+    result = read_features(output)[0]
+    torch.testing.assert_close(result, expected()[:, 5:15, 8:24], rtol=1e-5, atol=1e-5)
+    assert read_photo("out.png").shape == (1, 3, 10, 16)
+
+
+def test_a_dtype_is_that_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert upsample("-o", "out.npy", "--dtype", "float16") == 0
+    torch.testing.assert_close(array("out.npy"), expected().half(), rtol=2e-3, atol=1e-3)
+    assert upsample("-o", "out.pt", "--dtype", "bfloat16") == 0
+    assert read_features("out.pt").dtype == torch.bfloat16
+    assert upsample("-o", "wide.npy", "--dtype", "bfloat16") == 0
+    assert array("wide.npy").dtype == torch.float32
+    assert "NumPy has no bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(3, CHANNELS), (3, CHANNELS, 1, 1)])
+def test_a_head_is_applied(shape: tuple[int, ...]) -> None:
+    weight, bias = torch.randn(shape), torch.randn(3)
+    torch.save({"classifier.weight": weight, "classifier.bias": bias}, "head.pt")
+    assert upsample("-o", "out.npy", "--head", "head.pt") == 0
+    logits = torch.einsum("kc,chw->khw", weight.view(3, CHANNELS), expected()) + bias[:, None, None]
+    torch.testing.assert_close(array("out.npy"), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": torch.ones(3, CHANNELS + 1)}, "a head for 5 channels expected, got one for 6"),
+        ({"weight": torch.ones(3, CHANNELS, 3, 3)}, r"(K, C, 1, 1) expected, got (3, 5, 3, 3)"),
+        ({"weight": torch.ones(3, CHANNELS), "bias": torch.ones(4)}, "a bias of 3 expected, got (4,)"),
+        ({"a.weight": torch.ones(3, CHANNELS), "b.weight": torch.ones(3, 3)}, "it holds a.weight, b.weight"),
+        ({}, "it holds nothing"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(
+    content: dict[str, Tensor], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, "head.pt")
+    assert upsample("-o", "out.npy", "--head", "head.pt") == 1
+    assert message in capsys.readouterr().err
+    assert left() == {"head.pt"}
+
+
+def test_a_budget_gives_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert upsample("-o", "out.npy", "--max-memory", "60MB") == 0
+    torch.testing.assert_close(array("out.npy"), expected(), rtol=1e-5, atol=1e-5)
+    assert upsample("-o", "small.npy", "--max-memory", "1kB") == 1
+    assert "the smallest budget that can is" in capsys.readouterr().err
+    assert left() == {"out.npy"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-o", "o.npy", "--region", "0,0,25,3"), "region: expected (top, left, height, width) inside the output"),
+        (("-o", "o.npy", "--region", "1,2,3"), "TOP,LEFT,HEIGHT,WIDTH"),
+        (("-o", "o.npy", "--region", "0,0,0,3"), "region: "),
+        (("-o", "o.npy", "--max-memory", "much"), "bytes or a text such as"),
+        (("-o", "o.npy", "--max-memory", "0"), "a positive amount"),
+        (("-o", "o.pt", "--resume"), "--resume goes with an output that ends in .npy or .zarr"),
+        (("-o", "o.npy", "--dtype", "int8"), "int8"),
+        (("-o", "o.npy", "--values", "features.npy", "--head", "head.pt"), "not allowed with"),
+    ],
+)
+def test_a_mistake_is_named(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert upsample(*options) == 2
+    assert message in capsys.readouterr().err
+    assert left() == set()
+
+
+# Interruptions.
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseException | None = None) -> None:
+    """Ctrl-C, or an error, in the piece after so many."""
+    from anyup import streaming
+
+    piece = streaming._Source.piece
+    made: list[slice] = []
+
+    def counted(self: Any, rows: slice, *arguments: Any) -> Tensor:
+        if len(made) == pieces:
+            raise error or KeyboardInterrupt
+        made.append(rows)
+        return piece(self, rows, *arguments)
+
+    monkeypatch.setattr(streaming._Source, "piece", counted)
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a broken disk")])
+def test_what_was_interrupted_is_completed_to_the_same_bytes(
+    name: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name.endswith("zarr"):
+        pytest.importorskip("zarr")
+    assert upsample("-o", f"whole{name}") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, error)
+        assert upsample("-o", name) in (1, 130)
+    assert left() == {f"whole{name}", f"{name}.part", f"{name}.part.json"}
+    assert "3 of 6 pieces are kept; --resume goes on" in capsys.readouterr().err
+    assert upsample("-o", name, "--resume") == 0
+    assert "going on after 3 of 6 pieces" in capsys.readouterr().err
+    assert left() == {f"whole{name}", name}
+    assert torch.equal(array(name), array(f"whole{name}"))
+
+
+def test_an_interruption_before_the_first_piece_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, 0)
+    assert upsample("-o", "out.npy") == 130
+    assert left() == set()
+
+
+def test_pieces_that_are_there_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert upsample("-o", "out.npy") == 130
+    stop_after(monkeypatch, 2)  # would stop it if more than the last two were made
+    assert upsample("-o", "out.npy", "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--dtype", "float16"), "begun with dtype torch.float32, now torch.float16"),
+        (("--size", "24x30"), "begun with"),
+        (("--region", "0,0,24,30"), "begun with"),
+    ],
+)
+def test_what_was_begun_otherwise_is_not_completed(
+    change: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert upsample("-o", "out.npy") == 130
+    assert upsample("-o", "out.npy", "--resume", *change) == 1
+    error = capsys.readouterr().err
+    assert message in error and "delete it to begin anew" in error
+    assert left() == {"out.npy.part", "out.npy.part.json"}
+
+
+def test_other_features_do_not_complete_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert upsample("-o", "out.npy") == 130
+    save_array("features.npy", read_features("features.npy")[0] + 1)
+    assert upsample("-o", "out.npy", "--resume") == 1
+    assert "begun with features" in capsys.readouterr().err
+
+
+def test_what_was_interrupted_is_not_overwritten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert upsample("-o", "out.npy") == 130
+    before = Path("out.npy.part").read_bytes()
+    assert upsample("-o", "out.npy") == 1
+    assert "--resume completes it" in capsys.readouterr().err
+    assert Path("out.npy.part").read_bytes() == before
+
+
+def test_damaged_notes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out.npy.part.json").write_text("{", encoding="utf-8")
+    assert upsample("-o", "out.npy", "--resume") == 1
+    assert "out.npy.part.json: not what an interrupted run leaves" in capsys.readouterr().err
+
+
+def test_nothing_to_resume_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert upsample("-o", "out.npy", "--resume") == 0
+    assert left() == {"out.npy"}
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_a_disk_that_fills_leaves_nothing_and_says_what_was_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(outputs.os, "posix_fallocate", full)
+    assert upsample("-o", "out.npy") == 1
+    error = capsys.readouterr().err
+    assert "kB needed" in error and "free" in error
+    assert left() == set()
+
+
+RUN = """
+import sys, time
+from anyup import cli, planning, streaming
+planning.BAND_PIXELS = 4 * 32
+piece = streaming._Source.piece
+def slow(*arguments):
+    time.sleep(0.3)
+    return piece(*arguments)
+streaming._Source.piece = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_is_completed_to_the_same_bytes(kind: signal.Signals) -> None:
+    assert upsample("-o", "whole.npy") == 0
+    command = [sys.executable, "-c", RUN, "upsample", "photo.png", "--features", "features.npy"]
+    command += ["--weights", "weights.pth", "-o", "out.npy"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and _pieces() < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(kind)
+        assert process.wait(30) in (-kind, 130)
+    assert 2 <= _pieces() < 6 and not Path("out.npy").exists()
+    assert upsample("-o", "out.npy", "--resume") == 0
+    assert Path("out.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert left() == {"out.npy", "whole.npy"}
+
+
+def _pieces() -> int:
+    path = Path("out.npy.part.json")
+    return json.loads(path.read_text(encoding="utf-8"))["pieces"] if path.exists() else 0
