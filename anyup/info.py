@@ -25,6 +25,7 @@ _OPTIONAL = (
     ("PIL", "pillow", "reading and writing pictures: demo, upsample, train"),
     ("safetensors", "safetensors", ".safetensors files"),
     ("matplotlib", "matplotlib", "vis_attn=True"),
+    ("zarr", "zarr", ".zarr files"),
     ("h5py", "h5py", 'encoder "squeezenet1_1"'),
     ("accelerate", "accelerate", "training in several processes"),
     ("tensorboard", "tensorboard", "the curves of a training"),
