@@ -102,6 +102,15 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Variation:
+    """Changes to samples that make more of few photographs; see `anyup.training.variation`."""
+
+    turns: bool = False  # views are turned by quarters and mirrored, their features with them
+    recolour: float = 0.0  # share of the samples whose guidance has other colours
+    channels: float = 1.0  # smallest share of the channels that a step takes, in a drawn order; 1: all as they are
+
+
+@dataclass(frozen=True)
 class Run:
     """How it runs, and what it tells and keeps."""
 
@@ -129,6 +138,7 @@ class Settings:
     optimizer: Optimizer = field(default_factory=Optimizer)
     guidance: Guidance = field(default_factory=Guidance)
     loss: Loss = field(default_factory=Loss)
+    variation: Variation = field(default_factory=Variation)
     run: Run = field(default_factory=Run)
 
     def flat(self) -> dict[str, Any]:
@@ -309,4 +319,6 @@ def _check(settings: Settings) -> None:
     need("guidance.schedule", all(side >= 1 for _, side in settings.guidance.schedule), "sides of 1 or more")
     need("loss.cosine", loss.cosine + loss.mse > 0, "loss.cosine or loss.mse more than 0")
     need("loss.self_consistency_share", 0 < loss.self_consistency_share <= 1, "a number in (0, 1]")
+    need("variation.recolour", 0 <= settings.variation.recolour <= 1, "a number in [0, 1]")
+    need("variation.channels", 0 < settings.variation.channels <= 1, "a number in (0, 1]")
     need("run.precision", run.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
