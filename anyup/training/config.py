@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 CONFIGS = Path(__file__).parent / "configs"
 
 DECAYS = ("constant", "cosine")
+DRAWS = ("stride", "encoder")
 PRECISIONS = ("float32", "bfloat16")
 
 T = TypeVar("T")
@@ -133,6 +134,7 @@ class Settings:
     output: str = ""  # folder of the checkpoints and the log
     seed: int = 0
     encoders: tuple[str, ...] = ()
+    draw: str = "stride"  # what a step draws first: a stride, then an encoder of it; or any encoder alike
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -287,6 +289,7 @@ def _check(settings: Settings) -> None:
     need("encoders", bool(settings.encoders), "at least one name of anyup.encoders")
     need("encoders", len(set(settings.encoders)) == len(settings.encoders), "each encoder once")
 
+    need("draw", settings.draw in DRAWS, f"one of {', '.join(DRAWS)}")
     data, optimizer, loss, run = settings.data, settings.optimizer, settings.loss, settings.run
     at_least_one = (
         "data.image_size data.crop_size data.views data.crops data.crops_per_sample optimizer.steps optimizer.batch "

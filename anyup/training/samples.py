@@ -86,9 +86,11 @@ class Batch:
 def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:
     """Step number `number`, whose samples are counted from `first_sample`."""
     draw = drawer(settings.seed, "step", number)
-    strides = sorted({source.grids[name].stride for name in settings.encoders})
-    stride = draw.choice(strides)  # a stride first, then an encoder of that stride
-    encoder = draw.choice([name for name in settings.encoders if source.grids[name].stride == stride])
+    encoders = list(settings.encoders)
+    if settings.draw == "stride":
+        stride = draw.choice(sorted({source.grids[name].stride for name in encoders}))
+        encoders = [name for name in encoders if source.grids[name].stride == stride]
+    encoder = draw.choice(encoders)
     batch = settings.optimizer.batch
     consistent = math.ceil(batch * settings.loss.self_consistency_share) if settings.loss.self_consistency else 0
     return Step(
