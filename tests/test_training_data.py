@@ -283,6 +283,18 @@ def test_a_plan_depends_on_its_number_alone(tmp_path: Path, source: FeatureCache
     assert all(step.input_size == 32 for step in forward if step.encoder == "tiny:8")
 
 
+def test_a_step_draws_a_stride_first_or_any_encoder(tmp_path: Path, source: FeatureCache) -> None:
+    source.register("tiny:16", TinyEncoder(16))
+    source.register("other:8", TinyEncoder(8, channels=5))
+    three = "encoders=['tiny:8', 'other:8', 'tiny:16']"
+    shares = []
+    for draw in ("stride", "encoder"):
+        chosen = settings(tmp_path, three, f"draw={draw}")
+        drawn = [samples.plan(chosen, source, 12, n, 4 * n).encoder for n in range(300)]
+        shares.append(drawn.count("tiny:16") / 300)
+    assert abs(shares[0] - 1 / 2) < 0.1 and abs(shares[1] - 1 / 3) < 0.08
+
+
 def test_another_seed_gives_other_samples(tmp_path: Path, source: FeatureCache) -> None:
     plans = [samples.plan(settings(tmp_path, f"seed={seed}"), source, 12, 0, 0) for seed in (0, 1)]
     assert plans[0] != plans[1]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 CONFIGS = Path(__file__).parent / "configs"
 
 DECAYS = ("constant", "cosine")
+DRAWS = ("stride", "encoder")
 PRECISIONS = ("float32", "bfloat16")
 
 T = TypeVar("T")
@@ -102,6 +103,15 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Variation:
+    """Changes to samples that make more of few photographs; see `anyup.training.variation`."""
+
+    turns: bool = False  # views are turned by quarters and mirrored, their features with them
+    recolour: float = 0.0  # share of the samples whose guidance has other colours
+    channels: float = 1.0  # smallest share of the channels that a step takes, in a drawn order; 1: all as they are
+
+
+@dataclass(frozen=True)
 class Run:
     """How it runs, and what it tells and keeps."""
 
@@ -124,11 +134,13 @@ class Settings:
     output: str = ""  # folder of the checkpoints and the log
     seed: int = 0
     encoders: tuple[str, ...] = ()
+    draw: str = "stride"  # what a step draws first: a stride, then an encoder of it; or any encoder alike
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     guidance: Guidance = field(default_factory=Guidance)
     loss: Loss = field(default_factory=Loss)
+    variation: Variation = field(default_factory=Variation)
     run: Run = field(default_factory=Run)
 
     def flat(self) -> dict[str, Any]:
@@ -277,6 +289,7 @@ def _check(settings: Settings) -> None:
     need("encoders", bool(settings.encoders), "at least one name of anyup.encoders")
     need("encoders", len(set(settings.encoders)) == len(settings.encoders), "each encoder once")
 
+    need("draw", settings.draw in DRAWS, f"one of {', '.join(DRAWS)}")
     data, optimizer, loss, run = settings.data, settings.optimizer, settings.loss, settings.run
     at_least_one = (
         "data.image_size data.crop_size data.views data.crops data.crops_per_sample optimizer.steps optimizer.batch "
@@ -309,4 +322,6 @@ def _check(settings: Settings) -> None:
     need("guidance.schedule", all(side >= 1 for _, side in settings.guidance.schedule), "sides of 1 or more")
     need("loss.cosine", loss.cosine + loss.mse > 0, "loss.cosine or loss.mse more than 0")
     need("loss.self_consistency_share", 0 < loss.self_consistency_share <= 1, "a number in (0, 1]")
+    need("variation.recolour", 0 <= settings.variation.recolour <= 1, "a number in [0, 1]")
+    need("variation.channels", 0 < settings.variation.channels <= 1, "a number in (0, 1]")
     need("run.precision", run.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")

@@ -21,6 +21,7 @@ from anyup.training.augmentations import augment
 from anyup.training.config import Settings
 from anyup.training.feature_cache import Features, Grid, Recipe
 from anyup.training.randomness import drawer
+from anyup.training.variation import TURNS, draw_channels, recolour, turn, turn_places
 
 
 class FeatureSource(Protocol):
@@ -48,6 +49,8 @@ class Sample:
     view: int
     crops: tuple[int, ...]
     augmented: bool  # whether the self-consistency is asked of it
+    turn: int = 0  # of `anyup.training.variation.turn`
+    recoloured: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Step:
     input_size: int
     guidance_size: int
     samples: tuple[Sample, ...]
+    number: int = 0
+    smallest_share: float = 1.0  # of the encoder's channels that it takes
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,11 @@ class Batch:
 def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:
     """Step number `number`, whose samples are counted from `first_sample`."""
     draw = drawer(settings.seed, "step", number)
-    strides = sorted({source.grids[name].stride for name in settings.encoders})
-    stride = draw.choice(strides)  # a stride first, then an encoder of that stride
-    encoder = draw.choice([name for name in settings.encoders if source.grids[name].stride == stride])
+    encoders = list(settings.encoders)
+    if settings.draw == "stride":
+        stride = draw.choice(sorted({source.grids[name].stride for name in encoders}))
+        encoders = [name for name in encoders if source.grids[name].stride == stride]
+    encoder = draw.choice(encoders)
     batch = settings.optimizer.batch
     consistent = math.ceil(batch * settings.loss.self_consistency_share) if settings.loss.self_consistency else 0
     return Step(
@@ -91,6 +98,8 @@ def plan(settings: Settings, source: FeatureSource, photographs: int, number: in
         draw.choice(source.input_sizes[encoder]),
         settings.guidance.size(number),
         tuple(_sample(settings, source, photographs, first_sample + i, i < consistent) for i in range(batch)),
+        number,
+        settings.variation.channels,
     )
 
 
@@ -99,7 +108,16 @@ def _sample(settings: Settings, source: FeatureSource, photographs: int, number:
     draw = drawer(settings.seed, "sample", number)
     view = draw.randrange(source.views)
     crops = tuple(draw.sample(range(source.crops), settings.data.crops_per_sample))
-    return Sample(number, _order(settings.seed, epoch, photographs)[position], view, crops, augmented)
+    variation = settings.variation
+    return Sample(
+        number,
+        _order(settings.seed, epoch, photographs)[position],
+        view,
+        crops,
+        augmented,
+        draw.randrange(TURNS) if variation.turns else 0,
+        draw.random() < variation.recolour,
+    )
 
 
 @lru_cache(maxsize=2)
@@ -113,26 +131,44 @@ def assemble(step: Step, samples: Sequence[Sample], source: FeatureSource, paths
     """The tensors of some of a step's samples; those to be augmented come first."""
     samples = sorted(samples, key=lambda sample: not sample.augmented)
     chosen = [_usable(source, paths, sample.photograph) for sample in samples]
-    pixels = [source.guidance(path, s.view) for path, s in zip(chosen, samples, strict=True)]
+    grid = source.grids[step.encoder]
+    pixels = [turn(source.guidance(path, s.view), s.turn) for path, s in zip(chosen, samples, strict=True)]
     features = [
-        source.features(path, step.encoder, s.view, step.input_size, s.crops)
+        _turned(source.features(path, step.encoder, s.view, step.input_size, s.crops), s.turn, grid)
         for path, s in zip(chosen, samples, strict=True)
     ]
     size = (step.guidance_size, step.guidance_size)
     clean = resize(torch.stack(pixels).float() / 255, size)
+    clean = torch.stack(
+        [
+            recolour(image, seed, sample.number) if sample.recoloured else image
+            for image, sample in zip(clean, samples, strict=True)
+        ]
+    )
     changed = [
         augment((image * 255).round().to(torch.uint8), seed, sample.number)
         for image, sample in zip(clean, samples, strict=True)
         if sample.augmented
     ]
+    low = torch.stack([f.low for f in features])
+    targets = torch.stack([f.targets for f in features])
+    if step.smallest_share < 1:
+        channels = draw_channels(low.shape[1], step.smallest_share, drawer(seed, "channels", step.number))
+        low, targets = low[:, channels], targets[:, :, channels]
     return Batch(
         normalize_imagenet(clean),
         normalize_imagenet(torch.stack(changed)) if changed else clean.new_empty(0, *clean.shape[1:]),
-        torch.stack([f.low for f in features]),
-        torch.stack([f.targets for f in features]),
+        low,
+        targets,
         torch.stack([f.places for f in features]),
-        source.grids[step.encoder].image,
+        grid.image,
     )
+
+
+def _turned(features: Features, number: int, grid: Grid) -> Features:
+    """The features of a view that is turned, as if the encoder saw the turned view as it saw the other."""
+    places = turn_places(features.places, number, grid.image, grid.crop)
+    return Features(turn(features.low, number), turn(features.targets, number), places)
 
 
 def _usable(source: FeatureSource, paths: Sequence[Path], index: int) -> Path:
