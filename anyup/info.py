@@ -107,7 +107,7 @@ def _backend_lines(place: torch.device, backend: str | None) -> list[str]:
 
 def _cut_lines() -> Iterator[str]:
     from anyup.kernels import config_tables
-    from anyup.ops.window_attention.fused import device_name
+    from anyup.ops.kernel_device import device_name
 
     folder = config_tables.user_folder()
     off = f"none is read ({config_tables.VARIABLE} is {config_tables.OFF})"

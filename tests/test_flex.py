@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from anyup.ops import window_attention
+from anyup.ops.dispatch import BackendFailure
 from anyup.ops.window_attention import blocks, flex, reference
 from anyup.ops.window_attention.operator import OPERATION
 from anyup.ops.window_attention.problem import WindowAttentionProblem
@@ -393,6 +394,29 @@ def test_memory_that_nobody_wrote_is_never_read(poisoned_memory: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_obeys_the_error_rule(dtype: torch.dtype) -> None:
     assert_accurate(COMPILED["ratio"], dtype)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_what_cannot_be_compiled_is_a_failure_of_the_backend(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what runs out of memory is not."""
+    from torch._inductor.exc import InductorError
+
+    monkeypatch.setattr(flex, "unsupported", lambda problem: [])
+    inner = RuntimeError("PassManager::run failed") if compiles else torch.OutOfMemoryError("out of memory")
+
+    def broken(*_: Any) -> Any:
+        raise InductorError(inner, first_useful_frame=None)
+
+    monkeypatch.setattr(flex, "_compiled", lambda: broken)
+    monkeypatch.setattr(OPERATION, "_failures", {})
+    shape = ATTENTION_SHAPES["odd"]
+    tensors = attention_tensors(shape)
+    expected: Any = BackendFailure if compiles else InductorError
+    with pytest.raises(expected, match="PassManager::run failed" if compiles else "out of memory"):
+        window_attention(**tensors, window=shape.window, backend="flex")
+    if compiles:
+        with pytest.warns(UserWarning, match="'flex' failed on cpu .*RuntimeError: PassManager::run failed"):
+            window_attention(**tensors, window=shape.window, backend=["flex", "torch"])
 
 
 # Which problems it takes.

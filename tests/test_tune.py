@@ -514,12 +514,12 @@ def test_info_tells_which_table_is_in_force(
     card: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from anyup import info
-    from anyup.ops.window_attention import fused
+    from anyup.ops import kernel_device
 
     assert cli.main(["tune", "--quick"]) == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(fused, "device_name", lambda device: ("Abacus 9000", "Abacus 8000")[device.index])
+    monkeypatch.setattr(kernel_device, "device_name", lambda device: ("Abacus 9000", "Abacus 8000")[device.index])
     lines = list(info._cut_lines())
     assert lines[0] == f"folder of the user's tables: {card}"
     assert lines[1] == "cuda:0 Abacus 9000: tables, then the rule"

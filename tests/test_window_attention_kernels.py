@@ -6,6 +6,7 @@ import importlib
 import inspect
 import linecache
 import math
+import re
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from accuracy import (
 from recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors
 from torch import Tensor
 
-from anyup.ops import explain_backends, window_attention
+from anyup.ops import cuts, explain_backends, window_attention
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.window_attention import fused, operator
 from anyup.window import CellWindow, RatioWindow, Window, axis_bounds
@@ -430,45 +431,66 @@ def test_the_interpreter_is_used_only_where_it_is_asked_for() -> None:
     assert explanation.candidates[0].name == "triton" and "interpreter" in explanation.candidates[0].discouraged[0]
 
 
-@pytest.fixture
-def card_refuses(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
-    """Let the first launches of the forward pass be out of resources; returns the list of the cuts that were tried."""
+def out_of_resources() -> Exception:
     from triton.runtime.errors import OutOfResources
 
-    from anyup.kernels import window_attention_forward
+    return OutOfResources(99, 64, "shared memory")
 
-    plan_forward = window_attention_forward.plan_forward
 
-    def refuse(launches: int) -> list[Any]:
+# What a card may say, and how it is told.
+REFUSALS: dict[str, Callable[[], Exception]] = {
+    "OutOfResources: out of resource: shared memory": out_of_resources,
+    "RuntimeError: PassManager::run failed": lambda: RuntimeError("PassManager::run failed"),
+    "RuntimeError: Triton Error .CUDA.: too many resources": lambda: RuntimeError(
+        "Triton Error [CUDA]: too many resources requested for launch"
+    ),
+}
+
+
+@pytest.fixture
+def card_refuses(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Let the first launches of the forward pass raise an error; returns the list of the cuts that were tried."""
+    from anyup.kernels.launch import Launch
+
+    launch = Launch.__call__
+
+    def refuse(launches: int, error: Callable[[], Exception] = out_of_resources) -> list[Any]:
         tried: list[Any] = []
 
-        def plan(*args: Any, **kwargs: Any) -> Any:
-            tried.append(kwargs["config"])
-            if len(tried) <= launches:
-                raise OutOfResources(99, 64, "shared memory")
-            return plan_forward(*args, **kwargs)
+        def launched(self: Launch) -> None:
+            if "forward" in self.kernel.__name__:
+                tried.append({**self.constants, **self.options})
+                if len(tried) <= launches:
+                    raise error()
+            launch(self)
 
-        monkeypatch.setattr(window_attention_forward, "plan_forward", plan)
+        monkeypatch.setattr(Launch, "__call__", launched)
         return tried
 
-    failures = operator.OPERATION._failures
-    monkeypatch.setattr(operator.OPERATION, "_failures", dict(failures))
+    monkeypatch.setattr(operator.OPERATION, "_failures", dict(operator.OPERATION._failures))
+    monkeypatch.setattr(cuts, "_refused", {})
     return refuse
 
 
-def test_a_cut_that_the_card_refuses_gives_way_to_a_smaller_one(card_refuses: Any) -> None:
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_cut_that_the_card_refuses_gives_way_to_a_smaller_one(refusal: str, card_refuses: Any) -> None:
     shape = KERNEL_SHAPES["odd"]
-    tried = card_refuses(1)
+    tried = card_refuses(1, REFUSALS[refusal])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_backend_accurate(attention(shape), attention_tensors(shape), backend="triton", gradients=False)
-    first, second = tried[:2]
-    assert second.rows * second.columns <= first.rows * first.columns and second != first
+    first, second, *others = tried
+    assert second["ROWS"] * second["COLUMNS"] <= first["ROWS"] * first["COLUMNS"] and second != first
+    window_attention(**attention_tensors(shape), window=shape.window, backend="triton")
+    assert tried[2:] == [*others, second], "the cut that was refused was tried again"
 
 
+@pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("compiles", [False, True])
-def test_where_the_card_refuses_every_cut_the_next_backend_runs(compiles: bool, card_refuses: Any) -> None:
-    tried = card_refuses(10**6)
+def test_where_the_card_refuses_every_cut_the_next_backend_runs(
+    compiles: bool, refusal: str, card_refuses: Any
+) -> None:
+    tried = card_refuses(10**6, REFUSALS[refusal])
     tensors = attention_tensors(KERNEL_SHAPES["odd"])
 
     def run(**tensors: Tensor) -> Tensor:
@@ -476,7 +498,7 @@ def test_where_the_card_refuses_every_cut_the_next_backend_runs(compiles: bool, 
 
     expected = window_attention(**tensors, window=RatioWindow(0.1), backend="torch")
     called = torch.compile(run, fullgraph=True, backend="aot_eager") if compiles else run
-    with pytest.warns(UserWarning, match=r"'triton' failed on cpu .*out of resource: shared memory") as warned:
+    with pytest.warns(UserWarning, match=f"'triton' failed on cpu .*{refusal}") as warned:
         results = [called(**tensors) for _ in range(2)]
     assert all(torch.equal(out, expected) for out in results)
     assert sum("failed on" in str(w.message) for w in warned) == 1
@@ -487,6 +509,33 @@ def test_by_name_a_refusal_is_an_error_with_every_reason(card_refuses: Any) -> N
     card_refuses(10**6)
     with pytest.raises(BackendFailure, match="OutOfResources: out of resource: shared memory"):
         window_attention(**attention_tensors(KERNEL_SHAPES["odd"]), window=RatioWindow(0.1), backend="triton")
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    ],
+    ids=["lost card", "out of memory"],
+)
+def test_what_is_no_refusal_is_raised_and_the_backend_stays(
+    error: RuntimeError, compiles: bool, card_refuses: Any
+) -> None:
+    tried = card_refuses(1, lambda: error)
+    tensors = attention_tensors(KERNEL_SHAPES["odd"])
+
+    def run(**tensors: Tensor) -> Tensor:
+        return window_attention(**tensors, window=RatioWindow(0.1), backend=("triton", "torch"))
+
+    called = torch.compile(run, fullgraph=True, backend="aot_eager") if compiles else run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            called(**tensors)
+        called(**tensors)
+    assert tried[0] == tried[1] and len(tried) == 2
 
 
 # Under torch.compile and torch.export.

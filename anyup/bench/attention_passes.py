@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from anyup.bench.workloads import Workload
+from anyup.ops.cuts import run_first
+from anyup.ops.kernel_device import dot_precision, target
 from anyup.ops.window_attention import fused
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import RatioWindow, Window, axis_bounds
@@ -93,7 +95,7 @@ class AttentionPasses:
         from anyup.kernels import config
 
         known: dict[str, Any] = {
-            "target": fused.target(),
+            "target": target(self.device),
             "half": self.query.dtype in _HALF,
             "heads": self.heads,
             "head_dim": self.query.shape[4],
@@ -142,7 +144,7 @@ class AttentionPasses:
         shared: dict[str, Any] = {
             "window": fused.window_rule(self.window, self.workload.size, self.workload.grid),
             "scale": self.scale,
-            "precision": fused.dot_precision(),
+            "precision": dot_precision(),
             "config": cut,
         }
         if given is None:
@@ -187,11 +189,11 @@ class AttentionPasses:
         shared: dict[str, Any] = {
             "window": fused.window_rule(self.window, self.workload.size, self.workload.grid),
             "scale": self.scale,
-            "precision": fused.dot_precision(),
+            "precision": dot_precision(),
         }
         out, grad_query = v.new_empty(grad.shape), torch.empty_like(q)
-        fused.run_first(lambda c: plan_forward(q, k, v, out, lse, **shared, config=c)(), self.rule("forward"))
-        fused.run_first(
+        run_first(lambda c: plan_forward(q, k, v, out, lse, **shared, config=c)(), self.rule("forward"))
+        run_first(
             lambda c: plan_backward_query(grad, q, k, v, lse, grad_query, share, delta, **shared, config=c)(),
             self.rule("backward_query"),
         )

@@ -23,7 +23,7 @@ from anyup.bench.attention_passes import AttentionPasses, ParityError
 from anyup.bench.candidates import ASPECTS, QUICK_ASPECTS, variations
 from anyup.bench.workloads import Workload, find, square
 from anyup.images import complete_or_absent
-from anyup.ops.window_attention import fused
+from anyup.ops.kernel_device import device_reasons
 from anyup.progress import Progress
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def card(name: str | None = None) -> torch.device:
         raise ValueError(f"no GPU to tune the kernels on: {why}")
     if (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: there are {torch.cuda.device_count()} cards, got {name!r}")
-    if reasons := fused.device_reasons(device):
+    if reasons := device_reasons(device):
         raise ValueError(f"the kernels do not run on {name or device}: {'; '.join(reasons)}")
     return torch.device("cuda", device.index or 0)
 

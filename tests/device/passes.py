@@ -19,8 +19,9 @@ from anyup.kernels.config import (
     backward_query_configs,
     forward_configs,
 )
+from anyup.ops.kernel_device import dot_precision, target
 from anyup.ops.window_attention import reference
-from anyup.ops.window_attention.fused import dot_precision, target, window_rule
+from anyup.ops.window_attention.fused import window_rule
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import Window
 
@@ -41,7 +42,8 @@ def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
         return most_keys(shape.window, shape.output, shape.grid, (rows, columns))
 
     keys = shape.batch * math.prod(shape.grid)
-    known: dict[str, Any] = {"target": target(), "half": half, "heads": shape.heads, "head_dim": shape.head_dim}
+    place = torch.device("cuda", torch.cuda.current_device())
+    known: dict[str, Any] = {"target": target(place), "half": half, "heads": shape.heads, "head_dim": shape.head_dim}
     choices: tuple[Sequence[Any], ...] = (
         forward_configs(keys_of, **known),
         backward_query_configs(keys_of, **known),

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyup.ops.cuts import is_refusal, told
+from anyup.ops.dispatch import BackendFailure
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, cut
 from anyup.ops.window_attention.problem import no_part
@@ -173,7 +175,15 @@ def _run(
         torch._dynamo.mark_dynamic(tensor, dims)
     # One variant for each dtype, width and scale may pass the default of 8; beyond it torch would raise an error.
     with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
-        return _compiled()(*arguments, scale, save_lse)
+        try:
+            return _compiled()(*arguments, scale, save_lse)
+        except Exception as error:
+            # As torch.compile wraps what a compiler raised.
+            inner = getattr(error, "inner_exception", error)
+            wrapped = isinstance(error, torch._dynamo.exc.TorchDynamoException)
+            if is_refusal(inner) or (wrapped and not isinstance(inner, torch.OutOfMemoryError)):
+                raise BackendFailure(told(inner)) from error
+            raise
 
 
 @lru_cache(maxsize=1)

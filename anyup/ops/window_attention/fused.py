@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from anyup.ops.dispatch import BackendFailure
+from anyup.ops.cuts import run_first
+from anyup.ops.kernel_device import device_name, device_reasons, dot_precision, installed, interprets, target
 from anyup.ops.window_attention.problem import WindowAttentionProblem, no_part
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Window
 
 if TYPE_CHECKING:
-    from anyup.kernels.config import Target
     from anyup.kernels.config_tables import Case
     from anyup.kernels.window_bounds import WindowRule
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Hashable)
 Result = TypeVar("Result")
 
 _HEAD_DIMS = (16, 32, 64, 128)
 _MOST_HEADS = 8
 _HALF = (torch.float16, torch.bfloat16)
-_OLDEST_CAPABILITY = (8, 0)
 
 
 def unsupported(problem: WindowAttentionProblem) -> list[str]:
     """Why the kernels cannot run a problem; empty: they can."""
-    if find_spec("triton") is None:
-        return ["triton is not installed (on Linux: pip install triton)"]
-    reasons = device_reasons(problem.device) + no_part(problem)
+    reasons = device_reasons(problem.device)
+    if not installed():
+        return reasons
+    reasons += no_part(problem)
     for name, dtype in (("queries", problem.query_dtype), ("values", problem.value_dtype)):
         if dtype == torch.float64:
             reasons.append(f"{name} are float64, the kernels compute in float32")
-        elif dtype == torch.bfloat16 and _interprets():
+        elif dtype == torch.bfloat16 and interprets():
             reasons.append(f"{name} are bfloat16, which Triton's interpreter multiplies wrongly")
     if problem.head_dim not in _HEAD_DIMS:
         widths = ", ".join(map(str, _HEAD_DIMS))
@@ -54,7 +53,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
 
 def discouraged(problem: WindowAttentionProblem) -> list[str]:
     """Why the kernels are not chosen unless asked for by name, although they can run a problem."""
-    return ["Triton's interpreter is for tests, and slow"] if _interprets() else []
+    return ["Triton's interpreter is for tests, and slow"] if interprets() else []
 
 
 def forward(
@@ -79,9 +78,12 @@ def forward(
     out = value.new_empty(batch, height, width, value.shape[3])
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=torch.float32)
     arguments = _shared_arguments(query, key, window, scale)
-    configs = forward_configs(_tile_keys(query, key, window), **_known(query, value))
-    configs = _measured_first("forward", configs, query, key, value, window)
-    run_first(lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(), configs)
+    _run_first(
+        "forward",
+        lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(),
+        forward_configs(_tile_keys(query, key, window), **_known(query, value)),
+        query, key, value, window,
+    )  # fmt: skip
     return out, lse
 
 
@@ -103,14 +105,13 @@ def backward(
     known = _known(query, value)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     share, delta = torch.empty_like(lse), torch.empty_like(lse)
-    run_first(
+    _run_first(
+        "backward_query",
         lambda c: plan_backward_query(
             grad, query, key, value, lse, grad_query, share, delta, **arguments, config=c
         )(),
-        _measured_first(
-            "backward_query", config.backward_query_configs(_tile_keys(query, key, window), **known),
-            query, key, value, window,
-        ),
+        config.backward_query_configs(_tile_keys(query, key, window), **known),
+        query, key, value, window,
     )  # fmt: skip
 
     def add_up(kernel: str, like: Tensor, launch: Callable[[Tensor, Any], None]) -> Tensor:
@@ -124,7 +125,7 @@ def backward(
         keys = like.shape[0] * like.shape[1] * like.shape[2]
         pixels = query.shape[1] * query.shape[2]
         cuts = config.backward_grid_configs(pixels, keys, value.shape[3], **known)
-        return run_first(run, _measured_first(kernel, cuts, query, key, value, window))
+        return _run_first(kernel, run, cuts, query, key, value, window)
 
     grad_key = add_up(
         "backward_key",
@@ -139,18 +140,6 @@ def backward(
     if query is not given:
         grad_query *= given_scale
     return grad_query, grad_key, grad_value
-
-
-def target() -> Target:
-    """What kernels are compiled for here."""
-    from anyup.kernels.config import Target
-
-    if _interprets():
-        return Target()
-    from triton.runtime import driver
-
-    active = driver.active.get_current_target()
-    return Target(active.backend, active.arch)
 
 
 def _shared_arguments(query: Tensor, key: Tensor, window: Window, scale: float) -> dict[str, Any]:
@@ -168,7 +157,7 @@ def _tile_keys(query: Tensor, key: Tensor, window: Window) -> Callable[[int, int
 def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
     """What every choice of a cut takes by name."""
     return {
-        "target": target(),
+        "target": target(query.device),
         "half": query.dtype in _HALF and value.dtype in _HALF,
         "heads": query.shape[3],
         "head_dim": query.shape[4],
@@ -190,9 +179,19 @@ def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window)
     )
 
 
-def device_name(device: torch.device) -> str:
-    """What a table of measured cuts belongs to."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _run_first(
+    kernel: str,
+    run: Callable[[Config], Result],
+    rule: Sequence[Config],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+) -> Result:
+    """What `run` gives with the first cut that the device takes: a measured one where there is one, then the rule's."""
+    cuts = _measured_first(kernel, rule, query, key, value, window)
+    compiled_for = (kernel, query.device, query.dtype, value.dtype, *query.shape[3:], dot_precision())
+    return run_first(run, cuts, kernel=compiled_for)
 
 
 def _measured_first(
@@ -227,55 +226,6 @@ def window_rule(window: Window, output_size: tuple[int, int], grid_size: tuple[i
     return WindowRule(RATIO.value, window.ratio)
 
 
-def dot_precision() -> str:
-    """Triton's `input_precision` for products of float32, by torch's own setting."""
-    if torch.version.hip is not None or _interprets():
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernels limit logits before they scale them, which takes a positive scale."""
     return (query, scale) if scale > 0 else (query * scale, 1.0)
-
-
-def run_first(run: Callable[[Config], Result], configs: Sequence[Config]) -> Result:
-    """The result with the first cut that the device takes; raises BackendFailure where it takes none."""
-    from triton.errors import TritonError
-
-    failures: list[Exception] = []
-    for config in configs:
-        try:
-            return run(config)
-        except TritonError as error:
-            failures.append(error)
-    told = "; ".join(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" for error in failures)
-    raise BackendFailure(told) from failures[0]
-
-
-def _interprets() -> bool:
-    """Whether Triton runs kernels in its interpreter."""
-    from triton import knobs
-
-    return knobs.runtime.interpret
-
-
-def device_reasons(device: torch.device) -> list[str]:
-    if _interprets():
-        return [] if device.type == "cpu" else [f"Triton's interpreter runs on cpu, not on {device.type}"]
-    from triton.runtime import driver
-
-    try:
-        target, place = driver.active.get_current_target(), driver.active.get_active_torch_device()
-    except RuntimeError:  # its drivers are counted: none is active, or several
-        return ["Triton finds no GPU that it can drive"]
-    if device.type not in ("cuda", place.type):
-        return [f"tensors are on {device.type}, Triton's kernels run on {place.type}"]
-    if target.backend not in ("cuda", "hip"):
-        return [f"Triton's target is {target.backend}, the kernels are for CUDA and ROCm"]
-    if target.backend == "cuda":
-        capability = torch.cuda.get_device_capability(device if device.type == "cuda" else None)
-        if capability < _OLDEST_CAPABILITY:
-            have, need = (".".join(map(str, c)) for c in (capability, _OLDEST_CAPABILITY))
-            return [f"the card's compute capability is {have}, at least {need} is needed"]
-    return []

@@ -1,0 +1,91 @@
+"""Trying the cuts of a kernel until the device takes one.
+
+Whoever launches a kernel that comes in several cuts calls `run_first` in the body of a backend: a cut that does not
+compile or does not launch gives way to the next one. When none is left a `BackendFailure` tells the dispatcher to go
+on to the next backend.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+from anyup.ops.dispatch import BackendFailure
+
+Config = TypeVar("Config", bound=Hashable)
+Result = TypeVar("Result")
+
+# What the driver says where no kernel runs any more in this process, whatever its cut, or where memory or a capture is
+# at fault and not the kernel (CUDA driver API, CUresult; HIP uses the same words).
+_NO_REFUSAL = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "launch timed out",
+    "context is destroyed",
+    "assert triggered",
+    "hardware stack error",
+    "global/shared address space",
+    "invalid program counter",
+    "launch failure",
+    "tensor memory not completely freed",
+    "ECC error",
+    "hardware error",
+    "terminated by the server",
+    "external entity",
+    "unknown error",
+    "out of memory",
+    "capturing",
+)
+
+_refused: dict[tuple[Hashable, Hashable], str] = {}
+
+
+def run_first(run: Callable[[Config], Result], configs: Sequence[Config], *, kernel: Hashable = None) -> Result:
+    """The result with the first cut that the device takes; raises BackendFailure where it takes none.
+
+    Args:
+        run: compiles and launches with a cut.
+        configs: cuts, best first.
+        kernel: what else the kernel is compiled for, its name and its device among it: for these, a cut that was
+            refused is passed over in later calls. None: every call tries every cut.
+    """
+    failures: list[str] = []
+    cause: Exception | None = None
+    for config in configs:
+        known = None if kernel is None else _refused.get((kernel, config))
+        if known is None:
+            try:
+                return run(config)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                known, cause = told(error), error
+            if kernel is not None:
+                _refused[kernel, config] = known
+        failures.append(known)
+    raise BackendFailure("; ".join(failures)) from cause
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error means that a kernel cannot be compiled or launched here, and nothing that others would meet too.
+
+    Triton raises errors of its own, plain ones of Python's for what its passes, LLVM and the driver say, and those of
+    files and processes where it finds no C compiler or cannot write its cache.
+    """
+    if isinstance(error, (OSError, subprocess.SubprocessError)) or _is_of_triton(error, "TritonError"):
+        return True
+    # Out of memory and a card that is lost are kinds of RuntimeError in torch.
+    return type(error) is RuntimeError and not any(words in str(error) for words in _NO_REFUSAL)
+
+
+def told(error: Exception) -> str:
+    """An error in a line: the compiler's is in its last one, below the source; others go on with details."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1 if _is_of_triton(error, 'CompilationError') else 0]}"
+
+
+def _is_of_triton(error: Exception, name: str) -> bool:
+    """Whether an error is of a class of Triton's, which need not be there to import."""
+    return any(kind.__name__ == name and kind.__module__.startswith("triton.") for kind in type(error).__mro__)

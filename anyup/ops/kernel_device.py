@@ -1,0 +1,91 @@
+"""What Triton's kernels run on: whether a device takes them, and what they are compiled for.
+
+Each device is asked once in a process, because every call of an operation wants to know.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from anyup.kernels.config import Target
+
+_OLDEST_CAPABILITY = (8, 0)
+
+
+@cache
+def installed() -> bool:
+    """Whether there is a Triton to import."""
+    return find_spec("triton") is not None
+
+
+def interprets() -> bool:
+    """Whether Triton, which must be installed, runs kernels in its interpreter."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why no kernel runs on a device; empty: they do."""
+    if not installed():
+        return ["triton is not installed (on Linux: pip install triton)"]
+    return list(_device_reasons(device, interprets()))
+
+
+@cache
+def _device_reasons(device: torch.device, interpreted: bool) -> tuple[str, ...]:
+    if interpreted:
+        return () if device.type == "cpu" else (f"Triton's interpreter runs on cpu, not on {device.type}",)
+    from triton.runtime import driver
+
+    try:
+        active, place = driver.active.get_current_target(), driver.active.get_active_torch_device()
+    except RuntimeError:  # its drivers are counted: none is active, or several
+        return ("Triton finds no GPU that it can drive",)
+    if device.type not in ("cuda", place.type):
+        return (f"tensors are on {device.type}, Triton's kernels run on {place.type}",)
+    if active.backend not in ("cuda", "hip"):
+        return (f"Triton's target is {active.backend}, the kernels are for CUDA and ROCm",)
+    if active.backend == "cuda":
+        capability = torch.cuda.get_device_capability(device if device.type == "cuda" else None)
+        if capability < _OLDEST_CAPABILITY:
+            have, need = (".".join(map(str, c)) for c in (capability, _OLDEST_CAPABILITY))
+            return (f"the card's compute capability is {have}, at least {need} is needed",)
+    return ()
+
+
+def target(device: torch.device) -> Target:
+    """What kernels are compiled for on a device that takes them."""
+    return _target(device, interprets())
+
+
+@cache
+def _target(device: torch.device, interpreted: bool) -> Target:
+    from anyup.kernels.config import Target
+
+    if interpreted:
+        return Target()
+    from triton.runtime import driver
+
+    # Triton answers for torch's current device.
+    with torch.cuda.device(device if device.type == "cuda" else None):
+        active = driver.active.get_current_target()
+    return Target(active.backend, active.arch)
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """A card's name, as a table of measured cuts belongs to it; another device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def dot_precision() -> str:
+    """Triton's `input_precision` for products of float32, by torch's own setting."""
+    if torch.version.hip is not None or interprets():
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
