@@ -60,6 +60,8 @@ class Case:
     save_lse: bool = False
     cut: Cut | None = None
     kernel: str = KERNELS[0]
+    part: tuple[int, int, int, int] | None = None
+    """Where the output, of the forward pass, lies in a larger one, as `plan_forward` takes it."""
 
     @cached_property
     def configs(self) -> Sequence[Cut]:
@@ -113,7 +115,7 @@ class Case:
         }
         if self.kernel == KERNELS[0]:
             lse = statistic if self.save_lse else empty(0, dtype=torch.float32)
-            return plan_forward(query, key, value, out, lse, **shared)
+            return plan_forward(query, key, value, out, lse, **shared, part=self.part)
         if self.kernel == KERNELS[1]:
             return plan_backward_query(out, query, key, value, statistic, query, statistic, statistic, **shared)
         sums = torch.float32 if cut.parts > 1 else dtype

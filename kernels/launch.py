@@ -17,6 +17,10 @@ SIZES = (
 """Kernel arguments that a kernel must not be specialised on: a new image size compiles nothing."""
 
 
+PART = ("part_row", "part_column", "whole_height", "whole_width")
+"""Kernel arguments that say where in a larger output the pixels lie; all None where they are the whole output."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of a kernel.
@@ -49,6 +53,11 @@ class Launch:
 def strides_of(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
     """The strides of a tensor's axes as kernel arguments: `name_axis_stride`, the axes separated by spaces."""
     return {f"{name}_{axis}_stride": stride for axis, stride in zip(axes.split(), tensor.stride(), strict=True)}
+
+
+def part_arguments(part: tuple[int, int, int, int] | None) -> dict[str, int | None]:
+    """First row and column of a part of an output and the whole output's size, as kernel arguments."""
+    return dict(zip(PART, part or (None,) * 4, strict=True))
 
 
 def size_arguments(query: Tensor, key: Tensor, tiles: tuple[int, int]) -> dict[str, int]:

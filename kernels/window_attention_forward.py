@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import ForwardConfig
-from .launch import SIZES, Launch, size_arguments, strides_of
+from .launch import PART, SIZES, Launch, part_arguments, size_arguments, strides_of
 from .window_attention_resident import LOWEST, resident_weights, run_offsets, side_by_side
 from .window_attention_tile import (
     LOG2_E,
@@ -104,7 +104,7 @@ def _mean_weights(
     return weights
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=(*SIZES, *PART))
 def _window_attention_forward_kernel(
     query, key, value, out, lse,
     # (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, C), (B, H, W, heads)
@@ -113,6 +113,7 @@ def _window_attention_forward_kernel(
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
     exponent_scale, again,
+    part_row, part_column, whole_height, whole_width,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
     PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
     RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr, TAIL: tl.constexpr,
@@ -129,8 +130,11 @@ def _window_attention_forward_kernel(
     image, top, left, pixel_row, pixel_column, pixel_exists = tile_pixels(
         tl.program_id(0), tile_rows, tile_columns, sizes, ROWS, COLUMNS
     )
-    rectangle = tile_keys(top, left, sizes, rule, ROWS, COLUMNS, WINDOW)
-    windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW)
+    position = None
+    if part_row is not None:
+        position = (part_row, part_column, whole_height, whole_width)
+    rectangle = tile_keys(top, left, sizes, rule, ROWS, COLUMNS, WINDOW, position)
+    windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW, position)
     keys = (key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
     value += image * value_image_stride
     offset = pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
@@ -210,6 +214,7 @@ def plan_forward(
     scale: float,
     precision: str,
     config: ForwardConfig,
+    part: tuple[int, int, int, int] | None = None,
 ) -> Launch:
     """The launch that fills `out` (B, H, W, C) and, unless it is empty, `lse` (B, H, W, heads).
 
@@ -220,6 +225,8 @@ def plan_forward(
         scale: of the logits, positive.
         precision: of products of float32, Triton's `input_precision`.
         config: how to cut the work; its resident blocks, if any, must hold the keys of every tile.
+        part: where the pixels lie in a larger output, whose windows they have: first row, first column, the larger
+            output's height and width. None: they are all of it.
     """
     batch, height, width, heads, head_dim = query.shape
     tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
@@ -240,6 +247,7 @@ def plan_forward(
             **strides_of("value", value, "image row column channel"),
             "exponent_scale": scale * LOG2_E.value,
             "again": 0,
+            **part_arguments(part),
         },
         constants={
             "WINDOW": window.kind,

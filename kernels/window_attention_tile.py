@@ -8,6 +8,8 @@ see, which is decided where the logits are made, by integer bounds.
 Tuples travel together:
 - `sizes`: height, width, grid_rows, grid_columns, int32;
 - `rule`: ratio (float32), cell_rows, cell_columns, what the window's kind needs beyond the sizes;
+- `part`: first row, first column, height and width of the whole output of which the sizes' pixels are a part, int32;
+  None: they are all of it;
 - `rectangle`: first row, first column, columns and number of keys of a tile, int32, and its core: first row, first
   column, rows and columns, one of the latter two 0 where there is none;
 - `windows`: row start, row stop, column start, column stop of each pixel, (pixels,) int32 each;
@@ -43,23 +45,27 @@ def tile_pixels(tile, tile_rows, tile_columns, sizes, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def pixel_windows(row, column, sizes, rule, WINDOW: tl.constexpr):
+def pixel_windows(row, column, sizes, rule, WINDOW: tl.constexpr, part=None):
     """The window of each pixel: row start and stop, column start and stop, each of the shape of `row`."""
     height, width, grid_rows, grid_columns = sizes
     ratio, cell_rows, cell_columns = rule
+    if part is not None:
+        first_row, first_column, height, width = part
+        row += first_row
+        column += first_column
     row_start, row_stop = axis_bounds(row, height, grid_rows, ratio, cell_rows, WINDOW)
     column_start, column_stop = axis_bounds(column, width, grid_columns, ratio, cell_columns, WINDOW)
     return row_start, row_stop, column_start, column_stop
 
 
 @triton.jit
-def tile_keys(top, left, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr):
+def tile_keys(top, left, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, part=None):
     """The rectangle of keys that a tile's pixels see: both bounds of a window grow with the pixel's coordinate."""
     height, width, _, _ = sizes
     bottom = tl.minimum(top + ROWS, height) - 1
     right = tl.minimum(left + COLUMNS, width) - 1
-    first_row, core_row_stop, first_column, core_column_stop = pixel_windows(top, left, sizes, rule, WINDOW)
-    core_row, row_stop, core_column, column_stop = pixel_windows(bottom, right, sizes, rule, WINDOW)
+    first_row, core_row_stop, first_column, core_column_stop = pixel_windows(top, left, sizes, rule, WINDOW, part)
+    core_row, row_stop, core_column, column_stop = pixel_windows(bottom, right, sizes, rule, WINDOW, part)
     columns = column_stop - first_column
     core_rows = tl.maximum(core_row_stop - core_row, 0)
     core_columns = tl.maximum(core_column_stop - core_column, 0)

@@ -135,6 +135,16 @@ KERNEL_SHAPES = {
 }
 
 
+def parts_of(size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Rows and columns of some parts of a map: a row, two columns at the lower end, and a rectangle inside."""
+    height, width = size
+    return [
+        (slice(0, 1), slice(0, width)),
+        (slice(max(height - 3, 0), height), slice(width // 2, width // 2 + 2)),
+        (slice(height // 2, min(height // 2 + 4, height)), slice(1, width)),
+    ]
+
+
 def attention_tensors(shape: AttentionShape, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Query, key and value of a shape, with weights that are neither flat nor saturated."""
     generator = torch.Generator().manual_seed(seed)

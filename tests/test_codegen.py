@@ -249,11 +249,14 @@ def test_a_new_image_size_compiles_nothing() -> None:
         "cases = [((448, 448), (32, 32), 384), ((464, 400), (29, 25), 768), ((129, 17), (3, 1), 384)]\n"
         "cases = [Case(Workload(s, g, c), '90', 'bfloat16', cut=cut) for s, g, c in cases]\n"
         "cases.append(Case(Workload((448, 448), (32, 32), 383), '90', 'bfloat16', cut=cut))\n"
+        "parts = ((0, 0, 2048, 2048), (1, 16, 1999, 460))\n"
+        "cases += [Case(Workload((48, 448), (32, 32), 384), '90', 'bfloat16', cut=cut, part=part) for part in parts]\n"
         "print(*[key_of(case) for case in cases])",
     )
-    first, second, third, odd_channels = text.split()
+    first, second, third, odd_channels, one_part, another = text.split()
     assert first == second == third
     assert odd_channels != first  # the keys do tell kernels apart
+    assert one_part == another != first
 
 
 def test_no_stride_is_multiplied_in_32_bits() -> None:
@@ -261,8 +264,11 @@ def test_no_stride_is_multiplied_in_32_bits() -> None:
     text = uninterpreted(
         "-c",
         "from benchmarks.compiled import *\n"
-        "for dtype, grid in (('bfloat16', 128), ('float32', 128), ('bfloat16', 64)):\n"
-        "    case = Case(square(2048, grid, channels=1024, batch=4), '90', dtype, save_lse=True)\n"
+        "part = (1024, 1024, 4096, 4096)\n"
+        "for dtype, grid, part in (\n"
+        "    ('bfloat16', 128, None), ('float32', 128, None), ('bfloat16', 64, None), ('bfloat16', 64, part)\n"
+        "):\n"
+        "    case = Case(square(2048, grid, channels=1024, batch=4), '90', dtype, save_lse=True, part=part)\n"
         "    print(compilation_of(case.launch(), target_of('90')).run().asm['ttir'])",
     )
     assert "stride" in text

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_backend_accurate, assert_close_enough
-from recipe import ATTENTION_SHAPES, AttentionShape, attention_tensors
+from recipe import ATTENTION_SHAPES, AttentionShape, attention_tensors, parts_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -24,7 +24,7 @@ from anyup.ops.dispatch import BackendFailure
 from anyup.ops.window_attention import blocks, flex, reference
 from anyup.ops.window_attention.operator import OPERATION
 from anyup.ops.window_attention.problem import WindowAttentionProblem
-from anyup.window import CellWindow, RatioWindow, Window, axis_bounds
+from anyup.window import CellWindow, Part, RatioWindow, axis_bounds, part_bounds
 
 FOUR = {"heads": 4, "head_dim": 16}
 PROBLEM = WindowAttentionProblem(
@@ -223,15 +223,31 @@ def test_uncompiled_flex_obeys_the_error_rule(name: str, dense: None) -> None:
     assert_accurate(ATTENTION_SHAPES[name])
 
 
+@pytest.mark.parametrize("name", ["odd", "batch 2", "keys finer than pixels", "cell", "no window"])
+def test_a_part_of_a_map_obeys_the_error_rule(name: str, dense: None) -> None:
+    shape = ATTENTION_SHAPES[name]
+    for rows, columns in parts_of(shape.output):
+        assert_part_accurate(shape, rows, columns)
+
+
+def assert_part_accurate(shape: AttentionShape, rows: slice, columns: slice) -> None:
+    part = Part(rows.start, columns.start, *shape.output)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
+        return window_attention(query[:, rows, columns], key, value, window=shape.window, backend=backend, part=part)
+
+    assert_backend_accurate(run, attention_tensors(shape), backend="flex", gradients=False)
+
+
 @pytest.mark.parametrize("change", [(-1, 0), (0, 1), (1, 0), (0, -1)])
 def test_a_window_one_key_off_is_found_out(
     change: tuple[int, int], dense: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shifted(window: Window, queries: int, keys: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        start, stop = axis_bounds(window, queries, keys)
+    def shifted(*axis: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        start, stop = part_bounds(*axis)
         return tuple(n + change[0] for n in start), tuple(n + change[1] for n in stop)
 
-    monkeypatch.setattr(blocks, "axis_bounds", shifted)
+    monkeypatch.setattr(blocks, "part_bounds", shifted)
     monkeypatch.setattr(flex, "cut", blocks.cut.__wrapped__)
     with pytest.raises(AssertionError, match="output: error"):
         assert_accurate(ATTENTION_SHAPES["several tiles"])
@@ -309,6 +325,23 @@ def test_one_kernel_serves_every_size_window_batch_and_number_of_channels() -> N
     for shape in COMPILED.values():
         assert_accurate(shape)
         assert graphs() == before + 1
+
+
+@compiled
+def test_parts_of_a_map_need_no_other_kernel_and_a_nan_stays_in_its_windows() -> None:
+    shape = COMPILED["ratio"]
+    tensors = attention_tensors(shape)
+    window_attention(**tensors, window=shape.window, backend="flex")
+    before = graphs()
+    for rows, columns in parts_of(shape.output):
+        assert_part_accurate(shape, rows, columns)
+        part = Part(rows.start, columns.start, *shape.output)
+        tensors["key"][0, 10, 9] = math.nan
+        query = tensors["query"][:, rows, columns]
+        out = window_attention(query, tensors["key"], tensors["value"], window=shape.window, backend="flex", part=part)
+        sees = reference.window_mask(shape.window, shape.output, shape.grid)[:, 10 * shape.grid[1] + 9]
+        assert torch.equal(out[0].isnan().all(dim=2), sees.view(shape.output)[rows, columns])
+    assert graphs() == before
 
 
 @compiled

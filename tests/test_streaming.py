@@ -244,13 +244,13 @@ def test_a_gradient_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ({"window_attention": "flex"}, "the pixels are a part of the output"),
+        ({"window_attention": "flex"}, "not flex: query is float64"),
         ({"pixel_encoder": "reference"}, "bands of pixels are encoded by 'torch' alone, got 'reference'"),
     ],
 )
 def test_a_backend_that_cannot_is_refused_when_the_stream_is_made(backend: dict[str, str], message: str) -> None:
     with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
-        upsampler(backend=backend).stream(IMAGE, FEATURES)
+        upsampler(backend=backend).double().stream(IMAGE.double(), FEATURES.double())
 
 
 # The cells of adaptive pooling.

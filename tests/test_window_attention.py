@@ -16,7 +16,7 @@ from accuracy import (
     assert_close_enough,
     output_and_gradients,
 )
-from recipe import ATTENTION_SHAPES, AttentionShape, attention_tensors
+from recipe import ATTENTION_SHAPES, AttentionShape, attention_tensors, parts_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,12 +182,11 @@ def test_a_part_of_a_map_is_what_the_whole_map_has_there(name: str, backend: str
     tensors = {key: tensor.double() for key, tensor in attention_tensors(shape).items()}
     height, width = shape.output
     whole = attention(shape)(**tensors, backend="reference")
-    for top, left, rows, columns in ((0, 0, 1, width), (height - 3, width // 2, 3, 2), (height // 2, 1, 4, width - 1)):
-        query = tensors["query"][:, top : top + rows, left : left + columns]
-        actual = window_attention(
-            **{**tensors, "query": query}, window=shape.window, backend=backend, part=Part(top, left, height, width)
-        )
-        expected = whole[:, top : top + rows, left : left + columns]
+    for rows, columns in parts_of(shape.output):
+        part = Part(rows.start, columns.start, height, width)
+        query = tensors["query"][:, rows, columns]
+        actual = window_attention(**{**tensors, "query": query}, window=shape.window, backend=backend, part=part)
+        expected = whole[:, rows, columns]
         assert actual.shape == expected.shape
         assert (actual - expected).abs().max() <= 1e-12 * whole.abs().max()
 
@@ -201,13 +200,6 @@ def test_a_part_outside_the_map_and_its_gradient_are_refused() -> None:
     tensors["key"].requires_grad_()
     with pytest.raises(NotImplementedError, match="part: .*no_grad"):
         window_attention(**tensors, window=shape.window, part=Part(0, 0, 99, 99))
-
-
-@pytest.mark.parametrize("backend", ["triton", "flex"])
-def test_a_backend_without_parts_says_so(backend: str) -> None:
-    shape = ATTENTION_SHAPES["odd"]
-    with pytest.raises(NotImplementedError, match="the pixels are a part of the output"):
-        window_attention(**attention_tensors(shape), window=shape.window, backend=backend, part=Part(0, 0, 99, 99))
 
 
 # Mutations: what the error rule must notice.

@@ -19,13 +19,13 @@ from accuracy import (
     assert_backend_accurate_over_draws,
     output_and_gradients,
 )
-from recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors
+from recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors, parts_of
 from torch import Tensor
 
 from anyup.ops import cuts, explain_backends, window_attention
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.window_attention import fused, operator
-from anyup.window import CellWindow, RatioWindow, Window, axis_bounds
+from anyup.window import CellWindow, Part, RatioWindow, Window, axis_bounds
 
 pytestmark = INTERPRETED
 
@@ -99,6 +99,88 @@ def test_wide_queries_and_keys_with_half_values_obey_the_error_rule(weights_live
     shape = KERNEL_SHAPES["odd"]
     tensors = attention_tensors(shape)
     assert_backend_accurate(attention(shape), {**tensors, "value": tensors["value"].half()}, backend="triton")
+
+
+# A part of a map: the windows are those of the whole.
+
+
+def attention_of(rows: slice, columns: slice, shape: AttentionShape) -> Any:
+    """The operator for a part of a shape's output."""
+    part = Part(rows.start, columns.start, *shape.output)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
+        return window_attention(query[:, rows, columns], key, value, window=shape.window, backend=backend, part=part)
+
+    return run
+
+
+def assert_parts_are_accurate(shape: AttentionShape, dtype: torch.dtype = torch.float32) -> None:
+    tensors = attention_tensors(shape, dtype=dtype)
+    for rows, columns in parts_of(shape.output):
+        assert_backend_accurate(attention_of(rows, columns, shape), tensors, backend="triton", gradients=False)
+
+
+@pytest.mark.parametrize("name", ["odd", "batch 2", "keys finer than pixels", "cell", "no window"])
+def test_a_part_of_a_map_obeys_the_error_rule(name: str, weights_live: str) -> None:
+    assert_parts_are_accurate(KERNEL_SHAPES[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["odd", "heads of the model"])
+def test_a_part_of_a_map_obeys_the_error_rule_with_shipped_cuts(name: str, dtype: torch.dtype) -> None:
+    assert_parts_are_accurate(KERNEL_SHAPES[name], dtype)
+
+
+def test_a_part_of_whole_tiles_is_bit_for_bit_the_whole_map_s_and_has_its_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from anyup.kernels.launch import Launch
+
+    launch, constants = Launch.__call__, []
+
+    def recorded(self: Launch) -> None:
+        constants.append(self.constants)
+        launch(self)
+
+    monkeypatch.setattr(Launch, "__call__", recorded)
+    # At the border of the map a tile sees fewer keys.
+    shape = AttentionShape((40, 32), (20, 16), head_dim=16, window=RatioWindow(0.2))
+    tensors = attention_tensors(shape, dtype=torch.float16)
+    whole = window_attention(**tensors, window=shape.window, backend="triton")
+    for rows, columns in ((slice(0, 8), slice(0, 8)), (slice(16, 32), slice(8, 32)), (slice(32, 40), slice(0, 16))):
+        part = attention_of(rows, columns, shape)(**tensors, backend="triton")
+        assert torch.equal(part, whole[:, rows, columns])
+    assert all(of == constants[0] for of in constants) and constants[0]["RESIDENT_BLOCKS"] > 1
+
+
+def test_the_log_sum_exp_of_a_part_is_that_of_the_whole(weights_live: str) -> None:
+    from anyup.ops.window_attention import eager
+
+    shape = KERNEL_SHAPES["odd"]
+    tensors, settings = attention_tensors(shape), {"window": shape.window, "scale": 0.3, "save_lse": True}
+    _, whole = eager.forward(**tensors, **settings)
+    for rows, columns in parts_of(shape.output):
+        part = Part(rows.start, columns.start, *shape.output)
+        cropped = {**tensors, "query": tensors["query"][:, rows, columns]}
+        torch.testing.assert_close(fused.forward(**cropped, **settings, part=part)[1], whole[:, rows, columns])
+
+
+@pytest.mark.parametrize("window", ["ratio", "cell"])
+def test_a_stream_runs_on_the_kernels(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipe import fill, wave
+
+    from anyup import AnyUp, streaming
+    from anyup.ops.window_attention import eager
+
+    monkeypatch.setattr(streaming, "BAND_PIXELS", 7 * 28)
+    image, features = wave((1, 3, 20, 28), 3, 0.8), wave((1, 20, 5, 7), 7)
+    backend = {"window_attention": "triton"}
+    model = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, window=window, backend=backend), 0).eval()
+    with torch.no_grad():
+        expected = model(image, features)
+        monkeypatch.setattr(eager, "forward", None)
+        for rows, columns, piece in model.stream(image, features, tile=(9, 28)):
+            torch.testing.assert_close(piece, expected[:, :, rows, columns], rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -362,6 +444,18 @@ MUTATIONS = {
         "streamed": ("_head_statistics", "tl.math.exp2(base[head] - now[:, None])", "1"),
     },
 }
+PART_MUTATIONS = {
+    "rows of the part for the map's": ("        row += first_row\n", ""),
+    "columns of the part for the map's": ("        column += first_column\n", ""),
+    "the part's height for the map's": (
+        "first_row, first_column, height, width = part",
+        "first_row, first_column, _, width = part",
+    ),
+    "the part's width for the map's": (
+        "first_row, first_column, height, width = part",
+        "first_row, first_column, height, _ = part",
+    ),
+}
 BACKWARD_MUTATIONS = {
     "one head's delta for all": ("_add_to_gradients", "deltas[head]", "deltas[0]"),
     "no mask": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
@@ -394,6 +488,15 @@ def test_a_core_that_is_too_large_fails_the_error_rule(monkeypatch: pytest.Monke
     mutate(monkeypatch, module, "core_keys", "core_rows * core_columns", "2 * core_rows * core_columns")
     with pytest.raises(AssertionError, match="output: error"):
         assert_backend_accurate(attention(shape), tensors, backend="triton")
+
+
+@pytest.mark.parametrize("mutation", PART_MUTATIONS)
+def test_a_mutated_window_of_a_part_fails_the_error_rule(
+    mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
+) -> None:
+    mutate(monkeypatch, FORWARD, "pixel_windows", *PART_MUTATIONS[mutation])
+    with pytest.raises(AssertionError, match="output: error"):
+        assert_parts_are_accurate(KERNEL_SHAPES["odd"])
 
 
 @pytest.mark.parametrize("mutation", BACKWARD_MUTATIONS)

@@ -23,7 +23,7 @@ from anyup.ops.kernel_device import dot_precision, target
 from anyup.ops.window_attention import reference
 from anyup.ops.window_attention.fused import window_rule
 from anyup.ops.window_attention.tiles import most_keys
-from anyup.window import Window
+from anyup.window import Part, Window
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,21 @@ def run_passes(
         "gradient of key": grad_key.sum(dim=0).to(key.dtype),
         "gradient of value": grad_value.sum(dim=0).to(value.dtype),
     }
+
+
+def run_forward_of_part(
+    query: Tensor, key: Tensor, value: Tensor, *, window: Window, part: Part, cut: ForwardConfig
+) -> dict[str, Tensor]:
+    """What the forward kernel computes of a part of an output, into memory that holds NaN before."""
+    from anyup.kernels.window_attention_forward import plan_forward
+
+    shape = (*query.shape[:3], value.shape[3])
+    out = torch.full(shape, math.nan, dtype=value.dtype, device="cuda")
+    lse = torch.full(tuple(query.shape[:4]), math.nan, dtype=torch.float32, device="cuda")
+    rule = window_rule(window, (part.height, part.width), tuple(key.shape[1:3]))
+    settings: dict[str, Any] = {"window": rule, "scale": query.shape[4] ** -0.5, "precision": dot_precision()}
+    plan_forward(query, key, value, out, lse, **settings, config=cut, part=part)()
+    return {"output": out, "log-sum-exp": lse}
 
 
 def reference_passes(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, window: Window) -> dict[str, Tensor]:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_close_enough
-from passes import Cuts, channels_first, device_tensors, reference_passes, run_passes, shipped_cuts, with_gaps
-from recipe import AttentionShape
+from passes import (
+    Cuts,
+    channels_first,
+    device_tensors,
+    reference_passes,
+    run_forward_of_part,
+    run_passes,
+    shipped_cuts,
+    with_gaps,
+)
+from recipe import AttentionShape, parts_of
 from torch import Tensor
 
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
-from anyup.window import CellWindow, RatioWindow, Window
+from anyup.ops.window_attention import reference
+from anyup.window import CellWindow, Part, RatioWindow, Window
 
 pytestmark = pytest.mark.gpu
 
@@ -78,6 +89,30 @@ def test_every_shipped_cut_obeys_the_error_rule(name: str, dtype: torch.dtype, l
 def test_a_cut_changes_speed_alone(cut: str, dtype: torch.dtype) -> None:
     shape = SHAPES["partial tiles"]._replace(output=(7, 13), window=RatioWindow(0.2), batch=1)
     assert_accurate(device_tensors(shape, dtype, dtype), shape.window, ODD_CUTS[cut])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["partial tiles", "cell window, one channel", "keys finer than pixels"])
+def test_a_part_of_an_output_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    """Its queries are a rectangle of a larger map, as a stream's are: next to them in memory lie others."""
+    shape = SHAPES[name]
+    tensors = device_tensors(shape, dtype, dtype)
+    tensors.pop("grad")
+    rows, columns = parts_of(shape.output)[2]
+    part = Part(rows.start, columns.start, *shape.output)
+    query = tensors.pop("query")[:, rows, columns]
+    narrow = {name: tensor.cpu() for name, tensor in (("query", query), *tensors.items())}
+    settings: dict[str, Any] = {"window": shape.window, "scale": query.shape[4] ** -0.5, "save_lse": True, "part": part}
+    expected, exact = (
+        reference.forward(**{name: tensor.to(wide) for name, tensor in narrow.items()}, **settings)
+        for wide in (dtype, torch.float64)
+    )
+    all_cuts = [cuts.forward for cuts in shipped_cuts(shape, half=dtype != torch.float32)]
+    for cut in all_cuts:
+        actual = run_forward_of_part(query, **tensors, window=shape.window, part=part, cut=cut)
+        for name, *others in zip(actual, expected, exact, strict=True):
+            assert_close_enough(actual[name].cpu(), *others, f"{name}, {cut}")
+    assert launched.total() == len(all_cuts)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

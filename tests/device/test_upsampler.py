@@ -66,6 +66,19 @@ def _together(found: dict[str, Tensor], exact: dict[str, Tensor], kind: str) -> 
     return torch.cat([found[name].flatten() / exact[name].abs().max().to(found[name].dtype) for name in names])
 
 
+def test_a_stream_on_a_card_gives_what_the_plain_call_gives(launched: Counter[str]) -> None:
+    upsampler = model("cuda", torch.float32).eval()
+    image, features = (tensor.to("cuda") for tensor in inputs())
+    with torch.inference_mode():
+        expected = upsampler(image, features)
+        pieces = list(upsampler.stream(image, features, tile=(9, 22)))
+    assert [(rows.start, rows.stop) for rows, _, _ in pieces] == [(0, 9), (9, 15)]
+    # One launch of the plain call, and one for each image of each piece.
+    assert launched.total() == 1 + 2 * len(image) and all(name.startswith("forward ") for name in launched)
+    for rows, columns, piece in pieces:
+        assert (piece - expected[:, :, rows, columns]).abs().max() < 1e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_under_autocast_half_queries_carry_wide_values(half: torch.dtype, launched: Counter[str]) -> None:
     upsampler = model("cuda", torch.float32)

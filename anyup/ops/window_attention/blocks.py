@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from anyup.window import Window, axis_bounds
+from anyup.window import Part, Window, part_bounds
 
 QUERY_TILE = (8, 16)
 """Rows and columns of a tile of pixels: 128 queries, which every block size of FlexAttention's kernels divides."""
@@ -125,11 +125,12 @@ class Tiling:
 
 
 @lru_cache(maxsize=64)
-def cut(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]) -> Tiling:
-    """The tiling of an output (H, W) and a grid (h, w), both of at least two tiles or blocks; on the CPU.
+def cut(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int], part: Part | None = None) -> Tiling:
+    """The tiling of an output (H, W), or a part of one, and a grid (h, w); on the CPU.
 
-    A single tile or block would be compiled for as a special case.
+    Both have at least two tiles or blocks: a single one would be compiled for as a special case.
     """
+    first, whole = ((0, 0), output_size) if part is None else (part[:2], part[2:])
     tiles = [-(-size // tile) for size, tile in zip(output_size, QUERY_TILE, strict=True)]
     blocks = [-(-size // block) for size, block in zip(grid_size, KEY_BLOCK, strict=True)]
     for counts in (tiles, blocks):
@@ -137,17 +138,21 @@ def cut(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]
     with torch.inference_mode(False):  # the tables serve later calls, in inference or not
         return Tiling(
             *(
-                _axis(window, output_size[n], grid_size[n], (tiles[n], QUERY_TILE[n]), (blocks[n], KEY_BLOCK[n]))
+                _axis(
+                    part_bounds(window, output_size[n], grid_size[n], first[n], whole[n]),
+                    grid_size[n],
+                    (tiles[n], QUERY_TILE[n]),
+                    (blocks[n], KEY_BLOCK[n]),
+                )
                 for n in range(2)
             )
         )
 
 
-def _axis(window: Window, queries: int, keys: int, tiles: tuple[int, int], blocks: tuple[int, int]) -> Axis:
-    """The axis of `queries` in `tiles` (count, length) against `keys` in `blocks` (count, length)."""
-    last = torch.arange(tiles[0] * tiles[1], device="cpu").clamp(max=queries - 1)
-    bounds = (torch.tensor(bound, device="cpu", dtype=torch.int32) for bound in axis_bounds(window, queries, keys))
-    start, stop = (bound[last].view(tiles) for bound in bounds)
+def _axis(bounds: tuple[tuple[int, ...], ...], keys: int, tiles: tuple[int, int], blocks: tuple[int, int]) -> Axis:
+    """The axis of queries with `bounds` in `tiles` (count, length) against `keys` in `blocks` (count, length)."""
+    last = torch.arange(tiles[0] * tiles[1], device="cpu").clamp(max=len(bounds[0]) - 1)
+    start, stop = (torch.tensor(bound, device="cpu", dtype=torch.int32)[last].view(tiles) for bound in bounds)
     position = torch.arange(blocks[0] * blocks[1], device="cpu", dtype=torch.int32).view(blocks)
     first, end = position[:, 0], position[:, -1] + 1
     return Axis(

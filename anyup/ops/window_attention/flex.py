@@ -26,8 +26,7 @@ from anyup.ops.cuts import is_refusal, told
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, cut
-from anyup.ops.window_attention.problem import no_part
-from anyup.window import Window, axis_bounds
+from anyup.window import Part, Window, part_bounds
 
 if TYPE_CHECKING:
     from anyup.ops.window_attention.problem import WindowAttentionProblem
@@ -69,7 +68,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
         reasons.append(f"device is {kind}, flex runs on cuda and cpu")
     if any(os.environ.get(name) == "1" for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")):
         reasons.append("torch.compile is switched off: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE")
-    return reasons + no_part(problem)
+    return reasons
 
 
 def discouraged(problem: WindowAttentionProblem) -> list[str]:
@@ -88,14 +87,16 @@ def forward(
     scale: float,
     max_queries: int | None = None,
     save_lse: bool = False,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits.
 
-    Pixels go through at most `max_queries` at a time, but never fewer than two tiles of 128.
+    Pixels go through at most `max_queries` at a time, but never fewer than two tiles of 128. They may be a
+    part of a map.
     """
     # Tensors made in inference mode are of another kind, for which the kernel would be compiled again.
     with torch.inference_mode(False), torch.no_grad():
-        return _forward(query, key, value, window, scale, max_queries, save_lse)
+        return _forward(query, key, value, window, scale, max_queries, save_lse, part)
 
 
 def backward(
@@ -113,13 +114,14 @@ def _forward(
     scale: float,
     max_queries: int | None,
     save_lse: bool,
+    part: Part | None,
 ) -> tuple[Tensor, Tensor]:
     batch, height, width, heads, head_dim = query.shape
     channels = value.shape[3]
     dtype = torch.promote_types(query.dtype, value.dtype)  # FlexAttention takes one dtype for all three
     head_width, slice_width = _padded(head_dim), min(_padded(channels), _SLICE)
     slices = -(-channels // slice_width)
-    tiling = cut(window, (height, width), (key.shape[1], key.shape[2])).to(query.device)
+    tiling = cut(window, (height, width), (key.shape[1], key.shape[2]), part).to(query.device)
     positions = tiling.positions()
     out = value.new_empty(batch, height, width, channels)
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=working_dtype(query.dtype))
@@ -140,8 +142,8 @@ def _forward(
         blocks = tiling.blocks(rows, columns)
         tiles = (rows.stop - rows.start, columns.stop - columns.start)
         pixels = tuple(
-            slice(part.start * tile, min(part.stop * tile, size))
-            for part, tile, size in zip((rows, columns), QUERY_TILE, (height, width), strict=True)
+            slice(some.start * tile, min(some.stop * tile, size))
+            for some, tile, size in zip((rows, columns), QUERY_TILE, (height, width), strict=True)
         )
         for image in range(batch):
             queries = _tiled(query[image][pixels], tiles, QUERY_TILE, (heads, head_width), dtype)
@@ -154,7 +156,7 @@ def _forward(
                 if statistics is not None:
                     _put(lse[image][pixels], statistics.T, tiles)
     if query.device.type == "cpu":
-        _restore_nans(out, query, key, window)
+        _restore_nans(out, query, key, window, part)
     return out, lse
 
 
@@ -255,7 +257,7 @@ def _put(pixels: Tensor, tiled: Tensor, tiles: tuple[int, int]) -> None:
     pixels.copy_(tiled[:rows, :columns, :channels])
 
 
-def _restore_nans(out: Tensor, query: Tensor, key: Tensor, window: Window) -> None:
+def _restore_nans(out: Tensor, query: Tensor, key: Tensor, window: Window, part: Part | None) -> None:
     """NaN for each pixel whose query, or a key that it sees, is not finite.
 
     The kernel for CPUs takes a block with a NaN among a row's logits for one of which the row sees nothing.
@@ -264,8 +266,10 @@ def _restore_nans(out: Tensor, query: Tensor, key: Tensor, window: Window) -> No
     bad = ~key.isfinite().flatten(3).all(dim=3)  # (B, h, w)
     if bad.any():
         sees = []
-        for queries, keys in zip(lost.shape[1:], bad.shape[1:], strict=True):
-            start, stop = (torch.tensor(bound, device="cpu")[:, None] for bound in axis_bounds(window, queries, keys))
+        top, left, *whole = part or (0, 0, *lost.shape[1:])
+        for queries, keys, first, total in zip(lost.shape[1:], bad.shape[1:], (top, left), whole, strict=True):
+            bounds = part_bounds(window, queries, keys, first, total)
+            start, stop = (torch.tensor(bound, device="cpu")[:, None] for bound in bounds)
             position = torch.arange(keys, device="cpu")
             sees.append(((position >= start) & (position < stop)).float())
         lost |= sees[0] @ bad.float() @ sees[1].T > 0

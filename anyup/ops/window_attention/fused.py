@@ -10,9 +10,9 @@ from torch import Tensor
 
 from anyup.ops.cuts import run_first
 from anyup.ops.kernel_device import device_name, device_reasons, dot_precision, installed, interprets, target
-from anyup.ops.window_attention.problem import WindowAttentionProblem, no_part
+from anyup.ops.window_attention.problem import WindowAttentionProblem
 from anyup.ops.window_attention.tiles import most_keys
-from anyup.window import CellWindow, Window
+from anyup.window import CellWindow, Part, Window
 
 if TYPE_CHECKING:
     from anyup.kernels.config_tables import Case
@@ -31,7 +31,6 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
     reasons = device_reasons(problem.device)
     if not installed():
         return reasons
-    reasons += no_part(problem)
     for name, dtype in (("queries", problem.query_dtype), ("values", problem.value_dtype)):
         if dtype == torch.float64:
             reasons.append(f"{name} are float64, the kernels compute in float32")
@@ -43,7 +42,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
     if problem.heads > _MOST_HEADS:
         reasons.append(f"{problem.heads} heads, at most {_MOST_HEADS} (each keeps its state in registers)")
     if isinstance(problem.window, CellWindow):
-        for name, queries, keys in zip(("height", "width"), problem.output_size, problem.grid_size, strict=True):
+        for name, queries, keys in zip(("height", "width"), problem.whole_size, problem.grid_size, strict=True):
             if 2 * queries * keys >= 2**31:
                 reasons.append(
                     f"2 * output {name} * grid {name} is {2 * queries * keys}, the cells need less than 2^31"
@@ -65,10 +64,11 @@ def forward(
     scale: float,
     max_queries: int | None = None,
     save_lse: bool = False,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits.
 
-    `max_queries` is not needed: beyond its results the kernel allocates nothing.
+    `max_queries` is not needed: beyond its results the kernel allocates nothing. The queries may be a part of a map.
     """
     from anyup.kernels.config import forward_configs
     from anyup.kernels.window_attention_forward import plan_forward
@@ -80,9 +80,9 @@ def forward(
     arguments = _shared_arguments(query, key, window, scale)
     _run_first(
         "forward",
-        lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c)(),
-        forward_configs(_tile_keys(query, key, window), **_known(query, value)),
-        query, key, value, window,
+        lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c, part=part)(),
+        forward_configs(_tile_keys(query, key, window, part), **_known(query, value)),
+        query, key, value, window, part,
     )  # fmt: skip
     return out, lse
 
@@ -148,10 +148,15 @@ def _shared_arguments(query: Tensor, key: Tensor, window: Window, scale: float) 
     return {"window": rule, "scale": scale, "precision": dot_precision()}
 
 
-def _tile_keys(query: Tensor, key: Tensor, window: Window) -> Callable[[int, int], int]:
+def _tile_keys(query: Tensor, key: Tensor, window: Window, part: Part | None = None) -> Callable[[int, int], int]:
     """Rows and columns of a tile of pixels to the most keys that one such tile sees."""
-    output_size, grid_size = (query.shape[1], query.shape[2]), (key.shape[1], key.shape[2])
-    return lambda rows, columns: most_keys(window, output_size, grid_size, (rows, columns))
+    top, left, *whole = part or (0, 0, query.shape[1], query.shape[2])
+    output_size, grid_size = (whole[0], whole[1]), (key.shape[1], key.shape[2])
+
+    def most(rows: int, columns: int) -> int:
+        return most_keys(window, output_size, grid_size, (rows, columns), (top % rows, left % columns))
+
+    return most
 
 
 def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
@@ -164,7 +169,7 @@ def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
     }
 
 
-def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window) -> Case:
+def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part | None = None) -> Case:
     """What a measured cut of a kernel is looked up by."""
     from anyup.kernels.config_tables import Case, rounded_keys
 
@@ -175,7 +180,7 @@ def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window)
         precision="" if query.dtype in _HALF and value.dtype in _HALF else dot_precision(),
         heads=query.shape[3],
         head_dim=query.shape[4],
-        keys=rounded_keys(_tile_keys(query, key, window)),
+        keys=rounded_keys(_tile_keys(query, key, window, part)),
     )
 
 
@@ -187,15 +192,22 @@ def _run_first(
     key: Tensor,
     value: Tensor,
     window: Window,
+    part: Part | None = None,
 ) -> Result:
     """What `run` gives with the first cut that the device takes: a measured one where there is one, then the rule's."""
-    cuts = _measured_first(kernel, rule, query, key, value, window)
+    cuts = _measured_first(kernel, rule, query, key, value, window, part)
     compiled_for = (kernel, query.device, query.dtype, value.dtype, *query.shape[3:], dot_precision())
     return run_first(run, cuts, kernel=compiled_for)
 
 
 def _measured_first(
-    kernel: str, rule: Sequence[Config], query: Tensor, key: Tensor, value: Tensor, window: Window
+    kernel: str,
+    rule: Sequence[Config],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    part: Part | None,
 ) -> Sequence[Config]:
     """The cuts to try: what was measured best on this card, where anything was and it fits, then the rule's."""
     from anyup.kernels import config_tables
@@ -205,9 +217,9 @@ def _measured_first(
         return rule
     return config_tables.before_the_rule(
         rule,
-        case(kernel, query, key, value, window),
+        case(kernel, query, key, value, window, part),
         device=device,
-        most_keys=_tile_keys(query, key, window),
+        most_keys=_tile_keys(query, key, window, part),
         channels=value.shape[3],
     )
 

@@ -29,6 +29,11 @@ class WindowAttentionProblem:
     part: Part | None = None
     """Where the pixels lie in the output; None: they are all of it."""
 
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """Height and width of the output, of which the pixels may be a part."""
+        return self.output_size if self.part is None else (self.part.height, self.part.width)
+
     def __str__(self) -> str:
         (height, width), (h, w) = self.output_size, self.grid_size
         where = "" if self.part is None else f" of {self.part.height} x {self.part.width}"
@@ -57,13 +62,6 @@ def describe(
         needs_gradient=needs_gradient,
         part=part,
     )
-
-
-def no_part(problem: WindowAttentionProblem) -> list[str]:
-    """The reason of a backend that takes no part of a map, where one is asked for."""
-    if problem.part is None:
-        return []
-    return ["the pixels are a part of the output (a stream or a region), this backend takes a whole output"]
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part | None = None) -> None:
