@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -73,12 +74,12 @@ class Operation:
     """An operation and its backends, in order of preference.
 
     `backends` maps a backend's name to a function that imports and returns its module, so that what is not
-    chosen is not imported.
+    chosen is not imported. It is called once.
     """
 
     def __init__(self, name: str, backends: Mapping[str, Callable[[], ModuleType]]) -> None:
         self.name = name
-        self._backends = dict(backends)
+        self._backends = {name: cache(load) for name, load in backends.items()}
         self._logged: set[str] = set()
         self._failures: dict[tuple[str, torch.device], str] = {}
         self._warned_of_slow_path = False
@@ -168,6 +169,8 @@ def parse_backend(backend: Backend) -> tuple[str, ...]:
     """The names in a backend request, () for None; raises ValueError or TypeError for anything else."""
     if backend is None:
         return ()
+    if isinstance(backend, str) and backend in BACKEND_NAMES:
+        return (backend,)
     if not isinstance(backend, (str, Sequence)):
         raise TypeError(
             f"backend: expected None, a name or a sequence of names, got {type(backend).__name__} {backend!r}"
