@@ -64,6 +64,7 @@ a table in the user's cache folder, where the kernels find them from then on. A 
 The cuts of all four kernels (forward, and the gradients of queries, keys and values) are timed for several
 sizes and dtypes; each is compared with the reference first. The table is complete after each case: ctrl-C keeps
 what is found until then. ANYUP_CONFIGS names another folder, or is "off": then no table is read or written.
+Models with other heads, another window or another precision of float32 have cuts of their own: name them.
 """
 
 
@@ -132,6 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--quick", action="store_true", help="two sizes, two dtypes and the cuts that promise most")
     tune.add_argument("--workload", nargs="+", metavar="SIZE", help='only these, as "448 from 32"')
     tune.add_argument("--dtype", nargs="+", choices=_DTYPES, help="only these")
+    tune.add_argument(
+        "--heads", nargs=2, type=int, metavar=("NUMBER", "WIDTH"), help="of the attention (default: 4 32)"
+    )
+    tune.add_argument("--window", choices=("ratio", "cell", "none"), help="kind of the window (default: ratio)")
+    tune.add_argument("--ratio", type=float, help="of the window (default: 0.1)")
+    tune.add_argument(
+        "--precision", choices=("highest", "high"), help="torch's matmul precision, for float32 (default: highest)"
+    )
     tune.add_argument("--report", metavar="OUT.json", help="also what became of every cut that was tried")
     tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
 
@@ -238,8 +247,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from anyup.bench import tune
+    from anyup.bench import attention_passes, tune
     from anyup.bench.workloads import find
+    from anyup.window import check_window, make_window
 
     for name in arguments.workload or ():
         try:
@@ -247,11 +257,20 @@ def _tune(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from error
     report = check_output(arguments.report, (".json",), "report") if arguments.report else None
+    usual = attention_passes.WINDOW
+    window = make_window(arguments.window or usual.kind, usual.ratio if arguments.ratio is None else arguments.ratio)
+    try:
+        check_window(window)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     table = tune.run(
         arguments.device,
         quick=arguments.quick,
         workloads=arguments.workload,
         dtypes=arguments.dtype,
+        heads=tuple(arguments.heads or (attention_passes.HEADS, attention_passes.HEAD_DIM)),
+        window=window,
+        precision=arguments.precision,
         report=report,
     )
     for written in (table, report):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 MostKeys = Callable[[int, int], int]
 """Rows and columns of a tile to the most keys that one such tile sees."""
@@ -45,23 +46,7 @@ class ForwardConfig:
     group_blocks: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("rows", "columns", "block_keys", "channel_slice", "num_warps", "tail_keys"):
-            number = getattr(self, name)
-            if number < 0 or number & (number - 1) or (not number and name != "tail_keys"):
-                raise ValueError(f"{name}: expected a power of two, got {number}")
-        # The smallest tile that the matrix units take.
-        for name, number in (("rows * columns", self.rows * self.columns), ("block_keys", self.block_keys)):
-            if number < 16:
-                raise ValueError(f"{name}: expected at least 16, got {number}")
-        if self.channel_slice < 16:
-            raise ValueError(f"channel_slice: expected at least 16, got {self.channel_slice}")
-        if not 0 <= self.resident_blocks < 16 or self.slices < 1 or self.num_stages < 1 or self.group_blocks < 1:
-            raise ValueError(f"resident_blocks, slices, num_stages, group_blocks: expected 0-15, 1, 1, 1, got {self}")
-        # What a thread's share of a block holds is told by the bits of an integer.
-        if self.resident_blocks and self.block_keys > 32 * self.shares:
-            raise ValueError(f"block_keys: expected at most 32 for each of {self.shares} shares, got {self.block_keys}")
-        if self.tail_keys and not (self.resident_blocks and 16 <= self.tail_keys < self.block_keys):
-            raise ValueError(f"tail_keys: expected 0, or 16 to less than resident block_keys, got {self}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -101,6 +86,13 @@ def forward_configs(
     sm_120 (16 bytes). Where a tile sees more keys than stay in registers, wider ones were seen to spill up to 48 bytes
     in half precision (sm_100, sm_120) and some more in float32, the last cuts up to 160.
     """
+    return list(_forward_configs(most_keys(8, 8), target, half, heads, head_dim))
+
+
+@cache
+def _forward_configs(
+    most_keys: int, target: Target, half: bool, heads: int, head_dim: int
+) -> tuple[ForwardConfig, ForwardConfig]:
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
     # Four threads hold a row of a product, except where the products have a memory of their own (sm_100) or a wave's
@@ -111,7 +103,7 @@ def forward_configs(
     piece = 32 if target.arch == 100 else 16
     slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
     block = 32 if half else 16
-    blocks, left = divmod(most_keys(8, 8), block)
+    blocks, left = divmod(most_keys, block)
     # A half block at the end where that is enough.
     tail = 16 if half and blocks and 0 < left <= 16 else 0
     blocks += bool(left and not tail)
@@ -134,7 +126,7 @@ def forward_configs(
     else:
         best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=piece)
     rows = 4 if target.arch == 100 else 8
-    return [best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)]
+    return best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)
 
 
 @dataclass(frozen=True)
@@ -201,7 +193,7 @@ def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None
     numbers["rows * columns"] = cut.rows * cut.columns
     for least, names in (
         (16, ("rows * columns", "block_keys", "block_pixels", "channel_slice", "piece")),
-        (1, ("slices", "parts", "num_stages")),
+        (1, ("slices", "parts", "num_stages", "group_blocks")),
         (0, ("resident_blocks", "heads")),
     ):
         for name in names:
@@ -209,8 +201,26 @@ def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None
                 raise ValueError(f"{name}: expected at least {least}, got {numbers[name]}")
     if cut.num_warps > 32:
         raise ValueError(f"num_warps: expected at most 32, got {cut.num_warps}")
-    if isinstance(cut, ForwardConfig) and cut.block_keys < 2 * cut.shares:
+    if isinstance(cut, ForwardConfig):
+        _check_forward(cut)
+
+
+def _check_forward(cut: ForwardConfig) -> None:
+    if cut.block_keys < 2 * cut.shares:
         raise ValueError(f"shares: expected at most half of {cut.block_keys} keys, got {cut.shares}")
+    # `side_by_side` makes runs of up to 8 blocks.
+    if cut.resident_blocks > 15:
+        raise ValueError(f"resident_blocks: expected at most 15, got {cut.resident_blocks}")
+    # What a thread's share of a block holds is told by the bits of an integer.
+    if cut.resident_blocks and cut.block_keys > 32 * cut.shares:
+        raise ValueError(f"block_keys: expected at most 32 for each of {cut.shares} shares, got {cut.block_keys}")
+    tail = cut.tail_keys
+    if tail and (not cut.resident_blocks or tail & (tail - 1) or not 16 <= tail < cut.block_keys):
+        raise ValueError(
+            f"tail_keys: expected 0, or a power of two from 16 to less than resident block_keys, got {cut}"
+        )
+    if tail and tail < 2 * cut.shares:
+        raise ValueError(f"shares: expected at most half of {tail} keys, got {cut.shares}")
 
 
 def backward_query_configs(

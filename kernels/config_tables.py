@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, MostKeys, check
+from .config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, MostKeys
 
 Cut = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
 
@@ -217,7 +217,6 @@ def _cut(case: Case, stored: Mapping[str, Any], where: str) -> Cut:
         values["parts"] = 1
     try:
         cut = kind(**values)
-        check(cut)
     except ValueError as error:
         raise TableError(f"{where}: {error}") from error
     if (heads := getattr(cut, "heads", 0)) and case.heads % heads:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from recipe import INTERPRETED
+from small_passes import SMALL, assert_check_finds_a_wider_window, small_passes
 
 from anyup import cli
 from anyup.bench import clock as clocks
@@ -24,11 +25,12 @@ from anyup.kernels import config_tables
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.kernels.config_tables import KINDS, Case
 from anyup.kernels.launch import Launch
-from anyup.ops import window_attention
-from anyup.window import RatioWindow
+from anyup.ops import kernel_device, window_attention
+from anyup.window import CellWindow, RatioWindow, Window
 
 CPU = torch.device("cpu")
 RULE = ForwardConfig(8, 8, 32, 2, 64, 1, num_warps=4, num_stages=2)
+TAILED = ForwardConfig(8, 8, 32, 1, 64, 1, num_warps=4, num_stages=2, tail_keys=16, group_blocks=8)
 SMALLER = ForwardConfig(8, 8, 16, 0, 32, 1, num_warps=4, num_stages=1, keep=False, piece=16)
 QUERY = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=4, keep=False)
 GRID = BackwardGridConfig(4, 4, 64, 64, 6, 3, num_warps=4, num_stages=2, heads=4)
@@ -51,9 +53,12 @@ class FakePasses:
         dtype: str = "bfloat16",
         *,
         fails: Callable[[Any], BaseException | None] = lambda cut: None,
+        heads: int = 4,
+        head_dim: int = 32,
+        window: Window = RatioWindow(0.1),  # noqa: B008
     ) -> None:
         self.workload = workload
-        self.heads = 4
+        self.heads, self.head_dim, self.window = heads, head_dim, window
         self.fails = fails
         self.checked: list[Any] = []
         self.dtype = dtype
@@ -62,7 +67,10 @@ class FakePasses:
         return (rows // 8 + 7) * (columns // 8 + 7)
 
     def case(self, kernel: str) -> Case:
-        return Case(kernel, self.dtype, "", 4, 32, config_tables.rounded_keys(self.most_keys))
+        precision = "" if self.dtype != "float32" else kernel_device.dot_precision()
+        return Case(
+            kernel, self.dtype, precision, self.heads, self.head_dim, config_tables.rounded_keys(self.most_keys)
+        )
 
     def rule(self, kernel: str) -> Sequence[Any]:
         cuts = {"forward": (RULE, SMALLER), "backward_query": (QUERY,)}
@@ -103,20 +111,37 @@ def tune(path: Path, clock: Any, passes: Callable[[Workload], Any] | None = None
 # Cuts worth timing
 
 
-@pytest.mark.parametrize("cut", [RULE, SMALLER, QUERY, GRID])
+@pytest.mark.parametrize("cut", [RULE, TAILED, SMALLER, QUERY, GRID])
 def test_variations_differ_from_a_cut_in_one_respect_and_hold_every_key(cut: Any) -> None:
-    passes = FakePasses()
+    passes = Fewer() if cut is TAILED else FakePasses()
     found = {aspect: list(variations(cut, aspect, heads=4, most_keys=passes.most_keys)) for aspect in ASPECTS}
     everything = [other for others in found.values() for other in others]
     assert cut not in everything and len(everything) > 10
     for other in everything:
         blocks = getattr(other, "resident_blocks", 0)
-        assert not blocks or blocks * other.block_keys >= passes.most_keys(other.rows, other.columns)
+        kept = blocks and blocks * other.block_keys + getattr(other, "tail_keys", 0)
+        assert not blocks or kept >= passes.most_keys(other.rows, other.columns)
         assert 4 % (getattr(other, "heads", 0) or 4) == 0
     assert {other.num_warps for other in found["num_warps"]} == {2, 4, 8} - {cut.num_warps}
     assert all(replace(other, num_warps=cut.num_warps) == cut for other in found["num_warps"])
     assert bool(found["residence"]) == hasattr(cut, "resident_blocks")
     assert bool(found["heads"]) == hasattr(cut, "heads")
+    resident = isinstance(cut, ForwardConfig) and cut.resident_blocks > 0
+    assert bool(found["group_blocks"]) == resident
+    assert all(replace(other, group_blocks=cut.group_blocks) == cut for other in found["group_blocks"])
+    assert {other.block_keys for other in found["block"]} >= {16, 64} if resident else True
+
+
+def test_a_last_smaller_block_is_tried_where_it_holds_what_is_left() -> None:
+    def tails(cut: Any, keys: int) -> set[tuple[int, int]]:
+        found = variations(cut, "tail_keys", heads=4, most_keys=lambda rows, columns: keys)
+        return {(other.resident_blocks, other.tail_keys) for other in found}
+
+    assert tails(RULE, 48) == {(1, 16)}
+    assert tails(replace(RULE, block_keys=64, resident_blocks=1, shares=2), 80) == {(2, 0), (1, 16), (1, 32)}
+    assert tails(replace(RULE, resident_blocks=2), 64) == set()
+    assert tails(TAILED, 48) == {(2, 0)}
+    assert tails(replace(RULE, resident_blocks=0), 48) == set()
 
 
 def test_cuts_whose_code_would_explode_are_not_tried() -> None:
@@ -268,6 +293,11 @@ def test_other_entries_of_the_table_stay(tmp_path: Path) -> None:
     assert before.items() < load(path).entries.items() and other.case not in before
 
 
+class Fewer(FakePasses):
+    def most_keys(self, rows: int, columns: int) -> int:
+        return (rows // 8 + 5) * (columns // 8 + 7)
+
+
 class Bigger(FakePasses):
     def most_keys(self, rows: int, columns: int) -> int:
         return 4 * super().most_keys(rows, columns)
@@ -312,26 +342,18 @@ def test_a_workload_that_does_not_fit_is_left_out(tmp_path: Path, capsys: pytest
 # The kernels, in Triton's interpreter
 
 
-SMALL = Workload((10, 14), (5, 6), channels=20)
-
-
 def passes_of(dtype: torch.dtype, workload: Workload = SMALL, **more: Any) -> AttentionPasses:
-    return AttentionPasses(workload, dtype, CPU, **{"heads": 2, "head_dim": 16, **more})
+    return small_passes(dtype, CPU, workload=workload, **more)
 
 
 @INTERPRETED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_rule_s_cuts_pass_the_check_and_a_wider_window_does_not(
+def test_the_rule_s_cuts_pass_the_check_and_what_is_wrong_does_not(
     dtype: torch.dtype, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = passes_of(dtype)
     assert len(passes._crops) == 1  # two would overlap
-    for kernel in KINDS:
-        passes.check(kernel, passes.rule(kernel)[0])
-    passes.window = RatioWindow(0.3)
-    for kernel in KINDS:
-        with pytest.raises(ParityError, match=f"{kernel}: error .* exceeds"):
-            passes.check(kernel, passes.rule(kernel)[0])
+    assert_check_finds_a_wider_window(passes)
     monkeypatch.setattr(Launch, "__call__", lambda self: None)
     for kernel in KINDS:  # nothing is written
         with pytest.raises(ParityError, match="error nan exceeds"):
@@ -412,7 +434,9 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A made-up card whose kernels are made up too; the folder of its table."""
     monkeypatch.setenv(config_tables.VARIABLE, str(tmp_path / "tables"))
     monkeypatch.setattr(tuning, "card", lambda name: CPU)
-    monkeypatch.setattr(tuning, "AttentionPasses", lambda w, dtype, device: FakePasses(w, str(dtype)[6:]))
+    monkeypatch.setattr(
+        tuning, "AttentionPasses", lambda w, dtype, device, **asked: FakePasses(w, str(dtype)[6:], **asked)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 9000")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(clocks, "CudaClock", lambda device, budget: Clock())
@@ -437,7 +461,7 @@ def test_the_command_writes_a_table_and_a_report(
 def test_an_interrupted_command_keeps_the_report_too(
     card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def make(workload: Workload, dtype: torch.dtype, device: torch.device) -> FakePasses:
+    def make(workload: Workload, dtype: torch.dtype, device: torch.device, **asked: Any) -> FakePasses:
         if workload.size[0] > 448:
             raise KeyboardInterrupt
         return FakePasses(workload, str(dtype)[6:])
@@ -502,6 +526,51 @@ def test_a_workload_or_a_dtype_that_is_none_is_a_mistake_of_usage(
     assert not card.exists()
 
 
+def test_the_command_tunes_for_other_heads_another_window_and_another_precision(
+    card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[FakePasses] = []
+
+    def make(workload: Workload, dtype: torch.dtype, device: torch.device, **asked: Any) -> FakePasses:
+        made.append(FakePasses(workload, str(dtype)[6:], **asked))
+        return made[-1]
+
+    monkeypatch.setattr(tuning, "AttentionPasses", make)
+    monkeypatch.setattr(tuning.fused, "unsupported", lambda problem: [])
+    monkeypatch.setattr(kernel_device, "interprets", lambda: False)
+    before = torch.get_float32_matmul_precision()
+    other = ["--heads", "8", "64", "--window", "cell", "--ratio", "0.2", "--precision", "high"]
+    assert cli.main(["tune", "--quick", "--dtype", "float32", *other]) == 0
+    assert torch.get_float32_matmul_precision() == before
+    assert {passes.window for passes in made} == {CellWindow(0.2)}
+    entries = config_tables.load((card / "abacus-9000.json").read_text(), "Abacus 9000").entries
+    assert {(case.heads, case.head_dim, case.precision) for case in entries} == {(8, 64, "tf32")}
+    assert cli.main(["tune", "--quick", "--dtype", "float32", "--window", "none"]) == 0
+    assert made[-1].window is None
+    entries = config_tables.load((card / "abacus-9000.json").read_text(), "Abacus 9000").entries
+    assert {(case.heads, case.precision) for case in entries} == {(8, "tf32"), (4, "tf32x3")}
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--heads", "9", "32"], 1, "heads: 9 heads, at most 8"),
+        (["--heads", "0", "32"], 1, "heads: expected at least one, got 0"),
+        (["--heads", "4", "24"], 1, "heads: heads are 24 wide, the kernels take 16, 32, 64, 128"),
+        (["--ratio", "nan"], 2, "window: expected a finite ratio, got nan"),
+        (["--window", "round"], 2, "invalid choice: 'round'"),
+        (["--precision", "medium"], 2, "invalid choice: 'medium'"),
+    ],
+)
+def test_heads_a_window_or_a_precision_that_are_none_are_named(
+    arguments: list[str], status: int, message: str, card: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tune", *arguments]) == status
+    assert message in capsys.readouterr().err
+    assert not list(card.glob("*"))
+
+
 def test_with_tables_off_there_is_nothing_to_write(
     card: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,7 +583,6 @@ def test_info_tells_which_table_is_in_force(
     card: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from anyup import info
-    from anyup.ops import kernel_device
 
     assert cli.main(["tune", "--quick"]) == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

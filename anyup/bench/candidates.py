@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 QUICK_ASPECTS = ("tile", "block", "num_warps", "num_stages")
 """Where most of the gain is to be expected."""
 
-ASPECTS = (*QUICK_ASPECTS, "residence", "channel_slice", "slices", "keep", "shares", "heads")
+ASPECTS = (
+    *QUICK_ASPECTS, "residence", "tail_keys", "group_blocks", "channel_slice", "slices", "keep", "shares", "heads"
+)  # fmt: skip
 """What cuts differ in, in the order in which they are tried."""
 
 _TILES = {
@@ -27,7 +29,11 @@ _VALUES = {
     "channel_slice": (16, 32, 64, 128),
     "slices": (1, 2, 3, 4, 6),
     "shares": (1, 2, 4),
+    "tail_keys": (0, 16, 32),
+    "group_blocks": (1, 2, 4, 8),
 }
+_OF_RESIDENT_WEIGHTS = ("tail_keys", "group_blocks")
+_OF_STREAMED_WEIGHTS = ("slices",)
 
 # Beyond these a program's code or its registers are such that compiling takes minutes and running fails.
 _MOST_PRODUCT = 128 * 128
@@ -40,7 +46,6 @@ def variations(cut: Cut, aspect: str, *, heads: int, most_keys: MostKeys) -> Ite
 
     Resident blocks are as many as hold the keys of every tile: `most_keys` tells by a tile's rows and columns.
     """
-    from anyup.kernels.config import check
     from anyup.kernels.config_tables import held
 
     for changed in _changes(cut, aspect, heads):
@@ -48,7 +53,6 @@ def variations(cut: Cut, aspect: str, *, heads: int, most_keys: MostKeys) -> Ite
             other = replace(cut, **changed)
             if getattr(other, "resident_blocks", 0):
                 other = replace(other, **held(other, most_keys))
-            check(other)
         except ValueError:  # a cut checks itself
             continue
         if other != cut and _is_small(other, heads):
@@ -60,7 +64,9 @@ def _changes(cut: Any, aspect: str, heads: int) -> Iterator[dict[str, Any]]:
     if aspect == "tile":
         yield from ({"rows": rows, "columns": columns} for rows, columns in _TILES[block])
     elif aspect == "block":
-        yield from ({block: number} for number in _BLOCKS)
+        for number in _BLOCKS:
+            # A tail is less than a block.
+            yield {block: number, **({"tail_keys": 0} if getattr(cut, "tail_keys", 0) >= number else {})}
     elif aspect == "residence":
         if hasattr(cut, "resident_blocks"):
             no_tail = {"tail_keys": 0} if hasattr(cut, "tail_keys") else {}
@@ -71,9 +77,14 @@ def _changes(cut: Any, aspect: str, heads: int) -> Iterator[dict[str, Any]]:
     elif aspect == "heads":
         if hasattr(cut, "heads"):
             yield from ({"heads": number} for number in range(1, heads + 1) if heads % number == 0)
-    # How many slices are alive at once matters to streamed weights alone.
-    elif hasattr(cut, aspect) and not (aspect == "slices" and getattr(cut, "resident_blocks", False)):
+    elif hasattr(cut, aspect) and _matters(cut, aspect):
         yield from ({aspect: number} for number in _VALUES[aspect])
+
+
+def _matters(cut: Any, aspect: str) -> bool:
+    """Whether an aspect is of the way in which a cut keeps its weights."""
+    resident = bool(getattr(cut, "resident_blocks", 0))
+    return aspect not in (_OF_STREAMED_WEIGHTS if resident else _OF_RESIDENT_WEIGHTS)
 
 
 def _is_small(cut: Any, heads: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -19,12 +20,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from anyup._version import __version__
-from anyup.bench.attention_passes import AttentionPasses, ParityError
+from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses, ParityError
 from anyup.bench.candidates import ASPECTS, QUICK_ASPECTS, variations
 from anyup.bench.workloads import Workload, find, square
 from anyup.images import complete_or_absent
 from anyup.ops.kernel_device import device_reasons
+from anyup.ops.window_attention import fused
+from anyup.ops.window_attention.problem import WindowAttentionProblem
 from anyup.progress import Progress
+from anyup.window import Window
 
 if TYPE_CHECKING:
     from anyup.kernels.config_tables import Case, Cut, Entry
@@ -274,6 +278,39 @@ def card(name: str | None = None) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def require_heads(number: int, width: int, window: Window, device: torch.device) -> None:
+    """Raise ValueError unless the kernels take such heads, saying why not."""
+    problem = WindowAttentionProblem(
+        batch=1,
+        output_size=(8, 8),
+        grid_size=(2, 2),
+        heads=number,
+        head_dim=width,
+        channels=16,
+        query_dtype=torch.float16,
+        value_dtype=torch.float16,
+        device=device,
+        window=window,
+        needs_gradient=True,
+    )
+    if number < 1:
+        raise ValueError(f"heads: expected at least one, got {number}")
+    if reasons := fused.unsupported(problem):
+        raise ValueError(f"heads: {'; '.join(reasons)}")
+
+
+@contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """Torch's matmul precision for a while; None: as it is."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def table_path(name: str) -> Path:
     """Where the user's table of a card is written, its folder made; raises ValueError where tables are off."""
     from anyup.kernels import config_tables
@@ -292,26 +329,43 @@ def run(
     quick: bool = False,
     workloads: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
+    heads: tuple[int, int] = (HEADS, HEAD_DIM),
+    window: Window = WINDOW,
+    precision: str | None = None,
     report: Path | None = None,
 ) -> Path:
     """What `anyup tune` does: a line on stdout for each case, progress on stderr; the table's path.
 
-    Raises ValueError, before any work, where kernels cannot be timed here or a name is none; OSError where the table
-    cannot be written.
+    Args:
+        device: the card, "cuda:0" by default.
+        quick: two sizes, two dtypes and fewer cuts for each.
+        workloads, dtypes: names of sizes and of dtypes, instead of all.
+        heads: their number and width.
+        window: of the attention.
+        precision: torch's matmul precision for float32, "highest" or "high"; None: the one that is set.
+        report: where to tell what became of every cut.
+
+    Raises ValueError, before any work, where kernels cannot be timed here or do not take such heads, or a name is none;
+    OSError where the table cannot be written.
     """
     from anyup.bench.clock import CudaClock
     from anyup.images import check_writable
 
     sizes = [find(name) for name in workloads] if workloads else (QUICK_WORKLOADS if quick else WORKLOADS)
     place = card(device)
+    require_heads(*heads, window, place)
     name = torch.cuda.get_device_name(place)
     path = check_writable(table_path(name), (".json",), "table")
     progress = Progress()
     progress.note(f"tuning on {name}; ctrl-C ends it and keeps what is found until then in {path}")
     clock = CudaClock(place, budget=0.03 if quick else 0.1)
     rows: list[dict[str, Any]] = []
+
+    def make(workload: Workload, dtype: torch.dtype, device: torch.device) -> Passes:
+        return AttentionPasses(workload, dtype, device, heads=heads[0], head_dim=heads[1], window=window)
+
     try:
-        with torch.cuda.device(place):
+        with torch.cuda.device(place), matmul_precision(precision):
             for found in tune(
                 place,
                 name,
@@ -320,6 +374,7 @@ def run(
                 workloads=sizes,
                 dtypes=dtypes or (QUICK_DTYPES if quick else tuple(DTYPES)),
                 quick=quick,
+                make=make,
                 progress=progress,
             ):
                 rows += found.rows()
