@@ -48,29 +48,36 @@ class Device:
 
     @property
     def special(self) -> float:
-        """Exponentials a second: 16 a cycle and multiprocessor (CUDA programming guide, arithmetic instructions,
-        compute capability 8.0 to 9.0)."""
+        """Exponentials a second: 16 a cycle and multiprocessor (CUDA C++ programming guide, throughput of native
+        arithmetic instructions, base 2 exponential, the same for compute capability 8.0 to 9.0)."""
         return 16 * self.sms * self.clock
 
 
+# Rates are dense. Each is also its operations a cycle and multiprocessor times multiprocessors times clock, which a
+# test holds them to.
 DEVICES = (
     Device(
         "A100 SXM 80GB", 80, 2039e9, 312e12, 156e12, 108, 1.41e9, 5120 * 1.41e9,
-        "NVIDIA A100 datasheet (bandwidth, rates); A100 whitepaper (108 SMs, 1410 MHz, L2 5120 bytes a clock)",
+        "NVIDIA A100 80GB datasheet (2,039 GB/s; 312 and 156 TFLOPS); NVIDIA A100 Tensor Core GPU Architecture (108 "
+        "SMs, 1410 MHz; 256 16-bit FMA a cycle and tensor core, 4 an SM; L2 read bandwidth 5120 bytes a clock, taken "
+        "at 1410 MHz: it does not say of which clock)",
     ),
     Device(
         "H100 SXM", 90, 3.35e12, 989.4e12, 494.7e12, 132, 1.83e9, None,
-        "NVIDIA H100 datasheet (bandwidth) and architecture whitepaper (132 SMs, rates; the clock is the one that the "
-        "rates are quoted at: 4096 16-bit operations a cycle and SM)",
+        "NVIDIA H100 datasheet (3.35 TB/s); NVIDIA H100 Tensor Core GPU Architecture (132 SMs; 989.4 and 494.7 TFLOPS "
+        "without sparsity: 512 16-bit FMA a cycle and tensor core, 4 an SM, at 1830 MHz; up to 1980 MHz without tensor "
+        "cores; no figure for L2)",
     ),
     Device(
         "RTX 4090", 89, 1008e9, 165.2e12, 82.6e12, 128, 2.52e9, None,
-        "NVIDIA Ada GPU architecture whitepaper, table of the RTX 4090 (rates with FP32 accumulate)",
+        "NVIDIA Ada GPU Architecture, appendix on the RTX 4090 (128 SMs, boost 2520 MHz, 1008 GB/s, 165.2 TFLOPS of 16 "
+        "bits with FP32 accumulate, 82.6 of tf32; no figure for L2)",
     ),
     Device(
         "RTX 3060 Laptop", 86, 336e9, 512 * 30 * 1.425e9, 256 * 30 * 1.425e9, 30, 1.425e9, None,
-        "NVIDIA product page (3840 cores: 30 SMs, boost 1283 to 1703 MHz by power: 1425 MHz, as most tables have it; "
-        "192 bits of 14 Gbit/s); GA102 architecture whitepaper (512 16-bit and 256 tf32 operations a cycle and SM)",
+        "NVIDIA's comparison of GeForce laptop GPUs (3840 cores: 30 SMs, boost 1283 to 1703 MHz by power; 192 bits of "
+        "GDDR6, 14 Gbit/s as tables of the card have it; 1425 MHz is its clock at 80 W); NVIDIA Ampere GA102 GPU "
+        "Architecture (512 16-bit operations with FP32 accumulate and 256 of tf32 a cycle and SM; no figure for L2)",
     ),
 )  # fmt: skip
 

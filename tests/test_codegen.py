@@ -241,6 +241,13 @@ def test_the_floor_is_the_longest_of_its_terms() -> None:
     assert roofline.floor(device, 10**6, **{**work, "exponentials": 1e5}, half=True).binding == "exponential"
 
 
+@pytest.mark.parametrize("device", roofline.DEVICES, ids=lambda device: device.name)
+def test_a_device_s_rates_are_those_of_its_tensor_cores_at_its_clock(device: roofline.Device) -> None:
+    operations = {80: 2048, 90: 4096, 89: 512, 86: 512}[device.arch]  # of 16 bits, a cycle and multiprocessor
+    assert device.tensor == pytest.approx(operations * device.sms * device.clock, rel=1e-3)
+    assert device.tensor_tf32 == pytest.approx(device.tensor / 2)
+
+
 def test_a_new_image_size_compiles_nothing() -> None:
     text = uninterpreted(
         "-c",
