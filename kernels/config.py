@@ -82,9 +82,8 @@ def forward_configs(
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
-    where all heads have 128 channels together, none of the best spills a register, but one head of 128 in float32 on
-    sm_120 (16 bytes). Where a tile sees more keys than stay in registers, wider ones were seen to spill up to 48 bytes
-    in half precision (sm_100, sm_120) and some more in float32, the last cuts up to 160.
+    none of the best spills a register in half precision, nor in float32 where all heads have 128 channels together.
+    Wider ones in float32 were seen to spill, and the last cuts up to 160 bytes.
     """
     return list(_forward_configs(most_keys(8, 8), target, half, heads, head_dim))
 
@@ -122,9 +121,13 @@ def _forward_configs(
     elif keep:
         best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
     elif not wide:
-        best = ForwardConfig(8, 8, 16, 0, 16, 2 if target.arch == 120 else 4, 4, 1, shares, keep)
+        tight = target.arch == 120
+        best = ForwardConfig(8, 8, 16, 0, 16, 2 if tight else 4, 4, 1, 1 if tight and head_dim == 128 else shares, keep)
     else:
-        best = ForwardConfig(8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=piece)
+        # By half a head or a whole one these two compilers keep all in registers, by less they spill a few.
+        best = ForwardConfig(
+            8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=64 if half and target.arch in (100, 120) else piece
+        )  # fmt: skip
     rows = 4 if target.arch == 100 else 8
     return best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)
 

@@ -134,6 +134,30 @@ def test_a_cut_that_is_too_large_is_seen_to_spill() -> None:
     assert all(int(number) > 0 for number in text.split())
 
 
+# Number and width of heads at the ends of what the kernels take; in float32 where nothing is known to spill.
+EXTREMES = [
+    *((arch, "bfloat16", heads) for arch in ("80", "90", "100", "120") for heads in ((8, 64), (8, 128))),
+    *((arch, "bfloat16", heads) for arch in ("90", "120") for heads in ((1, 16), (8, 16), (1, 128))),
+    *((arch, "float32", heads) for arch in ("90", "120") for heads in ((1, 16), (8, 16), (1, 128))),
+]
+
+
+@pytest.mark.slow
+def test_the_widest_and_the_narrowest_heads_spill_nothing_where_keys_are_streamed() -> None:
+    text = uninterpreted(
+        "-c",
+        "from benchmarks.compiled import *\n"
+        f"for arch, dtype, heads in {EXTREMES!r}:\n"
+        "    case = Case(square(2048, 128), arch, dtype, *heads)\n"
+        "    code = compile_case(case)\n"
+        "    assert not case.configs[0].resident_blocks\n"
+        "    print(arch, dtype, heads, code.spill_bytes, code.spill_instructions, sep='; ')",
+        timeout=1800,
+    )
+    assert len(text.splitlines()) == len(EXTREMES)
+    assert not [line for line in text.splitlines() if not line.endswith("; 0; 0")]
+
+
 def test_products_are_all_on_the_tensor_cores() -> None:
     text = uninterpreted(
         "-c",
