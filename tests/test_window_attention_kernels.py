@@ -608,6 +608,19 @@ def test_where_the_card_refuses_every_cut_the_next_backend_runs(
     assert len(tried) < 10
 
 
+def test_what_fails_for_some_heads_is_still_used_for_others(card_refuses: Any) -> None:
+    refused = attention_tensors(KERNEL_SHAPES["odd"])
+    card_refuses(2)  # both cuts
+    settings: dict[str, Any] = {"window": RatioWindow(0.1), "backend": ("triton", "torch")}
+    with pytest.warns(UserWarning, match="'triton' failed"):
+        window_attention(**refused, **settings)
+    chosen = {
+        name: explain_backends(**tensors, **settings).chosen
+        for name, tensors in (("same", refused), ("other", attention_tensors(KERNEL_SHAPES["one head"])))
+    }
+    assert chosen == {"same": "torch", "other": "triton"}
+
+
 def test_by_name_a_refusal_is_an_error_with_every_reason(card_refuses: Any) -> None:
     card_refuses(10**6)
     with pytest.raises(BackendFailure, match="OutOfResources: out of resource: shared memory"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -81,7 +81,7 @@ class Operation:
         self.name = name
         self._backends = {name: cache(load) for name, load in backends.items()}
         self._logged: set[str] = set()
-        self._failures: dict[tuple[str, torch.device], str] = {}
+        self._failures: dict[tuple[str, torch.device, Hashable], str] = {}
         self._warned_of_slow_path = False
 
     def explain(self, problem: Any, backend: Backend = None) -> Explanation:
@@ -114,7 +114,7 @@ class Operation:
         """Call a function of the chosen backend, autocast off: a backend says itself what it computes in.
 
         Where a backend that was not asked for by name raises a `BackendFailure`, the next one runs, with a warning,
-        and this one is passed over on that device from now on.
+        and this one is passed over from now on, on that device, for what its kernels are compiled for alike.
         """
         module = self.choose(problem, backend)
         try:
@@ -124,10 +124,10 @@ class Operation:
             if parse_backend(backend) == (name,):
                 raise
             self._warned_of_slow_path = True  # the one warning is this one
-            self._failures[name, problem.device] = f"failed before on {problem.device}: {failure}"
+            self._failures[_failing(name, problem)] = f"failed before on {problem.device}: {failure}"
             warnings.warn(
-                f"anyup: {self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used on it "
-                f"any more: {failure}",
+                f"anyup: {self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
+                f"this or the like any more ({problem}): {failure}",
                 stacklevel=2,
             )
         return self.run(function, problem, backend, *args, **kwargs)
@@ -144,7 +144,7 @@ class Operation:
     def _reasons(self, name: str, problem: Any) -> list[str]:
         if name not in self._backends:
             return [f"{self.name} has no {name!r} backend in this version; it has {', '.join(self._backends)}"]
-        failure = self._failures.get((name, problem.device))
+        failure = self._failures.get(_failing(name, problem))
         if failure is not None:
             return [failure]
         return self._backends[name]().unsupported(problem)
@@ -154,6 +154,11 @@ class Operation:
             return []
         discouraged = getattr(self._backends[name](), "discouraged", None)
         return [] if discouraged is None else discouraged(problem)
+
+
+def _failing(name: str, problem: Any) -> tuple[str, torch.device, Hashable]:
+    """What a failure is remembered for: a problem may tell what its kernels are `compiled_for`."""
+    return name, problem.device, getattr(problem, "compiled_for", None)
 
 
 def _call(function: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:

@@ -34,6 +34,11 @@ class WindowAttentionProblem:
         """Height and width of the output, of which the pixels may be a part."""
         return self.output_size if self.part is None else (self.part.height, self.part.width)
 
+    @property
+    def compiled_for(self) -> tuple[object, ...]:
+        """What kernels are compiled for, beside the device: where it is another, they may run although these failed."""
+        return self.query_dtype, self.value_dtype, self.heads, self.head_dim, self.needs_gradient
+
     def __str__(self) -> str:
         (height, width), (h, w) = self.output_size, self.grid_size
         where = "" if self.part is None else f" of {self.part.height} x {self.part.width}"
