@@ -70,7 +70,9 @@ def _resident_keys(target: Target, half: bool, heads: int, head_dim: int) -> int
         narrow = head_dim <= 64 or (heads == 1 and (target.arch == 90 or target.backend == "hip"))
         return 64 if narrow else 0
     if head_dim <= 32:
-        return 224
+        # 15 x 15 keys are one more than 7 blocks. A tail of 16 spills 32 bytes at most, on sm_90 none, and is worth it.
+        fits = target.arch == 90 or (target.arch in (80, 86, 89) and heads * head_dim <= _KEPT_CHANNELS)
+        return 240 if fits else 224
     if heads * head_dim <= _KEPT_CHANNELS:
         return 160 if target.arch == 120 and head_dim == 64 else 208
     return 128 if head_dim == 64 else 64
@@ -82,8 +84,9 @@ def forward_configs(
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
-    none of the best spills a register in half precision, nor in float32 where all heads have 128 channels together.
-    Wider ones in float32 were seen to spill, and the last cuts up to 160 bytes.
+    none of the best spills a register in half precision, but where 225 to 240 keys stay in them (32 bytes, sm_80 to
+    sm_89), nor in float32 where all heads have 128 channels together, but eight heads of 16 on sm_120 (8 bytes). Wider
+    ones in float32 were seen to spill, and the last cuts up to 160 bytes.
     """
     return list(_forward_configs(most_keys(8, 8), target, half, heads, head_dim))
 
@@ -111,11 +114,12 @@ def _forward_configs(
         # Products of 64 channels, where they leave registers enough.
         roomy = block * blocks + tail <= (208 if head_dim <= 32 else 0 if target.arch == 100 else 64)
         roomy = roomy and target.arch != 120
-        group = 4 if target.arch == 100 else 8
+        most = block * blocks + tail > 224
+        group = 4 if target.arch == 100 or most else 8
+        stages = 1 if most or (wide and head_dim == 64) else 2
         best = ForwardConfig(
-            8, 8, 32, blocks, 64 if roomy else 32, 1, 4, 1 if wide and head_dim == 64 else 2, shares, keep,
-            tail_keys=tail, group_blocks=group,
-        )  # fmt: skip
+            8, 8, 32, blocks, 64 if roomy else 32, 1, 4, stages, shares, keep, tail_keys=tail, group_blocks=group
+        )
     elif resident:
         best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, shares, keep)
     elif keep:
@@ -124,10 +128,11 @@ def _forward_configs(
         tight = target.arch == 120
         best = ForwardConfig(8, 8, 16, 0, 16, 2 if tight else 4, 4, 1, 1 if tight and head_dim == 128 else shares, keep)
     else:
-        # By half a head or a whole one these two compilers keep all in registers, by less they spill a few.
+        # By less than half a head of 128 at a time these two targets spill a few registers.
+        roomy = half and target.arch in (100, 120)
         best = ForwardConfig(
-            8, 8, 16, 0, slice_, 1, 4, 1, shares, keep, piece=64 if half and target.arch in (100, 120) else piece
-        )  # fmt: skip
+            8, 8, 16, 0, slice_, 1, 4, 1, shares, keep=roomy and head_dim <= 32, piece=64 if roomy else piece
+        )
     rows = 4 if target.arch == 100 else 8
     return best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)
 

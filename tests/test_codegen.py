@@ -137,8 +137,9 @@ def test_a_cut_that_is_too_large_is_seen_to_spill() -> None:
 # Number and width of heads at the ends of what the kernels take; in float32 where nothing is known to spill.
 EXTREMES = [
     *((arch, "bfloat16", heads) for arch in ("80", "90", "100", "120") for heads in ((8, 64), (8, 128))),
+    *((arch, "bfloat16", (8, 32)) for arch in ("90", "100", "120")),
     *((arch, "bfloat16", heads) for arch in ("90", "120") for heads in ((1, 16), (8, 16), (1, 128))),
-    *((arch, "float32", heads) for arch in ("90", "120") for heads in ((1, 16), (8, 16), (1, 128))),
+    *((arch, "float32", heads) for arch in ("90", "120") for heads in ((1, 16), (1, 128))),
 ]
 
 
@@ -199,6 +200,14 @@ def test_hardly_more_keys_are_worked_on_than_the_windows_hold(
     assert work.window <= work.logit_slots <= limit * work.window
     assert work.window <= work.value_slots <= limit * work.window
     assert work.tile_keys <= KEYS_LOADED * work.window
+
+
+def test_15_by_15_keys_stay_in_registers_where_these_are_enough() -> None:
+    cuts = {arch: Case(square(896, 64), arch, "bfloat16").configs[0] for arch in ARCHITECTURES}
+    kept = {arch: (cut.resident_blocks, cut.tail_keys) for arch, cut in cuts.items()}
+    assert kept == {arch: (7, 16) if arch in ("80", "86", "89", "90") else (0, 0) for arch in ARCHITECTURES}
+    wide = Case(square(896, 64), "80", "bfloat16", heads=8).configs[0]
+    assert (wide.resident_blocks, wide.tail_keys) == (0, 0)
 
 
 def test_blocks_of_64_keys_would_be_too_many() -> None:
