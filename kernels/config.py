@@ -85,7 +85,7 @@ def forward_configs(
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
     none of the best spills a register in half precision, but where 225 to 240 keys stay in them (32 bytes, sm_80 to
-    sm_89), nor in float32 where all heads have 128 channels together, but eight heads of 16 on sm_120 (8 bytes). Wider
+    sm_89), nor in float32 where all heads have 128 channels together, but eight heads of 16 on sm_120 (16 bytes). Wider
     ones in float32 were seen to spill, and the last cuts up to 160 bytes.
     """
     return list(_forward_configs(most_keys(8, 8), target, half, heads, head_dim))
@@ -125,8 +125,12 @@ def _forward_configs(
     elif keep:
         best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
     elif not wide:
+        # The logits are made anew for each run of slices, so runs are as long as they can be without a spill.
         tight = target.arch == 120
-        best = ForwardConfig(8, 8, 16, 0, 16, 2 if tight else 4, 4, 1, 1 if tight and head_dim == 128 else shares, keep)
+        slices = 2 if tight else 4
+        if heads > 1:
+            slices = 6 if heads == 2 and head_dim >= 32 else 8
+        best = ForwardConfig(8, 8, 16, 0, 16, slices, 4, 1, 1 if tight and head_dim == 128 else shares, keep)
     else:
         # By less than half a head of 128 at a time these two targets spill a few registers.
         roomy = half and target.arch in (100, 120)
