@@ -1,0 +1,58 @@
+"""How the feature unification's kernels are cut: positions of a program, rows of a product, warps.
+
+A `Config` changes speed and never a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import Target
+
+
+@dataclass(frozen=True)
+class UnificationConfig:
+    """A cut of the forward pass.
+
+    Attributes:
+        positions: of a program, which takes them one after the other and stores their results together.
+        rows: softmaxes of a product, one a row; where the filters are turned, as many as there are filters.
+        num_warps, num_stages: Triton's.
+    """
+
+    positions: int
+    rows: int
+    num_warps: int
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("positions", 1), ("rows", 16), ("num_warps", 1)):
+            number = getattr(self, name)
+            if number < least or number & (number - 1):
+                raise ValueError(f"{name}: expected a power of two, at least {least}, got {number}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
+
+
+MOST_FILTERS = 256
+"""A row of a product, all filters of a softmax, stays in registers."""
+
+
+def padded_filters(filters: int) -> int:
+    """Filters in a tile: a power of two that the matrix units take."""
+    return max(16, 1 << (filters - 1).bit_length())
+
+
+def forward_configs(filters: int, channels: int, *, target: Target, half: bool) -> list[UnificationConfig]:
+    """Cuts of the forward pass, best first; what comes later asks less of a card.
+
+    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`.
+    """
+    columns = padded_filters(filters)
+    # As many positions as are stored 16 bytes at a time.
+    positions = 8 if half else 4
+    if channels % filters:
+        return [UnificationConfig(positions, columns, num_warps=16 if columns > 128 else 8)]
+    warps = 8 if columns >= 128 else 4
+    best = UnificationConfig(positions, min(columns, 64 if columns <= 128 else 32), warps)
+    return [best, UnificationConfig(positions, 16, num_warps=4, num_stages=1)]
