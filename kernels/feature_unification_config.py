@@ -6,8 +6,10 @@ A `Config` changes speed and never a result.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .config import Target
+if TYPE_CHECKING:
+    from .feature_unification_patches import Arranged
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,20 @@ def padded_filters(filters: int) -> int:
     return max(16, 1 << (filters - 1).bit_length())
 
 
-def forward_configs(filters: int, channels: int, *, target: Target, half: bool) -> list[UnificationConfig]:
+def forward_configs(arranged: Arranged, filters: int) -> list[UnificationConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
-    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`.
+    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`: where M divides C none
+    spills a register on any target. Where it does not, a product of all filters and what turns it take more than
+    there are on NVIDIA's (up to 350 bytes of a thread's are spilled).
     """
-    columns = padded_filters(filters)
+    planes, columns, _ = arranged.filters.shape
+    if arranged.channels % filters:
+        return [UnificationConfig(8, columns, num_warps=8 if columns >= 64 else 4, num_stages=1)]
     # As many positions as are stored 16 bytes at a time.
-    positions = 8 if half else 4
-    if channels % filters:
-        return [UnificationConfig(positions, columns, num_warps=16 if columns > 128 else 8)]
-    warps = 8 if columns >= 128 else 4
-    best = UnificationConfig(positions, min(columns, 64 if columns <= 128 else 32), warps)
-    return [best, UnificationConfig(positions, 16, num_warps=4, num_stages=1)]
+    positions = 8 if arranged.features.element_size() == 2 and planes == 1 else 4
+    rows = 64 if columns <= 128 else 32
+    return [
+        UnificationConfig(positions, min(rows, columns), num_warps=4),
+        UnificationConfig(positions, 16, num_warps=4, num_stages=1),
+    ]

@@ -1,4 +1,4 @@
-"""Feature unification, forward: out(o) = mean over c of softmax over o of z(o, c), z the maps of all filters and channels.
+"""Feature unification, forward: out(o) = mean over c of softmax over o of z(o, c), z the maps of all channels and filters.
 
 With the channel-major list of maps read again as (M, C), softmax c = block * M + n at one position runs over M maps.
 Their logits are a matrix product of the M filters and a patch of M channels (see `feature_unification_patches.py`),
@@ -7,7 +7,8 @@ not divide C, map o*C + c is not filter n but filter (n + o*C) % M: a product's 
 other, which a gather within the tile undoes.
 
 The division by the taps inside the map is a factor of the exponent. What binds is the number of exponentials, C*M for
-each position; so logits are scaled, limited and added up in as few instructions as there can be.
+each position: logits are scaled, limited and added up in as few instructions as there can be, and over the rows only
+once, at the end of a position.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .feature_unification_config import UnificationConfig
-from .feature_unification_patches import SIZES, blocks_of, load_filters, load_patch, patch_place, taps_inside
+from .feature_unification_patches import (
+    PIECE,
+    SIZES,
+    Arranged,
+    blocks_of,
+    load_filters,
+    load_patch,
+    patch_corner,
+    product_of,
+    taps_inside,
+)
 from .launch import Launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,119 +48,123 @@ def softmax_rows(logits, exponent_scale, exists, FILTERS: tl.constexpr):
 
 
 @triton.jit
-def turned_logits(before, after, shift, turn, COLUMNS: tl.constexpr):
-    """Logits of softmaxes in rows, from the products of filters in rows with a block's channels and with the next ones.
-
-    `shift`, (COLUMNS,), is the filter of each column's first softmax; `turn`, (ROWS, COLUMNS), each row's filter.
-    """
+def turned_logits(before, after, channels, FILTERS: tl.constexpr):
+    """Logits with softmaxes in rows, from products with filters in rows: with a block's channels and the next ones."""
     row = tl.arange(0, before.shape[0])
+    # The filter of each column's first softmax.
+    shift = (tl.arange(0, before.shape[1]) * channels) % FILTERS
+    turn = row[:, None] + shift[None, :]
+    turn = tl.where(turn >= FILTERS, turn - FILTERS, turn)
+    turn = tl.minimum(turn, before.shape[0] - 1)  # of rows that stand for nothing
     return tl.gather(tl.where(row[:, None] >= shift[None, :], before, after), turn, axis=0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_forward_kernel(
-    arranged, basis, out,
-    # (B, h + s - 1, w + s - 1, blocks of entries, COLUMNS), (M, s * s), (B, M, h, w)
-    height, width, positions, tiles, channels, blocks, out_filter_stride,
-    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr, TURNED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    arranged, filters, out,
+    # (B, h + s - 1, w + s - 1, PLANES, blocks of entries, COLUMNS), (PLANES, COLUMNS, TAPS), (B, M, h, w)
+    height, width, positions, tiles, channels, blocks, again, out_filter_stride,
+    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
+    POSITIONS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, WHOLE: tl.constexpr, PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """POSITIONS positions of an image; grid: the runs of positions of all images.
 
+    `again` is a 0 that the compiler knows nothing of, or it would keep for all blocks what turns the first.
     TURNED says that FILTERS do not divide the channels, WHOLE that POSITIONS divide an image's positions.
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * POSITIONS
-    filters = ()  # (ROWS, TAPS) each
-    for part in tl.static_range((FILTERS + ROWS - 1) // ROWS):
-        filters = filters + (load_filters(basis, part * ROWS, FILTERS, ROWS, SIZE, TAPS),)
     softmax = tl.arange(0, ROWS)
-    if TURNED:
-        shift = (tl.arange(0, COLUMNS) * channels) % FILTERS
-        turn = softmax[:, None] + shift[None, :]
-        turn = tl.where(turn >= FILTERS, turn - FILTERS, turn)
-        turn = tl.minimum(turn, ROWS - 1)  # of rows that stand for nothing
     sums = tl.zeros((POSITIONS, COLUMNS), tl.float32)
+    entries = blocks + TURNED
+    if ROWS >= FILTERS:
+        kept = load_filters(filters, 0, ROWS, COLUMNS, TAPS, PLANES, PIECE)
     for number in tl.range(0, POSITIONS):
         position = tl.minimum(first + number, positions - 1)
         row = position // width
         column = position % width
-        place = patch_place(
-            arranged, image, row, column, height, width, blocks + TURNED, SIZE, TAPS, COLUMNS
-        )
+        corner = patch_corner(image, row, column, height, width, SIZE)
         exponent_scale = LOG2_E / taps_inside(row, column, height, width, SIZE // 2)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
         if TURNED:
-            before = tl.dot(filters[0], load_patch(place, 0, SIZE, TAPS, COLUMNS), input_precision=PRECISION)
+            sum_ = tl.zeros((COLUMNS,), tl.float32)
             for block in tl.range(0, blocks):
-                near = load_patch(place, block + 1, SIZE, TAPS, COLUMNS)
-                after = tl.dot(filters[0], near, input_precision=PRECISION)
-                logits = turned_logits(before, after, shift, turn, COLUMNS)
+                # Made again for each block: kept from the last one, it would take the registers of a whole product.
+                near = load_patch(arranged, corner, block, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+                before = product_of(kept, near, PLANES, PRECISION)
+                near = load_patch(arranged, corner, block + 1, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+                after = product_of(kept, near, PLANES, PRECISION)
+                logits = turned_logits(before, after, channels ^ (block * again), FILTERS)
                 exists = softmax < tl.minimum(channels - block * FILTERS, FILTERS)
                 powers, share = softmax_rows(logits, exponent_scale, exists, FILTERS)
-                total += powers * share[:, None]
-                before = after
+                sum_ += tl.sum(powers * share[:, None], axis=0)
         else:
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for block in tl.range(0, blocks):
-                near = load_patch(place, block, SIZE, TAPS, COLUMNS)
-                for part in tl.static_range(len(filters)):
-                    logits = tl.dot(filters[part], near, input_precision=PRECISION)
-                    powers, share = softmax_rows(logits, exponent_scale, softmax + part * ROWS < FILTERS, FILTERS)
+                near = load_patch(arranged, corner, block, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+                if ROWS >= FILTERS:
+                    logits = product_of(kept, near, PLANES, PRECISION)
+                    powers, share = softmax_rows(logits, exponent_scale, softmax < FILTERS, FILTERS)
                     total += powers * share[:, None]
+                else:
+                    for part in tl.range(0, (FILTERS + ROWS - 1) // ROWS):
+                        some = load_filters(filters, part * ROWS, ROWS, COLUMNS, TAPS, PLANES, PIECE)
+                        logits = product_of(some, near, PLANES, PRECISION)
+                        powers, share = softmax_rows(logits, exponent_scale, softmax + part * ROWS < FILTERS, FILTERS)
+                        total += powers * share[:, None]
+            sum_ = tl.sum(total, axis=0)
         mine = (tl.arange(0, POSITIONS) == number)[:, None]
-        sums = tl.where(mine, tl.sum(total, axis=0)[None, :], sums)
+        sums += tl.where(mine, sum_[None, :], 0.0)
     position = first + tl.arange(0, POSITIONS)
     filter_ = tl.arange(0, COLUMNS)
-    result = sums / channels
     place = out + image * FILTERS * out_filter_stride
     place = place + position[:, None] + filter_.to(tl.int64)[None, :] * out_filter_stride
     exists = (filter_ < FILTERS)[None, :]
     if not WHOLE:
         exists = exists & (position < positions)[:, None]
-    tl.store(place, result, mask=exists)
+    tl.store(place, sums / channels, mask=exists)
 
 
-def plan_forward(
-    arranged: Tensor, basis: Tensor, out: Tensor, *, channels: int, precision: str, config: UnificationConfig
-) -> Launch:
-    """The launch that fills `out` (B, M, h, w), contiguous.
+def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: UnificationConfig) -> Launch:
+    """The launch that fills `out` (B, M, h, w), contiguous, in any floating dtype.
 
     Args:
-        arranged: the features as `feature_unification_patches.arrange` gives them.
-        basis: (M, 1, s, s), contiguous, in the same dtype.
-        out: in any floating dtype.
-        channels: C.
-        precision: of products of float32, Triton's `input_precision`.
+        arranged: what `feature_unification_patches.plan_arrange` fills.
+        out: the result.
+        precision: of products of float32, where there is one plane of it; Triton's `input_precision`.
         config: how to cut the work.
     """
     batch, filters, height, width = out.shape
-    size, columns = basis.shape[2], arranged.shape[4]
+    planes, columns, taps = arranged.filters.shape
     tiles = triton.cdiv(height * width, config.positions)
-    turned = channels % filters != 0
+    turned = arranged.channels % filters != 0
     return Launch(
         kernel=_feature_unification_forward_kernel,
         grid=(batch * tiles,),
         arguments={
-            "arranged": arranged,
-            "basis": basis,
+            "arranged": arranged.features,
+            "filters": arranged.filters,
             "out": out,
             "height": height,
             "width": width,
             "positions": height * width,
             "tiles": tiles,
-            "channels": channels,
-            "blocks": blocks_of(channels, filters),
+            "channels": arranged.channels,
+            "blocks": blocks_of(arranged.channels, filters),
+            "again": 0,
             "out_filter_stride": height * width,
         },
         constants={
             "FILTERS": filters,
             "COLUMNS": columns,
-            "SIZE": size,
-            "TAPS": max(16, triton.next_power_of_2(size * size)),
+            "SIZE": arranged.kernel_size,
+            "TAPS": taps,
+            "PLANES": planes,
             "POSITIONS": config.positions,
             "ROWS": columns if turned else min(config.rows, columns),
             "TURNED": turned,
             "WHOLE": height * width % config.positions == 0,
+            "PIECE": PIECE,
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},

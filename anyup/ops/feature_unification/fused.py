@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
 from anyup.ops.feature_unification.problem import FeatureUnificationProblem
-from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets, target
+from anyup.ops.kernel_device import device_reasons, installed, interprets
 
-_HALF = (torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    from anyup.kernels.feature_unification_patches import Arranged
+
 _MOST_TAPS = 128
+_PRECISION = "ieee"  # of the one plane of float32 that the interpreter takes; all other products are of 16 bits
 
 
 def unsupported(problem: FeatureUnificationProblem) -> list[str]:
@@ -46,23 +52,42 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
     """
     from anyup.kernels.feature_unification_config import forward_configs
     from anyup.kernels.feature_unification_forward import plan_forward
-    from anyup.kernels.feature_unification_patches import arrange
 
-    batch, channels, height, width = features.shape
-    filters, _, size, _ = basis.shape
-    out = features.new_empty(batch, filters, height, width)
-    known = target(features.device)
-    half = features.dtype in _HALF
-    kernel = ("feature_unification_forward", features.device, features.dtype, filters, size, channels % filters == 0)
-    basis = basis.contiguous()
-    arranged = run_first(
-        lambda _: arrange(features, filters=filters, kernel_size=size), [None], kernel=("arrange", *kernel)
-    )
+    batch, _, height, width = features.shape
+    out = features.new_empty(batch, basis.shape[0], height, width)
+    arranged = _arrange(features, basis)
     run_first(
-        lambda config: plan_forward(
-            arranged, basis, out, channels=channels, precision=dot_precision(), config=config
-        )(),
-        forward_configs(filters, channels, target=known, half=half),
-        kernel=kernel,
+        lambda config: plan_forward(arranged, out, precision=_PRECISION, config=config)(),
+        forward_configs(arranged, basis.shape[0]),
+        kernel=_kernel("forward", features, basis),
     )
     return out
+
+
+def planes_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """In how many planes of which dtype numbers are multiplied, by torch's precision of float32 products.
+
+    Three of bfloat16 hold a float32; two hold 16 of its 24 bits, which is what "high" asks for, and 6 more than tf32.
+    """
+    if dtype != torch.float32 or interprets():  # which multiplies bfloat16 wrongly
+        return 1, dtype
+    return (3 if torch.get_float32_matmul_precision() == "highest" else 2), torch.bfloat16
+
+
+def _arrange(features: Tensor, basis: Tensor) -> Arranged:
+    from anyup.kernels.feature_unification_patches import allocate, plan_arrange
+
+    planes, dtype = planes_of(features.dtype)
+    arranged = allocate(features, basis, planes=planes, dtype=dtype)
+    run_first(
+        lambda _: plan_arrange(features, basis.contiguous(), arranged)(),
+        [None],
+        kernel=_kernel("arrange", features, basis),
+    )
+    return arranged
+
+
+def _kernel(name: str, features: Tensor, basis: Tensor) -> tuple[Hashable, ...]:
+    """What else than its cut a kernel is compiled for."""
+    divides = features.shape[1] % basis.shape[0] == 0
+    return ("feature_unification", name, features.device, features.dtype, basis.shape, divides, planes_of(features.dtype))

@@ -14,6 +14,7 @@ from anyup.ops.feature_unification import problem as problems
 OPERATION = Operation(
     "feature_unification",
     {
+        "triton": lambda: importlib.import_module("anyup.ops.feature_unification.fused"),
         "torch": lambda: importlib.import_module("anyup.ops.feature_unification.eager"),
         "reference": lambda: importlib.import_module("anyup.ops.feature_unification.reference"),
     },
