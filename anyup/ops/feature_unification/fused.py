@@ -30,6 +30,8 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
         reasons.append("features are float64, the kernels compute in float32")
     elif problem.dtype == torch.bfloat16 and interprets():
         reasons.append("features are bfloat16, which Triton's interpreter multiplies wrongly")
+    if problem.needs_gradient:
+        reasons.append("a gradient is wanted, the kernels are for inference")
     if problem.filters > MOST_FILTERS:
         reasons.append(f"{problem.filters} filters, at most {MOST_FILTERS} (a softmax over them stays in registers)")
     if problem.kernel_size**2 > _MOST_TAPS:

@@ -1,0 +1,361 @@
+"""Feature unification, backward: everything recomputed, from the gradient of the output to those of features and basis.
+
+With a(o) = dout(o) / C and P the weights of one softmax, its logits have the gradient P (a - sum_o P a). That of a
+block of softmaxes is a tile like the block's logits, and two products with it are all there is: with the patch, for the
+filters' gradient, and with the filters, for that of the patch's cells.
+
+A program owns a square of positions and a block. Their patches overlap, so a product with the filters shifted to each
+position adds up the gradient of all cells that the square's patches have, in registers. What squares have in common
+is added up by a second kernel, in a fixed order, without atomics; of every cell of the map there are as many partial
+sums as squares that see it, which is four times the features for filters of 5 x 5.
+
+The gradients of a program are in units of the largest of its outputs': as 16-bit floats they would else be too small.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .feature_unification_config import UnificationGradientConfig
+from .feature_unification_forward import LOG2_E, softmax_rows, turned_logits
+from .feature_unification_patches import (
+    PIECE,
+    SIZES,
+    Arranged,
+    blocks_of,
+    load_filters,
+    load_patch,
+    patch_corner,
+    product_of,
+    taps_inside,
+)
+from .launch import Launch, strides_of
+
+TILE = 4
+"""Positions along each side of a square: with filters of 5 x 5 its patches have 8 x 8 cells."""
+
+_FOLD_CHANNELS = 16
+_FOLD_POSITIONS = 64
+
+
+def padded_cells(kernel_size: int) -> int:
+    """Cells of a square's patches in a tile: a power of two that the matrix units take."""
+    return max(16, triton.next_power_of_2((TILE + kernel_size - 1) ** 2))
+
+
+def allocate_parts(arranged: Arranged, size: tuple[int, int], filters: int) -> tuple[Tensor, Tensor]:
+    """Memory for the partial sums of the cells' and of the filters' gradients, float32.
+
+    (squares, blocks, sides, cells, padded filters) and (squares, blocks, sides, padded filters, padded taps).
+    """
+    squares = arranged.features.shape[0] * triton.cdiv(size[0], TILE) * triton.cdiv(size[1], TILE)
+    blocks, sides = blocks_of(arranged.channels, filters), 1 + (arranged.channels % filters != 0)
+    columns, taps = arranged.filters.shape[1:]
+    like = arranged.features
+    return (
+        like.new_empty(
+            (squares, blocks, sides, padded_cells(arranged.kernel_size), columns), dtype=torch.float32
+        ),
+        like.new_empty((squares, blocks, sides, columns, taps), dtype=torch.float32),
+    )
+
+
+@triton.jit
+def _split(matrix, like, PLANES: tl.constexpr):
+    """A float32 matrix as a sum of PLANES matrices of the dtype of `like`."""
+    planes = ()
+    for _plane in tl.static_range(PLANES):
+        rounded = matrix.to(like.dtype)
+        planes = planes + (rounded,)
+        if PLANES > 1:
+            matrix -= rounded.to(tl.float32)
+    return planes
+
+
+@triton.jit
+def _shifted_filters(
+    taps, first, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
+    PLANES: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """What the filters of a position (down, across) of a square give to its cells: tuple of (CELLS, ROWS)."""
+    SIDE: tl.constexpr = TILE + SIZE - 1
+    cell = tl.arange(0, CELLS)
+    tap_row = cell // SIDE - down
+    tap_column = cell % SIDE - across
+    sees = (tap_row >= 0) & (tap_row < SIZE) & (tap_column >= 0) & (tap_column < SIZE)
+    place = taps + (tap_row * SIZE + tap_column)[:, None] * COLUMNS + (first + tl.arange(0, ROWS))[None, :]
+    planes = ()
+    for plane in tl.static_range(PLANES):
+        planes = planes + (tl.load(place + plane * TAPS * COLUMNS, mask=sees[:, None], other=0.0),)
+    return planes
+
+
+@triton.jit
+def _load_gradient(grad, row, column, row_stride, column_stride, filter_stride, FILTERS: tl.constexpr,
+                   COLUMNS: tl.constexpr):  # fmt: skip
+    """The output's gradient at a position, (COLUMNS,) float32."""
+    filter_ = tl.arange(0, COLUMNS)
+    place = grad + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    place = place + filter_.to(tl.int64) * filter_stride
+    return tl.load(place, mask=filter_ < FILTERS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def logits_gradient(powers, share, outer):
+    """P (a - sum_o P a), of weights P = powers * share in rows and the gradient a of each column."""
+    weights = powers * share[:, None]
+    return weights * (outer[None, :] - tl.sum(weights * outer[None, :], axis=1)[:, None])
+
+
+@triton.jit
+def turned_back(gradient, channels, FILTERS: tl.constexpr):
+    """The inverse of `turned_logits`' gather: with filters in rows again, from softmaxes in rows."""
+    row = tl.arange(0, gradient.shape[0])
+    shift = (tl.arange(0, gradient.shape[1]) * channels) % FILTERS
+    turn = row[:, None] - shift[None, :]
+    turn = tl.where(turn < 0, turn + FILTERS, turn)
+    turn = tl.minimum(turn, gradient.shape[0] - 1)
+    return tl.where((row < FILTERS)[:, None], tl.gather(gradient, turn, axis=0), 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _feature_unification_backward_kernel(
+    arranged, filters, taps, grad, cell_parts, filter_parts,
+    # (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS), (PLANES, TAPS, COLUMNS),
+    # (B, M, h, w), (squares, blocks, sides, CELLS, COLUMNS), (squares, blocks, sides, COLUMNS, TAPS)
+    height, width, square_rows, square_columns, channels, blocks, again,
+    grad_image_stride, grad_filter_stride, grad_row_stride, grad_column_stride,
+    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
+    TILE: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """TILE x TILE positions, a block of softmaxes, and with TURNED one side of it; grid: (squares, blocks * sides).
+
+    One side is what a block has of its own channels, the other what it has of the next ones. `again` is as in the
+    forward pass.
+    """
+    square = tl.program_id(0)
+    image = (square // (square_rows * square_columns)).to(tl.int64)
+    top = square % (square_rows * square_columns) // square_columns * TILE
+    left = square % square_columns * TILE
+    block = tl.program_id(1)
+    side = 0
+    if TURNED:
+        side = block % 2
+        block = block // 2
+    entries = blocks + TURNED
+    part_number = square.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    grad += image * grad_image_stride
+    largest = 0.0
+    for number in tl.range(0, TILE * TILE):
+        row = tl.minimum(top + number // TILE, height - 1)
+        column = tl.minimum(left + number % TILE, width - 1)
+        outer = _load_gradient(
+            grad, row, column, grad_row_stride, grad_column_stride, grad_filter_stride, FILTERS, COLUMNS
+        )
+        largest = tl.maximum(largest, tl.max(tl.abs(outer), axis=0))
+    unit = tl.where(largest > 0, largest, 1.0)
+    softmax = tl.arange(0, ROWS)
+    PIECES: tl.constexpr = TAPS // PIECE
+    to_cells = tl.zeros((CELLS, COLUMNS), tl.float32)
+    for part in tl.range(0, (FILTERS + ROWS - 1) // ROWS):
+        some = load_filters(filters, part * ROWS, ROWS, COLUMNS, TAPS, PLANES, PIECE)
+        to_filters = ()
+        for _piece in tl.static_range(PIECES):
+            to_filters = to_filters + (tl.zeros((ROWS, PIECE), tl.float32),)
+        for number in tl.range(0, TILE * TILE):
+            down = number // TILE
+            across = number % TILE
+            row = tl.minimum(top + down, height - 1)
+            column = tl.minimum(left + across, width - 1)
+            exists = (top + down < height) & (left + across < width)
+            inside = taps_inside(row, column, height, width, SIZE // 2)
+            corner = patch_corner(image, row, column, height, width, SIZE)
+            outer = _load_gradient(
+                grad, row, column, grad_row_stride, grad_column_stride, grad_filter_stride, FILTERS, COLUMNS
+            ) / unit  # fmt: skip
+            # Of positions beyond the map nothing is left.
+            outer *= tl.where(exists, SIZE * SIZE / inside, 0.0)
+            near = load_patch(arranged, corner, block, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+            logits = product_of(some, near, PLANES, PRECISION)
+            real = softmax + part * ROWS < FILTERS
+            if TURNED:
+                after = load_patch(arranged, corner, block + 1, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+                after = product_of(some, after, PLANES, PRECISION)
+                logits = turned_logits(logits, after, channels ^ (number * again), FILTERS)
+                real = softmax < tl.minimum(channels - block * FILTERS, FILTERS)
+            powers, share = softmax_rows(logits, LOG2_E / inside, real, FILTERS)
+            inner = logits_gradient(powers, share, outer)
+            if TURNED:
+                inner = turned_back(inner, channels ^ (number * again), FILTERS)
+                shift = (tl.arange(0, COLUMNS) * (channels ^ (number * again))) % FILTERS
+                own = softmax[:, None] >= shift[None, :]
+                inner = tl.where(own == (side == 0), inner, 0.0)
+                near = load_patch(arranged, corner, block + side, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+            planes = _split(inner, near[0], PLANES)
+            shifted = _shifted_filters(
+                taps, part * ROWS, down, across, ROWS, COLUMNS, SIZE, TAPS, PLANES, TILE, CELLS
+            )
+            updated = ()
+            for piece in tl.static_range(PIECES):
+                product = to_filters[piece]
+                for order in tl.static_range(PLANES):
+                    for plane in tl.static_range(PLANES - order):
+                        patch = near[(PLANES - 1 - order - plane) * PIECES + piece]
+                        product = tl.dot(planes[plane], tl.trans(patch), product, input_precision=PRECISION)
+                updated = updated + (product,)
+            to_filters = updated
+            for order in tl.static_range(PLANES):
+                for plane in tl.static_range(PLANES - order):
+                    to_cells = tl.dot(
+                        shifted[PLANES - 1 - order - plane], planes[plane], to_cells, input_precision=PRECISION
+                    )
+        scale = unit / (SIZE * SIZE) / channels
+        place = filter_parts + part_number * COLUMNS * TAPS + (part * ROWS + softmax)[:, None] * TAPS
+        for piece in tl.static_range(PIECES):
+            tl.store(place + piece * PIECE + tl.arange(0, PIECE)[None, :], to_filters[piece] * scale)
+    place = cell_parts + part_number * CELLS * COLUMNS + tl.arange(0, CELLS)[:, None] * COLUMNS
+    tl.store(place + tl.arange(0, COLUMNS)[None, :], to_cells * (unit / (SIZE * SIZE) / channels))
+
+
+def plan_backward(
+    grad: Tensor,
+    arranged: Arranged,
+    cell_parts: Tensor,
+    filter_parts: Tensor,
+    *,
+    precision: str,
+    config: UnificationGradientConfig,
+) -> Launch:
+    """The launch that fills both tensors of `allocate_parts`.
+
+    Args:
+        grad: of the output, (B, M, h, w), any strides.
+        arranged: features and filters, these transposed as well.
+        cell_parts, filter_parts: the memory.
+        precision: of products of float32, where there is one plane of it; Triton's `input_precision`.
+        config: how to cut the work.
+    """
+    batch, filters, height, width = grad.shape
+    planes, columns, taps = arranged.filters.shape
+    turned = arranged.channels % filters != 0
+    squares = (triton.cdiv(height, TILE), triton.cdiv(width, TILE))
+    return Launch(
+        kernel=_feature_unification_backward_kernel,
+        grid=(batch * squares[0] * squares[1], cell_parts.shape[1] * cell_parts.shape[2]),
+        arguments={
+            "arranged": arranged.features,
+            "filters": arranged.filters,
+            "taps": arranged.taps,
+            "grad": grad,
+            "cell_parts": cell_parts,
+            "filter_parts": filter_parts,
+            "height": height,
+            "width": width,
+            "square_rows": squares[0],
+            "square_columns": squares[1],
+            "channels": arranged.channels,
+            "blocks": cell_parts.shape[1],
+            "again": 0,
+            **strides_of("grad", grad, "image filter row column"),
+        },
+        constants={
+            "FILTERS": filters,
+            "COLUMNS": columns,
+            "SIZE": arranged.kernel_size,
+            "TAPS": taps,
+            "PLANES": planes,
+            "TILE": TILE,
+            "CELLS": cell_parts.shape[3],
+            "ROWS": columns if turned else min(config.rows, columns),
+            "TURNED": turned,
+            "PIECE": PIECE,
+            "PRECISION": precision,
+        },
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _feature_unification_fold_kernel(
+    cell_parts, grad_features,
+    # (squares, blocks, sides, CELLS, COLUMNS), (B, C, h, w)
+    height, width, positions, square_rows, square_columns, channels, blocks, repeats, channel_stride,
+    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr,
+    SIDES: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """CHANNELS channels of POSITIONS positions; grid: (images, runs of channels, runs of positions).
+
+    A channel is in up to `repeats` entries of blocks. WHOLE says that POSITIONS divide an image's positions.
+    """
+    EDGE: tl.constexpr = TILE + SIZE - 1
+    image = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    position = tl.program_id(2) * POSITIONS + tl.arange(0, POSITIONS)
+    row = tl.minimum(position, positions - 1) // width + SIZE // 2
+    column = tl.minimum(position, positions - 1) % width + SIZE // 2
+    total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    for repeat in tl.range(0, repeats):
+        filter_ = (channel * FILTERS) // channels + repeat
+        meets = (channel < channels) & (filter_ < FILTERS) & (filter_ * channels < (channel + 1) * FILTERS)
+        for side in tl.static_range(SIDES):
+            block = channel - (filter_ * channels) // FILTERS - side
+            exists = meets & (block >= 0) & (block < blocks)
+            entry = (block.to(tl.int64) * SIDES + side) * CELLS * COLUMNS + filter_
+            for up in tl.static_range((EDGE + TILE - 1) // TILE):
+                for back in tl.static_range((EDGE + TILE - 1) // TILE):
+                    square_row = row // TILE - up
+                    square_column = column // TILE - back
+                    cell_row = row - square_row * TILE
+                    cell_column = column - square_column * TILE
+                    sees = (square_row >= 0) & (square_row < square_rows) & (cell_row < EDGE)
+                    sees = sees & (square_column >= 0) & (square_column < square_columns) & (cell_column < EDGE)
+                    square = (image * square_rows + square_row) * square_columns + square_column
+                    place = square * blocks * SIDES * CELLS * COLUMNS + (cell_row * EDGE + cell_column) * COLUMNS
+                    place = cell_parts + entry[:, None] + place[None, :]
+                    total += tl.load(place, mask=exists[:, None] & sees[None, :], other=0.0)
+    place = grad_features + image * channels * channel_stride
+    place = place + channel.to(tl.int64)[:, None] * channel_stride + position[None, :]
+    mask = (channel < channels)[:, None]
+    if not WHOLE:
+        mask = mask & (position < positions)[None, :]
+    tl.store(place, total, mask=mask)
+
+
+def plan_fold(cell_parts: Tensor, grad_features: Tensor, *, filters: int, kernel_size: int) -> Launch:
+    """The launch that adds up the partial sums of `plan_backward` to `grad_features` (B, C, h, w), contiguous."""
+    batch, channels, height, width = grad_features.shape
+    _, blocks, sides, cells, columns = cell_parts.shape
+    positions = height * width
+    return Launch(
+        kernel=_feature_unification_fold_kernel,
+        grid=(batch, triton.cdiv(channels, _FOLD_CHANNELS), triton.cdiv(positions, _FOLD_POSITIONS)),
+        arguments={
+            "cell_parts": cell_parts,
+            "grad_features": grad_features,
+            "height": height,
+            "width": width,
+            "positions": positions,
+            "square_rows": triton.cdiv(height, TILE),
+            "square_columns": triton.cdiv(width, TILE),
+            "channels": channels,
+            "blocks": blocks,
+            "repeats": 1 if sides == 1 else (filters - 1) // channels + 2,
+            "channel_stride": positions,
+        },
+        constants={
+            "FILTERS": filters,
+            "COLUMNS": columns,
+            "SIZE": kernel_size,
+            "TILE": TILE,
+            "CELLS": cells,
+            "SIDES": sides,
+            "WHOLE": positions % _FOLD_POSITIONS == 0,
+            "CHANNELS": _FOLD_CHANNELS,
+            "POSITIONS": _FOLD_POSITIONS,
+        },
+        options={"num_warps": 4, "num_stages": 1},
+    )

@@ -1,0 +1,194 @@
+"""The feature unification's Triton kernels, in Triton's interpreter, against float64; bfloat16 is in `device/`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import linecache
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_backend_accurate, assert_backend_accurate_over_draws, assert_close_enough
+from recipe import INTERPRETED
+from test_feature_unification import Shape, tensors_of
+from torch import Tensor
+
+from anyup.ops.feature_unification import explain_backends, reference, unify_features
+
+pytestmark = INTERPRETED
+
+# Few positions: each program of the interpreter takes a tenth of a second.
+SHAPES = {
+    "M divides C": Shape((3, 4), 48),
+    "C one more than M": Shape((3, 4), 17),
+    "C a prime, batch 2": Shape((3, 3), 37, batch=2),
+    "C shares a factor with M": Shape((2, 3), 40),
+    "fewer channels than filters": Shape((3, 2), 7),
+    "one channel": Shape((3, 2), 1),
+    "one position": Shape((1, 1), 9),
+    "one row": Shape((1, 5), 32),
+    "one column": Shape((5, 1), 32),
+    "smaller than the filter": Shape((2, 3), 16, kernel_size=7),
+    "one tap": Shape((3, 3), 16, kernel_size=1),
+    "one filter": Shape((2, 2), 6, filters=1),
+    "filters that are no power of two": Shape((2, 3), 48, filters=24),
+    "neither is a power of two": Shape((2, 3), 37, filters=24),
+    "empty batch": Shape((7, 5), 16, batch=0),
+    "rows of filters in several products": Shape((1, 2), 256, filters=128),
+    "default filters, odd C": Shape((1, 1), 131, filters=128),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_obey_the_error_rule(name: str) -> None:
+    assert_backend_accurate_over_draws(unify_features, lambda seed: tensors_of(SHAPES[name], seed=seed), backend="triton")
+
+
+@pytest.mark.parametrize("name", ["M divides C", "C a prime, batch 2", "filters that are no power of two"])
+def test_kernels_obey_the_error_rule_in_half_precision(name: str) -> None:
+    tensors = tensors_of(SHAPES[name], torch.float16)
+    assert_backend_accurate(unify_features, tensors, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["M divides C", "C shares a factor with M"])
+def test_a_saturated_softmax_obeys_the_error_rule(name: str) -> None:
+    tensors = tensors_of(SHAPES[name])
+    assert_backend_accurate(unify_features, {**tensors, "features": tensors["features"] * 200}, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["M divides C", "C a prime, batch 2"])
+def test_kernels_read_no_uninitialised_memory(name: str, poisoned_memory: None) -> None:
+    assert_backend_accurate(unify_features, tensors_of(SHAPES[name]), backend="triton")
+
+
+@pytest.mark.parametrize("name", ["M divides C", "C a prime, batch 2"])
+@pytest.mark.parametrize("memory", ["channels last", "sliced"])
+def test_strides_change_nothing(name: str, memory: str) -> None:
+    tensors = tensors_of(SHAPES[name])
+    expected = unify_features(**tensors, backend="triton")
+    features = tensors["features"]
+    if memory == "sliced":
+        moved = torch.stack((features, torch.full_like(features, torch.nan)), dim=-1)[..., 0]
+    else:
+        moved = features.contiguous(memory_format=torch.channels_last)
+    assert not moved.is_contiguous()
+    assert torch.equal(unify_features(moved, tensors["basis"], backend="triton"), expected)
+
+
+def run_in_planes(planes: int, tensors: dict[str, Tensor]) -> Tensor:
+    """The forward kernels with float32 numbers split in planes of float16, which the interpreter multiplies right."""
+    from anyup.kernels.feature_unification_config import forward_configs
+    from anyup.kernels.feature_unification_forward import plan_forward
+    from anyup.kernels.feature_unification_patches import allocate, plan_arrange
+
+    features, basis = tensors["features"], tensors["basis"]
+    arranged = allocate(features, basis, planes=planes, dtype=torch.float16)
+    plan_arrange(features, basis, arranged)()
+    out = features.new_empty(features.shape[0], basis.shape[0], *features.shape[2:])
+    plan_forward(arranged, out, precision="ieee", config=forward_configs(arranged, basis.shape[0])[0])()
+    return out
+
+
+@pytest.mark.parametrize("name", ["M divides C", "C a prime, batch 2"])
+def test_the_sum_of_three_planes_is_as_good_as_float32(name: str) -> None:
+    tensors = tensors_of(SHAPES[name])
+    exact = reference.forward(**{key: tensor.double() for key, tensor in tensors.items()})
+    single = reference.forward(**tensors)
+    assert_close_enough(run_in_planes(3, tensors), single, exact)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close_enough(run_in_planes(1, tensors), single, exact)
+
+
+def test_a_channel_that_is_not_a_number_stays_in_its_patches() -> None:
+    tensors = tensors_of(Shape((3, 9), 16))
+    tensors["features"][0, 3, 1, 0] = torch.nan
+    out = unify_features(**tensors, backend="triton")
+    assert out[..., :3].isnan().all() and not out[..., 3:].isnan().any()
+
+
+def test_a_cut_changes_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyup.kernels import feature_unification_config as config
+
+    tensors = tensors_of(Shape((3, 5), 64, filters=32))
+    for cut in (config.UnificationConfig(1, 16, 1, 1), config.UnificationConfig(16, 32, 8, 3)):
+        monkeypatch.setattr(config, "forward_configs", lambda *_, cut=cut: [cut])
+        assert_backend_accurate(unify_features, tensors, backend="triton")
+
+
+@pytest.mark.parametrize("values", [{"positions": 3}, {"rows": 8}, {"num_warps": 0}, {"num_stages": 0}])
+def test_a_cut_that_cannot_be_is_refused(values: dict[str, int]) -> None:
+    from anyup.kernels.feature_unification_config import UnificationConfig
+
+    with pytest.raises(ValueError, match=next(iter(values))):
+        UnificationConfig(**{"positions": 8, "rows": 64, "num_warps": 4, **values})
+
+
+# Mutations: what the error rule must notice. Each is a change of a kernel's source.
+
+
+def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, new: str) -> None:
+    """Give a kernel module a changed copy of a function that it calls."""
+    user = importlib.import_module(f"anyup.kernels.{module}")
+    function: Any = getattr(user, name).fn
+    source = inspect.getsource(function)
+    assert old in source, (name, old)
+    changed, file = source.replace(old, new), f"{name}_mutated.py"
+    linecache.cache[file] = (len(changed), None, changed.splitlines(True), file)  # where Triton reads it
+    scope = dict(function.__globals__)
+    exec(compile(changed, file, "exec"), scope)
+    monkeypatch.setattr(user, name, scope[name])
+
+
+FORWARD, PATCHES = "feature_unification_forward", "feature_unification_patches"
+MUTATIONS = {
+    "a border counted as inside": (FORWARD, "taps_inside", "tl.maximum(row - HALF, 0)", "(row - HALF)"),
+    "a tap too few": (FORWARD, "load_patch", "tap < SIZE * SIZE", "tap < SIZE * SIZE - 1"),
+    "rows and columns of a patch swapped": (FORWARD, "load_patch", "tap // SIZE * (width", "tap % SIZE * (width"),
+    "columns that are no filters": (FORWARD, "softmax_rows", "< FILTERS)[None, :]", "< FILTERS + 1)[None, :]"),
+    "softmaxes that do not exist": (FORWARD, "softmax_rows", "tl.where(exists, 1.0", "tl.where(exists | True, 1.0"),
+    "nothing turned": (FORWARD, "turned_logits", "turn = row[:, None] + shift[None, :]", "turn = row[:, None] + 0 * shift"),
+    "the paper's reading": (
+        PATCHES, "_feature_unification_arrange_kernel",
+        "(filter_ * channels) // FILTERS + entry // COLUMNS", "filter_ + entry // COLUMNS * FILTERS",
+    ),
+    "one softmax's channels for the next": (
+        FORWARD, "turned_logits", "row[:, None] >= shift[None, :]", "row[:, None] >= 0 * shift[None, :]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = (Shape((3, 4), 48, filters=24), Shape((3, 4), 37, filters=24))
+    mutate(monkeypatch, *MUTATIONS[mutation])
+    with pytest.raises(AssertionError, match="output: error"):
+        for shape in shapes:
+            assert_backend_accurate(unify_features, tensors_of(shape), backend="triton")
+
+
+# What the kernels do not take.
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        (Shape((2, 2), 5), torch.float64, "features are float64"),
+        (Shape((2, 2), 5), torch.bfloat16, "bfloat16, .*interpreter"),
+        (Shape((2, 2), 5, filters=300), torch.float32, "300 filters, at most 256"),
+        (Shape((2, 2), 5, kernel_size=13), torch.float32, "13 x 13 taps, at most 128"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_a_reason_with_the_value(
+    shape: Shape, dtype: torch.dtype, message: str
+) -> None:
+    tensors = tensors_of(shape, dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        unify_features(**tensors, backend="triton")
+    assert explain_backends(**tensors).chosen == "torch"
+
+
+def test_the_interpreter_is_used_only_where_it_is_asked_for() -> None:
+    explanation = explain_backends(**tensors_of(SHAPES["M divides C"]))
+    assert explanation.chosen == "torch"
+    assert explanation.candidates[0].name == "triton" and "interpreter" in explanation.candidates[0].discouraged[0]
