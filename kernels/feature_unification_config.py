@@ -36,6 +36,18 @@ class UnificationConfig:
             raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
 
+@dataclass(frozen=True)
+class UnificationGradientConfig:
+    """A cut of the backward pass; the attributes are as of `UnificationConfig`."""
+
+    rows: int
+    num_warps: int
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        UnificationConfig(1, self.rows, self.num_warps, self.num_stages)
+
+
 MOST_FILTERS = 256
 """A row of a product, all filters of a softmax, stays in registers."""
 
@@ -62,3 +74,10 @@ def forward_configs(arranged: Arranged, filters: int) -> list[UnificationConfig]
         UnificationConfig(positions, min(rows, columns), num_warps=4),
         UnificationConfig(positions, 16, num_warps=4, num_stages=1),
     ]
+
+
+def backward_configs(arranged: Arranged, filters: int) -> list[UnificationGradientConfig]:
+    """Cuts of the backward pass, best first; chosen as those of the forward pass."""
+    columns = arranged.filters.shape[1]
+    warps = 8 if columns >= 64 else 4
+    return [UnificationGradientConfig(min(64, columns), warps), UnificationGradientConfig(16, 4)]

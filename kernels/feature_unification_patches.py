@@ -23,7 +23,9 @@ from torch import Tensor
 from .feature_unification_config import padded_filters
 from .launch import Launch, strides_of
 
-SIZES = ("height", "width", "positions", "tiles", "blocks", "channels", "again")
+SIZES = (
+    "height", "width", "positions", "tiles", "blocks", "channels", "again", "square_rows", "square_columns", "repeats",
+)  # fmt: skip
 """Kernel arguments that a kernel must not be specialised on: a new grid or another C compiles nothing."""
 
 PIECE = 16
@@ -40,11 +42,13 @@ class Arranged:
     Attributes:
         features: (B, h + s - 1, w + s - 1, planes, blocks of entries, padded filters).
         filters: (planes, padded filters, padded taps).
+        taps: (planes, padded taps, padded filters), the same; empty unless asked for.
         channels, kernel_size: C and s.
     """
 
     features: Tensor
     filters: Tensor
+    taps: Tensor
     channels: int
     kernel_size: int
 
@@ -59,16 +63,23 @@ def padded_taps(kernel_size: int) -> int:
     return max(PIECE, triton.next_power_of_2(kernel_size * kernel_size))
 
 
-def allocate(features: Tensor, basis: Tensor, *, planes: int, dtype: torch.dtype) -> Arranged:
-    """The memory for arranged features (B, C, h, w) and filters (M, 1, s, s), in so many planes of a dtype."""
+def allocate(
+    features: Tensor, basis: Tensor, *, planes: int, dtype: torch.dtype, transposed: bool = False
+) -> Arranged:
+    """The memory for arranged features (B, C, h, w) and filters (M, 1, s, s), in so many planes of a dtype.
+
+    `transposed` asks for `Arranged.taps`.
+    """
     batch, channels, height, width = features.shape
     filters, _, size, _ = basis.shape
     entries = blocks_of(channels, filters) + (channels % filters != 0)
     columns = padded_filters(filters)
     shape = (batch, height + size - 1, width + size - 1, planes, entries, columns)
+    taps = padded_taps(size)
     return Arranged(
         features.new_empty(shape, dtype=dtype),
-        features.new_empty((planes, columns, padded_taps(size)), dtype=dtype),
+        features.new_empty((planes, columns, taps), dtype=dtype),
+        features.new_empty((planes, taps, columns) if transposed else (0,), dtype=dtype),
         channels,
         size,
     )
@@ -76,21 +87,23 @@ def allocate(features: Tensor, basis: Tensor, *, planes: int, dtype: torch.dtype
 
 @triton.jit
 def _store_planes(place, plane_stride, values, mask, PLANES: tl.constexpr):
-    """Store float32 numbers as a sum of PLANES numbers of what `place` points to."""
+    """Store numbers, of float32 where there are several planes, as a sum of PLANES numbers of the place's dtype."""
     for plane in tl.static_range(PLANES):
         rounded = values.to(place.dtype.element_ty)
         tl.store(place + plane * plane_stride, rounded, mask=mask)
-        values -= rounded.to(values.dtype)
+        if PLANES > 1:
+            values -= rounded.to(values.dtype)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_arrange_kernel(
-    features, basis, arranged, filters,
-    # (B, C, h, w), (M, s * s), (B, h + s - 1, w + s - 1, PLANES, blocks, COLUMNS), (PLANES, COLUMNS, TAPS)
+    features, basis, arranged, filters, transposed,
+    # (B, C, h, w), (M, s * s), (B, h + s - 1, w + s - 1, PLANES, blocks, COLUMNS), (PLANES, COLUMNS, TAPS),
+    # (PLANES, TAPS, COLUMNS)
     height, width, channels, blocks,
     features_image_stride, features_channel_stride, features_row_stride, features_column_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
-    ACROSS: tl.constexpr, ENTRIES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACROSS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """ENTRIES entries of ACROSS positions of a row; grid: (rows of all images, runs of positions, runs of entries).
 
@@ -116,19 +129,16 @@ def _feature_unification_arrange_kernel(
     count = blocks * COLUMNS
     out = arranged + ((line * wide + across) * PLANES * count)[:, None] + entry[None, :]
     mask = (across < wide)[:, None] & (entry < count)[None, :]
-    if PLANES == 1:
-        tl.store(out, values, mask=mask)
-    else:
-        _store_planes(out, count, values, mask, PLANES)
+    _store_planes(out, count, values, mask, PLANES)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         number = tl.arange(0, COLUMNS)
         tap = tl.arange(0, TAPS)
         exists = (number < FILTERS)[:, None] & (tap < SIZE * SIZE)[None, :]
         taps = tl.load(basis + (number * SIZE * SIZE)[:, None] + tap[None, :], mask=exists, other=0.0)
         to = filters + (number * TAPS)[:, None] + tap[None, :]
-        if PLANES == 1:
-            tl.store(to, taps)
-        else:
+        _store_planes(to, COLUMNS * TAPS, taps, None, PLANES)
+        if TRANSPOSED:
+            to = transposed + number[:, None] + (tap * COLUMNS)[None, :]
             _store_planes(to, COLUMNS * TAPS, taps, None, PLANES)
 
 
@@ -150,6 +160,7 @@ def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
             "basis": basis,
             "arranged": arranged.features,
             "filters": arranged.filters,
+            "transposed": arranged.taps,
             "height": height,
             "width": width,
             "channels": channels,
@@ -162,6 +173,7 @@ def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
             "SIZE": basis.shape[2],
             "TAPS": arranged.filters.shape[2],
             "PLANES": planes,
+            "TRANSPOSED": arranged.taps.numel() > 0,
             "ACROSS": _ROW_BLOCK,
             "ENTRIES": _ENTRY_BLOCK,
         },

@@ -30,8 +30,6 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
         reasons.append("features are float64, the kernels compute in float32")
     elif problem.dtype == torch.bfloat16 and interprets():
         reasons.append("features are bfloat16, which Triton's interpreter multiplies wrongly")
-    if problem.needs_gradient:
-        reasons.append("a gradient is wanted, the kernels are for inference")
     if problem.filters > MOST_FILTERS:
         reasons.append(f"{problem.filters} filters, at most {MOST_FILTERS} (a softmax over them stays in registers)")
     if problem.kernel_size**2 > _MOST_TAPS:
@@ -66,6 +64,35 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
     return out
 
 
+def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of features and basis, everything recomputed.
+
+    Beside them it allocates the copy of the features and partial sums of both gradients: of the features' about four
+    times as many as there are features.
+    """
+    from anyup.kernels.feature_unification_backward import allocate_parts, plan_backward, plan_fold
+    from anyup.kernels.feature_unification_config import backward_configs
+
+    filters, _, size, _ = basis.shape
+    grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
+    arranged = _arrange(features, basis, transposed=True)
+    cell_parts, filter_parts = allocate_parts(arranged, tuple(features.shape[2:]), filters)
+    run_first(
+        lambda config: plan_backward(
+            grad, arranged, cell_parts, filter_parts, precision=_PRECISION, config=config
+        )(),
+        backward_configs(arranged, filters),
+        kernel=_kernel("backward", features, basis),
+    )
+    run_first(
+        lambda _: plan_fold(cell_parts, grad_features, filters=filters, kernel_size=size)(),
+        [None],
+        kernel=_kernel("fold", features, basis),
+    )
+    grad_basis = filter_parts.flatten(0, 2).sum(dim=0)[:filters, : size * size]
+    return grad_features, grad_basis.reshape(basis.shape).to(basis.dtype)
+
+
 def planes_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
     """In how many planes of which dtype numbers are multiplied, by torch's precision of float32 products.
 
@@ -76,11 +103,11 @@ def planes_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
     return (3 if torch.get_float32_matmul_precision() == "highest" else 2), torch.bfloat16
 
 
-def _arrange(features: Tensor, basis: Tensor) -> Arranged:
+def _arrange(features: Tensor, basis: Tensor, *, transposed: bool = False) -> Arranged:
     from anyup.kernels.feature_unification_patches import allocate, plan_arrange
 
     planes, dtype = planes_of(features.dtype)
-    arranged = allocate(features, basis, planes=planes, dtype=dtype)
+    arranged = allocate(features, basis, planes=planes, dtype=dtype, transposed=transposed)
     run_first(
         lambda _: plan_arrange(features, basis.contiguous(), arranged)(),
         [None],
