@@ -28,6 +28,7 @@ from .feature_unification_patches import (
     blocks_of,
     load_filters,
     load_patch,
+    load_piece,
     patch_corner,
     product_of,
     taps_inside,
@@ -61,18 +62,6 @@ def allocate_parts(arranged: Arranged, size: tuple[int, int], filters: int) -> t
         ),
         like.new_empty((squares, blocks, sides, columns, taps), dtype=torch.float32),
     )
-
-
-@triton.jit
-def _split(matrix, like, PLANES: tl.constexpr):
-    """A float32 matrix as a sum of PLANES matrices of the dtype of `like`."""
-    planes = ()
-    for _plane in tl.static_range(PLANES):
-        rounded = matrix.to(like.dtype)
-        planes = planes + (rounded,)
-        if PLANES > 1:
-            matrix -= rounded.to(tl.float32)
-    return planes
 
 
 @triton.jit
@@ -130,11 +119,11 @@ def _feature_unification_backward_kernel(
     grad_image_stride, grad_filter_stride, grad_row_stride, grad_column_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
     TILE: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, PIECE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OF_FILTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TILE x TILE positions, a block of softmaxes, and with TURNED one side of it; grid: (squares, blocks * sides).
 
-    One side is what a block has of its own channels, the other what it has of the next ones. `again` is as in the
+    CELLS is 0 where the gradient of the cells is not wanted, OF_FILTERS says that the filters' is. One side is what a block has of its own channels, the other what it has of the next ones. `again` is as in the
     forward pass.
     """
     square = tl.program_id(0)
@@ -160,12 +149,14 @@ def _feature_unification_backward_kernel(
     unit = tl.where(largest > 0, largest, 1.0)
     softmax = tl.arange(0, ROWS)
     PIECES: tl.constexpr = TAPS // PIECE
-    to_cells = tl.zeros((CELLS, COLUMNS), tl.float32)
+    if CELLS:
+        to_cells = tl.zeros((CELLS, COLUMNS), tl.float32)
     for part in tl.range(0, (FILTERS + ROWS - 1) // ROWS):
         some = load_filters(filters, part * ROWS, ROWS, COLUMNS, TAPS, PLANES, PIECE)
         to_filters = ()
-        for _piece in tl.static_range(PIECES):
-            to_filters = to_filters + (tl.zeros((ROWS, PIECE), tl.float32),)
+        if OF_FILTERS:
+            for _piece in tl.static_range(PIECES):
+                to_filters = to_filters + (tl.zeros((ROWS, PIECE), tl.float32),)
         for number in tl.range(0, TILE * TILE):
             down = number // TILE
             across = number % TILE
@@ -195,30 +186,45 @@ def _feature_unification_backward_kernel(
                 own = softmax[:, None] >= shift[None, :]
                 inner = tl.where(own == (side == 0), inner, 0.0)
                 near = load_patch(arranged, corner, block + side, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
-            planes = _split(inner, near[0], PLANES)
-            shifted = _shifted_filters(
-                taps, part * ROWS, down, across, ROWS, COLUMNS, SIZE, TAPS, PLANES, TILE, CELLS
-            )
-            updated = ()
+            if CELLS:
+                shifted = _shifted_filters(
+                    taps, part * ROWS, down, across, ROWS, COLUMNS, SIZE, TAPS, PLANES, TILE, CELLS
+                )
+            planes = ()
+            for plane in tl.static_range(PLANES):
+                rounded = inner.to(near[0].dtype)
+                planes = planes + (rounded,)
+                if PLANES > 1:
+                    inner -= rounded.to(tl.float32)
+                if CELLS:
+                    # Each plane is done with when the next one is made.
+                    for other in tl.static_range(PLANES - plane):
+                        to_cells = tl.dot(shifted[other], rounded, to_cells, input_precision=PRECISION)
+            if OF_FILTERS:
+                updated = ()
+                for piece in tl.static_range(PIECES):
+                    product = to_filters[piece]
+                    for other in tl.static_range(PLANES):
+                        patch = near[other * PIECES + piece]
+                        if PLANES > 1:
+                            # Loaded again, or all planes would wait in registers in the other product's layout.
+                            patch = load_piece(
+                                arranged, corner + again * (other * PIECES + piece + 1), block + side, width, entries,
+                                other, piece, SIZE, COLUMNS, PLANES, PIECE,
+                            )  # fmt: skip
+                        patch = tl.trans(patch)
+                        for plane in tl.static_range(PLANES - other):
+                            product = tl.dot(planes[plane], patch, product, input_precision=PRECISION)
+                    updated = updated + (product,)
+                to_filters = updated
+        if OF_FILTERS:
+            place = filter_parts + part_number * COLUMNS * TAPS + (part * ROWS + softmax)[:, None] * TAPS
             for piece in tl.static_range(PIECES):
-                product = to_filters[piece]
-                for order in tl.static_range(PLANES):
-                    for plane in tl.static_range(PLANES - order):
-                        patch = near[(PLANES - 1 - order - plane) * PIECES + piece]
-                        product = tl.dot(planes[plane], tl.trans(patch), product, input_precision=PRECISION)
-                updated = updated + (product,)
-            to_filters = updated
-            for order in tl.static_range(PLANES):
-                for plane in tl.static_range(PLANES - order):
-                    to_cells = tl.dot(
-                        shifted[PLANES - 1 - order - plane], planes[plane], to_cells, input_precision=PRECISION
-                    )
-        scale = unit / (SIZE * SIZE) / channels
-        place = filter_parts + part_number * COLUMNS * TAPS + (part * ROWS + softmax)[:, None] * TAPS
-        for piece in tl.static_range(PIECES):
-            tl.store(place + piece * PIECE + tl.arange(0, PIECE)[None, :], to_filters[piece] * scale)
-    place = cell_parts + part_number * CELLS * COLUMNS + tl.arange(0, CELLS)[:, None] * COLUMNS
-    tl.store(place + tl.arange(0, COLUMNS)[None, :], to_cells * (unit / (SIZE * SIZE) / channels))
+                taken = tl.arange(0, PIECE)[None, :]
+                tl.store(place + piece * PIECE + taken, to_filters[piece] * (unit / (SIZE * SIZE) / channels))
+    if CELLS:
+        place = cell_parts + part_number * CELLS * COLUMNS + tl.arange(0, CELLS)[:, None] * COLUMNS
+        tl.store(place + tl.arange(0, COLUMNS)[None, :], to_cells * (unit / (SIZE * SIZE) / channels))
 
 
 def plan_backward(
@@ -229,8 +235,10 @@ def plan_backward(
     *,
     precision: str,
     config: UnificationGradientConfig,
+    of_cells: bool = True,
+    of_filters: bool = True,
 ) -> Launch:
-    """The launch that fills both tensors of `allocate_parts`.
+    """The launch that fills both tensors of `allocate_parts`, or one of them.
 
     Args:
         grad: of the output, (B, M, h, w), any strides.
@@ -269,7 +277,8 @@ def plan_backward(
             "TAPS": taps,
             "PLANES": planes,
             "TILE": TILE,
-            "CELLS": cell_parts.shape[3],
+            "CELLS": cell_parts.shape[3] if of_cells else 0,
+            "OF_FILTERS": of_filters,
             "ROWS": columns if turned else min(config.rows, columns),
             "TURNED": turned,
             "PIECE": PIECE,

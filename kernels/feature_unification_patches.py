@@ -211,15 +211,25 @@ def load_patch(
     pieces = ()
     for plane in tl.static_range(PLANES):
         for piece in tl.static_range(TAPS // PIECE):
-            tap = piece * PIECE + tl.arange(0, PIECE)
-            cell = corner + (tap // SIZE * (width + SIZE - 1) + tap % SIZE)
-            place = arranged + ((cell * PLANES + plane) * blocks + block)[:, None] * COLUMNS
-            place += tl.arange(0, COLUMNS)[None, :]
-            if (piece + 1) * PIECE <= SIZE * SIZE:
-                pieces = pieces + (tl.load(place),)
-            else:
-                pieces = pieces + (tl.load(place, mask=(tap < SIZE * SIZE)[:, None], other=0.0),)
+            pieces = pieces + (
+                load_piece(arranged, corner, block, width, blocks, plane, piece, SIZE, COLUMNS, PLANES, PIECE),
+            )
     return pieces
+
+
+@triton.jit
+def load_piece(
+    arranged, corner, block, width, blocks, plane: tl.constexpr, piece: tl.constexpr,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """One piece of a plane of a patch, (PIECE, COLUMNS)."""
+    tap = piece * PIECE + tl.arange(0, PIECE)
+    cell = corner + (tap // SIZE * (width + SIZE - 1) + tap % SIZE)
+    place = arranged + ((cell * PLANES + plane) * blocks + block)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    if (piece + 1) * PIECE <= SIZE * SIZE:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(tap < SIZE * SIZE)[:, None], other=0.0)
 
 
 @triton.jit
