@@ -233,17 +233,17 @@ def plan_backward(
     cell_parts: Tensor,
     filter_parts: Tensor,
     *,
+    of: str,
     precision: str,
     config: UnificationGradientConfig,
-    of_cells: bool = True,
-    of_filters: bool = True,
 ) -> Launch:
-    """The launch that fills both tensors of `allocate_parts`, or one of them.
+    """The launch that fills one of the tensors of `allocate_parts`.
 
     Args:
         grad: of the output, (B, M, h, w), any strides.
         arranged: features and filters, these transposed as well.
         cell_parts, filter_parts: the memory.
+        of: which gradient, "cells" or "filters".
         precision: of products of float32, where there is one plane of it; Triton's `input_precision`.
         config: how to cut the work.
     """
@@ -277,8 +277,8 @@ def plan_backward(
             "TAPS": taps,
             "PLANES": planes,
             "TILE": TILE,
-            "CELLS": cell_parts.shape[3] if of_cells else 0,
-            "OF_FILTERS": of_filters,
+            "CELLS": cell_parts.shape[3] if of == "cells" else 0,
+            "OF_FILTERS": of == "filters",
             "ROWS": columns if turned else min(config.rows, columns),
             "TURNED": turned,
             "PIECE": PIECE,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .config import Target
+
 if TYPE_CHECKING:
     from .feature_unification_patches import Arranged
 
@@ -76,8 +78,18 @@ def forward_configs(arranged: Arranged, filters: int) -> list[UnificationConfig]
     ]
 
 
-def backward_configs(arranged: Arranged, filters: int) -> list[UnificationGradientConfig]:
-    """Cuts of the backward pass, best first; chosen as those of the forward pass."""
+def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[UnificationGradientConfig]:
+    """Cuts of the backward pass for the gradients of "cells" or of "filters", best first.
+
+    Chosen as those of the forward pass: two launches, because one that makes both would spill in float32. Where M
+    divides C none spills in half precision; in float32 the filters' spills 32 to 56 bytes of a thread's on sm_80, sm_90
+    and sm_120, the others none.
+    """
     columns = arranged.filters.shape[1]
-    warps = 8 if columns >= 64 else 4
-    return [UnificationGradientConfig(min(64, columns), warps), UnificationGradientConfig(16, 4)]
+    if of == "filters":
+        best = UnificationGradientConfig(min(64, columns), num_warps=4)
+    elif target.backend == "hip":
+        best = UnificationGradientConfig(16, num_warps=4)
+    else:
+        best = UnificationGradientConfig(min(32, columns), num_warps=8)
+    return [best, UnificationGradientConfig(16, num_warps=4)]

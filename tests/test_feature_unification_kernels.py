@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_backend_accurate, assert_backend_accurate_over_draws, assert_close_enough
+from accuracy import (
+    assert_backend_accurate,
+    assert_backend_accurate_over_draws,
+    assert_close_enough,
+    output_and_gradients,
+)
 from recipe import INTERPRETED
 from test_feature_unification import Shape, tensors_of
+from test_window_attention import LargestTensor
 from torch import Tensor
 
 from anyup.ops.feature_unification import explain_backends, reference, unify_features
@@ -22,10 +28,11 @@ pytestmark = INTERPRETED
 SHAPES = {
     "M divides C": Shape((3, 4), 48),
     "C one more than M": Shape((3, 4), 17),
-    "C a prime, batch 2": Shape((3, 3), 37, batch=2),
+    "C a prime, batch 2": Shape((2, 3), 37, batch=2),
     "C shares a factor with M": Shape((2, 3), 40),
     "fewer channels than filters": Shape((3, 2), 7),
     "one channel": Shape((3, 2), 1),
+    "several squares": Shape((5, 6), 16, kernel_size=3),
     "one position": Shape((1, 1), 9),
     "one row": Shape((1, 5), 32),
     "one column": Shape((5, 1), 32),
@@ -36,7 +43,7 @@ SHAPES = {
     "neither is a power of two": Shape((2, 3), 37, filters=24),
     "empty batch": Shape((7, 5), 16, batch=0),
     "rows of filters in several products": Shape((1, 2), 256, filters=128),
-    "default filters, odd C": Shape((1, 1), 131, filters=128),
+    "default filters, odd C": Shape((1, 1), 131, filters=128, kernel_size=3),
 }
 
 
@@ -66,15 +73,55 @@ def test_kernels_read_no_uninitialised_memory(name: str, poisoned_memory: None) 
 @pytest.mark.parametrize("memory", ["channels last", "sliced"])
 def test_strides_change_nothing(name: str, memory: str) -> None:
     tensors = tensors_of(SHAPES[name])
-    expected = unify_features(**tensors, backend="triton")
+    expected = output_and_gradients(unify_features, tensors, "triton")
     features = tensors["features"]
     if memory == "sliced":
         moved = torch.stack((features, torch.full_like(features, torch.nan)), dim=-1)[..., 0]
     else:
         moved = features.contiguous(memory_format=torch.channels_last)
     assert not moved.is_contiguous()
-    assert torch.equal(unify_features(moved, tensors["basis"], backend="triton"), expected)
+    actual = output_and_gradients(unify_features, {**tensors, "features": moved}, "triton")
+    for key in expected:
+        assert torch.equal(actual[key], expected[key]), key
 
+
+def test_a_strided_gradient_changes_nothing() -> None:
+    from anyup.ops.feature_unification import fused
+
+    tensors = tensors_of(SHAPES["M divides C"])
+    grad = torch.randn(1, 16, 3, 4, generator=torch.Generator().manual_seed(1))
+    moved = grad.contiguous(memory_format=torch.channels_last)
+    assert not moved.is_contiguous()
+    for actual, expected in zip(fused.backward(moved, **tensors), fused.backward(grad, **tensors), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_gradients_are_bit_equal_from_run_to_run() -> None:
+    tensors = tensors_of(SHAPES["C a prime, batch 2"])
+    first, second = (output_and_gradients(unify_features, tensors, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e4])
+def test_the_size_of_a_gradient_does_not_matter(size: float) -> None:
+    from anyup.ops.feature_unification import fused
+
+    tensors = tensors_of(SHAPES["M divides C"])
+    grad = torch.randn(1, 16, 3, 4, generator=torch.Generator().manual_seed(1))
+    for actual, unit in zip(fused.backward(size * grad, **tensors), fused.backward(grad, **tensors), strict=True):
+        torch.testing.assert_close(actual / size, unit, rtol=1e-5, atol=1e-5 * unit.abs().max().item())
+
+
+def test_no_tensor_holds_filters_times_channels_times_positions() -> None:
+    from anyup.ops.feature_unification import fused
+
+    tensors = tensors_of(Shape((4, 4), 128, filters=64))
+    with LargestTensor() as seen:
+        out = fused.forward(**tensors)
+    assert seen.largest <= 8 * 8 * 128  # the arranged features
+    with LargestTensor() as seen:
+        fused.backward(out, **tensors)
+    assert seen.largest <= max(8 * 8 * 128, 2 * 64 * 32)  # and the sums of one square
 
 def run_in_planes(planes: int, tensors: dict[str, Tensor]) -> Tensor:
     """The forward kernels with float32 numbers split in planes of float16, which the interpreter multiplies right."""
@@ -140,7 +187,8 @@ def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, ne
     monkeypatch.setattr(user, name, scope[name])
 
 
-FORWARD, PATCHES = "feature_unification_forward", "feature_unification_patches"
+FORWARD, BACKWARD = "feature_unification_forward", "feature_unification_backward"
+PATCHES = "feature_unification_patches"
 MUTATIONS = {
     "a border counted as inside": (FORWARD, "taps_inside", "tl.maximum(row - HALF, 0)", "(row - HALF)"),
     "a tap too few": (FORWARD, "load_patch", "tap < SIZE * SIZE", "tap < SIZE * SIZE - 1"),
@@ -164,6 +212,25 @@ def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytes
     mutate(monkeypatch, *MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="output: error"):
         for shape in shapes:
+            assert_backend_accurate(unify_features, tensors_of(shape), backend="triton")
+
+
+BACKWARD_MUTATIONS = {
+    "the softmax's sum left out": ("logits_gradient", "outer[None, :] - tl.sum", "outer[None, :] - 0 * tl.sum"),
+    "cells of the wrong column": ("_shifted_filters", "cell % SIDE - across", "cell % SIDE - 0 * across"),
+    "a gradient of another filter": ("turned_back", "row[:, None] - shift[None, :]", "row[:, None] + shift[None, :]"),
+    "squares that do not overlap": (
+        "_feature_unification_fold_kernel", "(EDGE + TILE - 1) // TILE", "(TILE + TILE - 1) // TILE",
+    ),
+    "one side alone": ("_feature_unification_fold_kernel", "static_range(SIDES)", "static_range(1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", BACKWARD_MUTATIONS)
+def test_a_mutated_backward_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, BACKWARD, *BACKWARD_MUTATIONS[mutation])
+    with pytest.raises(AssertionError, match="gradient of .*: error"):
+        for shape in (Shape((5, 6), 16), Shape((2, 2), 21)):
             assert_backend_accurate(unify_features, tensors_of(shape), backend="triton")
 
 

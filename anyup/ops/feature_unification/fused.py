@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyup.ops.cuts import run_first
 from anyup.ops.feature_unification.problem import FeatureUnificationProblem
-from anyup.ops.kernel_device import device_reasons, installed, interprets
+from anyup.ops.kernel_device import device_reasons, installed, interprets, target
 
 if TYPE_CHECKING:
     from anyup.kernels.feature_unification_patches import Arranged
@@ -77,13 +77,14 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
     arranged = _arrange(features, basis, transposed=True)
     cell_parts, filter_parts = allocate_parts(arranged, tuple(features.shape[2:]), filters)
-    run_first(
-        lambda config: plan_backward(
-            grad, arranged, cell_parts, filter_parts, precision=_PRECISION, config=config
-        )(),
-        backward_configs(arranged, filters),
-        kernel=_kernel("backward", features, basis),
-    )
+    for of in ("cells", "filters"):
+        run_first(
+            lambda config, of=of: plan_backward(
+                grad, arranged, cell_parts, filter_parts, of=of, precision=_PRECISION, config=config
+            )(),
+            backward_configs(arranged, target=target(features.device), of=of),
+            kernel=_kernel(f"backward of {of}", features, basis),
+        )
     run_first(
         lambda _: plan_fold(cell_parts, grad_features, filters=filters, kernel_size=size)(),
         [None],

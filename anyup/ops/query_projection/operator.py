@@ -15,6 +15,7 @@ from anyup.ops.query_projection.problem import ProjectionParameters
 OPERATION = Operation(
     "query_projection",
     {
+        "triton": lambda: importlib.import_module("anyup.ops.query_projection.fused"),
         "torch": lambda: importlib.import_module("anyup.ops.query_projection.eager"),
         "reference": lambda: importlib.import_module("anyup.ops.query_projection.reference"),
     },
