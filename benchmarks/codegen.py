@@ -29,12 +29,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cut = row["config"]
         pixels = cut.get("block_pixels")
-        block = f"{pixels} pixels" if pixels else f"{cut['resident_blocks'] or 'any'} x {cut['block_keys']}"
+        if "block_keys" in cut:
+            block = f"{cut['resident_blocks'] or 'any'} x {cut['block_keys']}"
+        else:
+            block = f"{pixels} pixels" if pixels else "-"
         warps = min(row["warps_by_registers"], row["warps_by_shared"], row["warps_by_threads"])
         ratio = f"{row['modelled_us'] / row['floor_us']:.2f}" if row["floor_us"] else ""
         cells = (
             row["kernel"].removeprefix("window_attention_"), row["target"], row["dtype"], row["channels"],
-            row["workload"], f"{cut['rows']}x{cut['columns']}, {block}, {cut['num_warps']}", row["registers"],
+            row["workload"], f"{cut.get('rows', '-')}x{cut.get('columns', '-')}, {block}, {cut['num_warps']}",
+            row["registers"],
             f"{row['spill_bytes']}/{row['spill_instructions']}", f"{row['shared_bytes'] / 1024:.0f}",
             f"{warps}/{row['warps_of']}", row["tensor_core_instructions"],
             f"{row['widest_load_bits']}/{row['widest_store_bits']}", row["instructions_per_pixel"] or "",
@@ -63,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     # Interpreted kernels have no code. This must be said before triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
+    from benchmarks import operation_kernels
     from benchmarks.compiled import ARCHITECTURES, CHANNELS, DTYPES, HEAD_DIM, HEADS, KERNELS, cases, measure
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
@@ -70,15 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--channels", nargs="+", type=int, default=CHANNELS)
     parser.add_argument("--heads", nargs=2, type=int, default=(HEADS, HEAD_DIM), metavar=("NUMBER", "WIDTH"))
-    parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
+    every = (*KERNELS, *operation_kernels.KERNELS)
+    parser.add_argument("--kernel", nargs="+", default=every, choices=every)
     parser.add_argument("--smallest", action="store_true", help="the smallest workload alone")
     parser.add_argument("--json", type=Path, help=f"where to store the rows; the repository's is {RESULT}")
     parser.add_argument("--merge", action="store_true", help="keep the file's rows of other cases")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     chosen = parser.parse_args(arguments)
     sizes = slice(1) if chosen.smallest else slice(None)
-    wanted = list(cases(chosen.arch, chosen.dtype, chosen.channels, tuple(chosen.heads), chosen.kernel, sizes))
+    attention = [name for name in chosen.kernel if name in KERNELS]
+    others = [name for name in chosen.kernel if name not in KERNELS]
+    wanted = list(cases(chosen.arch, chosen.dtype, chosen.channels, tuple(chosen.heads), attention, sizes))
     rows = measure(wanted, chosen.workers)
+    for case in operation_kernels.cases(chosen.arch, chosen.dtype, others, sizes):
+        rows.append(operation_kernels.row_of(case))
     if chosen.json:
         store(chosen.json, rows, merge=chosen.merge)
     print("Code by the compiler; bytes, operations and times modelled.\n")

@@ -138,10 +138,12 @@ def _feature_unification_backward_kernel(
     entries = blocks + TURNED
     part_number = square.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     grad += image * grad_image_stride
+    columns = tl.minimum(TILE, width - left)
+    positions = tl.minimum(TILE, height - top) * columns
     largest = 0.0
-    for number in tl.range(0, TILE * TILE):
-        row = tl.minimum(top + number // TILE, height - 1)
-        column = tl.minimum(left + number % TILE, width - 1)
+    for number in tl.range(0, positions):
+        row = top + number // columns
+        column = left + number % columns
         outer = _load_gradient(
             grad, row, column, grad_row_stride, grad_column_stride, grad_filter_stride, FILTERS, COLUMNS
         )
@@ -157,19 +159,17 @@ def _feature_unification_backward_kernel(
         if OF_FILTERS:
             for _piece in tl.static_range(PIECES):
                 to_filters = to_filters + (tl.zeros((ROWS, PIECE), tl.float32),)
-        for number in tl.range(0, TILE * TILE):
-            down = number // TILE
-            across = number % TILE
-            row = tl.minimum(top + down, height - 1)
-            column = tl.minimum(left + across, width - 1)
-            exists = (top + down < height) & (left + across < width)
+        for number in tl.range(0, positions):
+            down = number // columns
+            across = number % columns
+            row = top + down
+            column = left + across
             inside = taps_inside(row, column, height, width, SIZE // 2)
             corner = patch_corner(image, row, column, height, width, SIZE)
             outer = _load_gradient(
                 grad, row, column, grad_row_stride, grad_column_stride, grad_filter_stride, FILTERS, COLUMNS
             ) / unit  # fmt: skip
-            # Of positions beyond the map nothing is left.
-            outer *= tl.where(exists, SIZE * SIZE / inside, 0.0)
+            outer *= SIZE * SIZE / inside
             near = load_patch(arranged, corner, block, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
             logits = product_of(some, near, PLANES, PRECISION)
             real = softmax + part * ROWS < FILTERS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from card import description, first_stage_only, no_card, no_device, pretended
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def _described(launch: Launch) -> str:
         name += " resident" if launch.constants["RESIDENT_BLOCKS"] else " streamed"
     if "PARTS" in launch.constants:
         name += " in parts" if launch.constants["PARTS"] > 1 else " whole"
+    if "query" not in launch.arguments:  # of another operation
+        first = next(argument for argument in launch.arguments.values() if isinstance(argument, torch.Tensor))
+        return f"{name.strip('_')}, {str(first.dtype).removeprefix('torch.')}"
     carried = launch.arguments["grad" if "grad" in launch.arguments else "out"]
     dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in (launch.arguments["query"], carried))
     return ", ".join((name, *dtypes))

@@ -38,7 +38,8 @@ def project_queries(encoded: Tensor, parameters: ProjectionParameters, *, backen
         NotImplementedError: no requested backend can; lists every reason.
     """
     problems.check(encoded, parameters)
-    return _forward(encoded, *parameters, to_schema(backend))
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (encoded, *parameters))
+    return _forward(encoded, *parameters, to_schema(backend), needs_gradient)
 
 
 def explain_backends(encoded: Tensor, parameters: ProjectionParameters, *, backend: Backend = None) -> Explanation:
@@ -49,14 +50,22 @@ def explain_backends(encoded: Tensor, parameters: ProjectionParameters, *, backe
 
 
 @torch.library.custom_op("anyup::query_projection", mutates_args=())
-def _forward(encoded: Tensor, convolution: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    problem = problems.describe(encoded, False)
+def _forward(
+    encoded: Tensor,
+    convolution: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    backend: str,
+    needs_gradient: bool,
+) -> Tensor:
+    problem = problems.describe(encoded, needs_gradient)
     parameters = ProjectionParameters(convolution, norm, weight, bias)
     return OPERATION.run("forward", problem, from_schema(backend), encoded, parameters).contiguous()
 
 
 @_forward.register_fake
-def _(encoded, convolution, norm, weight, bias, backend):  # type: ignore[no-untyped-def]
+def _(encoded, convolution, norm, weight, bias, backend, needs_gradient):  # type: ignore[no-untyped-def]
     return torch.empty_like(encoded, memory_format=torch.contiguous_format)
 
 
@@ -82,12 +91,12 @@ def _(grad, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+    return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,289 @@
+"""The kernels of the feature unification and of the query projection on targets that are not here.
+
+As `benchmarks.compiled` for the window attention: planned by the package, compiled ahead of time, their work counted
+from the launch. The work is given for one unit: a position of the grid, or a pixel of the queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from anyup.kernels import feature_unification_backward as unification_backward
+from anyup.kernels import feature_unification_forward as unification_forward
+from anyup.kernels import query_projection_forward as projection
+from anyup.kernels.config import Target
+from anyup.kernels.feature_unification_config import backward_configs, forward_configs
+from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_arrange
+from anyup.kernels.launch import Launch
+from benchmarks import roofline
+from benchmarks.ahead_of_time import compilation_of, target_of
+from benchmarks.machine_code import Code, read
+from benchmarks.occupancy import LIMITS, occupancy
+from benchmarks.workloads import Workload, square
+
+DIM = FILTERS = 128
+KERNEL_SIZE = 5
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KERNELS = (
+    "feature_unification_arrange",
+    "feature_unification_forward",
+    "feature_unification_backward_cells",
+    "feature_unification_backward_filters",
+    "feature_unification_fold",
+    "query_projection_forward",
+)
+WITHOUT_PRODUCTS = ("feature_unification_arrange", "feature_unification_fold")
+"""Kernels that move numbers: nothing for the matrix units."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does, for each unit.
+
+    Attributes:
+        units: positions of the grid, or pixels.
+        exact_operations: of the products as defined, each once.
+        operations: of the matrix units: planes, padding and second products included.
+        exact_exponentials, exponentials: the same.
+        bytes_compulsory: each input once, each output once.
+        bytes_asked: what the programs load and store.
+        turns: the kernel's loops as `machine_code.Code.weights` takes them.
+    """
+
+    units: int
+    exact_operations: float
+    operations: float
+    exact_exponentials: float
+    exponentials: float
+    bytes_compulsory: float
+    bytes_asked: float
+    turns: list[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel on a target."""
+
+    kernel: str
+    workload: Workload
+    arch: str
+    dtype: str
+
+    @property
+    def half(self) -> bool:
+        """Whether the tensors are of two bytes."""
+        return DTYPES[self.dtype].itemsize == 2
+
+    @property
+    def planes(self) -> int:
+        """16-bit planes of a number at torch's matmul precision "highest"."""
+        return 1 if self.half else 3
+
+    @property
+    def target(self) -> Target:
+        """The target as the rules take it."""
+        target = target_of(self.arch)
+        return Target(target.backend, target.arch)
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+    def _arranged(self) -> tuple[torch.Tensor, torch.Tensor, Arranged]:
+        w = self.workload
+        features, basis = self._empty(w.batch, w.channels, *w.grid), self._empty(FILTERS, 1, KERNEL_SIZE, KERNEL_SIZE)
+        dtype = DTYPES[self.dtype] if self.half else torch.bfloat16
+        return features, basis, allocate(features, basis, planes=self.planes, dtype=dtype, transposed=True)
+
+    def plan(self) -> tuple[Launch, Row]:
+        """The launch with the rule's first config, on "meta" tensors, and the config."""
+        w = self.workload
+        if self.kernel == "query_projection_forward":
+            config = projection.forward_configs(DIM, half=self.half)[0]
+            encoded = self._empty(w.batch, *w.size, DIM)
+            launch = projection.plan_forward(
+                encoded, self._empty(9, DIM, DIM), self._empty(DIM), self._empty(DIM, DIM), self._empty(DIM),
+                torch.empty_like(encoded), eps=1e-7,
+                precision="ieee" if self.arch.startswith("gfx") else "tf32x3", config=config,
+            )  # fmt: skip
+            return launch, asdict(config)
+        features, basis, arranged = self._arranged()
+        out = self._empty(w.batch, FILTERS, *w.grid)
+        if self.kernel == "feature_unification_arrange":
+            return plan_arrange(features, basis, arranged), {}
+        if self.kernel == "feature_unification_forward":
+            cut = forward_configs(arranged, FILTERS)[0]
+            return unification_forward.plan_forward(arranged, out, precision="ieee", config=cut), asdict(cut)
+        parts = unification_backward.allocate_parts(arranged, w.grid, FILTERS)
+        if self.kernel == "feature_unification_fold":
+            fold = unification_backward.plan_fold(parts[0], features, filters=FILTERS, kernel_size=KERNEL_SIZE)
+            return fold, {}
+        of = self.kernel.rsplit("_", 1)[1]
+        slope = backward_configs(arranged, target=self.target, of=of)[0]
+        launch = unification_backward.plan_backward(
+            out, arranged, *parts, of=of, precision="ieee", config=slope
+        )
+        return launch, asdict(slope)
+
+    def work(self, launch: Launch) -> Work:
+        """The work of that launch; of the unification where the filters divide the channels."""
+        w, constant = self.workload, launch.constants
+        size = DTYPES[self.dtype].itemsize
+        if self.kernel == "query_projection_forward":
+            tile = constant["ROWS"] * constant["COLUMNS"]
+            padded = math.prod(launch.grid) * tile / w.pixels
+            exact = 2 * 10 * DIM * DIM
+            return Work(
+                units=w.pixels,
+                exact_operations=exact,
+                operations=padded * exact * (1 if self.half else 3),
+                exact_exponentials=0,
+                exponentials=0,
+                bytes_compulsory=2 * DIM * size,
+                bytes_asked=padded * (9 * DIM + 10 * DIM * DIM / tile) * size + DIM * size,
+                turns=[(9 * DIM // constant["PIECE"], []), (DIM // constant["PIECE"], [])],
+            )
+        channels = w.channels
+        if channels % FILTERS:
+            raise ValueError(f"channels: expected a multiple of {FILTERS}, got {channels}")
+        units = w.batch * w.keys
+        maps = channels * FILTERS
+        copy = self.planes * channels * (size if self.half else 2)
+        bordered = math.prod(n + KERNEL_SIZE - 1 for n in w.grid) / w.keys
+        products = self.planes * (self.planes + 1) // 2
+        taps = KERNEL_SIZE**2
+        cells = unification_backward.padded_cells(KERNEL_SIZE)
+        tile = unification_backward.TILE**2
+        partial = 4 * channels * cells / tile
+        blocks = channels // FILTERS
+        once = (channels + FILTERS) * size
+        if self.kernel == "feature_unification_arrange":
+            return Work(units, 0, 0, 0, 0, channels * size, channels * size + bordered * copy, [])
+        if self.kernel == "feature_unification_fold":
+            moved = channels * size
+            turns: list[Any] = [(1, [])]
+            return Work(units, 0, 0, 0, 0, moved, 4 * channels * cells / tile + moved, turns)
+        parts = -(-FILTERS // constant["ROWS"])
+        if self.kernel == "feature_unification_forward":
+            inner = [(parts, [])] if parts > 1 else []
+            return Work(
+                units=units,
+                exact_operations=2 * taps * maps,
+                operations=products * 2 * constant["TAPS"] * maps,
+                exact_exponentials=maps,
+                exponentials=maps,
+                bytes_compulsory=once,
+                bytes_asked=taps * copy
+                + blocks * self.planes * FILTERS * constant["TAPS"] * 2
+                + FILTERS * size,
+                turns=[(constant["POSITIONS"], [(blocks, inner)])],
+            )
+        of_cells = constant["CELLS"] > 0
+        wide = constant["TAPS"] + (cells if of_cells else constant["TAPS"])
+        written = partial if of_cells else 4 * blocks * FILTERS * constant["TAPS"] / tile
+        shifted = blocks * self.planes * cells * FILTERS * 2 if of_cells else 0
+        return Work(
+            units=units,
+            exact_operations=2 * 2 * taps * maps,
+            operations=products * 2 * wide * maps,
+            exact_exponentials=maps,
+            exponentials=maps,
+            bytes_compulsory=once + (channels * size if of_cells else 0),
+            bytes_asked=parts * (taps * copy * (1 if of_cells else 2) + blocks * FILTERS * size) + shifted + written,
+            turns=[(tile, []), (parts, [(tile, [])])] if parts > 1 else [(tile, []), (tile, [])],
+        )
+
+
+def row_of(case: Case) -> Row:
+    """All that is known of a case; Triton keeps what it compiled on disk."""
+    launch, config = case.plan()
+    warps = launch.options["num_warps"]
+    code: Code = read(compilation_of(launch, target_of(case.arch)).run(), warps)
+    work = case.work(launch)
+    running = occupancy(case.arch, registers=code.registers, shared=code.shared_bytes, warps=warps)
+    programs = math.prod(launch.grid) * warps / work.units
+    instructions: float | None = None
+    by_kind: dict[str, float] | None = None
+    try:
+        executed = code.executed(work.turns)
+        by_kind = {n: round(c * programs, 1) for n, c in executed.most_common(12)}
+        instructions = round(sum(executed.values()) * programs, 1)
+    except ValueError:  # the compiler has unrolled or peeled a loop: the modelled time leaves instructions out
+        pass
+    return {
+        "kernel": case.kernel,
+        "target": case.arch,
+        "dtype": case.dtype,
+        "channels": case.workload.channels,
+        "workload": f"{case.workload.size[0]} from {case.workload.grid[0]}",
+        "heads": None,
+        "head_dim": None,
+        "config": {**config, "num_warps": warps},
+        "registers": code.registers,
+        "spill_bytes": code.spill_bytes,
+        "spill_instructions": code.spill_instructions,
+        "shared_bytes": code.shared_bytes,
+        "shared_limit": LIMITS[case.arch].shared,
+        "tensor_memory_columns": code.tensor_memory,
+        "warps_by_registers": running.by_registers,
+        "warps_by_shared": running.by_shared,
+        "warps_by_threads": running.by_warps,
+        "warps_of": LIMITS[case.arch].warps,
+        "tensor_core_instructions": code.tensor_instructions,
+        "widest_load_bits": max(code.widest("load"), code.widest("copy")),
+        "widest_store_bits": code.widest("store"),
+        "copies_to_shared": code.count("LDGSTS"),
+        "code_instructions": sum(len(block.instructions) for block in code.blocks),
+        "units": work.units,
+        "instructions_per_pixel": instructions,
+        "instructions_by_kind": by_kind,
+        "bytes_per_pixel": round(work.bytes_compulsory, 1),
+        "bytes_asked_per_pixel": round(work.bytes_asked, 1),
+        "operations_per_pixel": round(work.operations),
+        "exact_operations_per_pixel": round(work.exact_operations),
+        "exponentials_per_pixel": round(work.exponentials),
+        **times_of(case, work, instructions),
+    }
+
+
+def times_of(case: Case, work: Work, instructions: float | None) -> Row:
+    """Floor and modelled time on the device of the case's target; None without one."""
+    device = roofline.device_of(case.arch)
+    if device is None:
+        return dict.fromkeys(("device", "floor_us", "floor_term", "modelled_us", "modelled_term", "terms_us"))
+    floor = roofline.floor(
+        device, work.units, bytes_compulsory=work.bytes_compulsory, operations=work.exact_operations,
+        exponentials=work.exact_exponentials, half=case.half,
+    )  # fmt: skip
+    # The unification multiplies planes of 16 bits whatever the dtype is; what moves numbers moves all it asks for.
+    moves = case.kernel in WITHOUT_PRODUCTS
+    modelled = roofline.modelled(
+        device, work.units, bytes_compulsory=work.bytes_asked if moves else work.bytes_compulsory,
+        bytes_asked=work.bytes_asked, operations=work.operations, exponentials=work.exponentials,
+        instructions=instructions or 0.0, half=case.half or case.kernel.startswith("feature_unification"),
+    )  # fmt: skip
+    return {
+        "device": device.name,
+        "floor_us": round(floor.total, 1),
+        "floor_term": floor.binding,
+        "modelled_us": round(modelled.total, 1),
+        "modelled_term": modelled.binding,
+        "terms_us": {name: round(time, 1) for name, time in modelled.terms.items()},
+    }
+
+
+def cases(
+    architectures: Sequence[str], dtypes: Sequence[str], kernels: Sequence[str], sizes: slice = slice(None)
+) -> Iterator[Case]:
+    """Every case of the table, C = 384; `sizes`: which of the workloads."""
+    for arch in architectures:
+        for dtype in dtypes:
+            for workload in (square(448, 32), square(1024, 64))[sizes]:
+                for kernel in kernels:
+                    yield Case(kernel, workload, arch, dtype)

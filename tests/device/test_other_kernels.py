@@ -1,0 +1,54 @@
+"""The kernels of the feature unification and of the query projection through their operators, by the error rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from accuracy import assert_close_enough, output_and_gradients
+from test_feature_unification import Shape as UnificationShape
+from test_feature_unification import tensors_of as unification_tensors
+from test_query_projection import Shape as ProjectionShape
+from test_query_projection import run as project
+from test_query_projection import tensors_of as projection_tensors
+
+from anyup.ops.feature_unification import unify_features
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+UNIFICATION = {
+    "M divides C, batch 2": UnificationShape((2, 5), 32, batch=2),
+    "odd C": UnificationShape((2, 2), 37),
+    "one channel": UnificationShape((1, 2), 1, kernel_size=3),
+    "filters that are no power of two": UnificationShape((2, 3), 24, filters=24, kernel_size=3),
+}
+PROJECTION = {
+    "partial rectangles, batch 2": ProjectionShape((9, 5), dim=16, batch=2),
+    "one pixel": ProjectionShape((1, 1), dim=32),
+    "a width that is no power of two": ProjectionShape((3, 18), dim=40),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", UNIFICATION)
+def test_the_unification_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    tensors = unification_tensors(UNIFICATION[name], dtype)
+    actual = output_and_gradients(unify_features, {key: t.cuda() for key, t in tensors.items()}, "triton")
+    assert launched.total() == 6  # arranged twice, forward, two gradients, folded
+    expected = output_and_gradients(unify_features, tensors, "reference")
+    exact = output_and_gradients(unify_features, {key: t.double() for key, t in tensors.items()}, "reference")
+    for key in exact:
+        assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PROJECTION)
+def test_the_projection_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    tensors = projection_tensors(PROJECTION[name], dtype)
+    actual = project(**{key: t.cuda() for key, t in tensors.items()}, backend="triton")
+    assert launched.total() == 1
+    expected = project(**tensors, backend="reference")
+    exact = project(**{key: t.double() for key, t in tensors.items()}, backend="reference")
+    assert_close_enough(actual.cpu(), expected, exact)
