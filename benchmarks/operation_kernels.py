@@ -126,9 +126,7 @@ class Case:
             return fold, {}
         of = self.kernel.rsplit("_", 1)[1]
         slope = backward_configs(arranged, target=self.target, of=of)[0]
-        launch = unification_backward.plan_backward(
-            out, arranged, *parts, of=of, precision="ieee", config=slope
-        )
+        launch = unification_backward.plan_backward(out, arranged, *parts, of=of, precision="ieee", config=slope)
         return launch, asdict(slope)
 
     def work(self, launch: Launch) -> Work:
@@ -179,9 +177,7 @@ class Case:
                 exact_exponentials=maps,
                 exponentials=maps,
                 bytes_compulsory=once,
-                bytes_asked=taps * copy
-                + blocks * self.planes * FILTERS * constant["TAPS"] * 2
-                + FILTERS * size,
+                bytes_asked=taps * copy + blocks * self.planes * FILTERS * constant["TAPS"] * 2 + FILTERS * size,
                 turns=[(constant["POSITIONS"], [(blocks, inner)])],
             )
         of_cells = constant["CELLS"] > 0

@@ -57,9 +57,7 @@ def allocate_parts(arranged: Arranged, size: tuple[int, int], filters: int) -> t
     columns, taps = arranged.filters.shape[1:]
     like = arranged.features
     return (
-        like.new_empty(
-            (squares, blocks, sides, padded_cells(arranged.kernel_size), columns), dtype=torch.float32
-        ),
+        like.new_empty((squares, blocks, sides, padded_cells(arranged.kernel_size), columns), dtype=torch.float32),
         like.new_empty((squares, blocks, sides, columns, taps), dtype=torch.float32),
     )
 
@@ -123,8 +121,8 @@ def _feature_unification_backward_kernel(
 ):  # fmt: skip
     """TILE x TILE positions, a block of softmaxes, and with TURNED one side of it; grid: (squares, blocks * sides).
 
-    CELLS is 0 where the gradient of the cells is not wanted, OF_FILTERS says that the filters' is. One side is what a block has of its own channels, the other what it has of the next ones. `again` is as in the
-    forward pass.
+    One side is what a block has of its own channels, the other what it has of the next ones. CELLS is 0 where the
+    gradient of the cells is not wanted, OF_FILTERS says that the filters' is. `again` is as in the forward pass.
     """
     square = tl.program_id(0)
     image = (square // (square_rows * square_columns)).to(tl.int64)

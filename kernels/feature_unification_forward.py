@@ -1,4 +1,4 @@
-"""Feature unification, forward: out(o) = mean over c of softmax over o of z(o, c), z the maps of all channels and filters.
+"""Feature unification, forward: out(o) = mean over c of softmax over o of z(o, c), all channels' filtered maps.
 
 With the channel-major list of maps read again as (M, C), softmax c = block * M + n at one position runs over M maps.
 Their logits are a matrix product of the M filters and a patch of M channels (see `feature_unification_patches.py`),

@@ -63,9 +63,7 @@ def padded_taps(kernel_size: int) -> int:
     return max(PIECE, triton.next_power_of_2(kernel_size * kernel_size))
 
 
-def allocate(
-    features: Tensor, basis: Tensor, *, planes: int, dtype: torch.dtype, transposed: bool = False
-) -> Arranged:
+def allocate(features: Tensor, basis: Tensor, *, planes: int, dtype: torch.dtype, transposed: bool = False) -> Arranged:
     """The memory for arranged features (B, C, h, w) and filters (M, 1, s, s), in so many planes of a dtype.
 
     `transposed` asks for `Arranged.taps`.

@@ -115,12 +115,16 @@ def test_no_tensor_holds_filters_times_channels_times_positions() -> None:
     from anyup.ops.feature_unification import fused
 
     tensors = tensors_of(Shape((4, 4), 128, filters=64))
+    # The features bordered by 2, and as many sums of the cells of one square; the interpreter copies them as bytes.
+    least = 4 * 8 * 8 * 128
+    assert 2 * least < 64 * 128 * 4 * 4
     with LargestTensor() as seen:
         out = fused.forward(**tensors)
-    assert seen.largest <= 8 * 8 * 128  # the arranged features
+    assert seen.largest <= least
     with LargestTensor() as seen:
         fused.backward(out, **tensors)
-    assert seen.largest <= max(8 * 8 * 128, 2 * 64 * 32)  # and the sums of one square
+    assert seen.largest <= least
+
 
 def run_in_planes(planes: int, tensors: dict[str, Tensor]) -> Tensor:
     """The forward kernels with float32 numbers split in planes of float16, which the interpreter multiplies right."""
@@ -186,15 +190,20 @@ def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, ne
     monkeypatch.setattr(user, name, scope[name])
 
 
+def assert_accurate(*shapes: Shape) -> None:
+    for shape in shapes:
+        assert_backend_accurate(unify_features, tensors_of(shape), backend="triton")
+
+
 FORWARD, BACKWARD = "feature_unification_forward", "feature_unification_backward"
 PATCHES = "feature_unification_patches"
 MUTATIONS = {
     "a border counted as inside": (FORWARD, "taps_inside", "tl.maximum(row - HALF, 0)", "(row - HALF)"),
-    "a tap too few": (FORWARD, "load_patch", "tap < SIZE * SIZE", "tap < SIZE * SIZE - 1"),
-    "rows and columns of a patch swapped": (FORWARD, "load_patch", "tap // SIZE * (width", "tap % SIZE * (width"),
+    "a tap too few": (PATCHES, "load_piece", "tap < SIZE * SIZE)", "tap < SIZE * SIZE - 1)"),
+    "rows and columns of a patch swapped": (PATCHES, "load_piece", "tap // SIZE * (width", "tap % SIZE * (width"),
     "columns that are no filters": (FORWARD, "softmax_rows", "< FILTERS)[None, :]", "< FILTERS + 1)[None, :]"),
     "softmaxes that do not exist": (FORWARD, "softmax_rows", "tl.where(exists, 1.0", "tl.where(exists | True, 1.0"),
-    "nothing turned": (FORWARD, "turned_logits", "turn = row[:, None] + shift[None, :]", "turn = row[:, None] + 0 * shift"),
+    "nothing turned": (FORWARD, "turned_logits", "row[:, None] + shift[None, :]", "row[:, None] + 0 * shift[None, :]"),
     "the paper's reading": (
         PATCHES, "_feature_unification_arrange_kernel",
         "(filter_ * channels) // FILTERS + entry // COLUMNS", "filter_ + entry // COLUMNS * FILTERS",
@@ -207,11 +216,9 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = (Shape((3, 4), 48, filters=24), Shape((3, 4), 37, filters=24))
     mutate(monkeypatch, *MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="output: error"):
-        for shape in shapes:
-            assert_backend_accurate(unify_features, tensors_of(shape), backend="triton")
+        assert_accurate(Shape((3, 4), 48, filters=24), Shape((2, 2), 37, filters=24))
 
 
 BACKWARD_MUTATIONS = {
@@ -229,8 +236,7 @@ BACKWARD_MUTATIONS = {
 def test_a_mutated_backward_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, BACKWARD, *BACKWARD_MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="gradient of .*: error"):
-        for shape in (Shape((1, 5), 16), Shape((2, 1), 21)):
-            assert_backend_accurate(unify_features, tensors_of(shape), backend="triton")
+        assert_accurate(Shape((1, 5), 16), Shape((2, 1), 21))
 
 
 # What the kernels do not take.

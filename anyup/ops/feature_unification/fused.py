@@ -77,14 +77,18 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
     arranged = _arrange(features, basis, transposed=True)
     cell_parts, filter_parts = allocate_parts(arranged, tuple(features.shape[2:]), filters)
-    for of in ("cells", "filters"):
+
+    def launch(of: str) -> None:
         run_first(
-            lambda config, of=of: plan_backward(
+            lambda config: plan_backward(
                 grad, arranged, cell_parts, filter_parts, of=of, precision=_PRECISION, config=config
             )(),
             backward_configs(arranged, target=target(features.device), of=of),
             kernel=_kernel(f"backward of {of}", features, basis),
         )
+
+    launch("cells")
+    launch("filters")
     run_first(
         lambda _: plan_fold(cell_parts, grad_features, filters=filters, kernel_size=size)(),
         [None],
@@ -120,4 +124,12 @@ def _arrange(features: Tensor, basis: Tensor, *, transposed: bool = False) -> Ar
 def _kernel(name: str, features: Tensor, basis: Tensor) -> tuple[Hashable, ...]:
     """What else than its cut a kernel is compiled for."""
     divides = features.shape[1] % basis.shape[0] == 0
-    return ("feature_unification", name, features.device, features.dtype, basis.shape, divides, planes_of(features.dtype))
+    return (
+        "feature_unification",
+        name,
+        features.device,
+        features.dtype,
+        basis.shape,
+        divides,
+        planes_of(features.dtype),
+    )
