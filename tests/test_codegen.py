@@ -107,6 +107,21 @@ def test_backward_kernels_are_as_sound(tmp_path: Path) -> None:
             assert row["floor_us"] < row["modelled_us"], row
 
 
+def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
+    kernels = ("feature_unification_forward", "query_projection_forward")
+    chosen = ["--smallest", "--kernel", *kernels]
+    rows = [
+        *measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
+        *measured(tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
+    ]
+    assert [row["kernel"] for row in rows] == 4 * list(kernels)
+    found = {f"{r['kernel']} {r['target']} {r['dtype']}": faults(r) for r in rows}
+    assert not {name: what for name, what in found.items() if what}
+    for row in rows:
+        if row["floor_us"]:
+            assert row["instructions_per_pixel"] and row["floor_us"] < row["modelled_us"], row
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -58,6 +58,8 @@ def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> N
             *(f"{name} {split}" for name in ("backward_key", "backward_value") for split in ("whole", "in parts")),
         ):
             assert f"launched: {kernel}, {dtype}, {dtype}: " in launched, f"{kernel} in {dtype} was not launched"
+        for kernel in ("feature_unification_arrange", "query_projection_forward"):
+            assert f"launched: {kernel}, {dtype}: " in launched, f"{kernel} in {dtype} was not launched"
     with capsys.disabled():  # a number that a reader of the log should see
         launches = sum(int(line.rsplit(": ", 1)[1]) for line in lines if line not in skipped)
         print(f"\n{run.stdout.strip().splitlines()[-1]}, {launches} launches under ttsem")
