@@ -105,7 +105,7 @@ class Case:
         """The launch with the rule's first config, on "meta" tensors, and the config."""
         w = self.workload
         if self.kernel == "query_projection_forward":
-            config = projection.forward_configs(DIM, half=self.half)[0]
+            config = projection.forward_configs(DIM, target=self.target, half=self.half)[0]
             encoded = self._empty(w.batch, *w.size, DIM)
             launch = projection.plan_forward(
                 encoded, self._empty(9, DIM, DIM), self._empty(DIM), self._empty(DIM, DIM), self._empty(DIM),

@@ -82,8 +82,8 @@ def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[Uni
     """Cuts of the backward pass for the gradients of "cells" or of "filters", best first.
 
     Chosen as those of the forward pass: two launches, because one that makes both would spill much in float32. Where M
-    divides C the filters' spills 40 bytes of a thread's in float32 on sm_80 and sm_90 and 80 on sm_120, the cells' 16 in
-    bfloat16 on sm_120, and none the others.
+    divides C the filters' spills 40 bytes of a thread's in float32 on sm_80 and sm_90 and 80 on sm_120, the cells' 16
+    in bfloat16 on sm_120; the others spill nothing.
     """
     columns = arranged.filters.shape[1]
     if of == "filters":

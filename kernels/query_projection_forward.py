@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import Target
 from .launch import Launch, strides_of
 
 SIZES = ("height", "width", "tile_rows", "tile_columns")
@@ -48,7 +49,7 @@ class ProjectionConfig:
             raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
 
-def forward_configs(dim: int, *, half: bool) -> list[ProjectionConfig]:
+def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionConfig]:
     """Cuts, best first; what comes later asks less of a card.
 
     They were chosen by `python -m benchmarks.codegen --kernel query_projection_forward`: at 128 channels they spill
@@ -56,8 +57,10 @@ def forward_configs(dim: int, *, half: bool) -> list[ProjectionConfig]:
     """
     if half:
         best = ProjectionConfig(8, 16, 32 if dim >= 32 else 16, num_warps=8, num_stages=3)
+    elif target.arch in (90, 100):  # their products take an operand from shared memory, split once for all warps
+        best = ProjectionConfig(8, 16, 16, num_warps=8, num_stages=2)
     else:
-        best = ProjectionConfig(8, 8, 16, num_warps=8, num_stages=2)
+        best = ProjectionConfig(8, 8, 16, num_warps=4, num_stages=2)
     return [best, ProjectionConfig(4, 8, 16, num_warps=4, num_stages=1)]
 
 

@@ -485,7 +485,9 @@ def test_explain_says_what_would_run_and_computes_nothing(monkeypatch: pytest.Mo
 def test_a_name_binds_the_attention_and_is_a_preference_for_the_rest() -> None:
     assert small(backend="reference").explain(*inputs()).chosen == dict.fromkeys(OPERATIONS, "reference")
     explanation = small(backend="flex").explain(*inputs())
-    assert explanation.chosen["pixel_encoder"] == "torch" == explanation.chosen["feature_unification"]
+    # Not what has no flex: the next that can, which is triton where it interprets kernels.
+    others = {name: explanation.chosen[name] for name in ("pixel_encoder", "feature_unification")}
+    assert all(name in ("triton", "torch") for name in others.values()), others
 
 
 def test_a_mapping_binds_each_operation() -> None:

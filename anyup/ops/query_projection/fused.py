@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
-from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets
+from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets, target
 from anyup.ops.query_projection.problem import ProjectionParameters, QueryProjectionProblem
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -48,7 +48,7 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
             encoded, convolution, norm, weight, bias, out,
             eps=torch.finfo(torch.float32).eps, precision=dot_precision(), config=config,
         )(),
-        forward_configs(dim, half=encoded.dtype in _HALF),
+        forward_configs(dim, target=target(encoded.device), half=encoded.dtype in _HALF),
         kernel=("query_projection", encoded.device, encoded.dtype, dim, dot_precision()),
     )  # fmt: skip
     return out
