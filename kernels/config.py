@@ -141,7 +141,7 @@ def forward_configs(
 class BackwardQueryConfig:
     """A cut of the backward pass of the queries: `heads` of a program, a divisor of their number, 0: all.
 
-    The other attributes are as of `ForwardConfig`.
+    The other attributes are as of `ForwardConfig`; resident blocks are those whose <dO, v> stay in registers.
     """
 
     rows: int
@@ -154,9 +154,20 @@ class BackwardQueryConfig:
     heads: int = 0
     keep: bool = True
     piece: int = 32
+    tail_keys: int = 0
+    shares: int = 4
 
     def __post_init__(self) -> None:
         check(self)
+        smallest = min(self.block_keys, self.tail_keys or self.block_keys)
+        # What a thread's share of a block holds is told by the bits of an integer.
+        if self.resident_blocks and not 2 * self.shares <= smallest <= self.block_keys <= 32 * self.shares:
+            raise ValueError(f"shares: expected blocks of 2 to 32 keys for each of {self.shares}, got {self}")
+        tail = self.tail_keys
+        if tail and (not self.resident_blocks or tail & (tail - 1) or not 16 <= tail < self.block_keys):
+            raise ValueError(
+                f"tail_keys: expected 0, or a power of two from 16 to less than resident block_keys, got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,7 @@ class BackwardGridConfig:
         heads: of a program, of keys: a divisor of their number; 0: all.
         keep: whether all heads' keys stay in registers.
         piece: channels of a head multiplied at once where keys are not kept.
+        tall: whether the gradients are summed with their channels as rows, not the tile's keys.
     """
 
     rows: int
@@ -186,6 +198,7 @@ class BackwardGridConfig:
     heads: int = 0
     keep: bool = True
     piece: int = 32
+    tall: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -213,16 +226,31 @@ def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None
         raise ValueError(f"shares: expected at most half of {cut.block_keys} keys, got {cut.shares}")
 
 
+# Keys of a tile whose <dO, v> stay in registers, 32-bit each; beyond them every cut that was tried spilled somewhere.
+_RESIDENT_KEYS_BACKWARD = 64
+
+
 def backward_query_configs(
     most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
 ) -> list[BackwardQueryConfig]:
     """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
     group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
     few = heads <= 4 and head_dim <= 32
-    if half and target.arch == 120:
+    keys = most_keys(8, 8)
+    if half and keys <= _RESIDENT_KEYS_BACKWARD and head_dim <= 64 and heads * head_dim <= _KEPT_CHANNELS:
+        blocks, left = divmod(keys, 32)
+        # A half block at the end where that is enough.
+        tail = 16 if blocks and 0 < left <= 16 else 0
+        shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+        best = BackwardQueryConfig(
+            8, 8, 32, blocks + bool(left and not tail), 64, num_warps=4, num_stages=2, tail_keys=tail, shares=shares
+        )
+    elif half and target.arch == 120:
         best = BackwardQueryConfig(4, 4, 32, 0, 64, num_warps=4, num_stages=2, heads=group, keep=False)
     elif half:
-        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
+        # Four warps, 16 rows of a product each, waste none; elsewhere they have too few registers.
+        warps = 4 if target.arch == 90 and few else 8
+        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=warps, num_stages=2, heads=group, keep=False)
     elif few and target.backend == "cuda" and target.arch in (90, 100):
         # Their matrix units take 64 rows of tf32 from shared memory, which saves registers.
         best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
@@ -246,13 +274,17 @@ _LEAST_PIXELS_OF_A_PART = 2048
 
 
 def backward_grid_configs(
-    pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int
-) -> list[BackwardGridConfig]:
-    """Cuts of the backward pass of the keys and of the values, best first; chosen as those of the forward pass.
+    pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int,
+    of_values: bool = False,
+) -> list[BackwardGridConfig]:  # fmt: skip
+    """Cuts of the backward pass of the keys (or of the values), best first; chosen as those of the forward pass.
 
     `pixels` are those of one image, `keys` those of all images.
     """
-    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
+    # The parts' float32 sums are no larger than the queries' gradient.
+    row = max(channels, heads * head_dim)
+    as_large = pixels * heads * head_dim * (2 if half else 4) // (4 * max(keys * row, 1))
+    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART, as_large)
     parts = max(1, parts)
     group = _heads_of_a_program(heads, head_dim, most=4)
     few = heads <= 4 and head_dim <= 32
@@ -266,8 +298,13 @@ def backward_grid_configs(
         slices = 6  # of 64 channels: most features in one run
     else:
         slices = 4
+    # Products of 16 rows by many columns make all warps repeat the logits, unless rows and columns change places.
+    tall = half and target.backend == "cuda" and target.arch in (80, 86, 89, 120)
     if half:
-        best = BackwardGridConfig(4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few)
+        stages = 1 if tall and of_values else stages
+        best = BackwardGridConfig(
+            4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
+        )
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
     return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]

@@ -51,12 +51,15 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return [config.ForwardConfig(8, 16, 32, blocks, 32, 2, 4, 1, tail_keys=tail, group_blocks=2)]
 
     def backward_query(most_keys: Any, **_: Any) -> list[Any]:
-        blocks = -(-most_keys(8, 16) // 32) if request.param == "resident" else 0
-        return [config.BackwardQueryConfig(8, 16, 32, blocks, 32, num_warps=4, num_stages=1)]
+        blocks, tail = 0, 0
+        if request.param == "resident":
+            blocks = max(1, -(-(most_keys(8, 16) - 16) // 32))
+            tail = 16 if most_keys(8, 16) > 32 * blocks else 0
+        return [config.BackwardQueryConfig(8, 16, 32, blocks, 32, num_warps=4, num_stages=1, tail_keys=tail)]
 
     def backward_grid(*_: Any, **__: Any) -> list[Any]:
         parts = 1 if request.param == "resident" else 2
-        return [config.BackwardGridConfig(4, 8, 128, 32, 2, parts, num_warps=4, num_stages=1)]
+        return [config.BackwardGridConfig(4, 8, 128, 32, 2, parts, num_warps=4, num_stages=1, tall=parts == 2)]
 
     monkeypatch.setattr(config, "forward_configs", forward)
     monkeypatch.setattr(config, "backward_query_configs", backward_query)
@@ -341,7 +344,7 @@ def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, ne
 
 
 FORWARD, RESIDENT = "window_attention_forward", "window_attention_resident"
-BACKWARD = "window_attention_backward_query"
+BACKWARD, BACKWARD_RESIDENT = "window_attention_backward_query", "window_attention_backward_resident"
 
 # By the way that weights are kept where the change is in a function of one of them.
 MUTATIONS = {
@@ -362,8 +365,14 @@ MUTATIONS = {
     },
 }
 BACKWARD_MUTATIONS = {
-    "one head's delta for all": ("_add_to_gradients", "deltas[head]", "deltas[0]"),
-    "no mask": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
+    "a delta that is not the head's": {
+        "resident": ("resident_gradients", "(means * factor)[:, None]", "means[:, None]"),
+        "streamed": ("_add_to_gradients", "deltas[head]", "deltas[0]"),
+    },
+    "no mask": {
+        "resident": ("cut_off", "& 1) > 0", "& 1) >= 0"),
+        "streamed": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
+    },
 }
 
 
@@ -399,7 +408,10 @@ def test_a_core_that_is_too_large_fails_the_error_rule(monkeypatch: pytest.Monke
 def test_a_mutated_backward_kernel_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
 ) -> None:
-    mutate(monkeypatch, BACKWARD, *BACKWARD_MUTATIONS[mutation])
+    change = BACKWARD_MUTATIONS[mutation][weights_live]
+    for module in (BACKWARD_RESIDENT, BACKWARD):
+        if hasattr(importlib.import_module(f"anyup.kernels.{module}"), change[0]):
+            mutate(monkeypatch, module, *change)
     with pytest.raises(AssertionError, match="query: error"):
         assert_odd_shape_is_accurate()
 
