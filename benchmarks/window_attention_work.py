@@ -161,7 +161,8 @@ def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work
     if resident:
         masks = [Branch(tiles.mean(lambda _, core, end=f + size: end > core)) for f, size in kept]
         own = constant["GROUP"]
-        turns = [(slices, []), *masks, *([(own, masks)] if own > 1 else masks)]
+        inside = masks + masks[constant["WAITING"] :]
+        turns = [(slices, []), *masks, *([(own, inside)] if own > 1 else inside)]
     else:
         turns = [(blocks, [(slices, [])])] * 2
     return Work(

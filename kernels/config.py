@@ -141,7 +141,8 @@ def forward_configs(
 class BackwardQueryConfig:
     """A cut of the backward pass of the queries: `heads` of a program, a divisor of their number, 0: all.
 
-    The other attributes are as of `ForwardConfig`; resident blocks are those whose <dO, v> stay in registers.
+    The other attributes are as of `ForwardConfig`; resident blocks are those whose <dO, v> stay in registers, and the
+    first `waiting_blocks` of these keep a head's exponentials too, which the others make twice.
     """
 
     rows: int
@@ -156,9 +157,12 @@ class BackwardQueryConfig:
     piece: int = 32
     tail_keys: int = 0
     shares: int = 4
+    waiting_blocks: int = 16
 
     def __post_init__(self) -> None:
         check(self)
+        if self.waiting_blocks < 0:
+            raise ValueError(f"waiting_blocks: expected at least 0, got {self.waiting_blocks}")
         smallest = min(self.block_keys, self.tail_keys or self.block_keys)
         # What a thread's share of a block holds is told by the bits of an integer.
         if self.resident_blocks and not 2 * self.shares <= smallest <= self.block_keys <= 32 * self.shares:
@@ -226,25 +230,15 @@ def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None
         raise ValueError(f"shares: expected at most half of {cut.block_keys} keys, got {cut.shares}")
 
 
-# Keys of a tile whose <dO, v> stay in registers, 32-bit each; beyond them every cut that was tried spilled somewhere.
-_RESIDENT_KEYS_BACKWARD = 64
-
-
 def backward_query_configs(
     most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
 ) -> list[BackwardQueryConfig]:
     """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
     group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
     few = heads <= 4 and head_dim <= 32
-    keys = most_keys(8, 8)
-    if half and keys <= _RESIDENT_KEYS_BACKWARD and head_dim <= 64 and heads * head_dim <= _KEPT_CHANNELS:
-        blocks, left = divmod(keys, 32)
-        # A half block at the end where that is enough.
-        tail = 16 if blocks and 0 < left <= 16 else 0
-        shares = 1 if target.backend == "hip" or target.arch == 100 else 4
-        best = BackwardQueryConfig(
-            8, 8, 32, blocks + bool(left and not tail), 64, num_warps=4, num_stages=2, tail_keys=tail, shares=shares
-        )
+    resident = _resident_backward(most_keys(8, 8), target, heads, head_dim) if half else None
+    if resident is not None:
+        best = resident
     elif half and target.arch == 120:
         best = BackwardQueryConfig(4, 4, 32, 0, 64, num_warps=4, num_stages=2, heads=group, keep=False)
     elif half:
@@ -258,6 +252,29 @@ def backward_query_configs(
         warps = 4 if head_dim <= 32 else 8
         best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, keep=False)
     return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
+
+
+def _resident_backward(keys: int, target: Target, heads: int, head_dim: int) -> BackwardQueryConfig | None:
+    """The cut that keeps <dO, v> of up to so many keys in registers; None where every one that was tried spills."""
+    shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    if heads * head_dim > _KEPT_CHANNELS or head_dim > 64:
+        return None
+    if keys <= 64:
+        block = 64 if target.arch == 120 else 32
+        return BackwardQueryConfig(8, 8, block, -(-keys // block), 64, num_warps=4, num_stages=2, shares=shares)
+    if keys > 208 or heads != 4 or head_dim != 32:
+        return None
+    # A few registers more or less decide: six blocks spill where six and a half do not.
+    blocks, tail = (-(-keys // 32), 0) if keys <= 128 else (6, 16)
+    if target.arch == 80:
+        piece, stages, waiting = 32, 2, 1
+    elif target.arch in (90, 100) or target.backend == "hip":
+        piece, stages, waiting = 64, 1, 1 if target.arch == 90 else 0 if target.arch == 100 else 16
+    else:
+        return None
+    return BackwardQueryConfig(
+        8, 8, 32, blocks, piece, num_warps=4, num_stages=stages, tail_keys=tail, shares=shares, waiting_blocks=waiting
+    )
 
 
 def _heads_of_a_program(heads: int, head_dim: int, most: int) -> int:
@@ -290,7 +307,7 @@ def backward_grid_configs(
     few = heads <= 4 and head_dim <= 32
     # Two stages hold every head's queries in shared memory.
     block, stages = (64, 2) if heads * head_dim <= _KEPT_CHANNELS else (32, 1)
-    if target.arch == 120:
+    if target.arch == 120 and not (half and few):
         block = 32
     if not few or channels <= 128:
         slices = 2
@@ -299,7 +316,7 @@ def backward_grid_configs(
     else:
         slices = 4
     # Products of 16 rows by many columns make all warps repeat the logits, unless rows and columns change places.
-    tall = half and target.backend == "cuda" and target.arch in (80, 86, 89, 120)
+    tall = half and few and target.arch in (80, 86, 89, 120)
     if half:
         stages = 1 if tall and of_values else stages
         best = BackwardGridConfig(

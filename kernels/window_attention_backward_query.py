@@ -135,7 +135,7 @@ def _window_attention_backward_query_kernel(
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     SLICE: tl.constexpr, RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr, TAIL: tl.constexpr, SHARES: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, WAITING: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels and GROUP heads; grid: (tiles of all images, groups of heads).
 
@@ -171,11 +171,11 @@ def _window_attention_backward_query_kernel(
         )  # fmt: skip
         channel = tl.arange(0, WIDTH)
         resident_gradients(
-            products, 1.0 / HEADS, query + query_offset[:, None] + channel.to(tl.int64)[None, :] * query_channel_stride,
+            products, query + query_offset[:, None] + channel.to(tl.int64)[None, :] * query_channel_stride,
             query_head_stride, keys, rectangle, windows, exponent_scale, scale * several,
             lse, grad_query + entry[:, None] * WIDTH + channel[None, :], share, delta, entry, pixel_exists, again,
-            GROUP, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, PRECISION, SHARES,
-            tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32,
+            HEADS, GROUP, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, PRECISION, SHARES,
+            tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32, WAITING,
         )  # fmt: skip
     else:
         queries = open_queries(query, query_offset, query_head_stride, query_channel_stride, GROUP, PIECE, KEEP)
@@ -281,6 +281,7 @@ def plan_backward_query(
             "KEEP": config.keep,
             "TAIL": config.tail_keys,
             "SHARES": config.shares,
+            "WAITING": config.waiting_blocks,
             "WHOLE": value.shape[3] % config.channel_slice == 0,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},

@@ -1,7 +1,8 @@
 """Window attention, backward, of the queries, where a tile's keys are few: its <dO, v> stay in registers.
 
-They are every head's, and the dear product: over all channels of the values. Heads go by one after the other; the
-exponentials of one head wait in registers until the sums that make its delta are known, so each logit is made once.
+They are every head's, and the dear product: over all channels of the values. Heads go by one after the other. Of one
+head the exponentials of the first blocks wait in registers until the sums that make its delta are known; where there is
+no room for all, those of the other blocks are made again.
 """
 
 from __future__ import annotations
@@ -39,15 +40,17 @@ def tile_grad_weights(
 
 @triton.jit
 def resident_gradients(
-    grad_weights, factor, query_place, query_head_stride, keys, rectangle, windows, exponent_scale, row_scale,
+    grad_weights, query_place, query_head_stride, keys, rectangle, windows, exponent_scale, row_scale,
     lse, grad_query_place, share, delta, entry, pixel_exists, again,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr,
+    WAITING: tl.constexpr,
 ):  # fmt: skip
     """Stores each head's gradient, inverse sum of exponentials and delta.
 
-    `grad_weights`, times `factor`, are dP. The gradient's rows are scaled by `row_scale`, 0 for a pixel that sees a
-    single key. KEPT is the dtype of exponentials. `again` is a 0 that the compiler knows nothing of.
+    `grad_weights` are HEADS times dP. The gradient's rows are scaled by `row_scale`, 0 for a pixel that sees a
+    single key. KEPT is the dtype of exponentials that wait, those of the first WAITING blocks. `again` is a 0 that the
+    compiler knows nothing of.
     """
     PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
     core = core_keys(rectangle)
@@ -64,10 +67,12 @@ def resident_gradients(
             PIXELS, BLOCK if part < BLOCKS else TAIL, SHARES,
         )  # fmt: skip
         seen = seen + (bits,)
+    heads = tl.math.log2(tl.full((), HEADS, tl.float32))
     for head in tl.range(0, GROUP):
         head64 = tl.zeros((), tl.int64) + head
         query = tl.load(query_place + head64 * query_head_stride)
-        base = tl.load(lse + entry + head) * LOG2_E
+        # Exponentials are divided by the number of heads here, not <dO, v>, for which the compiler would keep both.
+        base = tl.load(lse + entry + head) * LOG2_E + heads
         total = tl.zeros((PIXELS, SHARES), tl.float32)
         mean = tl.zeros((PIXELS, SHARES), tl.float32)
         powers = ()
@@ -78,16 +83,26 @@ def resident_gradients(
                 # The zero keeps the compiler from taking the bits apart before the loop, a register each.
                 raw = cut_off(raw, seen[part] ^ (head * again))
             kept, total, mean = _add(raw, grad_weights[part], total, mean, exponent_scale, base, SHARES, KEPT)
-            powers = powers + (kept,)
-        inverse = 1.0 / tl.sum(total, axis=1)
-        means = tl.sum(mean, axis=1) * inverse
+            if part < WAITING:
+                powers = powers + (kept,)
+        inverse = 1.0 / (tl.sum(total, axis=1) * HEADS)
+        means = tl.sum(mean, axis=1) * inverse  # delta
         tl.store(share + entry + head, inverse, mask=pixel_exists)
-        tl.store(delta + entry + head, means * factor, mask=pixel_exists)
+        tl.store(delta + entry + head, means, mask=pixel_exists)
         product = tl.zeros((PIXELS, WIDTH), tl.float32)
         for part in tl.static_range(PARTS):
-            key = tl.load(places[part] + head64 * keys[3])
-            power = tl.reshape(unpacked(powers[part]) if KEPT == tl.float16 else powers[part], grad_weights[part].shape)
-            inner = power * (grad_weights[part] * factor - (means * factor)[:, None])
+            if part < WAITING:
+                key = tl.load(places[part] + head64 * keys[3])
+                power = unpacked(powers[part]) if KEPT == tl.float16 else powers[part]
+            else:
+                # Without the zeros the compiler would keep the logits or the branch's outcome.
+                key = tl.load(places[part] + head64 * keys[3] + 16 * again)
+                raw = in_shares(tl.dot(query, tl.trans(key), input_precision=PRECISION), SHARES)
+                if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + again:
+                    raw = cut_off(raw, seen[part] ^ (head * again))
+                power = tl.math.exp2(raw * exponent_scale - base[:, None, None, None])
+            power = tl.reshape(power, grad_weights[part].shape)
+            inner = power * (grad_weights[part] - (means * HEADS)[:, None])
             product = tl.dot(inner.to(key.dtype), key, product, input_precision=PRECISION)
         product = product * (inverse * row_scale)[:, None]
         tl.store(grad_query_place + head * WIDTH, product, mask=pixel_exists[:, None])

@@ -55,7 +55,11 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         if request.param == "resident":
             blocks = max(1, -(-(most_keys(8, 16) - 16) // 32))
             tail = 16 if most_keys(8, 16) > 32 * blocks else 0
-        return [config.BackwardQueryConfig(8, 16, 32, blocks, 32, num_warps=4, num_stages=1, tail_keys=tail)]
+        return [
+            config.BackwardQueryConfig(
+                8, 16, 32, blocks, 32, num_warps=4, num_stages=1, tail_keys=tail, waiting_blocks=1
+            )
+        ]
 
     def backward_grid(*_: Any, **__: Any) -> list[Any]:
         parts = 1 if request.param == "resident" else 2
