@@ -83,7 +83,9 @@ class Case:
             return config.forward_configs(keys, **known)
         if self.kernel == KERNELS[1]:
             return config.backward_query_configs(keys, **known)
-        return config.backward_grid_configs(math.prod(w.size), w.batch * w.keys, w.channels, **known)
+        of_values = self.kernel == KERNELS[3]
+        pixels = math.prod(w.size)
+        return config.backward_grid_configs(pixels, w.batch * w.keys, w.channels, of_values=of_values, **known)
 
     @property
     def half(self) -> bool:

@@ -65,8 +65,7 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
     run = piece if resident else piece * constant["SLICES"]
     runs = -(-channels // run)
     if resident:
-        kept = [(n * block, block) for n in range(resident)] + [(resident * block, constant["TAIL"])]
-        kept = [(first, size) for first, size in kept if size]
+        kept = _kept(constant)
         slots = tiles.padded * sum(size for _, size in kept)
     passes = 1 if resident else 1 + runs
     exact = workload.mean_window(window)
@@ -140,8 +139,11 @@ def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work
     rows, columns, block = constant["ROWS"], constant["COLUMNS"], constant["BLOCK"]
     resident, heads = constant["RESIDENT_BLOCKS"], constant["HEADS"]
     tiles = _Tiles.of(workload, window, rows, columns)
-    blocks = resident or tiles.mean(lambda keys, _: -(-keys // block))
+    blocks = tiles.mean(lambda keys, _: -(-keys // block))
     slots = tiles.padded * blocks * block
+    kept = _kept(constant)
+    if resident:
+        slots = tiles.padded * sum(size for _, size in kept)
     width = heads * constant["WIDTH"]
     groups = launch.grid[1]
     slices = -(-workload.channels // constant["SLICE"])
@@ -149,29 +151,47 @@ def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work
     query_bytes = width * argument["query"].element_size()
     value_bytes = workload.channels * argument["value"].element_size()
     once = 2 * query_bytes + value_bytes + 12 * heads
-    # Products with the values: once where they stay, else for delta and for dq.
-    products = groups * (1 if resident else 2)
-    grad_loads = products * (1 if resident else blocks)
-    query_loads = 1 if constant["KEEP"] else 2 * blocks
+    # Logits, and products with the values: once where they stay, else for delta and for dq.
+    passes = 1 if resident else 2
+    grad_loads = groups * (1 if resident else 2 * blocks)
+    query_loads = 1 if resident or constant["KEEP"] else 2 * blocks
+    # A head's keys are loaded for the logits and for the sum; where they stay, those that repeat the last as well.
+    key_loads = 2 if resident or constant["KEEP"] else 3
     tile_keys = tiles.padded * tiles.keys
+    if resident:
+        masks = [Branch(tiles.mean(lambda _, core, end=f + size: end > core)) for f, size in kept]
+        own = constant["GROUP"]
+        inside = masks + masks[constant["WAITING"] :]
+        turns = [(slices, []), *masks, *([(own, inside)] if own > 1 else inside)]
+    else:
+        turns = [(blocks, [(slices, [])])] * 2
     return Work(
         window=exact,
         tile_keys=tile_keys,
         logit_slots=slots,
         value_slots=slots,
-        logit_operations=3 * 2 * slots * width,
-        value_operations=products * 2 * slots * slices * constant["SLICE"],
+        logit_operations=(passes + 1) * 2 * slots * width,
+        value_operations=groups * passes * 2 * slots * slices * constant["SLICE"],
         exact_operations=2 * exact * (workload.channels + 2 * width),
-        exponentials=2 * heads * slots,
+        exponentials=passes * heads * slots,
         exact_exponentials=heads * exact,
         bytes_compulsory=once + (query_bytes + value_bytes) * workload.batch * workload.keys / workload.pixels,
         bytes_asked=12 * heads
         + query_bytes
         + tiles.padded * (query_loads * query_bytes + grad_loads * value_bytes)
-        + ((2 if constant["KEEP"] else 3) * query_bytes + products * value_bytes) * tile_keys / (rows * columns),
+        + (key_loads * query_bytes + groups * passes * value_bytes)
+        * (slots if resident else tile_keys)
+        / (rows * columns),
         programs=math.prod(launch.grid),
-        turns=[(slices, [])] if resident else [(blocks, [(slices, [])])] * 2,
+        turns=turns,
     )
+
+
+def _kept(constant: Any) -> list[tuple[int, int]]:
+    """The first number and the size of each block of keys that stays in registers."""
+    resident, block = constant["RESIDENT_BLOCKS"], constant["BLOCK"]
+    parts = [(n * block, block) for n in range(resident)] + [(resident * block, constant["TAIL"])]
+    return [part for part in parts if resident and part[1]]
 
 
 def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
@@ -207,8 +227,10 @@ def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
         head_products, value_products, exact_operations = repeats, repeats * constant["SLICES"], width
     else:
         once = query_bytes + value_bytes + 12 * heads + (2 * query_bytes + value_bytes) * grid_bytes
-        # A block's queries are loaded for the logits and again for the sum; the tile's values with every block.
-        asked = loaded * (2 * query_bytes + repeats * value_bytes + 12 * heads) + keys_asked
+        # A block's queries are loaded for the logits and again for the sum, once where a head is one piece; the tile's
+        # values with every block.
+        again = 1 if constant["PIECE"] == constant["WIDTH"] else 2
+        asked = loaded * (again * query_bytes + repeats * value_bytes + 12 * heads) + keys_asked
         asked += repeats * value_bytes * blocks * tile * per_pixel + parts * out_bytes * width * grid_bytes
         head_products, value_products, exact_operations = 2, repeats * slices, 2 * width
     turns = blocks / (len(counts) * parts)

@@ -145,7 +145,8 @@ def _forward_configs(
 class BackwardQueryConfig:
     """A cut of the backward pass of the queries: `heads` of a program, a divisor of their number, 0: all.
 
-    The other attributes are as of `ForwardConfig`.
+    The other attributes are as of `ForwardConfig`; resident blocks are those whose <dO, v> stay in registers, and the
+    first `waiting_blocks` of these keep a head's exponentials too, which the others make twice.
     """
 
     rows: int
@@ -158,9 +159,23 @@ class BackwardQueryConfig:
     heads: int = 0
     keep: bool = True
     piece: int = 32
+    tail_keys: int = 0
+    shares: int = 4
+    waiting_blocks: int = 16
 
     def __post_init__(self) -> None:
         check(self)
+        if self.waiting_blocks < 0:
+            raise ValueError(f"waiting_blocks: expected at least 0, got {self.waiting_blocks}")
+        smallest = min(self.block_keys, self.tail_keys or self.block_keys)
+        # What a thread's share of a block holds is told by the bits of an integer.
+        if self.resident_blocks and not 2 * self.shares <= smallest <= self.block_keys <= 32 * self.shares:
+            raise ValueError(f"shares: expected blocks of 2 to 32 keys for each of {self.shares}, got {self}")
+        tail = self.tail_keys
+        if tail and (not self.resident_blocks or tail & (tail - 1) or not 16 <= tail < self.block_keys):
+            raise ValueError(
+                f"tail_keys: expected 0, or a power of two from 16 to less than resident block_keys, got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -177,6 +192,7 @@ class BackwardGridConfig:
         heads: of a program, of keys: a divisor of their number; 0: all.
         keep: whether all heads' keys stay in registers.
         piece: channels of a head multiplied at once where keys are not kept.
+        tall: whether the gradients are summed with their channels as rows, not the tile's keys.
     """
 
     rows: int
@@ -190,6 +206,7 @@ class BackwardGridConfig:
     heads: int = 0
     keep: bool = True
     piece: int = 32
+    tall: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -241,10 +258,15 @@ def backward_query_configs(
     """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
     group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
     few = heads <= 4 and head_dim <= 32
-    if half and target.arch == 120:
+    resident = _resident_backward(most_keys(8, 8), target, heads, head_dim) if half else None
+    if resident is not None:
+        best = resident
+    elif half and target.arch == 120:
         best = BackwardQueryConfig(4, 4, 32, 0, 64, num_warps=4, num_stages=2, heads=group, keep=False)
     elif half:
-        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=group, keep=False)
+        # Four warps, 16 rows of a product each, waste none; elsewhere they have too few registers.
+        warps = 4 if target.arch == 90 and few else 8
+        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=warps, num_stages=2, heads=group, keep=False)
     elif few and target.backend == "cuda" and target.arch in (90, 100):
         # Their matrix units take 64 rows of tf32 from shared memory, which saves registers.
         best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
@@ -252,6 +274,29 @@ def backward_query_configs(
         warps = 4 if head_dim <= 32 else 8
         best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, keep=False)
     return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
+
+
+def _resident_backward(keys: int, target: Target, heads: int, head_dim: int) -> BackwardQueryConfig | None:
+    """The cut that keeps <dO, v> of up to so many keys in registers; None where every one that was tried spills."""
+    shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    if heads * head_dim > _KEPT_CHANNELS or head_dim > 64:
+        return None
+    if keys <= 64:
+        block = 64 if target.arch == 120 else 32
+        return BackwardQueryConfig(8, 8, block, -(-keys // block), 64, num_warps=4, num_stages=2, shares=shares)
+    if keys > 208 or heads != 4 or head_dim != 32:
+        return None
+    # A few registers more or less decide: six blocks spill where six and a half do not.
+    blocks, tail = (-(-keys // 32), 0) if keys <= 128 else (6, 16)
+    if target.arch == 80:
+        piece, stages, waiting = 32, 2, 1
+    elif target.arch in (90, 100) or target.backend == "hip":
+        piece, stages, waiting = 64, 1, 1 if target.arch == 90 else 0 if target.arch == 100 else 16
+    else:
+        return None
+    return BackwardQueryConfig(
+        8, 8, 32, blocks, piece, num_warps=4, num_stages=stages, tail_keys=tail, shares=shares, waiting_blocks=waiting
+    )
 
 
 def _heads_of_a_program(heads: int, head_dim: int, most: int) -> int:
@@ -268,19 +313,23 @@ _LEAST_PIXELS_OF_A_PART = 2048
 
 
 def backward_grid_configs(
-    pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int
-) -> list[BackwardGridConfig]:
-    """Cuts of the backward pass of the keys and of the values, best first; chosen as those of the forward pass.
+    pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int,
+    of_values: bool = False,
+) -> list[BackwardGridConfig]:  # fmt: skip
+    """Cuts of the backward pass of the keys (or of the values), best first; chosen as those of the forward pass.
 
     `pixels` are those of one image, `keys` those of all images.
     """
-    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART)
+    # The parts' float32 sums are no larger than the queries' gradient.
+    row = max(channels, heads * head_dim)
+    as_large = pixels * heads * head_dim * (2 if half else 4) // (4 * max(keys * row, 1))
+    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART, as_large)
     parts = max(1, parts)
     group = _heads_of_a_program(heads, head_dim, most=4)
     few = heads <= 4 and head_dim <= 32
     # Two stages hold every head's queries in shared memory.
     block, stages = (64, 2) if heads * head_dim <= _KEPT_CHANNELS else (32, 1)
-    if target.arch == 120:
+    if target.arch == 120 and not (half and few):
         block = 32
     if not few or channels <= 128:
         slices = 2
@@ -288,8 +337,13 @@ def backward_grid_configs(
         slices = 6  # of 64 channels: most features in one run
     else:
         slices = 4
+    # Products of 16 rows by many columns make all warps repeat the logits, unless rows and columns change places.
+    tall = half and few and target.arch in (80, 86, 89, 120)
     if half:
-        best = BackwardGridConfig(4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few)
+        stages = 1 if tall and of_values else stages
+        best = BackwardGridConfig(
+            4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
+        )
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
     return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]

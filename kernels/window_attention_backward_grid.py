@@ -52,10 +52,15 @@ def _tile_of_keys(
 def _pixel_block(block, rectangle, PIXELS: tl.constexpr):
     """Rows, columns and existence of the pixels of a block, (PIXELS,); one beyond the end repeats the last."""
     first_row, first_column, columns, count = rectangle
-    number = block * PIXELS + tl.arange(0, PIXELS)
-    exists = number < count
-    number = tl.minimum(number, count - 1)
-    return first_row + number // columns, first_column + number % columns, exists
+    first = block * PIXELS
+    number = tl.minimum(first + tl.arange(0, PIXELS), count - 1)
+    # One division of integers for the block, and one of floats for each pixel: numbers below `columns + PIXELS`, exact
+    # in float32, half a pixel away from a whole number of rows.
+    down = first // columns
+    beyond = number - down * columns
+    further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
+    exists = first + tl.arange(0, PIXELS) < count
+    return first_row + down + further, first_column + beyond - further * columns, exists
 
 
 @triton.jit
@@ -96,7 +101,7 @@ def _window_attention_backward_key_kernel(
     scale, exponent_scale, images, again,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
-    SLICE: tl.constexpr, KEEP: tl.constexpr,
+    SLICE: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS keys, one part of its pixels and GROUP heads.
 
@@ -120,9 +125,9 @@ def _window_attention_backward_key_kernel(
     value_offset = row64 * value_row_stride + column64 * value_column_stride
     query += image * query_image_stride + first_head * query_head_stride
     grad += image * grad_image_stride
-    gradients = ()  # each head's pieces, (KEYS, PIECE)
+    gradients = ()  # each head's pieces, (KEYS, PIECE), the other way round where TALL
     for _piece in tl.static_range(GROUP * (WIDTH // PIECE)):
-        gradients = gradients + (tl.zeros((KEYS, PIECE), tl.float32),)
+        gradients = gradients + (tl.zeros((PIECE, KEYS) if TALL else (KEYS, PIECE), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
         row, column, exists = _pixel_block(block, rectangle, PIXELS)
@@ -132,10 +137,11 @@ def _window_attention_backward_key_kernel(
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         product = tl.zeros((PIXELS, KEYS), tl.float32)
         for first in tl.range(0, channels, SLICE):
-            outer = load_channels(grad, grad_offset, exists, first, channels, grad_channel_stride, SLICE)
-            carried = load_channels(value, value_offset, key_exists, first, channels, value_channel_stride, SLICE)
+            outer = load_channels(grad, grad_offset, None, first, channels, grad_channel_stride, SLICE, WHOLE)
+            carried = load_channels(value, value_offset, None, first, channels, value_channel_stride, SLICE, WHOLE)
             product = tl.dot(outer, tl.trans(carried), product, input_precision=PRECISION)
         product = product / HEADS
+        several = sees_several(windows)
         entry = ((image * height + row) * width + column) * HEADS + first_head
         query_place = query + head_channel[None, :] * query_channel_stride
         query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
@@ -146,20 +152,26 @@ def _window_attention_backward_key_kernel(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 again, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
-            several_share = tl.load(share + entry + head) * sees_several(windows)
-            inner = weights * several_share[:, None] * (product - tl.load(delta + entry + head)[:, None])
-            inner = tl.trans(inner.to(query.dtype.element_ty))
+            several_share = tl.load(share + entry + head) * several
+            mean = tl.load(delta + entry + head)
+            inner = weights * several_share[:, None] * (product - mean[:, None])
+            inner = inner.to(query.dtype.element_ty)
             for piece in tl.static_range(WIDTH // PIECE):
                 mine = tl.load(place + tl.full((), piece * PIECE, tl.int64) * query_channel_stride)
                 before = gradients[head * (WIDTH // PIECE) + piece]
-                updated = updated + (tl.dot(inner, mine, before, input_precision=PRECISION),)
+                if TALL:
+                    now = tl.dot(tl.trans(mine), inner, before, input_precision=PRECISION)
+                else:
+                    now = tl.dot(tl.trans(inner), mine, before, input_precision=PRECISION)
+                updated = updated + (now,)
         gradients = updated
     entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
     entry = entry * HEADS + first_head
     for head in tl.static_range(GROUP):
         for piece in tl.static_range(WIDTH // PIECE):
             place = grad_key + (entry[:, None] + head) * WIDTH + (piece * PIECE + head_channel)[None, :]
-            tl.store(place, gradients[head * (WIDTH // PIECE) + piece] * scale, mask=key_exists[:, None])
+            gradient = gradients[head * (WIDTH // PIECE) + piece] * scale
+            tl.store(place, tl.trans(gradient) if TALL else gradient, mask=key_exists[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -173,7 +185,7 @@ def _window_attention_backward_value_kernel(
     exponent_scale, images, again,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
-    SLICES: tl.constexpr, KEEP: tl.constexpr,
+    SLICES: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS keys, a part of its pixels and SLICES channel slices.
 
@@ -194,9 +206,9 @@ def _window_attention_backward_value_kernel(
     query += image * query_image_stride
     grad += image * grad_image_stride
     first = tl.program_id(2) * (SLICES * SLICE)
-    sums = ()  # SLICES x (KEYS, SLICE)
+    sums = ()  # SLICES x (KEYS, SLICE), the other way round where TALL
     for _slice in tl.static_range(SLICES):
-        sums = sums + (tl.zeros((KEYS, SLICE), tl.float32),)
+        sums = sums + (tl.zeros((SLICE, KEYS) if TALL else (KEYS, SLICE), tl.float32),)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
         row, column, exists = _pixel_block(block, rectangle, PIXELS)
         windows = pixel_windows(row, column, sizes, rule, WINDOW)
@@ -213,20 +225,25 @@ def _window_attention_backward_value_kernel(
                 again, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
             weights += exponentials * tl.load(share + entry + head)[:, None]
-        shares = tl.trans((weights / HEADS).to(grad.dtype.element_ty))  # (KEYS, PIXELS)
+        shares = (weights / HEADS).to(grad.dtype.element_ty)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         updated = ()
         for piece in tl.static_range(SLICES):
             outer = load_channels(
-                grad, grad_offset, exists, first + piece * SLICE, channels, grad_channel_stride, SLICE
+                grad, grad_offset, None, first + piece * SLICE, channels, grad_channel_stride, SLICE, WHOLE
             )
-            updated = updated + (tl.dot(shares, outer, sums[piece], input_precision=PRECISION),)
+            if TALL:
+                now = tl.dot(tl.trans(outer), shares, sums[piece], input_precision=PRECISION)
+            else:
+                now = tl.dot(tl.trans(shares), outer, sums[piece], input_precision=PRECISION)
+            updated = updated + (now,)
         sums = updated
     entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
     for piece in tl.static_range(SLICES):
         channel = first + piece * SLICE + tl.arange(0, SLICE)
         place = grad_value + entry[:, None] * channels + channel[None, :]
-        tl.store(place, sums[piece], mask=key_exists[:, None] & (channel < channels)[None, :])
+        total = tl.trans(sums[piece]) if TALL else sums[piece]
+        tl.store(place, total, mask=key_exists[:, None] & (channel < channels)[None, :])
 
 
 def plan_backward_key(
@@ -268,7 +285,11 @@ def plan_backward_key(
             "scale": scale,
             "exponent_scale": scale * LOG2_E.value,
         },
-        constants={**_constants(query, window, precision, config, grad_key.shape[0]), "GROUP": group},
+        constants={
+            **_constants(query, window, precision, config, grad_key.shape[0]),
+            "GROUP": group,
+            "WHOLE": value.shape[3] % config.channel_slice == 0,
+        },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
 
@@ -307,7 +328,11 @@ def plan_backward_value(
             "channels": channels,
             "exponent_scale": scale * LOG2_E.value,
         },
-        constants={**_constants(query, window, precision, config, grad_value.shape[0]), "SLICES": config.slices},
+        constants={
+            **_constants(query, window, precision, config, grad_value.shape[0]),
+            "SLICES": config.slices,
+            "WHOLE": channels % (config.channel_slice * config.slices) == 0,
+        },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
 
@@ -345,4 +370,5 @@ def _constants(
         "SLICE": config.channel_slice,
         "PIECE": query.shape[4] if config.keep else min(config.piece, query.shape[4]),
         "KEEP": config.keep,
+        "TALL": config.tall,
     }

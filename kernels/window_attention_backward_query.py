@@ -7,9 +7,9 @@ delta_a(x) = sum_j P_a(x, j) dP(x, j), and dq_a = scale * sum_j dS_a k_a(j). del
 The exponential of a logit minus the saved log-sum-exp carries the rounding of the latter, which grows with the
 logits. So the exponentials are added up once more, and their inverse sum, near 1, is stored beside delta.
 
-dP is made for delta and again for dq; a cut may keep that of the whole tile in registers instead and read the values
-once, which no cut in `config.py` does, because each that was tried spilled on some target. Wide heads are shared out
-among programs, each of which makes dP.
+Where a tile's keys are few its dP are made once and stay in registers (`window_attention_backward_resident.py`). Where
+they are many, dP is made for delta and again for dq, a block of keys at a time, and wide heads are shared out among
+programs, each of which makes dP.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import BackwardQueryConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
+from .window_attention_backward_resident import resident_gradients, tile_grad_weights
 from .window_attention_tile import (
     LOG2_E,
     head_product,
@@ -133,11 +134,13 @@ def _window_attention_backward_query_kernel(
     scale, exponent_scale, again,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    SLICE: tl.constexpr, RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr,
+    SLICE: tl.constexpr, RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr, TAIL: tl.constexpr, SHARES: tl.constexpr,
+    WHOLE: tl.constexpr, WAITING: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels and GROUP heads; grid: (tiles of all images, groups of heads).
 
-    With RESIDENT_BLOCKS no tile sees more than RESIDENT_BLOCKS * BLOCK keys; at 0 any number.
+    With RESIDENT_BLOCKS no tile sees more than RESIDENT_BLOCKS * BLOCK + TAIL keys; at 0 any number. WHOLE says that
+    channel slices divide the channels.
     """
     PIXELS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
@@ -154,51 +157,38 @@ def _window_attention_backward_query_kernel(
     value_strides = (value_row_stride, value_column_stride, value_channel_stride)
     row64 = pixel_row.to(tl.int64)
     column64 = pixel_column.to(tl.int64)
-    queries = open_queries(
-        query + image * query_image_stride + first_head * query_head_stride,
-        row64 * query_row_stride + column64 * query_column_stride,
-        query_head_stride, query_channel_stride, GROUP, PIECE, KEEP,
-    )  # fmt: skip
     grad += image * grad_image_stride
     grad_offset = row64 * grad_row_stride + column64 * grad_column_stride
+    query += image * query_image_stride + first_head * query_head_stride
+    query_offset = row64 * query_row_stride + column64 * query_column_stride
     # int64, as the image is: the place of a pixel's first head in what has one number for each head.
     entry = ((image * height + pixel_row) * width + pixel_column) * HEADS + first_head
-    base = ()
-    totals = ()
-    deltas = ()
-    gradients = ()  # each head's pieces, (PIXELS, PIECE)
-    for head in tl.static_range(GROUP):
-        base = base + (tl.load(lse + entry + head) * LOG2_E,)
-        totals = totals + (tl.zeros((PIXELS,), tl.float32),)
-        deltas = deltas + (tl.zeros((PIXELS,), tl.float32),)
-        for _piece in tl.static_range(WIDTH // PIECE):
-            gradients = gradients + (tl.zeros((PIXELS, PIECE), tl.float32),)
-
     if RESIDENT_BLOCKS:
-        products = ()  # RESIDENT_BLOCKS x (PIXELS, BLOCK)
-        for _block in tl.static_range(RESIDENT_BLOCKS):
-            products = products + (tl.zeros((PIXELS, BLOCK), tl.float32),)
-        for first in tl.range(0, channels, SLICE):
-            outer = load_channels(grad, grad_offset, pixel_exists, first, channels, grad_channel_stride, SLICE)
-            updated = ()
-            for block in tl.static_range(RESIDENT_BLOCKS):
-                row, column, exists = row_block(block, rectangle, BLOCK)
-                near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
-                carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
-                updated = updated + (tl.dot(outer, tl.trans(carried), products[block], input_precision=PRECISION),)
-            products = updated
-        for block in tl.static_range(RESIDENT_BLOCKS):
-            totals, deltas = _add_to_sums(
-                totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
-                products[block] / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
-            )  # fmt: skip
-        shares, deltas = _finish_sums(share, delta, totals, deltas, entry, pixel_exists, windows, GROUP)
-        for block in tl.static_range(RESIDENT_BLOCKS):
-            gradients = _add_to_gradients(
-                gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
-                exponent_scale, base, products[block] / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
-            )  # fmt: skip
+        several = sees_several(windows)
+        products = tile_grad_weights(
+            grad, grad_offset, grad_channel_stride, value, value_strides, rectangle, channels,
+            PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, SLICE, PRECISION, WHOLE,
+        )  # fmt: skip
+        channel = tl.arange(0, WIDTH)
+        resident_gradients(
+            products, query + query_offset[:, None] + channel.to(tl.int64)[None, :] * query_channel_stride,
+            query_head_stride, keys, rectangle, windows, exponent_scale, scale * several,
+            lse, grad_query + entry[:, None] * WIDTH + channel[None, :], share, delta, entry, pixel_exists, again,
+            HEADS, GROUP, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, PRECISION, SHARES,
+            tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32, WAITING,
+        )  # fmt: skip
     else:
+        queries = open_queries(query, query_offset, query_head_stride, query_channel_stride, GROUP, PIECE, KEEP)
+        base = ()
+        totals = ()
+        deltas = ()
+        gradients = ()  # each head's pieces, (PIXELS, PIECE)
+        for head in tl.static_range(GROUP):
+            base = base + (tl.load(lse + entry + head) * LOG2_E,)
+            totals = totals + (tl.zeros((PIXELS,), tl.float32),)
+            deltas = deltas + (tl.zeros((PIXELS,), tl.float32),)
+            for _piece in tl.static_range(WIDTH // PIECE):
+                gradients = gradients + (tl.zeros((PIXELS, PIECE), tl.float32),)
         blocks = tl.cdiv(rectangle[3], BLOCK)
         for block in tl.range(0, blocks):
             product = _grad_weights(
@@ -219,12 +209,11 @@ def _window_attention_backward_query_kernel(
                 gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
                 exponent_scale, base, product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
-
-    channel = tl.arange(0, PIECE)
-    for head in tl.static_range(GROUP):
-        for piece in tl.static_range(WIDTH // PIECE):
-            place = grad_query + (entry[:, None] + head) * WIDTH + (piece * PIECE + channel)[None, :]
-            tl.store(place, gradients[head * (WIDTH // PIECE) + piece] * scale, mask=pixel_exists[:, None])
+        channel = tl.arange(0, PIECE)
+        for head in tl.static_range(GROUP):
+            for piece in tl.static_range(WIDTH // PIECE):
+                place = grad_query + (entry[:, None] + head) * WIDTH + (piece * PIECE + channel)[None, :]
+                tl.store(place, gradients[head * (WIDTH // PIECE) + piece] * scale, mask=pixel_exists[:, None])
 
 
 def plan_backward_query(
@@ -290,6 +279,10 @@ def plan_backward_query(
             "SLICE": config.channel_slice,
             "RESIDENT_BLOCKS": config.resident_blocks,
             "KEEP": config.keep,
+            "TAIL": config.tail_keys,
+            "SHARES": config.shares,
+            "WAITING": config.waiting_blocks,
+            "WHOLE": value.shape[3] % config.channel_slice == 0,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

@@ -43,7 +43,7 @@ def resident_weights(
         places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys[4],)
     for part in tl.static_range(PARTS):
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
-        bits = _seen(
+        bits = seen_keys(
             part * BLOCK, core + again * (part + 1), rectangle, windows,
             PIXELS, BLOCK if part < BLOCKS else TAIL, SHARES,
         )  # fmt: skip
@@ -64,7 +64,7 @@ def resident_weights(
                 raw = in_shares(tl.dot(query, tl.trans(key), input_precision=PRECISION), SHARES)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                     # The zero keeps the compiler from taking the bits apart before the loop, a register each.
-                    raw = _cut_off(raw, seen[part] ^ (head * again))
+                    raw = cut_off(raw, seen[part] ^ (head * again))
                 pivot = tl.maximum(pivot, of_shares(raw, "max") * exponent_scale)
                 logits = logits + (raw,)
             total = tl.zeros((PIXELS, SHARES), tl.float32)
@@ -104,7 +104,7 @@ def _bit(RUNS: tl.constexpr):
 
 
 @triton.jit
-def _seen(first, core, rectangle, windows, PIXELS: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr):
+def seen_keys(first, core, rectangle, windows, PIXELS: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr):
     """Which of the keys from number `first` on a pixel sees, bits in (PIXELS, SHARES), unless all are in the core."""
     bits = tl.zeros((PIXELS, SHARES), tl.int32)
     if first + BLOCK > core:
@@ -115,7 +115,7 @@ def _seen(first, core, rectangle, windows, PIXELS: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _cut_off(logits, seen):
+def cut_off(logits, seen):
     """Logits in shares, -inf where a pixel does not see a key, whatever was there, NaN included."""
     return tl.where(((seen[:, None, :, None] >> _bit(logits.shape[1])) & 1) > 0, logits, float("-inf"))
 

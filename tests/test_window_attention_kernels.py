@@ -52,12 +52,19 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return [config.ForwardConfig(8, 16, 32, blocks, 32, 2, 4, 1, tail_keys=tail, group_blocks=2)]
 
     def backward_query(most_keys: Any, **_: Any) -> list[Any]:
-        blocks = -(-most_keys(8, 16) // 32) if request.param == "resident" else 0
-        return [config.BackwardQueryConfig(8, 16, 32, blocks, 32, num_warps=4, num_stages=1)]
+        blocks, tail = 0, 0
+        if request.param == "resident":
+            blocks = max(1, -(-(most_keys(8, 16) - 16) // 32))
+            tail = 16 if most_keys(8, 16) > 32 * blocks else 0
+        return [
+            config.BackwardQueryConfig(
+                8, 16, 32, blocks, 32, num_warps=4, num_stages=1, tail_keys=tail, waiting_blocks=1
+            )
+        ]
 
     def backward_grid(*_: Any, **__: Any) -> list[Any]:
         parts = 1 if request.param == "resident" else 2
-        return [config.BackwardGridConfig(4, 8, 128, 32, 2, parts, num_warps=4, num_stages=1)]
+        return [config.BackwardGridConfig(4, 8, 128, 32, 2, parts, num_warps=4, num_stages=1, tall=parts == 2)]
 
     monkeypatch.setattr(config, "forward_configs", forward)
     monkeypatch.setattr(config, "backward_query_configs", backward_query)
@@ -407,6 +414,22 @@ def test_a_tile_s_keys_are_numbered_once_each_and_those_that_all_pixels_see_firs
             assert numbers[core].sort().values.tolist() == list(range(int(core.sum())))
 
 
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("channels", [21, 384, 1024])
+def test_partial_sums_are_no_larger_than_the_gradient_of_the_queries(channels: int, half: bool) -> None:
+    from anyup.kernels.config import Target, backward_grid_configs
+
+    split = 0
+    for side, grid in ((96, 7), (224, 8), (224, 16), (448, 14), (448, 32), (1024, 64), (2048, 128)):
+        for cut in backward_grid_configs(
+            side**2, grid**2, channels, target=Target("cuda", 80), half=half, heads=4, head_dim=32
+        ):
+            split += cut.parts > 1
+            sums = 4 * cut.parts * grid**2 * max(channels, 128)
+            assert cut.parts == 1 or sums <= side**2 * 128 * (2 if half else 4)
+    assert split > 6
+
+
 # Mutations: what the error rule must notice. Each is a change of a kernel's source.
 
 
@@ -424,7 +447,7 @@ def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, ne
 
 
 FORWARD, RESIDENT = "window_attention_forward", "window_attention_resident"
-BACKWARD = "window_attention_backward_query"
+BACKWARD, BACKWARD_RESIDENT = "window_attention_backward_query", "window_attention_backward_resident"
 
 # By the way that weights are kept where the change is in a function of one of them.
 MUTATIONS = {
@@ -457,8 +480,14 @@ PART_MUTATIONS = {
     ),
 }
 BACKWARD_MUTATIONS = {
-    "one head's delta for all": ("_add_to_gradients", "deltas[head]", "deltas[0]"),
-    "no mask": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
+    "a delta that is not the head's": {
+        "resident": (BACKWARD, "resident_gradients", "(means * HEADS)[:, None]", "means[:, None]"),
+        "streamed": (BACKWARD, "_add_to_gradients", "deltas[head]", "deltas[0]"),
+    },
+    "no mask": {
+        "resident": (BACKWARD_RESIDENT, "cut_off", "& 1) > 0", "& 1) >= 0"),
+        "streamed": (BACKWARD, "visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
+    },
 }
 
 
@@ -503,7 +532,8 @@ def test_a_mutated_window_of_a_part_fails_the_error_rule(
 def test_a_mutated_backward_kernel_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
 ) -> None:
-    mutate(monkeypatch, BACKWARD, *BACKWARD_MUTATIONS[mutation])
+    module, *change = BACKWARD_MUTATIONS[mutation][weights_live]
+    mutate(monkeypatch, module, *change)
     with pytest.raises(AssertionError, match="query: error"):
         assert_odd_shape_is_accurate()
 

@@ -105,7 +105,8 @@ class AttentionPasses:
         if kernel == "backward_query":
             return config.backward_query_configs(self.most_keys, **known)
         w = self.workload
-        return config.backward_grid_configs(w.size[0] * w.size[1], w.batch * w.keys, w.channels, **known)
+        of_values, pixels = kernel == "backward_value", w.size[0] * w.size[1]
+        return config.backward_grid_configs(pixels, w.batch * w.keys, w.channels, of_values=of_values, **known)
 
     def fitted(self, kernel: str, cut: Cut) -> Cut | None:
         """A cut as it would be launched on this workload; None where it does not fit."""

@@ -93,7 +93,7 @@ def backward(
     """The gradients of query, key and value, the weights recomputed from the log-sum-exp.
 
     Beside them it allocates two statistics for each pixel and head, and where the grid has few keys the partial sums
-    of their gradients.
+    of their gradients, which are at most as large as the query's.
     """
     from anyup.kernels import config
     from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
@@ -124,7 +124,8 @@ def backward(
 
         keys = like.shape[0] * like.shape[1] * like.shape[2]
         pixels = query.shape[1] * query.shape[2]
-        cuts = config.backward_grid_configs(pixels, keys, value.shape[3], **known)
+        of_values = kernel == "backward_value"
+        cuts = config.backward_grid_configs(pixels, keys, value.shape[3], of_values=of_values, **known)
         return _run_first(kernel, run, cuts, query, key, value, window)
 
     grad_key = add_up(

@@ -1,0 +1,132 @@
+"""Window attention, backward, of the queries, where a tile's keys are few: its <dO, v> stay in registers.
+
+They are every head's, and the dear product: over all channels of the values. Heads go by one after the other. Of one
+head the exponentials of the first blocks wait in registers until the sums that make its delta are known; where there is
+no room for all, those of the other blocks are made again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .window_attention_resident import cut_off, seen_keys
+from .window_attention_tile import LOG2_E, core_keys, grid_offsets, in_shares, key_block, load_channels, of_shares
+
+
+@triton.jit
+def tile_grad_weights(
+    grad, grad_offset, grad_channel_stride, value, value_strides, rectangle, channels,
+    PIXELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """<dO, v> of all keys of a tile: BLOCKS x (PIXELS, BLOCK) and, unless TAIL is 0, (PIXELS, TAIL)."""
+    PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
+    near = ()
+    products = ()
+    for part in tl.static_range(PARTS):
+        row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
+        near = near + (grid_offsets(row, column, value_strides[0], value_strides[1]),)
+        products = products + (tl.zeros((PIXELS, BLOCK if part < BLOCKS else TAIL), tl.float32),)
+    for first in tl.range(0, channels, SLICE):
+        outer = load_channels(grad, grad_offset, None, first, channels, grad_channel_stride, SLICE, WHOLE)
+        updated = ()
+        for part in tl.static_range(PARTS):
+            carried = load_channels(value, near[part], None, first, channels, value_strides[2], SLICE, WHOLE)
+            updated = updated + (tl.dot(outer, tl.trans(carried), products[part], input_precision=PRECISION),)
+        products = updated
+    return products
+
+
+@triton.jit
+def resident_gradients(
+    grad_weights, query_place, query_head_stride, keys, rectangle, windows, exponent_scale, row_scale,
+    lse, grad_query_place, share, delta, entry, pixel_exists, again,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr,
+    WAITING: tl.constexpr,
+):  # fmt: skip
+    """Stores each head's gradient, inverse sum of exponentials and delta.
+
+    `grad_weights` are HEADS times dP. The gradient's rows are scaled by `row_scale`, 0 for a pixel that sees a
+    single key. KEPT is the dtype of exponentials that wait, those of the first WAITING blocks. `again` is a 0 that the
+    compiler knows nothing of.
+    """
+    PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
+    core = core_keys(rectangle)
+    places = ()
+    seen = ()
+    for part in tl.static_range(PARTS):
+        row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
+        place = keys[0] + grid_offsets(row, column, keys[1], keys[2])[:, None]
+        places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys[4],)
+    for part in tl.static_range(PARTS):
+        # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
+        bits = seen_keys(
+            part * BLOCK, core + again * (part + 1), rectangle, windows,
+            PIXELS, BLOCK if part < BLOCKS else TAIL, SHARES,
+        )  # fmt: skip
+        seen = seen + (bits,)
+    heads = tl.math.log2(tl.full((), HEADS, tl.float32))
+    for head in tl.range(0, GROUP):
+        head64 = tl.zeros((), tl.int64) + head
+        query = tl.load(query_place + head64 * query_head_stride)
+        # Exponentials are divided by the number of heads here, not <dO, v>, for which the compiler would keep both.
+        base = tl.load(lse + entry + head) * LOG2_E + heads
+        total = tl.zeros((PIXELS, SHARES), tl.float32)
+        mean = tl.zeros((PIXELS, SHARES), tl.float32)
+        powers = ()
+        for part in tl.static_range(PARTS):
+            key = tl.load(places[part] + head64 * keys[3])
+            raw = in_shares(tl.dot(query, tl.trans(key), input_precision=PRECISION), SHARES)
+            if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
+                # The zero keeps the compiler from taking the bits apart before the loop, a register each.
+                raw = cut_off(raw, seen[part] ^ (head * again))
+            kept, total, mean = _add(raw, grad_weights[part], total, mean, exponent_scale, base, SHARES, KEPT)
+            if part < WAITING:
+                powers = powers + (kept,)
+        inverse = 1.0 / (tl.sum(total, axis=1) * HEADS)
+        means = tl.sum(mean, axis=1) * inverse  # delta
+        tl.store(share + entry + head, inverse, mask=pixel_exists)
+        tl.store(delta + entry + head, means, mask=pixel_exists)
+        product = tl.zeros((PIXELS, WIDTH), tl.float32)
+        for part in tl.static_range(PARTS):
+            if part < WAITING:
+                key = tl.load(places[part] + head64 * keys[3])
+                power = unpacked(powers[part]) if KEPT == tl.float16 else powers[part]
+            else:
+                # Without the zeros the compiler would keep the logits or the branch's outcome.
+                key = tl.load(places[part] + head64 * keys[3] + 16 * again)
+                raw = in_shares(tl.dot(query, tl.trans(key), input_precision=PRECISION), SHARES)
+                if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + again:
+                    raw = cut_off(raw, seen[part] ^ (head * again))
+                power = tl.math.exp2(raw * exponent_scale - base[:, None, None, None])
+            power = tl.reshape(power, grad_weights[part].shape)
+            inner = power * (grad_weights[part] - (means * HEADS)[:, None])
+            product = tl.dot(inner.to(key.dtype), key, product, input_precision=PRECISION)
+        product = product * (inverse * row_scale)[:, None]
+        tl.store(grad_query_place + head * WIDTH, product, mask=pixel_exists[:, None])
+
+
+@triton.jit
+def _add(raw, grad_weights, total, mean, exponent_scale, base, SHARES: tl.constexpr, KEPT: tl.constexpr):
+    """Exponentials of logits, and each share's sum of them and of them times <dO, v> with these added."""
+    power = tl.math.exp2(raw * exponent_scale - base[:, None, None, None])
+    total += of_shares(power, "sum")
+    mean += of_shares(power * in_shares(grad_weights, SHARES), "sum")
+    return packed(power) if KEPT == tl.float16 else power, total, mean
+
+
+@triton.jit
+def packed(numbers):
+    """Pairs of numbers along the last axis as float16 in an int32: apart they would take a register each."""
+    low, high = tl.split(numbers.to(tl.float16).to(tl.int16, bitcast=True))
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def unpacked(words):
+    """What `packed` was given, float32."""
+    low = words.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.join(low, high).to(tl.float32)
