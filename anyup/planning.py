@@ -33,7 +33,8 @@ BAND_PIXELS = 2**16
 Size = tuple[int, int]
 
 # Bytes that libraries take beside tensors: workspaces, compiled code, what an allocator keeps.
-_OVERHEAD = {"cpu": 40 * 10**6}
+_OVERHEAD = 40 * 10**6
+_OVERHEAD_OF_A_THREAD = 20 * 10**6
 _OVERHEAD_ELSEWHERE = 150 * 10**6
 
 # Stages of banded work that follow the statistics.
@@ -221,7 +222,16 @@ def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
                 candidates.append(_fill(task, bands, limit))
     if not candidates:
         raise BudgetError(task, limit, smallest)
-    return min(candidates, key=lambda plan: (round(plan.cost, 3), plan.peak_bytes))
+    return min(candidates, key=_effort)
+
+
+def _effort(plan: Plan) -> tuple[float, int]:
+    """What to choose by: the work, more of it where bands are so small that threads, or a GPU, have little to do."""
+    if plan.bands is None:
+        return plan.products, plan.peak_bytes
+    task = plan.task
+    waste = 1024 * _workers(task) if task.device_type == "cpu" else 2**14
+    return plan.products * (1 + waste / (plan.bands.rows * task.image[1])), plan.peak_bytes
 
 
 def rows_at_once(plan: Plan) -> int:
@@ -334,7 +344,7 @@ def _whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     out = task.batch * output * task.carried * task.value_dtype.itemsize if task.returned else 0
     before = out if one_by_one and task.batch > 1 else 0
     keys = _key_bytes(task, images)
-    scratch = _encoder_scratch(task, image)
+    tile = _tile_bytes(task, image)
     # The encoded image, one map more while it is encoded, and two while an encoder goes over it.
     encoded = images * one
     if task.output == task.image:
@@ -356,13 +366,12 @@ def _whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     carried = _grid_bytes(task, images)
     at_once = task.returned and not one_by_one
     step = task.output[0] if at_once else min(band_rows(task.output[1], BAND_PIXELS), task.region[2])
-    pieces, attended = _piece_bytes(task, step)
-    if at_once:
-        pieces -= out  # nothing beside it
+    held_pieces, piece, scratch = _piece_bytes(task, step)
+    piece = scratch if at_once else piece + scratch  # or it is the output
     stages = (
-        Stage("image", made, _overhead(task) + before + scratch + max(most, queries * 2)),
+        Stage("image", made, _overhead(task) + before + max(most + 3 * tile, encoded + one + 4 * tile, 2 * queries)),
         Stage("keys", _key_products(task), _overhead(task) + before + held + keys),
-        Stage("output", attended, _overhead(task) + queries + carried + pieces + out),
+        Stage("output", _attention_products(task), _overhead(task) + queries + carried + held_pieces + piece + out),
     )
     return Plan(task, "image by image" if one_by_one else "whole", None, stages, limit, _plain_products(task))
 
@@ -377,7 +386,7 @@ def _banded(task: Task, bands: Bands, limit: int | None) -> Plan:
     # What is allocated the whole time: of a batch, the output from the first image on.
     out = task.batch * _pixels(task.output) * task.carried * task.value_dtype.itemsize if task.returned else 0
     always = _overhead(task) + (out if task.batch > 1 else 0)
-    scratch = _encoder_scratch(task, bands.rows * width)
+    scratch = 4 * _tile_bytes(task, bands.rows * width) + bands.rows * width * task.input_dim * 8
     rest = kept < 1
     alone = always + row * bands.kept + (rest + 1) * band + scratch
     pooling = 2 * _pixels(task.grid) * task.dim * working_dtype(task.dtype).itemsize
@@ -399,10 +408,9 @@ def _banded(task: Task, bands: Bands, limit: int | None) -> Plan:
                 products = made * (9 * kept - 4 * encoded + 26 * (1 - kept))
                 stages.append(Stage("statistics of the queries", products, alone + more))
     remains = always + row * bands.kept_for_output
-    work = 0 if task.context == "all" else (rest + 1) * band
-    stages.append(Stage("keys", _key_products(task), remains + work + _key_bytes(task, images)))
-    pieces, attended = _piece_bytes(task, bands.output_rows)
-    reached = 0
+    stages.append(Stage("keys", _key_products(task), remains + _key_bytes(task, images)))
+    held_pieces, piece, attention = _piece_bytes(task, bands.output_rows)
+    attended, reached, tile = _attention_products(task), 0, 0
     if task.needs_queries:
         rows, columns = _reached(task, bands.output_rows)
         work = max(2 * rows * columns, bands.rows * width * (rest + 1)) * task.pixel_bytes
@@ -412,10 +420,11 @@ def _banded(task: Task, bands: Bands, limit: int | None) -> Plan:
         attended += repeated * task.batch * share * (image * again + 10 * _pixels(task.output))
         projected = (min(bands.output_rows, task.region[2]) + 2 * HALO) * min(task.region[3] + 2 * HALO, task.output[1])
         reached = work + projected * task.pixel_bytes * (1 if task.image == task.output else 2)
-        reached += _encoder_scratch(task, rows * columns)
+        tile = _tile_bytes(task, rows * columns)
     if task.batch == 1:
         remains += out
-    stages.append(Stage("output", attended, remains + reached + _grid_bytes(task, images) + pieces))
+    remains += reached + held_pieces + _grid_bytes(task, images)
+    stages.append(Stage("output", attended, remains + max(4 * tile, piece + attention)))
     return Plan(task, "bands", bands, tuple(stages), limit, _plain_products(task))
 
 
@@ -428,25 +437,26 @@ def _reached(task: Task, step: int) -> Size:
     )
 
 
-def _piece_bytes(task: Task, step: int) -> tuple[int, float]:
-    """Bytes beside the output while some rows of it are made, and the attention's products in all."""
+def _piece_bytes(task: Task, step: int) -> tuple[int, int, int]:
+    """Bytes of pieces beside some rows of the output that are made, of these rows, and of the attention's scratch."""
     _, _, height, width = task.region
     columns = min(task.tile[1], width) if task.tile else width
     step = min(step, height)
-    value, out = task.value_dtype.itemsize, task.out_dtype.itemsize
-    piece = step * columns * task.carried * value
-    if task.returned:
-        pieces = piece
-    else:
+    made = step * columns * task.carried * task.value_dtype.itemsize
+    held = 0
+    if not task.returned:
         rows = min(task.tile[0], height) if task.tile else step
-        wanted = task.batch * rows * columns * task.carried * out
-        alone = rows == step and task.batch == 1
-        pieces = 2 * wanted + (0 if alone and value == out else piece)  # the caller still holds the last one
+        held = 2 * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
+        if rows == step and task.batch == 1 and task.value_dtype == task.out_dtype:
+            held //= 2  # what is made is the piece; the caller still holds the last one
     shape = (task.heads, task.dim, task.carried)
-    threads = max(1, min(task.threads, 8)) if task.device_type == "cpu" else 1
-    scratch = threads * scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
-    attended = task.batch * height * width * _mean_window(task) * (task.dim + task.carried) / task.dim**2
-    return pieces + scratch, attended
+    scratch = scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
+    return held, made, _workers(task) * scratch
+
+
+def _attention_products(task: Task) -> float:
+    pixels = task.batch * _pixels(task.region[2:])
+    return pixels * _mean_window(task) * (task.dim + task.carried) / task.dim**2
 
 
 def _grid_bytes(task: Task, images: int) -> int:
@@ -458,20 +468,31 @@ def _grid_bytes(task: Task, images: int) -> int:
 
 def _key_bytes(task: Task, images: int) -> int:
     """The most on the small grid, while the features' keys are made and joined with the image's."""
-    wide = working_dtype(task.dtype).itemsize
-    return images * _pixels(task.grid) * wide * (2 * task.channels + 12 * task.dim)
+    wide, cells, taps = working_dtype(task.dtype).itemsize, _pixels(task.grid), task.filter_size**2
+    features = images * cells * task.channels
+    position = task.channels * (2 * task.filters + taps)
+    most = max(1, (2**18 if task.device_type == "cpu" else 2**26) // (task.channels * task.filters))
+    tile = _workers(task) * -(-cells // -(-cells // most)) * position
+    joining = images * cells * 12 * task.dim
+    return wide * max(2 * features + tile + cells * 2 * taps, joining)
 
 
-def _encoder_scratch(task: Task, pixels: int) -> int:
-    """What the tiles of pixels are worked on in."""
-    tile, threads = (4096, max(1, min(task.threads, 8))) if task.device_type == "cpu" else (2**18, 1)
-    wide = working_dtype(task.dtype).itemsize
-    return threads * min(tile, pixels) * 5 * task.dim * wide + pixels * task.input_dim * 2 * wide
+def _tile_bytes(task: Task, pixels: int) -> int:
+    """Of a map of the tiles that the pixels of a map are worked on in."""
+    tile = 4096 if task.device_type == "cpu" else 2**18
+    return _workers(task) * min(tile, pixels) * task.dim * working_dtype(task.dtype).itemsize
+
+
+def _workers(task: Task) -> int:
+    """Threads that each work on a tile."""
+    return max(1, min(task.threads, 8)) if task.device_type == "cpu" else 1
 
 
 def _overhead(task: Task) -> int:
     """What libraries take beside tensors."""
-    return _OVERHEAD.get(task.device_type, _OVERHEAD_ELSEWHERE)
+    if task.device_type != "cpu":
+        return _OVERHEAD_ELSEWHERE
+    return _OVERHEAD + (_OVERHEAD_OF_A_THREAD * _workers(task) if task.threads > 1 else 0)
 
 
 def _key_products(task: Task) -> float:
@@ -485,8 +506,7 @@ def _plain_products(task: Task) -> float:
     """Of a call, or of a stream, that keeps whole maps."""
     image, output = task.batch * _pixels(task.image), task.batch * _pixels(task.output)
     made = {"nothing": 13 * image + 10 * output, "queries": 8 * image, "all": 0}[task.context]
-    attended = task.batch * _pixels(task.region[2:]) * _mean_window(task) * (task.dim + task.carried) / task.dim**2
-    return made + _key_products(task) + attended
+    return made + _key_products(task) + _attention_products(task)
 
 
 @lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ from anyup.banded import BandedImage, Workspace
 from anyup.budget import limit_on
 from anyup.image_context import ImageContext
 from anyup.ops import memory
+from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
 from anyup.outputs import Target, target_of
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 Tile = tuple[slice, slice, Tensor]
 """Rows and columns of the output, and its values there (B, C, rows, columns)."""
+
+SMALL_BAND = 4096
+"""Pixels that the tiles of a CPU's threads do not share."""
 
 Result = TypeVar("Result")
 
@@ -295,6 +299,16 @@ class _Source:
     def _attend(self, index: int, rows: slice, columns: slice) -> Tensor:
         """(1, rows, columns, C) of one image."""
         self._prepare()
+        with self._threads():
+            return self._attended(index, rows, columns)
+
+    def _threads(self) -> AbstractContextManager[object]:
+        """One thread where a band is so small that several would wait for each other at each step."""
+        plan = self._rescue.plan
+        small = plan.bands is not None and plan.bands.rows * plan.task.image[1] <= SMALL_BAND
+        return on_one_thread() if small and self._features.device.type == "cpu" else nullcontext()
+
+    def _attended(self, index: int, rows: slice, columns: slice) -> Tensor:
         one = slice(index, index + 1)
         assert self._keys is not None and self._values is not None
         if self._queries is not None:
@@ -327,7 +341,8 @@ class _Source:
                 work = Workspace(image.new_empty(0, dtype=self._dtype), self._model.config["qk_dim"])
                 make = partial(BandedImage, needs_queries=queries is None)
                 self._banded = [make(self._model, one, self._size, self._dtype, bands, work) for one in image]
-            image_keys = torch.cat([one.image_keys(grid) for one in self._banded])
+            with self._threads():
+                image_keys = torch.cat([one.image_keys(grid) for one in self._banded])
             keys = self._model._keys(image_keys, self._features).to(self._dtype)
             if queries is not None:
                 self._banded.clear()
