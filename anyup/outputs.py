@@ -154,6 +154,9 @@ class _MemoryMap(_Memory):
     def __init__(self, out: Tensor, mapping: mmap.mmap) -> None:
         super().__init__(out)
         self._mapping = mapping
+        # A page that is written would bring its neighbours: the rows of a piece lie apart, and so all of the file.
+        if hasattr(mapping, "madvise"):
+            mapping.madvise(mmap.MADV_RANDOM)
 
     def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
         super().write(rows, columns, piece)

@@ -8,21 +8,23 @@ image (their passes side by side, because what keeps nothing is then encoded hal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from anyup.banded import HALO, Bands, band_rows, output_rows
-from anyup.budget import readable
+from anyup.budget import limit_on, readable
 from anyup.image_context import ImageContext
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import FLOATING, working_dtype
 from anyup.ops.window_attention.eager import scratch_bytes
-from anyup.window import Window, axis_bounds
+from anyup.problem import check_region, check_size, check_tile
+from anyup.window import Window, axis_bounds, make_window
 
 if TYPE_CHECKING:
     from anyup.model import AnyUp
@@ -32,10 +34,25 @@ BAND_PIXELS = 2**16
 
 Size = tuple[int, int]
 
+# Of the published architecture, as `AnyUp.config` has them.
+_DEFAULTS = {
+    "input_dim": 3,
+    "qk_dim": 128,
+    "kernel_size": 1,
+    "kernel_size_lfu": 5,
+    "window_ratio": 0.1,
+    "num_heads": 4,
+    "lfu_dim": 128,
+    "window": "ratio",
+}
+
 # Bytes that libraries take beside tensors: workspaces, compiled code, what an allocator keeps.
-_OVERHEAD = 40 * 10**6
+_OVERHEAD = 55 * 10**6
 _OVERHEAD_OF_A_THREAD = 20 * 10**6
 _OVERHEAD_ELSEWHERE = 150 * 10**6
+
+# Of a GPU's limit; its allocator rounds, and leaves gaps.
+_USABLE = 0.97
 
 # Stages of banded work that follow the statistics.
 _AFTER = 2
@@ -202,6 +219,76 @@ class BudgetError(ValueError):
         )
 
 
+def plan(
+    image_size: Sequence[int],
+    feature_size: Sequence[int],
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    max_memory: int | str | None = None,
+    output_size: Sequence[int] | None = None,
+    *,
+    values: int | None = None,
+    batch: int = 1,
+    stream: bool = False,
+    region: Sequence[int] | None = None,
+    tile: int | Sequence[int] | None = None,
+    out_dtype: torch.dtype | None = None,
+    upsampler: AnyUp | None = None,
+) -> Plan:
+    """What a call or a stream would keep, compute again, take and cost; nothing is computed, no such device is needed.
+
+    Predicted for the `torch` backend, which takes the most memory; a Triton kernel needs no scratch for the attention.
+
+    Args:
+        image_size, feature_size: (height, width).
+        channels: of the features.
+        dtype: of the upsampler's parameters and of the features.
+        device: "cpu", "cuda", ...; it need not exist.
+        max_memory: as in the call; None: no limit on a CPU or a device that is not there, else 90 % of what is free.
+        output_size: (H, W); None means the image's size.
+        values: channels that are carried instead of the features: a head's outputs, for example.
+        batch: images.
+        stream: plan `stream`, not the call (as the call with `out=` runs, too).
+        region, tile, out_dtype: of a stream (its `dtype`).
+        upsampler: one with other than the default widths and window.
+
+    Raises:
+        ValueError, TypeError: which argument, what was expected, what came.
+        BudgetError: a ValueError that names the smallest budget that can be met.
+    """
+    image, grid = check_size("image_size", image_size), check_size("feature_size", feature_size)
+    output = image if output_size is None else check_size("output_size", output_size)
+    for name, number in (("channels", channels), ("batch", batch), ("values", channels if values is None else values)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+    for name, kind in (("dtype", dtype), ("out_dtype", out_dtype or dtype)):
+        if kind not in FLOATING:
+            raise TypeError(f"{name}: expected a floating-point dtype of 16, 32 or 64 bits, got {kind!r}")
+    if not stream and not (region is None and tile is None and out_dtype is None):
+        raise ValueError("region, tile and out_dtype belong to a stream: pass stream=True")
+    device = torch.device(device)
+    where = check_region(region, output)
+    config = dict(_DEFAULTS if upsampler is None else upsampler.config)
+    task = _task(
+        config,
+        image=image,
+        output=output,
+        grid=grid,
+        batch=batch,
+        channels=channels,
+        carried=channels if values is None else values,
+        dtype=dtype,
+        value_dtype=dtype,
+        out_dtype=out_dtype or dtype,
+        device_type=device.type,
+        returned=not stream,
+        region=where,
+        tile=check_tile(tile, where[2:]),
+    )
+    return choose(task, limit_on(device, max_memory))
+
+
 def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """The plan with the least work among those that keep to the limit.
 
@@ -212,16 +299,18 @@ def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """
     if limit is None:
         return _whole(task, None) if keep or task.returned or task.context == "all" else _unlimited_stream(task)
-    candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= limit]
+    share = 1.0 if task.device_type == "cpu" else _USABLE
+    room = int(share * limit)
+    candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= room]
     smallest = min(plan.peak_bytes for plan in _whole_plans(task, limit))
     if not candidates or candidates[0].cost > 1:
         for bands in _cuts(task):
             least = _banded(task, bands, limit)
             smallest = min(smallest, least.peak_bytes)
-            if least.peak_bytes <= limit:
-                candidates.append(_fill(task, bands, limit))
+            if least.peak_bytes <= room:
+                candidates.append(_fill(task, bands, limit, room))
     if not candidates:
-        raise BudgetError(task, limit, smallest)
+        raise BudgetError(task, limit, math.ceil(smallest / share))
     return min(candidates, key=_effort)
 
 
@@ -256,8 +345,8 @@ def task_of(
     grid, context = (features.shape[2], features.shape[3]), "nothing"
     if isinstance(image, ImageContext):
         context, image = "all" if grid in image.image_keys else "queries", image.image
-    config = model.config
-    return Task(
+    return _task(
+        model.config,
         image=(image.shape[2], image.shape[3]),
         output=size,
         grid=grid,
@@ -268,18 +357,26 @@ def task_of(
         value_dtype=carried.dtype,
         out_dtype=dtype or carried.dtype,
         device_type=image.device.type,
-        threads=torch.get_num_threads() if image.device.type == "cpu" else 1,
-        window=model.window,
         returned=region is None,
         region=region or (0, 0, *size),
         tile=tile,
         context=context,
+    )
+
+
+def _task(config: Mapping[str, Any], device_type: str, **asked: Any) -> Task:
+    """With what an upsampler's configuration says."""
+    return Task(
+        device_type=device_type,
+        threads=torch.get_num_threads() if device_type == "cpu" else 1,
+        window=make_window(config["window"], config["window_ratio"]),
         dim=config["qk_dim"],
         heads=config["num_heads"],
         input_dim=config["input_dim"],
         filters=config["lfu_dim"],
         filter_size=config["kernel_size_lfu"],
         kernel_size=config["kernel_size"],
+        **asked,
     )
 
 
@@ -307,8 +404,8 @@ def _cuts(task: Task) -> Iterator[Bands]:
                 yield Bands(rows, step, together=False)
 
 
-def _fill(task: Task, bands: Bands, limit: int) -> Plan:
-    """With as many rows kept as the limit allows."""
+def _fill(task: Task, bands: Bands, limit: int, room: int) -> Plan:
+    """With as many rows kept as there is room for."""
     if task.context == "all":
         return _banded(task, bands, limit)
     height, width = task.image
@@ -316,22 +413,22 @@ def _fill(task: Task, bands: Bands, limit: int) -> Plan:
     everything = replace(bands, kept=height, kept_for_output=height)
     taken = [stage.peak_bytes for stage in _banded(task, bands, limit).stages]
 
-    def fits(room: int) -> int:
-        rows = max(0, room // row)
+    def fits(free: int) -> int:
+        rows = max(0, free // row)
         return height if rows >= height else rows - rows % bands.rows
 
-    kept = fits(limit - max(taken[:-_AFTER]))
+    kept = fits(room - max(taken[:-_AFTER]))
     if kept < height:
         # What keeps everything does not need a map to work in.
         most = max(stage.peak_bytes for stage in _banded(task, everything, limit).stages[:-_AFTER])
-        kept = height if most <= limit else kept
-    later = min(kept, fits(limit - max(taken[-_AFTER:]))) if task.needs_queries else 0
+        kept = height if most <= room else kept
+    later = min(kept, fits(room - max(taken[-_AFTER:]))) if task.needs_queries else 0
     if task.images_at_once > 1:  # the statistics of one image are taken beside what others keep for the output
         kept = later
     plan = _banded(task, replace(bands, kept=kept, kept_for_output=later), limit)
     if bands.together or kept < height or not task.needs_queries:
         return plan
-    encoded = fits(limit - max(stage.peak_bytes for stage in plan.stages[:-_AFTER]))
+    encoded = fits(room - max(stage.peak_bytes for stage in plan.stages[:-_AFTER]))
     return _banded(task, replace(bands, kept=kept, kept_for_output=later, encoded=encoded), limit)
 
 

@@ -19,7 +19,7 @@ from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
 from anyup.outputs import Target, target_of
 from anyup.planning import BudgetError, Plan, choose, rows_at_once, task_of
-from anyup.problem import check_size
+from anyup.problem import check_region, check_tile
 from anyup.window import Part
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def stream(
     carried = features if values is None else values
     if dtype is not None and dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating-point dtype of 16, 32 or 64 bits, got {dtype!r}")
-    tile_size = _check_tile(tile, (height, width))
+    tile_size = check_tile(tile, (height, width))
     if wants_gradients(model, image, features, carried):
         raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
     target = None
@@ -396,29 +396,3 @@ def wants_gradients(model: AnyUp, image: Tensor | ImageContext, *maps: Tensor) -
         return False
     images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
     return any(t.requires_grad for t in (*images, *maps, *model.parameters()))
-
-
-def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width); raises a ValueError or TypeError unless it lies inside the output. None: all."""
-    if region is None:
-        return 0, 0, *size
-    if not isinstance(region, Sequence) or len(region) != 4:
-        raise ValueError(f"region: expected (top, left, height, width), got {region!r}")
-    for number in region:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"region: expected integers, got {number!r}")
-    top, left, height, width = region
-    if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(
-            f"region: expected (top, left, height, width) inside the output of {size}, got {tuple(region)}"
-        )
-    return top, left, height, width
-
-
-def _check_tile(tile: Any, region: tuple[int, int]) -> tuple[int, int] | None:
-    """(rows, columns) of a tile; a number is rows of the region's width."""
-    if tile is None:
-        return None
-    if isinstance(tile, int):
-        tile = (tile, region[1])
-    return check_size("tile", tile)
