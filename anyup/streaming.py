@@ -20,6 +20,7 @@ from anyup.ops.window_attention import explain_backends, window_attention
 from anyup.outputs import Target, target_of
 from anyup.planning import BudgetError, Plan, choose, rows_at_once, task_of
 from anyup.problem import check_region, check_tile
+from anyup.untraced import untraced
 from anyup.window import Part
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ SMALL_BAND = 4096
 Result = TypeVar("Result")
 
 
+@untraced
 def stream(
     model: AnyUp,
     image: Tensor | ImageContext,
@@ -107,6 +109,7 @@ class Stream(Iterator[Tile]):
     def __len__(self) -> int:
         return len(self.parts)
 
+    @untraced
     def __next__(self) -> Tile:
         return next(self._tiles)
 
@@ -139,6 +142,7 @@ def _less(part: slice, origin: int) -> slice:
     return slice(part.start - origin, part.stop - origin)
 
 
+@untraced
 def call(
     model: AnyUp,
     image: Tensor | ImageContext,
