@@ -95,7 +95,7 @@ def _array_target(out: Any, dtype: torch.dtype) -> Target:
         raise ValueError("out: expected a memory map that is written to its file (r+ or w+), got mode 'c'")
     if getattr(out, "filename", None):
         reserve(out.filename)
-    return _MemoryMap(tensor, mapping)
+    return MemoryMap(tensor, mapping)
 
 
 def _check_shape(actual: Sequence[int], expected: Shape) -> None:
@@ -148,7 +148,7 @@ class _Memory:
         pass
 
 
-class _MemoryMap(_Memory):
+class MemoryMap(_Memory):
     """A tensor over a map of a file."""
 
     def __init__(self, out: Tensor, mapping: mmap.mmap) -> None:

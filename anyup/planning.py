@@ -51,6 +51,9 @@ _OVERHEAD = 55 * 10**6
 _OVERHEAD_OF_A_THREAD = 20 * 10**6
 _OVERHEAD_ELSEWHERE = 150 * 10**6
 
+# Of a memory map: pages that a piece makes resident, in its size, their neighbours included.
+_PAGES = 3
+
 # Of the limit: predictions are this exact on a CPU; a GPU's allocator rounds besides, and leaves gaps.
 _USABLE = {"cpu": 0.98}
 _USABLE_ELSEWHERE = 0.97
@@ -79,6 +82,7 @@ class Task:
         region: (top, left, height, width) of the output.
         tile: (rows, columns) of a piece; None: what is worked on at a time.
         context: what an `ImageContext` brings: "nothing", "queries", or "all".
+        mapped: whether pieces go to a memory map, whose pages are resident until they are on the disk.
     """
 
     image: Size
@@ -97,6 +101,7 @@ class Task:
     region: tuple[int, int, int, int]
     tile: Size | None = None
     context: str = "nothing"
+    mapped: bool = False
     dim: int = 128
     heads: int = 4
     input_dim: int = 3
@@ -547,6 +552,8 @@ def _piece_bytes(task: Task, step: int) -> tuple[int, int, int]:
         held = 2 * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
         if rows == step and task.batch == 1 and task.value_dtype == task.out_dtype:
             held //= 2  # what is made is the piece; the caller still holds the last one
+        if task.mapped:
+            held += _PAGES * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
     shape = (task.heads, task.dim, task.carried)
     scratch = scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
     return held, made, _workers(task) * scratch

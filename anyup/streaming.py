@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,7 @@ from anyup.ops import memory
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
-from anyup.outputs import Target, target_of
+from anyup.outputs import MemoryMap, Target, target_of
 from anyup.planning import BudgetError, Plan, choose, rows_at_once, task_of
 from anyup.problem import check_region, check_tile
 from anyup.untraced import untraced
@@ -68,6 +69,7 @@ def stream(
         target = target_of(out, (len(features), carried.shape[1], height, width), features.device)
     dtype = dtype or (carried.dtype if target is None else target.dtype)
     task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
+    task = replace(task, mapped=isinstance(target, MemoryMap))
     plan = choose(task, limit_on(features.device, max_memory), keep=keep)
     source = _Source(model, image, features, carried, size, Rescue(plan), q_chunk_size)
     rows, columns = tile_size or (rows_at_once(plan), width)
