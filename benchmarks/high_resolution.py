@@ -55,6 +55,10 @@ CASES = {
 }
 
 
+REACH = ("2048", "2048 within 1.5GB", "4096 to a file within 2GB")
+"""What the claims are made about."""
+
+
 def measure(name: str, threads: int) -> Row:
     """A case in a child process: peak and predicted bytes, processor and wall seconds."""
     command = [sys.executable, "-m", "benchmarks.high_resolution", name, "--threads", str(threads)]
