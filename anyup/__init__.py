@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from anyup.checkpoints import load, save
     from anyup.head import with_head
     from anyup.model import AnyUp
+    from anyup.planning import plan
 
-__all__ = ["AnyUp", "__version__", "encoders", "load", "save", "visualization", "with_head"]
+__all__ = ["AnyUp", "__version__", "encoders", "load", "plan", "save", "visualization", "with_head"]
 
-_MODULES = {"AnyUp": "model", "load": "checkpoints", "save": "checkpoints", "with_head": "head"}
+_MODULES = {"AnyUp": "model", "load": "checkpoints", "save": "checkpoints", "with_head": "head", "plan": "planning"}
 _SUBMODULES = ("encoders", "visualization")
 
 

@@ -129,6 +129,7 @@ class BandedImage:
     def recut(self, bands: Bands) -> None:
         """Go on with other bands: what is kept is dropped, the statistics that are complete stay."""
         self._bands = bands
+        self._work.clear()
         self._kept = _Kept(self._new, bands.kept, bands.kept_for_output)
         self._encoded = _Kept(self._new, bands.encoded)
         for encoder in self._encoders.values():
@@ -157,6 +158,7 @@ class BandedImage:
                     self._pass(partial(self._observe_alone, "query"), query)
         self._kept.trim()
         self._encoded.trim()
+        self._work.clear()
         return self._pooled[None]
 
     def queries(self, rows: slice, columns: slice) -> Tensor:

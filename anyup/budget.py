@@ -34,8 +34,8 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a GPU now, with what torch's allocator holds unused; None for other devices."""
-    if device.type != "cuda":
+    """Bytes that can be allocated on a GPU now, with what torch's allocator holds unused; None where it is unknown."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

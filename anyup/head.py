@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from anyup.image_context import ImageContext
 from anyup.model import AnyUp
+
+if TYPE_CHECKING:
+    from anyup.streaming import Stream
 
 
 class WithHead(nn.Module):
@@ -30,12 +34,39 @@ class WithHead(nn.Module):
         output_size: Sequence[int] | None = None,
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
+        *,
+        max_memory: int | str | None = None,
+        out: Any = None,
     ) -> Tensor:
         """(B, 3, Hi, Wi), (B, C, h, w) -> (B, head's outputs, H, W), in the head's output dtype.
 
-        Instead of the image a context that the upsampler made of it serves too.
+        Instead of the image a context that the upsampler made of it serves too. The other arguments are the
+        upsampler's.
         """
         self.upsampler.check(image, features, output_size=output_size, q_chunk_size=q_chunk_size)
+        logits = self._logits(features)
+        return self.upsampler(
+            image, features, output_size, vis_attn, q_chunk_size, values=logits, max_memory=max_memory, out=out
+        )
+
+    def stream(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> Stream:
+        """The same piece by piece, with the settings of `AnyUp.stream` but `values`: pieces of the head's outputs.
+
+        Raises TypeError for `values`, and what `AnyUp.stream` raises.
+        """
+        if "values" in settings:
+            raise TypeError("values: the head's outputs are carried; call the upsampler's own stream for other values")
+        self.upsampler.check(image, features, output_size=output_size)
+        return self.upsampler.stream(image, features, output_size, values=self._logits(features), **settings)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, head's outputs, h, w)"""
         channels = self.head.in_features if isinstance(self.head, nn.Linear) else self.head.in_channels
         if features.shape[1] != channels:
             raise ValueError(f"features: expected the head's {channels} channels, got shape {tuple(features.shape)}")
@@ -43,10 +74,10 @@ class WithHead(nn.Module):
         if features.dtype != self.head.weight.dtype and not autocasts:
             raise TypeError(f"features: expected the head's dtype {self.head.weight.dtype}, got {features.dtype}")
         if isinstance(self.head, nn.Linear):
-            logits = self.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            logits: Tensor = self.head(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         else:
             logits = self.head(features)
-        return self.upsampler(image, features, output_size, vis_attn, q_chunk_size, values=logits)
+        return logits
 
 
 def with_head(upsampler: AnyUp, head: nn.Conv2d | nn.Linear) -> WithHead:

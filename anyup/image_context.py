@@ -56,8 +56,8 @@ class ImageContext:
         grids = ", ".join(f"{h} x {w}" for h, w in self.grids) or "none"
         return f"ImageContext(batch {batch}, {height} x {width}, grids: {grids}, {self.nbytes / 1e6:.1f} MB)"
 
-    def check(self, output_size: Any, dtype: torch.dtype, device: torch.device, weights: Weights) -> None:
-        """Raise a ValueError or TypeError unless this context serves a call with these settings."""
+    def check(self, output_size: Any, dtype: torch.dtype, device: torch.device, weights: Weights | None) -> None:
+        """Raise a ValueError or TypeError unless this context serves such a call; any weights will do if None."""
         if output_size is not None and tuple(check_size("output_size", output_size)) != self.output_size:
             raise ValueError(
                 f"output_size: the context was made for {self.output_size}, got {tuple(output_size)}; "
@@ -70,6 +70,8 @@ class ImageContext:
                 f"image: the context was computed in {self.queries.dtype}, this call computes in {dtype}; "
                 "encode the image again after a change of dtype or of autocast"
             )
+        if weights is None:
+            return
         if [which for which, _ in weights] != [which for which, _ in self.weights]:
             raise ValueError("image: the context was made by another upsampler")
         if weights != self.weights:

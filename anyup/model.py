@@ -297,7 +297,9 @@ class AnyUp(nn.Module):
         """The size of the output of this call; raises the ValueError or TypeError that the call would raise."""
         device, input_dim = self.rope.freqs.device, self.config["input_dim"]
         if isinstance(image, ImageContext):
-            image.check(output_size, self._compute_dtype(device), device, weights_of(self.parameters()))
+            # A tracer cannot ask whether a tensor is one of inference mode, which has no version.
+            weights = None if torch.compiler.is_compiling() else weights_of(self.parameters())
+            image.check(output_size, self._compute_dtype(device), device, weights)
             output_size = image.output_size
             image = image.image
         return check_inputs(image, features, values, output_size, q_chunk_size, input_dim=input_dim, device=device)

@@ -95,7 +95,7 @@ def _array_target(out: Any, dtype: torch.dtype) -> Target:
         raise ValueError("out: expected a memory map that is written to its file (r+ or w+), got mode 'c'")
     if getattr(out, "filename", None):
         reserve(out.filename)
-    return _MemoryMap(tensor, mapping)
+    return MemoryMap(tensor, mapping)
 
 
 def _check_shape(actual: Sequence[int], expected: Shape) -> None:
@@ -148,12 +148,15 @@ class _Memory:
         pass
 
 
-class _MemoryMap(_Memory):
+class MemoryMap(_Memory):
     """A tensor over a map of a file."""
 
     def __init__(self, out: Tensor, mapping: mmap.mmap) -> None:
         super().__init__(out)
         self._mapping = mapping
+        # A page that is written would bring its neighbours: the rows of a piece lie apart, and so all of the file.
+        if hasattr(mapping, "madvise"):
+            mapping.madvise(mmap.MADV_RANDOM)
 
     def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
         super().write(rows, columns, piece)

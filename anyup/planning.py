@@ -8,21 +8,23 @@ image (their passes side by side, because what keeps nothing is then encoded hal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from anyup.banded import HALO, Bands, band_rows, output_rows
-from anyup.budget import readable
+from anyup.budget import limit_on, readable
 from anyup.image_context import ImageContext
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import FLOATING, working_dtype
 from anyup.ops.window_attention.eager import scratch_bytes
-from anyup.window import Window, axis_bounds
+from anyup.problem import check_region, check_size, check_tile
+from anyup.window import Window, axis_bounds, make_window
 
 if TYPE_CHECKING:
     from anyup.model import AnyUp
@@ -32,9 +34,29 @@ BAND_PIXELS = 2**16
 
 Size = tuple[int, int]
 
+# Of the published architecture, as `AnyUp.config` has them.
+_DEFAULTS = {
+    "input_dim": 3,
+    "qk_dim": 128,
+    "kernel_size": 1,
+    "kernel_size_lfu": 5,
+    "window_ratio": 0.1,
+    "num_heads": 4,
+    "lfu_dim": 128,
+    "window": "ratio",
+}
+
 # Bytes that libraries take beside tensors: workspaces, compiled code, what an allocator keeps.
-_OVERHEAD = {"cpu": 40 * 10**6}
+_OVERHEAD = 55 * 10**6
+_OVERHEAD_OF_A_THREAD = 20 * 10**6
 _OVERHEAD_ELSEWHERE = 150 * 10**6
+
+# Of a memory map: pages that a piece makes resident, in its size, their neighbours included.
+_PAGES = 3
+
+# Of the limit: predictions are this exact on a CPU; a GPU's allocator rounds besides, and leaves gaps.
+_USABLE = {"cpu": 0.98}
+_USABLE_ELSEWHERE = 0.97
 
 # Stages of banded work that follow the statistics.
 _AFTER = 2
@@ -60,6 +82,7 @@ class Task:
         region: (top, left, height, width) of the output.
         tile: (rows, columns) of a piece; None: what is worked on at a time.
         context: what an `ImageContext` brings: "nothing", "queries", or "all".
+        mapped: whether pieces go to a memory map, whose pages are resident until they are on the disk.
     """
 
     image: Size
@@ -78,6 +101,7 @@ class Task:
     region: tuple[int, int, int, int]
     tile: Size | None = None
     context: str = "nothing"
+    mapped: bool = False
     dim: int = 128
     heads: int = 4
     input_dim: int = 3
@@ -201,6 +225,76 @@ class BudgetError(ValueError):
         )
 
 
+def plan(
+    image_size: Sequence[int],
+    feature_size: Sequence[int],
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    max_memory: int | str | None = None,
+    output_size: Sequence[int] | None = None,
+    *,
+    values: int | None = None,
+    batch: int = 1,
+    stream: bool = False,
+    region: Sequence[int] | None = None,
+    tile: int | Sequence[int] | None = None,
+    out_dtype: torch.dtype | None = None,
+    upsampler: AnyUp | None = None,
+) -> Plan:
+    """What a call or a stream would keep, compute again, take and cost; nothing is computed, no such device is needed.
+
+    Predicted for the `torch` backend, which takes the most memory; a Triton kernel needs no scratch for the attention.
+
+    Args:
+        image_size, feature_size: (height, width).
+        channels: of the features.
+        dtype: of the upsampler's parameters and of the features.
+        device: "cpu", "cuda", ...; it need not exist.
+        max_memory: as in the call; None: no limit on a CPU or a device that is not there, else 90 % of what is free.
+        output_size: (H, W); None means the image's size.
+        values: channels that are carried instead of the features: a head's outputs, for example.
+        batch: images.
+        stream: plan `stream`, not the call (as the call with `out=` runs, too).
+        region, tile, out_dtype: of a stream (its `dtype`).
+        upsampler: one with other than the default widths and window.
+
+    Raises:
+        ValueError, TypeError: which argument, what was expected, what came.
+        BudgetError: a ValueError that names the smallest budget that can be met.
+    """
+    image, grid = check_size("image_size", image_size), check_size("feature_size", feature_size)
+    output = image if output_size is None else check_size("output_size", output_size)
+    for name, number in (("channels", channels), ("batch", batch), ("values", channels if values is None else values)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+    for name, kind in (("dtype", dtype), ("out_dtype", out_dtype or dtype)):
+        if kind not in FLOATING:
+            raise TypeError(f"{name}: expected a floating-point dtype of 16, 32 or 64 bits, got {kind!r}")
+    if not stream and not (region is None and tile is None and out_dtype is None):
+        raise ValueError("region, tile and out_dtype belong to a stream: pass stream=True")
+    device = torch.device(device)
+    where = check_region(region, output)
+    config = dict(_DEFAULTS if upsampler is None else upsampler.config)
+    task = _task(
+        config,
+        image=image,
+        output=output,
+        grid=grid,
+        batch=batch,
+        channels=channels,
+        carried=channels if values is None else values,
+        dtype=dtype,
+        value_dtype=dtype,
+        out_dtype=out_dtype or dtype,
+        device_type=device.type,
+        returned=not stream,
+        region=where,
+        tile=check_tile(tile, where[2:]),
+    )
+    return choose(task, limit_on(device, max_memory))
+
+
 def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """The plan with the least work among those that keep to the limit.
 
@@ -211,17 +305,28 @@ def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """
     if limit is None:
         return _whole(task, None) if keep or task.returned or task.context == "all" else _unlimited_stream(task)
-    candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= limit]
+    share = _USABLE.get(task.device_type, _USABLE_ELSEWHERE)
+    room = int(share * limit)
+    candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= room]
     smallest = min(plan.peak_bytes for plan in _whole_plans(task, limit))
     if not candidates or candidates[0].cost > 1:
         for bands in _cuts(task):
             least = _banded(task, bands, limit)
             smallest = min(smallest, least.peak_bytes)
-            if least.peak_bytes <= limit:
-                candidates.append(_fill(task, bands, limit))
+            if least.peak_bytes <= room:
+                candidates.append(_fill(task, bands, limit, room))
     if not candidates:
-        raise BudgetError(task, limit, smallest)
-    return min(candidates, key=lambda plan: (round(plan.cost, 3), plan.peak_bytes))
+        raise BudgetError(task, limit, math.ceil(smallest / share))
+    return min(candidates, key=_effort)
+
+
+def _effort(plan: Plan) -> tuple[float, int]:
+    """What to choose by: the work, more of it where bands are so small that threads, or a GPU, have little to do."""
+    if plan.bands is None:
+        return plan.products, plan.peak_bytes
+    task = plan.task
+    waste = 1024 * _workers(task) if task.device_type == "cpu" else 2**14
+    return plan.products * (1 + waste / (plan.bands.rows * task.image[1])), plan.peak_bytes
 
 
 def rows_at_once(plan: Plan) -> int:
@@ -246,8 +351,8 @@ def task_of(
     grid, context = (features.shape[2], features.shape[3]), "nothing"
     if isinstance(image, ImageContext):
         context, image = "all" if grid in image.image_keys else "queries", image.image
-    config = model.config
-    return Task(
+    return _task(
+        model.config,
         image=(image.shape[2], image.shape[3]),
         output=size,
         grid=grid,
@@ -258,18 +363,26 @@ def task_of(
         value_dtype=carried.dtype,
         out_dtype=dtype or carried.dtype,
         device_type=image.device.type,
-        threads=torch.get_num_threads() if image.device.type == "cpu" else 1,
-        window=model.window,
         returned=region is None,
         region=region or (0, 0, *size),
         tile=tile,
         context=context,
+    )
+
+
+def _task(config: Mapping[str, Any], device_type: str, **asked: Any) -> Task:
+    """With what an upsampler's configuration says."""
+    return Task(
+        device_type=device_type,
+        threads=torch.get_num_threads() if device_type == "cpu" else 1,
+        window=make_window(config["window"], config["window_ratio"]),
         dim=config["qk_dim"],
         heads=config["num_heads"],
         input_dim=config["input_dim"],
         filters=config["lfu_dim"],
         filter_size=config["kernel_size_lfu"],
         kernel_size=config["kernel_size"],
+        **asked,
     )
 
 
@@ -297,8 +410,8 @@ def _cuts(task: Task) -> Iterator[Bands]:
                 yield Bands(rows, step, together=False)
 
 
-def _fill(task: Task, bands: Bands, limit: int) -> Plan:
-    """With as many rows kept as the limit allows."""
+def _fill(task: Task, bands: Bands, limit: int, room: int) -> Plan:
+    """With as many rows kept as there is room for."""
     if task.context == "all":
         return _banded(task, bands, limit)
     height, width = task.image
@@ -306,22 +419,22 @@ def _fill(task: Task, bands: Bands, limit: int) -> Plan:
     everything = replace(bands, kept=height, kept_for_output=height)
     taken = [stage.peak_bytes for stage in _banded(task, bands, limit).stages]
 
-    def fits(room: int) -> int:
-        rows = max(0, room // row)
+    def fits(free: int) -> int:
+        rows = max(0, free // row)
         return height if rows >= height else rows - rows % bands.rows
 
-    kept = fits(limit - max(taken[:-_AFTER]))
+    kept = fits(room - max(taken[:-_AFTER]))
     if kept < height:
         # What keeps everything does not need a map to work in.
         most = max(stage.peak_bytes for stage in _banded(task, everything, limit).stages[:-_AFTER])
-        kept = height if most <= limit else kept
-    later = min(kept, fits(limit - max(taken[-_AFTER:]))) if task.needs_queries else 0
+        kept = height if most <= room else kept
+    later = min(kept, fits(room - max(taken[-_AFTER:]))) if task.needs_queries else 0
     if task.images_at_once > 1:  # the statistics of one image are taken beside what others keep for the output
         kept = later
     plan = _banded(task, replace(bands, kept=kept, kept_for_output=later), limit)
     if bands.together or kept < height or not task.needs_queries:
         return plan
-    encoded = fits(limit - max(stage.peak_bytes for stage in plan.stages[:-_AFTER]))
+    encoded = fits(room - max(stage.peak_bytes for stage in plan.stages[:-_AFTER]))
     return _banded(task, replace(bands, kept=kept, kept_for_output=later, encoded=encoded), limit)
 
 
@@ -334,7 +447,7 @@ def _whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     out = task.batch * output * task.carried * task.value_dtype.itemsize if task.returned else 0
     before = out if one_by_one and task.batch > 1 else 0
     keys = _key_bytes(task, images)
-    scratch = _encoder_scratch(task, image)
+    tile = _tile_bytes(task, image)
     # The encoded image, one map more while it is encoded, and two while an encoder goes over it.
     encoded = images * one
     if task.output == task.image:
@@ -356,13 +469,12 @@ def _whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     carried = _grid_bytes(task, images)
     at_once = task.returned and not one_by_one
     step = task.output[0] if at_once else min(band_rows(task.output[1], BAND_PIXELS), task.region[2])
-    pieces, attended = _piece_bytes(task, step)
-    if at_once:
-        pieces -= out  # nothing beside it
+    held_pieces, piece, scratch = _piece_bytes(task, step)
+    piece = scratch if at_once else piece + scratch  # or it is the output
     stages = (
-        Stage("image", made, _overhead(task) + before + scratch + max(most, queries * 2)),
+        Stage("image", made, _overhead(task) + before + max(most + 3 * tile, encoded + one + 4 * tile, 2 * queries)),
         Stage("keys", _key_products(task), _overhead(task) + before + held + keys),
-        Stage("output", attended, _overhead(task) + queries + carried + pieces + out),
+        Stage("output", _attention_products(task), _overhead(task) + queries + carried + held_pieces + piece + out),
     )
     return Plan(task, "image by image" if one_by_one else "whole", None, stages, limit, _plain_products(task))
 
@@ -377,7 +489,7 @@ def _banded(task: Task, bands: Bands, limit: int | None) -> Plan:
     # What is allocated the whole time: of a batch, the output from the first image on.
     out = task.batch * _pixels(task.output) * task.carried * task.value_dtype.itemsize if task.returned else 0
     always = _overhead(task) + (out if task.batch > 1 else 0)
-    scratch = _encoder_scratch(task, bands.rows * width)
+    scratch = 4 * _tile_bytes(task, bands.rows * width) + bands.rows * width * task.input_dim * 8
     rest = kept < 1
     alone = always + row * bands.kept + (rest + 1) * band + scratch
     pooling = 2 * _pixels(task.grid) * task.dim * working_dtype(task.dtype).itemsize
@@ -399,10 +511,9 @@ def _banded(task: Task, bands: Bands, limit: int | None) -> Plan:
                 products = made * (9 * kept - 4 * encoded + 26 * (1 - kept))
                 stages.append(Stage("statistics of the queries", products, alone + more))
     remains = always + row * bands.kept_for_output
-    work = 0 if task.context == "all" else (rest + 1) * band
-    stages.append(Stage("keys", _key_products(task), remains + work + _key_bytes(task, images)))
-    pieces, attended = _piece_bytes(task, bands.output_rows)
-    reached = 0
+    stages.append(Stage("keys", _key_products(task), remains + _key_bytes(task, images)))
+    held_pieces, piece, attention = _piece_bytes(task, bands.output_rows)
+    attended, reached, tile = _attention_products(task), 0, 0
     if task.needs_queries:
         rows, columns = _reached(task, bands.output_rows)
         work = max(2 * rows * columns, bands.rows * width * (rest + 1)) * task.pixel_bytes
@@ -412,10 +523,11 @@ def _banded(task: Task, bands: Bands, limit: int | None) -> Plan:
         attended += repeated * task.batch * share * (image * again + 10 * _pixels(task.output))
         projected = (min(bands.output_rows, task.region[2]) + 2 * HALO) * min(task.region[3] + 2 * HALO, task.output[1])
         reached = work + projected * task.pixel_bytes * (1 if task.image == task.output else 2)
-        reached += _encoder_scratch(task, rows * columns)
+        tile = _tile_bytes(task, rows * columns)
     if task.batch == 1:
         remains += out
-    stages.append(Stage("output", attended, remains + reached + _grid_bytes(task, images) + pieces))
+    remains += reached + held_pieces + _grid_bytes(task, images)
+    stages.append(Stage("output", attended, remains + max(4 * tile, piece + attention)))
     return Plan(task, "bands", bands, tuple(stages), limit, _plain_products(task))
 
 
@@ -428,25 +540,28 @@ def _reached(task: Task, step: int) -> Size:
     )
 
 
-def _piece_bytes(task: Task, step: int) -> tuple[int, float]:
-    """Bytes beside the output while some rows of it are made, and the attention's products in all."""
+def _piece_bytes(task: Task, step: int) -> tuple[int, int, int]:
+    """Bytes of pieces beside some rows of the output that are made, of these rows, and of the attention's scratch."""
     _, _, height, width = task.region
     columns = min(task.tile[1], width) if task.tile else width
     step = min(step, height)
-    value, out = task.value_dtype.itemsize, task.out_dtype.itemsize
-    piece = step * columns * task.carried * value
-    if task.returned:
-        pieces = piece
-    else:
+    made = step * columns * task.carried * task.value_dtype.itemsize
+    held = 0
+    if not task.returned:
         rows = min(task.tile[0], height) if task.tile else step
-        wanted = task.batch * rows * columns * task.carried * out
-        alone = rows == step and task.batch == 1
-        pieces = 2 * wanted + (0 if alone and value == out else piece)  # the caller still holds the last one
+        held = 2 * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
+        if rows == step and task.batch == 1 and task.value_dtype == task.out_dtype:
+            held //= 2  # what is made is the piece; the caller still holds the last one
+        if task.mapped:
+            held += _PAGES * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
     shape = (task.heads, task.dim, task.carried)
-    threads = max(1, min(task.threads, 8)) if task.device_type == "cpu" else 1
-    scratch = threads * scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
-    attended = task.batch * height * width * _mean_window(task) * (task.dim + task.carried) / task.dim**2
-    return pieces + scratch, attended
+    scratch = scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
+    return held, made, _workers(task) * scratch
+
+
+def _attention_products(task: Task) -> float:
+    pixels = task.batch * _pixels(task.region[2:])
+    return pixels * _mean_window(task) * (task.dim + task.carried) / task.dim**2
 
 
 def _grid_bytes(task: Task, images: int) -> int:
@@ -458,20 +573,31 @@ def _grid_bytes(task: Task, images: int) -> int:
 
 def _key_bytes(task: Task, images: int) -> int:
     """The most on the small grid, while the features' keys are made and joined with the image's."""
-    wide = working_dtype(task.dtype).itemsize
-    return images * _pixels(task.grid) * wide * (2 * task.channels + 12 * task.dim)
+    wide, cells, taps = working_dtype(task.dtype).itemsize, _pixels(task.grid), task.filter_size**2
+    features = images * cells * task.channels
+    position = task.channels * (2 * task.filters + taps)
+    most = max(1, (2**18 if task.device_type == "cpu" else 2**26) // (task.channels * task.filters))
+    tile = _workers(task) * -(-cells // -(-cells // most)) * position
+    joining = images * cells * 12 * task.dim
+    return wide * max(2 * features + tile + cells * 2 * taps, joining)
 
 
-def _encoder_scratch(task: Task, pixels: int) -> int:
-    """What the tiles of pixels are worked on in."""
-    tile, threads = (4096, max(1, min(task.threads, 8))) if task.device_type == "cpu" else (2**18, 1)
-    wide = working_dtype(task.dtype).itemsize
-    return threads * min(tile, pixels) * 5 * task.dim * wide + pixels * task.input_dim * 2 * wide
+def _tile_bytes(task: Task, pixels: int) -> int:
+    """Of a map of the tiles that the pixels of a map are worked on in."""
+    tiles = max(1, -(-pixels // (4096 if task.device_type == "cpu" else 2**18)))  # of about one size
+    return _workers(task) * -(-pixels // tiles) * task.dim * working_dtype(task.dtype).itemsize
+
+
+def _workers(task: Task) -> int:
+    """Threads that each work on a tile."""
+    return max(1, min(task.threads, 8)) if task.device_type == "cpu" else 1
 
 
 def _overhead(task: Task) -> int:
     """What libraries take beside tensors."""
-    return _OVERHEAD.get(task.device_type, _OVERHEAD_ELSEWHERE)
+    if task.device_type != "cpu":
+        return _OVERHEAD_ELSEWHERE
+    return _OVERHEAD + (_OVERHEAD_OF_A_THREAD * _workers(task) if task.threads > 1 else 0)
 
 
 def _key_products(task: Task) -> float:
@@ -485,8 +611,7 @@ def _plain_products(task: Task) -> float:
     """Of a call, or of a stream, that keeps whole maps."""
     image, output = task.batch * _pixels(task.image), task.batch * _pixels(task.output)
     made = {"nothing": 13 * image + 10 * output, "queries": 8 * image, "all": 0}[task.context]
-    attended = task.batch * _pixels(task.region[2:]) * _mean_window(task) * (task.dim + task.carried) / task.dim**2
-    return made + _key_products(task) + attended
+    return made + _key_products(task) + _attention_products(task)
 
 
 @lru_cache(maxsize=256)

@@ -70,6 +70,32 @@ def check_size(name: str, size: Sequence[int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width); raises a ValueError or TypeError unless it lies inside the output. None: all."""
+    if region is None:
+        return 0, 0, *size
+    if not isinstance(region, Sequence) or len(region) != 4:
+        raise ValueError(f"region: expected (top, left, height, width), got {region!r}")
+    for number in region:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"region: expected integers, got {number!r}")
+    top, left, height, width = region
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(
+            f"region: expected (top, left, height, width) inside the output of {size}, got {tuple(region)}"
+        )
+    return top, left, height, width
+
+
+def check_tile(tile: Any, region: tuple[int, int]) -> tuple[int, int] | None:
+    """(rows, columns) of a tile; a number is rows of the region's width."""
+    if tile is None:
+        return None
+    if isinstance(tile, int):
+        tile = (tile, region[1])
+    return check_size("tile", tile)
+
+
 def _check_map(name: str, tensor: Any, channels: int | None, device: torch.device) -> None:
     """Raise unless this is (B, channels, height, width), floating-point, on the device; any channels if None."""
     if not isinstance(tensor, Tensor):

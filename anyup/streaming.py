@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,11 +15,13 @@ from anyup.banded import BandedImage, Workspace
 from anyup.budget import limit_on
 from anyup.image_context import ImageContext
 from anyup.ops import memory
+from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
-from anyup.outputs import Target, target_of
+from anyup.outputs import MemoryMap, Target, target_of
 from anyup.planning import BudgetError, Plan, choose, rows_at_once, task_of
-from anyup.problem import check_size
+from anyup.problem import check_region, check_tile
+from anyup.untraced import untraced
 from anyup.window import Part
 
 if TYPE_CHECKING:
@@ -27,9 +30,13 @@ if TYPE_CHECKING:
 Tile = tuple[slice, slice, Tensor]
 """Rows and columns of the output, and its values there (B, C, rows, columns)."""
 
+SMALL_BAND = 4096
+"""Pixels that the tiles of a CPU's threads do not share."""
+
 Result = TypeVar("Result")
 
 
+@untraced
 def stream(
     model: AnyUp,
     image: Tensor | ImageContext,
@@ -54,7 +61,7 @@ def stream(
     carried = features if values is None else values
     if dtype is not None and dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating-point dtype of 16, 32 or 64 bits, got {dtype!r}")
-    tile_size = _check_tile(tile, (height, width))
+    tile_size = check_tile(tile, (height, width))
     if wants_gradients(model, image, features, carried):
         raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
     target = None
@@ -62,6 +69,7 @@ def stream(
         target = target_of(out, (len(features), carried.shape[1], height, width), features.device)
     dtype = dtype or (carried.dtype if target is None else target.dtype)
     task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
+    task = replace(task, mapped=isinstance(target, MemoryMap))
     plan = choose(task, limit_on(features.device, max_memory), keep=keep)
     source = _Source(model, image, features, carried, size, Rescue(plan), q_chunk_size)
     rows, columns = tile_size or (rows_at_once(plan), width)
@@ -103,6 +111,7 @@ class Stream(Iterator[Tile]):
     def __len__(self) -> int:
         return len(self.parts)
 
+    @untraced
     def __next__(self) -> Tile:
         return next(self._tiles)
 
@@ -135,6 +144,7 @@ def _less(part: slice, origin: int) -> slice:
     return slice(part.start - origin, part.stop - origin)
 
 
+@untraced
 def call(
     model: AnyUp,
     image: Tensor | ImageContext,
@@ -295,6 +305,16 @@ class _Source:
     def _attend(self, index: int, rows: slice, columns: slice) -> Tensor:
         """(1, rows, columns, C) of one image."""
         self._prepare()
+        with self._threads():
+            return self._attended(index, rows, columns)
+
+    def _threads(self) -> AbstractContextManager[object]:
+        """One thread where a band is so small that several would wait for each other at each step."""
+        plan = self._rescue.plan
+        small = plan.bands is not None and plan.bands.rows * plan.task.image[1] <= SMALL_BAND
+        return on_one_thread() if small and self._features.device.type == "cpu" else nullcontext()
+
+    def _attended(self, index: int, rows: slice, columns: slice) -> Tensor:
         one = slice(index, index + 1)
         assert self._keys is not None and self._values is not None
         if self._queries is not None:
@@ -327,7 +347,8 @@ class _Source:
                 work = Workspace(image.new_empty(0, dtype=self._dtype), self._model.config["qk_dim"])
                 make = partial(BandedImage, needs_queries=queries is None)
                 self._banded = [make(self._model, one, self._size, self._dtype, bands, work) for one in image]
-            image_keys = torch.cat([one.image_keys(grid) for one in self._banded])
+            with self._threads():
+                image_keys = torch.cat([one.image_keys(grid) for one in self._banded])
             keys = self._model._keys(image_keys, self._features).to(self._dtype)
             if queries is not None:
                 self._banded.clear()
@@ -381,29 +402,3 @@ def wants_gradients(model: AnyUp, image: Tensor | ImageContext, *maps: Tensor) -
         return False
     images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
     return any(t.requires_grad for t in (*images, *maps, *model.parameters()))
-
-
-def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width); raises a ValueError or TypeError unless it lies inside the output. None: all."""
-    if region is None:
-        return 0, 0, *size
-    if not isinstance(region, Sequence) or len(region) != 4:
-        raise ValueError(f"region: expected (top, left, height, width), got {region!r}")
-    for number in region:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"region: expected integers, got {number!r}")
-    top, left, height, width = region
-    if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(
-            f"region: expected (top, left, height, width) inside the output of {size}, got {tuple(region)}"
-        )
-    return top, left, height, width
-
-
-def _check_tile(tile: Any, region: tuple[int, int]) -> tuple[int, int] | None:
-    """(rows, columns) of a tile; a number is rows of the region's width."""
-    if tile is None:
-        return None
-    if isinstance(tile, int):
-        tile = (tile, region[1])
-    return check_size("tile", tile)

@@ -155,8 +155,8 @@ def run(arguments: argparse.Namespace) -> None:
     from anyup import array_files
     from anyup.demo import choose_device
     from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, check_finite, read_features, read_photo
+    from anyup.problem import check_region
     from anyup.progress import Progress
-    from anyup.streaming import check_region
 
     progress = Progress()
     suffixes = (".npy", ".zarr", *(suffix for suffix in ARRAY_SUFFIXES if suffix != ".npy"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, machine, memory, parity, published, results
+from benchmarks import cases, high_resolution, machine, memory, parity, published, results
 from benchmarks.results import Row
 from benchmarks.timing import interleave, once
 from benchmarks.workloads import CURVE, REACH, UNIFICATION, Workload, square
@@ -174,11 +174,22 @@ def head(rate: float) -> list[Row]:
     return rows
 
 
+def large(rate: float) -> list[Row]:
+    """Peak and work of large images within a budget."""
+    rows = []
+    for name in high_resolution.REACH:
+        row = {"case": name, **high_resolution.measure(name, torch.get_num_threads())}
+        rows.append(row)
+        say(f"  {row['text']}: {gigabytes(row['peak_bytes'])}, {row['processor_seconds']:.0f} processor seconds")
+    return rows
+
+
 PARTS: dict[str, Callable[[float], list[Row]]] = {
     **{str(workload.size[0]): functools.partial(compare, workload) for workload in REACH},
     "curve": curve,
     "unification": unification,
     "head": head,
+    "high-resolution": large,
 }
 
 

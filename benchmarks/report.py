@@ -14,7 +14,7 @@ from benchmarks.workloads import REACH, square
 
 def tables(stored: Results) -> str:
     """Markdown: every table whose part is stored, and what they were measured on."""
-    sections = (_reach(stored), _curve(stored), _unification(stored), _head(stored), _machines(stored))
+    sections = (_reach(stored), _curve(stored), _unification(stored), _head(stored), _large(stored), _machines(stored))
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -89,6 +89,23 @@ def _head(stored: Results) -> str:
                 sizes = (_gigabytes(row[key]) for key in ("written_bytes", "peak_bytes"))
                 rows.append((workload.name, name, _seconds(row), *sizes))
     return _table((f"384 to {cases.CLASSES} channels", "", "time", "written", "peak memory"), rows)
+
+
+def _large(stored: Results) -> str:
+    rows = [
+        (
+            row["text"],
+            *(_gigabytes(row[key]) for key in ("peak_bytes", "predicted_bytes")),
+            f"{row['processor_seconds']:.0f} s",
+            f"{row['microseconds_per_pixel']:.1f}",
+            row["kept"],
+        )
+        for row in stored.get("high-resolution", [])
+    ]
+    header = (
+        "C = 384, float32", "peak above the model", "predicted", "processor time", "microseconds a pixel", "kept",
+    )  # fmt: skip
+    return _table(header, rows)
 
 
 def _machines(stored: Results) -> str:

@@ -109,13 +109,13 @@ def test_pages_of_a_map_are_let_go_after_each_piece(
     model: AnyUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_go = []
-    write = outputs._MemoryMap.write
+    write = outputs.MemoryMap.write
 
-    def watched(self: outputs._MemoryMap, *piece: Any) -> None:
+    def watched(self: outputs.MemoryMap, *piece: Any) -> None:
         write(self, *piece)
         let_go.append(resident())
 
-    monkeypatch.setattr(outputs._MemoryMap, "write", watched)
+    monkeypatch.setattr(outputs.MemoryMap, "write", watched)
     # Large enough that a piece is many pages.
     wide = file_map(tmp_path, shape=(1, 900, 60, 64))
     with torch.no_grad():

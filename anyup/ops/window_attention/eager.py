@@ -99,9 +99,9 @@ def scratch_bytes(
             pixels, keys = row.length * column.length, row.keys * column.keys
             count = min(max(1, budget // (pixels * max(heads * keys, channels))), column.count)
             biased = row.bias is not None or column.bias is not None
-            logits = (2 * heads + 1 + biased) * pixels * keys  # logits, weights, their mean, the bias
-            values = dim * (pixels + 2 * keys) + channels * (2 * keys + 2 * pixels)
-            most = max(most, count * (logits + values))
+            kept = (2 * heads + 1) * pixels * keys + dim * pixels  # logits, weights, their mean, and queries
+            passing = max(biased * pixels * keys + 2 * dim * keys, channels * (keys + pixels))
+            most = max(most, count * (kept + passing))
     return 4 * most
 
 
