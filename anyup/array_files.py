@@ -6,22 +6,48 @@ are, the file gets its name. So OUT is complete or absent, and what was interrup
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anyup.budget import readable
-from anyup.images import complete_or_absent
-from anyup.outputs import reserve
+from anyup.outputs import no_room, reserve
 
 SUFFIXES = (".npy", ".zarr")
 
 _CHUNK = (64, 64, 256)  # channels, rows and columns of a zarr array's chunk, at most
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a file has for it: NumPy lacks bfloat16."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def bytes_there(path: Path) -> int:
+    """Of the disk, that an interrupted run has taken for this file."""
+    partial = _partial_of(path)
+    files = partial.rglob("*") if partial.is_dir() else [partial]
+    return sum(
+        min(status.st_size, status.st_blocks * 512) for status in (file.stat() for file in files if file.is_file())
+    )
+
+
+def check_new(path: Path) -> None:
+    """Raise FileExistsError where an interrupted run has left something for this file."""
+    partial = _partial_of(path)
+    if partial.exists():
+        raise FileExistsError(f"{partial}: left by an interrupted run; --resume completes it, deleting it begins anew")
+
+
+def _partial_of(path: Path) -> Path:
+    path = Path(os.path.realpath(path))
+    return path.with_name(path.name + ".part")
 
 
 class PartialArray:
@@ -33,22 +59,24 @@ class PartialArray:
         tile: (rows, columns) of a piece, of a file that was begun before; None for a new one.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any]) -> None:
-        """Begin anew. Raises FileExistsError where one was interrupted, OSError where the disk has no room."""
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any], rows: int
+    ) -> None:
+        """Begin anew, for pieces of so many rows.
+
+        Raises FileExistsError where one was interrupted, OSError where the disk has no room.
+        """
         self._begin(path, shape, dtype, asked)
-        if self._partial.exists() or self._state.exists():
-            raise FileExistsError(
-                f"{self._partial}: left by an interrupted run; --resume completes it, deleting it begins anew"
-            )
+        check_new(path)
         try:
-            self._stored = self._create()
+            self._stored = self._create(rows)
         except BaseException:
             self.discard()
             raise
 
     @classmethod
     def resume(
-        cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any]
+        cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any], rows: int
     ) -> PartialArray:
         """Go on with what was interrupted, or begin where nothing was.
 
@@ -58,7 +86,7 @@ class PartialArray:
         self._begin(path, shape, dtype, asked)
         if not self._state.exists():
             self.discard()  # interrupted before a piece was there
-            return cls(path, shape, dtype, asked)
+            return cls(path, shape, dtype, asked, rows)
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
             before, self.pieces, self.tile = state["asked"], int(state["pieces"]), tuple(state["tile"])
@@ -75,10 +103,13 @@ class PartialArray:
 
     def _begin(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any]) -> None:
         self._path = Path(os.path.realpath(path))
-        self._partial = self._path.with_name(self._path.name + ".part")
-        self._state = self._path.with_name(self._path.name + ".part.json")
+        self._partial = _partial_of(path)
+        self._state = self._partial.with_name(self._partial.name + ".json")
+        self._next_state = self._state.with_name(self._state.name + ".new")
+        if not self._partial.exists():
+            _remove(self._state)  # of a run that ended between its last two steps
         self._shape = shape
-        self._dtype = str(torch.float32 if dtype == torch.bfloat16 else dtype).removeprefix("torch.")
+        self._dtype = str(stored_dtype(dtype)).removeprefix("torch.")
         self._asked = {**asked, "shape": list(shape), "stored dtype": self._dtype}
         self.pieces = 0
         self.tile: tuple[int, ...] | None = None
@@ -91,15 +122,17 @@ class PartialArray:
         """Remember that so many pieces of this size, which the file has, are there."""
         self.pieces, self.tile = pieces, tile
         state = {"asked": self._asked, "pieces": pieces, "tile": list(tile)}
-        with complete_or_absent(self._state) as temporary:
-            temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        # Under a fixed name, so that a killed run leaves nothing that the next one does not find.
+        self._next_state.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        os.replace(self._next_state, self._state)
 
     def complete(self) -> None:
         """Give the file its name; another one of that name is replaced."""
         if self._partial.is_dir():
             _remove(self._path)  # a folder replaces no other that holds something
         os.replace(self._partial, self._path)
-        _remove(self._state)
+        for path in (self._state, self._next_state):
+            _remove(path)
 
     def close(self) -> bool:
         """After an interruption: whether anything is left that can be completed; what cannot is removed."""
@@ -109,20 +142,31 @@ class PartialArray:
 
     def discard(self) -> None:
         """Leave nothing."""
-        for path in (self._state, self._partial):
+        for path in (self._state, self._next_state, self._partial):
             _remove(path)
 
-    def _create(self) -> Any:
+    @contextmanager
+    def telling_what_is_needed(self) -> Iterator[None]:
+        """Where the disk is full, add to the error what the rest of the file takes."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise no_room(self._path, max(_size(self._shape, self._dtype) - bytes_there(self._path), 0)) from error
+
+    def _create(self, rows: int) -> Any:
         shape = (1, *self._shape)
         if self._path.suffix.lower() == ".npy":
             import numpy
 
-            self._need(_size(self._shape, self._dtype))
             array = numpy.lib.format.open_memmap(self._partial, "w+", dtype=self._dtype, shape=self._shape)
             reserve(self._partial)
             return array[None]
         zarr = _zarr()
-        chunks = (1, *(min(most, length) for most, length in zip(_CHUNK, self._shape, strict=True)))
+        # No chunk lies in two pieces: the second would read and write it again.
+        most = (_CHUNK[0], min(_CHUNK[1], rows), _CHUNK[2])
+        chunks = (1, *(min(pair) for pair in zip(most, self._shape, strict=True)))
         return zarr.open_array(str(self._partial), mode="w", shape=shape, chunks=chunks, dtype=self._dtype)
 
     def _open(self) -> Any:
@@ -131,11 +175,6 @@ class PartialArray:
 
             return numpy.load(self._partial, mmap_mode="r+")[None]
         return _zarr().open_array(str(self._partial), mode="r+")
-
-    def _need(self, size: int) -> None:
-        free = shutil.disk_usage(self._path.parent).free
-        if size > free:
-            raise ValueError(f"{self._path}: {readable(size)} needed, {readable(free)} free")
 
 
 def _size(shape: tuple[int, int, int], dtype: str) -> int:

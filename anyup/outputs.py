@@ -88,14 +88,16 @@ def _array_target(out: Any, dtype: torch.dtype) -> Target:
         tensor = torch.from_numpy(out)
     except ValueError as error:  # strides that torch has no tensors of
         raise ValueError(f"out: {error}") from error
-    mapping = _mapping(out)
-    if mapping is None:
+    mapped = out
+    while isinstance(mapped, numpy.ndarray) and not isinstance(mapped, numpy.memmap):
+        mapped = mapped.base
+    if not isinstance(mapped, numpy.memmap):
         return _Memory(tensor)
-    if getattr(out, "mode", None) == "c":
+    if mapped.mode == "c":  # whose pages are lost when they are let go
         raise ValueError("out: expected a memory map that is written to its file (r+ or w+), got mode 'c'")
-    if getattr(out, "filename", None):
-        reserve(out.filename)
-    return MemoryMap(tensor, mapping)
+    if mapped.filename:
+        reserve(mapped.filename)
+    return MemoryMap(tensor, mapped._mmap)
 
 
 def _check_shape(actual: Sequence[int], expected: Shape) -> None:
@@ -103,11 +105,11 @@ def _check_shape(actual: Sequence[int], expected: Shape) -> None:
         raise ValueError(f"out: expected shape {expected}, (B, C, H, W) of what is computed, got {tuple(actual)}")
 
 
-def _mapping(array: Any) -> mmap.mmap | None:
-    """The map of a file that an array lies in."""
-    while array is not None and not isinstance(array, mmap.mmap):
-        array = getattr(array, "base", None)
-    return array
+def no_room(path: str | os.PathLike[str], needed: int) -> OSError:
+    """The error of a full disk, with what was needed and what is free."""
+    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
+    what = f"{readable(needed)} needed, {readable(free)} free: {os.strerror(errno.ENOSPC)}"
+    return OSError(errno.ENOSPC, what, os.fspath(path))
 
 
 def reserve(path: str | os.PathLike[str]) -> None:
@@ -117,6 +119,8 @@ def reserve(path: str | os.PathLike[str]) -> None:
     """
     if not hasattr(os, "posix_fallocate"):
         return
+    if not os.access(path, os.R_OK | os.W_OK):
+        return  # a file without a name by now, as temporary ones are
     with open(path, "r+b") as file:
         status = os.fstat(file.fileno())
         needed = status.st_size - status.st_blocks * 512
@@ -127,9 +131,7 @@ def reserve(path: str | os.PathLike[str]) -> None:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 return  # a file system that does not know how
-            free = readable(shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free)
-            what = f"{readable(needed)} needed, {free} free: {error.strerror}"
-            raise OSError(errno.ENOSPC, what, os.fspath(path)) from error
+            raise no_room(path, needed) from error
 
 
 class _Memory:
@@ -195,6 +197,13 @@ def _pinned(size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype, pin_memory=True)
 
 
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    """What happens when all that this device, which need not be the current one, was told until now is done."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class _Pinned:
     """Pieces of a GPU into memory of the host, by way of two pinned buffers.
 
@@ -205,7 +214,7 @@ class _Pinned:
         self,
         host: Target,
         make_buffer: Callable[[int, torch.dtype], Tensor] = _pinned,
-        make_event: Callable[[], Any] = torch.cuda.Event,
+        make_event: Callable[[torch.device], Any] = _recorded,
     ) -> None:
         self._host, self._make_buffer, self._make_event = host, make_buffer, make_event
         self.dtype, self.multiple = host.dtype, host.multiple
@@ -223,8 +232,7 @@ class _Pinned:
             buffer = self._buffers[turn] = self._make_buffer(source.numel(), self.dtype)
         held = buffer[: source.numel()].view(source.shape)
         held.copy_(source, non_blocking=True)
-        event = self._make_event()
-        event.record()
+        event = self._make_event(source.device)
         self._underway[turn] = _OnItsWay(rows, columns, held.permute(0, 3, 1, 2), event)
         self._turn = 1 - turn
 

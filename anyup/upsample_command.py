@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from anyup import array_files
+    from anyup import __version__, array_files
     from anyup.demo import choose_device
     from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, check_finite, read_features, read_photo
     from anyup.problem import check_region
@@ -165,6 +165,8 @@ def run(arguments: argparse.Namespace) -> None:
     in_pieces = output is not None and output.suffix.lower() in array_files.SUFFIXES
     if arguments.resume and not in_pieces:
         raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")
+    if output is not None and in_pieces and not arguments.resume:
+        array_files.check_new(output)
     device = choose_device(arguments.device)
     photo = read_photo(arguments.photo)
     native = (int(photo.shape[2]), int(photo.shape[3]))
@@ -175,6 +177,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--{error}") from error
     values = _read_values(arguments.values) if arguments.values else None
     head = _read_head(arguments.head) if arguments.head else None
+
+    def kept_as(low: Tensor) -> torch.dtype:
+        dtype = getattr(torch, arguments.dtype) if arguments.dtype else low.dtype
+        return array_files.stored_dtype(dtype) if in_pieces else dtype
 
     def check(features: Tensor, name: str) -> None:
         check_finite(features, name)
@@ -189,8 +195,9 @@ def run(arguments: argparse.Namespace) -> None:
             )
         channels = features.shape[1] if values is None else values.shape[1]
         channels = channels if head is None else head.weight.shape[0]
-        dtype = getattr(torch, arguments.dtype) if arguments.dtype else (features if values is None else values).dtype
-        _check_room((channels, *region[2:]), dtype.itemsize, output, None if in_pieces else device)
+        itemsize = kept_as(features if values is None else values).itemsize
+        there = array_files.bytes_there(output) if output is not None and arguments.resume else 0
+        _check_room((channels, *region[2:]), itemsize, output, there, None if in_pieces else device)
 
     if arguments.features:
         features = read_features(arguments.features)
@@ -204,10 +211,10 @@ def run(arguments: argparse.Namespace) -> None:
             values = head(features.float().cpu())
 
     low = features if values is None else values
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else low.dtype
+    dtype = kept_as(low)
     image = _guidance(photo, whole, progress).to(device)
     features, values = features.to(device), None if values is None else values.to(device)
-    if dtype == torch.bfloat16 and in_pieces:
+    if in_pieces and "bfloat16" in (arguments.dtype or str(low.dtype)):
         progress.note(f"NumPy has no bfloat16: {output} is float32")
     shape = (low.shape[1], *region[2:])
     asked = {
@@ -218,30 +225,32 @@ def run(arguments: argparse.Namespace) -> None:
         "size": list(whole),
         "region": list(region),
         "dtype": str(dtype),
+        "version": __version__,
     }
     what = f"upsampling {low.shape[1]} x {_by(low)} to {whole[0]} x {whole[1]} on {device}"
     with torch.inference_mode():
         progress.note(f"backends: {_chosen(model.explain(image, features, whole, values=values).chosen)}")
-        if in_pieces:
-            assert output is not None
-            begin = array_files.PartialArray.resume if arguments.resume else array_files.PartialArray
-            partial = begin(output, shape, dtype, asked)
-            result = partial.out
-        else:
-            partial, result = None, torch.empty(1, *shape, dtype=dtype, device=device)
 
-        def stream(tile: tuple[int, ...] | None = None) -> Stream:
+        def stream(result: Any, tile: tuple[int, ...] | None = None) -> Stream:
             from anyup import streaming
 
             return streaming.stream(
                 model, image, features, whole,
-                tile=tile, max_memory=arguments.max_memory, region=region, values=values, dtype=None,
+                tile=tile, max_memory=arguments.max_memory, region=region, values=values, dtype=dtype,
                 out=result, keep=True,
             )  # fmt: skip
 
+        if in_pieces:
+            assert output is not None
+            begin = array_files.PartialArray.resume if arguments.resume else array_files.PartialArray
+            rows, _ = _tile(stream(None))  # computes nothing
+            partial = begin(output, shape, dtype, asked, rows)
+            result = partial.out
+        else:
+            partial, result = None, torch.empty(1, *shape, dtype=dtype, device=device)
         if partial is None:
             with progress.stage(what) as share:
-                pieces = stream()
+                pieces = stream(result)
                 for number, _ in enumerate(pieces, 1):
                     share(number / len(pieces))
         else:
@@ -256,15 +265,15 @@ def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, behind
     """All pieces that are not there, each told of when it is; `behind` of them may still be on their way."""
     pieces = None
     try:
-        pieces = make()
+        pieces = make(partial.out)
         tile = _tile(pieces)
         if partial.tile not in (None, tile):
             tile = partial.tile
-            pieces = make(tile)
+            pieces = make(partial.out, tile)
         if partial.pieces:
             progress.note(f"going on after {partial.pieces} of {len(pieces)} pieces")
         pieces.skip(partial.pieces)
-        with progress.stage(what) as share:
+        with progress.stage(what) as share, partial.telling_what_is_needed():
             for number, _ in enumerate(pieces, partial.pieces + 1):
                 share(number / len(pieces))
                 if number > behind:
@@ -289,11 +298,17 @@ def _finish(
     import torch
 
     from anyup.images import save_array, save_picture
+    from anyup.outputs import no_room
     from anyup.visualization import pca_picture
 
     if output is not None and partial is None:
         with progress.stage(f"writing {output}"):
-            save_array(output, result[0])
+            try:
+                save_array(output, result[0])
+            except Exception as error:  # each format has its own for a full disk
+                if shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free < result.nbytes:
+                    raise no_room(output, result.nbytes) from error
+                raise
     if picture is not None:
         with progress.stage(f"drawing {picture}"):
             high = result if isinstance(result, torch.Tensor) else torch.from_numpy(result[...])
@@ -451,10 +466,12 @@ def _weights_digest(model: AnyUp) -> str:
     return module_fingerprint(model)
 
 
-def _check_room(shape: tuple[int, ...], itemsize: int, output: Path | None, device: torch.device | None) -> None:
+def _check_room(
+    shape: tuple[int, ...], itemsize: int, output: Path | None, there: int, device: torch.device | None
+) -> None:
     """Raise ValueError where the result alone exceeds the free space of its folder, or the free memory.
 
-    `device` is where the whole result will lie; None: nowhere.
+    `there` are bytes that it has on the disk already; `device` is where the whole result will lie, None: nowhere.
     """
     from anyup.progress import human_bytes
 
@@ -466,7 +483,7 @@ def _check_room(shape: tuple[int, ...], itemsize: int, output: Path | None, devi
         raise ValueError(f"{what}, and {human_bytes(memory)} of memory are free on {device}; {hint}")
     if output is not None:
         free = shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free
-        if needed > free:
+        if needed - there > free:
             raise ValueError(f"{what}, and {human_bytes(free)} are free where {output} is to be written; {hint}")
 
 

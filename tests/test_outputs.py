@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -167,16 +168,15 @@ class Clock:
     def __init__(self) -> None:
         self.waiting: list[Event] = []
 
-    def event(self) -> Event:
-        return Event(self)
+    def event(self, device: torch.device) -> Event:
+        assert device == torch.device("cpu")
+        self.waiting.append(Event(self))
+        return self.waiting[-1]
 
 
 class Event:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.happened = clock, False
-
-    def record(self) -> None:
-        self.clock.waiting.append(self)
 
     def synchronize(self) -> None:
         self.happened = True
@@ -226,10 +226,41 @@ def test_a_wrong_out_is_named_before_any_work(
         model(IMAGE, FEATURES, out=out)
 
 
+@pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize(("mode", "message"), [("r", "read-only"), ("c", "mode 'c'")])
-def test_a_map_that_does_not_reach_its_file_is_refused(mode: str, message: str, model: AnyUp, tmp_path: Path) -> None:
+def test_a_map_that_does_not_reach_its_file_is_refused(
+    mode: str, message: str, view: bool, model: AnyUp, tmp_path: Path
+) -> None:
+    out = file_map(tmp_path, mode=mode)
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        model(IMAGE, FEATURES, out=file_map(tmp_path, mode=mode))
+        model(IMAGE, FEATURES, out=np.asarray(out)[:] if view else out)
+
+
+def test_pages_of_a_private_map_keep_what_was_written(model: AnyUp, tmp_path: Path) -> None:
+    file_map(tmp_path).flush()
+    with (tmp_path / "map.npy").open("rb") as file:
+        private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    out = np.frombuffer(private, np.float32, offset=128).reshape(SHAPE)
+    with torch.no_grad():
+        model(IMAGE, FEATURES, out=out)
+        torch.testing.assert_close(torch.from_numpy(out), model(IMAGE, FEATURES), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a file that is open cannot be deleted")
+def test_a_map_whose_file_has_lost_its_name_is_written(model: AnyUp, tmp_path: Path) -> None:
+    out = file_map(tmp_path)
+    (tmp_path / "map.npy").unlink()
+    with torch.no_grad():
+        assert model(IMAGE, FEATURES, out=out) is out
+    assert np.isfinite(out).all() and out.any()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux's list of resident pages")
+def test_pages_are_let_go_through_a_view_too(model: AnyUp, tmp_path: Path) -> None:
+    out = file_map(tmp_path)
+    with torch.no_grad():
+        model(IMAGE, FEATURES, out=np.asarray(out)[...])
+    assert resident() == 0 and out.any()
 
 
 def test_a_gradient_into_out_is_refused(model: AnyUp) -> None:

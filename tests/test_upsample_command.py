@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyup import checkpoints, cli, outputs, planning
+from anyup import checkpoints, cli, images, outputs, planning
 from anyup.images import normalize_imagenet, read_features, read_photo, save_array, save_picture
 from anyup.model import AnyUp
 
@@ -256,14 +259,72 @@ def test_what_was_interrupted_is_not_overwritten(
 
 
 def test_damaged_notes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out.npy.part").touch()
     Path("out.npy.part.json").write_text("{", encoding="utf-8")
     assert upsample("-o", "out.npy", "--resume") == 1
     assert "out.npy.part.json: not what an interrupted run leaves" in capsys.readouterr().err
 
 
-def test_nothing_to_resume_begins(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_notes_without_a_file_are_of_no_account(options: tuple[str, ...]) -> None:
+    """A run that was killed after its file had got its name, or between two notes."""
+    Path("out.npy.part.json").write_text("{", encoding="utf-8")
+    Path("out.npy.part.json.new").write_text("{", encoding="utf-8")
+    assert upsample("-o", "out.npy", *options) == 0
+    assert left() == {"out.npy"}
+
+
+def test_nothing_to_resume_begins() -> None:
     assert upsample("-o", "out.npy", "--resume") == 0
     assert left() == {"out.npy"}
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
+def test_what_is_there_needs_no_room_again(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name.endswith("zarr"):
+        pytest.importorskip("zarr")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert upsample("-o", name) == 130
+    whole = CHANNELS * PHOTO_SIZE[0] * PHOTO_SIZE[1] * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=whole // 2))
+    assert upsample("-o", f"other-{name}") == 1
+    assert "15 kB, and 8 kB are free" in capsys.readouterr().err
+    assert upsample("-o", name, "--resume") == 0
+
+
+def test_chunks_lie_in_one_piece_each() -> None:
+    zarr = pytest.importorskip("zarr")
+    assert upsample("-o", "out.zarr", "--region", "3,0,19,32") == 0
+    assert zarr.open_array("out.zarr", mode="r").chunks == (1, CHANNELS, 4, PHOTO_SIZE[1])
+
+
+def test_a_disk_that_fills_amid_the_pieces_is_named_and_they_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("zarr")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, OSError(errno.ENOSPC, "No space left on device", "c/0"))
+        assert upsample("-o", "out.zarr") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"out\.zarr: \d+ kB needed, .* free: No space", error) and "3 of 6 pieces are kept" in error
+    assert upsample("-o", "out.zarr", "--resume") == 0
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_a_disk_that_fills_while_the_whole_is_written_leaves_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _: Tensor) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(images, "save_array", full)
+    assert upsample("-o", name) == 1
+    assert f"{name}: 15 kB needed, 3 kB free: No space left" in capsys.readouterr().err
+    assert left() == set()
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
@@ -293,23 +354,32 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.parametrize("suffix", ["npy", "zarr"])
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_is_completed_to_the_same_bytes(kind: signal.Signals) -> None:
-    assert upsample("-o", "whole.npy") == 0
+def test_a_killed_run_is_completed_to_the_same_bytes(kind: signal.Signals, suffix: str) -> None:
+    if suffix == "zarr":
+        pytest.importorskip("zarr")
+    out, whole = Path(f"out.{suffix}"), Path(f"whole.{suffix}")
+    assert upsample("-o", whole) == 0
     command = [sys.executable, "-c", RUN, "upsample", "photo.png", "--features", "features.npy"]
-    command += ["--weights", "weights.pth", "-o", "out.npy"]
+    command += ["--weights", "weights.pth", "-o", str(out)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         deadline = time.monotonic() + 60
-        while process.poll() is None and _pieces() < 2 and time.monotonic() < deadline:
+        while process.poll() is None and _pieces(out) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(kind)
         assert process.wait(30) in (-kind, 130)
-    assert 2 <= _pieces() < 6 and not Path("out.npy").exists()
-    assert upsample("-o", "out.npy", "--resume") == 0
-    assert Path("out.npy").read_bytes() == Path("whole.npy").read_bytes()
-    assert left() == {"out.npy", "whole.npy"}
+    assert 2 <= _pieces(out) < 6 and not out.exists()
+    assert upsample("-o", out, "--resume") == 0
+    assert _bytes(out) == _bytes(whole)
+    assert left() == {out.name, whole.name}
 
 
-def _pieces() -> int:
-    path = Path("out.npy.part.json")
+def _bytes(path: Path) -> dict[str, bytes]:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files if file.is_file()}
+
+
+def _pieces(out: Path) -> int:
+    path = out.with_name(f"{out.name}.part.json")
     return json.loads(path.read_text(encoding="utf-8"))["pieces"] if path.exists() else 0
