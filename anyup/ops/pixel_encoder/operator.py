@@ -15,6 +15,7 @@ from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters
 OPERATION = Operation(
     "pixel_encoder",
     {
+        "triton": lambda: importlib.import_module("anyup.ops.pixel_encoder.fused"),
         "torch": lambda: importlib.import_module("anyup.ops.pixel_encoder.eager"),
         "reference": lambda: importlib.import_module("anyup.ops.pixel_encoder.reference"),
     },

@@ -1,0 +1,159 @@
+"""The pixel encoder in Triton kernels: one map alive beside the input, products made again instead of being stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyup.ops.cuts import run_first
+from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets
+from anyup.ops.pixel_encoder.problem import EPS, EncoderParameters, PixelEncoderProblem
+
+if TYPE_CHECKING:
+    from anyup.kernels.pixel_encoder_passes import HalfBlock, Source
+
+
+def unsupported(problem: PixelEncoderProblem) -> list[str]:
+    """Why the kernels cannot run a problem; empty: they can."""
+    reasons = device_reasons(problem.device)
+    if not installed():
+        return reasons
+    from anyup.kernels.pixel_encoder_config import MOST_CHANNELS
+
+    if problem.needs_gradient:
+        reasons.append("a gradient is wanted, the kernels have no backward pass (torch.no_grad() if it is not)")
+    if problem.dtype == torch.float64:
+        reasons.append("pixels are float64, the kernels compute in float32")
+    elif problem.dtype == torch.bfloat16 and interprets():
+        reasons.append("pixels are bfloat16, which Triton's interpreter multiplies wrongly")
+    for name, channels in (("map", problem.dim), ("input", problem.input_dim)):
+        if channels > MOST_CHANNELS:
+            reasons.append(f"the {name} has {channels} channels, at most {MOST_CHANNELS} (a pixel stays in registers)")
+    if problem.rotates and (problem.dim < 16 or problem.dim & (problem.dim - 1)):
+        reasons.append(f"{problem.dim} channels are rotated, a power of two of at least 16 is needed")
+    return reasons
+
+
+def discouraged(problem: PixelEncoderProblem) -> list[str]:
+    """Why the kernels are not chosen unless asked for by name, although they can run a problem."""
+    return ["Triton's interpreter is for tests, and slow"] if interprets() else []
+
+
+def forward(
+    pixels: Tensor, parameters: EncoderParameters, *, frequencies: Tensor | None, output_size: tuple[int, int]
+) -> Tensor:
+    """(B, H, W, Cin) -> (B, *output_size, D); one map (B, H, W, D) is allocated, and the pooled one."""
+    size = (pixels.shape[1], pixels.shape[2])
+    if 0 in pixels.shape:
+        return pixels.new_zeros(pixels.shape[0], *output_size, parameters.block1.weight1.shape[0])
+    encoder = _Encoder(pixels, parameters)
+    if frequencies is None and output_size != size and output_size[0] <= size[0] and output_size[1] <= size[1]:
+        return encoder.pooled(output_size)
+    out = encoder.whole(frequencies)
+    if output_size == size:
+        return out
+    return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
+
+
+class _Encoder:
+    """The passes over the images' pixels up to the last normalisation, whose statistics are known then."""
+
+    def __init__(self, pixels: Tensor, parameters: EncoderParameters) -> None:
+        from anyup.kernels.pixel_encoder_passes import HalfBlock, Source
+
+        batch, height, width, inputs = pixels.shape
+        self._size = (height, width)
+        self._dim = parameters.block1.weight1.shape[0]
+        self._dtype, self._device = pixels.dtype, pixels.device
+        self._inputs = 0 if parameters.projection is None else inputs
+        projection = None if parameters.projection is None else parameters.projection.contiguous()
+        flat = pixels.flatten(1, 2)  # a view where rows follow each other
+        if projection is None:
+            flat = flat.contiguous()
+        block1, block2 = parameters.block1, parameters.block2
+        source = Source(flat, projection)
+        norm1 = self._measure(source, (), *block1[:2])
+        first = HalfBlock(norm1, block1.weight1.contiguous())
+        norm2 = self._measure(source, (first,), *block1[3:5])
+        self._map = pixels.new_empty(batch, height * width, self._dim)
+        second = HalfBlock(norm2, block1.weight2.contiguous())
+        norm3 = self._measure(source, (first, second), *block2[:2], out=self._map)
+        self._third = HalfBlock(norm3, block2.weight1.contiguous())
+        self._norm4 = self._measure(Source(self._map, None), (self._third,), *block2[3:5])
+        self._weight4 = block2.weight2.contiguous()
+
+    def whole(self, frequencies: Tensor | None) -> Tensor:
+        """(B, H, W, D), rotated where there are frequencies."""
+        from anyup.kernels.pixel_encoder_passes import HalfBlock, Source, plan_pass
+
+        halves = (self._third, HalfBlock(self._norm4, self._weight4))
+        frequencies = None if frequencies is None else frequencies.contiguous()
+
+        def run(config: Any) -> None:
+            plan_pass(
+                Source(self._map, None), halves,
+                parts=None, out=self._map, frequencies=frequencies, size=self._size, precision=dot_precision(),
+                config=config,
+            )()  # fmt: skip
+
+        # A launch that fails has written nothing: the next cut finds the map as it was.
+        self._run("apply", run, rotates=frequencies is not None)
+        return self._map.unflatten(1, self._size)
+
+    def pooled(self, cells: tuple[int, int]) -> Tensor:
+        """(B, h, w, D), averaged over cells."""
+        from anyup.kernels.pixel_encoder_config import padded
+        from anyup.kernels.pixel_encoder_passes import plan_pool
+
+        means = torch.empty(
+            len(self._map), cells[0] * cells[1], 2, padded(self._dim), dtype=torch.float32, device=self._device
+        )
+
+        def run(config: Any) -> None:
+            plan_pool(
+                self._map, self._third, self._norm4, means,
+                size=self._size, cells=cells, precision=dot_precision(), config=config,
+            )()  # fmt: skip
+
+        self._run("pool", run)
+        passed, activated = means[..., : self._dim].unbind(2)
+        return (passed + activated @ self._weight4.float().T).to(self._dtype).unflatten(1, cells)
+
+    def _measure(
+        self,
+        source: Source,
+        halves: tuple[HalfBlock, ...],
+        weight: Tensor,
+        bias: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The normalisation (B, 3, D padded) of what a pass makes, which goes to `out`."""
+        from anyup.kernels.pixel_encoder_config import padded
+        from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
+        from anyup.kernels.pixel_encoder_statistics import plan_statistics
+
+        batch, count = source.pixels.shape[:2]
+        norm = torch.zeros(batch, 3, padded(self._dim), dtype=torch.float32, device=self._device)
+
+        def run(config: Any) -> None:
+            parts = allocate_parts(batch, count, self._dim, config, self._device)
+            plan_pass(
+                source, halves,
+                parts=parts, out=out, size=self._size, precision=dot_precision(), config=config,
+            )()  # fmt: skip
+            plan_statistics(
+                parts, weight.contiguous(), bias.contiguous(), norm, count=count, pixels=config.pixels, eps=EPS
+            )()
+
+        self._run("measure", run, halves=len(halves), projects=source.projection is not None, stores=out is not None)
+        return norm
+
+    def _run(self, name: str, run: Callable[[Any], None], **known: Hashable) -> None:
+        from anyup.kernels.pixel_encoder_config import encoder_configs
+
+        kernel = ("pixel_encoder", name, self._device, self._dtype, self._dim, self._inputs, dot_precision())
+        run_first(run, encoder_configs(self._dim, self._dtype), kernel=(*kernel, *known.items()))

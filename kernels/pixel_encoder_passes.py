@@ -1,0 +1,312 @@
+"""The pixel encoder: half blocks y = W silu(gn(x)) over a map, each normalisation known before the map is read.
+
+x0 = P p, x1 = x0 + W2 silu(n2(y1)), y1 = W1 silu(n1(x0)), x2 = x1 + W4 silu(n4(y2)), y2 = W3 silu(n3(x1)), p a pixel of
+the input. A normalisation's statistics are over the whole map, so the map is read once for each; between two of them
+everything is pixelwise. Of x0, y1, x1, y2 only x1 is stored, the others are made again in each pass: a map in half
+precision costs 256 bytes a pixel to read, a product 2 * 128 * 128 operations, less than that on a matrix unit. The
+passes, and their bytes a pixel in half precision at D = 128, for an input of 3 channels (of 128 channels):
+
+    statistics of x0       read p                6 (256)
+    statistics of y1       read p                6 (256)
+    x1 and its statistics  read p, write x1    262 (512)
+    statistics of y2       read x1             256
+    x2                     read and write      512, or read x1 and write the small grid: 256
+
+One map is alive beside the input: x2 replaces x1 where it is. A pass leaves mean and squared deviation of each channel
+over each of its tiles; `pixel_encoder_statistics.py` joins them. The last product commutes with the pooling.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .pixel_encoder_config import EncoderConfig, padded
+
+SIZES = (
+    "count",
+    "tiles",
+    "width",
+    "height",
+    "cells_high",
+    "cells_wide",
+    "image_stride",
+    "pixel_stride",
+    "channel_stride",
+)
+
+
+class HalfBlock(NamedTuple):
+    """y = weight silu(norm(x))."""
+
+    norm: Tensor  # (B, 3, D padded) float32: centre, scale and shift of each channel
+    weight: Tensor  # (D, D)
+
+
+class Source(NamedTuple):
+    """What a pass reads: a contiguous map (B, n, D), or an input (B, n, Cin) of any strides and what projects it."""
+
+    pixels: Tensor
+    projection: Tensor | None  # (D, Cin)
+
+
+@triton.jit
+def load_matrix(weight, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transpose of a contiguous (rows, columns) matrix, zero beyond it: (COLUMNS, ROWS)."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    exists = (row < rows)[None, :] & (column < columns)[:, None]
+    return tl.load(weight + row[None, :] * columns + column[:, None], mask=exists, other=0.0)
+
+
+@triton.jit
+def activated(x, norm, DIM: tl.constexpr):
+    """silu of pixels (n, DIM) in float32, normalised by centre, scale and shift (3, DIM)."""
+    channel = tl.arange(0, DIM)
+    center, scale, shift = tl.load(norm + channel), tl.load(norm + DIM + channel), tl.load(norm + 2 * DIM + channel)
+    normed = (x - center[None, :]) * scale[None, :] + shift[None, :]
+    return normed / (1.0 + tl.exp(-normed))
+
+
+@triton.jit
+def half_block(x, norm, weight, channels, dtype: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr):
+    """weight silu(norm(x)) of pixels (n, DIM) in float32."""
+    matrix = load_matrix(weight, channels, channels, DIM, DIM)
+    return tl.dot(activated(x, norm, DIM).to(dtype), matrix, input_precision=PRECISION)
+
+
+@triton.jit
+def load_pixels(
+    pixels, projection, number, exists, channels, inputs, pixel_stride, channel_stride,
+    DIM: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x0 (n, DIM) of an input's pixels (with INPUTS), or a map's pixels, in float32; zero where none exist."""
+    if INPUTS > 0:
+        channel = tl.arange(0, INPUTS)
+        place = pixels + number[:, None] * pixel_stride + channel[None, :].to(tl.int64) * channel_stride
+        values = tl.load(place, mask=exists[:, None] & (channel < inputs)[None, :], other=0.0)
+        matrix = load_matrix(projection, channels, inputs, DIM, INPUTS)
+        return tl.dot(values, matrix, input_precision=PRECISION)
+    else:
+        channel = tl.arange(0, DIM)
+        place = pixels + number[:, None] * channels + channel[None, :]  # contiguous
+        return tl.load(place, mask=exists[:, None] & (channel < channels)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rotated(x, number, frequencies, width, height, channels, DIM: tl.constexpr):
+    """The halves (n, DIM / 2) of x cos(angle) + rotate_half(x) sin(angle), linear in row and column from 0 to 1."""
+    first, second = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, DIM // 2)), (0, 2, 1)))
+    channel = tl.arange(0, DIM // 2)
+    row = tl.div_rn((number // width).to(tl.float32), tl.maximum(height - 1, 1).to(tl.float32))[:, None]
+    column = tl.div_rn((number % width).to(tl.float32), tl.maximum(width - 1, 1).to(tl.float32))[:, None]
+    down, across = frequencies + channel, frequencies + channels + channel
+    angle = row * tl.load(down).to(tl.float32)[None, :] + column * tl.load(across).to(tl.float32)[None, :]
+    turned_first = first * tl.cos(angle) - second * tl.sin(angle)
+    half = DIM // 2
+    angle = row * tl.load(down + half).to(tl.float32)[None, :] + column * tl.load(across + half).to(tl.float32)[None, :]
+    return turned_first, second * tl.cos(angle) + first * tl.sin(angle)
+
+
+@triton.jit
+def store_part(part, y, exists, existing, DIM: tl.constexpr):
+    """Mean and summed squared deviation of each channel over a tile's pixels, (2, DIM), in two passes over them."""
+    channel = tl.arange(0, DIM)
+    mean = tl.sum(tl.where(exists[:, None], y, 0.0), axis=0) / existing
+    deviation = tl.where(exists[:, None], y - mean[None, :], 0.0)
+    tl.store(part + channel, mean)
+    tl.store(part + DIM + channel, tl.sum(deviation * deviation, axis=0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_encoder_pass_kernel(
+    pixels, projection, norm1, weight1, norm2, weight2, frequencies, out, parts,
+    # input or map, (D, Cin), (B, 3, DIM), (D, D), (B, 3, DIM), (D, D), (2, D), (B, n, D), (B, tiles, 2, DIM)
+    count, tiles, width, height, channels, inputs, image_stride, pixel_stride, channel_stride,
+    DIM: tl.constexpr, INPUTS: tl.constexpr, HALVES: tl.constexpr, PIXELS: tl.constexpr, MEASURES: tl.constexpr,
+    STORES: tl.constexpr, ROTATES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """PIXELS pixels of an image through HALVES half blocks, with the residual after two; grid: the tiles of all images.
+
+    MEASURES: leave the tile's statistics in `parts`. STORES: put the result into `out`, ROTATES: rotated.
+    """
+    image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    number = tile * PIXELS + tl.arange(0, PIXELS)
+    exists = number < count
+    dtype: tl.constexpr = pixels.dtype.element_ty
+    mine = pixels + image * image_stride
+    x = load_pixels(
+        mine, projection, number.to(tl.int64), exists, channels, inputs, pixel_stride, channel_stride,
+        DIM, INPUTS, PRECISION,
+    )  # fmt: skip
+    y = x
+    if HALVES > 0:
+        y = half_block(x, norm1 + image * 3 * DIM, weight1, channels, dtype, DIM, PRECISION)
+    if HALVES > 1:
+        y = x + half_block(y, norm2 + image * 3 * DIM, weight2, channels, dtype, DIM, PRECISION)
+    if MEASURES:
+        existing = tl.minimum(count - tile * PIXELS, PIXELS).to(tl.float32)
+        store_part(parts + (image * tiles + tile) * 2 * DIM, y, exists, existing, DIM)
+    if STORES:
+        place = out + image * count * channels + number.to(tl.int64)[:, None] * channels
+        if ROTATES:
+            # A rotation has as many channels as it is wide: its halves are halves of the tile.
+            first, second = rotated(y, number, frequencies, width, height, channels, DIM)
+            channel = tl.arange(0, DIM // 2)
+            tl.store(place + channel[None, :], first.to(dtype), mask=exists[:, None])
+            tl.store(place + DIM // 2 + channel[None, :], second.to(dtype), mask=exists[:, None])
+        else:
+            channel = tl.arange(0, DIM)
+            tl.store(place + channel[None, :], y.to(dtype), mask=exists[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_encoder_pool_kernel(
+    pixels, norm1, weight1, norm2, out,
+    # (B, n, D), (B, 3, DIM), (D, D), (B, 3, DIM), (B, cells, 2, DIM) float32
+    count, width, height, cells_high, cells_wide, channels,
+    DIM: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The means over one cell of x and of silu(norm2(weight1 silu(norm1(x)))); grid: the cells of all images.
+
+    The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h).
+    """
+    cells = cells_high * cells_wide
+    image, cell = (tl.program_id(0) // cells).to(tl.int64), tl.program_id(0) % cells
+    row, column = cell // cells_wide, cell % cells_wide
+    top, left = row * height // cells_high, column * width // cells_wide
+    rows = ((row + 1) * height + cells_high - 1) // cells_high - top
+    columns = ((column + 1) * width + cells_wide - 1) // cells_wide - left
+    dtype: tl.constexpr = pixels.dtype.element_ty
+    norm1 += image * 3 * DIM
+    norm2 += image * 3 * DIM
+    mine = pixels + image * count * channels
+    passed, active = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    for first in tl.range(0, rows * columns, PIXELS):
+        index = first + tl.arange(0, PIXELS)
+        exists = index < rows * columns
+        number = ((top + index // columns) * width + left + index % columns).to(tl.int64)
+        x = load_pixels(mine, mine, number, exists, channels, 0, 0, 0, DIM, 0, PRECISION)
+        y = half_block(x, norm1, weight1, channels, dtype, DIM, PRECISION)
+        passed += tl.sum(x, axis=0)
+        active += tl.sum(tl.where(exists[:, None], activated(y, norm2, DIM), 0.0), axis=0)
+    pixels_of_cell = (rows * columns).to(tl.float32)
+    place = out + (image * cells + cell) * 2 * DIM + tl.arange(0, DIM)
+    tl.store(place, passed / pixels_of_cell)
+    tl.store(place + DIM, active / pixels_of_cell)
+
+
+def plan_pass(
+    source: Source,
+    halves: tuple[HalfBlock, ...],
+    *,
+    parts: Tensor | None,
+    out: Tensor | None,
+    frequencies: Tensor | None = None,
+    size: tuple[int, int],
+    precision: str,
+    config: EncoderConfig,
+) -> Launch:
+    """The launch of one pass over the pixels of maps of `size` (H, W).
+
+    Args:
+        source: what is read, of the dtype that is worked and stored in.
+        halves: none, one or two half blocks; two make a block, with its residual.
+        parts: (B, tiles, 2, D padded) float32, takes the statistics of the result, as many tiles as the config makes.
+        out: (B, n, D), contiguous, takes the result; it may be the map that is read.
+        frequencies: (2, D), rotate what is stored.
+        precision: of products of float32; Triton's `input_precision`.
+        config: how to cut the work.
+    """
+    pixels, projection = source
+    batch, count, _ = pixels.shape
+    channels = (pixels if projection is None else projection).shape[2 if projection is None else 0]
+    dim = padded(channels)
+    inputs = 0 if projection is None else pixels.shape[2]
+    nothing = pixels  # for pointers that are not followed
+    weights: list[Tensor] = []
+    for number in range(2):
+        weights += halves[number] if number < len(halves) else (nothing, nothing)
+    tiles = triton.cdiv(count, config.pixels)
+    return Launch(
+        kernel=_pixel_encoder_pass_kernel,
+        grid=(batch * tiles,),
+        arguments={
+            "pixels": pixels,
+            "projection": nothing if projection is None else projection,
+            **dict(zip(("norm1", "weight1", "norm2", "weight2"), weights, strict=True)),
+            "frequencies": nothing if frequencies is None else frequencies,
+            "out": nothing if out is None else out,
+            "parts": nothing if parts is None else parts,
+            "count": count,
+            "tiles": tiles,
+            "width": size[1],
+            "height": size[0],
+            "channels": channels,
+            "inputs": inputs,
+            **dict(zip(("image_stride", "pixel_stride", "channel_stride"), pixels.stride(), strict=True)),
+        },
+        constants={
+            "DIM": dim,
+            "INPUTS": padded(inputs) if inputs else 0,
+            "HALVES": len(halves),
+            "PIXELS": config.pixels,
+            "MEASURES": parts is not None,
+            "STORES": out is not None,
+            "ROTATES": frequencies is not None,
+            "PRECISION": precision,
+        },
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def plan_pool(
+    pixels: Tensor,
+    half: HalfBlock,
+    norm: Tensor,
+    out: Tensor,
+    *,
+    size: tuple[int, int],
+    cells: tuple[int, int],
+    precision: str,
+    config: EncoderConfig,
+) -> Launch:
+    """The launch that fills `out` (B, cells, 2, D padded) with the means over cells of maps (B, n, D) of `size`.
+
+    Args:
+        pixels: x, contiguous.
+        half: of the last block's first half.
+        norm: of the second, (B, 3, D padded).
+        out: float32: means of x, and of the second half's activations, which its weight is still to be applied to.
+        size, cells: (H, W) of the map and (h, w) of the pooled one.
+    """
+    batch, count, channels = pixels.shape
+    return Launch(
+        kernel=_pixel_encoder_pool_kernel,
+        grid=(batch * cells[0] * cells[1],),
+        arguments={
+            "pixels": pixels,
+            "norm1": half.norm,
+            "weight1": half.weight,
+            "norm2": norm,
+            "out": out,
+            "count": count,
+            "width": size[1],
+            "height": size[0],
+            "cells_high": cells[0],
+            "cells_wide": cells[1],
+            "channels": channels,
+        },
+        constants={"DIM": padded(channels), "PIXELS": config.pixels, "PRECISION": precision},
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def allocate_parts(batch: int, count: int, channels: int, config: EncoderConfig, device: torch.device) -> Tensor:
+    """Room for the statistics of each tile: (B, tiles, 2, D padded)."""
+    tiles = triton.cdiv(count, config.pixels)
+    return torch.empty(batch, tiles, 2, padded(channels), dtype=torch.float32, device=device)
