@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .config import Target
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -29,8 +31,8 @@ class EncoderConfig:
             raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
 
-MOST_CHANNELS = 256
-"""A pixel's channels stay in registers."""
+MOST_CHANNELS = 128
+"""A pixel's channels stay in registers, and a weight in shared memory."""
 
 
 def padded(channels: int) -> int:
@@ -38,11 +40,22 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def encoder_configs(channels: int, dtype: torch.dtype) -> list[EncoderConfig]:
-    """Cuts, best first; what comes later asks less of a card."""
-    dim = padded(channels)
-    if dtype == torch.float32:
-        first = EncoderConfig(32 if dim > 128 else 64, num_warps=8)
+def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[EncoderConfig]:
+    """Cuts, best first; what comes later asks less of a card. They were chosen by `python -m benchmarks.codegen`.
+
+    `kind` is "pass", or one of the passes that need more registers, "rotate" and "pool". In half precision at 128
+    channels none spills a register on any target. In float32 the last pass and the pooling spill up to 256 bytes.
+    """
+    least = EncoderConfig(16, num_warps=8)
+    if target.backend == "hip":
+        return [EncoderConfig(16, num_warps=4), least]
+    if dtype.itemsize > 2:
+        return [least]
+    narrow = EncoderConfig(32, num_warps=8)
+    if target.arch in (90, 100):  # whose matrix units take 64 pixels for each four warps
+        first = EncoderConfig(128, num_warps=8)
+        if kind != "pass":
+            first = narrow if target.arch == 90 else EncoderConfig(64, num_warps=8)
     else:
-        first = EncoderConfig(64 if dim > 128 else 128, num_warps=8)
-    return [first, EncoderConfig(32, num_warps=8), EncoderConfig(16, num_warps=8)]
+        first = EncoderConfig(64, num_warps=8) if kind == "pass" else narrow
+    return [first, narrow, least] if first != narrow else [narrow, least]

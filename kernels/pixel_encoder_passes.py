@@ -52,7 +52,19 @@ class Source(NamedTuple):
     """What a pass reads: a contiguous map (B, n, D), or an input (B, n, Cin) of any strides and what projects it."""
 
     pixels: Tensor
-    projection: Tensor | None  # (D, Cin)
+    projection: Tensor | None  # (D, Cin); of a map None, or the identity, see `map_source`
+
+
+def map_source(pixels: Tensor) -> Source:
+    """A contiguous map (B, n, D) as a source.
+
+    In half precision a product with the identity, which is exact, brings it into the layout that the other products'
+    results have. Otherwise the compiler moves the change of layout to the front and lets several warps activate the
+    same pixels: two to three times the instructions.
+    """
+    if pixels.element_size() > 2:
+        return Source(pixels, None)
+    return Source(pixels, torch.eye(pixels.shape[2], dtype=pixels.dtype, device=pixels.device))
 
 
 @triton.jit
@@ -98,18 +110,31 @@ def load_pixels(
 
 
 @triton.jit
-def rotated(x, number, frequencies, width, height, channels, DIM: tl.constexpr):
-    """The halves (n, DIM / 2) of x cos(angle) + rotate_half(x) sin(angle), linear in row and column from 0 to 1."""
-    first, second = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, DIM // 2)), (0, 2, 1)))
-    channel = tl.arange(0, DIM // 2)
-    row = tl.div_rn((number // width).to(tl.float32), tl.maximum(height - 1, 1).to(tl.float32))[:, None]
-    column = tl.div_rn((number % width).to(tl.float32), tl.maximum(width - 1, 1).to(tl.float32))[:, None]
-    down, across = frequencies + channel, frequencies + channels + channel
-    angle = row * tl.load(down).to(tl.float32)[None, :] + column * tl.load(across).to(tl.float32)[None, :]
-    turned_first = first * tl.cos(angle) - second * tl.sin(angle)
-    half = DIM // 2
-    angle = row * tl.load(down + half).to(tl.float32)[None, :] + column * tl.load(across + half).to(tl.float32)[None, :]
-    return turned_first, second * tl.cos(angle) + first * tl.sin(angle)
+def rotated(
+    y, active, pixels, weight, tables, number, exists, width, height, channels,
+    DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y cos(angle) + rotate_half(y) sin(angle) of y = x + weight active, pixels (n, DIM) of a map.
+
+    rotate_half(y) is made as y is, from x and the rows of the weight in the order that it asks for: nothing changes
+    places between threads.
+    """
+    channel = tl.arange(0, DIM)
+    half = channels // 2
+    partner = tl.where(channel < half, channel + half, channel - half)
+    known = channel < channels
+    place = weight + partner[None, :] * channels + channel[:, None]
+    matrix = tl.load(place, mask=known[None, :] & known[:, None], other=0.0)
+    other = tl.dot(active, matrix, input_precision=PRECISION)
+    place = pixels + number.to(tl.int64)[:, None] * channels + partner[None, :]
+    other += tl.load(place, mask=exists[:, None] & known[None, :], other=0.0).to(tl.float32)
+    other = tl.where((channel < half)[None, :], -other, other)
+    # The angle is the sum of a row's and a column's.
+    down = tables + (number // width)[:, None] * (2 * DIM) + channel[None, :]
+    across = tables + (height + number % width)[:, None] * (2 * DIM) + channel[None, :]
+    row_cos, row_sin = tl.load(down), tl.load(down + DIM)
+    column_cos, column_sin = tl.load(across), tl.load(across + DIM)
+    return y * (row_cos * column_cos - row_sin * column_sin) + other * (row_sin * column_cos + row_cos * column_sin)
 
 
 @triton.jit
@@ -124,8 +149,8 @@ def store_part(part, y, exists, existing, DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pass_kernel(
-    pixels, projection, norm1, weight1, norm2, weight2, frequencies, out, parts,
-    # input or map, (D, Cin), (B, 3, DIM), (D, D), (B, 3, DIM), (D, D), (2, D), (B, n, D), (B, tiles, 2, DIM)
+    pixels, projection, norm1, weight1, norm2, weight2, tables, out, parts,
+    # input or map, (D, Cin), (B, 3, DIM), (D, D), (B, 3, DIM), (D, D), (H + W, 2, DIM), (B, n, D), (B, tiles, 2, DIM)
     count, tiles, width, height, channels, inputs, image_stride, pixel_stride, channel_stride,
     DIM: tl.constexpr, INPUTS: tl.constexpr, HALVES: tl.constexpr, PIXELS: tl.constexpr, MEASURES: tl.constexpr,
     STORES: tl.constexpr, ROTATES: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,29 +172,46 @@ def _pixel_encoder_pass_kernel(
     if HALVES > 0:
         y = half_block(x, norm1 + image * 3 * DIM, weight1, channels, dtype, DIM, PRECISION)
     if HALVES > 1:
-        y = x + half_block(y, norm2 + image * 3 * DIM, weight2, channels, dtype, DIM, PRECISION)
+        active = activated(y, norm2 + image * 3 * DIM, DIM).to(dtype)
+        matrix = load_matrix(weight2, channels, channels, DIM, DIM)
+        y = x + tl.dot(active, matrix, input_precision=PRECISION)
+        if ROTATES:
+            # Past an image's last pixel the tables end.
+            at = tl.minimum(number, count - 1)
+            y = rotated(y, active, mine, weight2, tables, at, exists, width, height, channels, DIM, PRECISION)
     if MEASURES:
         existing = tl.minimum(count - tile * PIXELS, PIXELS).to(tl.float32)
         store_part(parts + (image * tiles + tile) * 2 * DIM, y, exists, existing, DIM)
     if STORES:
-        place = out + image * count * channels + number.to(tl.int64)[:, None] * channels
         if ROTATES:
-            # A rotation has as many channels as it is wide: its halves are halves of the tile.
-            first, second = rotated(y, number, frequencies, width, height, channels, DIM)
-            channel = tl.arange(0, DIM // 2)
-            tl.store(place + channel[None, :], first.to(dtype), mask=exists[:, None])
-            tl.store(place + DIM // 2 + channel[None, :], second.to(dtype), mask=exists[:, None])
-        else:
-            channel = tl.arange(0, DIM)
-            tl.store(place + channel[None, :], y.to(dtype), mask=exists[:, None] & (channel < channels)[None, :])
+            tl.debug_barrier()  # `out` may be the map, whose pixels other threads have read as partners
+        place = out + image * count * channels + number.to(tl.int64)[:, None] * channels
+        channel = tl.arange(0, DIM)
+        tl.store(place + channel[None, :], y.to(dtype), mask=exists[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_encoder_angles_kernel(frequencies, tables, height, width, channels, DIM: tl.constexpr):
+    """Cosines and sines (2, DIM) of a row's or a column's angles, coordinates from 0 to 1 times (2, D); grid: H + W."""
+    number = tl.program_id(0)
+    channel = tl.arange(0, DIM)
+    if number < height:
+        coordinate = tl.div_rn(number.to(tl.float32), tl.maximum(height - 1, 1).to(tl.float32))
+    else:
+        coordinate = tl.div_rn((number - height).to(tl.float32), tl.maximum(width - 1, 1).to(tl.float32))
+    axis = tl.where(number < height, 0, channels)
+    angle = coordinate * tl.load(frequencies + axis + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    place = tables + number * (2 * DIM) + channel
+    tl.store(place, tl.cos(angle))
+    tl.store(place + DIM, tl.sin(angle))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pool_kernel(
-    pixels, norm1, weight1, norm2, out,
-    # (B, n, D), (B, 3, DIM), (D, D), (B, 3, DIM), (B, cells, 2, DIM) float32
+    pixels, projection, norm1, weight1, norm2, out,
+    # (B, n, D), (D, D), (B, 3, DIM), (D, D), (B, 3, DIM), (B, cells, 2, DIM) float32
     count, width, height, cells_high, cells_wide, channels,
-    DIM: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, INPUTS: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The means over one cell of x and of silu(norm2(weight1 silu(norm1(x)))); grid: the cells of all images.
 
@@ -190,7 +232,7 @@ def _pixel_encoder_pool_kernel(
         index = first + tl.arange(0, PIXELS)
         exists = index < rows * columns
         number = ((top + index // columns) * width + left + index % columns).to(tl.int64)
-        x = load_pixels(mine, mine, number, exists, channels, 0, 0, 0, DIM, 0, PRECISION)
+        x = load_pixels(mine, projection, number, exists, channels, channels, channels, 1, DIM, INPUTS, PRECISION)
         y = half_block(x, norm1, weight1, channels, dtype, DIM, PRECISION)
         passed += tl.sum(x, axis=0)
         active += tl.sum(tl.where(exists[:, None], activated(y, norm2, DIM), 0.0), axis=0)
@@ -206,7 +248,7 @@ def plan_pass(
     *,
     parts: Tensor | None,
     out: Tensor | None,
-    frequencies: Tensor | None = None,
+    tables: Tensor | None = None,
     size: tuple[int, int],
     precision: str,
     config: EncoderConfig,
@@ -218,7 +260,7 @@ def plan_pass(
         halves: none, one or two half blocks; two make a block, with its residual.
         parts: (B, tiles, 2, D padded) float32, takes the statistics of the result, as many tiles as the config makes.
         out: (B, n, D), contiguous, takes the result; it may be the map that is read.
-        frequencies: (2, D), rotate what is stored.
+        tables: (H + W, 2, D padded) of `plan_angles`: rotate what is stored; after two half blocks of a map.
         precision: of products of float32; Triton's `input_precision`.
         config: how to cut the work.
     """
@@ -239,7 +281,7 @@ def plan_pass(
             "pixels": pixels,
             "projection": nothing if projection is None else projection,
             **dict(zip(("norm1", "weight1", "norm2", "weight2"), weights, strict=True)),
-            "frequencies": nothing if frequencies is None else frequencies,
+            "tables": nothing if tables is None else tables,
             "out": nothing if out is None else out,
             "parts": nothing if parts is None else parts,
             "count": count,
@@ -257,7 +299,7 @@ def plan_pass(
             "PIXELS": config.pixels,
             "MEASURES": parts is not None,
             "STORES": out is not None,
-            "ROTATES": frequencies is not None,
+            "ROTATES": tables is not None,
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -265,7 +307,7 @@ def plan_pass(
 
 
 def plan_pool(
-    pixels: Tensor,
+    source: Source,
     half: HalfBlock,
     norm: Tensor,
     out: Tensor,
@@ -278,18 +320,20 @@ def plan_pool(
     """The launch that fills `out` (B, cells, 2, D padded) with the means over cells of maps (B, n, D) of `size`.
 
     Args:
-        pixels: x, contiguous.
+        source: x, a map.
         half: of the last block's first half.
         norm: of the second, (B, 3, D padded).
         out: float32: means of x, and of the second half's activations, which its weight is still to be applied to.
         size, cells: (H, W) of the map and (h, w) of the pooled one.
     """
+    pixels, projection = source
     batch, count, channels = pixels.shape
     return Launch(
         kernel=_pixel_encoder_pool_kernel,
         grid=(batch * cells[0] * cells[1],),
         arguments={
             "pixels": pixels,
+            "projection": pixels if projection is None else projection,
             "norm1": half.norm,
             "weight1": half.weight,
             "norm2": norm,
@@ -301,8 +345,30 @@ def plan_pool(
             "cells_wide": cells[1],
             "channels": channels,
         },
-        constants={"DIM": padded(channels), "PIXELS": config.pixels, "PRECISION": precision},
+        constants={
+            "DIM": padded(channels),
+            "INPUTS": 0 if projection is None else padded(channels),
+            "PIXELS": config.pixels,
+            "PRECISION": precision,
+        },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def plan_angles(frequencies: Tensor, tables: Tensor, *, size: tuple[int, int]) -> Launch:
+    """The launch that fills `tables` (H + W, 2, D padded) float32 for `frequencies` (2, D), contiguous."""
+    return Launch(
+        kernel=_pixel_encoder_angles_kernel,
+        grid=(sum(size),),
+        arguments={
+            "frequencies": frequencies,
+            "tables": tables,
+            "height": size[0],
+            "width": size[1],
+            "channels": frequencies.shape[1],
+        },
+        constants={"DIM": padded(frequencies.shape[1])},
+        options={"num_warps": 1, "num_stages": 1},
     )
 
 

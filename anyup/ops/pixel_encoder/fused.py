@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
-from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets
+from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets, target
 from anyup.ops.pixel_encoder.problem import EPS, EncoderParameters, PixelEncoderProblem
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ def unsupported(problem: PixelEncoderProblem) -> list[str]:
         reasons.append("pixels are bfloat16, which Triton's interpreter multiplies wrongly")
     for name, channels in (("map", problem.dim), ("input", problem.input_dim)):
         if channels > MOST_CHANNELS:
-            reasons.append(f"the {name} has {channels} channels, at most {MOST_CHANNELS} (a pixel stays in registers)")
-    if problem.rotates and (problem.dim < 16 or problem.dim & (problem.dim - 1)):
-        reasons.append(f"{problem.dim} channels are rotated, a power of two of at least 16 is needed")
+            reasons.append(f"the {name} has {channels} channels, at most {MOST_CHANNELS} (they stay on the chip)")
     return reasons
 
 
@@ -63,7 +61,7 @@ class _Encoder:
     """The passes over the images' pixels up to the last normalisation, whose statistics are known then."""
 
     def __init__(self, pixels: Tensor, parameters: EncoderParameters) -> None:
-        from anyup.kernels.pixel_encoder_passes import HalfBlock, Source
+        from anyup.kernels.pixel_encoder_passes import HalfBlock, Source, map_source
 
         batch, height, width, inputs = pixels.shape
         self._size = (height, width)
@@ -72,10 +70,8 @@ class _Encoder:
         self._inputs = 0 if parameters.projection is None else inputs
         projection = None if parameters.projection is None else parameters.projection.contiguous()
         flat = pixels.flatten(1, 2)  # a view where rows follow each other
-        if projection is None:
-            flat = flat.contiguous()
         block1, block2 = parameters.block1, parameters.block2
-        source = Source(flat, projection)
+        source = map_source(flat.contiguous()) if projection is None else Source(flat, projection)
         norm1 = self._measure(source, (), *block1[:2])
         first = HalfBlock(norm1, block1.weight1.contiguous())
         norm2 = self._measure(source, (first,), *block1[3:5])
@@ -83,26 +79,36 @@ class _Encoder:
         second = HalfBlock(norm2, block1.weight2.contiguous())
         norm3 = self._measure(source, (first, second), *block2[:2], out=self._map)
         self._third = HalfBlock(norm3, block2.weight1.contiguous())
-        self._norm4 = self._measure(Source(self._map, None), (self._third,), *block2[3:5])
+        self._stored = map_source(self._map)
+        self._norm4 = self._measure(self._stored, (self._third,), *block2[3:5])
         self._weight4 = block2.weight2.contiguous()
 
     def whole(self, frequencies: Tensor | None) -> Tensor:
         """(B, H, W, D), rotated where there are frequencies."""
-        from anyup.kernels.pixel_encoder_passes import HalfBlock, Source, plan_pass
+        from anyup.kernels.pixel_encoder_passes import HalfBlock, plan_pass
 
         halves = (self._third, HalfBlock(self._norm4, self._weight4))
-        frequencies = None if frequencies is None else frequencies.contiguous()
+        tables = None if frequencies is None else self._angles(frequencies)
 
         def run(config: Any) -> None:
             plan_pass(
-                Source(self._map, None), halves,
-                parts=None, out=self._map, frequencies=frequencies, size=self._size, precision=dot_precision(),
+                self._stored, halves,
+                parts=None, out=self._map, tables=tables, size=self._size, precision=dot_precision(),
                 config=config,
             )()  # fmt: skip
 
         # A launch that fails has written nothing: the next cut finds the map as it was.
-        self._run("apply", run, rotates=frequencies is not None)
+        self._run("apply", run, kind="pass" if tables is None else "rotate")
         return self._map.unflatten(1, self._size)
+
+    def _angles(self, frequencies: Tensor) -> Tensor:
+        from anyup.kernels.pixel_encoder_config import padded
+        from anyup.kernels.pixel_encoder_passes import plan_angles
+
+        shape = (sum(self._size), 2, padded(self._dim))
+        tables = torch.empty(shape, dtype=torch.float32, device=self._device)
+        self._run("angles", lambda _: plan_angles(frequencies.contiguous(), tables, size=self._size)())
+        return tables
 
     def pooled(self, cells: tuple[int, int]) -> Tensor:
         """(B, h, w, D), averaged over cells."""
@@ -115,11 +121,11 @@ class _Encoder:
 
         def run(config: Any) -> None:
             plan_pool(
-                self._map, self._third, self._norm4, means,
+                self._stored, self._third, self._norm4, means,
                 size=self._size, cells=cells, precision=dot_precision(), config=config,
             )()  # fmt: skip
 
-        self._run("pool", run)
+        self._run("pool", run, kind="pool")
         passed, activated = means[..., : self._dim].unbind(2)
         return (passed + activated @ self._weight4.float().T).to(self._dtype).unflatten(1, cells)
 
@@ -152,8 +158,9 @@ class _Encoder:
         self._run("measure", run, halves=len(halves), projects=source.projection is not None, stores=out is not None)
         return norm
 
-    def _run(self, name: str, run: Callable[[Any], None], **known: Hashable) -> None:
+    def _run(self, name: str, run: Callable[[Any], None], *, kind: str = "pass", **known: Hashable) -> None:
         from anyup.kernels.pixel_encoder_config import encoder_configs
 
         kernel = ("pixel_encoder", name, self._device, self._dtype, self._dim, self._inputs, dot_precision())
-        run_first(run, encoder_configs(self._dim, self._dtype), kernel=(*kernel, *known.items()))
+        configs = encoder_configs(kind, self._dtype, target(self._device))
+        run_first(run, configs, kernel=(*kernel, kind, *known.items()))
