@@ -84,6 +84,11 @@ class Operation:
         self._failures: dict[tuple[str, torch.device, Hashable], str] = {}
         self._warned_of_slow_path = False
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Their names, in order of preference."""
+        return tuple(self._backends)
+
     def explain(self, problem: Any, backend: Backend = None) -> Explanation:
         """Ask every candidate whether it can run `problem`."""
         asked = parse_backend(backend)

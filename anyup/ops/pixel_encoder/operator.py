@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, parse_backend, to_schema
 from anyup.ops.pixel_encoder import problem as problems
 from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters
 
@@ -20,6 +20,8 @@ OPERATION = Operation(
         "reference": lambda: importlib.import_module("anyup.ops.pixel_encoder.reference"),
     },
 )
+
+_FORWARD_ONLY = "triton"
 
 
 def encode_pixels(
@@ -49,6 +51,8 @@ def encode_pixels(
     problems.check(pixels, parameters, frequencies)
     height, width = output_size or (pixels.shape[1], pixels.shape[2])
     projection, block1, block2 = parameters
+    if _wants_gradient(pixels, parameters, frequencies):
+        backend = _differentiable(backend)
     return _forward(pixels, projection, *block1, *block2, frequencies, height, width, to_schema(backend))
 
 
@@ -62,11 +66,26 @@ def explain_backends(
 ) -> Explanation:
     """Which backend `encode_pixels` would choose for these arguments, and why not the others."""
     problems.check(pixels, parameters, frequencies)
-    tensors = (pixels, parameters.projection, *parameters.block1, *parameters.block2, frequencies)
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needs_gradient = _wants_gradient(pixels, parameters, frequencies)
     size = output_size or (pixels.shape[1], pixels.shape[2])
     dim = parameters.block1.weight1.shape[0]
     return OPERATION.explain(problems.describe(pixels, dim, frequencies is not None, size, needs_gradient), backend)
+
+
+def _wants_gradient(pixels: Tensor, parameters: EncoderParameters, frequencies: Tensor | None) -> bool:
+    tensors = (pixels, parameters.projection, *parameters.block1, *parameters.block2, frequencies)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _differentiable(backend: Backend) -> Backend:
+    """The request without the kernels, which have no backward pass: the operator's body does not see what is wanted."""
+    names = parse_backend(backend)
+    if names == (_FORWARD_ONLY,):
+        raise NotImplementedError(
+            f"pixel_encoder: a gradient is wanted, backend {_FORWARD_ONLY!r} has no backward pass: call it under "
+            "torch.no_grad(), or ask for another backend"
+        )
+    return tuple(name for name in names or OPERATION.backends if name != _FORWARD_ONLY)
 
 
 @torch.library.custom_op("anyup::pixel_encoder", mutates_args=())

@@ -1,0 +1,179 @@
+"""The pixel encoder's Triton kernels, in Triton's interpreter, against float64; bfloat16 is in `device/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_close_enough, output_and_gradients
+from recipe import INTERPRETED, fill, wave
+from test_feature_unification_kernels import mutate
+from test_pixel_encoder import SHAPES as ALL
+from test_pixel_encoder import Shape, encoder, parameters_of, tensors_of
+from torch import Tensor
+
+from anyup import AnyUp
+from anyup.ops.pixel_encoder import encode_pixels, explain_backends
+
+pytestmark = INTERPRETED
+
+# Few tiles: each program of the interpreter takes some hundredths of a second.
+SHAPES = {
+    **{name: shape for name, shape in ALL.items() if "several tiles" not in name},
+    "several tiles, batch 2": Shape((9, 17), rotates=True, batch=2),
+    "several tiles, as wide as the input": Shape((9, 17), inputs=16),
+    "pooled to large cells": Shape((21, 19), (2, 3), inputs=16),
+    "channels that are no power of two": Shape((6, 7), dim=24, rotates=True),
+    "channels that are no power of two, pooled": Shape((6, 7), (2, 3), inputs=24, dim=40),
+}
+
+
+def assert_kernels_accurate(shape: Shape, tensors: dict[str, Tensor], **settings: Any) -> None:
+    """Raise an AssertionError unless what the kernels return obeys the error rule."""
+    with torch.no_grad():
+        run = encoder(shape)
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        actual = run(backend="triton", **tensors, **settings)
+        reference, exact = (run(backend="reference", **given) for given in (tensors, wide))
+    assert_close_enough(actual, reference, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_obey_the_error_rule(name: str, dtype: torch.dtype, poisoned_memory: None) -> None:
+    assert_kernels_accurate(SHAPES[name], tensors_of(SHAPES[name], dtype))
+
+
+def test_a_mean_far_from_zero_obeys_the_error_rule() -> None:
+    tensors = tensors_of(SHAPES["image"])
+    assert_kernels_accurate(SHAPES["image"], {**tensors, "pixels": tensors["pixels"] + 50})
+
+
+@pytest.mark.parametrize("name", ["image", "pooled"])
+def test_pixels_of_any_strides_obey_the_error_rule(name: str) -> None:
+    tensors = tensors_of(SHAPES[name])
+    channels_first = tensors["pixels"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert_kernels_accurate(SHAPES[name], {**tensors, "pixels": channels_first})
+    spread = torch.full((1, *(2 * n for n in tensors["pixels"].shape[1:])), torch.nan)[:, ::2, 1::2, ::2]
+    assert_kernels_accurate(SHAPES[name], {**tensors, "pixels": spread.copy_(tensors["pixels"])})
+
+
+@pytest.mark.parametrize("name", ["image", "pooled"])
+def test_the_same_bits_come_from_run_to_run(name: str) -> None:
+    tensors = tensors_of(SHAPES[name])
+    with torch.no_grad():
+        assert torch.equal(*(encoder(SHAPES[name])(backend="triton", **tensors) for _ in range(2)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_of_many_tiles_lose_nothing(offset: float) -> None:
+    """As many pixels as 4096 x 4096 are more tiles than the interpreter is patient with: 100,000 pixels in 16s."""
+    from anyup.kernels.pixel_encoder_statistics import plan_statistics
+
+    count, pixels, dim = 100_003, 16, 16
+    values = torch.randn(count, dim, generator=torch.Generator().manual_seed(0)) * 0.1 + offset
+    tiles = values.split(pixels)
+    parts = torch.stack(
+        [torch.stack((t.mean(0), (t - t.mean(0)).square().sum(0))) for t in (tile.double() for tile in tiles)]
+    )[None].float()
+    norm = torch.zeros(1, 3, dim)
+    weight, bias = torch.full((dim,), 2.0), torch.full((dim,), 0.5)
+    plan_statistics(parts, weight, bias, norm, count=count, pixels=pixels, eps=1e-5)()
+    center, scale, shift = norm[0].double()
+    exact = torch.nn.functional.group_norm(values.double().T[None], 8, weight.double(), bias.double())[0].T
+    found = (values.double() - center) * scale + shift
+    # A tile's mean is rounded to float32.
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5 + offset * 1e-6)
+
+
+def test_only_one_map_is_allocated_beside_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_window_attention import LargestTensor
+
+    from anyup.ops.pixel_encoder import fused
+
+    shape = Shape((40, 40))
+    tensors = tensors_of(shape)
+    monkeypatch.setattr(fused, "run_first", lambda run, configs, kernel: None)  # what is launched allocates nothing
+    with torch.no_grad(), LargestTensor() as seen:
+        out = fused.forward(tensors["pixels"], parameters_of(tensors), frequencies=None, output_size=(40, 40))
+    assert seen.largest == out.numel() == 40 * 40 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 136, "inputs": 3}, "the map has 136 channels, at most 128"),
+        ({"inputs": 129}, "the input has 129 channels, at most 128"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_a_reason(change: dict[str, int], reason: str) -> None:
+    shape = Shape((3, 4))._replace(**change)
+    tensors = tensors_of(shape)
+    explanation = explain_backends(tensors["pixels"], parameters_of(tensors), backend="triton")
+    assert explanation.chosen is None and reason in str(explanation)
+
+
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float64, "float64"), (torch.bfloat16, "bfloat16")])
+def test_a_dtype_that_they_do_not_take_is_a_reason(dtype: torch.dtype, reason: str) -> None:
+    tensors = tensors_of(Shape((3, 4)), dtype)
+    assert f"pixels are {reason}" in str(explain_backends(tensors["pixels"], parameters_of(tensors), backend="triton"))
+
+
+def test_a_gradient_is_a_reason_and_another_backend_gives_it() -> None:
+    shape = SHAPES["image"]
+    tensors = tensors_of(shape)
+    leaf = {**tensors, "pixels": tensors["pixels"].clone().requires_grad_()}
+    assert "a gradient is wanted" in str(explain_backends(leaf["pixels"], parameters_of(leaf), backend="triton"))
+    with pytest.raises(NotImplementedError, match="a gradient is wanted"):
+        encode_pixels(leaf["pixels"], parameters_of(leaf), backend="triton")
+    run = encoder(shape)
+    asked, plain = (output_and_gradients(run, tensors, backend) for backend in (("triton", "torch"), "torch"))
+    assert all(torch.equal(asked[name], plain[name]) for name in plain)
+
+
+def model(**arguments: Any) -> AnyUp:
+    return fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, **arguments), 0).eval()
+
+
+@pytest.mark.parametrize("size", [None, (7, 9)])
+def test_the_whole_upsampler_runs_on_kernels(size: tuple[int, int] | None) -> None:
+    image, features = wave((1, 3, 14, 11), 3, 0.8), wave((1, 16, 4, 3), 7)
+    with torch.no_grad():
+        kernels = model(backend="triton")
+        assert kernels.explain(image, features, size).chosen["pixel_encoder"] == "triton"
+        narrow, exact = model(backend="reference"), model(backend="reference").double()
+        actual, reference = kernels(image, features, size), narrow(image, features, size)
+        assert_close_enough(actual, reference, exact(image.double(), features.double(), size))
+
+
+def test_a_model_that_asks_for_kernels_trains() -> None:
+    image, features = wave((1, 3, 6, 7), 3, 0.8), wave((1, 16, 3, 2), 7)
+    upsampler = model(backend="triton")
+    assert upsampler.explain(image, features).chosen["pixel_encoder"] == "torch"
+    upsampler(image, features).sum().backward()
+    assert upsampler.key_encoder[0].weight.grad is not None
+
+
+# Mutations: what the tests above must notice.
+
+
+MUTATIONS = {
+    "no residual": ("passes", "_pixel_encoder_pass_kernel", "y = x + tl.dot(active", "y = tl.dot(active"),
+    "a sign of the rotation": ("passes", "rotated", "-other, other)", "other, other)"),
+    "a cell too high": ("passes", "_pixel_encoder_pool_kernel", "cells_high - top", "cells_high - top + 1"),
+    "pixels that do not exist": (
+        "passes", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], activated", "tl.where(True, activated",
+    ),
+    "tiles' means for the map's": ("statistics", "_pixel_encoder_statistics_kernel", "+ means * means * pixels", ""),
+    "a centre forgotten": ("passes", "activated", "(x - center[None, :])", "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, right, wrong = MUTATIONS[mutation]
+    mutate(monkeypatch, f"pixel_encoder_{module}", name, right, wrong)
+    shape = SHAPES["pooled to overlapping cells" if "cell" in mutation or "pixels" in mutation else "image"]
+    with pytest.raises(AssertionError, match="result: error"):
+        assert_kernels_accurate(shape, tensors_of(shape))
