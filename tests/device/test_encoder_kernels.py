@@ -1,0 +1,45 @@
+"""The pixel encoder's kernels on a card's path, against float64."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from accuracy import assert_close_enough
+from test_pixel_encoder import Shape, encoder, parameters_of, tensors_of
+
+from anyup.ops.pixel_encoder import explain_backends
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = {
+    "rotated, batch 2": Shape((9, 17), rotates=True, batch=2),
+    "as wide as the input": Shape((9, 15), inputs=16),
+    "no projection": Shape((7, 9), inputs=None),
+    "pooled to overlapping cells": Shape((11, 9), (4, 3), inputs=16),
+    "channels that are no power of two": Shape((6, 7), dim=24, rotates=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_encoder_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    shape = SHAPES[name]
+    tensors = {key: tensor.to("cuda") for key, tensor in tensors_of(shape, dtype).items()}
+    run = encoder(shape)
+    with torch.no_grad():
+        assert explain_backends(tensors["pixels"], parameters_of(tensors), output_size=shape.output).chosen == "triton"
+        actual = run(backend=None, **tensors)
+        assert launched.total() == 9 + shape.rotates, launched
+        reference = run(backend="reference", **{key: tensor.cpu() for key, tensor in tensors.items()})
+        exact = run(backend="reference", **{key: tensor.cpu().double() for key, tensor in tensors.items()})
+    assert_close_enough(actual.cpu(), reference, exact)
+
+
+def test_where_a_gradient_is_wanted_no_kernel_runs(launched: Counter[str]) -> None:
+    shape = SHAPES["no projection"]
+    tensors = {key: tensor.to("cuda").requires_grad_() for key, tensor in tensors_of(shape).items()}
+    encoder(shape)(backend=None, **tensors).sum().backward()
+    assert launched.total() == 0
