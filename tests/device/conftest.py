@@ -31,6 +31,8 @@ def _device_or_skip() -> Iterator[None]:
             from triton import knobs
 
             patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
+            # A card that is pretended has no memory to ask about.
+            patch.setattr("anyup.budget.free_memory", lambda device: None)
         yield
 
 

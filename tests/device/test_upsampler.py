@@ -43,6 +43,10 @@ def results(upsampler: AnyUp, device: str, dtype: torch.dtype) -> dict[str, Tens
     return {name: tensor.detach().cpu() for name, tensor in {"output": out, **found}.items()}
 
 
+def of_attention(launched: Counter[str]) -> Counter[str]:
+    return Counter({name: n for name, n in launched.items() if name.startswith(("forward", "backward"))})
+
+
 @pytest.mark.parametrize("window", ["ratio", "cell"])
 def test_the_upsampler_on_a_card_gives_what_the_reference_gives_on_a_cpu(window: str, launched: Counter[str]) -> None:
     upsampler = model("cuda", torch.float32, window=window)
@@ -108,4 +112,5 @@ def test_a_half_precision_upsampler_stays_near_the_wide_one(half: torch.dtype, l
         expected = model("cuda", torch.float32)(image, features)
         out = model("cuda", half)(image.to(half), features.to(half))
     assert out.dtype == half and of_attention(launched).total() == 2
+    assert launched[f"pixel_encoder_pass, {str(half).removeprefix('torch.')}"] > 0
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
