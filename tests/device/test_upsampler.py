@@ -27,7 +27,20 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def of_attention(launched: Counter[str]) -> Counter[str]:
-    return Counter({name: n for name, n in launched.items() if name.startswith(("forward", "backward"))})
+    """The launches of the window attention's kernels."""
+    others = ("feature_unification_", "pixel_encoder_", "query_projection_")
+    return Counter({name: number for name, number in launched.items() if not name.startswith(others)})
+
+
+def results(upsampler: AnyUp, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The output, and the gradient of the features, the image and every parameter that has one."""
+    image, features = (tensor.to(device, dtype).requires_grad_() for tensor in inputs())
+    out = upsampler(image, features)
+    grad = wave(tuple(out.shape), 11).to(device, dtype)
+    leaves = {"image": image, "features": features, **dict(upsampler.named_parameters())}
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
+    found = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {name: tensor.detach().cpu() for name, tensor in {"output": out, **found}.items()}
 
 
 @pytest.mark.parametrize("window", ["ratio", "cell"])
