@@ -29,6 +29,18 @@ KEYS_LOADED = 1.3
 MODELLED = 1.5
 """Modelled time in floors."""
 
+BACKWARD_MODELLED = {
+    ("backward_query", "80", "448 from 32"): 1.05,
+    ("backward_query", "80", "1024 from 64"): 1.55,
+    ("backward_query", "90", "448 from 32"): 1.05,
+    ("backward_query", "90", "1024 from 64"): 1.45,
+    ("backward_key", "80", "448 from 32"): 2.0,
+    ("backward_key", "90", "448 from 32"): 1.6,
+    ("backward_value", "80", "448 from 32"): 1.7,
+    ("backward_value", "90", "448 from 32"): 1.1,
+}
+"""The same of the backward kernels in bfloat16: what they have reached, by kernel, target and workload."""
+
 
 def uninterpreted(*arguments: str, timeout: float = 600) -> str:
     """What a Python without TRITON_INTERPRET prints."""
@@ -100,11 +112,20 @@ def test_backward_kernels_are_as_sound(tmp_path: Path) -> None:
         *measured(tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
     ]
     assert [row["kernel"] for row in rows] == 4 * list(KERNELS[1:])
+    larger = measured(tmp_path, "--kernel", KERNELS[1], "--arch", "80", "90", "--dtype", "bfloat16")
+    rows += [row for row in larger if row["workload"] == "1024 from 64"]
     found = {f"{r['kernel']} {r['target']} {r['dtype']}": faults(r) for r in rows}
     assert not {name: what for name, what in found.items() if what}
     for row in rows:
         if row["floor_us"]:
             assert row["floor_us"] < row["modelled_us"], row
+    reached = {
+        (r["kernel"].removeprefix("window_attention_"), r["target"], r["workload"]): r["modelled_us"] / r["floor_us"]
+        for r in rows
+        if r["floor_us"] and r["dtype"] == "bfloat16"
+    }
+    assert reached.keys() == BACKWARD_MODELLED.keys()
+    assert not {case: ratio for case, ratio in reached.items() if ratio > BACKWARD_MODELLED[case]}
 
 
 def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:

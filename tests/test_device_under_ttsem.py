@@ -85,11 +85,11 @@ class Fault(NamedTuple):
 PLANTED = {
     "a store without its mask": Fault(
         "window_attention_backward_grid.py",
-        "tl.store(place, sums[piece], mask=key_exists[:, None] & (channel < channels)[None, :])",
-        "tl.store(place, sums[piece])",
+        "tl.store(place, total, mask=key_exists[:, None] & (channel < channels)[None, :])",
+        "tl.store(place, total)",
         "_window_attention_backward_value_kernel",
         "an operation with an undefined result: two lanes of one store wrote",
-        line="tl.store(place, sums[piece])",
+        line="tl.store(place, total)",
     ),
     "gradients stored one key too far": Fault(
         "window_attention_backward_grid.py",
@@ -97,7 +97,7 @@ PLANTED = {
         "* grid_columns + key_column + 1\n",
         "_window_attention_backward_key_kernel",
         "past the end of the tensor passed as `grad_key`",
-        line="tl.store(place, gradients[head",
+        line="tl.store(place, tl.trans(gradient)",
     ),
     "parts that write to one place": Fault(
         "window_attention_backward_grid.py",
@@ -105,7 +105,7 @@ PLANTED = {
         "(image * grid_rows",
         "_window_attention_backward_key_kernel",
         "both touch element 0 of `grad_key`",
-        line="tl.store(place, gradients[head",
+        line="tl.store(place, tl.trans(gradient)",
     ),
     "keys numbered beyond the last": Fault(
         "window_attention_tile.py",
