@@ -34,8 +34,8 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
     turned = problem.channels % problem.filters != 0
     if problem.needs_gradient and turned and problem.dtype == torch.float32 and problem.filters > _MOST_TURNED:
         reasons.append(
-            f"a gradient is wanted for C = {problem.channels}, no multiple of {problem.filters} filters, in float32: at "
-            f"most {_MOST_TURNED} filters (more would spill kilobytes of registers)"
+            f"a gradient is wanted for C = {problem.channels}, no multiple of {problem.filters} filters, in float32: "
+            f"at most {_MOST_TURNED} filters (more would spill kilobytes of registers)"
         )
     if problem.filters > MOST_FILTERS:
         reasons.append(f"{problem.filters} filters, at most {MOST_FILTERS} (a softmax over them stays in registers)")
