@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anyup.kernels.feature_unification_patches import Arranged
 
 _MOST_TAPS = 128
+_MOST_TURNED = 64
 _PRECISION = "ieee"  # of the one plane of float32 that the interpreter takes; all other products are of 16 bits
 
 
@@ -30,6 +31,12 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
         reasons.append("features are float64, the kernels compute in float32")
     elif problem.dtype == torch.bfloat16 and interprets():
         reasons.append("features are bfloat16, which Triton's interpreter multiplies wrongly")
+    turned = problem.channels % problem.filters != 0
+    if problem.needs_gradient and turned and problem.dtype == torch.float32 and problem.filters > _MOST_TURNED:
+        reasons.append(
+            f"a gradient is wanted for C = {problem.channels}, no multiple of {problem.filters} filters, in float32: "
+            f"at most {_MOST_TURNED} filters (more would spill kilobytes of registers)"
+        )
     if problem.filters > MOST_FILTERS:
         reasons.append(f"{problem.filters} filters, at most {MOST_FILTERS} (a softmax over them stays in registers)")
     if problem.kernel_size**2 > _MOST_TAPS:

@@ -37,7 +37,8 @@ def unify_features(features: Tensor, basis: Tensor, *, backend: Backend = None) 
         NotImplementedError: no requested backend can; lists every reason.
     """
     problems.check(features, basis)
-    return _forward(features, basis, to_schema(backend))
+    needs_gradient = torch.is_grad_enabled() and (features.requires_grad or basis.requires_grad)
+    return _forward(features, basis, to_schema(backend), needs_gradient)
 
 
 def explain_backends(features: Tensor, basis: Tensor, *, backend: Backend = None) -> Explanation:
@@ -48,13 +49,13 @@ def explain_backends(features: Tensor, basis: Tensor, *, backend: Backend = None
 
 
 @torch.library.custom_op("anyup::feature_unification", mutates_args=())
-def _forward(features: Tensor, basis: Tensor, backend: str) -> Tensor:
-    problem = problems.describe(features, basis, False)
+def _forward(features: Tensor, basis: Tensor, backend: str, needs_gradient: bool) -> Tensor:
+    problem = problems.describe(features, basis, needs_gradient)
     return OPERATION.run("forward", problem, from_schema(backend), features, basis).contiguous()
 
 
 @_forward.register_fake
-def _(features, basis, backend):  # type: ignore[no-untyped-def]
+def _(features, basis, backend, needs_gradient):  # type: ignore[no-untyped-def]
     return features.new_empty(features.shape[0], basis.shape[0], *features.shape[2:])
 
 
@@ -71,12 +72,12 @@ def _(grad, features, basis, backend):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, basis, ctx.backend = inputs
+    features, basis, ctx.backend, _ = inputs
     ctx.save_for_backward(features, basis)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+    return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
