@@ -230,20 +230,7 @@ def read_features(path: str | os.PathLike[str]) -> Tensor:
     arrays, the one named "features" is taken. Nothing in the file is executed. Raises FileNotFoundError or
     another OSError where the file cannot be opened, and ValueError where its contents are not such a map.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _FEATURE_SUFFIXES:
-        raise ValueError(f"features {path}: the name must end in {_one_of(_FEATURE_SUFFIXES)}")
-    with path.open("rb"):
-        pass  # so that a missing or forbidden file is told from a damaged one
-    try:
-        found = _read_arrays(path, suffix)
-    except ImportError:
-        raise
-    except Exception as error:  # each format raises kinds of its own for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"features {path}: cannot be read as {suffix}, it may be truncated ({reason})") from error
-
+    found = _read_checked(path, _FEATURE_SUFFIXES, f"features {path}")
     if isinstance(found, dict):
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         if "features" not in tensors and len(tensors) != 1:
@@ -266,22 +253,27 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises OSError where the file cannot be opened, and ValueError where it holds no such thing.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _TENSOR_SUFFIXES:
-        raise ValueError(f"{path}: the name must end in {_one_of(_TENSOR_SUFFIXES)}")
-    with path.open("rb"):
-        pass
-    try:
-        found = _read_arrays(path, suffix)
-    except ImportError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: cannot be read as {suffix}, it may be truncated ({reason})") from error
+    found = _read_checked(path, _TENSOR_SUFFIXES, str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path}: tensors by name expected, it holds a {type(found).__name__}")
     return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _read_checked(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) -> object:
+    """What a file of one of these suffixes holds; errors that it has call it `what`."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        raise ValueError(f"{what}: the name must end in {_one_of(suffixes)}")
+    with path.open("rb"):
+        pass  # so that a missing or forbidden file is told from a damaged one
+    try:
+        return _read_arrays(path, suffix)
+    except ImportError:
+        raise
+    except Exception as error:  # each format raises kinds of its own for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{what}: cannot be read as {suffix}, it may be truncated ({reason})") from error
 
 
 def _read_arrays(path: Path, suffix: str) -> object:

@@ -155,40 +155,11 @@ class AnyUp(nn.Module):
             NotImplementedError: no requested backend can; lists every reason.
         """
         size = self.check(image, features, output_size, q_chunk_size, values=values)
-        if out is not None:
-            self._write(image, features, size, vis_attn, q_chunk_size, values, max_memory, out)
-            written: Tensor = out
-            return written
-        if torch.compiler.is_compiling() and max_memory is None:
+        if torch.compiler.is_compiling() and max_memory is None and out is None:
             return self._upsample(image, features, size, vis_attn, q_chunk_size, values)
         from anyup import streaming
 
-        return streaming.call(self, image, features, size, vis_attn, q_chunk_size, values, max_memory)
-
-    def _write(
-        self,
-        image: Tensor | ImageContext,
-        features: Tensor,
-        size: tuple[int, int],
-        vis_attn: bool,
-        q_chunk_size: int | None,
-        values: Tensor | None,
-        max_memory: int | str | None,
-        out: Any,
-    ) -> None:
-        """The call into what the caller brings."""
-        from anyup import streaming
-
-        if vis_attn:
-            raise ValueError("vis_attn: the picture is not drawn where the result goes to `out`")
-        if streaming.wants_gradients(self, image, features, *(() if values is None else (values,))):
-            raise RuntimeError("out does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
-        for _ in streaming.stream(
-            self, image, features, size,
-            tile=None, max_memory=max_memory, region=None, values=values, dtype=None,
-            out=out, keep=True, q_chunk_size=q_chunk_size,
-        ):  # fmt: skip
-            pass
+        return streaming.call(self, image, features, size, vis_attn, q_chunk_size, values, max_memory, out)
 
     def _upsample(
         self,

@@ -15,6 +15,7 @@ from anyup.banded import BandedImage, Workspace
 from anyup.budget import limit_on
 from anyup.image_context import ImageContext
 from anyup.ops import memory
+from anyup.ops.dispatch import wants_gradient
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
@@ -154,9 +155,22 @@ def call(
     q_chunk_size: int | None,
     values: Tensor | None,
     max_memory: int | str | None,
-) -> Tensor:
+    out: Any,
+) -> Any:
     """The call of an `AnyUp` with checked arguments, within a budget: maps are whole where they may be."""
     carried = features if values is None else values
+    if out is not None:
+        if vis_attn:
+            raise ValueError("vis_attn: the picture is not drawn where the result goes to `out`")
+        if wants_gradients(model, image, features, carried):
+            raise RuntimeError("out does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
+        for _ in stream(
+            model, image, features, size,
+            tile=None, max_memory=max_memory, region=None, values=values, dtype=None,
+            out=out, keep=True, q_chunk_size=q_chunk_size,
+        ):  # fmt: skip
+            pass
+        return out
     limit = limit_on(features.device, max_memory)
     if wants_gradients(model, image, features, carried):
         if max_memory is not None:
@@ -398,7 +412,5 @@ class _Source:
 
 def wants_gradients(model: AnyUp, image: Tensor | ImageContext, *maps: Tensor) -> bool:
     """Whether autograd would record a call with these."""
-    if not torch.is_grad_enabled():
-        return False
     images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
-    return any(t.requires_grad for t in (*images, *maps, *model.parameters()))
+    return wants_gradient(*images, *maps, *model.parameters())

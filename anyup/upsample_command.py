@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -154,6 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from anyup import __version__, array_files
     from anyup.demo import choose_device
+    from anyup.fingerprint import file_fingerprint, module_fingerprint, tensor_fingerprint
     from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, check_finite, read_features, read_photo
     from anyup.problem import check_region
     from anyup.progress import Progress
@@ -218,10 +218,10 @@ def run(arguments: argparse.Namespace) -> None:
         progress.note(f"NumPy has no bfloat16: {output} is float32")
     shape = (low.shape[1], *region[2:])
     asked = {
-        "photograph": _file_digest(arguments.photo),
-        "features": _digest(features),
-        "values": None if values is None else _digest(values),
-        "weights": _weights_digest(model),
+        "photograph": file_fingerprint(arguments.photo),
+        "features": tensor_fingerprint(features),
+        "values": None if values is None else tensor_fingerprint(values),
+        "weights": module_fingerprint(model),
         "size": list(whole),
         "region": list(region),
         "dtype": str(dtype),
@@ -448,24 +448,6 @@ def _encode(
     return features
 
 
-def _file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-def _digest(tensor: Tensor) -> str:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode() + flat.numpy().tobytes()).hexdigest()
-
-
-def _weights_digest(model: AnyUp) -> str:
-    from anyup.fingerprint import module_fingerprint
-
-    return module_fingerprint(model)
-
-
 def _check_room(
     shape: tuple[int, ...], itemsize: int, output: Path | None, there: int, device: torch.device | None
 ) -> None:
@@ -489,10 +471,10 @@ def _check_room(
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on the device; None where the system does not tell."""
-    import torch
+    from anyup import budget
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return budget.free_memory(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -42,6 +42,9 @@ KERNELS = tuple(f"window_attention_{name}" for name in ("forward", "backward_que
 Cut = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
 Row = dict[str, Any]
 
+TIMES = ("device", "floor_us", "floor_term", "modelled_us", "modelled_term", "terms_us")
+"""What a row has of times; None where the target has no device in the roofline's table."""
+
 
 def workloads(channels: int) -> tuple[Workload, ...]:
     """What the tables are about."""
@@ -147,7 +150,6 @@ def key_of(case: Case) -> str:
 def row_of(case: Case, code: Code) -> Row:
     """All that is known of a case."""
     work = case.work()
-    warps = occupancy(case.arch, registers=code.registers, shared=code.shared_bytes, warps=code.warps)
     programs = work.programs * code.warps / case.workload.pixels
     by_kind: dict[str, float] | None = None
     instructions: float | None = None
@@ -168,21 +170,7 @@ def row_of(case: Case, code: Code) -> Row:
         "heads": case.heads,
         "head_dim": case.head_dim,
         "config": asdict(case.configs[0]),
-        "registers": code.registers,
-        "spill_bytes": code.spill_bytes,
-        "spill_instructions": code.spill_instructions,
-        "shared_bytes": code.shared_bytes,
-        "shared_limit": LIMITS[case.arch].shared,
-        "tensor_memory_columns": code.tensor_memory,
-        "warps_by_registers": warps.by_registers,
-        "warps_by_shared": warps.by_shared,
-        "warps_by_threads": warps.by_warps,
-        "warps_of": LIMITS[case.arch].warps,
-        "tensor_core_instructions": code.tensor_instructions,
-        "widest_load_bits": code.widest("load"),
-        "widest_store_bits": code.widest("store"),
-        "copies_to_shared": code.count("LDGSTS"),
-        "code_instructions": sum(len(block.instructions) for block in code.blocks),
+        **code_facts(code, case.arch, code.warps),
         "instructions_per_pixel": instructions,
         "instructions_by_kind": by_kind,
         "bytes_per_pixel": round(work.bytes_compulsory, 1),
@@ -198,6 +186,40 @@ def row_of(case: Case, code: Code) -> Row:
     return row
 
 
+def code_facts(code: Code, arch: str, warps: int) -> Row:
+    """What is read from a kernel's code and known of its target, as rows have it."""
+    running = occupancy(arch, registers=code.registers, shared=code.shared_bytes, warps=warps)
+    return {
+        "registers": code.registers,
+        "spill_bytes": code.spill_bytes,
+        "spill_instructions": code.spill_instructions,
+        "shared_bytes": code.shared_bytes,
+        "shared_limit": LIMITS[arch].shared,
+        "tensor_memory_columns": code.tensor_memory,
+        "warps_by_registers": running.by_registers,
+        "warps_by_shared": running.by_shared,
+        "warps_by_threads": running.by_warps,
+        "warps_of": LIMITS[arch].warps,
+        "tensor_core_instructions": code.tensor_instructions,
+        "widest_load_bits": code.widest("load"),
+        "widest_store_bits": code.widest("store"),
+        "copies_to_shared": code.count("LDGSTS"),
+        "code_instructions": sum(len(block.instructions) for block in code.blocks),
+    }
+
+
+def told_times(device: roofline.Device, floor: roofline.Times, modelled: roofline.Times) -> Row:
+    """Floor and modelled time, as rows have them."""
+    return {
+        "device": device.name,
+        "floor_us": round(floor.total, 1),
+        "floor_term": floor.binding,
+        "modelled_us": round(modelled.total, 1),
+        "modelled_term": modelled.binding,
+        "terms_us": {name: round(time, 1) for name, time in modelled.terms.items()},
+    }
+
+
 def times_of(case: Case, work: Work, instructions: float | None) -> Row:
     """Floor and modelled time on the device of the case's target; None without one.
 
@@ -205,7 +227,7 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
     """
     device = roofline.device_of(case.arch)
     if device is None:
-        return dict.fromkeys(("device", "floor_us", "floor_term", "modelled_us", "modelled_term", "terms_us"))
+        return dict.fromkeys(TIMES)
     pixels = case.workload.pixels
     floor = roofline.floor(
         device,
@@ -225,14 +247,7 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
         instructions=instructions or 0.0,
         half=case.half,
     )
-    return {
-        "device": device.name,
-        "floor_us": round(floor.total, 1),
-        "floor_term": floor.binding,
-        "modelled_us": round(modelled.total, 1),
-        "modelled_term": modelled.binding,
-        "terms_us": {name: round(time, 1) for name, time in modelled.terms.items()},
-    }
+    return told_times(device, floor, modelled)
 
 
 def cases(

@@ -22,8 +22,8 @@ from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_a
 from anyup.kernels.launch import Launch
 from benchmarks import roofline
 from benchmarks.ahead_of_time import compilation_of, target_of
+from benchmarks.compiled import TIMES, code_facts, told_times
 from benchmarks.machine_code import Code, read
-from benchmarks.occupancy import LIMITS, occupancy
 from benchmarks.workloads import Workload, square
 
 DIM = FILTERS = 128
@@ -202,7 +202,6 @@ def row_of(case: Case) -> Row:
     warps = launch.options["num_warps"]
     code: Code = read(compilation_of(launch, target_of(case.arch)).run(), warps)
     work = case.work(launch)
-    running = occupancy(case.arch, registers=code.registers, shared=code.shared_bytes, warps=warps)
     programs = math.prod(launch.grid) * warps / work.units
     instructions: float | None = None
     by_kind: dict[str, float] | None = None
@@ -221,21 +220,8 @@ def row_of(case: Case) -> Row:
         "heads": None,
         "head_dim": None,
         "config": {**config, "num_warps": warps},
-        "registers": code.registers,
-        "spill_bytes": code.spill_bytes,
-        "spill_instructions": code.spill_instructions,
-        "shared_bytes": code.shared_bytes,
-        "shared_limit": LIMITS[case.arch].shared,
-        "tensor_memory_columns": code.tensor_memory,
-        "warps_by_registers": running.by_registers,
-        "warps_by_shared": running.by_shared,
-        "warps_by_threads": running.by_warps,
-        "warps_of": LIMITS[case.arch].warps,
-        "tensor_core_instructions": code.tensor_instructions,
+        **code_facts(code, case.arch, warps),
         "widest_load_bits": max(code.widest("load"), code.widest("copy")),
-        "widest_store_bits": code.widest("store"),
-        "copies_to_shared": code.count("LDGSTS"),
-        "code_instructions": sum(len(block.instructions) for block in code.blocks),
         "units": work.units,
         "instructions_per_pixel": instructions,
         "instructions_by_kind": by_kind,
@@ -252,7 +238,7 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
     """Floor and modelled time on the device of the case's target; None without one."""
     device = roofline.device_of(case.arch)
     if device is None:
-        return dict.fromkeys(("device", "floor_us", "floor_term", "modelled_us", "modelled_term", "terms_us"))
+        return dict.fromkeys(TIMES)
     floor = roofline.floor(
         device, work.units, bytes_compulsory=work.bytes_compulsory, operations=work.exact_operations,
         exponentials=work.exact_exponentials, half=case.half,
@@ -264,14 +250,7 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
         bytes_asked=work.bytes_asked, operations=work.operations, exponentials=work.exponentials,
         instructions=instructions or 0.0, half=case.half or case.kernel.startswith("feature_unification"),
     )  # fmt: skip
-    return {
-        "device": device.name,
-        "floor_us": round(floor.total, 1),
-        "floor_term": floor.binding,
-        "modelled_us": round(modelled.total, 1),
-        "modelled_term": modelled.binding,
-        "terms_us": {name: round(time, 1) for name, time in modelled.terms.items()},
-    }
+    return told_times(device, floor, modelled)
 
 
 def cases(

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 import anyup.encoders
 from anyup import checkpoints, cli
 from anyup.evaluation import reconstruction
-from anyup.evaluation.cache import TensorCache, file_fingerprint
+from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.reconstruction import CROPS, WHOLE, Measured, Task, Truth, View, measure, plan, summarise
 from anyup.evaluation.report import spread, table, write_json
 from anyup.evaluation.upsamplers import Interpolation, Learned, make_upsamplers
-from anyup.fingerprint import module_fingerprint
+from anyup.fingerprint import file_fingerprint, module_fingerprint
 from anyup.images import normalize_imagenet, resize, save_picture
 from anyup.model import AnyUp
 from anyup.training.photographs import square_crop

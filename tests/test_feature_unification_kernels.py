@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import linecache
-from typing import Any
-
 import pytest
 import torch
 from accuracy import (
@@ -14,6 +9,7 @@ from accuracy import (
     assert_close_enough,
     output_and_gradients,
 )
+from mutations import mutate
 from recipe import INTERPRETED
 from test_feature_unification import Shape, tensors_of
 from test_window_attention import LargestTensor
@@ -183,19 +179,6 @@ def test_a_cut_that_cannot_be_is_refused(values: dict[str, int]) -> None:
 
 
 # Mutations: what the error rule must notice. Each is a change of a kernel's source.
-
-
-def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, new: str) -> None:
-    """Give a kernel module a changed copy of a function that it calls."""
-    user = importlib.import_module(f"anyup.kernels.{module}")
-    function: Any = getattr(user, name).fn
-    source = inspect.getsource(function)
-    assert old in source, (name, old)
-    changed, file = source.replace(old, new), f"{name}_mutated.py"
-    linecache.cache[file] = (len(changed), None, changed.splitlines(True), file)  # where Triton reads it
-    scope = dict(function.__globals__)
-    exec(compile(changed, file, "exec"), scope)
-    monkeypatch.setattr(user, name, scope[name])
 
 
 def assert_accurate(*shapes: Shape) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_close_enough, output_and_gradients
+from mutations import mutate
 from recipe import INTERPRETED, fill, wave
-from test_feature_unification_kernels import mutate
 from test_pixel_encoder import SHAPES as ALL
 from test_pixel_encoder import Shape, encoder, parameters_of, tensors_of
 from torch import Tensor

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import linecache
 from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_backend_accurate
+from mutations import mutate
 from recipe import INTERPRETED
 from test_query_projection import Shape, run, tensors_of
 
@@ -85,15 +83,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = importlib.import_module("anyup.kernels.query_projection_forward")
-    name, (old, new) = "_query_projection_forward_kernel", MUTATIONS[mutation]
-    source = inspect.getsource(getattr(kernel, name).fn)
-    assert old in source
-    changed, file = source.replace(old, new), "query_projection_mutated.py"
-    linecache.cache[file] = (len(changed), None, changed.splitlines(True), file)  # where Triton reads it
-    scope = dict(getattr(kernel, name).fn.__globals__)
-    exec(compile(changed, file, "exec"), scope)
-    monkeypatch.setattr(kernel, name, scope[name])
+    mutate(monkeypatch, "query_projection_forward", "_query_projection_forward_kernel", *MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="output: error"):
         assert_backend_accurate(run, tensors_of(SHAPES["batch 2"]), backend="triton", gradients=False)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import linecache
 import math
 import re
 import warnings
@@ -19,6 +17,7 @@ from accuracy import (
     assert_backend_accurate_over_draws,
     output_and_gradients,
 )
+from mutations import mutate
 from recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors, parts_of
 from torch import Tensor
 
@@ -431,19 +430,6 @@ def test_partial_sums_are_no_larger_than_the_gradient_of_the_queries(channels: i
 
 
 # Mutations: what the error rule must notice. Each is a change of a kernel's source.
-
-
-def mutate(monkeypatch: pytest.MonkeyPatch, module: str, name: str, old: str, new: str) -> None:
-    """Give a kernel module a changed copy of a function that it calls."""
-    user = importlib.import_module(f"anyup.kernels.{module}")
-    function = getattr(user, name).fn
-    source = inspect.getsource(function)
-    assert old in source, (name, old)
-    changed, file = source.replace(old, new), f"{name}_mutated.py"
-    linecache.cache[file] = (len(changed), None, changed.splitlines(True), file)  # where Triton reads it
-    scope = dict(function.__globals__)
-    exec(compile(changed, file, "exec"), scope)
-    monkeypatch.setattr(user, name, scope[name])
 
 
 FORWARD, RESIDENT = "window_attention_forward", "window_attention_resident"

@@ -49,9 +49,3 @@ class TensorCache:
             raise ValueError("path: this cache keeps nothing")
         text = json.dumps(description, sort_keys=True)
         return self.folder / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.npy"
-
-
-def file_fingerprint(path: str | os.PathLike[str]) -> str:
-    """Hash of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anyup.encoders import Encoder
-from anyup.evaluation.cache import TensorCache, file_fingerprint
+from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.report import number, spread, table
 from anyup.evaluation.upsamplers import REFERENCE, Upsampler
-from anyup.fingerprint import module_fingerprint
+from anyup.fingerprint import file_fingerprint, module_fingerprint
 from anyup.images import normalize_imagenet, read_photo, resize
 from anyup.training.photographs import square_crop
 from anyup.training.reporting import Reporter

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from anyup.encoders import Encoder
-from anyup.evaluation.cache import TensorCache, file_fingerprint
+from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, Carrier, NearestCarrier, averaged_weights, tile
 from anyup.evaluation.datasets import Labels, Sample, check_pair, read_image, read_mask
 from anyup.evaluation.probe import Example, Probes, Recipe, Scores, train_step
 from anyup.evaluation.report import spread, table
 from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
-from anyup.fingerprint import module_fingerprint
+from anyup.fingerprint import file_fingerprint, module_fingerprint
 from anyup.images import complete_or_absent, normalize_imagenet
 from anyup.progress import human_bytes
 from anyup.training.reporting import Rate, Reporter, duration

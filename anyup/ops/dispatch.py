@@ -84,11 +84,6 @@ class Operation:
         self._failures: dict[tuple[str, torch.device, Hashable], str] = {}
         self._warned_of_slow_path = False
 
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Their names, in order of preference."""
-        return tuple(self._backends)
-
     def explain(self, problem: Any, backend: Backend = None) -> Explanation:
         """Ask every candidate whether it can run `problem`."""
         asked = parse_backend(backend)
@@ -173,6 +168,11 @@ def _call(function: Callable[..., Any], device_type: str, *args: Any, **kwargs: 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an operation on these, of which some may be absent."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def parse_backend(backend: Backend) -> tuple[str, ...]:

@@ -37,6 +37,20 @@ def device_reasons(device: torch.device) -> list[str]:
     return list(_device_reasons(device, interprets()))
 
 
+def dtype_reasons(what: str, dtype: torch.dtype) -> list[str]:
+    """Why no kernel computes in a dtype, of operands that the reason calls by name, as in "pixels are"."""
+    if dtype == torch.float64:
+        return [f"{what} float64, the kernels compute in float32"]
+    if dtype == torch.bfloat16 and interprets():
+        return [f"{what} bfloat16, which Triton's interpreter multiplies wrongly"]
+    return []
+
+
+def discouraged(problem: object) -> list[str]:
+    """Why kernels are not chosen unless asked for by name, although they can run a problem."""
+    return ["Triton's interpreter is for tests, and slow"] if interprets() else []
+
+
 @cache
 def _device_reasons(device: torch.device, interpreted: bool) -> tuple[str, ...]:
     if interpreted:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from anyup.ops.cuts import run_first
 from anyup.ops.feature_unification.problem import FeatureUnificationProblem
-from anyup.ops.kernel_device import device_reasons, installed, interprets, target
+from anyup.ops.kernel_device import device_reasons, discouraged, dtype_reasons, installed, interprets, target
 
 if TYPE_CHECKING:
     from anyup.kernels.feature_unification_patches import Arranged
+
+__all__ = ["backward", "discouraged", "forward", "unsupported"]
 
 _MOST_TAPS = 128
 _MOST_TURNED = 64
@@ -27,10 +29,7 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
         return reasons
     from anyup.kernels.feature_unification_config import MOST_FILTERS
 
-    if problem.dtype == torch.float64:
-        reasons.append("features are float64, the kernels compute in float32")
-    elif problem.dtype == torch.bfloat16 and interprets():
-        reasons.append("features are bfloat16, which Triton's interpreter multiplies wrongly")
+    reasons += dtype_reasons("features are", problem.dtype)
     turned = problem.channels % problem.filters != 0
     if problem.needs_gradient and turned and problem.dtype == torch.float32 and problem.filters > _MOST_TURNED:
         reasons.append(
@@ -45,11 +44,6 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
     if problem.filters * problem.channels >= 2**31:
         reasons.append(f"{problem.filters} filters of {problem.channels} channels, together fewer than 2^31 maps")
     return reasons
-
-
-def discouraged(problem: FeatureUnificationProblem) -> list[str]:
-    """Why the kernels are not chosen unless asked for by name, although they can run a problem."""
-    return ["Triton's interpreter is for tests, and slow"] if interprets() else []
 
 
 def forward(features: Tensor, basis: Tensor) -> Tensor:

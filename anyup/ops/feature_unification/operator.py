@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.feature_unification import problem as problems
 
 OPERATION = Operation(
@@ -37,14 +37,14 @@ def unify_features(features: Tensor, basis: Tensor, *, backend: Backend = None) 
         NotImplementedError: no requested backend can; lists every reason.
     """
     problems.check(features, basis)
-    needs_gradient = torch.is_grad_enabled() and (features.requires_grad or basis.requires_grad)
+    needs_gradient = wants_gradient(features, basis)
     return _forward(features, basis, to_schema(backend), needs_gradient)
 
 
 def explain_backends(features: Tensor, basis: Tensor, *, backend: Backend = None) -> Explanation:
     """Which backend `unify_features` would choose for these arguments, and why not the others."""
     problems.check(features, basis)
-    needs_gradient = torch.is_grad_enabled() and (features.requires_grad or basis.requires_grad)
+    needs_gradient = wants_gradient(features, basis)
     return OPERATION.explain(problems.describe(features, basis, needs_gradient), backend)
 
 

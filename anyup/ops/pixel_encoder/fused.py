@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
-from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets, target
+from anyup.ops.kernel_device import device_reasons, discouraged, dot_precision, dtype_reasons, installed, target
 from anyup.ops.pixel_encoder.problem import EPS, EncoderParameters, PixelEncoderProblem
 
 if TYPE_CHECKING:
     from anyup.kernels.pixel_encoder_passes import HalfBlock, Source
+
+__all__ = ["discouraged", "forward", "unsupported"]
 
 
 def unsupported(problem: PixelEncoderProblem) -> list[str]:
@@ -26,19 +28,11 @@ def unsupported(problem: PixelEncoderProblem) -> list[str]:
 
     if problem.needs_gradient:
         reasons.append("a gradient is wanted, the kernels have no backward pass (torch.no_grad() if it is not)")
-    if problem.dtype == torch.float64:
-        reasons.append("pixels are float64, the kernels compute in float32")
-    elif problem.dtype == torch.bfloat16 and interprets():
-        reasons.append("pixels are bfloat16, which Triton's interpreter multiplies wrongly")
+    reasons += dtype_reasons("pixels are", problem.dtype)
     for name, channels in (("map", problem.dim), ("input", problem.input_dim)):
         if channels > MOST_CHANNELS:
             reasons.append(f"the {name} has {channels} channels, at most {MOST_CHANNELS} (they stay on the chip)")
     return reasons
-
-
-def discouraged(problem: PixelEncoderProblem) -> list[str]:
-    """Why the kernels are not chosen unless asked for by name, although they can run a problem."""
-    return ["Triton's interpreter is for tests, and slow"] if interprets() else []
 
 
 def forward(
@@ -107,7 +101,11 @@ class _Encoder:
 
         shape = (sum(self._size), 2, padded(self._dim))
         tables = torch.empty(shape, dtype=torch.float32, device=self._device)
-        self._run("angles", lambda _: plan_angles(frequencies.contiguous(), tables, size=self._size)())
+        run_first(
+            lambda _: plan_angles(frequencies.contiguous(), tables, size=self._size)(),
+            [None],
+            kernel=("pixel_encoder", "angles", self._device, self._dtype, self._dim),
+        )
         return tables
 
     def pooled(self, cells: tuple[int, int]) -> Tensor:

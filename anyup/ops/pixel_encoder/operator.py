@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, parse_backend, to_schema
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.pixel_encoder import problem as problems
 from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters
 
@@ -20,8 +20,6 @@ OPERATION = Operation(
         "reference": lambda: importlib.import_module("anyup.ops.pixel_encoder.reference"),
     },
 )
-
-_FORWARD_ONLY = "triton"
 
 
 def encode_pixels(
@@ -51,9 +49,10 @@ def encode_pixels(
     problems.check(pixels, parameters, frequencies)
     height, width = output_size or (pixels.shape[1], pixels.shape[2])
     projection, block1, block2 = parameters
-    if _wants_gradient(pixels, parameters, frequencies):
-        backend = _differentiable(backend)
-    return _forward(pixels, projection, *block1, *block2, frequencies, height, width, to_schema(backend))
+    needs_gradient = wants_gradient(pixels, projection, *block1, *block2, frequencies)
+    return _forward(
+        pixels, projection, *block1, *block2, frequencies, height, width, to_schema(backend), needs_gradient
+    )
 
 
 def explain_backends(
@@ -66,26 +65,10 @@ def explain_backends(
 ) -> Explanation:
     """Which backend `encode_pixels` would choose for these arguments, and why not the others."""
     problems.check(pixels, parameters, frequencies)
-    needs_gradient = _wants_gradient(pixels, parameters, frequencies)
+    needs_gradient = wants_gradient(pixels, parameters.projection, *parameters.block1, *parameters.block2, frequencies)
     size = output_size or (pixels.shape[1], pixels.shape[2])
     dim = parameters.block1.weight1.shape[0]
     return OPERATION.explain(problems.describe(pixels, dim, frequencies is not None, size, needs_gradient), backend)
-
-
-def _wants_gradient(pixels: Tensor, parameters: EncoderParameters, frequencies: Tensor | None) -> bool:
-    tensors = (pixels, parameters.projection, *parameters.block1, *parameters.block2, frequencies)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _differentiable(backend: Backend) -> Backend:
-    """The request without the kernels, which have no backward pass: the operator's body does not see what is wanted."""
-    names = parse_backend(backend)
-    if names == (_FORWARD_ONLY,):
-        raise NotImplementedError(
-            f"pixel_encoder: a gradient is wanted, backend {_FORWARD_ONLY!r} has no backward pass: call it under "
-            "torch.no_grad(), or ask for another backend"
-        )
-    return tuple(name for name in names or OPERATION.backends if name != _FORWARD_ONLY)
 
 
 @torch.library.custom_op("anyup::pixel_encoder", mutates_args=())
@@ -108,6 +91,7 @@ def _forward(
     height: int,
     width: int,
     backend: str,
+    needs_gradient: bool,
 ) -> Tensor:
     parameters = EncoderParameters(
         projection,
@@ -115,14 +99,14 @@ def _forward(
         BlockParameters(norm3_weight, norm3_bias, weight3, norm4_weight, norm4_bias, weight4),
     )
     size = (height, width)
-    problem = problems.describe(pixels, weight1.shape[0], frequencies is not None, size, needs_gradient=False)
+    problem = problems.describe(pixels, weight1.shape[0], frequencies is not None, size, needs_gradient)
     arguments = {"frequencies": frequencies, "output_size": size}
     return OPERATION.run("forward", problem, from_schema(backend), pixels, parameters, **arguments).contiguous()
 
 
 @_forward.register_fake
 def _(pixels, *arguments):  # type: ignore[no-untyped-def]
-    weight1, height, width = arguments[3], arguments[-3], arguments[-2]
+    weight1, height, width = arguments[3], arguments[-4], arguments[-3]
     return pixels.new_empty(pixels.shape[0], height, width, weight1.shape[0])
 
 
@@ -169,7 +153,7 @@ def _(grad, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _height, _width, backend = inputs
+    *tensors, _height, _width, backend, _needs_gradient = inputs
     ctx.backend = backend
     ctx.present = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
@@ -179,7 +163,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = iter(ctx.saved_tensors)
     tensors = [next(saved) if present else None for present in ctx.present]
     grads = iter(_backward(grad, *tensors, ctx.backend))
-    return (*(next(grads) if present else None for present in ctx.present), None, None, None)
+    return (*(next(grads) if present else None for present in ctx.present), None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
-from anyup.ops.kernel_device import device_reasons, dot_precision, installed, interprets, target
+from anyup.ops.kernel_device import device_reasons, discouraged, dot_precision, dtype_reasons, installed, target
 from anyup.ops.query_projection.problem import ProjectionParameters, QueryProjectionProblem
+
+__all__ = ["discouraged", "forward", "unsupported"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _MOST_CHANNELS = 256
@@ -18,20 +20,12 @@ def unsupported(problem: QueryProjectionProblem) -> list[str]:
     reasons = device_reasons(problem.device)
     if not installed():
         return reasons
-    if problem.dtype == torch.float64:
-        reasons.append("the encoded image is float64, the kernel computes in float32")
-    elif problem.dtype == torch.bfloat16 and interprets():
-        reasons.append("the encoded image is bfloat16, which Triton's interpreter multiplies wrongly")
+    reasons += dtype_reasons("the encoded image is", problem.dtype)
     if problem.dim > _MOST_CHANNELS:
         reasons.append(f"{problem.dim} channels, at most {_MOST_CHANNELS} (a pixel's stay in registers)")
     if problem.needs_gradient:
         reasons.append("a gradient is wanted, the kernel is for inference (torch.no_grad)")
     return reasons
-
-
-def discouraged(problem: QueryProjectionProblem) -> list[str]:
-    """Why the kernel is not chosen unless asked for by name, although it can run a problem."""
-    return ["Triton's interpreter is for tests, and slow"] if interprets() else []
 
 
 def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.query_projection import problem as problems
 from anyup.ops.query_projection.problem import ProjectionParameters
 
@@ -38,14 +38,14 @@ def project_queries(encoded: Tensor, parameters: ProjectionParameters, *, backen
         NotImplementedError: no requested backend can; lists every reason.
     """
     problems.check(encoded, parameters)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (encoded, *parameters))
+    needs_gradient = wants_gradient(encoded, *parameters)
     return _forward(encoded, *parameters, to_schema(backend), needs_gradient)
 
 
 def explain_backends(encoded: Tensor, parameters: ProjectionParameters, *, backend: Backend = None) -> Explanation:
     """Which backend `project_queries` would choose for these arguments, and why not the others."""
     problems.check(encoded, parameters)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (encoded, *parameters))
+    needs_gradient = wants_gradient(encoded, *parameters)
     return OPERATION.explain(problems.describe(encoded, needs_gradient), backend)
 
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
-from anyup.ops.kernel_device import device_name, device_reasons, dot_precision, installed, interprets, target
+from anyup.ops.kernel_device import (
+    device_name,
+    device_reasons,
+    discouraged,
+    dot_precision,
+    dtype_reasons,
+    installed,
+    target,
+)
 from anyup.ops.window_attention.problem import WindowAttentionProblem
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Part, Window
@@ -17,6 +25,8 @@ from anyup.window import CellWindow, Part, Window
 if TYPE_CHECKING:
     from anyup.kernels.config_tables import Case
     from anyup.kernels.window_bounds import WindowRule
+
+__all__ = ["backward", "case", "discouraged", "forward", "unsupported", "window_rule"]
 
 Config = TypeVar("Config", bound=Hashable)
 Result = TypeVar("Result")
@@ -32,10 +42,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
     if not installed():
         return reasons
     for name, dtype in (("queries", problem.query_dtype), ("values", problem.value_dtype)):
-        if dtype == torch.float64:
-            reasons.append(f"{name} are float64, the kernels compute in float32")
-        elif dtype == torch.bfloat16 and interprets():
-            reasons.append(f"{name} are bfloat16, which Triton's interpreter multiplies wrongly")
+        reasons += dtype_reasons(f"{name} are", dtype)
     if problem.head_dim not in _HEAD_DIMS:
         widths = ", ".join(map(str, _HEAD_DIMS))
         reasons.append(f"heads are {problem.head_dim} wide, the kernels take {widths} (the matrix units' tiles)")
@@ -48,11 +55,6 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
                     f"2 * output {name} * grid {name} is {2 * queries * keys}, the cells need less than 2^31"
                 )
     return reasons
-
-
-def discouraged(problem: WindowAttentionProblem) -> list[str]:
-    """Why the kernels are not chosen unless asked for by name, although they can run a problem."""
-    return ["Triton's interpreter is for tests, and slow"] if interprets() else []
 
 
 def forward(

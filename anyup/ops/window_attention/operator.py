@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema
+from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention import problem as problems
 from anyup.window import Part, Window, describe_window, make_window
@@ -65,7 +65,7 @@ def window_attention(
     if max_queries is not None and max_queries < 1:
         raise ValueError(f"max_queries: expected a positive number of pixels, got {max_queries}")
     kind, ratio = describe_window(window)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    needs_gradient = wants_gradient(query, key, value)
     out, _ = _forward(
         query,
         key,
@@ -92,7 +92,7 @@ def explain_backends(
 ) -> Explanation:
     """Which backend `window_attention` would choose for these arguments, and why not the others."""
     problems.check(query, key, value, window, part)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    needs_gradient = wants_gradient(query, key, value)
     return OPERATION.explain(problems.describe(query, key, value, window, needs_gradient, part), backend)
 
 

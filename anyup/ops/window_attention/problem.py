@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyup.ops.dispatch import wants_gradient
 from anyup.ops.precision import FLOATING
 from anyup.window import Part, Window, check_window
 
@@ -104,5 +105,5 @@ def check(query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part 
     if part is None:
         return
     part.check(query.shape[1], query.shape[2])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    if wants_gradient(query, key, value):
         raise NotImplementedError("part: a part of a map has no backward pass: call under torch.no_grad()")
