@@ -274,7 +274,8 @@ def test_a_gpu_s_default_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPa
     assert anyup.plan((4096, 4096), (256, 256), 768, values=21).limit is None
 
 
-def test_a_plan_says_what_is_kept_and_what_it_costs() -> None:
+def test_a_plan_says_what_is_kept_and_what_it_costs(threads: None) -> None:
+    torch.set_num_threads(1)  # each takes memory of its own
     text = str(anyup.plan((2048, 2048), (128, 128), 384, values=21, max_memory="1.5GB"))
     assert "of 1.50 GB" in text
     assert "one map for" in text

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PIXELS_OF_A_SUM = 64
+_MOST_SUMS = 64  # that are kept until they are added up
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +27,7 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     """The gradients of `x` (n, Cin) and of the weight (Cout, Cin), for a contiguous gradient (n, Cout)."""
     # Of narrow maps oneDNN sums the pixels one after the other, four times less exactly than the BLAS.
     if not _goes_through_convolution(x) or min(weight.shape) < 128:
-        return grad @ weight, _sum_of_outer_products(grad, x)
+        return grad @ weight, sum_of_outer_products(grad, x)
     image, outer = (t.view(1, 1, *t.shape).permute(0, 3, 1, 2) for t in (x, grad))
     one, two, none = (1, 1), (2, 2), (0, 0)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -35,16 +36,17 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight.flatten(1)
 
 
-def _sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
+def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
     """left.T @ right for (n, M) and (n, N), summed over some pixels at a time.
 
     The gradient behind a normalisation is orthogonal to a constant and to the map, so that these sums nearly cancel:
     the roundings of one long sum would show.
     """
-    whole = left.shape[0] - left.shape[0] % _PIXELS_OF_A_SUM
+    some = max(_PIXELS_OF_A_SUM, -(-left.shape[0] // _MOST_SUMS))
+    whole = left.shape[0] - left.shape[0] % some
     if not whole:
         return left.T @ right
-    parts = left[:whole].unflatten(0, (-1, _PIXELS_OF_A_SUM)).mT @ right[:whole].unflatten(0, (-1, _PIXELS_OF_A_SUM))
+    parts = left[:whole].unflatten(0, (-1, some)).mT @ right[:whole].unflatten(0, (-1, some))
     return parts.sum(dim=0).addmm_(left[whole:].T, right[whole:])
 
 

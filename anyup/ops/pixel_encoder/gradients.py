@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyup.ops.linear import linear, linear_backward
+from anyup.ops.linear import linear, linear_backward, sum_of_outer_products
 from anyup.ops.memory import empty
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.pixel_encoder.cells import Cells
@@ -337,7 +337,8 @@ class _Image:
         tiles = self._map(go)
         pooled = spread.pool_columns(torch.stack([tile[0] for tile in tiles]).sum(dim=0))
         pending, (grad_norm, grad_bias, _) = self._sums(norm, tiles)
-        return pending, _Gradients(grad_norm, grad_bias, grad.reshape(-1, dim).T @ pooled.reshape(-1, dim))
+        grad_weight = sum_of_outer_products(grad.reshape(-1, dim), pooled.reshape(-1, dim))
+        return pending, _Gradients(grad_norm, grad_bias, grad_weight)
 
     @staticmethod
     def _activated(grad: Tensor, normed: Tensor, centered: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
