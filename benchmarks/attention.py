@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyup.bench import machine, parity, results, workloads
+from anyup.bench.workloads import Workload
 from anyup.ops import explain_backends, window_attention
 from anyup.window import RatioWindow
-from benchmarks import machine, parity, results, workloads
-from benchmarks.workloads import Workload
 
 WINDOW = RatioWindow(0.1)
 HEADS, HEAD_DIM = 4, 32

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from anyup.bench.workloads import Workload, square
 from anyup.kernels import config
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.kernels.launch import Launch
@@ -29,7 +30,6 @@ from benchmarks.ahead_of_time import CUDA_ARCHITECTURES, compilation_of, target_
 from benchmarks.machine_code import Code, read
 from benchmarks.occupancy import LIMITS, occupancy
 from benchmarks.window_attention_work import Work, backward_grid_work, backward_query_work, forward_work
-from benchmarks.workloads import Workload, square
 
 WINDOW = RatioWindow(0.1)
 HEADS, HEAD_DIM = 4, 32

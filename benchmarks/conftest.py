@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine
-from benchmarks.workloads import Workload
+from anyup.bench import machine
+from anyup.bench.workloads import Workload
 
 Run = Callable[..., object]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from anyup.bench.workloads import Workload, square
 from anyup.kernels import feature_unification_backward as unification_backward
 from anyup.kernels import feature_unification_forward as unification_forward
 from anyup.kernels import query_projection_forward as projection
@@ -24,7 +25,6 @@ from benchmarks import roofline
 from benchmarks.ahead_of_time import compilation_of, target_of
 from benchmarks.compiled import TIMES, code_facts, told_times
 from benchmarks.machine_code import Code, read
-from benchmarks.workloads import Workload, square
 
 DIM = FILTERS = 128
 KERNEL_SIZE = 5

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, high_resolution, machine, memory, parity, published, results
-from benchmarks.results import Row
-from benchmarks.timing import interleave, once
-from benchmarks.workloads import CURVE, REACH, UNIFICATION, Workload, square
+from anyup.bench import cases, high_resolution, machine, memory, parity, published, results
+from anyup.bench.results import Row
+from anyup.bench.timing import interleave, once
+from anyup.bench.workloads import CURVE, REACH, UNIFICATION, Workload, square
 
 _REPEATS = 5
 

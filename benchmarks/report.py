@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import cases, results
-from benchmarks.results import Results, Row
-from benchmarks.workloads import REACH, square
+from anyup.bench import cases, results
+from anyup.bench.results import Results, Row
+from anyup.bench.workloads import REACH, square
 
 
 def tables(stored: Results) -> str:

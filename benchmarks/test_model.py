@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, machine, parity, published
+from anyup.bench import cases, machine, parity, published
+from anyup.bench.workloads import REACH, WORKLOADS, Workload, square
 from benchmarks.conftest import Run, within_budget
-from benchmarks.workloads import REACH, WORKLOADS, Workload, square
 
 BASELINES = (*REACH, square(448, 28), square(518, 37), square(2048, 128))
 

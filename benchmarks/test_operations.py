@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, machine, memory, parity
+from anyup.bench import cases, machine, memory, parity
+from anyup.bench.workloads import UNIFICATION, Workload, square
 from benchmarks.conftest import Run
-from benchmarks.workloads import UNIFICATION, Workload, square
 
 BACKENDS = ("torch", "reference")
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from anyup.bench.workloads import Workload
 from anyup.ops.window_attention.tiles import axis_unions_and_cores
 from anyup.window import Window, axis_bounds
 from benchmarks.machine_code import Branch
-from benchmarks.workloads import Workload
 
 
 @dataclass(frozen=True)

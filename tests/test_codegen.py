@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
+from anyup.bench.workloads import Workload, square
 from anyup.kernels.config import ForwardConfig
 from anyup.window import axis_bounds
 from benchmarks import codegen, roofline
 from benchmarks.compiled import ARCHITECTURES, DTYPES, KERNELS, WINDOW, Case
 from benchmarks.machine_code import Branch, Code, amd_blocks, nvidia_blocks
 from benchmarks.occupancy import LIMITS
-from benchmarks.workloads import Workload, square
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {(448, 32): 1.55, (1024, 64): 1.35, (2048, 128): 1.10}
@@ -320,7 +320,7 @@ def test_a_device_s_rates_are_those_of_its_tensor_cores_at_its_clock(device: roo
 def test_a_new_image_size_compiles_nothing() -> None:
     text = uninterpreted(
         "-c",
-        "from benchmarks.compiled import *\nfrom benchmarks.workloads import Workload\n"
+        "from benchmarks.compiled import *\nfrom anyup.bench.workloads import Workload\n"
         "cut = Case(workloads(384)[0], '90', 'bfloat16').configs[0]\n"
         "cases = [((448, 448), (32, 32), 384), ((464, 400), (29, 25), 768), ((129, 17), (3, 1), 384)]\n"
         "cases = [Case(Workload(s, g, c), '90', 'bfloat16', cut=cut) for s, g, c in cases]\n"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from anyup import AnyUp
-from benchmarks.published import Published
-from benchmarks.workloads import Workload
+from anyup.bench.published import Published
+from anyup.bench.workloads import Workload
 
 TOLERANCE = 2e-4
 """Of two float32 results in different orders of operations, relative to the largest value.

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from anyup import __version__
-from benchmarks.workloads import Workload
+from anyup.bench.workloads import Workload
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout, where the package is used from one."""
 
 FLOOR_OPERATIONS = 2 * 419_000
 """Of one pixel: the multiplications and additions that the model needs at 448 from 32 with C = 384."""
@@ -97,6 +98,8 @@ def _commit() -> str | None:
         command = ("git", "-C", str(ROOT), *arguments)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    if not (ROOT / ".git").exists():  # an installed wheel may lie below somebody else's checkout
+        return None
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")

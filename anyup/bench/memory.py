@@ -1,6 +1,6 @@
 """Peak memory of a call: the resident set of a child process that makes it once.
 
-`python -m benchmarks.memory CASE WORKLOAD` is the child. It loads the model, fills the inputs, notes its
+`python -m anyup.bench.memory CASE WORKLOAD` is the child. It loads the model, fills the inputs, notes its
 resident set, makes the call, and prints the peak above that note as JSON.
 """
 
@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, workloads
-from benchmarks.machine import ROOT
-from benchmarks.workloads import Workload
+from anyup.bench import cases, workloads
+from anyup.bench.workloads import Workload
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
@@ -40,11 +39,11 @@ def measure(case: str, workload: Workload, *, chunk: int | None = None, threads:
 
     Raises RuntimeError with the child's messages where it fails for another reason than memory.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", case, workload.name]
+    command = [sys.executable, "-m", "anyup.bench.memory", case, workload.name]
     command += ["--threads", str(threads or torch.get_num_threads())]
     if chunk is not None:
         command += ["--chunk", str(chunk)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode == 0:
         return Memory(**json.loads(child.stdout.splitlines()[-1]))
     # The kernel kills with signal 9 what takes the last memory.
@@ -106,7 +105,7 @@ def _be_killed_first() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The child process."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=measure.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m anyup.bench.memory", description=measure.__doc__)
     parser.add_argument("case", help=f"one of {cases.WHOLE}, or one of {cases.OPERATIONS} with /backend")
     parser.add_argument("workload", help='a name, for example "448 from 32"')
     parser.add_argument("--chunk", type=int, help="the baseline's queries at a time")

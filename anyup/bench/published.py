@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup import AnyUp
+from anyup.bench.workloads import Workload
 from anyup.layers import Encoder, ResBlock
 from anyup.window import Window, axis_bounds
-from benchmarks.workloads import Workload
 
 KNOWN_SECONDS = {"224 from 16": 1.85, "448 from 32": 15.9, "1024 from 64": 186.0}
 """The published code, float32, on a CPU whose square float32 product of 2048 ran at `KNOWN_RATES`."""

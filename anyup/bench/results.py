@@ -10,7 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 Results = dict[str, list[Row]]
 
-DEFAULT = Path(__file__).resolve().parent / "results" / "cpu.json"
+DEFAULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu.json"
 
 
 def read(path: Path) -> Results:

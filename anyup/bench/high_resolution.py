@@ -1,6 +1,6 @@
 """Large images on little memory: the peak and the work of calls within a budget, each in a child process.
 
-`python -m benchmarks.high_resolution CASE` is the child. It loads the model, makes a small call (the first one in a
+`python -m anyup.bench.high_resolution CASE` is the child. It loads the model, makes a small call (the first one in a
 process imports what torch needs for it), and prints as JSON what the case takes above that.
 """
 
@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 import anyup
+from anyup.bench import cases, memory
+from anyup.bench.results import Row
+from anyup.bench.workloads import Workload, square
 from anyup.budget import parse_memory
 from anyup.planning import Plan
-from benchmarks import cases, memory
-from benchmarks.machine import ROOT
-from benchmarks.results import Row
-from benchmarks.workloads import Workload, square
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ REACH = ("2048", "2048 within 1.5GB", "4096 to a file within 2GB")
 
 def measure(name: str, threads: int) -> Row:
     """A case in a child process: peak and predicted bytes, processor and wall seconds."""
-    command = [sys.executable, "-m", "benchmarks.high_resolution", name, "--threads", str(threads)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "anyup.bench.high_resolution", name, "--threads", str(threads)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr}")
     row: Row = json.loads(child.stdout.splitlines()[-1])
@@ -118,7 +117,7 @@ def _file(
 
 def main(argv: list[str] | None = None) -> int:
     """The child process."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.high_resolution", description=measure.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m anyup.bench.high_resolution", description=measure.__doc__)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import anyup
 from anyup import AnyUp
+from anyup.bench.published import Published
+from anyup.bench.workloads import Workload
 from anyup.layers import Encoder
 from anyup.ops import window_attention
 from anyup.ops.feature_unification import unify_features
 from anyup.ops.pixel_encoder import encode_pixels
 from anyup.ops.query_projection import project_queries
-from benchmarks.published import Published
-from benchmarks.workloads import Workload
 
 Call = Callable[[], Tensor]
 
