@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyup.ops.linear import sum_of_outer_products
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import accumulator_dtype, working_dtype
 
 # Values worked on at a time: on a CPU what stays in its caches.
 _BUDGET = {"cpu": 2**18}
@@ -44,7 +45,8 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     """The gradients of features and basis, everything recomputed."""
     channels = features.shape[1]
     patches = _Patches(features, basis)
-    grad_padded, grad_filters = torch.zeros_like(patches.padded), torch.zeros_like(patches.filters)
+    grad_padded = torch.zeros_like(patches.padded)
+    grad_filters = torch.zeros_like(patches.filters, dtype=accumulator_dtype(features.device))
     for tile in patches.tiles:
         image, positions = tile
         near = patches.take(tile)
@@ -52,7 +54,7 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
         outer = grad[image].flatten(1)[:, positions].T.to(near.dtype)[:, :, None] / channels  # (n, M, 1)
         inner = weights * (outer - (weights * outer).sum(dim=1, keepdim=True))
         inner = inner.view(near.shape[0], channels, -1)  # back to channel-major (n, C, M)
-        grad_filters += torch.einsum("ncm,ntc->mt", inner, near)
+        grad_filters += sum_of_outer_products(inner.flatten(0, 1), near.transpose(1, 2).flatten(0, 1))
         patches.add(grad_padded, tile, (inner @ patches.filters).transpose(1, 2))
     half = basis.shape[2] // 2
     h, w = features.shape[2:]

@@ -32,6 +32,13 @@ Result = TypeVar("Result")
 Source = Callable[[slice], Tensor]
 """A tile of a map, (n, D), in the dtype worked in."""
 
+_FEW_PIXELS = 256
+"""A map of at most as many is worked on in the accumulator's dtype.
+
+The gradient of a normalisation over few values is what is left of nearly equal terms, to the point where a group of two
+keeps a thousandth of its digits. On so small a map the wider arithmetic takes no time.
+"""
+
 
 def backward(
     grad: Tensor,
@@ -45,12 +52,12 @@ def backward(
     if not pixels.numel():
         return _zeros(pixels, parameters, frequencies)
     size = (pixels.shape[1], pixels.shape[2])
-    wide = working_dtype(pixels.dtype)
+    wide = _dtype_of_work(pixels.dtype, size, pixels.device)
     rotation = None if frequencies is None else Rotation(size, frequencies)
     spread = None if output_size == size else Spread(size, output_size, wide, pixels.device)
     grad_pixels = empty(tuple(pixels.shape), pixels)
     found = [
-        _Image(image.flatten(0, 1), parameters, size).backward(g, rotation, spread, result.flatten(0, 1))
+        _Image(image.flatten(0, 1), parameters, size, wide).backward(g, rotation, spread, result.flatten(0, 1))
         for g, image, result in zip(grad, pixels, grad_pixels, strict=True)
     ]
     projections, blocks, rotations = zip(*found, strict=True)
@@ -72,6 +79,10 @@ def _zeros(
     blocks = (BlockParameters(*map(torch.zeros_like, block)) for block in parameters[1:])
     projection, grad_frequencies = (None if t is None else torch.zeros_like(t) for t in (parameters[0], frequencies))
     return torch.zeros_like(pixels), EncoderParameters(projection, *blocks), grad_frequencies
+
+
+def _dtype_of_work(dtype: torch.dtype, size: tuple[int, int], device: torch.device) -> torch.dtype:
+    return accumulator_dtype(device) if size[0] * size[1] <= _FEW_PIXELS else working_dtype(dtype)
 
 
 class Spread:
@@ -195,9 +206,11 @@ class _Pending:
 class _Image:
     """One image's pixels (n, Cin), whose map of `size` is encoded again and differentiated."""
 
-    def __init__(self, pixels: Tensor, parameters: EncoderParameters, size: tuple[int, int]) -> None:
+    def __init__(
+        self, pixels: Tensor, parameters: EncoderParameters, size: tuple[int, int], dtype: torch.dtype
+    ) -> None:
         self._pixels = pixels.contiguous()
-        self._dtype = working_dtype(pixels.dtype)
+        self._dtype = dtype
         self._size = size
         projection, block1, block2 = parameters
         self._projection = None if projection is None else projection.to(self._dtype)
