@@ -498,7 +498,7 @@ def test_a_stage_shows_the_seconds_on_a_terminal_and_one_line_elsewhere(
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 B"), (999, "999 B"), (15360, "15 kB"), (999_900, "1 MB"), (18.7e9, "18.7 GB")]
+    ("count", "words"), [(0, "0 B"), (999, "999 B"), (15360, "15 kB"), (999_900, "1 MB"), (18.7e9, "18.70 GB")]
 )
 def test_bytes_are_told_in_decimal_units(count: float, words: str) -> None:
     assert human_bytes(count) == words
