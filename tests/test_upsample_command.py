@@ -342,7 +342,9 @@ def test_a_disk_that_fills_leaves_nothing_and_says_what_was_needed(
 
 
 RUN = """
-import sys, time
+import signal, sys, time
+# Whatever ran these tests may have had interruptions ignored, as a shell does for what it puts in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from anyup import cli, planning, streaming
 planning.BAND_PIXELS = 4 * 32
 piece, begun = streaming._Source.piece, []
