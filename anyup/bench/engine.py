@@ -36,9 +36,12 @@ class Speeds:
     bandwidth: float
 
     @staticmethod
-    def measure(device: str, clock: Clock, dtypes: Sequence[str] = tuple(DTYPES)) -> Speeds:
-        """On the device, now."""
-        rates = {d: machine.matmul_rate(dtype=DTYPES[d], device=device, clock=clock) for d in dtypes}
+    def measure(device: str, clock: Clock) -> Speeds:
+        """On the device, now. A CPU's rate is that of float32 for all: what runs there computes in it."""
+        on_card = torch.device(device).type == "cuda"
+        measured = tuple(DTYPES) if on_card else ("float32",)
+        rates = {d: machine.matmul_rate(dtype=DTYPES[d], device=device, clock=clock) for d in measured}
+        rates = {d: rates.get(d, rates["float32"]) for d in DTYPES}
         return Speeds(rates, machine.copy_bandwidth(device=device, clock=clock))
 
 
@@ -199,9 +202,8 @@ class Engine:
 
     def _warm_and_compare(self, entries: Sequence[Entry]) -> None:
         """Build and make each call once; its result is held against the first baseline's, or against a sample."""
-        expected: tuple[cases.Call, Tensor] | None = None
-        by_rank = sorted(entries, key=lambda entry: _rank(entry.contender))
-        for entry in by_rank:
+        expected: tuple[Contender, cases.Call, Tensor] | None = None
+        for entry in sorted(entries, key=lambda entry: _rank(entry.contender)):
             if not entry.runs:
                 continue
             try:
@@ -219,12 +221,12 @@ class Engine:
             # What a head reads that comes after the upsampling is written first.
             before = entry.sizes.workload.output_bytes if entry.contender.operation == "head_after" else 0
             entry.row["written_bytes"] = size + before
-            if expected is not None and _comparable(entry, by_rank):
-                entry.row["difference"] = _difference(entry, (entry.call, result), expected)
-            elif expected is None:
-                expected = (entry.call, result)
+            if expected is None:
+                expected = (entry.contender, entry.call, result)
                 if entry.contender.backend not in _BASELINES:
                     entry.row["difference"] = self._sampled_difference(entry, result)
+            elif _comparable(entry.contender, expected[0]):
+                entry.row["difference"] = _difference(entry, (entry.call, result), expected[1:])
 
     def _first_call(self, entry: Entry) -> Tensor:
         times = self.builder.chunk_times(entry.contender, entry.sizes)
@@ -287,10 +289,10 @@ def _rank(contender: Contender) -> tuple[int, str]:
     return (_BASELINES.index(backend) if backend in _BASELINES else len(_BASELINES)), backend
 
 
-def _comparable(entry: Entry, entries: Sequence[Entry]) -> bool:
-    """NATTEN's window is another one; contenders that carry other channels have other results."""
-    others = {other.contender.operation for other in entries}
-    return entry.contender.backend != NATTEN and not others & {"window_attention_of_classes"}
+def _comparable(contender: Contender, expected: Contender) -> bool:
+    """NATTEN's window is another one; the attention of other values has another result; a head has the same."""
+    alone = contender.operation in cases.OPERATIONS
+    return contender.backend != NATTEN and not (alone and contender.operation != expected.operation)
 
 
 def _difference(entry: Entry, found: tuple[cases.Call, Tensor], expected: tuple[cases.Call, Tensor]) -> float:
