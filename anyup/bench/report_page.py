@@ -62,12 +62,13 @@ _GROUPS = {
     "head": "A linear head before or after",
     "unification": "Feature unification",
     "high-resolution": "Large images within a budget",
-    "dtype": "Dtypes",
+    "dtype": "Half precision",
+    "backward": "Forward and backward",
 }
 
 _CAPTIONS = {
     "time": "Time of a call, median of the repeats. The floor is the model's arithmetic at the rate of a matrix "
-    "product measured in the same run. Crosses at the upper edge: out of memory.",
+    "product of the same run, or its bytes at a copy's if that is longer. Crosses at the upper edge: out of memory.",
     "memory": "Peak memory above the loaded model and its inputs, in a run of its own. The floor is the output, "
     "which every call returns.",
     "stages": "Share of each stage, in %; to the right the sum.",

@@ -22,7 +22,7 @@ STATUSES = ("ok", "out of memory", "over budget", "unsupported")
 _TEXTS = ("id", "group", "workload", "operation", "backend", "dtype", "pass")
 
 # Amounts, which are positive where they are there.
-_AMOUNTS = ("seconds", "peak_bytes", "output_bytes", "floor_seconds", "times_floor", "speed_up", "expected_seconds")
+_AMOUNTS = ("seconds", "output_bytes", "floor_seconds", "times_floor", "speed_up", "expected_seconds")
 
 
 def read(path: Path) -> dict[str, Any]:
