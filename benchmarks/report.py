@@ -24,7 +24,7 @@ from anyup.window import RatioWindow
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md",)
 
 _PLACE = re.compile(r"(<!-- benchmarks: (?P<file>[\w.-]+)/(?P<name>[\w-]+) -->).*?(<!-- end -->)", re.DOTALL)
 

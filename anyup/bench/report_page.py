@@ -45,7 +45,7 @@ th { text-align: left; font-weight: 600; vertical-align: bottom; color: var(--so
 th.number { text-align: right; }
 th, td { padding: .3rem .65rem .3rem 0; border-bottom: 1px solid var(--grid); }
 td { vertical-align: top; } td.number, td.absent { text-align: right; white-space: nowrap; }
-td.absent { color: var(--soft); } td:first-child { white-space: nowrap; } td:last-child { min-width: 9rem; }
+td.absent { color: var(--soft); } td:first-child { white-space: nowrap; } td.notes { min-width: 9rem; }
 tbody tr:hover { background: var(--shade); }
 .badge { display: inline-block; border: 1px solid; border-radius: .6rem; padding: 0 .45rem; font-size: .75rem;
   white-space: nowrap; } .bad { color: var(--bad); } .busy { color: var(--busy); }

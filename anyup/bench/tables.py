@@ -68,7 +68,7 @@ def rows_table(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
         kind = f' class="{row["status"].replace(" ", "-")}"' if row["status"] != "ok" else ""
         identity = escape(f"row-{row['id']}")
         notes = _badges(row) + escape("; ".join(_notes(results, row)))
-        lines.append(f'<tr data-id="{identity}"{kind}>{cells}<td>{notes}</td></tr>')
+        lines.append(f'<tr data-id="{identity}"{kind}>{cells}<td class="notes">{notes}</td></tr>')
     return _framed(f"<thead><tr>{head}<th scope='col'>notes</th></tr></thead><tbody>{''.join(lines)}</tbody>")
 
 
