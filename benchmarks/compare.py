@@ -110,22 +110,21 @@ def _time_change(
         pair = [row["seconds"] for row in (before, after)]
         told = [wording.seconds(value) for value in pair]
     else:
-        pair = [_over_the_floor(row, machine) for row, machine in ((before, was), (after, now))]
-        if None in pair:
+        sides = ((before, was), (after, now))
+        if all(row.get("times_floor") for row, _ in sides):
+            pair = [row["times_floor"] for row, _ in sides]
+            told = [f"{value:.2f} floors" for value in pair]
+        elif all(machine.get("matmul_rate") for _, machine in sides):
+            # Of a row without a floor, the operations that a matrix product makes in its time.
+            pair = [row["seconds"] * machine["matmul_rate"] for row, machine in sides]
+            told = [f"{value / 1e9:.3g} GFLOP of a matrix product" for value in pair]
+        else:
             result.notes.append(f"{before['id']}: not compared: no floor and no rate of both machines")
             return None
-        told = [f"{value:.2f} floors" if before.get("times_floor") else f"{value:.3g} operations" for value in pair]
     ratio = pair[1] / pair[0]
     if 1 / (1 + margin) <= ratio <= 1 + margin:
         return None
     return ratio, f"time {told[0]} before, {told[1]} now ({ratio - 1:+.0%}, spread {margin:.0%})"
-
-
-def _over_the_floor(row: Row, machine: Mapping[str, Any]) -> Any:
-    """Multiples of the floor; of a row without one, the operations that a matrix product makes in its time."""
-    if row.get("times_floor"):
-        return row["times_floor"]
-    return row["seconds"] * machine["matmul_rate"] if machine.get("matmul_rate") else None
 
 
 def _memory_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, str] | None:

@@ -425,6 +425,11 @@ def test_times_of_two_machines_are_compared_as_multiples_of_the_floor() -> None:
     other["rows"][0]["times_floor"] *= 1.5
     (line,) = compare.compare(planted(), other).regressions
     assert "time 1.15 floors before, 1.72 floors now (+50%" in line
+    del other["rows"][0]["times_floor"]  # then by the rates: the same 46 GFLOP
+    assert compare.compare(planted(), other).regressions == []
+    other["rows"][0]["seconds"] *= 2
+    (line,) = compare.compare(planted(), other).regressions
+    assert "time 46 GFLOP of a matrix product before, 92 GFLOP of a matrix product now" in line
 
 
 def test_the_command_s_exit_status_says_whether_something_regressed(

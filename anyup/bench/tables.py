@@ -35,7 +35,7 @@ COLUMNS = (
     Column("peak_bytes", "peak memory", wording.size),
     Column("output_bytes", "of which output", wording.size),
     Column("speed_up", "speed-up", wording.times),
-    Column("difference", "difference", lambda value: f"{value:.0e}"),
+    Column("difference", "difference", lambda value: f"{value:.0e}" if value else "0"),
 )
 
 
@@ -123,6 +123,7 @@ def _notes(results: Mapping[str, Any], row: Row) -> list[str]:
 _TOLD: dict[str, Callable[[Any], str]] = {
     "matmul_rate": lambda value: wording.rate(value, "FLOP/s"),
     "matmul_rate_after": lambda value: wording.rate(value, "FLOP/s"),
+    "matmul_rates": lambda rates: ", ".join(f"{dtype} {wording.rate(one, 'FLOP/s')}" for dtype, one in rates.items()),
     "copy_bandwidth": lambda value: wording.rate(value, "B/s"),
     "commit": lambda value: str(value or "unknown"),
 }
@@ -142,10 +143,11 @@ def tell(name: str, value: Any) -> str:
 
 
 def facts(machine: Mapping[str, Any]) -> str:
-    """A list of names and values."""
+    """A list of names and values; what is not known is left out, but for the commit."""
     items = "".join(
         f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(tell(name, value))}</dd></div>"
         for name, value in machine.items()
+        if value is not None or name == "commit"
     )
     return f'<dl class="facts">{items}</dl>'
 
