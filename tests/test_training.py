@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from small_training import Told, make_photographs, records, settings
 import anyup
 from anyup.training import loop, preparation, state
 from anyup.training.config import Optimizer
-from anyup.training.distributed import Engine
+from anyup.training.distributed import AccelerateEngine, Engine
 from anyup.training.objective import Objective
 from anyup.training.preparation import prepare
 from anyup.training.trainer import Trainer, learning_rate, make_upsampler
@@ -361,6 +362,21 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Pat
         for name, grad in expected.items():
             scale = grad.abs().max().item()
             torch.testing.assert_close(stored["grads"][name], grad, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+
+
+def test_processes_leave_a_group_together_unless_one_has_failed() -> None:
+    told: list[str] = []
+    engine = object.__new__(AccelerateEngine)
+    engine._accelerator = SimpleNamespace(
+        wait_for_everyone=lambda: told.append("waited"), end_training=lambda: told.append("left")
+    )
+    with engine:
+        assert not told
+    assert told == ["waited", "left"]
+    told.clear()
+    with pytest.raises(ValueError, match="broken"), engine:
+        raise ValueError("broken")
+    assert told == ["left"]
 
 
 def _torchrun(code: str) -> list[subprocess.Popen[str]]:
