@@ -43,20 +43,27 @@ class Speeds:
 
 
 @dataclass
-class _Entry:
-    """A contender on its way to a row."""
+class Entry:
+    """A contender on its way to a row.
+
+    Attributes:
+        call: what is timed; None where it does not run.
+        first: seconds of the first call.
+    """
 
     contender: Contender
     row: Row
     sizes: Sizes
     call: cases.Call | None = None
-    first: float = 0.0  # seconds of the first call
+    first: float = 0.0
 
     @property
     def runs(self) -> bool:
+        """Whether nothing has spoken against it so far."""
         return self.row["status"] == "ok"
 
     def mark(self, status: str, reason: str, **more: Any) -> None:
+        """It does not run, and that is a result."""
         self.row.update(status=status, reason=reason, **more)
         self.call = None
 
@@ -88,25 +95,31 @@ class Engine:
 
         Raises `parity.ParityError` where results differ: then nothing is timed.
         """
-        entries = [self._entry(comparison, contender) for contender in comparison.contenders]
         try:
-            if comparison.kind == "stages":
-                self._stages(entries[0])
-            elif comparison.kind == "high-resolution":
-                self._high_resolution(entries[0])
+            if comparison.kind == "calls":
+                entries = self._calls(comparison)
             else:
-                self._calls(entries)
+                (contender,) = comparison.contenders
+                entries = [self._entry(comparison, contender)]
+                (self._stages if comparison.kind == "stages" else self._high_resolution)(entries[0])
+            return [entry.row for entry in entries]
         finally:
-            for entry in entries:
-                entry.call = None
-            gc.collect()
-        return [entry.row for entry in entries]
+            gc.collect()  # calls hold large tensors, some in cycles
 
-    def _calls(self, entries: list[_Entry]) -> None:
+    def prepare(self, comparison: Comparison) -> list[Entry]:
+        """The contenders, those that run with their calls: made once, their results compared.
+
+        Raises `parity.ParityError` where results differ.
+        """
+        entries = [self._entry(comparison, contender) for contender in comparison.contenders]
         for entry in entries:
             self._foresee(entry)
         self._ask_backends(entries)
         self._warm_and_compare(entries)
+        return entries
+
+    def _calls(self, comparison: Comparison) -> list[Entry]:
+        entries = self.prepare(comparison)
         self._time([entry for entry in entries if entry.runs])
         for entry in entries:
             entry.call = None  # what it holds is gone before memory is measured
@@ -117,8 +130,9 @@ class Engine:
                     found = self.measure_memory(entry.contender.case, entry.sizes)
                     entry.row.update(peak_bytes=found.peak_bytes, peak_is_exact=found.exact)
         _add_speed_ups(entries)
+        return entries
 
-    def _entry(self, comparison: Comparison, contender: Contender) -> _Entry:
+    def _entry(self, comparison: Comparison, contender: Contender) -> Entry:
         sizes, workload = comparison.sizes, comparison.sizes.workload
         rate = self.speeds.rates[sizes.dtype]
         row: Row = {
@@ -139,7 +153,7 @@ class Engine:
             "matmul_rate": rate,
             "mean_window": workload.mean_window(floors.WINDOW),
         }
-        return _Entry(contender, row, sizes)
+        return Entry(contender, row, sizes)
 
     def _floor(self, contender: Contender, sizes: Sizes) -> float:
         # With a head, and whatever the budget, the work before the attention is the model's.
@@ -149,7 +163,7 @@ class Engine:
             operation, sizes.workload, rate, self.speeds.bandwidth, direction=sizes.direction, itemsize=itemsize
         )
 
-    def _foresee(self, entry: _Entry) -> None:
+    def _foresee(self, entry: Entry) -> None:
         """What would take too long, or more memory than there is, is a result of its own."""
         contender, workload = entry.contender, entry.sizes.workload
         expected = _TIMES_THE_FLOOR.get(contender.backend, 6.0) * entry.row["floor_seconds"]
@@ -169,7 +183,7 @@ class Engine:
             told = f"would take about {expected:.0f} s, the budget of a call is {self.budget:.0f} s"
             entry.mark("over budget", told, expected_seconds=expected)
 
-    def _ask_backends(self, entries: Sequence[_Entry]) -> None:
+    def _ask_backends(self, entries: Sequence[Entry]) -> None:
         """Mark the backends that cannot run an operation, with their reasons."""
         alone = [entry for entry in entries if entry.contender.operation in cases.OPERATIONS]
         for operation in dict.fromkeys(entry.contender.operation for entry in alone):
@@ -183,7 +197,7 @@ class Engine:
                 elif candidate.reasons or candidate.discouraged:
                     entry.mark("unsupported", "; ".join(candidate.reasons or candidate.discouraged))
 
-    def _warm_and_compare(self, entries: Sequence[_Entry]) -> None:
+    def _warm_and_compare(self, entries: Sequence[Entry]) -> None:
         """Build and make each call once; its result is held against the first baseline's, or against a sample."""
         expected: tuple[cases.Call, Tensor] | None = None
         by_rank = sorted(entries, key=lambda entry: _rank(entry.contender))
@@ -212,7 +226,7 @@ class Engine:
                 if entry.contender.backend not in _BASELINES:
                     entry.row["difference"] = self._sampled_difference(entry, result)
 
-    def _first_call(self, entry: _Entry) -> Tensor:
+    def _first_call(self, entry: Entry) -> Tensor:
         times = self.builder.chunk_times(entry.contender, entry.sizes)
         entry.sizes = with_chunk(entry.sizes, times)
         if times is not None:
@@ -224,7 +238,7 @@ class Engine:
         entry.first = self.clock(lambda: made.append(call()))
         return made.pop()
 
-    def _sampled_difference(self, entry: _Entry, result: Tensor) -> float | None:
+    def _sampled_difference(self, entry: Entry, result: Tensor) -> float | None:
         """Of ours, where no baseline ran: from the baseline at some pixels, or in half precision from float32."""
         sizes = entry.sizes
         if entry.contender.operation != "model":
@@ -234,7 +248,7 @@ class Engine:
             return parity.check(result, exact, entry.row["id"], parity.HALF_TOLERANCE)
         return parity.check_sample(cases.model(device=sizes.device), sizes.workload)
 
-    def _time(self, entries: Sequence[_Entry]) -> None:
+    def _time(self, entries: Sequence[Entry]) -> None:
         """Those that take long by their first call, the others in turn."""
         slow = [entry for entry in entries if entry.first > _ONCE]
         quick = [entry for entry in entries if entry.first <= _ONCE]
@@ -249,7 +263,7 @@ class Engine:
         for entry in quick:
             entry.row.update(timings[entry.row["id"]].as_row())
 
-    def _stages(self, entry: _Entry) -> None:
+    def _stages(self, entry: Entry) -> None:
         sizes = entry.sizes
         model = cases.model(sizes.dtype, sizes.device)
         image, features = sizes.inputs()
@@ -260,7 +274,7 @@ class Engine:
         entry.row.update(interleave({"": whole}, self.repeats, self.clock)[""].as_row())
         entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]
 
-    def _high_resolution(self, entry: _Entry) -> None:
+    def _high_resolution(self, entry: Entry) -> None:
         found = high_resolution.measure(entry.contender.case, torch.get_num_threads())
         seconds = found.pop("wall_seconds")
         entry.row.update(found, **Timing((seconds,)).as_row())
@@ -273,13 +287,13 @@ def _rank(contender: Contender) -> tuple[int, str]:
     return (_BASELINES.index(backend) if backend in _BASELINES else len(_BASELINES)), backend
 
 
-def _comparable(entry: _Entry, entries: Sequence[_Entry]) -> bool:
+def _comparable(entry: Entry, entries: Sequence[Entry]) -> bool:
     """NATTEN's window is another one; contenders that carry other channels have other results."""
     others = {other.contender.operation for other in entries}
     return entry.contender.backend != NATTEN and not others & {"window_attention_of_classes"}
 
 
-def _difference(entry: _Entry, found: tuple[cases.Call, Tensor], expected: tuple[cases.Call, Tensor]) -> float:
+def _difference(entry: Entry, found: tuple[cases.Call, Tensor], expected: tuple[cases.Call, Tensor]) -> float:
     name = entry.row["id"]
     tolerance = parity.TOLERANCE if entry.sizes.dtype == "float32" else parity.HALF_TOLERANCE
     difference = parity.check(found[1], expected[1], name, tolerance)
@@ -288,7 +302,7 @@ def _difference(entry: _Entry, found: tuple[cases.Call, Tensor], expected: tuple
     return difference
 
 
-def _add_speed_ups(entries: Sequence[_Entry]) -> None:
+def _add_speed_ups(entries: Sequence[Entry]) -> None:
     """Of ours, beside the slower definition of the same: the published forward, or an operation's reference."""
     times = {entry.contender.backend: entry.row["seconds"] for entry in entries if entry.runs}
     base = next((times[name] for name in (PUBLISHED, "reference") if name in times), None)
