@@ -159,7 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--precision", choices=("highest", "high"), help="torch's matmul precision, for float32 (default: highest)"
     )
-    tune.add_argument("--report", metavar="OUT.json", help="also what became of every cut that was tried")
+    tune.add_argument(
+        "--report", metavar="OUT.html", help="also what became of every cut tried: a page, or data (.json)"
+    )
     tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
 
     command("info", "versions, devices, backends and why, optional packages, weights", _INFO)
@@ -281,7 +283,7 @@ def _tune(arguments: argparse.Namespace) -> None:
             find(name)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    report = check_output(arguments.report, (".json",), "report") if arguments.report else None
+    report = check_output(arguments.report, (".html", ".json"), "report") if arguments.report else None
     usual = attention_passes.WINDOW
     window = make_window(arguments.window or usual.kind, usual.ratio if arguments.ratio is None else arguments.ratio)
     try:
