@@ -260,7 +260,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_rows_of_another_machine_are_not_added_to(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    ResultsFile(path, describe(device="Abacus")).put([{"id": "a"}])
+    ResultsFile(path, describe(device="Abacus")).put(engine().run(operation("query_projection", "torch")))
     with pytest.raises(MachineError, match="device: Abacus there, .* here"):
         ResultsFile(path, describe())
     assert ResultsFile(path, describe(), restart=True).rows == []

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyup.bench.stored import FORMAT, read
 from anyup.images import complete_or_absent
 
 Row = dict[str, Any]
-
-FORMAT = 1
 
 SAME = ("device", "device_kind", "threads", "torch", "triton", "python", "anyup", "commit", "precision", "tf32")
 """Notes of the machine that rows of one file have in common."""
@@ -38,7 +37,7 @@ class ResultsFile:
         self.machine = dict(machine)
         self._rows: dict[str, Row] = {}
         if path.exists() and not restart:
-            stored = _read(path)
+            stored = read(path)
             differs = [name for name in SAME if stored["machine"].get(name) != machine.get(name)]
             if differs:
                 told = "; ".join(f"{n}: {stored['machine'].get(n)} there, {machine.get(n)} here" for n in differs)
@@ -63,13 +62,3 @@ class ResultsFile:
         self.machine.update(notes)
         with complete_or_absent(self.path) as partial:
             partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected results of `anyup bench`, this is no JSON ({error})") from error
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected results of `anyup bench` of format {FORMAT}")
-    return stored
