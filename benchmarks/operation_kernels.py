@@ -185,11 +185,22 @@ class Case:
         )
 
 
+_codes: dict[str, Code] = {}
+
+
+def code_of(launch: Launch, arch: str) -> Code:
+    """The machine code of a launch; what was compiled stays, here and, by Triton, on disk."""
+    compilation = compilation_of(launch, target_of(arch))
+    if compilation.key not in _codes:
+        _codes[compilation.key] = read(compilation.run(), launch.options["num_warps"])
+    return _codes[compilation.key]
+
+
 def row_of(case: Case) -> Row:
-    """All that is known of a case; Triton keeps what it compiled on disk."""
+    """All that is known of a case."""
     launch, config = case.plan()
     warps = launch.options["num_warps"]
-    code: Code = read(compilation_of(launch, target_of(case.arch)).run(), warps)
+    code = code_of(launch, case.arch)
     work = case.work(launch)
     programs = math.prod(launch.grid) * warps / work.units
     instructions: float | None = None
@@ -228,6 +239,13 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(TIMES)
+    return told_times(device, *roofs_of(case, work, instructions, device))
+
+
+def roofs_of(
+    case: Case, work: Work, instructions: float | None, device: roofline.Device, programs: int | None = None
+) -> tuple[roofline.Times, roofline.Times]:
+    """Floor and modelled time on a device, of a launch of so many programs; None: of enough."""
     floor = roofline.floor(
         device, work.units, bytes_compulsory=work.bytes_compulsory, operations=work.exact_operations,
         exponentials=work.exact_exponentials, half=case.half,
@@ -238,8 +256,9 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
         device, work.units, bytes_compulsory=work.bytes_asked if moves else work.bytes_compulsory,
         bytes_asked=work.bytes_asked, operations=work.operations, exponentials=work.exponentials,
         instructions=instructions or 0.0, half=case.half or case.kernel.startswith("feature_unification"),
+        programs=programs,
     )  # fmt: skip
-    return told_times(device, floor, modelled)
+    return floor, modelled
 
 
 def cases(
