@@ -10,6 +10,7 @@ precision "highest"), and 3 microseconds for each kernel. What a Python process 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anyup.bench.workloads import Workload
+from anyup.bench.workloads import Workload, square
 from anyup.kernels.config import Target
 from anyup.kernels.launch import Launch
 from benchmarks import compiled, operation_kernels, pixel_encoder_work, roofline
@@ -43,6 +44,7 @@ class Cost:
     Attributes:
         moved: bytes that must cross device memory.
         asked: bytes that the programs load and store.
+        shared: of these, of weights and tables that all programs of the pixel encoder read: the caches hold them.
         operations: of the matrix units, each product of `tf32x3` counted; or of torch's products.
         floor, modelled: microseconds by term.
         source: "code" where the compiler's instructions are among the terms, "count" where they are not, "torch".
@@ -50,6 +52,7 @@ class Cost:
 
     moved: float
     asked: float
+    shared: float
     operations: float
     floor: roofline.Times
     modelled: roofline.Times
@@ -70,7 +73,9 @@ def rows(workload: Workload, dtype: str, stored: Sequence[Row], devices: Sequenc
             own = [entry for entry in costs if entry[0].stage == stage]
             for entry in own:
                 if entry[0].launch is not None:
-                    found.append({**common, "stage": stage, "level": "launch", **_told([entry])})
+                    found.append(
+                        {**common, "stage": stage, "level": "launch", **_told([entry]), "kernel": kernel_of(entry[0])}
+                    )
             for level, part in (("torch", [e for e in own if e[0].launch is None]), ("stage", own)):
                 if part:
                     found.append({**common, "stage": stage, "level": level, **_told(part)})
@@ -85,11 +90,12 @@ def _told(costs: Sequence[tuple[Step, Cost]]) -> Row:
         binding[cost.modelled.binding] += cost.modelled.total - cost.modelled.launch
         binding["launch"] += cost.modelled.launch
     return {
-        "kernel": kernel_of(costs[0][0]) if len(costs) == 1 else None,
+        "kernel": None,
         "source": "+".join(sorted({cost.source for _, cost in costs})),
         "passes": sum(step.kernels for step, _ in costs),
         "bytes": round(sum(cost.moved for _, cost in costs)),
         "bytes_asked": round(sum(cost.asked for _, cost in costs)),
+        "bytes_shared": round(sum(cost.shared for _, cost in costs)),
         "operations": round(sum(cost.operations for _, cost in costs)),
         "floor_us": round(sum(cost.floor.total for _, cost in costs), 1),
         "modelled_us": round(sum(cost.modelled.total for _, cost in costs), 1),
@@ -110,24 +116,24 @@ def cost_of(step: Step, workload: Workload, device: roofline.Device, stored: Seq
     if step.launch is None:
         return _torch_cost(step, device)
     launch, kernel = step.launch, kernel_of(step)
-    programs = math.prod(launch.grid)
     if kernel in compiled.KERNELS:
-        case = compiled.Case(workload, str(device.arch), _dtype_of(launch), kernel=kernel)
-        instructions = _instructions(launch, case.launch(), case, stored)
+        attention = compiled.Case(workload, str(device.arch), _dtype_of(launch), kernel=kernel)
+        instructions = _instructions(launch, attention.launch(), attention, stored)
         work = compiled.forward_work(workload, compiled.WINDOW, launch)
-        operations = (work.logit_operations + work.value_operations) * (1 if case.half else 3)
-        floor, modelled = compiled.roofs_of(case, work, instructions, device)
-        units = workload.pixels
+        operations = (work.logit_operations + work.value_operations) * (1 if attention.half else 3)
+        floor, modelled = compiled.roofs_of(attention, work, instructions, device)
+        units, moved, asked, shared = workload.pixels, work.bytes_compulsory, work.bytes_asked, 0.0
     else:
-        other = operation_kernels.Case(kernel, workload, str(device.arch), _dtype_of(launch))
-        instructions = _instructions(launch, other.plan()[0], other, stored)
-        counted = other.work(launch)
+        case = operation_kernels.Case(kernel, workload, str(device.arch), _dtype_of(launch))
+        instructions = _instructions(launch, case.plan()[0], case, stored)
+        counted = case.work(launch)
         operations, units = counted.operations, counted.units
-        floor, modelled = operation_kernels.roofs_of(other, counted, instructions, device, programs)
-        work = counted  # type: ignore[assignment]
+        moved, asked, shared = counted.bytes_compulsory, counted.bytes_asked, counted.bytes_shared
+        floor, modelled = operation_kernels.roofs_of(case, counted, instructions, device, math.prod(launch.grid))
     return Cost(
-        units * work.bytes_compulsory,
-        units * work.bytes_asked,
+        units * moved,
+        units * asked,
+        units * shared,
         units * operations,
         floor,
         modelled,
@@ -140,6 +146,7 @@ def _torch_cost(step: Step, device: roofline.Device) -> Cost:
     return Cost(
         step.bytes_moved,
         step.bytes_moved,
+        0.0,
         step.operations,
         roofline.Times(terms),
         roofline.Times(terms, roofline.LAUNCH_US * step.kernels),
@@ -172,6 +179,14 @@ def _instructions(launch: Launch, planned: Launch, case: Any, stored: Sequence[R
         if all(row[name] == value for name, value in wanted.items()) and row["heads"] in heads:
             return row["instructions_per_pixel"]
     return None
+
+
+def workload_of(text: str, channels: int) -> Workload:
+    """The workload that "448 from 32" names; raises ValueError where it names none."""
+    match = re.fullmatch(r"(\d+) from (\d+)", text.strip())
+    if match is None or "0" in match.groups():
+        raise ValueError(f'workload: expected sizes such as "448 from 32", got {text!r}')
+    return square(int(match[1]), int(match[2]), channels=channels)
 
 
 def table(found: Sequence[Row]) -> str:

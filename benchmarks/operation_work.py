@@ -18,6 +18,7 @@ class Work:
         bytes_compulsory: each input once, each output once.
         bytes_asked: what the programs load and store.
         turns: the kernel's loops as `machine_code.Code.weights` takes them.
+        bytes_shared: of those asked for, weights and tables that all programs read: the caches hold them.
     """
 
     units: int
@@ -28,3 +29,4 @@ class Work:
     bytes_compulsory: float
     bytes_asked: float
     turns: list[Any]
+    bytes_shared: float = 0

@@ -133,11 +133,12 @@ def _pass_work(launch: Launch) -> Work:
     products = constant["HALVES"] + constant["ROTATES"]
     read = (inputs or channels) * size
     written = channels * size if constant["STORES"] else 0
-    # For each program: weights, centre, scale and shift of each normalisation, the tile's statistics.
-    shared = (products * channels * channels + inputs * channels) * size
-    shared += constant["HALVES"] * 3 * dim * 4 + constant["MEASURES"] * 2 * dim * 4
-    # For each pixel that is rotated: its partners, cosines and sines of its row and of its column.
-    rotation = constant["ROTATES"] * (read + 2 * 2 * dim * 4)
+    # For each program: weights, centre, scale and shift of each normalisation. For each pixel that is rotated: cosines
+    # and sines of its row and of its column.
+    weights = (products * channels * channels + inputs * channels) * size + constant["HALVES"] * 3 * dim * 4
+    shared = programs * weights / units + constant["ROTATES"] * 2 * 2 * dim * 4
+    # A pixel that is rotated is read again, as its partners; each tile has statistics.
+    asked = read + written + constant["ROTATES"] * read + constant["MEASURES"] * programs * 2 * dim * 4 / units
     exponentials = constant["HALVES"] * channels
     return Work(
         units=units,
@@ -146,8 +147,9 @@ def _pass_work(launch: Launch) -> Work:
         exact_exponentials=exponentials,
         exponentials=padded * constant["HALVES"] * dim,
         bytes_compulsory=read + written,
-        bytes_asked=read + written + rotation + programs * shared / units,
+        bytes_asked=asked + shared,
         turns=[],
+        bytes_shared=shared,
     )
 
 
@@ -165,7 +167,7 @@ def _pool_work(launch: Launch) -> Work:
     turns = [-(-rows * columns // constant["PIXELS"]) for rows in cells[0] for columns in cells[1]]
     seen = batch * sum(cells[0]) * sum(cells[1]) / units
     padded = batch * sum(turns) * constant["PIXELS"] / units
-    weights = (channels * channels + (channels * channels if inputs else 0)) * size
+    shared = batch * sum(turns) * (channels * channels + (channels * channels if inputs else 0)) * size / units
     written = 2 * dim * 4 * math.prod(launch.grid) / units
     return Work(
         units=units,
@@ -174,8 +176,9 @@ def _pool_work(launch: Launch) -> Work:
         exact_exponentials=2 * channels,
         exponentials=padded * 2 * dim,
         bytes_compulsory=channels * size + written,
-        bytes_asked=seen * channels * size + written + batch * sum(turns) * weights / units,
+        bytes_asked=seen * channels * size + written + shared,
         turns=[(sum(turns) / len(turns), [])],
+        bytes_shared=shared,
     )
 
 
