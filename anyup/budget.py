@@ -48,10 +48,3 @@ def limit_on(device: torch.device, max_memory: int | str | None) -> int | None:
         return limit
     free = free_memory(device)
     return None if free is None else int(SHARE * free)
-
-
-def readable(size: float) -> str:
-    """Bytes for people: "1.50 GB", "32 MB"."""
-    if size >= 999.5e6:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 0.95e6 else f"{size / 1e3:.0f} kB"

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyup.budget import readable
 from anyup.ops.precision import FLOATING
+from anyup.progress import human_bytes
 
 Shape = tuple[int, int, int, int]
 
@@ -108,7 +108,7 @@ def _check_shape(actual: Sequence[int], expected: Shape) -> None:
 def no_room(path: str | os.PathLike[str], needed: int) -> OSError:
     """The error of a full disk, with what was needed and what is free."""
     free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
-    what = f"{readable(needed)} needed, {readable(free)} free: {os.strerror(errno.ENOSPC)}"
+    what = f"{human_bytes(needed)} needed, {human_bytes(free)} free: {os.strerror(errno.ENOSPC)}"
     return OSError(errno.ENOSPC, what, os.fspath(path))
 
 

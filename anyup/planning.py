@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from anyup.banded import HALO, Bands, band_rows, output_rows
-from anyup.budget import limit_on, readable
+from anyup.budget import limit_on
 from anyup.image_context import ImageContext
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.ops.precision import FLOATING, working_dtype
 from anyup.ops.window_attention.eager import scratch_bytes
 from anyup.problem import check_region, check_size, check_tile
+from anyup.progress import human_bytes
 from anyup.window import Window, axis_bounds, make_window
 
 if TYPE_CHECKING:
@@ -195,15 +196,15 @@ class Plan:
             size = "{} x {} at ({}, {}) of ".format(*task.region[2:], *task.region[:2]) + size
         batch = "" if task.batch == 1 else f", batch {task.batch}"
         dtype = str(task.dtype).removeprefix("torch.")
-        limit = "" if self.limit is None else f" of {readable(self.limit)}"
+        limit = "" if self.limit is None else f" of {human_bytes(self.limit)}"
         lines = [
             f"{size} from {task.grid[0]} x {task.grid[1]}{batch}, {task.carried} channels, {dtype}, "
-            f"{task.device_type}: {readable(self.peak_bytes)}{limit}, {self.cost:.2f} times the work",
+            f"{task.device_type}: {human_bytes(self.peak_bytes)}{limit}, {self.cost:.2f} times the work",
             f"kept: {self.kept()}" + ("" if self.bands is None else f"; bands of {self.bands.rows} rows"),
         ]
         pixels = task.batch * task.output[0] * task.output[1]
         lines += [
-            f"  {stage.name:<28} {stage.products / pixels:6.1f} products a pixel   {readable(stage.peak_bytes):>8}"
+            f"  {stage.name:<28} {stage.products / pixels:6.1f} products a pixel   {human_bytes(stage.peak_bytes):>8}"
             for stage in self.stages
         ]
         return "\n".join(lines)
@@ -220,8 +221,8 @@ class BudgetError(ValueError):
         self.smallest = smallest
         what = "its output included" if task.returned else "its pieces included"
         super().__init__(
-            f"max_memory: this call cannot be done in {readable(limit)}; the smallest budget that can is "
-            f"{readable(_round_up(smallest))} ({smallest} bytes, {what})"
+            f"max_memory: this call cannot be done in {human_bytes(limit)}; the smallest budget that can is "
+            f"{human_bytes(_round_up(smallest))} ({smallest} bytes, {what})"
         )
 
 
@@ -633,6 +634,6 @@ def _share(rows: int, height: int) -> str:
 
 
 def _round_up(size: int) -> int:
-    """To the third digit, so that a readable amount is no smaller than the exact one."""
+    """To the third digit, so that an amount told to people is no smaller than the exact one."""
     unit = 10 ** max(0, len(str(size)) - 3)
     return -(-size // unit) * unit

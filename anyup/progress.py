@@ -15,12 +15,12 @@ _TICK = 0.5  # seconds between two looks at the clock on a terminal
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes in decimal units, as in "354 MB"."""
+    """A number of bytes in decimal units, as in "354 MB" and "1.50 GB"."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.0f} {unit}"
         count /= 1000
-    return f"{count:.1f} GB" if count < 100 else f"{count:.0f} GB"
+    return f"{count:.2f} GB"
 
 
 def _left(told: list[tuple[float, float]]) -> str:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A kernel module that needs a sibling and a data file, as the real ones do.
@@ -77,7 +79,7 @@ def run_python(code: str, *, cwd: Path, path: tuple[Path, ...] = (), **environme
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import leave_out_what_is_in_vain
 
 # For `benchmarks`, which is not installed; last, so that nothing here hides another package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -17,6 +19,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 # device of its own.
 if not torch.cuda.is_available() and "ttsem" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        leave_out_what_is_in_vain()
 
 # Tests run with the cuts of the rule, whatever table this machine's user has.
 os.environ["ANYUP_CONFIGS"] = "off"

@@ -6,13 +6,13 @@ import io
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from patience import PATIENCE, wait_until
 from torch import Tensor, nn
 
 from anyup import assets, checkpoints, cli, demo, streaming, upsample_command
@@ -443,7 +443,7 @@ def _python(*arguments: str, **keywords: object) -> subprocess.CompletedProcess[
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path},
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         **{"capture_output": True, **keywords},
     )
 
@@ -485,10 +485,10 @@ def test_a_stage_shows_the_seconds_on_a_terminal_and_one_line_elsewhere(
 ) -> None:
     monkeypatch.setattr("anyup.progress._TICK", 0.01)
     terminal, log = _Terminal(), io.StringIO()
-    for stream in (terminal, log):
-        with Progress(stream).stage("working"):
-            time.sleep(0.05)
-    assert terminal.getvalue().count("\rworking ... ") > 2
+    with Progress(terminal).stage("working"):
+        wait_until(lambda: terminal.getvalue().count("\rworking ... ") > 2)
+    with Progress(log).stage("working"):
+        pass
     assert terminal.getvalue().endswith(" s\n")
     assert log.getvalue().count("\n") == 1 and "\r" not in log.getvalue()
     failing = io.StringIO()
@@ -498,7 +498,7 @@ def test_a_stage_shows_the_seconds_on_a_terminal_and_one_line_elsewhere(
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 B"), (999, "999 B"), (15360, "15 kB"), (999_900, "1 MB"), (18.7e9, "18.7 GB")]
+    ("count", "words"), [(0, "0 B"), (999, "999 B"), (15360, "15 kB"), (999_900, "1 MB"), (18.7e9, "18.70 GB")]
 )
 def test_bytes_are_told_in_decimal_units(count: float, words: str) -> None:
     assert human_bytes(count) == words

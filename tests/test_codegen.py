@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.config import ForwardConfig
@@ -42,12 +43,12 @@ BACKWARD_MODELLED = {
 """The same of the backward kernels in bfloat16: what they have reached, by kernel, target and workload."""
 
 
-def uninterpreted(*arguments: str, timeout: float = 600) -> str:
+def uninterpreted(*arguments: str) -> str:
     """What a Python without TRITON_INTERPRET prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -189,7 +190,6 @@ def test_the_widest_and_the_narrowest_heads_spill_nothing_where_keys_are_streame
         "    code = compile_case(case)\n"
         "    assert not case.configs[0].resident_blocks\n"
         "    print(arch, dtype, heads, code.spill_bytes, code.spill_instructions, sep='; ')",
-        timeout=1800,
     )
     assert len(text.splitlines()) == len(EXTREMES)
     assert not [line for line in text.splitlines() if not line.endswith("; 0; 0")]

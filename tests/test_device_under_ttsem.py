@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from checkouts import ROOT
+from patience import PATIENCE
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +35,9 @@ def run_under_ttsem(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedPr
     path = (str(ROOT), str(TESTS), str(TESTS / "device"), environment.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+    )
 
 
 def number_of(outcome: str, output: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import Tensor, nn
 
 from anyup.ops.parallel import cut, map_tiles, on_one_thread
@@ -37,7 +38,7 @@ def test_an_error_reaches_the_caller_and_ends_the_work(count: int, threads: None
     def fail(n: int) -> None:
         if n == 3:
             raise LookupError("tile 3")
-        time.sleep(0.001)
+        time.sleep(0.02)
         done.append(n)
 
     with pytest.raises(LookupError, match="tile 3"):
@@ -55,7 +56,7 @@ def test_no_thread_outlives_a_call(threads: None) -> None:
 
 def test_tiles_run_side_by_side(threads: None) -> None:
     torch.set_num_threads(2)
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=PATIENCE)
     map_tiles(lambda n: barrier.wait(), range(2), CPU)  # each waits for the other
 
 
@@ -137,8 +138,8 @@ def test_a_forked_child_can_run_tiles_after_its_parent_did(threads: None) -> Non
     child = context.Process(target=_in_child, args=(queue,))
     child.start()
     try:
-        assert queue.get(timeout=30) == [1000.0 * n for n in range(10)]
-        child.join(timeout=30)
+        assert queue.get(timeout=PATIENCE) == [1000.0 * n for n in range(10)]
+        child.join(timeout=PATIENCE)
         assert child.exitcode == 0
     finally:
         child.kill()

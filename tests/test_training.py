@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +18,13 @@ pytest.importorskip("PIL")
 
 import small_training
 from checkouts import ROOT
+from patience import PATIENCE, wait_until
 from small_training import Told, make_photographs, records, settings
 
 import anyup
 from anyup.training import loop, preparation, state
 from anyup.training.config import Optimizer
-from anyup.training.distributed import Engine
+from anyup.training.distributed import AccelerateEngine, Engine
 from anyup.training.objective import Objective
 from anyup.training.preparation import prepare
 from anyup.training.trainer import Trainer, learning_rate, make_upsampler
@@ -294,22 +295,13 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
     """Another Python that has the tiny encoders."""
     process = subprocess.Popen(
         [sys.executable, "-c", _RUN.format(root=str(ROOT), tests=str(ROOT / "tests")) + code],
-        env={**os.environ, **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     _started.append(process)
     return process
-
-
-def _wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("nothing came of it in five minutes")
 
 
 _LONG = "loop.train(small_training.settings(Path({folder!r}), 'optimizer.steps=100000', 'run.validate_every=0'))"
@@ -320,9 +312,9 @@ _LONG = "loop.train(small_training.settings(Path({folder!r}), 'optimizer.steps=1
 def test_a_stopped_run_leaves_whole_files_and_goes_on(folder: Path, kind: signal.Signals) -> None:
     process = start(_LONG.format(folder=str(folder)))
     latest = folder / "run" / "latest.pth"
-    _wait_for(latest.is_file, process)
+    wait_until(latest.is_file, lambda: process.poll() is None)
     process.send_signal(kind)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     stored, _ = state.load(latest)
     assert anyup.load(latest).config["qk_dim"] == 16
     if kind == signal.SIGTERM:
@@ -360,7 +352,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Pat
     one.backward()
     code = _GRADIENTS.format(folder=str(folder), overrides=overrides)
     for process in _torchrun(code):
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
     expected = {name: p.grad for name, p in one.upsampler.named_parameters() if p.grad is not None}
     for rank in (0, 1):
@@ -370,6 +362,21 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Pat
         for name, grad in expected.items():
             scale = grad.abs().max().item()
             torch.testing.assert_close(stored["grads"][name], grad, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+
+
+def test_processes_leave_a_group_together_unless_one_has_failed() -> None:
+    told: list[str] = []
+    engine = object.__new__(AccelerateEngine)
+    engine._accelerator = SimpleNamespace(
+        wait_for_everyone=lambda: told.append("waited"), end_training=lambda: told.append("left")
+    )
+    with engine:
+        assert not told
+    assert told == ["waited", "left"]
+    told.clear()
+    with pytest.raises(ValueError, match="broken"), engine:
+        raise ValueError("broken")
+    assert told == ["left"]
 
 
 def _torchrun(code: str) -> list[subprocess.Popen[str]]:
@@ -387,7 +394,7 @@ def test_two_processes_train_report_stop_and_go_on_as_one(folder: Path) -> None:
     together = [*overrides, "output=" + (folder / "together").as_posix()]
     run = f"loop.train(small_training.settings(Path({str(folder)!r}), *{together!r})"
     for process in _torchrun(run + ")"):
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
     assert [step for step, _ in alone] == [step for step, _ in losses(folder / "together")]
     for (_, one), (_, other) in zip(alone, losses(folder / "together"), strict=True):
@@ -396,9 +403,9 @@ def test_two_processes_train_report_stop_and_go_on_as_one(folder: Path) -> None:
     run = f"loop.train(small_training.settings(Path({str(folder)!r}), *{together!r}), resume=True)"
     processes = _torchrun(run)
     log = folder / "together" / "log.jsonl"
-    _wait_for(lambda: len(log.read_text(encoding="utf-8").splitlines()) > 8, processes[0])
+    wait_until(lambda: len(log.read_text(encoding="utf-8").splitlines()) > 8, lambda: processes[0].poll() is None)
     processes[1].send_signal(signal.SIGTERM)  # the other one must hear of it
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert state.load(folder / "together" / "latest.pth")[0].step == losses(folder / "together")[-1][0]
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import Tensor
 
 from anyup import visualization
@@ -132,14 +133,16 @@ def test_show_attention_falls_back_where_the_window_toolkit_has_no_display() -> 
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     environment["MPLBACKEND"] = "tkagg"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "FigureCanvasAgg"
 
 
 def test_importing_the_module_imports_no_matplotlib() -> None:
     program = "import sys, anyup.visualization; sys.exit('matplotlib' in sys.modules or 'PIL' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=PATIENCE).returncode == 0
 
 
 def _features(channels: int, h: int, w: int, seed: int = 0) -> Tensor:

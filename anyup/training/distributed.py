@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,13 +16,21 @@ from torch import nn
 
 
 class Engine:
-    """A single process on a device."""
+    """A single process on a device; as a context manager it is closed at the end."""
 
     rank = 0
     world = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
 
     @property
     def first(self) -> bool:
@@ -43,8 +52,8 @@ class Engine:
         """Whether the flag is set in some process; every process must ask."""
         return self.mean([float(flag)])[0] > 0
 
-    def close(self) -> None:
-        """Leave the group of processes."""
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the group of processes, with the others; a process that failed does not wait for them."""
 
 
 class AccelerateEngine(Engine):
@@ -58,6 +67,7 @@ class AccelerateEngine(Engine):
         self._accelerator: Any = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         super().__init__(self._accelerator.device)
+        self._sums: dict[int, torch.Tensor] = {}
 
     def wrap(self, module: nn.Module) -> nn.Module:
         wrapped: nn.Module = self._accelerator.prepare_model(module)
@@ -67,10 +77,16 @@ class AccelerateEngine(Engine):
         self._accelerator.wait_for_everyone()
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        reduced: torch.Tensor = self._accelerator.reduce(torch.tensor(values, device=self.device), "mean")
-        return reduced.tolist()
+        # In a tensor that stays: a thread of gloo lets go of it after the result is there, some time later on a busy
+        # machine. Were it the last to do so it would need the interpreter, whose end it does not survive.
+        sums = self._sums.setdefault(len(values), torch.empty(len(values), device=self.device))
+        sums.copy_(torch.tensor(values))
+        torch.distributed.all_reduce(sums)
+        return (sums / self.world).tolist()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        if not failed:
+            self.wait()
         self._accelerator.end_training()
 
 

@@ -45,8 +45,7 @@ def train(
     found = find_photographs(settings.data.photographs)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    engine = distributed.start(choose_device(settings.run.device or None))
-    try:
+    with distributed.start(choose_device(settings.run.device or None)) as engine:
         if settings.optimizer.batch < engine.world:
             raise ValueError(f"optimizer.batch: expected one sample or more for each of {engine.world} processes")
         reporter = reporter or Reporter(silent=not engine.first)
@@ -59,8 +58,6 @@ def train(
             reporter.note(f"going on after step {trainer.step}" + "".join(f"\n  {change}" for change in changes))
         output.mkdir(parents=True, exist_ok=True)
         _Run(trainer, prepared, output, reporter).go()
-    finally:
-        engine.close()
 
 
 class _Run:

@@ -74,14 +74,18 @@ def assert_accurate(tensors: dict[str, Tensor], window: Window, cuts: Cuts) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_shipped_cut_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+def test_shipped_cuts_obey_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    """Every cut in every dtype for the first shape; for each other shape one in each dtype, by turns."""
     shape = SHAPES[name]
     layout = LAYOUTS.get(name, Tensor.contiguous)
     tensors = {key: layout(tensor) for key, tensor in device_tensors(shape, dtype, dtype).items()}
-    all_cuts = shipped_cuts(shape, half=dtype != torch.float32)
-    for cuts in all_cuts:
+    chosen = shipped_cuts(shape, half=dtype != torch.float32)
+    turn = [*SHAPES].index(name) + DTYPES.index(dtype)
+    if name != "partial tiles":
+        chosen = [chosen[turn % len(chosen)]]
+    for cuts in chosen:
         assert_accurate(tensors, shape.window, cuts)
-    assert launched.total() == 4 * len(all_cuts)
+    assert launched.total() == 4 * len(chosen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
