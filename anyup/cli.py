@@ -1,4 +1,4 @@
-"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate`, `tune` and `info`.
+"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate`, `bench`, `tune` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
 exit status 1, an interruption 130. Results go to files and stdout, progress to stderr. Torch is imported by
@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from anyup import upsample_command as upsampling
 from anyup._version import __version__
+from anyup.bench import arguments as bench_arguments
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
 from anyup.upsample_command import UsageError, check_output, naming_the_options
@@ -32,6 +33,7 @@ examples:
   anyup upsample photo.jpg --features low.pt --size 512 -o high.safetensors
   anyup upsample photo.jpg --features low.pt --size 4096 --max-memory 2GB --dtype float16 -o high.npy
   anyup train --config mini data.photographs=photos output=runs/first
+  anyup bench --quick -o benchmark
   anyup tune
   anyup info
 """
@@ -55,6 +57,14 @@ _INFO = """\
 Tell what would run here: versions, devices and threads, the backend of each operation and why not the
 others, which table of kernel cuts is in force, which optional packages are found, and where downloaded
 weights are kept.
+"""
+
+_BENCH = """\
+Measure the upsampler on this machine: the whole model, its stages and each of its operations, beside the published
+forward at its best chunk size. Results are compared before anything is timed; calls that are compared are timed in
+turn; memory is measured in runs of its own. What would take longer than the budget, or more memory than there is, is
+a result too. Writes results.json, complete after each comparison, and report.html with plots; the same command again
+goes on where it was interrupted. docs/benchmarks.md explains each number.
 """
 
 _TUNE = """\
@@ -123,6 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
     evaluation.add_arguments(commands.add_parser("evaluate", help=evaluation.HELP))
 
+    bench = commands.add_parser(
+        "bench",
+        help="speed, memory and parity beside the published forward, on this machine",
+        description=_BENCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench_arguments.add_arguments(bench)
+
     tune = commands.add_parser(
         "tune",
         help="time the kernels on this GPU and keep the fastest cuts",
@@ -141,7 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--precision", choices=("highest", "high"), help="torch's matmul precision, for float32 (default: highest)"
     )
-    tune.add_argument("--report", metavar="OUT.json", help="also what became of every cut that was tried")
+    tune.add_argument(
+        "--report", metavar="OUT.html", help="also what became of every cut tried: a page, or data (.json)"
+    )
     tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
 
     command("info", "versions, devices, backends and why, optional packages, weights", _INFO)
@@ -179,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "upsample": upsampling.run,
                 "train": _train,
                 "evaluate": _evaluate,
+                "bench": _bench,
                 "tune": _tune,
                 "info": _info,
             }
@@ -246,6 +267,12 @@ def _train(arguments: argparse.Namespace) -> None:
     train(settings, resume=arguments.resume, cache_only=arguments.cache_only)
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from anyup.bench import command
+
+    command.run(arguments)
+
+
 def _tune(arguments: argparse.Namespace) -> None:
     from anyup.bench import attention_passes, tune
     from anyup.bench.workloads import find
@@ -256,7 +283,7 @@ def _tune(arguments: argparse.Namespace) -> None:
             find(name)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    report = check_output(arguments.report, (".json",), "report") if arguments.report else None
+    report = check_output(arguments.report, (".html", ".json"), "report") if arguments.report else None
     usual = attention_passes.WINDOW
     window = make_window(arguments.window or usual.kind, usual.ratio if arguments.ratio is None else arguments.ratio)
     try:

@@ -1,4 +1,4 @@
 """Speed and memory, measured.
 
-`pytest benchmarks`, `python -m benchmarks.reach`, `python -m benchmarks.report`.
+`pytest benchmarks`, `python -m benchmarks.report`, `python -m benchmarks.compare`; docs/benchmarks.md explains them.
 """

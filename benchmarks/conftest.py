@@ -2,67 +2,61 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from anyup.bench import machine
-from anyup.bench.workloads import Workload
+from anyup.bench.clock import CudaClock
+from anyup.bench.contenders import Builder
+from anyup.bench.engine import Engine, Entry, Speeds
+from anyup.bench.suite import Comparison
+from anyup.bench.timing import host_clock
 
-Run = Callable[..., object]
-
-_SLOW = 60.0
+Prepare = Callable[[Comparison], dict[str, Entry]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The command line's additions."""
     group = parser.getgroup("anyup")
     group.addoption("--budget", type=float, default=60.0, help="leave out calls that would take more seconds (60)")
-    group.addoption("--slow-baseline", action="store_true", help="time the baseline whatever it takes")
     group.addoption("--threads", type=int, default=None, help="torch's threads")
 
 
 @pytest.fixture(scope="session")
-def rate(request: pytest.FixtureRequest) -> float:
-    """Operations a second of a square float32 product, with the threads of this run."""
+def device() -> str:
+    """Where everything runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest, device: str) -> Engine:
+    """What builds the calls and compares their results."""
     threads = request.config.getoption("--threads")
     if threads:
         torch.set_num_threads(threads)
-    return machine.matmul_rate()
+    clock = host_clock if device == "cpu" else CudaClock(torch.device(device)).once
+    return Engine(Speeds.measure(device, clock), clock, Builder(clock), request.config.getoption("--budget"))
 
 
-@pytest.fixture
-def run(benchmark: Any, request: pytest.FixtureRequest, rate: float) -> Run:
-    """Time a call unless it is expected to take too long, or skip with the reason where memory runs out."""
+@pytest.fixture(scope="session")
+def prepare(engine: Engine) -> Prepare:
+    """The contenders of a comparison by backend and operation; those of the last one alone are kept."""
+    kept: dict[Comparison, dict[str, Entry]] = {}
 
-    def run(
-        call: Callable[[], object],
-        workload: Workload,
-        *,
-        expected: float,
-        baseline: bool = False,
-        **notes: object,
-    ) -> object:
-        within_budget(request.config, expected, baseline=baseline)
-        benchmark.extra_info.update(machine.describe().as_row(), workload=workload.name, matmul_rate=rate, **notes)
-        # What takes minutes is called once, cold.
-        slow = expected > _SLOW
-        rounds = 1 if slow else max(3, min(10, int(10 / expected)))
-        try:
-            return benchmark.pedantic(call, rounds=rounds, warmup_rounds=0 if slow else 1)
-        except (MemoryError, RuntimeError) as error:
-            if "memory" in str(error).lower() or isinstance(error, MemoryError):
-                pytest.skip(f"out of memory: {error}")
-            raise
+    def prepare(comparison: Comparison) -> dict[str, Entry]:
+        if comparison not in kept:
+            kept.clear()
+            gc.collect()
+            kept[comparison] = {comparison.identity(e.contender): e for e in engine.prepare(comparison)}
+        return kept[comparison]
 
-    return run
+    return prepare
 
 
-def within_budget(config: pytest.Config, expected: float, *, baseline: bool = False) -> None:
-    """Skip the test if a call is expected to take longer than the command line allows."""
-    budget = config.getoption("--budget")
-    if expected > budget and not (baseline and config.getoption("--slow-baseline")):
-        option = "--slow-baseline" if baseline else "--budget"
-        pytest.skip(f"would take longer than {budget:.0f} s, about {expected:.0f} s ({option} runs it)")
+@pytest.fixture(scope="session")
+def notes(device: str, engine: Engine) -> dict[str, object]:
+    """The machine, for each benchmark's extra information."""
+    return {**machine.describe(device), "matmul_rate": engine.speeds.rates["float32"]}

@@ -1,163 +1,250 @@
-"""`python -m benchmarks.report`: the README's tables, from the stored results and from nothing else."""
+"""`python -m benchmarks.report`: the README's tables, from the stored results and from nothing else.
+
+    python -m benchmarks.report [--write]
+
+A page has places `<!-- benchmarks: FILE/NAME --> ... <!-- end -->`; FILE is one of benchmarks/results without its
+ending, NAME one of the tables below. Without `--write` what is out of date is named, with exit status 1.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from anyup.bench import cases, results
-from anyup.bench.results import Results, Row
-from anyup.bench.workloads import REACH, square
+from anyup.bench import modelled, stored, wording
+from anyup.bench.stored import Row, rows_of
+from anyup.bench.workloads import CURVE, REACH, square
+from anyup.window import RatioWindow
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+PAGES = (ROOT / "README.md",)
+
+_PLACE = re.compile(r"(<!-- benchmarks: (?P<file>[\w.-]+)/(?P<name>[\w-]+) -->).*?(<!-- end -->)", re.DOTALL)
+
+Results = Mapping[str, Any]
 
 
-def tables(stored: Results) -> str:
-    """Markdown: every table whose part is stored, and what they were measured on."""
-    sections = (_reach(stored), _curve(stored), _unification(stored), _head(stored), _large(stored), _machines(stored))
-    return "\n\n".join(section for section in sections if section) + "\n"
+def page(text: str, folder: Path = RESULTS) -> str:
+    """A page with its tables made anew; raises ValueError for a place that names no file or table."""
+    return _PLACE.sub(lambda found: found[1] + made(found["file"], found["name"], folder) + found[4], text)
 
 
-def _reach(stored: Results) -> str:
-    rows = []
+def made(file: str, name: str, folder: Path = RESULTS) -> str:
+    """What stands between the marks: a table between line breaks, or a phrase within its line."""
+    path = folder / f"{file}.json"
+    if not path.exists():
+        raise ValueError(f"benchmarks: {file}/{name}: there is no {path}")
+    if file == "codegen":
+        if name != "modelled":
+            raise ValueError(f"benchmarks: {file}/{name}: expected codegen/modelled")
+        return f"\n{_modelled(modelled.stored_rows(path) or [])}\n"
+    results = stored.read(path)
+    if name in PHRASES:
+        return PHRASES[name](results)
+    if name not in TABLES:
+        raise ValueError(f"benchmarks: {file}/{name}: expected one of {', '.join((*TABLES, *PHRASES))}")
+    return f"\n{TABLES[name](results)}\n"
+
+
+def _find(results: Results, group: str, workload: str, operation: str, *backends: str) -> Row | None:
+    """The float32 forward row of the first backend that has one."""
+    for backend in backends:
+        wanted = {"group": group, "workload": workload, "operation": operation, "backend": backend, "dtype": "float32"}
+        for row in rows_of(results, **wanted, **{"pass": "forward"}):
+            return row
+    return None
+
+
+def _model(results: Results) -> str:
+    """Ours and the published forward at the sizes that the claims are made about."""
+    lines = []
     for workload in REACH:
-        part = str(workload.size[0])
-        ours, theirs = results.find(stored, part, "anyup"), results.find(stored, part, "published")
+        ours, theirs = (_find(results, "model", workload.name, "model", name) for name in ("anyup", "published"))
         if ours is None or theirs is None:
             continue
-        rows.append(
+        chunk = f" ({wording.chunk(theirs.get('chunk')) or 'unchunked'})" if theirs["status"] == "ok" else ""
+        lines.append(
             (
-                workload.name,
-                _seconds(ours),
-                _seconds(theirs) + (f" (chunks of {theirs['chunk']})" if theirs["chunk"] else ""),
-                f"{ours['speed_up']:.1f}x" if ours["speed_up"] else "",
-                f"{ours['times_floor']:.2f}",
-                _gigabytes(ours["peak_bytes"]),
-                _gigabytes(theirs["peak_bytes"]),
-                _gigabytes(ours["output_bytes"]),
-                f"{ours['difference']:.0e}",
+                workload.name, _time(ours), _range(ours), _time(theirs) + chunk, _range(theirs),
+                _tell(ours.get("speed_up"), wording.times), _tell(ours.get("times_floor"), "{:.2f}".format),
+                _size(ours, "peak_bytes"), _size(theirs, "peak_bytes"), _size(ours, "output_bytes"),
+                _tell(ours.get("difference"), "{:.0e}".format),
             )
-        )
+        )  # fmt: skip
     header = (
-        "C = 384", "anyup", "published forward", "speed-up", "times the floor",
-        "peak memory, anyup", "published", "of which output", "difference",
+        "C = 384", "anyup", "fastest to slowest", "published forward", "fastest to slowest", "speed-up",
+        "times the floor", "peak memory, anyup", "published", "of which output", "difference",
     )  # fmt: skip
-    return _table(header, rows)
+    return _table(header, lines)
 
 
-def _curve(stored: Results) -> str:
-    rows = [
-        (
-            row["workload"],
-            _seconds(row),
-            f"{row['nanoseconds_per_pixel'] / 1e3:.1f}",
-            f"{row['mean_window']:.0f} of {row['keys']}",
-            f"{row['seconds'] / row['floor_seconds']:.2f}",
-            _gigabytes(row["peak_bytes"]),
-            _gigabytes(row["output_bytes"]),
-        )
-        for row in stored.get("curve", [])
+def _curve(results: Results) -> str:
+    """Ours over resolution beside the exact size of the windows."""
+    lines = []
+    for workload in CURVE:
+        row = _find(results, "curve", workload.name, "model", "anyup")
+        row = row or _find(results, "model", workload.name, "model", "anyup")
+        if row is None or row["status"] != "ok":
+            continue
+        lines.append(
+            (
+                workload.name, _time(row), f"{row['seconds'] / workload.pixels * 1e6:.1f}",
+                f"{workload.mean_window(RatioWindow(0.1)):.0f} of {workload.keys}",
+                _tell(row.get("times_floor"), "{:.2f}".format),
+                _size(row, "peak_bytes"), _size({**row, "output_bytes": workload.output_bytes}, "output_bytes"),
+            )
+        )  # fmt: skip
+    header = (
+        "C = 384", "time", "microseconds a pixel", "keys in a window (mean)", "times the floor", "peak memory",
+        "of which output",
+    )  # fmt: skip
+    return _table(header, lines)
+
+
+def _unification(results: Results) -> str:
+    lines = [
+        (f"{row['grid'][0]} x {row['grid'][1]}, C {row['channels']}", name, _time(row), _size(row, "peak_bytes"))
+        for row in rows_of(results, group="unification")
+        for name in [{"torch": "anyup", "reference": "as defined"}.get(row["backend"], "")]
+        if name
     ]
-    header = (
-        "C = 384", "time", "microseconds a pixel", "keys in a window (mean)", "times the floor",
-        "peak memory", "of which output",
-    )  # fmt: skip
-    return _table(header, rows)
+    return _table(("feature unification alone", "", "time", "peak memory"), lines)
 
 
-def _unification(stored: Results) -> str:
-    rows = [
-        (row["workload"], {"torch": "anyup", "reference": "as defined"}[row["case"]], _seconds(row),
-         _gigabytes(row["peak_bytes"]))
-        for row in stored.get("unification", [])
-    ]  # fmt: skip
-    return _table(("feature unification alone", "", "time", "peak memory"), rows)
-
-
-def _head(stored: Results) -> str:
+def _head(results: Results) -> str:
     names = {
         "head_after": "whole call, head after",
         "head_before": "whole call, `with_head`",
-        "window_attention/torch": "window attention alone, 384 channels",
-        "window_attention_of_classes/torch": f"window attention alone, {cases.CLASSES} channels",
+        "window_attention": "window attention alone, 384 channels",
+        "window_attention_of_classes": "window attention alone, 21 channels",
     }
-    rows = []
+    lines = []
     for workload in (square(448, 32), square(1024, 64)):
-        for case, name in names.items():
-            row = results.find(stored, "head", f"{case}, {workload.name}")
+        for operation, name in names.items():
+            row = _find(results, "head", workload.name, operation, "anyup", "triton", "torch")
             if row is not None:
-                sizes = (_gigabytes(row[key]) for key in ("written_bytes", "peak_bytes"))
-                rows.append((workload.name, name, _seconds(row), *sizes))
-    return _table((f"384 to {cases.CLASSES} channels", "", "time", "written", "peak memory"), rows)
+                lines.append((workload.name, name, _time(row), _size(row, "written_bytes"), _size(row, "peak_bytes")))
+    return _table(("384 to 21 channels", "", "time", "written", "peak memory"), lines)
 
 
-def _large(stored: Results) -> str:
-    rows = [
-        (
-            row["text"],
-            *(_gigabytes(row[key]) for key in ("peak_bytes", "predicted_bytes")),
-            f"{row['processor_seconds']:.0f} s",
-            f"{row['microseconds_per_pixel']:.1f}",
-            row["kept"],
-        )
-        for row in stored.get("high-resolution", [])
+def _modelled(rows: Sequence[Row]) -> str:
+    """Modelled time over the floor of each kernel: the least and the most among the numbers of channels."""
+    cases = (("bfloat16", "448 from 32"), ("bfloat16", "1024 from 64"), ("float32", "1024 from 64"))
+    found = {case: modelled.ratios(rows, dtype=case[0], workloads=[case[1]]) for case in cases}
+    columns = [(device, case) for device in ("A100 SXM 80GB", "H100 SXM") for case in cases]
+    kernels = list(dict.fromkeys(kernel for by_kernel in found.values() for kernel in by_kernel))
+    lines = [
+        (kernel, *(_span(found[case].get(kernel, {}).get(device, ()), "{:.2f}") for device, case in columns))
+        for kernel in kernels
     ]
-    header = (
-        "C = 384, float32", "peak above the model", "predicted", "processor time", "microseconds a pixel", "kept",
-    )  # fmt: skip
-    return _table(header, rows)
+    header = ("modelled", *(f"{device.split()[0]}, {dtype}, {workload}" for device, (dtype, workload) in columns))
+    return _table(header, lines)
 
 
-def _machines(stored: Results) -> str:
-    """One line for each machine, version and commit that a stored row names."""
+def _machine(results: Results) -> str:
+    """One line for each machine, version and commit that a row names."""
     lines: dict[str, list[float]] = {}
-    for rows in stored.values():
-        for row in rows:
-            line = (
-                f"{row['device']}, {row['threads']} threads, {row['dtype']}, torch {row['torch']}, "
-                f"commit {row['commit'] or 'unknown'}"
-            )
-            lines.setdefault(line, []).append(row["matmul_rate"])
+    for row in results["rows"]:
+        here = stored.machine_of(results, row)
+        threads = f", {here['threads']} threads" if here.get("device_kind") != "cuda" else ""
+        line = f"{here['device']}{threads}, torch {here['torch']}, commit {here.get('commit') or 'unknown'}"
+        lines.setdefault(line, []).extend(here[name] for name in _RATES if here.get(name))
     return "\n".join(
-        f"Measured on {line}; a float32 product of 2048 ran at {_span(rate / 1e9 for rate in rates)} GFLOP/s."
+        f"Measured on {line}; a float32 product of 2048 ran at {_span([r / 1e9 for r in rates], '{:.0f}')} GFLOP/s."
         for line, rates in lines.items()
     )
 
 
-def _span(numbers: Iterable[float]) -> str:
-    ordered = sorted(numbers)
-    low, high = ordered[0], ordered[-1]
-    return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
+_RATES = ("matmul_rate", "matmul_rate_after")
 
 
-def _seconds(row: Row) -> str:
-    seconds = row["seconds"]
-    if seconds is None:
+def _speed_up(workload: str, results: Results) -> str:
+    row = _find(results, "model", workload, "model", "anyup")
+    if row is None or not row.get("speed_up"):
+        raise ValueError(f"benchmarks: no speed-up is stored at {workload}")
+    return f"{row['speed_up']:.0f} times"
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "model": _model,
+    "curve": _curve,
+    "unification": _unification,
+    "head": _head,
+    "machine": _machine,
+}
+
+PHRASES: dict[str, Callable[[Results], str]] = {
+    "speed-up-448": functools.partial(_speed_up, "448 from 32"),
+    "speed-up-1024": functools.partial(_speed_up, "1024 from 64"),
+}
+
+
+def _time(row: Row) -> str:
+    if row["status"] != "ok":
+        return str(row["status"])
+    return _tell(row.get("seconds"), wording.seconds) + ("" if len(row.get("times") or [0, 0]) > 1 else ", once")
+
+
+def _range(row: Row) -> str:
+    times = row.get("times") or []
+    return f"{wording.seconds(min(times))} to {wording.seconds(max(times))}" if len(times) > 1 else ""
+
+
+def _size(row: Row, name: str) -> str:
+    if row["status"] == "out of memory":
         return "out of memory"
-    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+    return "" if row.get(name) is None else f"{row[name] / 1e9:.2f} GB"
 
 
-def _gigabytes(size: int | None) -> str:
-    return "out of memory" if size is None else f"{size / 1e9:.2f} GB"
+def _tell(value: Any, how: Callable[[Any], str]) -> str:
+    return "" if value is None else how(value)
+
+
+def _span(numbers: Iterable[float], how: str) -> str:
+    ordered = sorted(numbers)
+    if not ordered:
+        return ""
+    low, high = how.format(ordered[0]), how.format(ordered[-1])
+    return low if low == high else f"{low} to {high}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Empty without rows."""
+    """Markdown; raises ValueError without rows, which the page would otherwise lose in silence."""
     if not rows:
-        return ""
+        raise ValueError(f"benchmarks: no stored row for the table of {', '.join(filter(None, header))}")
     lines = (header, ["---"] * len(header), *rows)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", type=Path, nargs="?", default=results.DEFAULT, help="of benchmarks.reach")
-    stored = results.read(parser.parse_args(argv).results)
-    if not stored:
-        parser.error("nothing stored: run python -m benchmarks.reach")
-    print(tables(stored), end="")
-    return 0
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write the pages")
+    arguments = parser.parse_args(argv)
+    stale = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = page(text)
+        except ValueError as error:
+            print(f"{path.name}: {error}", file=sys.stderr)
+            return 2
+        if new != text:
+            stale.append(path)
+        if new != text and arguments.write:
+            path.write_text(new, encoding="utf-8")
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'written' if arguments.write else 'out of date'}")
+    return 1 if stale and not arguments.write else 0
 
 
 if __name__ == "__main__":

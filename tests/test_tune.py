@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from small_passes import SMALL, assert_check_finds_a_wider_window, small_passes
 from anyup import cli
 from anyup.bench import clock as clocks
 from anyup.bench import tune as tuning
+from anyup.bench import tune_page
 from anyup.bench.attention_passes import AttentionPasses, ParityError
 from anyup.bench.candidates import ASPECTS, variations
 from anyup.bench.workloads import Workload, square
@@ -251,6 +253,7 @@ def test_a_search_tells_what_became_of_each_cut() -> None:
     assert len(rows) == len(found.outcomes)
     assert rows[0]["config"]["block_keys"] == 32 and rows[0]["us"] == pytest.approx(dear(RULE) * 1e6, abs=0.01)
     assert [row["best"] for row in rows].count(True) == 1
+    assert [row["config"] for row in rows if row["rule"]] == [rows[0]["config"]]
     assert {row["reason"] for row in rows if row["us"] is None} == {"RuntimeError: no"}
     words = str(found)
     assert words.startswith("forward, bfloat16, 4 heads of 32, up to 64 keys (448 from 32): rule 127.0 us, best ")
@@ -424,6 +427,7 @@ def test_the_clock_takes_the_median_of_warm_calls(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     assert clocks.CudaClock(CPU, budget=0.1)(call) == pytest.approx(3e-3)
+    assert clocks.CudaClock(CPU).once(call) > 0
 
 
 # The command
@@ -455,7 +459,32 @@ def test_the_command_writes_a_table_and_a_report(
     assert (first, second) == (str(table), str(report))
     assert len(lines) == len(entries) and all("x; " in line for line in lines)
     assert "tuning on Abacus 9000; ctrl-C ends it" in out.err
-    assert {row["kernel"] for row in json.loads(report.read_text())} == set(KINDS)
+    assert {row["kernel"] for row in tune_page.read(report)["rows"]} == set(KINDS)
+
+
+def test_the_command_s_report_may_be_a_page(card: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    assert cli.main(["tune", "--quick", "--workload", "448 from 32", "--report", str(report)]) == 0
+    (found, *_) = [row for row in tuned_rows(report) if row["kernel"] == "forward" and row["best"]]
+    text = report.read_text(encoding="utf-8")
+    assert "Abacus 9000" in text and "num_warps 4 → 2" in text and "forward, bfloat16, 448 from 32" in text
+    assert found["us"] < dear(RULE) * 1e6
+
+
+def tuned_rows(report: Path) -> list[dict[str, Any]]:
+    """The rows that a page carries."""
+    data = re.search(r'<script type="application/json" id="results">(.*)</script>', report.read_text(encoding="utf-8"))
+    assert data is not None
+    rows: list[dict[str, Any]] = json.loads(data[1])["rows"]
+    return rows
+
+
+def test_a_page_without_matplotlib_is_refused_before_any_work(
+    card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["tune", "--report", str(tmp_path / "report.html")]) == 1
+    assert "plots need matplotlib" in capsys.readouterr().err and not list(tmp_path.glob("**/*.json"))
 
 
 def test_an_interrupted_command_keeps_the_report_too(
@@ -470,7 +499,7 @@ def test_an_interrupted_command_keeps_the_report_too(
     report = tmp_path / "report.json"
     assert cli.main(["tune", "--report", str(report)]) == 130
     assert len(config_tables.load((card / "abacus-9000.json").read_text(), "Abacus 9000").entries) == 3 * len(KINDS)
-    assert {row["workload"] for row in json.loads(report.read_text())} == {"448 from 32"}
+    assert {row["workload"] for row in tune_page.read(report)["rows"]} == {"448 from 32"}
     assert "interrupted" in capsys.readouterr().err
 
 

@@ -25,6 +25,11 @@ class CudaClock:
         # launch, which would otherwise be timed too.
         self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
 
+    def once(self, call: Callable[[], object]) -> float:
+        """Seconds of one call, with a cold L2 cache and nothing else on the card; for calls that are timed in turn."""
+        with torch.cuda.device(self._device):
+            return self._times(call, 1)[0]
+
     def __call__(self, call: Callable[[], object]) -> float:
         """Time a call; whatever it raises is raised here, what the card reports late included."""
         with torch.cuda.device(self._device):
@@ -37,7 +42,8 @@ class CudaClock:
         for start, end in events:
             self._flushed.zero_()
             start.record()
-            call()
+            result = call()
             end.record()
+            del result  # before the next call: an output may be gigabytes
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in events]

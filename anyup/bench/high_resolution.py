@@ -22,6 +22,7 @@ import torch
 
 import anyup
 from anyup.bench import cases, memory
+from anyup.bench.floors import CLASSES
 from anyup.bench.results import Row
 from anyup.bench.workloads import Workload, square
 from anyup.budget import parse_memory
@@ -37,10 +38,15 @@ class Case:
     head: bool
 
     @property
+    def what(self) -> str:
+        """What is made of the workload, for people."""
+        made = f"{CLASSES}-class head, returned" if self.head else "streamed to a float16 memory map"
+        return f"{made}, {self.budget or 'unbounded'}"
+
+    @property
     def text(self) -> str:
         """For people."""
-        what = f"{cases.CLASSES}-class head, returned" if self.head else "streamed to a float16 memory map"
-        return f"{self.workload.name}, {what}, {self.budget or 'unbounded'}"
+        return f"{self.workload.name}, {self.what}"
 
 
 CASES = {
@@ -99,10 +105,10 @@ def run(case: Case) -> Row:
 def _head(
     model: anyup.AnyUp, image: torch.Tensor, features: torch.Tensor, case: Case
 ) -> tuple[Callable[[], torch.Tensor], Plan]:
-    head = torch.nn.Conv2d(case.workload.channels, cases.CLASSES, 1)
+    head = torch.nn.Conv2d(case.workload.channels, CLASSES, 1)
     with_head = anyup.with_head(model, head)
     work = case.workload
-    plan = anyup.plan(work.size, work.grid, work.channels, values=cases.CLASSES, max_memory=case.budget)
+    plan = anyup.plan(work.size, work.grid, work.channels, values=CLASSES, max_memory=case.budget)
     return lambda: with_head(image, features, max_memory=case.budget), plan
 
 

@@ -5,65 +5,88 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from anyup import __version__
-from anyup.bench.workloads import Workload
+from anyup.bench.timing import Clock, host_clock
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, where the package is used from one."""
 
-FLOOR_OPERATIONS = 2 * 419_000
-"""Of one pixel: the multiplications and additions that the model needs at 448 from 32 with C = 384."""
+
+def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """This machine and these versions, with the threads that torch is set to: what results are stored with."""
+    device = torch.device(device)
+    on_card = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_card else _cpu_model(),
+        "device_kind": "cuda" if on_card else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "anyup": __version__,
+        "commit": _commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 if on_card else None,
+    }
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What every stored row names."""
-
-    device: str
-    dtype: str
-    threads: int
-    torch: str
-    anyup: str
-    commit: str | None
-
-    def as_row(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def describe() -> Machine:
-    """This machine, with the threads that torch is set to."""
-    threads = torch.get_num_threads()
-    return Machine(_cpu_model(), "float32", threads, torch.__version__, __version__, _commit())
-
-
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Operations a second of a square float32 product, best of `repeats`, on torch's threads."""
-    a, b, out = (torch.ones(size, size) for _ in range(3))
-    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), repeats)
+def clocks(device: torch.device | str) -> dict[str, str] | None:
+    """A card's clocks, memory and power as nvidia-smi has them now; None on a CPU, or where there is no nvidia-smi."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    fields = (
+        "clocks.sm",
+        "clocks.mem",
+        "clocks.max.sm",
+        "temperature.gpu",
+        "power.draw",
+        "power.limit",
+        "driver_version",
+    )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={index}"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    values = [value.strip() for value in told.split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else None
 
 
-def copy_bandwidth(size: int = 2**28, repeats: int = 5) -> float:
-    """Bytes a second, read and written, of a copy of `size` bytes, best of `repeats`, on torch's threads."""
-    source, target = (torch.ones(size // 4) for _ in range(2))
-    return 2 * size / _best(lambda: target.copy_(source), repeats)
+def matmul_rate(
+    size: int = 2048,
+    repeats: int = 5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    clock: Clock = host_clock,
+) -> float:
+    """Operations a second of a square product, best of `repeats`; on a CPU on torch's threads."""
+    a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), repeats, clock)
 
 
-def floor_seconds(workload: Workload, rate: float) -> float:
-    """The time of the model's arithmetic at a matrix product's `rate`, in operations a second."""
-    return FLOOR_OPERATIONS * workload.pixels / rate
+def copy_bandwidth(
+    size: int = 2**28, repeats: int = 5, *, device: torch.device | str = "cpu", clock: Clock = host_clock
+) -> float:
+    """Bytes a second, read and written, of a copy of `size` bytes, best of `repeats`; on a CPU on torch's threads."""
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    return 2 * size / _best(lambda: target.copy_(source), repeats, clock)
 
 
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
+def available_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Memory that can be had on the device, without swapping; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -71,14 +94,16 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _best(function: Callable[[], object], repeats: int) -> float:
+def _best(function: Callable[[], object], repeats: int, clock: Clock) -> float:
     function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(clock(function) for _ in range(repeats))
+
+
+def _triton_version() -> str | None:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""Peak memory of a call: the resident set of a child process that makes it once.
+"""Peak memory of a call: on a CPU the resident set of a child process that makes it once, on a card its allocator's.
 
 `python -m anyup.bench.memory CASE WORKLOAD` is the child. It loads the model, fills the inputs, notes its
 resident set, makes the call, and prints the peak above that note as JSON.
@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from anyup.bench import cases, workloads
-from anyup.bench.workloads import Workload
+from anyup.bench.cases import Sizes
+from anyup.bench.floors import FORWARD, PASSES
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
@@ -34,15 +35,18 @@ class Memory:
     exact: bool = True
 
 
-def measure(case: str, workload: Workload, *, chunk: int | None = None, threads: int | None = None) -> Memory:
-    """Run a case in a child process and return its peak.
+def measure(case: str, sizes: Sizes, *, threads: int | None = None) -> Memory:
+    """The peak of a case: on a CPU in a child process, on a card in this one.
 
     Raises RuntimeError with the child's messages where it fails for another reason than memory.
     """
-    command = [sys.executable, "-m", "anyup.bench.memory", case, workload.name]
+    if torch.device(sizes.device).type == "cuda":
+        return measure_on_card(cases.build(case, sizes), torch.device(sizes.device))
+    command = [sys.executable, "-m", "anyup.bench.memory", case, sizes.workload.name]
+    command += ["--dtype", sizes.dtype, "--pass", sizes.direction]
     command += ["--threads", str(threads or torch.get_num_threads())]
-    if chunk is not None:
-        command += ["--chunk", str(chunk)]
+    if sizes.chunk is not None:
+        command += ["--chunk", str(sizes.chunk)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode == 0:
         return Memory(**json.loads(child.stdout.splitlines()[-1]))
@@ -50,6 +54,21 @@ def measure(case: str, workload: Workload, *, chunk: int | None = None, threads:
     if child.returncode == -9 or any(text in child.stderr for text in _OUT_OF_MEMORY):
         return Memory(None)
     raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr}")
+
+
+def measure_on_card(call: cases.Call, device: torch.device) -> Memory:
+    """The most that one call allocates on a card above what is allocated before it; after a first call."""
+    try:
+        call()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return Memory(None)
+    return Memory(torch.cuda.max_memory_allocated(device) - before)
 
 
 def measure_here(call: cases.Call) -> Memory:
@@ -108,12 +127,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m anyup.bench.memory", description=measure.__doc__)
     parser.add_argument("case", help=f"one of {cases.WHOLE}, or one of {cases.OPERATIONS} with /backend")
     parser.add_argument("workload", help='a name, for example "448 from 32"')
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="float32")
+    parser.add_argument("--pass", dest="direction", choices=PASSES, default=FORWARD)
     parser.add_argument("--chunk", type=int, help="the baseline's queries at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)
     _be_killed_first()
     torch.set_num_threads(arguments.threads)
-    call = cases.build(arguments.case, workloads.find(arguments.workload), chunk=arguments.chunk)
+    workload = workloads.find(arguments.workload)
+    sizes = Sizes(workload, arguments.dtype, arguments.direction, chunk=arguments.chunk)
+    call = cases.build(arguments.case, sizes)
     print(json.dumps(asdict(measure_here(call))))
     return 0
 

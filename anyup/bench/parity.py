@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,28 +25,54 @@ class ParityError(AssertionError):
     """The results differ: times of the two would mean nothing."""
 
 
-def check(result: Tensor, expected: Tensor, what: str) -> float:
-    """Largest difference relative to the largest expected value; raises ParityError beyond `TOLERANCE`."""
+HALF_TOLERANCE = 3e-2
+"""Of a result in half precision beside one in float32, relative to the largest value."""
+
+GRADIENT_TOLERANCE = 5e-3
+"""Of two float32 gradients, relative to the norm of the tensor's."""
+
+
+def check(result: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> float:
+    """Largest difference relative to the largest expected value; raises ParityError beyond the tolerance."""
     if result.shape != expected.shape:
         raise ParityError(f"{what}: shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
     largest, scale = 0.0, 0.0
     parts = (tensor.split(64, dim=2) for tensor in (result, expected))  # a copy of the whole may not fit
     for part, wanted in zip(*parts, strict=True):
-        difference = (part - wanted).abs().max().item()
+        difference = (part.float() - wanted.float()).abs().max().item()
         if not math.isfinite(difference):  # a comparison with NaN would pass
             raise ParityError(f"{what}: the difference is {difference}")
         largest, scale = max(largest, difference), max(scale, wanted.abs().max().item())
-    if largest > TOLERANCE * scale:
+    if largest > tolerance * scale:
         apart = f"{largest / scale:.1e} of the largest value apart"
-        raise ParityError(f"{what}: {apart}, expected at most {TOLERANCE:.0e}")
+        raise ParityError(f"{what}: {apart}, expected at most {tolerance:.0e}")
     return largest / scale
 
 
+def check_gradients(results: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> float:
+    """Largest difference of the leaves' gradients, each relative to its own norm.
+
+    Raises ParityError beyond `GRADIENT_TOLERANCE`, and where a leaf has a gradient on one side alone.
+    """
+    worst = 0.0
+    for number, (leaf, wanted) in enumerate(zip(results, expected, strict=True)):
+        if (leaf.grad is None) != (wanted.grad is None):
+            raise ParityError(f"{what}: gradient {number}: one side has none")
+        if leaf.grad is None or wanted.grad is None:
+            continue
+        norm = wanted.grad.double().norm().item()
+        apart = (leaf.grad.double() - wanted.grad.double()).norm().item()
+        if not apart <= GRADIENT_TOLERANCE * norm:
+            raise ParityError(f"{what}: gradient {number}: {apart / max(norm, 1e-30):.1e} of its norm apart")
+        worst = max(worst, apart / norm if norm else 0.0)
+    return worst
+
+
 def check_sample(model: AnyUp, workload: Workload) -> float:
-    """As `check`, of a model and the baseline at a sample of pixels: cheap enough for any workload."""
-    image, features = workload.inputs()
+    """As `check`, of a float32 model and the baseline at a sample of pixels: cheap enough for any workload."""
+    image, features = (t.to(model.rope.freqs) for t in workload.inputs())
     whole = workload.size[0] * workload.size[1]
-    pixels = torch.randperm(whole, generator=torch.Generator().manual_seed(0))[:_SAMPLE].sort().values
+    pixels = torch.randperm(whole, generator=torch.Generator().manual_seed(0))[:_SAMPLE].sort().values.to(image.device)
     with torch.inference_mode():
         # An indexed copy, so that the whole output is gone before the baseline starts.
         result = model(image, features).flatten(2)[:, :, pixels]

@@ -8,8 +8,8 @@ torch's modules and the parameters of one of our models, and none of its operati
 
 from __future__ import annotations
 
+import functools
 import math
-import time
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup import AnyUp
+from anyup.bench.timing import Clock, host_clock
 from anyup.bench.workloads import Workload
 from anyup.layers import Encoder, ResBlock
 from anyup.window import Window, axis_bounds
@@ -46,6 +47,10 @@ class Published:
 
     def __call__(self, image: Tensor, features: Tensor, q_chunk_size: int | None = None) -> Tensor:
         """(B, 3, H, W), (B, C, h, w) -> (B, C, H, W), a permuted view as the published code returns it."""
+        with image.device:
+            return self._run(image, features, q_chunk_size)
+
+    def _run(self, image: Tensor, features: Tensor, q_chunk_size: int | None) -> Tensor:
         height, width = image.shape[2:]
         mask = self.mask((height, width), (features.shape[2], features.shape[3]))
         query, key = self.encode(image, features)
@@ -99,31 +104,33 @@ class Published:
     def at(self, image: Tensor, features: Tensor, pixels: Tensor, chunk: int = 1024) -> Tensor:
         """The output (B, C, N) at N pixels (flat indices): all of the encoding, little attention."""
         size, grid = (image.shape[2], image.shape[3]), (features.shape[2], features.shape[3])
-        rows, columns = _outside(self.model.window, size, grid)
-        mask = rows[pixels // size[1], :, None] | columns[pixels % size[1], None, :]
-        query, key = self.encode(image, features)
-        return self.attend(query[:, pixels], key, features, mask.flatten(1), chunk).transpose(1, 2)
+        with image.device:
+            rows, columns = _outside(self.model.window, size, grid)
+            mask = rows[pixels // size[1], :, None] | columns[pixels % size[1], None, :]
+            query, key = self.encode(image, features)
+            return self.attend(query[:, pixels], key, features, mask.flatten(1), chunk).transpose(1, 2)
 
-    def chunk_times(self, workload: Workload) -> dict[int | None, float]:
+    def chunk_times(self, workload: Workload, clock: Clock = host_clock) -> dict[int | None, float]:
         """Seconds that the attention takes with each candidate chunk size, for the same sample of queries.
 
         None stands for the whole output at once, tried where the output is small.
         """
+        like = self.model.rope.freqs
         whole = workload.size[0] * workload.size[1]
-        _, features = workload.inputs()
+        features = workload.inputs()[1].to(like)
         sample = whole if whole <= _SMALL_OUTPUT else _SAMPLE
-        mask = self.mask(workload.size, workload.grid)[:sample]
+        with like.device:
+            mask = self.mask(workload.size, workload.grid)[:sample]
         dim = self.model.config["qk_dim"]
         # The time does not depend on the numbers, so nothing is encoded.
-        query, key = (torch.randn(workload.batch, n, dim) for n in (sample, workload.keys))
+        query, key = (torch.randn(workload.batch, n, dim).to(like) for n in (sample, workload.keys))
         times: dict[int | None, float] = {}
         candidates: list[int | None] = [chunk for chunk in CHUNKS if chunk <= sample]
         if sample == whole:
             candidates.append(None)
         for chunk in 2 * candidates:  # in turn; the faster of two
-            start = time.perf_counter()
-            self.attend(query, key, features, mask, chunk)
-            times[chunk] = min(time.perf_counter() - start, times.get(chunk, math.inf))
+            seconds = clock(functools.partial(self.attend, query, key, features, mask, chunk))
+            times[chunk] = min(seconds, times.get(chunk, math.inf))
         return times
 
 
@@ -158,7 +165,7 @@ def unify(features: Tensor, basis: Tensor) -> Tensor:
 
 def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
     """The rotary embedding of (B, D, H, W), angles linear in row and column."""
-    rows, columns = (torch.linspace(0, 1, n) for n in x.shape[2:])
+    rows, columns = (torch.linspace(0, 1, n, dtype=frequencies.dtype) for n in x.shape[2:])
     angle = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1) @ frequencies
     angle = angle.permute(2, 0, 1)
     first, second = x.chunk(2, dim=1)
@@ -193,6 +200,11 @@ def least_bytes(workload: Workload, *, dim: int = 128) -> int:
     """A lower bound of the baseline's memory: the mask, and three encoder maps or two outputs."""
     mask = workload.size[0] * workload.size[1] * workload.keys
     return mask + max(3 * 4 * dim * workload.pixels, 2 * workload.output_bytes)
+
+
+def unchunked_bytes(workload: Workload, *, heads: int = 4) -> int:
+    """What the attention takes beside that with the whole output at once: logits and weights of all heads."""
+    return 2 * 4 * heads * workload.pixels * workload.keys
 
 
 def _outside(window: Window, size: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,38 +1,64 @@
-"""Stored results: one JSON file per device, a list of rows for each part of the measurement."""
+"""The file of results, complete at any moment: an interrupted run goes on with what is there."""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyup.bench.stored import FORMAT, read
+from anyup.images import complete_or_absent
+
 Row = dict[str, Any]
-Results = dict[str, list[Row]]
 
-DEFAULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu.json"
-
-
-def read(path: Path) -> Results:
-    """The parts stored in a file, none where there is no file; raises ValueError for another kind of file."""
-    if not path.exists():
-        return {}
-    stored = json.loads(path.read_text())
-    if not isinstance(stored, dict) or not isinstance(stored.get("parts"), dict):
-        raise ValueError(f"{path}: expected results of benchmarks.reach, an object with 'parts'")
-    return stored["parts"]
+SAME = ("device", "device_kind", "threads", "torch", "triton", "python", "anyup", "commit", "precision", "tf32")
+"""Notes of the machine that rows of one file have in common."""
 
 
-def store(path: Path, part: str, rows: list[Row]) -> None:
-    """Add or replace one part; the file is complete at any moment."""
-    results = read(path)
-    results[part] = rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"parts": results}, indent=1) + "\n")
-    os.replace(partial, path)
+class MachineError(ValueError):
+    """A file's rows were measured elsewhere, or with something else: they do not go together with new ones."""
 
 
-def find(results: Results, part: str, case: str) -> Row | None:
-    """The row of a case in a part."""
-    return next((row for row in results.get(part, []) if row["case"] == case), None)
+class ResultsFile:
+    """The rows measured so far, in the order of their measurement.
+
+    Args:
+        path: of the JSON file, which need not exist.
+        machine: notes of the machine and its versions (`anyup.bench.machine.describe`).
+        restart: forget what is there.
+
+    Raises MachineError, naming what differs, where the file is of another machine, commit or version, and ValueError
+    where it is no file of results.
+    """
+
+    def __init__(self, path: Path, machine: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.path = path
+        self.machine = dict(machine)
+        self._rows: dict[str, Row] = {}
+        if path.exists() and not restart:
+            stored = read(path)
+            differs = [name for name in SAME if stored["machine"].get(name) != machine.get(name)]
+            if differs:
+                told = "; ".join(f"{n}: {stored['machine'].get(n)} there, {machine.get(n)} here" for n in differs)
+                raise MachineError(f"{path}: was measured otherwise ({told}): name another folder, or --restart")
+            self._rows = {row["id"]: row for row in stored["rows"]}
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self._rows
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return list(self._rows.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"format": FORMAT, "machine": self.machine, "rows": self.rows}
+
+    def put(self, rows: Sequence[Row], **notes: Any) -> None:
+        """Add or replace rows, and notes of the machine, and write the file."""
+        self._rows.update({row["id"]: row for row in rows})
+        self.machine.update(notes)
+        with complete_or_absent(self.path) as partial:
+            partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+Clock = Callable[[Callable[[], object]], float]
+"""Seconds of one call."""
 
 BUSY_SPREAD = 0.15
 """A wider spread than this says that something else ran on the machine."""
@@ -29,12 +31,28 @@ class Timing:
         """(Slowest - fastest) / median; None for a single repeat."""
         return (max(self.times) - min(self.times)) / self.median if len(self.times) > 1 else None
 
+    @property
+    def busy(self) -> bool:
+        """Whether the repeats lie so far apart that something else must have run."""
+        return self.spread is not None and self.spread > BUSY_SPREAD
+
     def as_row(self) -> dict[str, Any]:
         """For JSON."""
-        return {"seconds": self.median, "spread": self.spread, "times": list(self.times)}
+        return {"seconds": self.median, "spread": self.spread, "times": list(self.times), "busy": self.busy}
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+def host_clock(function: Callable[[], object]) -> float:
+    """Seconds of one call, by the host's clock."""
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    del result  # before the next call: an output may be gigabytes
+    return seconds
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]], repeats: int, clock: Clock = host_clock
+) -> dict[str, Timing]:
     """Time each function once, then each again: A B A B, so that a slow minute hits all of them alike.
 
     Where functions alternate, an untimed call of the same function goes before each timed one: otherwise each would be
@@ -45,17 +63,5 @@ def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> d
         for name, function in functions.items():
             if len(functions) > 1:
                 function()
-            start = time.perf_counter()
-            result = function()
-            times[name].append(time.perf_counter() - start)
-            del result  # before the next call: an output may be gigabytes
-    timings = {name: Timing(tuple(seconds)) for name, seconds in times.items()}
-    for name, timing in timings.items():
-        if timing.spread is not None and timing.spread > BUSY_SPREAD:
-            print(f"warning: {name}: spread {timing.spread:.0%}: the machine was busy", file=sys.stderr)
-    return timings
-
-
-def once(function: Callable[[], object]) -> Timing:
-    """One call, for what takes minutes."""
-    return interleave({"": function}, 1)[""]
+            times[name].append(clock(function))
+    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}

@@ -22,6 +22,8 @@ import torch
 from anyup._version import __version__
 from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses, ParityError
 from anyup.bench.candidates import ASPECTS, QUICK_ASPECTS, variations
+from anyup.bench.plots import require_matplotlib
+from anyup.bench.tune_page import FORMAT
 from anyup.bench.workloads import Workload, find, square
 from anyup.images import complete_or_absent
 from anyup.ops.kernel_device import device_reasons
@@ -105,10 +107,11 @@ class Search:
         return self.rule / self.best.seconds
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """An object for each cut, for JSON; times in microseconds."""
+        """An object for each cut, for JSON; times in microseconds; `rule` says which one the rule would choose."""
+        rules = None if self.rule is None else next(one for one in self.outcomes if one.seconds is not None)
         for outcome in self.outcomes:
             time = None if outcome.seconds is None else round(outcome.seconds * 1e6, 2)
-            told = {"us": time, "reason": outcome.reason, "best": outcome is self.best}
+            told = {"us": time, "reason": outcome.reason, "best": outcome is self.best, "rule": outcome is rules}
             yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.cut), **told}
 
     def __str__(self) -> str:
@@ -246,12 +249,15 @@ def _kept(path: Path, name: str, told: Progress) -> Mapping[Case, Entry]:
 def _store(path: Path, name: str, entries: Mapping[Case, Entry]) -> None:
     from anyup.kernels import config_tables
 
-    made_with = {"anyup": __version__, "torch": torch.__version__, "triton": metadata.version("triton")}
-    made_with["on"] = datetime.now(timezone.utc).date().isoformat()
-    table = config_tables.Table(name, entries, made_with)
+    table = config_tables.Table(name, entries, _made_with())
     with complete_or_absent(path) as partial:
         partial.write_text(config_tables.dump(table), encoding="utf-8")
     config_tables.in_force.cache_clear()  # so that this process finds it too
+
+
+def _made_with() -> dict[str, str]:
+    versions = {"anyup": __version__, "torch": torch.__version__, "triton": metadata.version("triton")}
+    return {**versions, "on": datetime.now(timezone.utc).date().isoformat()}
 
 
 # The command
@@ -343,14 +349,16 @@ def run(
         heads: their number and width.
         window: of the attention.
         precision: torch's matmul precision for float32, "highest" or "high"; None: the one that is set.
-        report: where to tell what became of every cut.
+        report: where to tell what became of every cut: a page (.html) or data (.json).
 
     Raises ValueError, before any work, where kernels cannot be timed here or do not take such heads, or a name is none;
-    OSError where the table cannot be written.
+    ImportError where a page is asked for and matplotlib is missing; OSError where the table cannot be written.
     """
     from anyup.bench.clock import CudaClock
     from anyup.images import check_writable
 
+    if report and report.suffix.lower() == ".html":
+        require_matplotlib()
     sizes = [find(name) for name in workloads] if workloads else (QUICK_WORKLOADS if quick else WORKLOADS)
     place = card(device)
     require_heads(*heads, window, place)
@@ -381,6 +389,18 @@ def run(
                 print(found, flush=True)
     finally:
         if report and rows:
-            with complete_or_absent(report) as partial:
-                partial.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+            write_report({"format": FORMAT, "device": name, **_made_with(), "rows": rows}, report)
     return path
+
+
+def write_report(tune: Mapping[str, Any], path: Path) -> None:
+    """Write what became of every cut, complete or not at all: as a page where the name ends in .html, else as JSON."""
+    if path.suffix.lower() == ".html":
+        from anyup.bench.report_page import write_tune_report
+
+        write_tune_report(tune, path)
+        return
+    facts = {name: value for name, value in tune.items() if name != "rows"}
+    rows = ",\n".join(map(json.dumps, tune["rows"]))  # a line for each
+    with complete_or_absent(path) as partial:
+        partial.write_text(f'{json.dumps(facts)[:-1]}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")

@@ -1,0 +1,96 @@
+"""The calls that are timed: ours and the baselines, each built for its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anyup import AnyUp
+from anyup.bench import cases, published
+from anyup.bench.cases import Sizes
+from anyup.bench.published_code import PublishedCode
+from anyup.bench.suite import CODE, GRAPH, NATTEN, WITH_CHUNKS, Contender
+from anyup.bench.timing import Clock
+from anyup.bench.workloads import Workload
+
+
+class Builder:
+    """Builds contenders.
+
+    Args:
+        clock: to find the baseline's best chunk size with.
+        code: the published code, where there is a checkout.
+    """
+
+    def __init__(self, clock: Clock, code: PublishedCode | None = None) -> None:
+        self._clock, self._code = clock, code
+        self._chunk_times: dict[tuple[Workload, str], dict[int | None, float]] = {}
+
+    def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+        """The call; `sizes.chunk` says how many queries a baseline takes at a time.
+
+        Raises NotImplementedError, here or when called, where it cannot run.
+        """
+        if contender.backend == GRAPH:
+            return _graph(sizes)
+        if contender.backend in (CODE, NATTEN):
+            return self._published_code(sizes, natten=contender.backend == NATTEN)
+        return cases.build(contender.case, sizes)
+
+    def chunk_times(self, contender: Contender, sizes: Sizes) -> dict[int | None, float] | None:
+        """Seconds of the baseline's attention by chunk size; None for who has no chunks."""
+        if contender.backend not in WITH_CHUNKS:
+            return None
+        key = (sizes.workload, sizes.dtype)
+        if key not in self._chunk_times:
+            baseline = published.Published(cases.model(sizes.dtype, sizes.device))
+            with torch.inference_mode():
+                self._chunk_times[key] = baseline.chunk_times(sizes.workload, self._clock)
+        return self._chunk_times[key]
+
+    def _published_code(self, sizes: Sizes, *, natten: bool) -> cases.Call:
+        if self._code is None:
+            raise NotImplementedError("no checkout of the published code")
+        model = self._code.with_weights_of(cases.model(sizes.dtype, sizes.device), natten=natten)
+        image, features = sizes.inputs()
+        chunk = None if natten else sizes.chunk
+
+        def run() -> Tensor:
+            out: Tensor = model(image, features, q_chunk_size=chunk)
+            return out
+
+        return torch.inference_mode()(run)
+
+
+def with_chunk(sizes: Sizes, times: dict[int | None, float] | None) -> Sizes:
+    """The sizes with the best chunk size."""
+    return sizes if times is None else replace(sizes, chunk=published.best_chunk(times))
+
+
+def _graph(sizes: Sizes) -> cases.Call:
+    """Our forward as a CUDA graph that is replayed; the output lies in the graph's memory."""
+    upsampler: AnyUp = cases.model(sizes.dtype, sizes.device)
+    image, features = sizes.inputs()
+    with torch.inference_mode(), torch.cuda.device(image.device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are compiled and memory is found before the capture
+            for _ in range(3):
+                upsampler(image, features)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                out = upsampler(image, features)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotImplementedError(f"the call cannot be captured: {str(error).splitlines()[0]}") from error
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay

@@ -1,0 +1,317 @@
+"""From a comparison to its rows: what can run, whether the results agree, times in turn, then memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.bench import cases, floors, high_resolution, machine, memory, parity, published
+from anyup.bench.cases import DTYPES, Sizes, ThereAndBack
+from anyup.bench.contenders import Builder, with_chunk
+from anyup.bench.floors import BOTH
+from anyup.bench.results import Row
+from anyup.bench.stages import Stages
+from anyup.bench.suite import CODE, NATTEN, OURS, PUBLISHED, UNCHUNKED, Comparison, Contender
+from anyup.bench.timing import Clock, Timing, interleave
+
+_TIMES_THE_FLOOR = {"reference": 12.0, OURS: 3.0, "torch": 3.0}
+"""What a backend takes, roughly: to say beforehand what would take too long."""
+
+_ONCE = 60.0
+"""A call of more seconds is made once, cold: who is timed in turn with it would wait for long."""
+
+_BASELINES = ("reference", PUBLISHED, CODE, NATTEN, UNCHUNKED)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast the machine is: operations a second of a matrix product by dtype, bytes a second of a copy."""
+
+    rates: Mapping[str, float]
+    bandwidth: float
+
+    @staticmethod
+    def measure(device: str, clock: Clock) -> Speeds:
+        """On the device, now. A CPU's rate is that of float32 for all: what runs there computes in it."""
+        on_card = torch.device(device).type == "cuda"
+        measured = tuple(DTYPES) if on_card else ("float32",)
+        rates = {d: machine.matmul_rate(dtype=DTYPES[d], device=device, clock=clock) for d in measured}
+        rates = {d: rates.get(d, rates["float32"]) for d in DTYPES}
+        return Speeds(rates, machine.copy_bandwidth(device=device, clock=clock))
+
+
+@dataclass
+class Entry:
+    """A contender on its way to a row.
+
+    Attributes:
+        call: what is timed; None where it does not run.
+        first: seconds of the first call.
+    """
+
+    contender: Contender
+    row: Row
+    sizes: Sizes
+    call: cases.Call | None = None
+    first: float = 0.0
+
+    @property
+    def runs(self) -> bool:
+        """Whether nothing has spoken against it so far."""
+        return self.row["status"] == "ok"
+
+    def mark(self, status: str, reason: str, **more: Any) -> None:
+        """It does not run, and that is a result."""
+        self.row.update(status=status, reason=reason, **more)
+        self.call = None
+
+
+@dataclass
+class Engine:
+    """Runs comparisons on one device.
+
+    Attributes:
+        speeds: for the floors.
+        clock: seconds of a call.
+        builder: of the calls.
+        budget: calls that would take more seconds are left out.
+        repeats: of each call, at most.
+        patience: about as many seconds a comparison's calls are repeated for.
+        measure_memory: of a case.
+    """
+
+    speeds: Speeds
+    clock: Clock
+    builder: Builder
+    budget: float = 180.0
+    repeats: int = 5
+    patience: float = 40.0
+    measure_memory: Callable[[str, Sizes], memory.Memory] = memory.measure
+
+    def run(self, comparison: Comparison) -> list[Row]:
+        """The rows, one for each contender.
+
+        Raises `parity.ParityError` where results differ: then nothing is timed.
+        """
+        try:
+            if comparison.kind == "calls":
+                entries = self._calls(comparison)
+            else:
+                (contender,) = comparison.contenders
+                entries = [self._entry(comparison, contender)]
+                (self._stages if comparison.kind == "stages" else self._high_resolution)(entries[0])
+            return [entry.row for entry in entries]
+        finally:
+            gc.collect()  # calls hold large tensors, some in cycles
+
+    def prepare(self, comparison: Comparison) -> list[Entry]:
+        """The contenders, those that run with their calls: made once, their results compared.
+
+        Raises `parity.ParityError` where results differ.
+        """
+        entries = [self._entry(comparison, contender) for contender in comparison.contenders]
+        for entry in entries:
+            self._foresee(entry)
+        self._ask_backends(entries)
+        self._warm_and_compare(entries)
+        return entries
+
+    def _calls(self, comparison: Comparison) -> list[Entry]:
+        entries = self.prepare(comparison)
+        self._time([entry for entry in entries if entry.runs])
+        for entry in entries:
+            entry.call = None  # what it holds is gone before memory is measured
+        for entry in entries:
+            if entry.runs:
+                entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]
+                if entry.contender.has_memory:
+                    found = self.measure_memory(entry.contender.case, entry.sizes)
+                    entry.row.update(peak_bytes=found.peak_bytes, peak_is_exact=found.exact)
+        _add_speed_ups(entries)
+        return entries
+
+    def _entry(self, comparison: Comparison, contender: Contender) -> Entry:
+        sizes, workload = comparison.sizes, comparison.sizes.workload
+        rate = self.speeds.rates[sizes.dtype]
+        row: Row = {
+            "id": comparison.identity(contender),
+            "group": comparison.group,
+            "workload": workload.name,
+            "size": list(workload.size),
+            "grid": list(workload.grid),
+            "channels": workload.channels,
+            "batch": workload.batch,
+            "operation": contender.operation,
+            "backend": contender.backend,
+            "dtype": sizes.dtype,
+            "pass": sizes.direction,
+            "status": "ok",
+            "reason": None,
+            "floor_seconds": self._floor(contender, sizes),
+            "matmul_rate": rate,
+            "mean_window": workload.mean_window(floors.WINDOW),
+        }
+        return Entry(contender, row, sizes)
+
+    def _floor(self, contender: Contender, sizes: Sizes) -> float:
+        # With a head, and whatever the budget, the work before the attention is the model's.
+        operation = contender.operation if contender.operation in cases.OPERATIONS else "model"
+        rate, itemsize = self.speeds.rates[sizes.dtype], DTYPES[sizes.dtype].itemsize
+        return floors.floor_seconds(
+            operation, sizes.workload, rate, self.speeds.bandwidth, direction=sizes.direction, itemsize=itemsize
+        )
+
+    def _foresee(self, entry: Entry) -> None:
+        """What would take too long, or more memory than there is, is a result of its own."""
+        contender, workload = entry.contender, entry.sizes.workload
+        expected = _TIMES_THE_FLOOR.get(contender.backend, 6.0) * entry.row["floor_seconds"]
+        needed = 0
+        dense = contender.operation.startswith("window_attention") and contender.backend == "reference"
+        if dense or contender.backend in (PUBLISHED, UNCHUNKED, CODE, NATTEN):
+            expected = published.expected_seconds(workload, self.speeds.rates["float32"])
+            expected *= 4 if entry.sizes.direction == BOTH else 1
+        if contender.backend in (PUBLISHED, UNCHUNKED, CODE):
+            needed = published.least_bytes(workload)
+            needed += published.unchunked_bytes(workload) if contender.backend == UNCHUNKED else 0
+        available = machine.available_bytes(entry.sizes.device)
+        if available is not None and needed > available:
+            told = f"needs more than {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+            entry.mark("out of memory", told)
+        elif expected > self.budget:
+            told = f"would take about {expected:.0f} s, the budget of a call is {self.budget:.0f} s"
+            entry.mark("over budget", told, expected_seconds=expected)
+
+    def _ask_backends(self, entries: Sequence[Entry]) -> None:
+        """Mark the backends that cannot run an operation, with their reasons."""
+        alone = [entry for entry in entries if entry.contender.operation in cases.OPERATIONS]
+        for operation in dict.fromkeys(entry.contender.operation for entry in alone):
+            told = {c.name: c for c in cases.explain(operation, alone[0].sizes).candidates}
+            for entry in alone:
+                candidate = told.get(entry.contender.backend)
+                if entry.contender.operation != operation:
+                    continue
+                if candidate is None:
+                    entry.mark("unsupported", f"{operation} has no such backend")
+                elif candidate.reasons or candidate.discouraged:
+                    entry.mark("unsupported", "; ".join(candidate.reasons or candidate.discouraged))
+
+    def _warm_and_compare(self, entries: Sequence[Entry]) -> None:
+        """Build and make each call once; its result is held against the first baseline's, or against a sample."""
+        expected: tuple[Contender, cases.Call, Tensor] | None = None
+        for entry in sorted(entries, key=lambda entry: _rank(entry.contender)):
+            if not entry.runs:
+                continue
+            try:
+                result = self._first_call(entry)
+            except NotImplementedError as error:
+                entry.mark("unsupported", str(error))
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                entry.mark("out of memory", str(error).strip().splitlines()[0])
+                continue
+            assert entry.call is not None
+            size = entry.row["output_bytes"] = result.numel() * result.element_size()
+            # What a head reads that comes after the upsampling is written first.
+            before = entry.sizes.workload.output_bytes if entry.contender.operation == "head_after" else 0
+            entry.row["written_bytes"] = size + before
+            if expected is None:
+                expected = (entry.contender, entry.call, result)
+                if entry.contender.backend not in _BASELINES:
+                    entry.row["difference"] = self._sampled_difference(entry, result)
+            elif _comparable(entry.contender, expected[0]):
+                entry.row["difference"] = _difference(entry, (entry.call, result), expected[1:])
+
+    def _first_call(self, entry: Entry) -> Tensor:
+        times = self.builder.chunk_times(entry.contender, entry.sizes)
+        entry.sizes = with_chunk(entry.sizes, times)
+        if times is not None:
+            entry.row["chunk"] = entry.sizes.chunk
+            entry.row["chunk_times"] = {str(chunk or "all"): seconds for chunk, seconds in times.items()}
+        entry.call = self.builder.build(entry.contender, entry.sizes)
+        made: list[Tensor] = []
+        call = entry.call
+        entry.first = self.clock(lambda: made.append(call()))
+        return made.pop()
+
+    def _sampled_difference(self, entry: Entry, result: Tensor) -> float | None:
+        """Of ours, where no baseline ran: from the baseline at some pixels, or in half precision from float32."""
+        sizes = entry.sizes
+        if entry.contender.operation != "model":
+            return None
+        if sizes.dtype != "float32":
+            exact = cases.build("anyup", replace(sizes, dtype="float32"))()
+            return parity.check(result, exact, entry.row["id"], parity.HALF_TOLERANCE)
+        return parity.check_sample(cases.model(device=sizes.device), sizes.workload)
+
+    def _time(self, entries: Sequence[Entry]) -> None:
+        """Those that take long by their first call, the others in turn."""
+        slow = [entry for entry in entries if entry.first > _ONCE]
+        quick = [entry for entry in entries if entry.first <= _ONCE]
+        for entry in slow:
+            entry.row.update(Timing((entry.first,)).as_row())
+        if not quick:
+            return
+        round_seconds = sum(entry.first for entry in quick) * (2 if len(quick) > 1 else 1)
+        repeats = max(min(self.repeats, 3), min(self.repeats, int(self.patience / max(round_seconds, 1e-9))))
+        calls = {entry.row["id"]: entry.call for entry in quick if entry.call is not None}
+        timings = interleave(calls, repeats, self.clock)
+        for entry in quick:
+            entry.row.update(timings[entry.row["id"]].as_row())
+
+    def _stages(self, entry: Entry) -> None:
+        sizes = entry.sizes
+        model = cases.model(sizes.dtype, sizes.device)
+        image, features = sizes.inputs()
+        stages = Stages(model, image, features)
+        whole = cases.build("anyup", sizes)
+        entry.row["difference"] = parity.check(stages.output(), whole(), entry.row["id"])
+        entry.row["stages"] = stages.seconds(self.repeats, self.clock)
+        entry.row.update(interleave({"": whole}, self.repeats, self.clock)[""].as_row())
+        entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]
+
+    def _high_resolution(self, entry: Entry) -> None:
+        found = high_resolution.measure(entry.contender.case, torch.get_num_threads())
+        seconds = found.pop("wall_seconds")
+        entry.row.update(found, **Timing((seconds,)).as_row())
+        entry.row["times_floor"] = seconds / entry.row["floor_seconds"]
+
+
+def _rank(contender: Contender) -> tuple[int, str]:
+    """What others are held against comes first."""
+    backend = contender.backend
+    return (_BASELINES.index(backend) if backend in _BASELINES else len(_BASELINES)), backend
+
+
+def _comparable(contender: Contender, expected: Contender) -> bool:
+    """NATTEN's window is another one; the attention of other values has another result; a head has the same."""
+    alone = contender.operation in cases.OPERATIONS
+    return contender.backend != NATTEN and not (alone and contender.operation != expected.operation)
+
+
+def _difference(entry: Entry, found: tuple[cases.Call, Tensor], expected: tuple[cases.Call, Tensor]) -> float:
+    name = entry.row["id"]
+    tolerance = parity.TOLERANCE if entry.sizes.dtype == "float32" else parity.HALF_TOLERANCE
+    difference = parity.check(found[1], expected[1], name, tolerance)
+    if isinstance(found[0], ThereAndBack) and isinstance(expected[0], ThereAndBack):
+        difference = max(difference, parity.check_gradients(found[0].leaves, expected[0].leaves, name))
+    return difference
+
+
+def _add_speed_ups(entries: Sequence[Entry]) -> None:
+    """Of ours, beside the slower definition of the same: the published forward, or an operation's reference."""
+    times = {entry.contender.backend: entry.row["seconds"] for entry in entries if entry.runs}
+    base = next((times[name] for name in (PUBLISHED, "reference") if name in times), None)
+    for entry in entries:
+        if base is not None and entry.runs and entry.contender.backend not in _BASELINES:
+            entry.row["speed_up"] = base / entry.row["seconds"]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error).lower()

@@ -1,0 +1,96 @@
+"""Where a call's time goes: each stage of the model alone, on the tensors that the stages before it made."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyup import AnyUp
+from anyup.bench.timing import Clock
+from anyup.ops import memory
+from anyup.ops.feature_unification import unify_features
+from anyup.ops.query_projection import project_queries
+
+STAGES = (
+    "image encoder",
+    "key encoder",
+    "query encoder",
+    "3x3 and query projection",
+    "feature unification",
+    "aggregation",
+    "window attention",
+)
+"""In the order of the forward pass; "aggregation" is what follows the unification on the small grid."""
+
+
+class Stages:
+    """The forward pass of a model in inference mode, stage by stage; the stages add up to the call.
+
+    Args:
+        model: in eval mode.
+        image: (B, 3, H, W); the output has its size.
+        features: (B, C, h, w).
+    """
+
+    def __init__(self, model: AnyUp, image: Tensor, features: Tensor) -> None:
+        self._model, self._image, self._features = model, image, features
+
+    def seconds(self, repeats: int, clock: Clock) -> dict[str, float]:
+        """Median seconds of each stage."""
+        times: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        with torch.inference_mode(), memory.reuse():
+            self._run(clock)
+            for _ in range(repeats):
+                for stage, seconds in self._run(clock)[0].items():
+                    times[stage].append(seconds)
+        medians = {stage: statistics.median(seconds) for stage, seconds in times.items()}
+        # The model makes the keys in one piece: what is not the unification is the rest.
+        medians["aggregation"] = max(medians["aggregation"] - medians["feature unification"], 0.0)
+        return medians
+
+    def output(self) -> Tensor:
+        """What the stages give together: the call's result."""
+        with torch.inference_mode(), memory.reuse():
+            return self._run(_untimed)[1]
+
+    def _run(self, clock: Clock) -> tuple[dict[str, float], Tensor]:
+        model, features = self._model, self._features
+        size, grid = _pair(self._image.shape[2:]), _pair(features.shape[2:])
+        times: dict[str, float] = {}
+
+        def stage(name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+            made: list[Any] = []
+            times[name] = clock(lambda: made.append(function(*arguments, **named)))
+            return made.pop()
+
+        guidance = stage("image encoder", model._guidance, self._image)
+        image_keys = stage("key encoder", model._encode, model.key_encoder, guidance, grid)
+        encoded = stage("query encoder", model._encode, model.query_encoder, guidance, size)
+        del guidance  # as the model does: a map of D channels at full resolution
+        projection = model.cross_decode.query_parameters(encoded.dtype)
+        backend = model._backends["query_projection"]
+        queries = stage("3x3 and query projection", project_queries, encoded, projection, backend=backend)
+        del encoded
+        wide = torch.promote_types(features.dtype, torch.float32)
+        normalised, basis = F.normalize(features.to(wide), dim=1), model._basis(wide)
+        backend = model._backends["feature_unification"]
+        stage("feature unification", unify_features, normalised, basis, backend=backend)
+        keys = stage("aggregation", model._keys, image_keys, features)
+        queries = model.cross_decode.split_heads(queries)
+        out = stage("window attention", model._attend, queries, keys.to(queries.dtype), features, None)
+        return times, out
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size
+    return int(height), int(width)
+
+
+def _untimed(function: Callable[[], object]) -> float:
+    function()
+    return 0.0

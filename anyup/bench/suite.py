@@ -1,0 +1,149 @@
+"""What the suite measures: comparisons, each of some contenders on one workload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from anyup.bench import high_resolution
+from anyup.bench.cases import OPERATIONS, Sizes
+from anyup.bench.floors import BOTH
+from anyup.bench.workloads import CURVE, REACH, UNIFICATION, WORKLOADS, square
+
+OURS = "anyup"
+PUBLISHED = "published"
+UNCHUNKED = "published, unchunked"
+GRAPH = "anyup, CUDA graph"
+CODE = "published code"
+NATTEN = "published code, NATTEN"
+
+WITH_CHUNKS = (PUBLISHED, CODE)
+"""Baselines that take some queries at a time."""
+
+BACKENDS = ("torch", "triton", "flex", "reference")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that is timed.
+
+    Attributes:
+        operation: what it computes, as rows name it.
+        backend: by what, as rows name it.
+        case: as `anyup.bench.cases.build` knows it; "" for what the engine builds itself.
+        has_memory: whether its memory is measured too, which takes another call.
+    """
+
+    operation: str
+    backend: str
+    case: str
+    has_memory: bool = True
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders that are timed in turn, each a row of the results.
+
+    Attributes:
+        group: one of `anyup.bench.arguments.GROUPS`.
+        sizes: workload, dtype, direction and device.
+        contenders: the first one is ours.
+        kind: "calls"; "stages" of the first contender; or a "high-resolution" case, whose name is `case`.
+    """
+
+    group: str
+    sizes: Sizes
+    contenders: tuple[Contender, ...]
+    kind: str = "calls"
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        what = ", ".join(dict.fromkeys(c.operation for c in self.contenders))
+        more = "" if self.sizes.dtype == "float32" else f", {self.sizes.dtype}"
+        return f"{self.group}: {what}, {self.sizes.workload.name}{more}"
+
+    def identity(self, contender: Contender) -> str:
+        """The row's id, by which an interrupted run goes on."""
+        sizes = self.sizes
+        parts = (self.group, contender.operation, sizes.workload.name, sizes.dtype, sizes.direction, contender.backend)
+        return "/".join(parts)
+
+
+def comparisons(device: str, *, quick: bool = False, published: bool = False, natten: bool = False) -> list[Comparison]:
+    """All that is measured on a device.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        quick: two sizes in float32, forward alone.
+        published: a checkout of the published code is there; `natten`: its second variant can run too.
+    """
+    code = (CODE,) * published + (NATTEN,) * (published and natten)
+    return list(_quick(device, code) if quick else _whole(device, code))
+
+
+def _quick(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
+    for workload in REACH[:2]:
+        yield _model(Sizes(workload, device=device), OURS, *code, PUBLISHED)
+    yield _stages(Sizes(REACH[1], device=device))
+
+
+def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
+    on_card = device != "cpu"
+    graph = (GRAPH,) * on_card
+    plain = ("torch",) * on_card  # on a CPU it is what runs anyway
+    for workload in WORKLOADS:
+        unchunked = (UNCHUNKED,) if workload in REACH else ()
+        yield _model(Sizes(workload, device=device), OURS, *graph, *plain, *code, PUBLISHED, *unchunked)
+    for workload in CURVE:
+        if workload not in WORKLOADS:
+            yield _model(Sizes(workload, device=device), OURS, group="curve")
+    for workload in REACH:
+        yield _stages(Sizes(workload, device=device))
+    for workload in REACH if on_card else REACH[:2]:
+        for operation in OPERATIONS:
+            if operation not in ("feature_unification", "window_attention_of_classes"):
+                yield _operation(operation, Sizes(workload, device=device))
+    yield _operation("feature_unification", Sizes(UNIFICATION, device=device), group="unification")
+    for workload in REACH[1:]:
+        sizes = Sizes(workload, device=device)
+        whole = [Contender(case, OURS, case) for case in ("head_before", "head_after")]
+        yield Comparison("head", sizes, tuple(whole))
+        alone = ("window_attention_of_classes", "window_attention")
+        best = "triton" if on_card else "torch"
+        yield Comparison("head", sizes, tuple(Contender(case, best, f"{case}/{best}") for case in alone))
+    for dtype in ("bfloat16", "float16"):
+        for workload in REACH if on_card else REACH[1:2]:
+            more = (*graph, *plain, PUBLISHED) if on_card else ()
+            yield _model(Sizes(workload, dtype, device=device), OURS, *more, group="dtype")
+            for operation in OPERATIONS if on_card else ():
+                yield _operation(operation, Sizes(workload, dtype, device=device), group="dtype")
+    for workload in REACH[:2]:
+        baseline = (PUBLISHED,) if workload == REACH[0] else ()
+        yield _model(Sizes(workload, direction=BOTH, device=device), OURS, *plain, *baseline, group="backward")
+    small = square(224, 16)
+    for operation in ("window_attention", "query_encoder", "key_encoder", "query_projection"):
+        yield _operation(operation, Sizes(small, direction=BOTH, device=device), group="backward")
+    yield _operation("feature_unification", Sizes(square(448, 32), direction=BOTH, device=device), group="backward")
+    if not on_card:
+        for name in high_resolution.REACH:
+            case = high_resolution.CASES[name]
+            contender = Contender(case.what, OURS, name)
+            yield Comparison("high-resolution", Sizes(case.workload), (contender,), "high-resolution")
+
+
+def _model(sizes: Sizes, *backends: str, group: str = "model") -> Comparison:
+    cases = {OURS: "anyup", "torch": "anyup/torch", PUBLISHED: "published", UNCHUNKED: "published"}
+    # A second run of a baseline for its memory is worth it where claims are made.
+    measured = cases if sizes.workload in REACH else (OURS,)
+    contenders = (Contender("model", name, cases.get(name, ""), has_memory=name in measured) for name in backends)
+    return Comparison(group, sizes, tuple(contenders))
+
+
+def _stages(sizes: Sizes) -> Comparison:
+    return Comparison("stages", sizes, (Contender("model", OURS, "anyup", has_memory=False),), "stages")
+
+
+def _operation(operation: str, sizes: Sizes, group: str = "operation") -> Comparison:
+    backends = [b for b in BACKENDS if b != "flex" or operation.startswith("window_attention")]
+    return Comparison(group, sizes, tuple(Contender(operation, b, f"{operation}/{b}") for b in backends))

@@ -1,0 +1,363 @@
+"""`anyup bench`: its counts, its engine on tiny workloads with a clock of our own, its file, its command."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyup import cli
+from anyup.bench import cases, command, floors, machine, memory, parity, suite
+from anyup.bench.cases import OPERATIONS, Sizes
+from anyup.bench.contenders import Builder
+from anyup.bench.engine import Engine, Speeds
+from anyup.bench.floors import BOTH
+from anyup.bench.published_code import PublishedCode
+from anyup.bench.results import MachineError, ResultsFile
+from anyup.bench.stages import STAGES, Stages
+from anyup.bench.suite import Comparison, Contender
+from anyup.bench.timing import host_clock
+from anyup.bench.workloads import Workload, square
+
+TINY = Workload((24, 20), (6, 5), channels=12)
+SPEEDS = Speeds(dict.fromkeys(cases.DTYPES, 1e11), 1e10)
+
+
+def clock(function: Callable[[], object]) -> float:
+    """A call takes two milliseconds."""
+    function()
+    return 2e-3
+
+
+def no_memory(case: str, sizes: Sizes) -> memory.Memory:
+    return memory.Memory(1000)
+
+
+def engine(**changes: object) -> Engine:
+    made = Engine(SPEEDS, clock, Builder(clock), measure_memory=no_memory)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def model(*backends: str, sizes: Sizes | None = None) -> Comparison:
+    names = {"anyup": "anyup", "published": "published"}
+    contenders = tuple(Contender("model", backend, names[backend]) for backend in backends)
+    return Comparison("model", sizes or Sizes(TINY), contenders)
+
+
+def operation(name: str, *backends: str, sizes: Sizes | None = None) -> Comparison:
+    return Comparison("operation", sizes or Sizes(TINY), tuple(Contender(name, b, f"{name}/{b}") for b in backends))
+
+
+# What is counted
+
+
+def test_the_floor_counts_each_product_of_the_definition() -> None:
+    workload = square(448, 32)
+    a_pixel = floors.products("model", workload) / workload.pixels
+    # 2 encoders from the image's, 3x3 and projection: 377,216; 49 keys of 128 + 384; the grid's share.
+    square_ = 128 * 128
+    grid = (1 + 8 + 18 + 1 - 0) * square_ + 384 * 128 * 25
+    assert a_pixel == pytest.approx(3 * 128 + 23 * square_ + 49 * (128 + 384) + grid / 196, rel=1e-12)
+    assert 405_000 < a_pixel < 419_000
+
+
+def test_the_floor_is_that_of_the_memory_where_it_takes_longer() -> None:
+    arguments = ("query_encoder", TINY)
+    slow_copies = floors.floor_seconds(*arguments, rate=1e30, bandwidth=1e9)
+    assert slow_copies == 4 * 2 * 128 * TINY.pixels / 1e9
+    slow_products = floors.floor_seconds(*arguments, rate=1e9, bandwidth=1e30)
+    assert slow_products == 2 * 5 * 128 * 128 * TINY.pixels / 1e9
+    assert floors.floor_seconds(*arguments, rate=1e9, bandwidth=1e30, direction=BOTH) == 3 * slow_products
+    with pytest.raises(ValueError, match="operation: expected model or one of .*, got 'softmax'"):
+        floors.products("softmax", TINY)
+
+
+# What is run
+
+
+def test_a_comparison_has_a_row_for_each_contender() -> None:
+    ours, theirs = engine().run(model("anyup", "published"))
+    assert [row["status"] for row in (ours, theirs)] == ["ok", "ok"]
+    assert ours["seconds"] == theirs["seconds"] == 2e-3 and len(ours["times"]) == 5
+    assert ours["speed_up"] == 1.0 and "speed_up" not in theirs
+    assert 0 <= ours["difference"] < parity.TOLERANCE
+    assert ours["times_floor"] == pytest.approx(2e-3 / ours["floor_seconds"])
+    assert theirs["chunk"] is None and set(theirs["chunk_times"]) == {"all"}  # fewer pixels than any chunk
+    assert ours["output_bytes"] == TINY.output_bytes and ours["peak_bytes"] == 1000
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("direction", floors.PASSES)
+def test_each_operation_is_held_against_its_reference(name: str, direction: str) -> None:
+    rows = engine().run(operation(name, "torch", "reference", sizes=Sizes(TINY, direction=direction)))
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert 0 <= rows[0]["difference"] < parity.GRADIENT_TOLERANCE
+
+
+def test_the_backward_pass_of_the_model_is_held_against_the_baseline_s() -> None:
+    ours, theirs = engine().run(model("anyup", "published", sizes=Sizes(TINY, direction=BOTH)))
+    assert ours["pass"] == BOTH and ours["status"] == theirs["status"] == "ok"
+    assert ours["difference"] < parity.GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_held_against_float32(dtype: str) -> None:
+    (row,) = engine().run(model("anyup", sizes=Sizes(TINY, dtype)))
+    assert 1e-5 < row["difference"] < parity.HALF_TOLERANCE
+    assert row["output_bytes"] == TINY.output_bytes // 2
+
+
+class Wrong(Builder):
+    """Ours is a tenth too large."""
+
+    def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+        call = super().build(contender, sizes)
+        return (lambda: call() * 1.1) if contender.backend in ("anyup", "torch") else call
+
+
+@pytest.mark.parametrize(
+    "comparison",
+    [model("anyup", "published"), operation("query_projection", "torch", "reference")],
+    ids=lambda comparison: comparison.name,
+)
+def test_nothing_is_timed_where_results_differ(comparison: Comparison) -> None:
+    timed: list[object] = []
+
+    def counting(function: Callable[[], object]) -> float:
+        timed.append(function)
+        return clock(function)
+
+    builder = Wrong(clock)
+    with pytest.raises(parity.ParityError, match=comparison.sizes.workload.name):
+        engine(clock=counting, builder=builder).run(comparison)
+    assert len(timed) == 2  # the first calls
+
+
+def test_a_wrong_gradient_fails() -> None:
+    leaves = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    leaves[0].grad, leaves[1].grad = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
+    with pytest.raises(parity.ParityError, match="gradient 0: .* of its norm apart"):
+        parity.check_gradients(leaves[:1], leaves[1:], "x")
+    leaves[1].grad = None
+    with pytest.raises(parity.ParityError, match="one side has none"):
+        parity.check_gradients(leaves[:1], leaves[1:], "x")
+
+
+def test_what_takes_too_long_is_a_result() -> None:
+    ours, theirs = engine(budget=1e-12).run(model("anyup", "published"))
+    assert [row["status"] for row in (ours, theirs)] == ["over budget"] * 2
+    assert theirs["expected_seconds"] > 1e-12 and "the budget of a call" in theirs["reason"]
+    assert theirs.get("seconds") is None
+
+
+def test_what_needs_more_memory_than_there_is_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 10)
+    ours, theirs = engine().run(model("anyup", "published"))
+    assert ours["status"] == "ok" and "speed_up" not in ours
+    assert theirs["status"] == "out of memory" and theirs["reason"].endswith("0.0 GB are free")
+    assert ours["difference"] < parity.TOLERANCE  # at a sample of pixels
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("CUDA out of memory. Tried to allocate")])
+def test_a_call_that_memory_does_not_suffice_for_is_a_result(error: Exception) -> None:
+    class Fails(Builder):
+        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+            if contender.backend == "published":
+                raise error
+            return super().build(contender, sizes)
+
+    ours, theirs = engine(builder=Fails(clock)).run(model("anyup", "published"))
+    assert ours["status"] == "ok" and theirs["status"] == "out of memory"
+
+
+def test_a_backend_that_cannot_is_a_result_with_its_reasons() -> None:
+    row, other = engine().run(operation("window_attention", "torch", "flex"))
+    assert row["status"] == "ok" and other["status"] == "unsupported" and other["reason"]
+
+
+def test_what_takes_minutes_is_called_once() -> None:
+    calls: list[str] = []
+
+    def slow(function: Callable[[], object]) -> float:
+        calls.append("")
+        function()
+        return 61.0
+
+    (row,) = engine(clock=slow, budget=1e9).run(model("anyup"))
+    assert row["times"] == [61.0] and len(calls) == 1
+
+
+def test_stages_add_up_to_the_call() -> None:
+    upsampler = cases.model()
+    stages = Stages(upsampler, *TINY.inputs())
+    parity.check(stages.output(), upsampler(*TINY.inputs()), "stages")
+    (row,) = engine().run(Comparison("stages", Sizes(TINY), (Contender("model", "anyup", "anyup"),), "stages"))
+    assert tuple(row["stages"]) == STAGES
+    measured = Stages(upsampler, *TINY.inputs()).seconds(3, host_clock)
+    assert all(seconds >= 0 for seconds in measured.values()) and sum(measured.values()) > 0
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    found = memory.measure("anyup", Sizes(square(224, 16)))
+    output = square(224, 16).output_bytes
+    assert found.peak_bytes is not None and output < found.peak_bytes < 20 * output
+
+
+# The suite
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_suite_has_each_row_once(device: str) -> None:
+    found = suite.comparisons(device, published=True, natten=True)
+    names = [comparison.identity(c) for comparison in found for c in comparison.contenders]
+    assert len(set(names)) == len(names)
+    backends = {c.backend for comparison in found for c in comparison.contenders}
+    assert {"anyup", "published", "published code", "reference"} <= backends
+    assert (suite.GRAPH in backends) == (device != "cpu")
+    assert {comparison.group for comparison in found} >= {"model", "operation", "backward", "stages", "dtype"}
+
+
+# The file
+
+
+def describe(**changes: object) -> dict[str, object]:
+    return {**machine.describe(), **changes}
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparisons = [operation(name, "torch", "reference") for name in ("query_projection", "query_encoder")]
+    path = tmp_path / "results.json"
+
+    class Interrupted(Builder):
+        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+            if contender.operation == "query_encoder":
+                raise KeyboardInterrupt
+            return super().build(contender, sizes)
+
+    with pytest.raises(KeyboardInterrupt):
+        command.measure(engine(builder=Interrupted(clock)), comparisons, ResultsFile(path, describe()))
+    first = json.loads(path.read_text())["rows"]
+    assert [row["operation"] for row in first] == ["query_projection"] * 2
+    asked: list[str] = []
+
+    class Counting(Builder):
+        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+            asked.append(contender.operation)
+            return super().build(contender, sizes)
+
+    command.measure(engine(builder=Counting(clock)), comparisons, ResultsFile(path, describe()))
+    assert set(asked) == {"query_encoder"}
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[:2] == first and len(rows) == 4
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_of_another_machine_are_not_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    ResultsFile(path, describe(device="Abacus")).put(engine().run(operation("query_projection", "torch")))
+    with pytest.raises(MachineError, match="device: Abacus there, .* here"):
+        ResultsFile(path, describe())
+    assert ResultsFile(path, describe(), restart=True).rows == []
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"results.json: expected results of `anyup bench`"):
+        ResultsFile(path, describe())
+
+
+# The published code
+
+
+FAKE = """
+import anyup
+from torch import nn
+
+class AnyUp(nn.Module):
+    def __init__(self, qk_dim=128, **arguments):
+        super().__init__()
+        self.arguments, self.home = arguments, anyup.__file__
+
+    def load_state_dict(self, state):
+        self.names = set(state)
+
+    def forward(self, image, features, output_size=None, vis_attn=False, q_chunk_size=None):
+        self.chunk = q_chunk_size
+        return nn.functional.interpolate(features, image.shape[2:])
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkout"
+    (folder / "anyup").mkdir(parents=True)
+    (folder / "anyup" / "__init__.py").write_text("")
+    (folder / "anyup" / "model.py").write_text(FAKE)
+    return folder
+
+
+def test_the_published_code_runs_beside_ours_with_its_weights(checkout: Path) -> None:
+    ours = cases.model()
+    theirs = PublishedCode(checkout).with_weights_of(ours)
+    assert theirs.names == set(ours.state_dict()) and theirs.arguments["num_heads"] == 4
+    assert Path(theirs.home).parent == checkout / "anyup"
+    assert sys.modules["anyup.model"].AnyUp is type(ours) and str(checkout) not in sys.path
+    contender = Contender("model", suite.CODE, "", has_memory=False)
+    call = Builder(clock, PublishedCode(checkout)).build(contender, Sizes(TINY, chunk=7))
+    assert call().shape == (1, 12, 24, 20)
+
+
+def test_its_result_must_be_ours(checkout: Path) -> None:
+    builder = Builder(clock, PublishedCode(checkout))
+    contenders = (Contender("model", "anyup", "anyup"), Contender("model", suite.CODE, "", has_memory=False))
+    with pytest.raises(parity.ParityError):
+        engine(builder=builder).run(Comparison("model", Sizes(TINY), contenders))
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        (["--budget", "0"], "--budget: expected seconds, more than 0"),
+        (["--repeats", "0"], "--repeats: expected 1 or more"),
+        (["--published", "nowhere"], "--published: .* checkout of wimmerth/anyup"),
+        (["--only", "everything"], "invalid choice"),
+    ],
+)
+def test_a_wrong_option_is_told_before_any_work(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert cli.main(["bench", "-o", str(folder), "--device", "cpu", *arguments]) == 2
+    assert not folder.exists()
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite of one tiny comparison, whose workload no other process could find by its name."""
+    contender = Contender("query_projection", "torch", "query_projection/torch", has_memory=False)
+    found = Comparison("operation", Sizes(TINY), (contender,))
+    monkeypatch.setattr(command, "comparisons", lambda device, **options: [found])
+    monkeypatch.setattr(Speeds, "measure", staticmethod(lambda *arguments: SPEEDS))
+    monkeypatch.setattr(machine, "matmul_rate", lambda *arguments, **options: 1e11)
+
+
+def test_the_command_writes_results_and_a_report(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "-o", str(tmp_path / "out"), "--device", "cpu", "--repeats", "2"]
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "query_projection" in out and "[1/1] operation: query_projection, 24x20 from 6x5, C 12" in err
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stored["machine"]["matmul_rate_after"] == 1e11 and len(stored["rows"]) == 1
+    assert "24x20 from 6x5" in (tmp_path / "out" / "report.html").read_text()
+    assert cli.main(arguments) == 0
+    assert "1 of 1 comparisons are stored" in capsys.readouterr().err
