@@ -1,10 +1,13 @@
 """What the compiler makes of each kernel, and a roofline of it; no GPU is needed.
 
     python -m benchmarks.codegen [--kernel NAME] [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE [--merge]]
+    python -m benchmarks.codegen --model [--workload "448 from 32"] [--dtype bfloat16] [--channels 384] [--json FILE]
 
 Every launch is planned by the package itself, with the config that it would choose, and compiled ahead of time.
 Registers, spills, shared memory and instructions are the compiler's; bytes, operations and times are *modelled*
-(`benchmarks.roofline`). A target with a device in the roofline's table gets that device's times.
+(`benchmarks.roofline`). A target with a device in the roofline's table gets that device's times. With `--model` the
+launches are those of a whole forward, on each of these devices, with the instructions of the stored rows; nothing is
+compiled (`benchmarks.model`).
 """
 
 from __future__ import annotations
@@ -50,17 +53,32 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def store(file: Path, rows: Sequence[dict[str, Any]], *, merge: bool = False) -> None:
-    """Write rows as JSON, a line for each; with `merge` in the place of the file's rows of the same cases.
-
-    The file is complete at any moment.
-    """
+    """Write rows of kernels as JSON; with `merge` in the place of the file's rows of the same cases."""
     names = ("kernel", "target", "dtype", "channels", "workload", "heads", "head_dim")
     kept = json.loads(file.read_text()) if merge and file.exists() else []
-    by_case = {tuple(row[name] for name in names): row for row in (*kept, *rows)}
+    write(file, list({tuple(row[name] for name in names): row for row in (*kept, *rows)}.values()))
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as JSON, a line for each; the file is complete at any moment."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
-    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in by_case.values()) + "\n]\n")
+    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     os.replace(partial, file)
+
+
+def print_model(workload: str, dtypes: Sequence[str], channels: int, file: Path | None) -> None:
+    """Print the whole forward on each device, and what it is to reach; store it in `file`, where there is one."""
+    from benchmarks import model, roofline
+
+    stored = json.loads(RESULT.read_text())
+    asked = model.workload_of(workload, channels)
+    rows = [row for dtype in dtypes for row in model.rows(asked, dtype, stored, roofline.DEVICES)]
+    if file:
+        write(file, rows)
+    print(f"{asked.name}, C = {channels}: counted from launches and code; times modelled.\n")
+    print(model.table(rows))
+    print("", *model.verdicts(rows), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--channels", nargs="+", type=int, default=CHANNELS)
+    parser.add_argument("--channels", nargs="+", type=int, default=CHANNELS, help="of --model: the first")
     parser.add_argument("--heads", nargs=2, type=int, default=(HEADS, HEAD_DIM), metavar=("NUMBER", "WIDTH"))
     every = (*KERNELS, *operation_kernels.KERNELS)
     parser.add_argument("--kernel", nargs="+", default=every, choices=every)
@@ -81,7 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help=f"where to store the rows; the repository's is {RESULT}")
     parser.add_argument("--merge", action="store_true", help="keep the file's rows of other cases")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--model", action="store_true", help="the whole forward, stage by stage, modelled")
+    parser.add_argument("--workload", default="448 from 32", help="of --model: output and grid")
     chosen = parser.parse_args(arguments)
+    if chosen.model:
+        print_model(chosen.workload, chosen.dtype, chosen.channels[0], chosen.json)
+        return
     sizes = slice(1) if chosen.smallest else slice(None)
     attention = [name for name in chosen.kernel if name in KERNELS]
     others = [name for name in chosen.kernel if name not in KERNELS]

@@ -228,6 +228,13 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(TIMES)
+    return told_times(device, *roofs_of(case, work, instructions, device))
+
+
+def roofs_of(
+    case: Case, work: Work, instructions: float | None, device: roofline.Device
+) -> tuple[roofline.Times, roofline.Times]:
+    """Floor and modelled time on a device."""
     pixels = case.workload.pixels
     floor = roofline.floor(
         device,
@@ -247,7 +254,7 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
         instructions=instructions or 0.0,
         half=case.half,
     )
-    return told_times(device, floor, modelled)
+    return floor, modelled
 
 
 def cases(

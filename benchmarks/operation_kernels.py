@@ -1,4 +1,4 @@
-"""The kernels of the feature unification and of the query projection on targets that are not here.
+"""The kernels of the pixel encoder, the feature unification and the query projection on targets that are not here.
 
 As `benchmarks.compiled` for the window attention: planned by the package, compiled ahead of time, their work counted
 from the launch. The work is given for one unit: a position of the grid, or a pixel of the queries.
@@ -21,10 +21,11 @@ from anyup.kernels.config import Target
 from anyup.kernels.feature_unification_config import backward_configs, forward_configs
 from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_arrange
 from anyup.kernels.launch import Launch
-from benchmarks import roofline
+from benchmarks import pixel_encoder_work, roofline
 from benchmarks.ahead_of_time import compilation_of, target_of
 from benchmarks.compiled import TIMES, code_facts, told_times
 from benchmarks.machine_code import Code, read
+from benchmarks.operation_work import Work
 
 DIM = FILTERS = 128
 KERNEL_SIZE = 5
@@ -36,35 +37,17 @@ KERNELS = (
     "feature_unification_backward_filters",
     "feature_unification_fold",
     "query_projection_forward",
+    *pixel_encoder_work.KERNELS,
 )
-WITHOUT_PRODUCTS = ("feature_unification_arrange", "feature_unification_fold")
+WITHOUT_PRODUCTS = (
+    "feature_unification_arrange",
+    "feature_unification_fold",
+    "pixel_encoder_statistics",
+    "pixel_encoder_angles",
+)
 """Kernels that move numbers: nothing for the matrix units."""
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a launch does, for each unit.
-
-    Attributes:
-        units: positions of the grid, or pixels.
-        exact_operations: of the products as defined, each once.
-        operations: of the matrix units: planes, padding and second products included.
-        exact_exponentials, exponentials: the same.
-        bytes_compulsory: each input once, each output once.
-        bytes_asked: what the programs load and store.
-        turns: the kernel's loops as `machine_code.Code.weights` takes them.
-    """
-
-    units: int
-    exact_operations: float
-    operations: float
-    exact_exponentials: float
-    exponentials: float
-    bytes_compulsory: float
-    bytes_asked: float
-    turns: list[Any]
 
 
 @dataclass(frozen=True)
@@ -104,13 +87,17 @@ class Case:
     def plan(self) -> tuple[Launch, Row]:
         """The launch with the rule's first config, on "meta" tensors, and the config."""
         w = self.workload
+        precision = "ieee" if self.arch.startswith("gfx") else "tf32x3"
+        if self.kernel.startswith("pixel_encoder"):
+            dtype = DTYPES[self.dtype]
+            return pixel_encoder_work.plan(self.kernel, w, dtype, target=self.target, precision=precision)
         if self.kernel == "query_projection_forward":
             config = projection.forward_configs(DIM, target=self.target, half=self.half)[0]
             encoded = self._empty(w.batch, *w.size, DIM)
             launch = projection.plan_forward(
                 encoded, self._empty(9, DIM, DIM), self._empty(DIM), self._empty(DIM, DIM), self._empty(DIM),
                 torch.empty_like(encoded), eps=1e-7,
-                precision="ieee" if self.arch.startswith("gfx") else "tf32x3", config=config,
+                precision=precision, config=config,
             )  # fmt: skip
             return launch, asdict(config)
         features, basis, arranged = self._arranged()
@@ -132,6 +119,8 @@ class Case:
     def work(self, launch: Launch) -> Work:
         """The work of that launch; of the unification where the filters divide the channels."""
         w, constant = self.workload, launch.constants
+        if self.kernel.startswith("pixel_encoder"):
+            return pixel_encoder_work.work(launch)
         size = DTYPES[self.dtype].itemsize
         if self.kernel == "query_projection_forward":
             tile = constant["ROWS"] * constant["COLUMNS"]
@@ -196,11 +185,22 @@ class Case:
         )
 
 
+_codes: dict[str, Code] = {}
+
+
+def code_of(launch: Launch, arch: str) -> Code:
+    """The machine code of a launch; what was compiled stays, here and, by Triton, on disk."""
+    compilation = compilation_of(launch, target_of(arch))
+    if compilation.key not in _codes:
+        _codes[compilation.key] = read(compilation.run(), launch.options["num_warps"])
+    return _codes[compilation.key]
+
+
 def row_of(case: Case) -> Row:
-    """All that is known of a case; Triton keeps what it compiled on disk."""
+    """All that is known of a case."""
     launch, config = case.plan()
     warps = launch.options["num_warps"]
-    code: Code = read(compilation_of(launch, target_of(case.arch)).run(), warps)
+    code = code_of(launch, case.arch)
     work = case.work(launch)
     programs = math.prod(launch.grid) * warps / work.units
     instructions: float | None = None
@@ -239,6 +239,13 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(TIMES)
+    return told_times(device, *roofs_of(case, work, instructions, device))
+
+
+def roofs_of(
+    case: Case, work: Work, instructions: float | None, device: roofline.Device, programs: int | None = None
+) -> tuple[roofline.Times, roofline.Times]:
+    """Floor and modelled time on a device, of a launch of so many programs; None: of enough."""
     floor = roofline.floor(
         device, work.units, bytes_compulsory=work.bytes_compulsory, operations=work.exact_operations,
         exponentials=work.exact_exponentials, half=case.half,
@@ -249,8 +256,9 @@ def times_of(case: Case, work: Work, instructions: float | None) -> Row:
         device, work.units, bytes_compulsory=work.bytes_asked if moves else work.bytes_compulsory,
         bytes_asked=work.bytes_asked, operations=work.operations, exponentials=work.exponentials,
         instructions=instructions or 0.0, half=case.half or case.kernel.startswith("feature_unification"),
+        programs=programs,
     )  # fmt: skip
-    return told_times(device, floor, modelled)
+    return floor, modelled
 
 
 def cases(

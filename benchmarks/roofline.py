@@ -27,6 +27,7 @@ class Device:
         tensor_tf32: the same for tf32.
         sms: multiprocessors.
         clock: boost clock, Hz.
+        lanes: float32 multiply-adds a cycle and multiprocessor outside of the matrix units.
         l2: bytes a second read from the L2 cache; None where nothing is published.
         source: of all these.
     """
@@ -38,6 +39,7 @@ class Device:
     tensor_tf32: float
     sms: int
     clock: float
+    lanes: int
     l2: float | None
     source: str
 
@@ -45,6 +47,11 @@ class Device:
     def issue(self) -> float:
         """Warp instructions a second: four schedulers on each multiprocessor, one instruction a cycle each."""
         return 4 * self.sms * self.clock
+
+    @property
+    def plain(self) -> float:
+        """Float32 operations a second outside of the matrix units."""
+        return 2 * self.lanes * self.sms * self.clock
 
     @property
     def special(self) -> float:
@@ -57,27 +64,31 @@ class Device:
 # test holds them to.
 DEVICES = (
     Device(
-        "A100 SXM 80GB", 80, 2039e9, 312e12, 156e12, 108, 1.41e9, 5120 * 1.41e9,
+        "A100 SXM 80GB", 80, 2039e9, 312e12, 156e12, 108, 1.41e9, 64, 5120 * 1.41e9,
         "NVIDIA A100 80GB datasheet (2,039 GB/s; 312 and 156 TFLOPS); NVIDIA A100 Tensor Core GPU Architecture (108 "
-        "SMs, 1410 MHz; 256 16-bit FMA a cycle and tensor core, 4 an SM; L2 read bandwidth 5120 bytes a clock, taken "
+        "SMs, 1410 MHz; 256 16-bit FMA a cycle and tensor core, 4 an SM; 64 FP32 cores an SM; L2 read "
+        "bandwidth 5120 bytes a clock, taken "
         "at 1410 MHz: it does not say of which clock)",
     ),
     Device(
-        "H100 SXM", 90, 3.35e12, 989.4e12, 494.7e12, 132, 1.83e9, None,
+        "H100 SXM", 90, 3.35e12, 989.4e12, 494.7e12, 132, 1.83e9, 128, None,
         "NVIDIA H100 datasheet (3.35 TB/s); NVIDIA H100 Tensor Core GPU Architecture (132 SMs; 989.4 and 494.7 TFLOPS "
-        "without sparsity: 512 16-bit FMA a cycle and tensor core, 4 an SM, at 1830 MHz; up to 1980 MHz without tensor "
+        "without sparsity: 512 16-bit FMA a cycle and tensor core, 4 an SM, at 1830 MHz; 128 FP32 cores "
+        "an SM; up to 1980 MHz without tensor "
         "cores; no figure for L2)",
     ),
     Device(
-        "RTX 4090", 89, 1008e9, 165.2e12, 82.6e12, 128, 2.52e9, None,
-        "NVIDIA Ada GPU Architecture, appendix on the RTX 4090 (128 SMs, boost 2520 MHz, 1008 GB/s, 165.2 TFLOPS of 16 "
+        "RTX 4090", 89, 1008e9, 165.2e12, 82.6e12, 128, 2.52e9, 128, None,
+        "NVIDIA Ada GPU Architecture, appendix on the RTX 4090 (128 SMs of 128 FP32 cores, boost 2520 "
+        "MHz, 1008 GB/s, 165.2 TFLOPS of 16 "
         "bits with FP32 accumulate, 82.6 of tf32; no figure for L2)",
     ),
     Device(
-        "RTX 3060 Laptop", 86, 336e9, 512 * 30 * 1.425e9, 256 * 30 * 1.425e9, 30, 1.425e9, None,
+        "RTX 3060 Laptop", 86, 336e9, 512 * 30 * 1.425e9, 256 * 30 * 1.425e9, 30, 1.425e9, 128, None,
         "NVIDIA's comparison of GeForce laptop GPUs (3840 cores: 30 SMs, boost 1283 to 1703 MHz by power; 192 bits of "
         "GDDR6, 14 Gbit/s as tables of the card have it; 1425 MHz is its clock at 80 W); NVIDIA Ampere GA102 GPU "
-        "Architecture (512 16-bit operations with FP32 accumulate and 256 of tf32 a cycle and SM; no figure for L2)",
+        "Architecture (128 FP32 cores an SM, 512 16-bit operations with FP32 accumulate and 256 of tf32 "
+        "a cycle and SM; no figure for L2)",
     ),
 )  # fmt: skip
 
@@ -128,11 +139,12 @@ def modelled(
     exponentials: float,
     instructions: float,
     half: bool,
+    programs: int | None = None,
 ) -> Times:
     """The time of a kernel by what it really does, its work given for one pixel.
 
     `operations` are those of the matrix units, each of the three products of `tf32x3` counted; `instructions` are a
-    warp's.
+    warp's. Where it has fewer `programs` than there are multiprocessors, the others do nothing.
     """
     terms = floor(
         device,
@@ -143,6 +155,8 @@ def modelled(
         half=half,
     ).terms
     terms["issue"] = 1e6 * pixels * instructions / device.issue
+    idle = max(1.0, device.sms / programs) if programs else 1.0
+    terms.update({name: idle * terms[name] for name in ("tensor", "exponential", "issue")})
     if device.l2 is not None:
         terms["L2"] = 1e6 * pixels * bytes_asked / device.l2
     return Times(terms, LAUNCH_US)

@@ -1,0 +1,220 @@
+"""The whole forward on the devices of the roofline's table, stage by stage: `python -m benchmarks.codegen --model`.
+
+Every time here is *modelled*. The steps are those that the model's own forward makes (`benchmarks.model_steps`). The
+work of a launch is counted from it; its instructions are those of the stored row of `benchmarks.codegen` of the same
+kernel (by name, target, constants and warps), or are left out where there is none, as the row says. What stays torch's
+is counted: each tensor read and written once, products at the float32 rate outside of the matrix units (torch's matmul
+precision "highest"), and 3 microseconds for each kernel. What a Python process takes to issue the launches is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from anyup.bench.workloads import Workload, square
+from anyup.kernels.config import Target
+from anyup.kernels.launch import Launch
+from benchmarks import compiled, operation_kernels, pixel_encoder_work, roofline
+from benchmarks.model_steps import STAGES, Step, steps_of
+
+RESULT = Path(__file__).parent / "results" / "model.json"
+
+TARGETS_MS = {
+    ("A100 SXM 80GB", "bfloat16"): 2.5,
+    ("H100 SXM", "bfloat16"): 1.5,
+    ("A100 SXM 80GB", "float32"): 8.0,
+}
+"""The most that the whole forward is to take at 448 from 32, C = 384."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step on a device.
+
+    Attributes:
+        moved: bytes that must cross device memory.
+        asked: bytes that the programs load and store.
+        shared: of these, of weights and tables that all programs of the pixel encoder read: the caches hold them.
+        operations: of the matrix units, each product of `tf32x3` counted; or of torch's products.
+        floor, modelled: microseconds by term.
+        source: "code" where the compiler's instructions are among the terms, "count" where they are not, "torch".
+    """
+
+    moved: float
+    asked: float
+    shared: float
+    operations: float
+    floor: roofline.Times
+    modelled: roofline.Times
+    source: str
+
+
+def rows(workload: Workload, dtype: str, stored: Sequence[Row], devices: Sequence[roofline.Device]) -> list[Row]:
+    """For each device: of each stage a row for each launch, for torch's calls together and for all; then the sum.
+
+    `stored` are the rows of `benchmarks.codegen`.
+    """
+    found: list[Row] = []
+    for device in devices:
+        steps = steps_of(workload, compiled.DTYPES[dtype], Target("cuda", device.arch))
+        costs = [(step, cost_of(step, workload, device, stored)) for step in steps]
+        common = {"device": device.name, "dtype": dtype, "channels": workload.channels, "workload": workload.name}
+        for stage in STAGES:
+            own = [entry for entry in costs if entry[0].stage == stage]
+            for entry in own:
+                if entry[0].launch is not None:
+                    found.append(
+                        {**common, "stage": stage, "level": "launch", **_told([entry]), "kernel": kernel_of(entry[0])}
+                    )
+            for level, part in (("torch", [e for e in own if e[0].launch is None]), ("stage", own)):
+                if part:
+                    found.append({**common, "stage": stage, "level": level, **_told(part)})
+        found.append({**common, "stage": "sum", "level": "sum", **_told(costs)})
+    return found
+
+
+def _told(costs: Sequence[tuple[Step, Cost]]) -> Row:
+    """What a row says of some steps together; they run one after the other."""
+    binding: Counter[str] = Counter()
+    for _, cost in costs:
+        binding[cost.modelled.binding] += cost.modelled.total - cost.modelled.launch
+        binding["launch"] += cost.modelled.launch
+    return {
+        "kernel": None,
+        "source": "+".join(sorted({cost.source for _, cost in costs})),
+        "passes": sum(step.kernels for step, _ in costs),
+        "bytes": round(sum(cost.moved for _, cost in costs)),
+        "bytes_asked": round(sum(cost.asked for _, cost in costs)),
+        "bytes_shared": round(sum(cost.shared for _, cost in costs)),
+        "operations": round(sum(cost.operations for _, cost in costs)),
+        "floor_us": round(sum(cost.floor.total for _, cost in costs), 1),
+        "modelled_us": round(sum(cost.modelled.total for _, cost in costs), 1),
+        "binds": max(binding, key=lambda name: binding[name]),
+        "us_by_binding_term": {name: round(time, 1) for name, time in binding.most_common() if time},
+    }
+
+
+def kernel_of(step: Step) -> str:
+    """The name of a step's kernel in the table of `benchmarks.codegen`, or of torch's operator."""
+    if step.launch is not None and step.name.startswith("pixel_encoder"):
+        return pixel_encoder_work.name_of(step.launch)
+    return step.name
+
+
+def cost_of(step: Step, workload: Workload, device: roofline.Device, stored: Sequence[Row]) -> Cost:
+    """The cost of a step of a forward of `workload` on a device; `stored` as `rows` takes it."""
+    if step.launch is None:
+        return _torch_cost(step, device)
+    launch, kernel = step.launch, kernel_of(step)
+    if kernel in compiled.KERNELS:
+        attention = compiled.Case(workload, str(device.arch), _dtype_of(launch), kernel=kernel)
+        instructions = _instructions(launch, attention.launch(), attention, stored)
+        work = compiled.forward_work(workload, compiled.WINDOW, launch)
+        operations = (work.logit_operations + work.value_operations) * (1 if attention.half else 3)
+        floor, modelled = compiled.roofs_of(attention, work, instructions, device)
+        units, moved, asked, shared = workload.pixels, work.bytes_compulsory, work.bytes_asked, 0.0
+    else:
+        case = operation_kernels.Case(kernel, workload, str(device.arch), _dtype_of(launch))
+        instructions = _instructions(launch, case.plan()[0], case, stored)
+        counted = case.work(launch)
+        operations, units = counted.operations, counted.units
+        moved, asked, shared = counted.bytes_compulsory, counted.bytes_asked, counted.bytes_shared
+        floor, modelled = operation_kernels.roofs_of(case, counted, instructions, device, math.prod(launch.grid))
+    return Cost(
+        units * moved,
+        units * asked,
+        units * shared,
+        units * operations,
+        floor,
+        modelled,
+        "count" if instructions is None else "code",
+    )
+
+
+def _torch_cost(step: Step, device: roofline.Device) -> Cost:
+    terms = {"memory": 1e6 * step.bytes_moved / device.memory, "float32": 1e6 * step.operations / device.plain}
+    return Cost(
+        step.bytes_moved,
+        step.bytes_moved,
+        0.0,
+        step.operations,
+        roofline.Times(terms),
+        roofline.Times(terms, roofline.LAUNCH_US * step.kernels),
+        "torch",
+    )
+
+
+def _dtype_of(launch: Launch) -> str:
+    """The dtype that a kernel reads, as the table of kernels has it."""
+    names = ("features", "frequencies", "weight", "out", "pixels")
+    if "pixels" in launch.arguments:
+        names = ("pixels",)
+    tensors = (launch.arguments[name] for name in names if isinstance(launch.arguments.get(name), Tensor))
+    return str(next(tensors).dtype).removeprefix("torch.")
+
+
+def _instructions(launch: Launch, planned: Launch, case: Any, stored: Sequence[Row]) -> float | None:
+    """A warp's instructions for each unit, where a stored row is of this launch's kernel; None otherwise."""
+    if (launch.constants, launch.options, launch.grid) != (planned.constants, planned.options, planned.grid):
+        return None
+    wanted = {
+        "kernel": case.kernel,
+        "target": case.arch,
+        "dtype": case.dtype,
+        "workload": f"{case.workload.size[0]} from {case.workload.grid[0]}",
+        "channels": case.workload.channels,
+    }
+    heads = {None, compiled.HEADS}
+    for row in stored:
+        if all(row[name] == value for name, value in wanted.items()) and row["heads"] in heads:
+            return row["instructions_per_pixel"]
+    return None
+
+
+def workload_of(text: str, channels: int) -> Workload:
+    """The workload that "448 from 32" names; raises ValueError where it names none."""
+    match = re.fullmatch(r"(\d+) from (\d+)", text.strip())
+    if match is None or "0" in match.groups():
+        raise ValueError(f'workload: expected sizes such as "448 from 32", got {text!r}')
+    return square(int(match[1]), int(match[2]), channels=channels)
+
+
+def table(found: Sequence[Row]) -> str:
+    """Markdown, a line for each row; times are modelled."""
+    head = (
+        "device", "dtype", "stage", "kernel", "counted from", "passes", "MB", "MB asked", "GFLOP", "floor us",
+        "modelled us", "binds",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in found:
+        kernel = row["kernel"] or {"torch": "torch's", "stage": "**all**", "sum": "**all**"}[row["level"]]
+        cells = (
+            row["device"], row["dtype"], row["stage"], kernel, row["source"], row["passes"],
+            f"{row['bytes'] / 1e6:.1f}", f"{row['bytes_asked'] / 1e6:.1f}", f"{row['operations'] / 1e9:.1f}",
+            row["floor_us"], row["modelled_us"], row["binds"],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def verdicts(found: Sequence[Row]) -> list[str]:
+    """A sentence for each sum that has a target."""
+    sentences = []
+    for row in found:
+        target = TARGETS_MS.get((row["device"], row["dtype"]))
+        if row["level"] != "sum" or target is None or (row["workload"], row["channels"]) != ("448 from 32", 384):
+            continue
+        time = row["modelled_us"] / 1e3
+        held = "held" if time <= target else "missed"
+        sentences.append(f"{row['device']}, {row['dtype']}: {time:.2f} ms modelled, at most {target} ms: {held}")
+    return sentences

@@ -1,0 +1,183 @@
+"""`python -m benchmarks.codegen --model`: the whole forward, step by step, against what a forward really does."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from allocations import Allocations, operators_open
+from recipe import INTERPRETED, fill, wave
+
+from anyup import AnyUp
+from anyup.bench.workloads import Workload, square
+from anyup.kernels.config import Target
+from anyup.kernels.launch import Launch
+from benchmarks import codegen, model, roofline
+from benchmarks.model_steps import ENCODERS, STAGES, Step, noted, pretended_card, steps_of
+
+Row = dict[str, Any]
+
+SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
+AMPERE = Target("cuda", 80)
+
+
+def described(launch: Launch) -> tuple[Any, ...]:
+    """A launch but for the memory that it works in."""
+    arguments = {
+        name: (tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
+        for name, a in launch.arguments.items()
+    }
+    return launch.kernel.__name__, launch.grid, arguments, dict(launch.constants), dict(launch.options)
+
+
+@INTERPRETED
+def test_the_steps_are_what_a_real_forward_launches() -> None:
+    workload = Workload((9, 14), (4, 3), channels=16)
+    image, features = wave((1, 3, *workload.size), 3, 0.8), wave((1, 16, *workload.grid), 7)
+    upsampler = fill(AnyUp(**SMALL, backend="triton"), 0).eval()
+    launched: list[tuple[Any, ...]] = []
+
+    def launch(self: Launch, really: Any = Launch.__call__) -> None:
+        launched.append(described(self))
+        really(self)
+
+    with torch.no_grad(), patch.object(Launch, "__call__", launch):
+        upsampler(image, features)
+    steps = steps_of(workload, torch.float32, None, arguments=SMALL)
+    assert [described(step.launch) for step in steps if step.launch is not None] == launched
+    assert len(launched) == 9 + 1 + 9 + 9 + 1 + 2 + 1
+    assert {step.stage for step in steps} == set(STAGES)
+
+
+@INTERPRETED
+def test_torch_s_products_and_normalisations_are_those_of_a_real_forward() -> None:
+    workload = Workload((6, 7), (4, 3), channels=16)
+    image, features = wave((1, 3, *workload.size), 3, 0.8), wave((1, 16, *workload.grid), 7)
+    upsampler = fill(AnyUp(**SMALL, backend="torch"), 0).eval()
+    with torch.no_grad(), noted("cpu", launches=True) as real:
+        upsampler(image, features)
+    planned = steps_of(workload, torch.float32, AMPERE, arguments=SMALL)
+
+    def of_keys(steps: Sequence[Step]) -> tuple[int, Counter[str]]:
+        own = [step for step in steps if step.stage == "keys"]
+        kinds = Counter(step.name for step in own if step.name in ("native_group_norm", "silu", "convolution", "cat"))
+        return sum(step.operations for step in own), kinds
+
+    assert of_keys(planned) == of_keys(real)
+    assert of_keys(planned)[1] == {"native_group_norm": 8, "silu": 8, "convolution": 1, "cat": 1}
+
+
+def test_a_call_counts_with_what_it_reads_and_writes_and_a_view_does_not() -> None:
+    with noted("cpu", launches=True) as steps:
+        x = torch.ones(3, 4)
+        torch.relu(x.T)
+        x.expand(5, 3, 4).sum()
+        x @ torch.ones(4, 2)
+    told = [(step.name, step.bytes_moved, step.operations) for step in steps if step.name != "ones"]
+    assert told == [("relu", 96, 0), ("sum", 52, 0), ("mm", 48 + 32 + 24, 48)]
+
+
+# The stored table.
+
+
+@pytest.fixture(scope="module")
+def stored() -> list[Row]:
+    return json.loads(model.RESULT.read_text())
+
+
+def part(rows: Sequence[Row], level: str, **wanted: Any) -> list[Row]:
+    return [row for row in rows if row["level"] == level and all(row[name] == v for name, v in wanted.items())]
+
+
+def test_the_stored_table_is_what_the_forward_and_the_stored_kernels_give_now(stored: Sequence[Row]) -> None:
+    kernels = json.loads(codegen.RESULT.read_text())
+    device = roofline.DEVICES[0]
+    for dtype in ("bfloat16", "float32"):
+        now = model.rows(square(448, 32), dtype, kernels, [device])
+        assert now == [row for row in stored if (row["device"], row["dtype"]) == (device.name, dtype)]
+
+
+@pytest.mark.parametrize("device", [device.name for device in roofline.DEVICES])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_stages_are_sums_of_their_launches_and_the_forward_of_its_stages(
+    dtype: str, device: str, stored: Sequence[Row]
+) -> None:
+    chosen = {"dtype": dtype, "device": device}
+    (whole,) = part(stored, "sum", **chosen)
+    stages = part(stored, "stage", **chosen)
+    assert [row["stage"] for row in stages] == list(STAGES)
+    for name in ("passes", "bytes", "bytes_asked", "operations", "floor_us", "modelled_us"):
+        exact = {"abs": 1} if name.endswith("_us") else {"abs": 40}
+        assert sum(row[name] for row in stages) == pytest.approx(whole[name], **exact)
+        for stage in stages:
+            inside = [*part(stored, "launch", stage=stage["stage"], **chosen)]
+            inside += part(stored, "torch", stage=stage["stage"], **chosen)
+            assert sum(row[name] for row in inside) == pytest.approx(stage[name], **exact)
+    assert 0 < whole["floor_us"] < whole["modelled_us"]
+
+
+def test_every_launch_s_instructions_are_the_compiler_s_but_for_the_small_ones(stored: Sequence[Row]) -> None:
+    counted = {row["kernel"] for row in part(stored, "launch") if row["source"] != "code"}
+    assert counted <= {"feature_unification_arrange", "pixel_encoder_angles"}
+
+
+@pytest.mark.parametrize(("device", "dtype"), model.TARGETS_MS)
+def test_the_modelled_forward_is_within_its_target(device: str, dtype: str, stored: Sequence[Row]) -> None:
+    (whole,) = part(stored, "sum", device=device, dtype=dtype)
+    assert (whole["workload"], whole["channels"]) == ("448 from 32", 384)
+    assert whole["modelled_us"] <= 1e3 * model.TARGETS_MS[device, dtype]
+
+
+@pytest.mark.parametrize("device", [device.name for device in roofline.DEVICES])
+def test_the_encoders_move_at_most_6_kb_a_pixel_and_ask_for_little_more(device: str, stored: Sequence[Row]) -> None:
+    """Asked for without the weights and tables that all programs read, which the caches hold."""
+    rows = [r for stage in ENCODERS for r in part(stored, "launch", stage=stage, device=device, dtype="bfloat16")]
+    statistics = [row for row in rows if row["kernel"] == "pixel_encoder_statistics"]
+    passes = [row for row in rows if row["kernel"] not in ("pixel_encoder_statistics", "pixel_encoder_angles")]
+    assert (len(passes), len(statistics)) == (15, 12)
+    pixels = 448 * 448
+    moved = sum(row["bytes"] for row in passes) / pixels
+    assert 4096 < moved <= 6144
+    assert sum(row["bytes"] for row in rows) / pixels <= 6144
+    asked = sum(row["bytes_asked"] - row["bytes_shared"] for row in rows) / pixels
+    assert moved < asked <= 1.3 * moved
+
+
+@pytest.mark.parametrize("text", ["448", "448 from 0", "a from b", "448 from 32 from 7"])
+def test_a_workload_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="workload: expected sizes such as"):
+        model.workload_of(text, 384)
+
+
+# Memory.
+
+
+def peak_of(workload: Workload, dtype: torch.dtype, **arguments: Any) -> int:
+    """The most bytes alive at a time in a forward whose launches allocate nothing, inputs and weights left out."""
+    with torch.device("meta"):
+        upsampler = AnyUp(**arguments, backend="triton").to(dtype).eval()
+        image = torch.empty(workload.batch, 3, *workload.size, dtype=dtype)
+        features = torch.empty(workload.batch, workload.channels, *workload.grid, dtype=dtype)
+    allocations = Allocations()
+    allocations.ignore(image, features, *upsampler.parameters())
+    patches = pytest.MonkeyPatch()
+    patches.setattr(Launch, "__call__", lambda self: None)
+    with patches.context() as patched, torch.no_grad(), pretended_card(AMPERE), operators_open(patched), allocations:
+        upsampler(image, features)
+    patches.undo()
+    return allocations.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels", [16, 64, 384, 1024])
+def test_no_more_than_3_maps_or_the_output_and_one_and_a_half_are_alive(channels: int, dtype: torch.dtype) -> None:
+    """At 1024 x 1024: nothing is computed on the meta device."""
+    workload = square(1024, 64, channels=channels)
+    map_bytes, output = workload.pixels * 128 * dtype.itemsize, workload.pixels * channels * dtype.itemsize
+    peak = peak_of(workload, dtype)
+    assert max(2 * map_bytes, output) < peak <= max(3 * map_bytes, output + 1.5 * map_bytes)
