@@ -144,6 +144,18 @@ def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
             assert row["instructions_per_pixel"] and row["floor_us"] < row["modelled_us"], row
 
 
+def test_kernels_of_the_pixel_encoder_are_as_sound(tmp_path: Path) -> None:
+    """Some leave a tile's statistics or a cell's means alone, a vector for many pixels, whose store may be narrow."""
+    of_statistics = [f"pixel_encoder_{name}" for name in ("image_2", "map_2", "measure", "pool")]
+    of_maps = ["pixel_encoder_apply", "pixel_encoder_rotate"]
+    chosen = ["--smallest", "--kernel", *of_statistics, *of_maps, "--dtype", "bfloat16"]
+    rows = measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942")
+    assert [row["kernel"] for row in rows] == 3 * [*of_statistics, *of_maps]
+    for row in rows:
+        wide = row if row["kernel"] in of_maps else {**row, "widest_store_bits": 128}
+        assert not faults(wide), f"{row['kernel']} {row['target']}"
+
+
 @pytest.mark.parametrize(
     "change",
     [

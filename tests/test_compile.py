@@ -131,6 +131,22 @@ def test_export_keeps_each_operator_as_one_node() -> None:
         torch.testing.assert_close(program.module()(image, features), upsampler(image, features), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_kernels_run_in_one_graph_and_in_an_exported_program() -> None:
+    upsampler = model(backend="triton").requires_grad_(False)
+    image, features = inputs((9, 11), (3, 4))  # small: Triton's interpreter is slow
+    with torch.no_grad():
+        assert set(upsampler.explain(image, features).chosen.values()) == {"triton"}
+        expected = upsampler(image, features)
+        compiled = torch.compile(upsampler, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(image, features), expected)
+        program = torch.export.export(upsampler, (image, features), strict=False)
+        nodes = [node for node in program.graph.nodes if "anyup" in str(node.target)]
+        assert Counter(str(node.target) for node in nodes) == OPERATORS
+        assert all(any("triton" in str(argument) for argument in node.args) for node in nodes)
+    assert graphs() == 1
+
+
 # The operators' registrations: schema, fake kernels, autograd, ahead-of-time autograd with symbolic sizes.
 
 
