@@ -25,7 +25,7 @@ _TIMES_THE_FLOOR = {"reference": 12.0, OURS: 3.0, "torch": 3.0}
 _ONCE = 60.0
 """A call of more seconds is made once, cold: who is timed in turn with it would wait for long."""
 
-_BASELINES = ("reference", PUBLISHED, CODE, NATTEN, UNCHUNKED)
+_BASELINES = ("reference", PUBLISHED, CODE, UNCHUNKED, NATTEN)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Engine:
                 entry.mark("unsupported", str(error))
                 continue
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not memory.is_for_want_of_memory(error):
                     raise
                 entry.mark("out of memory", str(error).strip().splitlines()[0])
                 continue
@@ -221,6 +221,8 @@ class Engine:
             # What a head reads that comes after the upsampling is written first.
             before = entry.sizes.workload.output_bytes if entry.contender.operation == "head_after" else 0
             entry.row["written_bytes"] = size + before
+            if entry.contender.backend == NATTEN:
+                continue  # its window is another one
             if expected is None:
                 expected = (entry.contender, entry.call, result)
                 if entry.contender.backend not in _BASELINES:
@@ -290,9 +292,8 @@ def _rank(contender: Contender) -> tuple[int, str]:
 
 
 def _comparable(contender: Contender, expected: Contender) -> bool:
-    """NATTEN's window is another one; the attention of other values has another result; a head has the same."""
-    alone = contender.operation in cases.OPERATIONS
-    return contender.backend != NATTEN and not (alone and contender.operation != expected.operation)
+    """The attention of other values has another result; a head has the same before the upsampling and after it."""
+    return contender.operation not in cases.OPERATIONS or contender.operation == expected.operation
 
 
 def _difference(entry: Entry, found: tuple[cases.Call, Tensor], expected: tuple[cases.Call, Tensor]) -> float:
@@ -311,7 +312,3 @@ def _add_speed_ups(entries: Sequence[Entry]) -> None:
     for entry in entries:
         if base is not None and entry.runs and entry.contender.backend not in _BASELINES:
             entry.row["speed_up"] = base / entry.row["seconds"]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error).lower()

@@ -20,7 +20,12 @@ from anyup.bench import cases, workloads
 from anyup.bench.cases import Sizes
 from anyup.bench.floors import FORWARD, PASSES
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")
+
+
+def is_for_want_of_memory(error: Exception) -> bool:
+    """Whether a call failed because memory did not suffice."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
