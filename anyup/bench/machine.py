@@ -26,6 +26,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if on_card else _cpu_model(),
         "device_kind": "cuda" if on_card else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _triton_version(),

@@ -12,7 +12,8 @@ from anyup.images import complete_or_absent
 
 Row = dict[str, Any]
 
-SAME = ("device", "device_kind", "threads", "torch", "triton", "python", "anyup", "commit", "precision", "tf32")
+_HARDWARE = ("device", "device_kind", "cpu_capability", "threads")
+SAME = (*_HARDWARE, "torch", "triton", "python", "anyup", "commit", "precision", "tf32")
 """Notes of the machine that rows of one file have in common."""
 
 
