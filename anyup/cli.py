@@ -227,7 +227,8 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()
-    if isinstance(error, (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError)) and text:
+    foreseen = (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError, AssertionError)
+    if isinstance(error, foreseen) and text:
         return text
     # Not a mistake we foresaw: its kind tells more than its text.
     first = next(iter(text.splitlines()), "")

@@ -74,8 +74,18 @@ def test_the_floor_is_that_of_the_memory_where_it_takes_longer() -> None:
     slow_products = floors.floor_seconds(*arguments, rate=1e9, bandwidth=1e30)
     assert slow_products == 2 * 5 * 128 * 128 * TINY.pixels / 1e9
     assert floors.floor_seconds(*arguments, rate=1e9, bandwidth=1e30, direction=BOTH) == 3 * slow_products
-    with pytest.raises(ValueError, match="operation: expected model or one of .*, got 'softmax'"):
+    back = floors.floor_seconds(*arguments, rate=1e30, bandwidth=1e9, direction=BOTH)
+    assert back == pytest.approx(slow_copies * 5 / 2)  # three times the inputs, twice the output
+    with pytest.raises(ValueError, match="operation: expected one of .*, got 'softmax'"):
         floors.products("softmax", TINY)
+
+
+def test_a_head_that_comes_first_leaves_less_to_do() -> None:
+    workload = square(1024, 64)
+    saved = floors.products("model", workload) - floors.products("model_of_classes", workload)
+    assert saved == pytest.approx(workload.pixels * workload.mean_window(floors.WINDOW) * (384 - floors.CLASSES))
+    found = {c.operation: c.work for each in suite.comparisons("cpu") for c in each.contenders if each.group == "head"}
+    assert found["head_before"] == "model_of_classes" and found["head_after"] == "model"
 
 
 # What is run
@@ -139,6 +149,15 @@ def test_nothing_is_timed_where_results_differ(comparison: Comparison) -> None:
     assert len(timed) == 2  # the first calls
 
 
+@pytest.mark.parametrize("name", ["window_attention", "window_attention_of_classes"])
+def test_the_attention_alone_is_held_against_some_rows_of_the_definition(name: str) -> None:
+    comparison = operation(name, "torch")
+    (row,) = engine().run(comparison)
+    assert 0 <= row["difference"] < parity.TOLERANCE
+    with pytest.raises(parity.ParityError, match=name):
+        engine(builder=Wrong(clock)).run(comparison)
+
+
 def test_a_wrong_gradient_fails() -> None:
     leaves = [torch.ones(3, requires_grad=True) for _ in range(2)]
     leaves[0].grad, leaves[1].grad = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
@@ -176,6 +195,28 @@ def test_a_call_that_memory_does_not_suffice_for_is_a_result(error: Exception) -
     assert ours["status"] == "ok" and theirs["status"] == "out of memory"
 
 
+def test_what_does_not_fit_when_it_is_repeated_is_a_result() -> None:
+    calls: list[None] = []
+
+    def failing(function: Callable[[], object]) -> float:
+        calls.append(None)
+        if len(calls) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return clock(function)
+
+    rows = engine(clock=failing).run(operation("query_projection", "torch", "reference"))
+    assert [row["status"] for row in rows] == ["out of memory"] * 2
+
+
+def test_an_error_that_is_none_of_memory_is_raised() -> None:
+    class Fails(Builder):
+        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+            raise RuntimeError("unsupported memory format option")
+
+    with pytest.raises(RuntimeError, match="memory format"):
+        engine(builder=Fails(clock)).run(model("anyup"))
+
+
 def test_a_backend_that_cannot_is_a_result_with_its_reasons() -> None:
     row, other = engine().run(operation("window_attention", "torch", "flex"))
     assert row["status"] == "ok" and other["status"] == "unsupported" and other["reason"]
@@ -193,7 +234,7 @@ def test_what_takes_minutes_is_called_once() -> None:
     assert row["times"] == [61.0] and len(calls) == 1
 
 
-def test_stages_add_up_to_the_call() -> None:
+def test_stages_give_the_call_s_result_and_have_a_time_each() -> None:
     upsampler = cases.model()
     stages = Stages(upsampler, *TINY.inputs())
     parity.check(stages.output(), upsampler(*TINY.inputs()), "stages")
@@ -339,6 +380,17 @@ def test_a_wrong_option_is_told_before_any_work(
     assert re.search(words, capsys.readouterr().err)
 
 
+def test_results_that_differ_end_the_command(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def differ(self: Engine, comparison: Comparison) -> list[object]:
+        raise parity.ParityError(f"{comparison.name}: 1.0e-01 of the largest value apart")
+
+    monkeypatch.setattr(Engine, "run", differ)
+    assert cli.main(["bench", "-o", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    assert "anyup: error: operation: query_projection, 24x20 from 6x5, C 12: 1.0e-01" in capsys.readouterr().err
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suite of one tiny comparison, whose workload no other process could find by its name."""
@@ -347,6 +399,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "comparisons", lambda device, **options: [found])
     monkeypatch.setattr(Speeds, "measure", staticmethod(lambda *arguments: SPEEDS))
     monkeypatch.setattr(machine, "matmul_rate", lambda *arguments, **options: 1e11)
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda *arguments, **options: 1e10)
 
 
 def test_the_command_writes_results_and_a_report(

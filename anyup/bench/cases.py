@@ -25,6 +25,7 @@ from anyup.ops.pixel_encoder import explain_backends as explain_encoder
 from anyup.ops.query_projection import explain_backends as explain_projection
 from anyup.ops.query_projection import project_queries
 from anyup.ops.window_attention import explain_backends as explain_attention
+from anyup.window import Part
 
 Call = Callable[[], Tensor]
 
@@ -116,6 +117,15 @@ def explain(operation: str, sizes: Sizes) -> Explanation:
     return alone.explain()
 
 
+def attention_sample(operation: str, sizes: Sizes) -> tuple[slice, Tensor]:
+    """Some rows of the window attention's output, and what the definition has there: (B, rows, W, C)."""
+    alone = _operation(operation, sizes)
+    if alone.sample is None:
+        raise ValueError(f"operation: expected a window attention, got {operation!r}")
+    with torch.inference_mode():
+        return alone.sample()
+
+
 class ThereAndBack:
     """A call with its backward pass: the output, and the gradients in the leaves' `grad`.
 
@@ -162,11 +172,12 @@ def _whole(case: str, backend: str | None, sizes: Sizes) -> tuple[Call, list[Ten
 
 @dataclass(frozen=True)
 class _Alone:
-    """An operation with its inputs: `run(backend)`, and what it says of its backends."""
+    """An operation with its inputs: `run(backend)`, what it says of its backends, some rows by the definition."""
 
     run: Callable[[str], Tensor]
     explain: Callable[[], Explanation]
     leaves: list[Tensor]
+    sample: Callable[[], tuple[slice, Tensor]] | None = None
 
 
 def _operation(operation: str, sizes: Sizes) -> _Alone:
@@ -188,7 +199,14 @@ def _operation(operation: str, sizes: Sizes) -> _Alone:
             most = REFERENCE_CHUNK if backend == "reference" else None
             return window_attention(query, key, value, window=window, backend=backend, max_queries=most)
 
-        return _Alone(attend, lambda: explain_attention(query, key, value, window=window), [query, key, value])
+        def some_rows() -> tuple[slice, Tensor]:
+            rows = slice(size[0] // 2, size[0] // 2 + 2)
+            strip, part = query[:, rows], Part(rows.start, 0, *size)
+            return rows, window_attention(strip, key, value, window=window, backend="reference", part=part)
+
+        return _Alone(
+            attend, lambda: explain_attention(query, key, value, window=window), [query, key, value], some_rows
+        )
     if operation == "feature_unification":
         features = F.normalize(noise(batch, workload.channels, *grid), dim=1)
         basis = dict(upsampler.named_parameters())["key_features_encoder.0.basis"].detach()

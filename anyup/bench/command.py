@@ -106,7 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     measure(engine, suite, file)
     after = machine.matmul_rate(device=chosen.device, clock=clock)
-    file.put((), matmul_rate_after=after, clocks_after=machine.clocks(chosen.device))
+    bandwidth = machine.copy_bandwidth(device=chosen.device, clock=clock)
+    file.put((), matmul_rate_after=after, copy_bandwidth_after=bandwidth, clocks_after=machine.clocks(chosen.device))
     if abs(after - speeds.rates["float32"]) > _STEADY * speeds.rates["float32"]:
         print(
             f"warning: a matrix product ran at {speeds.rates['float32'] / 1e9:.0f} GFLOP/s before and "

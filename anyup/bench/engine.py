@@ -70,6 +70,12 @@ class Entry:
         self.row.update(status=status, reason=reason, **more)
         self.call = None
 
+    def mark_want_of_memory(self, error: Exception) -> None:
+        """Memory did not suffice; another error is raised again."""
+        if not memory.is_for_want_of_memory(error):
+            raise error
+        self.mark("out of memory", (str(error).strip().splitlines() or ["no memory"])[0])
+
 
 @dataclass
 class Engine:
@@ -104,7 +110,12 @@ class Engine:
             else:
                 (contender,) = comparison.contenders
                 entries = [self._entry(comparison, contender)]
-                (self._stages if comparison.kind == "stages" else self._high_resolution)(entries[0])
+                self._foresee(entries[0])
+                if entries[0].runs:
+                    try:
+                        (self._stages if comparison.kind == "stages" else self._high_resolution)(entries[0])
+                    except (MemoryError, RuntimeError) as error:
+                        entries[0].mark_want_of_memory(error)
             return [entry.row for entry in entries]
         finally:
             gc.collect()  # calls hold large tensors, some in cycles
@@ -159,11 +170,14 @@ class Engine:
         return Entry(contender, row, sizes)
 
     def _floor(self, contender: Contender, sizes: Sizes) -> float:
-        # With a head, and whatever the budget, the work before the attention is the model's.
-        operation = contender.operation if contender.operation in cases.OPERATIONS else "model"
         rate, itemsize = self.speeds.rates[sizes.dtype], DTYPES[sizes.dtype].itemsize
         return floors.floor_seconds(
-            operation, sizes.workload, rate, self.speeds.bandwidth, direction=sizes.direction, itemsize=itemsize
+            contender.work or contender.operation,
+            sizes.workload,
+            rate,
+            self.speeds.bandwidth,
+            direction=sizes.direction,
+            itemsize=itemsize,
         )
 
     def _foresee(self, entry: Entry) -> None:
@@ -212,9 +226,7 @@ class Engine:
                 entry.mark("unsupported", str(error))
                 continue
             except (MemoryError, RuntimeError) as error:
-                if not memory.is_for_want_of_memory(error):
-                    raise
-                entry.mark("out of memory", str(error).strip().splitlines()[0])
+                entry.mark_want_of_memory(error)
                 continue
             assert entry.call is not None
             size = entry.row["output_bytes"] = result.numel() * result.element_size()
@@ -245,6 +257,9 @@ class Engine:
     def _sampled_difference(self, entry: Entry, result: Tensor) -> float | None:
         """Of ours, where no baseline ran: from the baseline at some pixels, or in half precision from float32."""
         sizes = entry.sizes
+        if entry.contender.operation.startswith("window_attention") and sizes.dtype == "float32":
+            rows, exact = cases.attention_sample(entry.contender.operation, sizes)
+            return parity.check(result[:, rows], exact, entry.row["id"])
         if entry.contender.operation != "model":
             return None
         if sizes.dtype != "float32":
@@ -264,7 +279,13 @@ class Engine:
         round_seconds = sum(entry.first for entry in quick) * (2 if len(quick) > 1 else 1)
         repeats = max(min(self.repeats, 3), min(self.repeats, int(self.patience / max(round_seconds, 1e-9))))
         calls = {entry.row["id"]: entry.call for entry in quick if entry.call is not None}
-        timings = interleave(calls, repeats, self.clock)
+        try:
+            timings = interleave(calls, repeats, self.clock)
+        except (MemoryError, RuntimeError) as error:
+            # Together they do not fit, where each did: none has a time.
+            for entry in quick:
+                entry.mark_want_of_memory(error)
+            return
         for entry in quick:
             entry.row.update(timings[entry.row["id"]].as_row())
 

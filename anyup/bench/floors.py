@@ -24,7 +24,8 @@ def products(operation: str, workload: Workload, window: Window = WINDOW) -> flo
     """Multiply-adds of an operation, or of the "model", forward, for the whole batch.
 
     Args:
-        operation: "model", or one of `anyup.bench.cases.OPERATIONS`.
+        operation: "model", "model_of_classes" (which carries the logits of a head that came first), or one of
+            `anyup.bench.cases.OPERATIONS`.
         workload: the sizes.
         window: of the attention.
 
@@ -48,31 +49,39 @@ def products(operation: str, workload: Workload, window: Window = WINDOW) -> flo
         # 3 x 3, then the queries' projection.
         "query_projection": pixels * 10 * square,
     }
-    if operation in counts:
-        return counts[operation]
-    if operation != "model":
-        raise ValueError(f"operation: expected model or one of {', '.join(counts)}, got {operation!r}")
     # Two blocks behind the unification, the 3 x 3 aggregation of both halves with two blocks, the keys' projection.
     keys = cells * (4 * square + 9 * 2 * square + 4 * square + square)
-    return keys + sum(count for name, count in counts.items() if name != "window_attention_of_classes")
+    attentions = {"model": "window_attention", "model_of_classes": "window_attention_of_classes"}
+    others = sum(count for name, count in counts.items() if name not in attentions.values())
+    for whole, of_attention in attentions.items():
+        counts[whole] = keys + others + counts[of_attention]
+    if operation not in counts:
+        raise ValueError(f"operation: expected one of {', '.join(counts)}, got {operation!r}")
+    return counts[operation]
 
 
-def moved_bytes(operation: str, workload: Workload, itemsize: int = 4) -> int:
-    """Bytes that an operation must read or write in memory, its inputs and outputs once each."""
+def moved_bytes(operation: str, workload: Workload, itemsize: int = 4, direction: str = FORWARD) -> int:
+    """Bytes that an operation must read or write in memory.
+
+    Forward its inputs and its output once each. The backward pass reads the inputs and the output's gradient and writes
+    the inputs' gradients.
+    """
     pixels, cells, channels = workload.pixels, workload.batch * workload.keys, workload.channels
-    values = {
-        "window_attention": pixels * (DIM + channels) + cells * (DIM + channels),
-        "window_attention_of_classes": pixels * (DIM + CLASSES) + cells * (DIM + CLASSES),
-        "image_encoder": pixels * (3 + DIM),
-        "query_encoder": pixels * 2 * DIM,
-        "key_encoder": pixels * DIM + cells * DIM,
-        "feature_unification": cells * (channels + FILTERS),
-        "query_projection": pixels * 2 * DIM,
-        "model": pixels * (3 + channels) + cells * channels,
+    values = {  # of the inputs, of the output
+        "window_attention": (pixels * DIM + cells * (DIM + channels), pixels * channels),
+        "window_attention_of_classes": (pixels * DIM + cells * (DIM + CLASSES), pixels * CLASSES),
+        "image_encoder": (pixels * 3, pixels * DIM),
+        "query_encoder": (pixels * DIM, pixels * DIM),
+        "key_encoder": (pixels * DIM, cells * DIM),
+        "feature_unification": (cells * channels, cells * FILTERS),
+        "query_projection": (pixels * DIM, pixels * DIM),
+        "model": (pixels * 3 + cells * channels, pixels * channels),
+        "model_of_classes": (pixels * 3 + cells * channels, pixels * CLASSES),
     }
     if operation not in values:
         raise ValueError(f"operation: expected one of {', '.join(values)}, got {operation!r}")
-    return itemsize * values[operation]
+    read, written = values[operation]
+    return itemsize * (3 * read + 2 * written if direction == BOTH else read + written)
 
 
 def floor_seconds(
@@ -84,9 +93,8 @@ def floor_seconds(
         operation, workload: what is computed.
         rate: operations a second of a matrix product in the dtype at hand; a multiply-add is two.
         bandwidth: bytes a second, read and written, of a copy.
-        direction: with the backward pass each product has two more, and each tensor a gradient.
+        direction: with the backward pass each product has two more.
         itemsize: bytes of a value.
     """
-    times = 3 if direction == BOTH else 1
-    arithmetic = 2 * times * products(operation, workload) / rate
-    return max(arithmetic, times * moved_bytes(operation, workload, itemsize) / bandwidth)
+    arithmetic = 2 * (3 if direction == BOTH else 1) * products(operation, workload) / rate
+    return max(arithmetic, moved_bytes(operation, workload, itemsize, direction) / bandwidth)

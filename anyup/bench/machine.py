@@ -53,8 +53,9 @@ def clocks(device: torch.device | str) -> dict[str, str] | None:
         "power.limit",
         "driver_version",
     )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={index}"]
+    # By its own number: torch counts the visible cards alone, nvidia-smi all.
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={card}"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -32,12 +32,14 @@ class Contender:
         backend: by what, as rows name it.
         case: as `anyup.bench.cases.build` knows it; "" for what the engine builds itself.
         has_memory: whether its memory is measured too, which takes another call.
+        work: whose floor it has, as `anyup.bench.floors` knows it; "" where that is the operation.
     """
 
     operation: str
     backend: str
     case: str
     has_memory: bool = True
+    work: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
     yield _operation("feature_unification", Sizes(UNIFICATION, device=device), group="unification")
     for workload in REACH[1:]:
         sizes = Sizes(workload, device=device)
-        whole = [Contender(case, OURS, case) for case in ("head_before", "head_after")]
+        works = {"head_before": "model_of_classes", "head_after": "model"}
+        whole = [Contender(case, OURS, case, work=work) for case, work in works.items()]
         yield Comparison("head", sizes, tuple(whole))
         alone = ("window_attention_of_classes", "window_attention")
         best = "triton" if on_card else "torch"
@@ -128,7 +131,7 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
     if not on_card:
         for name in high_resolution.REACH:
             case = high_resolution.CASES[name]
-            contender = Contender(case.what, OURS, name)
+            contender = Contender(case.what, OURS, name, work="model_of_classes" if case.head else "model")
             yield Comparison("high-resolution", Sizes(case.workload), (contender,), "high-resolution")
 
 
