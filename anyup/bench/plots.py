@@ -279,6 +279,7 @@ def stage_figure(results: Mapping[str, Any]) -> Figure | None:
 def speed_up_figure(results: Mapping[str, Any]) -> Figure | None:
     """How many times as fast as the baseline of the same run each row is, one bar each, on a log axis."""
     rows = [row for row in results["rows"] if row.get("speed_up") and row["status"] == "ok"]
+    rows.sort(key=lambda row: (row["operation"] != "model", row["size"], row.get("batch", 1)))
     return None if not rows else _factors(
         [_label(row, rows) for row in rows],
         [row["speed_up"] for row in rows],
