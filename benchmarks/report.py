@@ -134,6 +134,31 @@ def _head(results: Results) -> str:
     return _table(("384 to 21 channels", "", "time", "written", "peak memory"), lines)
 
 
+def _stages(results: Results) -> str:
+    """What share of a call each stage takes."""
+    rows = [row for row in rows_of(results, group="stages") if row["status"] == "ok"]
+    names = list(dict.fromkeys(name for row in rows for name in row["stages"]))
+    lines = [
+        (row["workload"], *(f"{row['stages'][name] / sum(row['stages'].values()):.0%}" for name in names))
+        for row in rows
+    ]
+    return _table(("C = 384", *names), lines)
+
+
+def _high_resolution(results: Results) -> str:
+    """Large images within a budget: peaks as measured and as planned, and the work."""
+    lines = [
+        (
+            row["workload"], row["operation"], _size(row, "peak_bytes"), _size(row, "predicted_bytes"),
+            f"{row['processor_seconds']:.0f} s", f"{row['microseconds_per_pixel']:.1f}", row["kept"],
+        )
+        for row in rows_of(results, group="high-resolution")
+        if row["status"] == "ok"
+    ]  # fmt: skip
+    header = ("C = 384", "", "peak memory", "as planned", "processor time", "microseconds a pixel", "kept")
+    return _table(header, lines)
+
+
 def _modelled(rows: Sequence[Row]) -> str:
     """Modelled time over the floor of each kernel: the least and the most among the numbers of channels."""
     cases = (("bfloat16", "448 from 32"), ("bfloat16", "1024 from 64"), ("float32", "1024 from 64"))
@@ -154,7 +179,8 @@ def _machine(results: Results) -> str:
     for row in results["rows"]:
         here = stored.machine_of(results, row)
         threads = f", {here['threads']} threads" if here.get("device_kind") != "cuda" else ""
-        line = f"{here['device']}{threads}, torch {here['torch']}, commit {here.get('commit') or 'unknown'}"
+        capability = f" ({here['cpu_capability']})" if here.get("cpu_capability") else ""
+        line = f"{here['device']}{capability}{threads}, torch {here['torch']}, commit {here.get('commit') or 'unknown'}"
         lines.setdefault(line, []).extend(here[name] for name in _RATES if here.get(name))
     return "\n".join(
         f"Measured on {line}; a float32 product of 2048 ran at {_span([r / 1e9 for r in rates], '{:.0f}')} GFLOP/s."
@@ -177,6 +203,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "curve": _curve,
     "unification": _unification,
     "head": _head,
+    "stages": _stages,
+    "high-resolution": _high_resolution,
     "machine": _machine,
 }
 

@@ -331,6 +331,17 @@ def test_tables_follow_the_stored_numbers(tmp_path: Path) -> None:
     assert report.page(text, tmp_path) != text
 
 
+def test_stages_are_told_as_shares_and_large_images_with_what_was_planned(tmp_path: Path) -> None:
+    results = planted()
+    large = {"peak_bytes": 1.31e9, "predicted_bytes": 1.4e9, "processor_seconds": 90.0, "microseconds_per_pixel": 21.46}
+    results["rows"].append(row("2048 from 128", group="high-resolution", operation="head", kept="nothing", **large))
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    names = ("stages", "high-resolution")
+    text = report.page("\n".join(f"<!-- benchmarks: cpu/{name} --><!-- end -->" for name in names), tmp_path)
+    assert "| 448 from 32 | 43% | 57% |" in text
+    assert "| 2048 from 128 | head | 1.31 GB | 1.40 GB | 90 s | 21.5 | nothing |" in text
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [
