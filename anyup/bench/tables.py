@@ -125,6 +125,7 @@ _TOLD: dict[str, Callable[[Any], str]] = {
     "matmul_rate_after": lambda value: wording.rate(value, "FLOP/s"),
     "matmul_rates": lambda rates: ", ".join(f"{dtype} {wording.rate(one, 'FLOP/s')}" for dtype, one in rates.items()),
     "copy_bandwidth": lambda value: wording.rate(value, "B/s"),
+    "copy_bandwidth_after": lambda value: wording.rate(value, "B/s"),
     "commit": lambda value: str(value or "unknown"),
 }
 
@@ -135,11 +136,13 @@ def tell(name: str, value: Any) -> str:
         return "not known"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if name in _TOLD:
+        return _TOLD[name](value)
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {tell(str(key), one)}" for key, one in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(str(one) for one in value)
-    return _TOLD.get(name, str)(value)
+    return str(value)
 
 
 def facts(machine: Mapping[str, Any]) -> str:
