@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from anyup.bench.attention_passes import AttentionPasses, ParityError
+from anyup.bench.attention_passes import AttentionPasses
+from anyup.bench.parity import ParityError
 from anyup.bench.workloads import Workload
 from anyup.kernels.config_tables import KINDS
 from anyup.window import RatioWindow

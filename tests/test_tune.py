@@ -20,8 +20,9 @@ from anyup import cli
 from anyup.bench import clock as clocks
 from anyup.bench import tune as tuning
 from anyup.bench import tune_page
-from anyup.bench.attention_passes import AttentionPasses, ParityError
+from anyup.bench.attention_passes import AttentionPasses
 from anyup.bench.candidates import ASPECTS, variations
+from anyup.bench.parity import ParityError
 from anyup.bench.workloads import Workload, square
 from anyup.kernels import config_tables
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig

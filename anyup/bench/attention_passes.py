@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyup.bench.parity import ParityError
 from anyup.bench.workloads import Workload
 from anyup.ops.cuts import run_first
 from anyup.ops.kernel_device import dot_precision, target
@@ -28,10 +29,6 @@ WINDOW = RatioWindow(0.1)
 _HALF = (torch.float16, torch.bfloat16)
 _MOST_DRAWN = 2**24
 _CROP = (9, 13)  # rows and columns of pixels: no multiple of a tile
-
-
-class ParityError(AssertionError):
-    """A kernel's result is not the reference's: its time would mean nothing."""
 
 
 class AttentionPasses:

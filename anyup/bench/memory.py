@@ -25,7 +25,11 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate
 
 def is_for_want_of_memory(error: Exception) -> bool:
     """Whether a call failed because memory did not suffice."""
-    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or _tells_of_it(str(error))
+
+
+def _tells_of_it(message: str) -> bool:
+    return any(text in message for text in _OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def measure(case: str, sizes: Sizes, *, threads: int | None = None) -> Memory:
     if child.returncode == 0:
         return Memory(**json.loads(child.stdout.splitlines()[-1]))
     # The kernel kills with signal 9 what takes the last memory.
-    if child.returncode == -9 or any(text in child.stderr for text in _OUT_OF_MEMORY):
+    if child.returncode == -9 or _tells_of_it(child.stderr):
         return Memory(None)
     raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{child.stderr}")
 

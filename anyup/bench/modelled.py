@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from anyup.bench import plots, tables
 from anyup.bench.machine import ROOT
+from anyup.bench.stored import read_json
 
 STORED = ROOT / "benchmarks" / "results" / "codegen.json"
 """Where a checkout keeps the rows of `python -m benchmarks.codegen`."""
@@ -21,10 +21,7 @@ def stored_rows(path: Path = STORED) -> list[dict[str, Any]] | None:
     """The rows that a checkout has, None where there are none; raises ValueError where the file is something else."""
     if not path.exists():
         return None
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected rows of benchmarks.codegen, this is no JSON ({error})") from error
+    rows: list[dict[str, Any]] = read_json(path, "rows of benchmarks.codegen")
     check(rows, str(path))
     return rows
 

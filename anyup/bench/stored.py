@@ -25,15 +25,20 @@ _TEXTS = ("id", "group", "workload", "operation", "backend", "dtype", "pass")
 _AMOUNTS = ("seconds", "output_bytes", "floor_seconds", "times_floor", "speed_up", "expected_seconds")
 
 
+def read_json(path: Path, what: str) -> Any:
+    """A JSON file. Raises OSError where it cannot be read, ValueError naming it and what it should be otherwise."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected {what}, this is no JSON ({error})") from error
+
+
 def read(path: Path) -> dict[str, Any]:
     """The results stored in a file.
 
     Raises OSError where it cannot be read, ValueError naming it where it holds anything else than results.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected results of `anyup bench`, this is no JSON ({error})") from error
+    results: dict[str, Any] = read_json(path, "results of `anyup bench`")
     check(results, str(path))
     return results
 

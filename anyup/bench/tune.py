@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from anyup._version import __version__
-from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses, ParityError
+from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses
 from anyup.bench.candidates import ASPECTS, QUICK_ASPECTS, variations
+from anyup.bench.parity import ParityError
 from anyup.bench.plots import require_matplotlib
 from anyup.bench.tune_page import FORMAT
 from anyup.bench.workloads import Workload, find, square

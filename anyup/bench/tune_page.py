@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anyup.bench import plots, tables, wording
+from anyup.bench.stored import read_json
 
 FORMAT = 1
 
@@ -66,10 +66,7 @@ class Case:
 
 def read(path: Path) -> dict[str, Any]:
     """The JSON that `anyup tune --report` wrote; raises ValueError naming the file where it is something else."""
-    try:
-        tune = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a report of `anyup tune`, this is no JSON ({error})") from error
+    tune: dict[str, Any] = read_json(path, "a report of `anyup tune`")
     check(tune, str(path))
     return tune
 
