@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anyup.training.variation import TILES
+
 CONFIGS = Path(__file__).parent / "configs"
 
 DECAYS = ("constant", "cosine")
@@ -97,6 +99,7 @@ class Loss:
     mse: float = 1.0
     input_consistency: float = 0.1
     self_consistency: float = 0.1
+    place: float = 0.0  # maps known at every pixel; see `anyup.training.known_maps`
     # Side of the maps compared; 0: those of the reconstruction, whose clean half is there already.
     self_consistency_size: int = 224
     self_consistency_share: float = 1.0  # of the batch
@@ -109,6 +112,7 @@ class Variation:
     turns: bool = False  # views are turned by quarters and mirrored, their features with them
     recolour: float = 0.0  # share of the samples whose guidance has other colours
     channels: float = 1.0  # smallest share of the channels that a step takes, in a drawn order; 1: all as they are
+    mosaic: float = 0.0  # share of the steps in which four samples make one, of twice the side
 
 
 @dataclass(frozen=True)
@@ -299,8 +303,8 @@ def _check(settings: Settings) -> None:
         need(key, flat[key] >= 1, "1 or more")
     at_least_zero = (
         "data.min_side optimizer.micro_batch optimizer.weight_decay optimizer.warmup optimizer.clip loss.cosine "
-        "loss.mse loss.input_consistency loss.self_consistency loss.self_consistency_size run.threads "
-        "run.keep_every run.validate_every run.validate_views"
+        "loss.mse loss.input_consistency loss.self_consistency loss.self_consistency_size loss.place "
+        "run.threads run.keep_every run.validate_every run.validate_views"
     )
     for key in at_least_zero.split():
         need(key, flat[key] >= 0, "0 or more")
@@ -324,4 +328,8 @@ def _check(settings: Settings) -> None:
     need("loss.self_consistency_share", 0 < loss.self_consistency_share <= 1, "a number in (0, 1]")
     need("variation.recolour", 0 <= settings.variation.recolour <= 1, "a number in [0, 1]")
     need("variation.channels", 0 < settings.variation.channels <= 1, "a number in (0, 1]")
+    need("variation.mosaic", 0 <= settings.variation.mosaic <= 1, "a number in [0, 1]")
+    if settings.variation.mosaic:
+        for key in ("optimizer.batch", "optimizer.micro_batch"):
+            need(key, flat[key] % TILES == 0, f"a multiple of {TILES}, of which a mosaic is made")
     need("run.precision", run.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")

@@ -22,6 +22,7 @@ from anyup.training.photographs import find_photographs
 from anyup.training.preparation import Prepared, prepare
 from anyup.training.reporting import Rate, Reporter, duration
 from anyup.training.trainer import Trainer
+from anyup.training.variation import TILES
 
 FINAL = "final.pth"
 
@@ -46,8 +47,10 @@ def train(
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     with distributed.start(choose_device(settings.run.device or None)) as engine:
-        if settings.optimizer.batch < engine.world:
-            raise ValueError(f"optimizer.batch: expected one sample or more for each of {engine.world} processes")
+        images = settings.optimizer.batch // (TILES if settings.variation.mosaic else 1)
+        if images < engine.world:
+            what = "one mosaic" if settings.variation.mosaic else "one sample"
+            raise ValueError(f"optimizer.batch: expected {what} or more for each of {engine.world} processes")
         reporter = reporter or Reporter(silent=not engine.first)
         prepared = prepare(settings, found, engine, reporter)
         if cache_only:

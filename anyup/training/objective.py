@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from anyup.model import AnyUp
 from anyup.training.config import Loss
+from anyup.training.known_maps import place_error
 from anyup.training.losses import cosine_loss, normalised_error, windows
 from anyup.training.samples import Batch
 
@@ -19,7 +20,13 @@ class Objective(nn.Module):
         super().__init__()
         self.upsampler = upsampler
         self.loss = loss
-        terms = {"cosine": 1.0, "mse": 1.0, "input": loss.input_consistency, "self": loss.self_consistency}
+        terms = {
+            "cosine": 1.0,
+            "mse": 1.0,
+            "input": loss.input_consistency,
+            "place": loss.place,
+            "self": loss.self_consistency,
+        }
         self.names = (*(name for name, weight in terms.items() if weight), "loss")
 
     def forward(self, batch: Batch, samples: float, augmented: float) -> dict[str, Tensor]:
@@ -29,7 +36,7 @@ class Objective(nn.Module):
         step, where a batch is a part of it.
         """
         loss = self.loss
-        out = self.upsampler(batch.guidance, batch.low, (batch.side, batch.side))
+        out, carried = self._upsample(batch)
         near = windows(out, batch.places, (batch.targets.shape[3], batch.targets.shape[4]))
         terms = {
             "cosine": loss.cosine * cosine_loss(near, batch.targets).sum() / samples,
@@ -38,6 +45,8 @@ class Objective(nn.Module):
         if loss.input_consistency:
             small = F.adaptive_avg_pool2d(out, (batch.low.shape[2], batch.low.shape[3]))
             terms["input"] = loss.input_consistency * self._distance(small, batch.low).sum() / samples
+        if loss.place:
+            terms["place"] = loss.place * place_error(carried, batch.known).sum() / samples
         if loss.self_consistency and len(batch.augmented):
             count = len(batch.augmented)
             clean = self._clean(out, batch, count)
@@ -45,6 +54,16 @@ class Objective(nn.Module):
             terms["self"] = loss.self_consistency * self._distance(changed, clean).sum() / augmented
         terms["loss"] = torch.stack(list(terms.values())).sum()
         return terms
+
+    def _upsample(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The features and the known maps, carried by the same weights."""
+        size = (batch.side, batch.side)
+        if not batch.known.shape[1]:
+            return self.upsampler(batch.guidance, batch.low, size), batch.known
+        known = F.adaptive_avg_pool2d(batch.known, (batch.low.shape[2], batch.low.shape[3]))
+        out: Tensor = self.upsampler(batch.guidance, batch.low, size, values=torch.cat((batch.low, known), 1))
+        channels = batch.low.shape[1]
+        return out[:, :channels], out[:, channels:]
 
     def _clean(self, out: Tensor, batch: Batch, count: int) -> Tensor:
         """What the maps of the augmented guidance are held against; no gradient flows there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -20,8 +20,18 @@ from anyup.images import normalize_imagenet, resize
 from anyup.training.augmentations import augment
 from anyup.training.config import Settings
 from anyup.training.feature_cache import Features, Grid, Recipe
+from anyup.training.known_maps import known_maps
 from anyup.training.randomness import drawer
-from anyup.training.variation import TURNS, draw_channels, recolour, turn, turn_places
+from anyup.training.variation import (
+    TILES,
+    TURNS,
+    draw_channels,
+    mosaic,
+    mosaic_places,
+    recolour,
+    turn,
+    turn_places,
+)
 
 
 class FeatureSource(Protocol):
@@ -63,12 +73,15 @@ class Step:
     samples: tuple[Sample, ...]
     number: int = 0
     smallest_share: float = 1.0  # of the encoder's channels that it takes
+    known: bool = False  # whether maps known at every pixel are carried too
+    tiles: int = 1  # samples that are joined into one image
 
 
 @dataclass(frozen=True)
 class Batch:
     """The tensors of some samples: `guidance` (B, 3, G, G) and `augmented` (A, 3, G, G), of the first A of them,
-    normalised; `low` (B, C, h, w); `targets` (B, K, C, hc, wc) at `places` (B, K, 2) of the (`side`, `side`) output.
+    normalised; `low` (B, C, h, w); `targets` (B, K, C, hc, wc) at `places` (B, K, 2) of the (`side`, `side`) output;
+    `known` (B, M, side, side), where M may be 0.
     """
 
     guidance: Tensor
@@ -76,11 +89,25 @@ class Batch:
     low: Tensor
     targets: Tensor
     places: Tensor
+    known: Tensor
     side: int
 
     def to(self, device: torch.device) -> Batch:
-        moved = [t.to(device, non_blocking=True) for t in (self.guidance, self.augmented, self.low, self.targets)]
-        return Batch(moved[0], moved[1], moved[2], moved[3], self.places, self.side)
+        """With the tensors on a device, but for `places`, which are read by the host."""
+        names = ("guidance", "augmented", "low", "targets", "known")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def joined(self) -> Batch:
+        """The samples by fours as one image each; see `anyup.training.variation.mosaic`."""
+        return Batch(
+            mosaic(self.guidance),
+            mosaic(self.augmented),
+            mosaic(self.low),
+            self.targets.unflatten(0, (-1, TILES)).flatten(1, 2),
+            mosaic_places(self.places, self.side),
+            mosaic(self.known),
+            2 * self.side,
+        )
 
 
 def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:
@@ -91,15 +118,20 @@ def plan(settings: Settings, source: FeatureSource, photographs: int, number: in
         stride = draw.choice(sorted({source.grids[name].stride for name in encoders}))
         encoders = [name for name in encoders if source.grids[name].stride == stride]
     encoder = draw.choice(encoders)
+    input_size = draw.choice(source.input_sizes[encoder])
+    tiles = TILES if draw.random() < settings.variation.mosaic else 1
     batch = settings.optimizer.batch
-    consistent = math.ceil(batch * settings.loss.self_consistency_share) if settings.loss.self_consistency else 0
+    share = settings.loss.self_consistency_share if settings.loss.self_consistency else 0
+    consistent = math.ceil(batch * share / tiles) * tiles
     return Step(
         encoder,
-        draw.choice(source.input_sizes[encoder]),
+        input_size,
         settings.guidance.size(number),
         tuple(_sample(settings, source, photographs, first_sample + i, i < consistent) for i in range(batch)),
         number,
         settings.variation.channels,
+        settings.loss.place > 0,
+        tiles,
     )
 
 
@@ -155,13 +187,28 @@ def assemble(step: Step, samples: Sequence[Sample], source: FeatureSource, paths
     if step.smallest_share < 1:
         channels = draw_channels(low.shape[1], step.smallest_share, drawer(seed, "channels", step.number))
         low, targets = low[:, channels], targets[:, :, channels]
-    return Batch(
-        normalize_imagenet(clean),
+    guidance = normalize_imagenet(clean)
+    batch = Batch(
+        guidance,
         normalize_imagenet(torch.stack(changed)) if changed else clean.new_empty(0, *clean.shape[1:]),
         low,
         targets,
         torch.stack([f.places for f in features]),
+        _known(step, samples, guidance, low.shape[2], grid.image, seed),
         grid.image,
+    )
+    return batch.joined() if step.tiles > 1 else batch
+
+
+def _known(step: Step, samples: Sequence[Sample], guidance: Tensor, cells: int, side: int, seed: int) -> Tensor:
+    """The maps of the samples that are known at every pixel, each sample's drawn for its number."""
+    if not step.known:
+        return guidance.new_empty(len(guidance), 0, side, side)
+    return torch.cat(
+        [
+            known_maps(image[None], cells, side, seed, sample.number)
+            for image, sample in zip(guidance, samples, strict=True)
+        ]
     )
 
 

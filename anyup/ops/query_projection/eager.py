@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyup.ops.linear import linear
+from anyup.ops.linear import linear, sum_of_outer_products
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
 from anyup.ops.precision import working_dtype
 from anyup.ops.query_projection.problem import ProjectionParameters
+
+Band = tuple[int, slice]
+"""An image of the batch and some of its rows."""
 
 # Pixels of a band: on a CPU its working set stays in a shared cache.
 _BAND_PIXELS = {"cpu": 4096}
@@ -28,48 +31,98 @@ def unsupported(problem: object) -> list[str]:
 
 def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     """(B, H, W, D) -> (B, H, W, D); float32 inside for half precision."""
-    batch, height, width, dim = encoded.shape
+    dim, width = encoded.shape[3], encoded.shape[2]
     wide = working_dtype(encoded.dtype)
     convolution, norm, weight, bias = (p.to(wide) for p in parameters)
     convolution = convolution.contiguous(memory_format=torch.channels_last)
     weight = weight * norm
-    eps = torch.finfo(wide).eps
-    out = empty((batch, height, width, dim), encoded)
-    most = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // width)
+    out = empty(tuple(encoded.shape), encoded)
 
-    def go(band: tuple[int, slice]) -> None:
-        image, (first, last) = band[0], (band[1].start, band[1].stop)
-        rows = encoded[image, max(first - 1, 0) : last + 1].to(wide)
-        rows = F.pad(rows, (0, 0, 0, 0, first == 0, last == height))
-        x = F.conv2d(rows.permute(2, 0, 1)[None], convolution, padding=(0, 1))
-        x = x.permute(0, 2, 3, 1).reshape(-1, dim)
-        x *= torch.rsqrt(torch.linalg.vecdot(x, x)[:, None] / dim + eps)
-        out[image, first:last] = linear(x, weight, bias).view(last - first, width, dim)
+    def go(band: Band) -> None:
+        image, rows = band
+        x = _convolve(_with_halo(encoded, band).to(wide), convolution)
+        x *= _inverse_rms(x)
+        out[image, rows] = linear(x, weight, bias).view(-1, width, dim)
 
-    map_tiles(
-        go, [(image, rows) for image in range(batch) for rows in cut(height, most, encoded.device)], encoded.device
-    )
+    map_tiles(go, _bands(encoded), encoded.device)
     return out
 
 
 def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) -> tuple[Tensor, ProjectionParameters]:
-    """The gradients of the encoded image and the parameters; the convolution is computed again."""
+    """The gradients of the encoded image and the parameters; the convolution is computed again.
+
+    Two passes over the bands, because a row's gradient needs the convolution's from the rows beside it: one map more
+    than the result is alive between them.
+    """
+    if not encoded.numel():
+        return torch.zeros_like(encoded), ProjectionParameters(*map(torch.zeros_like, parameters))
+    dim, width = encoded.shape[3], encoded.shape[2]
     wide = working_dtype(encoded.dtype)
-    image = encoded.permute(0, 3, 1, 2)
-    convolved = F.conv2d(image, parameters.convolution, padding=1)
-    x, outer = convolved.permute(0, 2, 3, 1).flatten(0, 2).to(wide), grad.flatten(0, 2).to(wide)  # (pixels, D)
-    _, norm, weight, _ = (p.to(wide) for p in parameters)
-    inverse = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + torch.finfo(wide).eps)
-    x = x * inverse
-    grad_weight, grad_bias = outer.T @ (x * norm), outer.sum(dim=0)
-    outer = outer @ weight
-    grad_norm = (outer * x).sum(dim=0)
-    outer = outer * norm
-    grad_x = inverse * (outer - x * (outer * x).mean(dim=1, keepdim=True))
-    grad_x = grad_x.view(grad.shape).permute(0, 3, 1, 2).to(encoded.dtype)
-    one = (1, 1)
-    grad_image, grad_convolution, _ = torch.ops.aten.convolution_backward(
-        grad_x, image, parameters.convolution, None, one, one, one, False, (0, 0), 1, (True, True, False)
-    )
-    grads = (grad_convolution, grad_norm, grad_weight, grad_bias)
-    return grad_image.permute(0, 2, 3, 1), ProjectionParameters(*(g.to(encoded.dtype) for g in grads))
+    convolution, norm, weight, _ = (p.to(wide) for p in parameters)
+    convolution = convolution.contiguous(memory_format=torch.channels_last)
+    back = (weight * norm).T.contiguous()
+    grad_convolved = empty(tuple(encoded.shape), encoded.new_empty(0, dtype=wide))
+
+    def parameters_of(band: Band) -> tuple[Tensor, Tensor, Tensor]:
+        image, rows = band
+        pixels = _with_halo(encoded, band).to(wide)
+        x = _convolve(pixels, convolution)
+        inverse = _inverse_rms(x)
+        x *= inverse
+        outer = grad[image, rows].reshape(-1, dim).to(wide)
+        product, grad_bias = sum_of_outer_products(outer, x), outer.sum(dim=0)
+        outer = linear(outer, back)
+        outer = torch.addcmul(outer, x, torch.linalg.vecdot(outer, x)[:, None], value=-1 / dim).mul_(inverse)
+        outer = outer.view(-1, width, dim)
+        grad_convolved[image, rows] = outer
+        return _taps(outer, pixels), product, grad_bias
+
+    bands = _bands(encoded)
+    found = map_tiles(parameters_of, bands, encoded.device)
+    taps, products, biases = (torch.stack(t).sum(dim=0) for t in zip(*found, strict=True))
+    grad_encoded = empty(tuple(encoded.shape), encoded)
+    turned = convolution.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+    def image_of(band: Band) -> None:
+        grad_encoded[band] = _convolve(_with_halo(grad_convolved, band), turned).view(-1, width, dim)
+
+    map_tiles(image_of, bands, encoded.device)
+    grads = (taps.view(3, 3, dim, dim).permute(2, 3, 0, 1), (products * weight).sum(dim=0), products * norm, biases)
+    return grad_encoded, ProjectionParameters(*(g.to(encoded.dtype) for g in grads))
+
+
+def _bands(encoded: Tensor) -> list[Band]:
+    batch, height, width, _ = encoded.shape
+    most = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // max(1, width))
+    return [(image, rows) for image in range(batch) for rows in cut(height, most, encoded.device)]
+
+
+def _with_halo(maps: Tensor, band: Band) -> Tensor:
+    """A band's n rows and those above and below, zero beyond the image: (n + 2, W, D)."""
+    image, rows = band
+    inside = maps[image, max(rows.start - 1, 0) : rows.stop + 1]
+    return F.pad(inside, (0, 0, 0, 0, rows.start == 0, rows.stop == maps.shape[1]))
+
+
+def _convolve(rows: Tensor, weight: Tensor) -> Tensor:
+    """The 3x3 convolution of rows (n + 2, W, D): (n * W, D)."""
+    x = F.conv2d(rows.permute(2, 0, 1)[None], weight, padding=(0, 1))
+    return x.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    """One over the root mean square of each pixel (n, D): (n, 1)."""
+    return torch.rsqrt(torch.linalg.vecdot(x, x)[:, None] / x.shape[1] + torch.finfo(x.dtype).eps)
+
+
+def _taps(grad: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of the convolution's weights at each of its nine places: (n, W, D) and (n + 2, W, D) to (9, D, D).
+
+    Nine products: for channels that lie side by side oneDNN's weight gradient takes up to five times as long. Both
+    maps get a border of zeros to the right and left, so that a shift of the one is a slice of its pixels.
+    """
+    count, width, dim = grad.shape
+    inner = F.pad(grad, (0, 0, 0, 2)).flatten(0, 1)[:-2]
+    outer = F.pad(rows, (0, 0, 1, 1)).flatten(0, 1)
+    starts = (down * (width + 2) + right for down in range(3) for right in range(3))
+    return torch.stack([inner.T @ outer[start : start + len(inner)] for start in starts])

@@ -1,0 +1,36 @@
+"""Maps that are known at every pixel, to learn from where a pixel's weights have to lie.
+
+Features vary so slowly from cell to cell that weights beside the pixel cost the reconstruction little, while whatever a
+head says of the features ends up as far beside. These maps are averaged over the cells, carried with the features' own
+weights, and compared with themselves: the guidance's colours, which change at its edges, and random fields, which change
+everywhere, by as much as a map of that many cells can hold.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anyup.training.randomness import Key, number
+
+FIELDS = 4
+"""Random fields of a sample."""
+
+
+def known_maps(guidance: Tensor, cells: int, side: int, *key: Key) -> Tensor:
+    """Guidance images (B, 3, G, G), normalised, as maps of `side` pixels, and random fields drawn for the key:
+    (B, 3 + FIELDS, side, side), each of about zero mean and unit variance.
+
+    A field is a smooth interpolation of independent normal numbers, one for each of `cells` x `cells` cells.
+    """
+    colours = F.interpolate(guidance, (side, side), mode="bilinear", antialias=True)
+    generator = torch.Generator().manual_seed(number("known maps", *key))
+    nodes = torch.randn(len(guidance), FIELDS, cells, cells, generator=generator)
+    fields = F.interpolate(nodes, (side, side), mode="bicubic")
+    return torch.cat((colours, fields.to(colours)), 1)
+
+
+def place_error(carried: Tensor, known: Tensor) -> Tensor:
+    """Mean squared error of maps (B, K, H, W) against the known ones: (B,), in float32."""
+    return (carried.float() - known.float()).square().flatten(1).mean(1)
