@@ -200,6 +200,32 @@ def test_micro_batches_give_the_gradients_of_the_whole(folder: Path, backend: st
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_mosaics_in_micro_batches_give_the_gradients_of_the_whole(folder: Path) -> None:
+    extra = ("optimizer.batch=8", "variation.mosaic=1.0", "loss.place=0.5", "loss.self_consistency_share=0.5")
+    whole, parts = (trainer(folder, f"optimizer.micro_batch={size}", *extra) for size in (0, 4))
+    terms = [one.backward() for one in (whole, parts)]
+    for name in ("loss", "place", "self"):
+        assert terms[0][name] == pytest.approx(terms[1][name], rel=1e-4)
+    for (name, one), other in zip(whole.upsampler.named_parameters(), parts.upsampler.parameters(), strict=True):
+        if one.grad is not None:
+            assert other.grad is not None
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_known_maps_take_the_weights_of_the_features_and_leave_these_alone(folder: Path) -> None:
+    plain, carried = (trainer(folder, f"loss.place={weight}") for weight in (0, 0.5))
+    terms = plain.backward(), carried.backward()
+    for name in ("cosine", "mse", "input", "self"):
+        assert terms[1][name] == pytest.approx(terms[0][name], rel=1e-5)
+    assert "place" not in terms[0]
+    _, (batch,) = carried._take()
+    upsampler, size = carried.upsampler, (batch.side, batch.side)
+    cells = torch.nn.functional.adaptive_avg_pool2d(batch.known, batch.low.shape[2:])
+    alone = upsampler(batch.guidance, batch.low, size, values=cells)
+    expected = 0.5 * (alone - batch.known).square().mean()
+    assert terms[1]["place"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_terms_sum_to_the_loss_and_weights_scale_them(folder: Path) -> None:
     terms = trainer(folder).backward()
     names = ("cosine", "mse", "input", "self")

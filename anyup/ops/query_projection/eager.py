@@ -121,7 +121,7 @@ def _taps(grad: Tensor, rows: Tensor) -> Tensor:
     Nine products: for channels that lie side by side oneDNN's weight gradient takes up to five times as long. Both
     maps get a border of zeros to the right and left, so that a shift of the one is a slice of its pixels.
     """
-    count, width, dim = grad.shape
+    width = grad.shape[1]
     inner = F.pad(grad, (0, 0, 0, 2)).flatten(0, 1)[:-2]
     outer = F.pad(rows, (0, 0, 1, 1)).flatten(0, 1)
     starts = (down * (width + 2) + right for down in range(3) for right in range(3))
