@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -308,6 +309,74 @@ def test_rows_of_another_machine_are_not_added_to(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"results.json: expected results of `anyup bench`"):
         ResultsFile(path, describe())
+
+
+# A CUDA graph, on streams and graphs that pretend
+
+
+class PretendedGraph:
+    """Counts its replays; a call is captured between `captures` and the block's end."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[PretendedGraph]:
+    made: list[PretendedGraph] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            assert isinstance(other, Stream)
+
+    def capture(graph: PretendedGraph) -> contextlib.nullcontext[None]:
+        made.append(graph)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return made
+
+
+def test_a_graph_is_captured_warm_and_replayed_without_a_call(
+    graphs: list[PretendedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []  # how many graphs there were at each call
+    upsampler = cases.model("float32", "cpu")
+
+    def noted(image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        seen.append(len(graphs))
+        out: torch.Tensor = upsampler(image, features)
+        return out
+
+    monkeypatch.setattr(cases, "model", lambda dtype, device: noted)
+    replay = Builder(clock).build(Contender("model", suite.GRAPH, "anyup"), Sizes(TINY))
+    image, features = Sizes(TINY).inputs()
+    for _ in range(2):
+        assert torch.equal(replay(), upsampler(image, features))
+    assert seen == [0, 0, 0, 1] and [graph.replays for graph in graphs] == [2]
+
+
+def test_a_call_that_cannot_be_captured_is_unsupported(
+    graphs: list[PretendedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if graphs:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return features
+
+    monkeypatch.setattr(cases, "model", lambda dtype, device: refusing)
+    with pytest.raises(
+        NotImplementedError, match="captured: operation not permitted when stream is capturing$"
+    ):
+        Builder(clock).build(Contender("model", suite.GRAPH, "anyup"), Sizes(TINY))
 
 
 # The published code
