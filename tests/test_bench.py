@@ -373,9 +373,7 @@ def test_a_call_that_cannot_be_captured_is_unsupported(
         return features
 
     monkeypatch.setattr(cases, "model", lambda dtype, device: refusing)
-    with pytest.raises(
-        NotImplementedError, match="captured: operation not permitted when stream is capturing$"
-    ):
+    with pytest.raises(NotImplementedError, match="captured: operation not permitted when stream is capturing$"):
         Builder(clock).build(Contender("model", suite.GRAPH, "anyup"), Sizes(TINY))
 
 
