@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: the README's tables, from the stored results and from nothing else.
+"""`python -m benchmarks.report`: the pages' tables, from the stored results and from nothing else.
 
     python -m benchmarks.report [--write]
 
@@ -24,7 +24,7 @@ from anyup.window import RatioWindow
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 _PLACE = re.compile(r"(<!-- benchmarks: (?P<file>[\w.-]+)/(?P<name>[\w-]+) -->).*?(<!-- end -->)", re.DOTALL)
 
@@ -41,10 +41,11 @@ def made(file: str, name: str, folder: Path = RESULTS) -> str:
     path = folder / f"{file}.json"
     if not path.exists():
         raise ValueError(f"benchmarks: {file}/{name}: there is no {path}")
-    if file == "codegen":
-        if name != "modelled":
-            raise ValueError(f"benchmarks: {file}/{name}: expected codegen/modelled")
-        return f"\n{_modelled(modelled.stored_rows(path) or [])}\n"
+    if file in MODELLED:
+        known, table = MODELLED[file]
+        if name != known:
+            raise ValueError(f"benchmarks: {file}/{name}: expected {file}/{known}")
+        return f"\n{table(stored.read_json(path, 'modelled rows'))}\n"
     results = stored.read(path)
     if name in PHRASES:
         return PHRASES[name](results)
@@ -173,6 +174,24 @@ def _modelled(rows: Sequence[Row]) -> str:
     return _table(header, lines)
 
 
+def _forward(rows: Sequence[Row]) -> str:
+    """The modelled time of a whole forward on each device, and of its stages."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows if row["level"] == "stage"))
+    lines = []
+    for whole in (row for row in rows if row["level"] == "sum"):
+        of_run = [row for row in rows if all(row[name] == whole[name] for name in ("device", "dtype", "workload"))]
+        parts = {row["stage"]: row["modelled_us"] for row in of_run if row["level"] == "stage"}
+        lines.append(
+            (
+                f"{whole['device']}, {whole['dtype']}", f"**{whole['modelled_us'] / 1e3:.2f} ms**",
+                f"{whole['floor_us'] / 1e3:.2f} ms", *(f"{parts[name] / 1e3:.2f}" for name in stages),
+                str(whole["passes"]),
+            )
+        )  # fmt: skip
+    sizes = " / ".join(dict.fromkeys(f"{row['workload']}, C = {row['channels']}" for row in rows))
+    return _table((f"modelled, {sizes}", "whole forward", "floor", *stages, "launches"), lines)
+
+
 def _machine(results: Results) -> str:
     """One line for each machine, version and commit that a row names."""
     lines: dict[str, list[float]] = {}
@@ -207,6 +226,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "high-resolution": _high_resolution,
     "machine": _machine,
 }
+
+MODELLED: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+    "codegen": ("modelled", _modelled),
+    "model": ("forward", _forward),
+}
+"""Of files that hold rows alone: the name of their table."""
 
 PHRASES: dict[str, Callable[[Results], str]] = {
     "speed-up-448": functools.partial(_speed_up, "448 from 32"),
