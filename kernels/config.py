@@ -350,7 +350,7 @@ def backward_grid_configs(
         )
     elif few and target.backend == "cuda" and target.arch != 100:
         # Two warps, as for the queries; for 32 pixels beside the values' sums, or on sm_90, registers are too few.
-        # On sm_90 the values' cut spills 16 bytes where pixels are in one part; three slices spill none and take longer.
+        # On sm_90 the values' spills 16 bytes where pixels are in one part; three slices spill none and take longer.
         block = 16 if of_values or target.arch == 90 else 32
         best = BackwardGridConfig(4, 4, block, 32, slices, parts, num_warps=2, num_stages=1, heads=group, keep=False)
     else:
