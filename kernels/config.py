@@ -270,6 +270,9 @@ def backward_query_configs(
     elif few and target.backend == "cuda" and target.arch in (90, 100):
         # Their matrix units take 64 rows of tf32 from shared memory, which saves registers.
         best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
+    elif few and target.backend == "cuda":
+        # Two warps divide a product of 16 by 16 between them; four make half of it twice.
+        best = BackwardQueryConfig(4, 4, 16, 0, 32, num_warps=2, num_stages=1, heads=group, keep=False)
     else:
         warps = 4 if head_dim <= 32 else 8
         best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, keep=False)
@@ -283,7 +286,8 @@ def _resident_backward(keys: int, target: Target, heads: int, head_dim: int) -> 
         return None
     if keys <= 64:
         block = 64 if target.arch == 120 else 32
-        return BackwardQueryConfig(8, 8, block, -(-keys // block), 64, num_warps=4, num_stages=2, shares=shares)
+        slice_ = 32 if target.arch in (86, 89) else 64
+        return BackwardQueryConfig(8, 8, block, -(-keys // block), slice_, num_warps=4, num_stages=2, shares=shares)
     if keys > 208 or heads != 4 or head_dim != 32:
         return None
     # A few registers more or less decide: six blocks spill where six and a half do not.
@@ -344,6 +348,11 @@ def backward_grid_configs(
         best = BackwardGridConfig(
             4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
         )
+    elif few and target.backend == "cuda" and target.arch != 100:
+        # Two warps, as for the queries; for 32 pixels beside the values' sums, or on sm_90, registers are too few.
+        # On sm_90 the values' spills 16 bytes where pixels are in one part; three slices spill none and take longer.
+        block = 16 if of_values or target.arch == 90 else 32
+        best = BackwardGridConfig(4, 4, block, 32, slices, parts, num_warps=2, num_stages=1, heads=group, keep=False)
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
     return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
