@@ -1,19 +1,23 @@
 """The model's building blocks: parameters under their published names.
 
-What is heavy runs in `anyup.ops`; these modules run themselves only on the small grid of the features.
+What is heavy runs in `anyup.ops`. A residual block that changes the width, and a convolution that sees more than its
+pixel, run here.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyup.gaussian_derivatives import gaussian_derivatives
-from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters
+from anyup.ops.dispatch import Backend
+from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pixels
 from anyup.ops.pixel_encoder.problem import GROUPS, normalise
+from anyup.ops.precision import converted
 
 
 class ResBlock(nn.Module):
@@ -39,11 +43,16 @@ class ResBlock(nn.Module):
         y = _pointwise(conv2, F.silu(_normalise(norm2, y)))
         return y + (_pointwise(self.shortcut, x) if isinstance(self.shortcut, nn.Conv2d) else x)
 
-    def parameters_for_op(self, dtype: torch.dtype) -> BlockParameters:
-        """The block's tensors in a dtype, as the pixel encoder takes them (no shortcut)."""
+    @property
+    def keeps_width(self) -> bool:
+        """Whether the shortcut is the identity: what the pixel encoder takes."""
+        return isinstance(self.shortcut, nn.Identity)
+
+    def parameters_for_op(self) -> BlockParameters:
+        """The block's tensors, as the pixel encoder takes them (no shortcut)."""
         norm1, conv1, norm2, conv2 = self._layers()
         tensors = (norm1.weight, norm1.bias, conv1.weight, norm2.weight, norm2.bias, conv2.weight)
-        return BlockParameters(*(t.to(dtype).flatten(1) if t.dim() == 4 else t.to(dtype) for t in tensors))
+        return BlockParameters(*(t.flatten(1) if t.dim() == 4 else t for t in tensors))
 
     def _layers(self) -> tuple[nn.GroupNorm, nn.Conv2d, nn.GroupNorm, nn.Conv2d]:
         norm1, _, conv1, norm2, _, conv2 = self.block
@@ -63,11 +72,12 @@ class BorderConv2d(nn.Conv2d):
         """Computes in the dtype of `x`."""
         size, (height, width) = self.kernel_size[0], x.shape[2:]
         weight = self.weight.to(x.dtype)
+        if not torch.compiler.is_compiling():
+            return F.conv2d(_padded(x, size // 2), weight)
+        # By positions: the gradient of `F.pad`'s reflection does not compile for symbolic sizes (torch 2.13).
         if size > 1:
             rows, columns = (_border_positions(length, size // 2, x.device) for length in (height, width))
             x = x.index_select(2, rows).index_select(3, columns)
-        if not torch.compiler.is_compiling():
-            return F.conv2d(x, weight)
         # To choose an algorithm, a traced convolution compares its input's size with a constant, and compiles again
         # on the other side of it. One product per tap does not.
         x = x.permute(0, 2, 3, 1)
@@ -84,11 +94,18 @@ class BorderConv2d(nn.Conv2d):
         return F.conv2d(x.to(dtype), self.weight.to(dtype))
 
 
-def _border_positions(length: int, half: int, device: torch.device) -> Tensor:
-    """Where an axis padded by `half` on both sides reads: reflected, or clamped where it is too short for that.
+def _padded(x: Tensor, half: int) -> Tensor:
+    """(B, C, H, W) with `half` more on each side, reflected, or repeated on an axis too short for that."""
+    if not half:
+        return x
+    rows, columns = ("reflect" if length > half else "replicate" for length in x.shape[2:])
+    if rows == columns:
+        return F.pad(x, (half,) * 4, mode=rows)
+    return F.pad(F.pad(x, (0, 0, half, half), mode=rows), (half, half, 0, 0), mode=columns)
 
-    Positions, not `F.pad`: the gradient of its reflection does not compile for symbolic sizes (torch 2.13).
-    """
+
+def _border_positions(length: int, half: int, device: torch.device) -> Tensor:
+    """Where an axis padded by `half` on both sides reads: reflected, or clamped where it is too short for that."""
     position = torch.arange(-half, length + half, device=device)
     if length <= half:
         return position.clamp(0, length - 1)
@@ -96,7 +113,7 @@ def _border_positions(length: int, half: int, device: torch.device) -> Tensor:
 
 
 class Encoder(nn.Sequential):
-    """A convolution without bias and two residual blocks; with kernel size 1 it runs as the pixel encoder."""
+    """A convolution without bias and two residual blocks, which run as the pixel encoder, with it if it is 1x1."""
 
     def __init__(self, in_channels: int, dim: int, kernel_size: int = 1) -> None:
         super().__init__(BorderConv2d(in_channels, dim, kernel_size), ResBlock(dim, dim), ResBlock(dim, dim))
@@ -123,17 +140,36 @@ class Encoder(nn.Sequential):
     def parameters_for_op(self, dtype: torch.dtype) -> EncoderParameters:
         """The encoder's tensors in a dtype, as the pixel encoder takes them."""
         conv, block1, block2 = self._layers()
-        projection = conv.weight.to(dtype).flatten(1) if self.kernel_size == 1 else None
-        return EncoderParameters(projection, block1.parameters_for_op(dtype), block2.parameters_for_op(dtype))
+        return blocks_for_op(block1, block2, dtype, conv.weight.flatten(1) if self.kernel_size == 1 else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) -> (B, H, W, D), as plain layers: for the small grid."""
-        conv, block1, block2 = self._layers()
-        return block2(block1(conv(x).permute(0, 2, 3, 1)))
+    def forward(
+        self,
+        x: Tensor,
+        output_size: tuple[int, int] | None = None,
+        frequencies: Tensor | None = None,
+        backend: Backend = None,
+    ) -> Tensor:
+        """(B, in, H, W) -> (B, H, W, D), or pooled to `output_size`; as `encode_pixels` in the dtype of `x`."""
+        pixels, parameters = self.prepare(x)
+        return encode_pixels(pixels, parameters, frequencies=frequencies, output_size=output_size, backend=backend)
 
     def _layers(self) -> tuple[BorderConv2d, ResBlock, ResBlock]:
         conv, block1, block2 = self
         return conv, block1, block2  # type: ignore[return-value]
+
+
+def blocks_for_op(
+    block1: ResBlock, block2: ResBlock, dtype: torch.dtype, projection: Tensor | None = None
+) -> EncoderParameters:
+    """Two blocks that keep their width, behind a projection (D, in) or none, as the pixel encoder takes them."""
+    blocks = (*block1.parameters_for_op(), *block2.parameters_for_op())
+    tensors: Sequence[Tensor] = converted(blocks if projection is None else (*blocks, projection), dtype)
+    half = len(BlockParameters._fields)
+    return EncoderParameters(
+        None if projection is None else tensors[-1],
+        BlockParameters(*tensors[:half]),
+        BlockParameters(*tensors[half : 2 * half]),
+    )
 
 
 class RoPE(nn.Module):

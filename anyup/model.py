@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, check_grids, weights_of
-from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
+from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, blocks_for_op
 from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
 from anyup.ops.precision import autocasts, without_autocast, working_dtype
@@ -369,15 +369,24 @@ class AnyUp(nn.Module):
         their mean, would be lost.
         """
         wide = working_dtype(image_keys.dtype)
-        _, block1, block2 = self.key_features_encoder
         with without_autocast(features.device.type):
             features = F.normalize(features.to(wide), dim=1)
             unified = feature_unification.unify_features(
                 features, self._basis(wide), backend=self._backends["feature_unification"]
             )
-            feature_keys = block2(block1(unified.permute(0, 2, 3, 1)))
-            keys = torch.cat((image_keys.to(wide), feature_keys), dim=3)
-            return self.cross_decode.project_keys(self.aggregation(keys.permute(0, 3, 1, 2)))
+            keys = torch.cat((image_keys.to(wide), self._feature_keys(unified)), dim=3)
+            return self.cross_decode.project_keys(self._encode(self.aggregation, keys.permute(0, 3, 1, 2)))
+
+    def _feature_keys(self, unified: Tensor) -> Tensor:
+        """(B, h, w, D) of the unified features (B, M, h, w)."""
+        _, block1, block2 = self.key_features_encoder
+        assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
+        pixels = unified.permute(0, 2, 3, 1)
+        if not block1.keeps_width:
+            return block2(block1(pixels))
+        return pixel_encoder.encode_pixels(
+            pixels, blocks_for_op(block1, block2, pixels.dtype), backend=self._backends["pixel_encoder"]
+        )
 
     def _basis(self, dtype: torch.dtype) -> Tensor:
         unification = self.key_features_encoder[0]
@@ -391,14 +400,7 @@ class AnyUp(nn.Module):
         output_size: tuple[int, int] | None = None,
         frequencies: Tensor | None = None,
     ) -> Tensor:
-        pixels, parameters = encoder.prepare(x)
-        return pixel_encoder.encode_pixels(
-            pixels,
-            parameters,
-            frequencies=frequencies,
-            output_size=output_size,
-            backend=self._backends["pixel_encoder"],
-        )
+        return encoder(x, output_size, frequencies, self._backends["pixel_encoder"])
 
     def _attend(self, query: Tensor, key: Tensor, values: Tensor, q_chunk_size: int | None) -> Tensor:
         out = window_attention(

@@ -67,7 +67,7 @@ def rows(workload: Workload, dtype: str, stored: Sequence[Row], devices: Sequenc
     found: list[Row] = []
     for device in devices:
         steps = steps_of(workload, compiled.DTYPES[dtype], Target("cuda", device.arch))
-        costs = [(step, cost_of(step, workload, device, stored)) for step in steps]
+        costs = [(step, cost_of(step, workload, dtype, device, stored)) for step in steps]
         common = {"device": device.name, "dtype": dtype, "channels": workload.channels, "workload": workload.name}
         for stage in STAGES:
             own = [entry for entry in costs if entry[0].stage == stage]
@@ -111,20 +111,21 @@ def kernel_of(step: Step) -> str:
     return step.name
 
 
-def cost_of(step: Step, workload: Workload, device: roofline.Device, stored: Sequence[Row]) -> Cost:
-    """The cost of a step of a forward of `workload` on a device; `stored` as `rows` takes it."""
+def cost_of(step: Step, workload: Workload, dtype: str, device: roofline.Device, stored: Sequence[Row]) -> Cost:
+    """The cost of a step of a forward of `workload` in a dtype on a device; `stored` as `rows` takes it."""
     if step.launch is None:
         return _torch_cost(step, device)
     launch, kernel = step.launch, kernel_of(step)
     if kernel in compiled.KERNELS:
-        attention = compiled.Case(workload, str(device.arch), _dtype_of(launch), kernel=kernel)
+        attention = compiled.Case(workload, str(device.arch), _dtype_of(launch, dtype), kernel=kernel)
         instructions = _instructions(launch, attention.launch(), attention, stored)
         work = compiled.forward_work(workload, compiled.WINDOW, launch)
         operations = (work.logit_operations + work.value_operations) * (1 if attention.half else 3)
         floor, modelled = compiled.roofs_of(attention, work, instructions, device)
         units, moved, asked, shared = workload.pixels, work.bytes_compulsory, work.bytes_asked, 0.0
     else:
-        case = operation_kernels.Case(kernel, workload, str(device.arch), _dtype_of(launch))
+        seen = operation_kernels.on_the_grid(workload) if step.stage == "keys" else workload
+        case = operation_kernels.Case(kernel, seen, str(device.arch), _dtype_of(launch, dtype))
         instructions = _instructions(launch, case.plan()[0], case, stored)
         counted = case.work(launch)
         operations, units = counted.operations, counted.units
@@ -154,13 +155,14 @@ def _torch_cost(step: Step, device: roofline.Device) -> Cost:
     )
 
 
-def _dtype_of(launch: Launch) -> str:
-    """The dtype that a kernel reads, as the table of kernels has it."""
+def _dtype_of(launch: Launch, dtype: str) -> str:
+    """The dtype that a kernel reads, as the table of kernels has it; the forward's where it reads statistics alone."""
     names = ("features", "frequencies", "weight", "out", "pixels")
     if "pixels" in launch.arguments:
         names = ("pixels",)
     tensors = (launch.arguments[name] for name in names if isinstance(launch.arguments.get(name), Tensor))
-    return str(next(tensors).dtype).removeprefix("torch.")
+    tensor = next(tensors, None)
+    return dtype if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
 def _instructions(launch: Launch, planned: Launch, case: Any, stored: Sequence[Row]) -> float | None:

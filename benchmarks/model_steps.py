@@ -28,7 +28,7 @@ from anyup.ops import kernel_device
 
 ENCODERS = ("image encoder", "key encoder", "query encoder")
 STAGES = (*ENCODERS, "query projection", "feature unification", "keys", "window attention")
-"""In the order of the table. "keys" is what the model itself asks of torch: nearly all of it on the small grid."""
+"""In the order of the table. "keys" is what happens on the small grid: the blocks, and what the model asks of torch."""
 
 _OPERATIONS = ("pixel_encoder", "query_projection", "feature_unification", "window_attention")
 
@@ -119,7 +119,7 @@ def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
 
     def entered(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            stages.append(next(encoders) if name == "pixel_encoder" else name.replace("_", " "))
+            stages.append(next(encoders, "keys") if name == "pixel_encoder" else name.replace("_", " "))
             try:
                 return forward(*arguments)
             finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ KERNELS = (
 WITHOUT_PRODUCTS = (
     "feature_unification_arrange",
     "feature_unification_fold",
+    "pixel_encoder_join",
     "pixel_encoder_statistics",
     "pixel_encoder_angles",
 )
@@ -270,3 +271,10 @@ def cases(
             for workload in (square(448, 32), square(1024, 64))[sizes]:
                 for kernel in kernels:
                     yield Case(kernel, workload, arch, dtype)
+                    if kernel in pixel_encoder_work.ON_THE_GRID and dtype == "float32":
+                        yield Case(kernel, on_the_grid(workload), arch, dtype)
+
+
+def on_the_grid(workload: Workload) -> Workload:
+    """The maps that the blocks of a workload's keys see, as the pixels of another."""
+    return replace(workload, size=workload.grid)

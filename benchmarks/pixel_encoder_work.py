@@ -42,11 +42,24 @@ _PASSES = {
     "pixel_encoder_map_1": (DIM, 0, True, False, False),
     "pixel_encoder_map_2": (DIM, 1, True, False, False),
     "pixel_encoder_map_3": (DIM, 2, True, True, False),
-    "pixel_encoder_measure": (0, 1, True, False, False),
+    "pixel_encoder_measure_1": (0, 0, True, False, False),
+    "pixel_encoder_measure_2": (0, 1, True, False, False),
+    "pixel_encoder_measure_3": (0, 2, True, True, False),
     "pixel_encoder_apply": (0, 2, False, True, False),
     "pixel_encoder_rotate": (0, 2, False, True, True),
 }
-KERNELS = (*_PASSES, "pixel_encoder_pool", "pixel_encoder_statistics", "pixel_encoder_angles")
+KERNELS = (
+    *_PASSES,
+    "pixel_encoder_pool",
+    "pixel_encoder_join",
+    "pixel_encoder_statistics",
+    "pixel_encoder_angles",
+)
+ON_THE_GRID = (
+    *(f"pixel_encoder_{name}" for name in ("measure_1", "measure_2", "measure_3", "apply")),
+    "pixel_encoder_statistics",
+)
+"""What the blocks of the keys need, in float32 whatever the model's dtype is."""
 
 
 def plan(
@@ -67,10 +80,10 @@ def plan(
     kinds = {"pixel_encoder_rotate": "rotate", "pixel_encoder_pool": "pool"}
     config = encoder_configs(kinds.get(kernel, "pass"), dtype, target)[0]
     parts = allocate_parts(batch, count, DIM, config, torch.device("meta"))
-    if kernel == "pixel_encoder_statistics":
+    if kernel in ("pixel_encoder_join", "pixel_encoder_statistics"):
         scale = empty(DIM)
         statistics = plan_statistics(parts, scale, scale, norm, count=count, pixels=config.pixels, eps=1e-5)
-        return statistics, {}
+        return next(launch for launch in statistics if name_of(launch) == kernel), {}
     if kernel == "pixel_encoder_pool":
         means = empty(batch, workload.keys, 2, DIM, dtype=torch.float32)
         launch = plan_pool(
@@ -93,9 +106,9 @@ def plan(
 
 
 def name_of(launch: Launch) -> str:
-    """The pass that a launch of these kernels is; of one pass of a map, "map_2", two where products are all projected.
+    """The pass that a launch of these kernels is.
 
-    In half precision a map is brought in by a product with the identity, so that "measure" is the kernel "map_2".
+    In half precision a map is brought in by a product with the identity, so that "measure_2" is the kernel "map_2".
     """
     kernel = str(launch.kernel.__name__).strip("_").removesuffix("_kernel")
     if kernel != "pixel_encoder_pass":
@@ -106,9 +119,9 @@ def name_of(launch: Launch) -> str:
         return "pixel_encoder_rotate"
     if not constant["MEASURES"]:
         return "pixel_encoder_apply"
-    if not projected:
-        return "pixel_encoder_measure"
-    kind = "image" if projected < launch.arguments["channels"] else "map"
+    kind = "measure"
+    if projected:
+        kind = "image" if projected < launch.arguments["channels"] else "map"
     return f"pixel_encoder_{kind}_{constant['HALVES'] + 1}"
 
 
@@ -119,6 +132,8 @@ def work(launch: Launch) -> Work:
         return _angles_work(launch)
     if kernel == "pixel_encoder_statistics":
         return _statistics_work(launch)
+    if kernel == "pixel_encoder_join":
+        return _join_work(launch)
     return _pool_work(launch) if kernel == "pixel_encoder_pool" else _pass_work(launch)
 
 
@@ -191,10 +206,17 @@ def _statistics_work(launch: Launch) -> Work:
     argument = launch.arguments
     batch, tiles = argument["parts"].shape[:2]
     units = batch * argument["count"]
-    parts = argument["parts"].numel() * 4 / units
+    parts = argument["parts"].numel() * argument["parts"].element_size() / units
     rounds = -(-tiles // launch.constants["TILES"])
     # The tiles' means are read for the mean, and again with the deviations.
     return Work(units, 0, 0, 0, 0, parts, 1.5 * parts, [(rounds, []), (rounds, [])])
+
+
+def _join_work(launch: Launch) -> Work:
+    argument = launch.arguments
+    units = len(argument["parts"]) * argument["count"]
+    moved = sum(argument[name].numel() * argument[name].element_size() for name in ("parts", "joined")) / units
+    return Work(units, 0, 0, 0, 0, moved, moved, [])
 
 
 def _angles_work(launch: Launch) -> Work:

@@ -153,7 +153,7 @@ def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
 
 def test_kernels_of_the_pixel_encoder_are_as_sound(tmp_path: Path) -> None:
     """Some leave a tile's statistics or a cell's means alone, a vector for many pixels, whose store may be narrow."""
-    of_statistics = [f"pixel_encoder_{name}" for name in ("image_2", "map_2", "measure", "pool")]
+    of_statistics = [f"pixel_encoder_{name}" for name in ("image_2", "map_2", "measure_2", "pool")]
     of_maps = ["pixel_encoder_apply", "pixel_encoder_rotate"]
     chosen = ["--smallest", "--kernel", *of_statistics, *of_maps, "--dtype", "bfloat16"]
     rows = measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942")

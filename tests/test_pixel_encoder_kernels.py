@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -66,25 +67,39 @@ def test_the_same_bits_come_from_run_to_run(name: str) -> None:
         assert torch.equal(*(encoder(SHAPES[name])(backend="triton", **tensors) for _ in range(2)))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_statistics_of_many_tiles_lose_nothing(offset: float) -> None:
-    """As many pixels as 4096 x 4096 are more tiles than the interpreter is patient with: 100,000 pixels in 16s."""
+def assert_statistics_lose_nothing(count: int, dim: int, batch: int, offset: float, device: str = "cpu") -> None:
+    """Raise an AssertionError unless normalisations from tiles of 16 pixels, joined first, are those of float64."""
     from anyup.kernels.pixel_encoder_statistics import plan_statistics
 
-    count, pixels, dim = 100_003, 16, 16
-    values = torch.randn(count, dim, generator=torch.Generator().manual_seed(0)) * 0.1 + offset
-    tiles = values.split(pixels)
-    parts = torch.stack(
-        [torch.stack((t.mean(0), (t - t.mean(0)).square().sum(0))) for t in (tile.double() for tile in tiles)]
-    )[None].float()
-    norm = torch.zeros(1, 3, dim)
-    weight, bias = torch.full((dim,), 2.0), torch.full((dim,), 0.5)
-    plan_statistics(parts, weight, bias, norm, count=count, pixels=pixels, eps=1e-5)()
-    center, scale, shift = norm[0].double()
-    exact = torch.nn.functional.group_norm(values.double().T[None], 8, weight.double(), bias.double())[0].T
+    pixels = 16
+    values = torch.randn(batch, count, dim, generator=torch.Generator().manual_seed(0)) * 0.1 + offset
+    tiles = [tile.double() for tile in values.split(pixels, dim=1)]
+    parts = [torch.stack((t.mean(1), (t - t.mean(1, keepdim=True)).square().sum(1)), dim=1) for t in tiles]
+    weight, bias, norm = torch.full((dim,), 2.0), torch.full((dim,), 0.5), torch.full((batch, 3, dim), torch.nan)
+    norm = norm.to(device)
+    launches = plan_statistics(
+        torch.stack(parts, dim=1).float().to(device), weight.to(device), bias.to(device), norm,
+        count=count, pixels=pixels, eps=1e-5,
+    )  # fmt: skip
+    assert len(launches) == 2  # tiles are joined first
+    for launch in launches:
+        launch()
+    center, scale, shift = norm.cpu().double()[:, :, None].unbind(1)
+    wide = values.double().transpose(1, 2)
+    exact = torch.nn.functional.group_norm(wide, 8, weight.double(), bias.double()).transpose(1, 2)
     found = (values.double() - center) * scale + shift
     # A tile's mean is rounded to float32.
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5 + offset * 1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_of_many_tiles_lose_nothing(offset: float) -> None:
+    """As many pixels as 4096 x 4096 are more tiles than the interpreter is patient with: 20,000 pixels in 16s."""
+    assert_statistics_lose_nothing(20_003, 16, 1, offset)
+
+
+def test_statistics_of_several_images_and_slices_of_channels_lose_nothing() -> None:
+    assert_statistics_lose_nothing(4_120, 64, 2, 10.0)
 
 
 def test_only_one_map_is_allocated_beside_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +162,35 @@ def test_the_whole_upsampler_runs_on_kernels(size: tuple[int, int] | None) -> No
         assert_close_enough(actual, reference, exact(image.double(), features.double(), size))
 
 
+@pytest.mark.parametrize(("filters", "encoders"), [(32, 2), (16, 1)])
+def test_the_blocks_of_the_keys_run_on_kernels_where_they_keep_their_width(
+    filters: int, encoders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anyup.kernels.launch import Launch
+
+    passes: list[Launch] = []
+
+    def launch(self: Launch, really: Any = Launch.__call__) -> None:
+        passes.extend([self] * ("HALVES" in self.constants))
+        really(self)
+
+    monkeypatch.setattr(Launch, "__call__", launch)
+    unified, joined = wave((1, filters, 4, 3), 3), wave((1, 64, 4, 3), 7)
+
+    def blocks(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        upsampler = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=filters, backend=backend), 0).to(dtype)
+        with torch.no_grad():
+            return [
+                upsampler._feature_keys(unified.to(dtype)),
+                upsampler._encode(upsampler.aggregation, joined.to(dtype)),
+            ]
+
+    found = blocks("triton")
+    assert len(passes) == 5 * encoders
+    for made in zip(found, blocks("reference"), blocks("reference", torch.float64), strict=True):
+        assert_close_enough(*made)
+
+
 def test_a_model_that_asks_for_kernels_trains() -> None:
     image, features = wave((1, 3, 6, 7), 3, 0.8), wave((1, 16, 3, 2), 7)
     upsampler = model(backend="triton")
@@ -166,6 +210,7 @@ MUTATIONS = {
         "passes", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], activated", "tl.where(True, activated",
     ),
     "tiles' means for the map's": ("statistics", "_pixel_encoder_statistics_kernel", "+ means * means * pixels", ""),
+    "joined tiles' means for the map's": ("statistics", "_pixel_encoder_join_kernel", "+ means * means * pixels", ""),
     "a centre forgotten": ("passes", "activated", "(x - center[None, :])", "x"),
 }  # fmt: skip
 
@@ -175,5 +220,7 @@ def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytes
     module, name, right, wrong = MUTATIONS[mutation]
     mutate(monkeypatch, f"pixel_encoder_{module}", name, right, wrong)
     shape = SHAPES["pooled to overlapping cells" if "cell" in mutation or "pixels" in mutation else "image"]
+    # As if the tiles of a small map were many.
+    monkeypatch.setattr(importlib.import_module("anyup.kernels.pixel_encoder_statistics"), "_MOST_TILES", 1)
     with pytest.raises(AssertionError, match="result: error"):
         assert_kernels_accurate(shape, tensors_of(shape))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that every operation takes."""
@@ -13,6 +15,15 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision is for storage: arithmetic is float32, or float64 where the caller's tensors are."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The tensors in a dtype, all of them at once: each conversion of its own would be a launch of a kernel."""
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    together = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

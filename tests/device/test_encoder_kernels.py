@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import assert_close_enough
 from test_pixel_encoder import Shape, encoder, parameters_of, tensors_of
+from test_pixel_encoder_kernels import assert_statistics_lose_nothing
 
 from anyup.ops.pixel_encoder import explain_backends
 
@@ -36,6 +37,11 @@ def test_the_encoder_obeys_the_error_rule(name: str, dtype: torch.dtype, launche
         reference = run(backend="reference", **{key: tensor.cpu() for key, tensor in tensors.items()})
         exact = run(backend="reference", **{key: tensor.cpu().double() for key, tensor in tensors.items()})
     assert_close_enough(actual.cpu(), reference, exact)
+
+
+def test_statistics_of_many_tiles_lose_nothing(launched: Counter[str]) -> None:
+    assert_statistics_lose_nothing(4_120, 64, 2, 10.0, "cuda")
+    assert launched.total() == 2
 
 
 def test_where_a_gradient_is_wanted_no_kernel_runs(launched: Counter[str]) -> None:

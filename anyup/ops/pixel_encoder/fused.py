@@ -141,7 +141,7 @@ class _Encoder:
         from anyup.kernels.pixel_encoder_statistics import plan_statistics
 
         batch, count = source.pixels.shape[:2]
-        norm = torch.zeros(batch, 3, padded(self._dim), dtype=torch.float32, device=self._device)
+        norm = torch.empty(batch, 3, padded(self._dim), dtype=torch.float32, device=self._device)
 
         def run(config: Any) -> None:
             parts = allocate_parts(batch, count, self._dim, config, self._device)
@@ -149,9 +149,10 @@ class _Encoder:
                 source, halves,
                 parts=parts, out=out, size=self._size, precision=dot_precision(), config=config,
             )()  # fmt: skip
-            plan_statistics(
+            for launch in plan_statistics(
                 parts, weight.contiguous(), bias.contiguous(), norm, count=count, pixels=config.pixels, eps=EPS
-            )()
+            ):
+                launch()
 
         self._run("measure", run, halves=len(halves), projects=source.projection is not None, stores=out is not None)
         return norm
