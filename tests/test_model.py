@@ -223,13 +223,19 @@ def test_a_forward_obeys_the_error_rule(
     assert_close_enough(*outs, name=str(dtype))
 
 
-@pytest.mark.parametrize("channels", [1, 7, 1538])
+@pytest.mark.parametrize("channels", [1, 7, 1537])
 def test_any_number_of_channels_obeys_the_error_rule(channels: int) -> None:
-    image, features = inputs((9, 8), (3, 2), channels)
+    """Over several inputs together: the unified features of six positions differ by little, which a normalisation
+    magnifies, roundings and all; which backend is the nearer one is a matter of luck."""
+    models = small(backend="torch"), small(backend="reference")
+    exact = small(backend="reference").double()
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 3, 9, 8), (1, channels, 3, 2)
+    drawn = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(48)]
     with torch.no_grad():
-        actual, reference = (small(backend=b)(image, features) for b in BACKENDS)
-        exact = small(backend="reference").double()(image.double(), features.double())
-    assert_close_enough(actual, reference, exact)
+        outs = [torch.cat([model(*pair) for pair in drawn]) for model in models]
+        outs.append(torch.cat([exact(image.double(), features.double()) for image, features in drawn]))
+    assert_close_enough(*outs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,7 +21,7 @@ from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles, on_one_thread
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.gradients import backward
+from anyup.ops.pixel_encoder.gradients import backward, dtype_of_work
 from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Part, Statistics, parts_of
@@ -44,6 +44,11 @@ def forward(
 ) -> Tensor:
     """(B, H, W, Cin) -> (B, *output_size, D)."""
     batch, height, width, _ = pixels.shape
+    wide = dtype_of_work(pixels.dtype, (height, width), pixels.device)
+    if wide not in (pixels.dtype, working_dtype(pixels.dtype)):
+        wider = parameters.to(wide)
+        angles = None if frequencies is None else frequencies.to(wide)
+        return forward(pixels.to(wide), wider, frequencies=angles, output_size=output_size).to(pixels.dtype)
     dim = parameters.block1.weight1.shape[0]
     pools = output_size != (height, width)
     shrinks = pools and output_size[0] <= height and output_size[1] <= width and frequencies is None

@@ -35,8 +35,8 @@ Source = Callable[[slice], Tensor]
 _FEW_PIXELS = 256
 """A map of at most as many is worked on in the accumulator's dtype.
 
-The gradient of a normalisation over few values is what is left of nearly equal terms, to the point where a group of two
-keeps a thousandth of its digits. On so small a map the wider arithmetic takes no time.
+A normalisation over few values, and more so its gradient, is what is left of nearly equal terms, to the point where a
+group of two keeps a thousandth of its digits. On so small a map the wider arithmetic takes no time.
 """
 
 
@@ -52,7 +52,7 @@ def backward(
     if not pixels.numel():
         return _zeros(pixels, parameters, frequencies)
     size = (pixels.shape[1], pixels.shape[2])
-    wide = _dtype_of_work(pixels.dtype, size, pixels.device)
+    wide = dtype_of_work(pixels.dtype, size, pixels.device)
     rotation = None if frequencies is None else Rotation(size, frequencies)
     spread = None if output_size == size else Spread(size, output_size, wide, pixels.device)
     grad_pixels = empty(tuple(pixels.shape), pixels)
@@ -81,7 +81,8 @@ def _zeros(
     return torch.zeros_like(pixels), EncoderParameters(projection, *blocks), grad_frequencies
 
 
-def _dtype_of_work(dtype: torch.dtype, size: tuple[int, int], device: torch.device) -> torch.dtype:
+def dtype_of_work(dtype: torch.dtype, size: tuple[int, int], device: torch.device) -> torch.dtype:
+    """What a map of that size is worked on in, forward and backward."""
     return accumulator_dtype(device) if size[0] * size[1] <= _FEW_PIXELS else working_dtype(dtype)
 
 

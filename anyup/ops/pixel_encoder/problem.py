@@ -22,6 +22,10 @@ class BlockParameters(NamedTuple):
     norm2_bias: Tensor  # (D,)
     weight2: Tensor  # (D, D)
 
+    def to(self, dtype: torch.dtype) -> BlockParameters:
+        """In a dtype."""
+        return BlockParameters(*(t.to(dtype) for t in self))
+
 
 class EncoderParameters(NamedTuple):
     """A first projection (None: the input has D channels already) and two residual blocks."""
@@ -29,6 +33,11 @@ class EncoderParameters(NamedTuple):
     projection: Tensor | None  # (D, Cin)
     block1: BlockParameters
     block2: BlockParameters
+
+    def to(self, dtype: torch.dtype) -> EncoderParameters:
+        """In a dtype."""
+        projection = None if self.projection is None else self.projection.to(dtype)
+        return EncoderParameters(projection, self.block1.to(dtype), self.block2.to(dtype))
 
 
 @dataclass(frozen=True)
