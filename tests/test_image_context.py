@@ -9,7 +9,7 @@ import torch
 from recipe import fill, wave
 from torch import Tensor, nn
 
-from anyup import AnyUp, with_head
+from anyup import AnyUp, layers, with_head
 from anyup.image_context import ImageContext
 from anyup.ops import pixel_encoder
 
@@ -23,15 +23,17 @@ def upsampler(**arguments: Any) -> AnyUp:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of channels of each map that goes through the pixel encoder."""
+    """The number of channels of each map of the image's size that goes through the pixel encoder."""
     runs = []
     encode = pixel_encoder.encode_pixels
 
     def counted(pixels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        runs.append(pixels.shape[3])
+        if pixels.shape[1:3] == IMAGE.shape[2:]:  # not one of a features' grid
+            runs.append(pixels.shape[3])
         return encode(pixels, *args, **kwargs)
 
-    monkeypatch.setattr(pixel_encoder, "encode_pixels", counted)
+    for module in (pixel_encoder, layers):
+        monkeypatch.setattr(module, "encode_pixels", counted)
     return runs
 
 
