@@ -7,7 +7,6 @@ pixel, run here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from anyup.gaussian_derivatives import gaussian_derivatives
 from anyup.ops.dispatch import Backend
 from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pixels
 from anyup.ops.pixel_encoder.problem import GROUPS, normalise
-from anyup.ops.precision import converted
 
 
 class ResBlock(nn.Module):
@@ -140,7 +138,8 @@ class Encoder(nn.Sequential):
     def parameters_for_op(self, dtype: torch.dtype) -> EncoderParameters:
         """The encoder's tensors in a dtype, as the pixel encoder takes them."""
         conv, block1, block2 = self._layers()
-        return blocks_for_op(block1, block2, dtype, conv.weight.flatten(1) if self.kernel_size == 1 else None)
+        projection = conv.weight.flatten(1) if self.kernel_size == 1 else None
+        return EncoderParameters(projection, block1.parameters_for_op(), block2.parameters_for_op()).to(dtype)
 
     def forward(
         self,
@@ -156,20 +155,6 @@ class Encoder(nn.Sequential):
     def _layers(self) -> tuple[BorderConv2d, ResBlock, ResBlock]:
         conv, block1, block2 = self
         return conv, block1, block2  # type: ignore[return-value]
-
-
-def blocks_for_op(
-    block1: ResBlock, block2: ResBlock, dtype: torch.dtype, projection: Tensor | None = None
-) -> EncoderParameters:
-    """Two blocks that keep their width, behind a projection (D, in) or none, as the pixel encoder takes them."""
-    blocks = (*block1.parameters_for_op(), *block2.parameters_for_op())
-    tensors: Sequence[Tensor] = converted(blocks if projection is None else (*blocks, projection), dtype)
-    half = len(BlockParameters._fields)
-    return EncoderParameters(
-        None if projection is None else tensors[-1],
-        BlockParameters(*tensors[:half]),
-        BlockParameters(*tensors[half : 2 * half]),
-    )
 
 
 class RoPE(nn.Module):

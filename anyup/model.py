@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, check_grids, weights_of
-from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, blocks_for_op
+from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
 from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
 from anyup.ops.precision import autocasts, without_autocast, working_dtype
@@ -384,9 +384,8 @@ class AnyUp(nn.Module):
         pixels = unified.permute(0, 2, 3, 1)
         if not block1.keeps_width:
             return block2(block1(pixels))
-        return pixel_encoder.encode_pixels(
-            pixels, blocks_for_op(block1, block2, pixels.dtype), backend=self._backends["pixel_encoder"]
-        )
+        blocks = pixel_encoder.EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())
+        return pixel_encoder.encode_pixels(pixels, blocks.to(pixels.dtype), backend=self._backends["pixel_encoder"])
 
     def _basis(self, dtype: torch.dtype) -> Tensor:
         unification = self.key_features_encoder[0]

@@ -45,7 +45,7 @@ def made(file: str, name: str, folder: Path = RESULTS) -> str:
         known, table = MODELLED[file]
         if name != known:
             raise ValueError(f"benchmarks: {file}/{name}: expected {file}/{known}")
-        return f"\n{table(stored.read_json(path, 'modelled rows'))}\n"
+        return f"\n{table(path)}\n"
     results = stored.read(path)
     if name in PHRASES:
         return PHRASES[name](results)
@@ -160,8 +160,9 @@ def _high_resolution(results: Results) -> str:
     return _table(header, lines)
 
 
-def _modelled(rows: Sequence[Row]) -> str:
+def _modelled(path: Path) -> str:
     """Modelled time over the floor of each kernel: the least and the most among the numbers of channels."""
+    rows = modelled.stored_rows(path) or []
     cases = (("bfloat16", "448 from 32"), ("bfloat16", "1024 from 64"), ("float32", "1024 from 64"))
     found = {case: modelled.ratios(rows, dtype=case[0], workloads=[case[1]]) for case in cases}
     columns = [(device, case) for device in ("A100 SXM 80GB", "H100 SXM") for case in cases]
@@ -174,8 +175,9 @@ def _modelled(rows: Sequence[Row]) -> str:
     return _table(header, lines)
 
 
-def _forward(rows: Sequence[Row]) -> str:
+def _forward(path: Path) -> str:
     """The modelled time of a whole forward on each device, and of its stages."""
+    rows: list[Row] = stored.read_json(path, "rows of benchmarks.codegen --model")
     stages = list(dict.fromkeys(row["stage"] for row in rows if row["level"] == "stage"))
     lines = []
     for whole in (row for row in rows if row["level"] == "sum"):
@@ -227,11 +229,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "machine": _machine,
 }
 
-MODELLED: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+MODELLED: dict[str, tuple[str, Callable[[Path], str]]] = {
     "codegen": ("modelled", _modelled),
     "model": ("forward", _forward),
 }
-"""Of files that hold rows alone: the name of their table."""
+"""Of files that hold rows alone: the name of their table, and what makes it."""
 
 PHRASES: dict[str, Callable[[Results], str]] = {
     "speed-up-448": functools.partial(_speed_up, "448 from 32"),

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from anyup import AnyUp, layers, with_head
 from anyup.image_context import ImageContext
-from anyup.ops import pixel_encoder
 
 IMAGE = wave((2, 3, 24, 20), 3, 0.8)
 MAPS = {(6, 5): wave((2, 12, 6, 5), 7), (4, 9): wave((2, 7, 4, 9), 8)}
@@ -25,15 +24,14 @@ def upsampler(**arguments: Any) -> AnyUp:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of channels of each map of the image's size that goes through the pixel encoder."""
     runs = []
-    encode = pixel_encoder.encode_pixels
+    encode = layers.encode_pixels
 
     def counted(pixels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if pixels.shape[1:3] == IMAGE.shape[2:]:  # not one of a features' grid
             runs.append(pixels.shape[3])
         return encode(pixels, *args, **kwargs)
 
-    for module in (pixel_encoder, layers):
-        monkeypatch.setattr(module, "encode_pixels", counted)
+    monkeypatch.setattr(layers, "encode_pixels", counted)
     return runs
 
 

@@ -25,19 +25,14 @@ below 2 %."""
 
 
 def known_maps(guidance: Tensor, cells: int, side: int, *key: Key) -> Tensor:
-    """Guidance images (B, 3, G, G), normalised, as maps of `side` pixels, and random fields drawn for the key:
-    (B, 3 + FIELDS, side, side), each of about zero mean and unit variance.
+    """A guidance image (3, G, G), normalised, as a map of `side` pixels, and random fields drawn for the key:
+    (3 + FIELDS, side, side), each of about zero mean and unit variance.
 
     A field is a smooth interpolation of independent normal numbers.
     """
-    colours = F.interpolate(guidance, (side, side), mode="bilinear", antialias=True)
+    colours = F.interpolate(guidance[None], (side, side), mode="bilinear", antialias=True)
     generator = torch.Generator().manual_seed(number("known maps", *key))
     across = max(1, round(cells / CELLS_PER_NODE))
-    nodes = torch.randn(len(guidance), FIELDS, across, across, generator=generator)
+    nodes = torch.randn(1, FIELDS, across, across, generator=generator)
     fields = F.interpolate(nodes, (side, side), mode="bicubic")
-    return torch.cat((colours, fields.to(colours)), 1)
-
-
-def place_error(carried: Tensor, known: Tensor) -> Tensor:
-    """Mean squared error of maps (B, K, H, W) against the known ones: (B,), in float32."""
-    return (carried.float() - known.float()).square().flatten(1).mean(1)
+    return torch.cat((colours, fields.to(colours)), 1)[0]

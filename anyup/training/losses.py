@@ -25,6 +25,11 @@ def normalised_error(prediction: Tensor, target: Tensor) -> Tensor:
     return ((prediction.float() - target) / span).square().flatten(1).mean(dim=1)
 
 
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error: (B, ..., C, H, W) -> (B,), in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
 def windows(upsampled: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
     """The windows (B, K, C, *size) of maps (B, C, H, W) whose first row and column are `places` (B, K, 2)."""
     height, width = size

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from anyup.model import AnyUp
 from anyup.training.config import Loss
-from anyup.training.known_maps import place_error
-from anyup.training.losses import cosine_loss, normalised_error, windows
+from anyup.training.losses import cosine_loss, normalised_error, squared_error, windows
 from anyup.training.samples import Batch
 
 
@@ -29,24 +28,24 @@ class Objective(nn.Module):
         }
         self.names = (*(name for name, weight in terms.items() if weight), "loss")
 
-    def forward(self, batch: Batch, samples: float, augmented: float) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, images: float, augmented: float) -> dict[str, Tensor]:
         """The terms of the loss of a batch, weighted, and their sum under "loss".
 
-        `samples` and `augmented` are what the sums over the batch's samples are divided by: the numbers of the whole
+        `images` and `augmented` are what the sums over the batch's images are divided by: the numbers of the whole
         step, where a batch is a part of it.
         """
         loss = self.loss
         out, carried = self._upsample(batch)
         near = windows(out, batch.places, (batch.targets.shape[3], batch.targets.shape[4]))
         terms = {
-            "cosine": loss.cosine * cosine_loss(near, batch.targets).sum() / samples,
-            "mse": loss.mse * normalised_error(near, batch.targets).sum() / samples,
+            "cosine": loss.cosine * cosine_loss(near, batch.targets).sum() / images,
+            "mse": loss.mse * normalised_error(near, batch.targets).sum() / images,
         }
         if loss.input_consistency:
             small = F.adaptive_avg_pool2d(out, (batch.low.shape[2], batch.low.shape[3]))
-            terms["input"] = loss.input_consistency * self._distance(small, batch.low).sum() / samples
+            terms["input"] = loss.input_consistency * self._distance(small, batch.low).sum() / images
         if loss.place:
-            terms["place"] = loss.place * place_error(carried, batch.known).sum() / samples
+            terms["place"] = loss.place * squared_error(carried, batch.known).sum() / images
         if loss.self_consistency and len(batch.augmented):
             count = len(batch.augmented)
             clean = self._clean(out, batch, count)

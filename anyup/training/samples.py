@@ -76,6 +76,11 @@ class Step:
     known: bool = False  # whether maps known at every pixel are carried too
     tiles: int = 1  # samples that are joined into one image
 
+    @property
+    def images(self) -> list[tuple[Sample, ...]]:
+        """The samples of each image."""
+        return [self.samples[first : first + self.tiles] for first in range(0, len(self.samples), self.tiles)]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -204,11 +209,8 @@ def _known(step: Step, samples: Sequence[Sample], guidance: Tensor, cells: int, 
     """The maps of the samples that are known at every pixel, each sample's drawn for its number."""
     if not step.known:
         return guidance.new_empty(len(guidance), 0, side, side)
-    return torch.cat(
-        [
-            known_maps(image[None], cells, side, seed, sample.number)
-            for image, sample in zip(guidance, samples, strict=True)
-        ]
+    return torch.stack(
+        [known_maps(image, cells, side, seed, sample.number) for image, sample in zip(guidance, samples, strict=True)]
     )
 
 

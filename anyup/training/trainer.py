@@ -72,8 +72,8 @@ class Trainer:
         engine = self.engine
         step, batches = self._take()
         # A sum over a process's images, divided by these, has the whole step's mean as its mean over the processes.
-        whole = len(step.samples) / step.tiles / engine.world
-        augmented = sum(sample.augmented for sample in step.samples) / step.tiles / engine.world
+        whole = len(step.images) / engine.world
+        augmented = sum(image[0].augmented for image in step.images) / engine.world
         self._optimizer.zero_grad(set_to_none=True)
         # A process that has nothing to augment has the term all the same.
         sums = dict.fromkeys(self._terms, 0.0)
@@ -99,8 +99,7 @@ class Trainer:
     def _make(self, number: int, first_sample: int) -> tuple[Step, list[Batch]]:
         settings, engine = self.settings, self.engine
         step = samples.plan(settings, self.source, len(self.paths), number, first_sample)
-        images = [step.samples[first : first + step.tiles] for first in range(0, len(step.samples), step.tiles)]
-        mine = [sample for image in images[engine.rank :: engine.world] for sample in image]
+        mine = [sample for image in step.images[engine.rank :: engine.world] for sample in image]
         size = settings.optimizer.micro_batch or len(mine)
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
         return step, [samples.assemble(step, part, self.source, self.paths, settings.seed) for part in parts]

@@ -45,10 +45,10 @@ def forward(
     """(B, H, W, Cin) -> (B, *output_size, D)."""
     batch, height, width, _ = pixels.shape
     wide = dtype_of_work(pixels.dtype, (height, width), pixels.device)
-    if wide not in (pixels.dtype, working_dtype(pixels.dtype)):
-        wider = parameters.to(wide)
+    if wide != working_dtype(pixels.dtype):
         angles = None if frequencies is None else frequencies.to(wide)
-        return forward(pixels.to(wide), wider, frequencies=angles, output_size=output_size).to(pixels.dtype)
+        out = forward(pixels.to(wide), parameters.to(wide), frequencies=angles, output_size=output_size)
+        return out.to(pixels.dtype)
     dim = parameters.block1.weight1.shape[0]
     pools = output_size != (height, width)
     shrinks = pools and output_size[0] <= height and output_size[1] <= width and frequencies is None

@@ -56,8 +56,9 @@ def backward(
     rotation = None if frequencies is None else Rotation(size, frequencies)
     spread = None if output_size == size else Spread(size, output_size, wide, pixels.device)
     grad_pixels = empty(tuple(pixels.shape), pixels)
+    wider = parameters.to(wide)
     found = [
-        _Image(image.flatten(0, 1), parameters, size, wide).backward(g, rotation, spread, result.flatten(0, 1))
+        _Image(image.flatten(0, 1), wider, size, wide).backward(g, rotation, spread, result.flatten(0, 1))
         for g, image, result in zip(grad, pixels, grad_pixels, strict=True)
     ]
     projections, blocks, rotations = zip(*found, strict=True)
@@ -214,9 +215,9 @@ class _Image:
         self._dtype = dtype
         self._size = size
         projection, block1, block2 = parameters
-        self._projection = None if projection is None else projection.to(self._dtype)
+        self._projection = projection
         halves = (block1[:3], block1[3:], block2[:3], block2[3:])
-        self._halves = [_HalfBlock(*(t.to(self._dtype) for t in half)) for half in halves]
+        self._halves = [_HalfBlock(*half) for half in halves]
         self._dim = block1.weight1.shape[0]
         first = self._first_map()
         norm1 = self._norm(0, self._map(lambda tile: parts_of(first(tile))))

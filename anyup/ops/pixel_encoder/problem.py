@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anyup.ops.precision import converted
+
 GROUPS = 8
 EPS = 1e-5
 
@@ -22,10 +24,6 @@ class BlockParameters(NamedTuple):
     norm2_bias: Tensor  # (D,)
     weight2: Tensor  # (D, D)
 
-    def to(self, dtype: torch.dtype) -> BlockParameters:
-        """In a dtype."""
-        return BlockParameters(*(t.to(dtype) for t in self))
-
 
 class EncoderParameters(NamedTuple):
     """A first projection (None: the input has D channels already) and two residual blocks."""
@@ -35,9 +33,15 @@ class EncoderParameters(NamedTuple):
     block2: BlockParameters
 
     def to(self, dtype: torch.dtype) -> EncoderParameters:
-        """In a dtype."""
-        projection = None if self.projection is None else self.projection.to(dtype)
-        return EncoderParameters(projection, self.block1.to(dtype), self.block2.to(dtype))
+        """In a dtype, all of them converted at once."""
+        projections = () if self.projection is None else (self.projection,)
+        tensors = converted((*self.block1, *self.block2, *projections), dtype)
+        half = len(BlockParameters._fields)
+        return EncoderParameters(
+            tensors[-1] if projections else None,
+            BlockParameters(*tensors[:half]),
+            BlockParameters(*tensors[half : 2 * half]),
+        )
 
 
 @dataclass(frozen=True)
