@@ -28,7 +28,7 @@ from anyup.ops.pixel_encoder import (
 )
 from anyup.ops.pixel_encoder.gradients import Spread
 from anyup.ops.pixel_encoder.rotary import Rotation
-from anyup.ops.pixel_encoder.statistics import Affine, Statistics, parts_of
+from anyup.ops.pixel_encoder.statistics import Affine, Parts, Statistics
 from anyup.ops.pixel_encoder.thin import ThinProjection
 
 BACKENDS = ("torch", "reference")
@@ -235,15 +235,23 @@ def test_bands_with_merged_statistics_are_the_whole_map(inputs: int | None, dtyp
     assert_close_enough(out, run(backend="reference", **tensors), run(backend="reference", **wide))
 
 
+def statistics_of(*tiles: Tensor) -> Statistics:
+    parts = Parts(len(tiles), tiles[0].shape[1], tiles[0].dtype, tiles[0].device)
+    for index, tile in enumerate(tiles):
+        parts.take(index, tile)
+    return parts.statistics()
+
+
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_statistics_are_those_of_all_pixels(offset: float) -> None:
     pixels = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)) + offset
     expected_variance, expected_mean = torch.var_mean(pixels.double(), dim=0, correction=0)
-    parts = [parts_of(some) for some in pixels.split([1, 399, 600])]
-    bands = [Statistics.of(part, 16) for part in parts]
+    tiles = pixels.split([1, 399, 600])
+    bands = [statistics_of(tile) for tile in tiles]
     for statistics in (
-        Statistics.of(parts_of(pixels), 16),
-        Statistics.of([*parts[2], *parts[0], *parts[1]], 16),
+        statistics_of(pixels),
+        statistics_of(tiles[2], tiles[0], tiles[1]),
+        statistics_of(*pixels.split(3)),
         Statistics.merge(bands),
         Statistics.merge(bands[::-1]),
     ):
@@ -257,7 +265,7 @@ def test_statistics_are_those_of_all_pixels(offset: float) -> None:
 def test_statistics_of_a_projection_are_those_of_the_projected_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     pixels, weight = torch.randn(500, 3, generator=generator) + 30, torch.randn(16, 3, generator=generator)
-    expected = Statistics.of(parts_of(pixels.double() @ weight.double().T), 16)
+    expected = statistics_of(pixels.double() @ weight.double().T)
     thin = ThinProjection(pixels, weight, torch.float32)
     actual = thin.statistics([thin.moments(slice(0, 123)), thin.moments(slice(123, 500))])
     torch.testing.assert_close(actual.mean, expected.mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from accuracy import assert_close_enough
 from recipe import ATTENTION_SHAPES, INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors
 from torch import Tensor
 
-from anyup.ops import window_attention
+from anyup.ops import linear, window_attention
 from anyup.ops.window_attention import eager, reference
-from anyup.window import RatioWindow
+from anyup.window import RatioWindow, make_window
 
 
 @pytest.fixture(params=["torch", "reference", pytest.param("triton", marks=INTERPRETED)])
@@ -157,3 +158,26 @@ def test_each_image_of_a_batch_is_on_its_own(backend: str) -> None:
         alone = {name: t[n : n + 1] for name, t in tensors.items()}
         out = window_attention(**alone, window=shape.window, backend=backend)
         torch.testing.assert_close(out[0], both[n], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("through_convolution", [True, False])
+@pytest.mark.parametrize("name", ["several tiles", "odd scale", "cell"])
+def test_products_by_either_library_give_the_same(
+    name: str, through_convolution: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_convolution_is_faster", lambda: through_convolution)
+    shape = ATTENTION_SHAPES[name]
+    tensors = attention_tensors(shape)
+    wide = {key: tensor.double() for key, tensor in tensors.items()}
+    run = partial(window_attention, window=shape.window)
+    expected = run(**tensors, backend="reference")
+    assert_close_enough(run(**tensors, backend="torch"), expected, run(**wide, backend="reference"))
+
+
+def test_rectangles_of_large_windows_are_flat() -> None:
+    window = make_window("ratio", 0.1)
+    rows = partial(eager._most_rows, window, heads=4, longest=32)
+    assert rows((448, 448), (32, 32), device_type="cpu") == 32
+    assert 8 < rows((2048, 2048), (128, 128), device_type="cpu") < 32
+    assert rows((4096, 4096), (256, 256), device_type="cpu") == 8
+    assert rows((4096, 4096), (256, 256), device_type="cuda") == 32

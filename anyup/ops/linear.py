@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -51,11 +52,19 @@ def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
     return parts.sum(dim=0).addmm_(left[whole:].T, right[whole:])
 
 
-def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x[:, g] @ weight[g] for each group g: contiguous (n, G, K) pixels and (G, K, N) weights to (n, G, N)."""
+def grouped_product(
+    x: Tensor, weight: Tensor, empty: Callable[[tuple[int, ...], Tensor], Tensor] | None = None
+) -> Tensor:
+    """x[:, g] @ weight[g] for each group g: contiguous (n, G, K) pixels and (G, K, N) weights to (n, G, N).
+
+    The result lies in memory pixel by pixel or group by group. `empty` makes the memory for it of a shape and a tensor
+    like it, where the library takes any.
+    """
     pixels, groups, width = x.shape
     if not _goes_through_convolution(x):
-        return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+        shape = groups, pixels, weight.shape[2]
+        out = x.new_empty(shape) if empty is None else empty(shape, x)
+        return torch.bmm(x.transpose(0, 1), weight, out=out).transpose(0, 1)
     # As above; the transposed convolution takes its weights as they lie here.
     image = x.view(1, 1, pixels, groups * width).permute(0, 3, 1, 2)
     result = F.conv_transpose2d(image, weight.reshape(groups * width, -1, 1, 1), groups=groups, dilation=2)

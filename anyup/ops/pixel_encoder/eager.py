@@ -19,14 +19,14 @@ from torch import Tensor
 
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
-from anyup.ops.parallel import map_tiles, on_one_thread
+from anyup.ops.parallel import map_tiles
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.gradients import backward, dtype_of_work
 from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
-from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Part, Statistics, parts_of
+from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection
-from anyup.ops.pixel_encoder.tiles import map_pixels
+from anyup.ops.pixel_encoder.tiles import map_pixels, measured
 from anyup.ops.precision import working_dtype
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -139,12 +139,12 @@ class Band:
         branch, thin = self._branch, self._thin if step == 1 else None
         normalised = None if thin is None else thin.normalised(norm)
 
-        def go(tile: slice) -> list[Part]:
+        def go(tile: slice) -> Tensor:
             if thin is not None and normalised is not None:
                 activated = F.silu(thin.project(tile, normalised), inplace=True)
             else:
                 activated = _activate(self._trunk[tile].to(self.work_dtype), norm)
-            return self._parts(branch[tile].copy_(linear(activated, weight)))
+            return branch[tile].copy_(linear(activated, weight))
 
         return self._statistics(go)
 
@@ -207,12 +207,12 @@ class Band:
             return self._thin.statistics(self._map(self._thin.moments)) if self._measures else None
         projection = self._parameters.projection
 
-        def go(tile: slice) -> list[Part]:
+        def go(tile: slice) -> Tensor:
             result = self._pixels[tile].to(self.work_dtype)
             if projection is not None:
                 result = linear(result, projection.to(self.work_dtype))
             self._trunk[tile] = result
-            return self._parts(result)
+            return result
 
         return self._statistics(go)
 
@@ -223,26 +223,21 @@ class Band:
         branch, trunk, thin = self._branch, self._trunk, self._thin
         bias = None if thin is None else thin.offset
 
-        def go(tile: slice) -> list[Part]:
+        def go(tile: slice) -> Tensor:
             result = linear(_activate(branch[tile].to(self.work_dtype), norm), weight, bias)
             if thin is None:
-                stored = torch.add(result, trunk[tile], out=trunk[tile])
-            else:
-                stored = trunk[tile].copy_(thin.add(tile, result))
-            return self._parts(stored)
+                return torch.add(result, trunk[tile], out=trunk[tile])
+            return trunk[tile].copy_(thin.add(tile, result))
 
         return self._statistics(go)
 
-    def _parts(self, stored: Tensor) -> list[Part]:
-        return parts_of(stored.to(self.work_dtype)) if self._measures else []
-
-    def _statistics(self, function: Callable[[slice], list[Part]]) -> Statistics | None:
-        """Of the parts that the function returns for each tile."""
-        parts = [part for tile in self._map(function, SUBSETS) for part in tile]
-        if not parts:
+    def _statistics(self, store: Callable[[slice], Tensor]) -> Statistics | None:
+        """Of what is stored for each tile, as it is returned."""
+        if not self._measures:
+            self._map(store)
             return None
-        with on_one_thread():
-            return Statistics.of(parts, self._dim)
+        shape = self._count, self._dim
+        return measured(lambda tile: store(tile).to(self.work_dtype), shape, self.work_dtype, self._device, SUBSETS)
 
     def _map(self, function: Callable[[slice], Result], multiple: int = 1) -> list[Result]:
         """The function's result for each tile, in order."""

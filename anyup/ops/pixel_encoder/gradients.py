@@ -23,9 +23,9 @@ from anyup.ops.parallel import on_one_thread
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
-from anyup.ops.pixel_encoder.statistics import Part, Statistics, parts_of
+from anyup.ops.pixel_encoder.statistics import Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
-from anyup.ops.pixel_encoder.tiles import map_pixels
+from anyup.ops.pixel_encoder.tiles import map_pixels, measured
 from anyup.ops.precision import accumulator_dtype, working_dtype
 
 Result = TypeVar("Result")
@@ -220,7 +220,7 @@ class _Image:
         self._halves = [_HalfBlock(*half) for half in halves]
         self._dim = block1.weight1.shape[0]
         first = self._first_map()
-        norm1 = self._norm(0, self._map(lambda tile: parts_of(first(tile))))
+        norm1 = self._norm(0, first)
         map1, norm2 = self._next(1, first, norm1)
         map2, norm3 = self._next(2, map1, norm2, residual=first)
         map3, norm4 = self._next(3, map2, norm3)
@@ -311,18 +311,20 @@ class _Image:
         """The map behind the half block of that number, and its norm."""
         weight, stored = self._halves[index - 1].weight, self._empty()
 
-        def go(tile: slice) -> list[Part]:
+        def go(tile: slice) -> Tensor:
             made = linear(norm.activated(source(tile)), weight)
             if residual is not None:
                 made += residual(tile)
             stored[tile] = made
-            return parts_of(made)
+            return made
 
-        return (lambda tile: stored[tile]), self._norm(index, self._map(go))
+        return (lambda tile: stored[tile]), self._norm(index, go)
 
-    def _norm(self, index: int, parts: Sequence[Sequence[Part]]) -> _Norm:
+    def _norm(self, index: int, source: Source) -> _Norm:
+        """Of the map that it takes."""
+        pixels = self._pixels
+        statistics = measured(source, (pixels.shape[0], self._dim), self._dtype, pixels.device, self._size[1])
         with on_one_thread():
-            statistics = Statistics.of([part for tile in parts for part in tile], self._dim)
             return _Norm.of(statistics, self._halves[index], self._dtype)
 
     def _half(self, index: int, incoming: Source, stored: Tensor) -> tuple[_Pending, _Gradients]:

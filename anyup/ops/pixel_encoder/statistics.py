@@ -14,35 +14,59 @@ from anyup.ops.precision import accumulator_dtype
 SUBSETS = 16
 """Pixels of a tile that are no multiple of this take one more pass."""
 
+_SETS = SUBSETS + 1
+_TILES_AT_ONCE = 256  # whose sets are widened
+
 # Means of up to so many deviations lose nothing that matters when scale and shift are applied at once.
 _LARGEST_OFFSET = 4.0
 
 
-@dataclass(frozen=True)
-class Part:
-    """Mean and variance of each channel over each of some sets of `count` pixels: (sets * D,), as torch returns them.
+class Parts:
+    """Mean and variance of each channel over each of some sets of pixels, several sets for each tile.
 
-    What a tile hands over. Making statistics of it takes many small operations, for which worker threads would wait
-    for each other at Python's interpreter lock: it is done once for all tiles.
+    Tiles leave them in one block of memory: small tensors that live until the last tile would lie between the buffers
+    of one tile and the next, and cut up what the allocator could use again. And they leave no more than this: making
+    statistics of it takes many small operations, for which worker threads would wait for each other at Python's
+    interpreter lock. It is done once for all tiles.
+
+    Args:
+        tiles: how many there will be.
+        dim: channels.
+        dtype: of the pixels, float32 or float64.
+        device: where they are.
     """
 
-    count: int
-    means: Tensor
-    variances: Tensor
+    def __init__(self, tiles: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Zeros, because a set of no pixels counts with a weight of zero.
+        self._means, self._variances = torch.zeros(2, tiles, _SETS, dim, dtype=dtype, device=device)
+        self._counts = [[0] * _SETS for _ in range(tiles)]
 
+    def take(self, tile: int, pixels: Tensor) -> None:
+        """Of a tile's (n, D) contiguous pixels, by two passes over them: no cancellation."""
+        count, dim = pixels.shape
+        means, variances, counts = self._means[tile], self._variances[tile], self._counts[tile]
+        even = count - count % SUBSETS if pixels.device.type == "cpu" else 0
+        if even:
+            # var_mean over the first dimension is not vectorised on a CPU. This is, but sums one value after the
+            # other, so that its error grows with their number: take interleaved subsets as if they were channels.
+            image = pixels[:even].view(1, 1, even // SUBSETS, SUBSETS * dim).permute(0, 3, 1, 2)
+            mean, variance = torch.ops.aten.batch_norm_update_stats(image, None, None, 0.0)
+            means[:SUBSETS], variances[:SUBSETS] = mean.view(SUBSETS, dim), variance.view(SUBSETS, dim)
+            counts[:SUBSETS] = [even // SUBSETS] * SUBSETS
+        if even < count:
+            variances[SUBSETS], means[SUBSETS] = torch.var_mean(pixels[even:], dim=0, correction=0)
+            counts[SUBSETS] = count - even
 
-def parts_of(pixels: Tensor) -> list[Part]:
-    """The parts of (n, D) contiguous float32 or float64 pixels, by two passes over them: no cancellation."""
-    count, dim = pixels.shape
-    even = count - count % SUBSETS
-    if pixels.device.type != "cpu" or not even:
-        variance, mean = torch.var_mean(pixels, dim=0, correction=0)
-        return [Part(count, mean, variance)]
-    # var_mean over the first dimension is not vectorised on a CPU. This is, but sums one value after the other, so
-    # that its error grows with their number: take interleaved subsets as if they were channels.
-    image = pixels[:even].view(1, 1, even // SUBSETS, SUBSETS * dim).permute(0, 3, 1, 2)
-    parts = [Part(even // SUBSETS, *torch.ops.aten.batch_norm_update_stats(image, None, None, 0.0))]
-    return parts if even == count else parts + parts_of(pixels[even:])
+    def statistics(self) -> Statistics:
+        """Of all pixels together."""
+        some = range(0, len(self._counts), _TILES_AT_ONCE)
+        return Statistics.merge([self._of(slice(first, first + _TILES_AT_ONCE)) for first in some])
+
+    def _of(self, tiles: slice) -> Statistics:
+        wide = accumulator_dtype(self._means.device)
+        means, variances = (t[tiles].to(wide).flatten(0, 1) for t in (self._means, self._variances))
+        counts = [count for tile in self._counts[tiles] for count in tile]
+        return Statistics._merge(counts, means, variances.mul_(_column(counts, variances)))
 
 
 @dataclass(frozen=True)
@@ -55,15 +79,6 @@ class Statistics:
     count: int
     mean: Tensor
     deviation: Tensor
-
-    @staticmethod
-    def of(parts: Sequence[Part], dim: int) -> Statistics:
-        """The statistics of all pixels of the parts together."""
-        wide = accumulator_dtype(parts[0].means.device)
-        means = torch.cat([part.means for part in parts]).to(wide).view(-1, dim)
-        variances = torch.cat([part.variances for part in parts]).to(wide).view(-1, dim)
-        counts = [part.count for part in parts for _ in range(part.means.numel() // dim)]
-        return Statistics._merge(counts, means, variances * _column(counts, variances))
 
     def of_groups(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of each group of neighbouring channels: (groups, 1)."""

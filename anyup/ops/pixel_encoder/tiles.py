@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.parallel import cut, map_tiles, on_one_thread
+from anyup.ops.pixel_encoder.statistics import Parts, Statistics
 
 Result = TypeVar("Result")
 
@@ -21,5 +23,25 @@ def map_pixels(
     function: Callable[[slice], Result], count: int, device: torch.device, multiple: int = 1
 ) -> list[Result]:
     """The function's result for each tile of `count` pixels, in order; all but the last are some `multiple` long."""
+    return map_tiles(function, _tiles(count, device, multiple), device)
+
+
+def measured(
+    function: Callable[[slice], Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    multiple: int = 1,
+) -> Statistics:
+    """The statistics of the pixels (n, D), in that dtype, that the function returns for each tile; `shape` is all's."""
+    count, dim = shape
+    tiles = _tiles(count, device, multiple)
+    parts = Parts(len(tiles), dim, dtype, device)
+    map_tiles(lambda index: parts.take(index, function(tiles[index])), range(len(tiles)), device)
+    with on_one_thread():
+        return parts.statistics()
+
+
+def _tiles(count: int, device: torch.device, multiple: int) -> list[slice]:
     most = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
-    return map_tiles(function, cut(count, most, device, multiple), device)
+    return cut(count, most, device, multiple)

@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
 from anyup.ops.window_attention.segments import Segments, cut_axis
-from anyup.window import Part, Window
+from anyup.window import Part, Window, axis_bounds
 
 # Values in the largest buffer of a batch: on a CPU what stays in its caches, elsewhere enough work for a launch.
 _BUDGET = {"cpu": 2**19}
@@ -32,6 +32,10 @@ _BUDGET_ELSEWHERE = 2**25
 _LONGEST_SEGMENT = 32
 # The gradients of keys and values sum over a rectangle's pixels in float32, and over rectangles in float64.
 _LONGEST_SEGMENT_BACKWARD = 16
+
+# What a CPU's rectangle holds where its windows are large: less makes too little of the keys that it copies.
+_MOST_LOGITS = 2**21
+_FEWEST_ROWS = 8
 
 # Keys beyond this may overflow in a product with a query.
 _SAFE_KEY = 2.0**60
@@ -67,10 +71,11 @@ def forward(
 
         def attend(part: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
             logits = part.logits(query[image], keys, scale, scratch)
-            weights = torch.softmax(logits, dim=-1, out=scratch.take("weights", logits.shape, logits))
+            weights = _softmax(logits, scratch)
             mean = scratch.take("mean", (part.pixels, part.count, part.keys), weights)
             torch.mean(weights, dim=2, out=mean)
-            part.put_pixels(out[image], grouped_product(mean.to(values.dtype), part.take_keys(values)).transpose(0, 1))
+            mean, near = mean.to(values.dtype), part.take_keys(values)
+            part.put_pixels(out[image], grouped_product(mean, near, partial(scratch.take, "update")).transpose(0, 1))
             if save_lse:
                 part.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(0, 1))
 
@@ -94,13 +99,15 @@ def scratch_bytes(
     heads, dim, channels = shape
     budget = _BUDGET.get(device_type, _BUDGET_ELSEWHERE)
     most = 0
-    for row in cut_axis(window, output_size[0], grid[0], min(rows, _LONGEST_SEGMENT)):
+    most_rows = _most_rows(window, output_size, grid, heads, _LONGEST_SEGMENT, device_type)
+    for row in cut_axis(window, output_size[0], grid[0], min(rows, most_rows)):
         for column in cut_axis(window, output_size[1], grid[1], _LONGEST_SEGMENT):
             pixels, keys = row.length * column.length, row.keys * column.keys
             count = min(max(1, budget // (pixels * max(heads * keys, channels))), column.count)
             biased = row.bias is not None or column.bias is not None
-            kept = (2 * heads + 1) * pixels * keys + dim * pixels  # logits, weights, their mean, and queries
-            passing = max(biased * pixels * keys + 2 * dim * keys, channels * (keys + pixels))
+            # Logits, weights, their mean, queries, and the result.
+            kept = (2 * heads + 1) * pixels * keys + (dim + channels) * pixels
+            passing = max(biased * pixels * keys + 2 * dim * keys, channels * keys)
             most = max(most, count * (kept + passing))
     return 4 * most
 
@@ -202,7 +209,8 @@ class _Batch:
         pixels = self.take_pixels(query).transpose(0, 1)  # (pixels, count, heads, d)
         queries = scratch.take("queries", pixels.shape, keys).copy_(pixels)
         near = self.take_keys(keys).permute(0, 2, 3, 1).contiguous()  # (count, heads, d, keys)
-        logits = grouped_product(queries.flatten(1, 2), near.flatten(0, 1)).view(*queries.shape[:3], self.keys)
+        logits = grouped_product(queries.flatten(1, 2), near.flatten(0, 1), partial(scratch.take, "logits"))
+        logits = logits.unflatten(1, (self.count, -1))
         bias = self._bias()
         if bias is None:
             return logits.mul_(scale)
@@ -239,9 +247,13 @@ def _batches(
     # logits. On other devices it is about the same, and asking would wait for the device. (A NaN is not <= anything.)
     finite = keys.device.type == "cpu" and bool(keys.abs().max() <= _SAFE_KEY)
     top, left, full_height, full_width = part or (0, 0, height, width)
+    most_rows = _most_rows(window, (full_height, full_width), (h, w), heads, longest, keys.device.type)
     row_classes, column_classes = (
-        [s.to(keys.device, keys.dtype) for s in cut_axis(window, queries, number, longest, first, total)]
-        for queries, number, first, total in ((height, h, top, full_height), (width, w, left, full_width))
+        [s.to(keys.device, keys.dtype) for s in cut_axis(window, queries, number, most, first, total)]
+        for queries, number, first, total, most in (
+            (height, h, top, full_height, most_rows),
+            (width, w, left, full_width, longest),
+        )
     )
     for row_class in row_classes:
         for rows in row_class.split(1):
@@ -254,10 +266,32 @@ def _batches(
                     yield _Batch(rows, columns, finite)
 
 
+@lru_cache(maxsize=256)
+def _most_rows(
+    window: Window, output_size: tuple[int, int], grid: tuple[int, int], heads: int, longest: int, device_type: str
+) -> int:
+    """Rows of a rectangle as wide as `longest`: fewer where windows are so large that its logits would fill memory."""
+    if device_type != "cpu":
+        return longest
+    keys = 1
+    for queries, number in zip(output_size, grid, strict=True):
+        start, stop = axis_bounds(window, queries, number)
+        keys *= max(last - first for first, last in zip(start, stop, strict=True))
+    return min(longest, max(_FEWEST_ROWS, _MOST_LOGITS // (heads * keys * longest)))
+
+
 def _grids(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """One image's keys (w, h, heads, d) and values (w, h, C), in the dtypes worked in."""
     keys, values = (t.transpose(0, 1).to(working_dtype(t.dtype)).contiguous() for t in (key, value))
     return keys, values
+
+
+def _softmax(logits: Tensor, scratch: _Scratch) -> Tensor:
+    """Over the last dimension, and stored as the logits are: in any other order they would be copied first."""
+    order = sorted(range(logits.dim()), key=logits.stride, reverse=True)
+    stored = logits.permute(order)
+    weights = torch.softmax(stored, dim=-1, out=scratch.take("weights", tuple(stored.shape), stored))
+    return weights.permute([order.index(dim) for dim in range(logits.dim())])
 
 
 class _Scratch(threading.local):
