@@ -493,7 +493,7 @@ def _banded(task: Task, bands: Bands, limit: int | None) -> Plan:
     scratch = 4 * _tile_bytes(task, bands.rows * width) + bands.rows * width * task.input_dim * 8
     rest = kept < 1
     alone = always + row * bands.kept + (rest + 1) * band + scratch
-    pooling = 2 * _pixels(task.grid) * task.dim * working_dtype(task.dtype).itemsize
+    pooling = 3 * _pixels(task.grid) * task.dim * working_dtype(task.dtype).itemsize  # two sums, and what they make
     made = task.batch * image
     stages: list[Stage] = []
     if task.context != "all":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from accuracy import (
 from test_window_attention import LargestTensor
 from torch import Tensor
 
+from anyup.ops.linear import linear
 from anyup.ops.pixel_encoder import (
     BlockParameters,
     EncoderParameters,
@@ -205,6 +207,32 @@ def test_random_shapes_obey_the_error_rule(count: int) -> None:
             assert_backend_accurate_over_draws(encoder(shape), partial(draw, shape, dtype, seed))
         except AssertionError as error:
             raise AssertionError(f"{shape}, {dtype}, seed {seed}") from error
+
+
+@pytest.mark.parametrize("measures", [True, False])
+@pytest.mark.parametrize("inputs", [3, 24])
+def test_nothing_that_a_tile_makes_outlives_it(
+    inputs: int, measures: bool, monkeypatch: pytest.MonkeyPatch, threads: None
+) -> None:
+    torch.set_num_threads(1)
+    tensors = tensors_of(Shape((100, 250), inputs=inputs))
+    pixels, parameters = tensors["pixels"][0].flatten(0, 1), parameters_of(tensors)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def noted(*given: Any) -> Tensor:
+        result = linear(*given)
+        made.append(weakref.ref(result))
+        alive.append(sum(each() is not None for each in made))
+        return result
+
+    monkeypatch.setattr(eager, "linear", noted)
+    norm = Affine(torch.ones(16), torch.zeros(16), None)
+    band = eager.Band(pixels, parameters)
+    for step in range(4):
+        (band.advance if measures else band.pass_on)(norm if step else None)
+    band.finish(norm)
+    assert len(alive) > 20 and max(alive) <= 2
 
 
 @pytest.mark.parametrize("threads_now", [1, 2, 5])

@@ -70,13 +70,13 @@ class Cells:
             return gathered
         number = self.sizes(dtype, device)[:, None]
         total = self.total(dtype, device)
-        return lambda rows: total(rows) / (number * rows.shape[0])
+        return lambda rows: total(rows.sum(dim=0)) / (number * rows.shape[0])
 
     def total(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """What takes rows (r, pixels, D) to their sum over all rows and over each cell of columns: (cells, D)."""
-        # Row sums and a product with the cells' indicator: adaptive pooling's own kernel does not vectorise on a CPU.
+        """What takes a row, or the sum of several, (pixels, D) to the sums over its cells: (cells, D)."""
+        # A product with the cells' indicator: adaptive pooling's own kernel does not vectorise on a CPU.
         indicator = self.indicator(dtype, device)
-        return lambda rows: indicator @ rows.sum(dim=0)
+        return lambda row: indicator @ row
 
     def sizes(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(cells,): the pixels that each averages."""

@@ -11,6 +11,7 @@ Where the result is pooled, the last convolution and the residual commute with t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection
-from anyup.ops.pixel_encoder.tiles import map_pixels, measured
+from anyup.ops.pixel_encoder.tiles import map_pixels, measured, tile_pixels
 from anyup.ops.precision import working_dtype
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -173,12 +174,14 @@ class Band:
         height, width = (cells.pixels.stop - cells.pixels.start for cells in (rows, columns))
         branch, trunk = (t.view(height, width, -1) for t in (self._branch, self._trunk))
         activated, passed = (torch.empty(out.shape, dtype=self.work_dtype, device=out.device) for _ in range(2))
-        mean = columns.mean(self.work_dtype, out.device)
+        total = columns.total(self.work_dtype, out.device)
+        number = columns.sizes(self.work_dtype, out.device)[:, None]
 
         def go(row: int) -> None:
             within = rows.within(row)
-            activated[row] = mean(_activate(branch[within].to(self.work_dtype), norm))
-            passed[row] = mean(trunk[within].to(self.work_dtype))
+            pixels = number * (within.stop - within.start)
+            activated[row] = total(self._sum(branch[within], norm)) / pixels
+            passed[row] = total(self._sum(trunk[within])) / pixels
 
         map_tiles(go, range(out.shape[0]), out.device)
         out.copy_(joined(activated, passed, self._parameters))
@@ -197,10 +200,18 @@ class Band:
             wanted = row_cells.within(cell)
             within = slice(max(wanted.start - rows.start, 0), min(wanted.stop, rows.stop) - rows.start)
             activations, passed = (s[cell] for s in sums)
-            activations += total(_activate(branch[within].to(self.work_dtype), norm))
-            passed += total(trunk[within].to(self.work_dtype))
+            activations += total(self._sum(branch[within], norm))
+            passed += total(self._sum(trunk[within]))
 
         map_tiles(go, row_cells.touching(rows), self._device)
+
+    def _sum(self, rows: Tensor, norm: Affine | None = None) -> Tensor:
+        """Rows (r, pixels, D), activated where there is a norm, and summed: (pixels, D).
+
+        Some rows at a time, because a row of cells of a large map is much larger than a tile.
+        """
+        parts = (part.to(self.work_dtype) for part in rows.split(max(1, tile_pixels(self._device) // rows.shape[1])))
+        return reduce(torch.add, ((part if norm is None else _activate(part, norm)).sum(dim=0) for part in parts))
 
     def _project(self) -> Statistics | None:
         if self._thin is not None:
@@ -233,11 +244,15 @@ class Band:
 
     def _statistics(self, store: Callable[[slice], Tensor]) -> Statistics | None:
         """Of what is stored for each tile, as it is returned."""
-        if not self._measures:
-            self._map(store)
-            return None
-        shape = self._count, self._dim
-        return measured(lambda tile: store(tile).to(self.work_dtype), shape, self.work_dtype, self._device, SUBSETS)
+        if self._measures:
+            shape = self._count, self._dim
+            return measured(lambda tile: store(tile).to(self.work_dtype), shape, self.work_dtype, self._device, SUBSETS)
+
+        def only_store(tile: slice) -> None:
+            store(tile)  # what it returns must not live until the last tile
+
+        self._map(only_store, SUBSETS)
+        return None
 
     def _map(self, function: Callable[[slice], Result], multiple: int = 1) -> list[Result]:
         """The function's result for each tile, in order."""

@@ -42,6 +42,10 @@ def measured(
         return parts.statistics()
 
 
+def tile_pixels(device: torch.device) -> int:
+    """The most pixels of a tile."""
+    return _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
+
+
 def _tiles(count: int, device: torch.device, multiple: int) -> list[slice]:
-    most = _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
-    return cut(count, most, device, multiple)
+    return cut(count, tile_pixels(device), device, multiple)
