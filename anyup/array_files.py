@@ -10,7 +10,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,15 @@ class PartialArray:
     ) -> None:
         """Begin anew, for pieces of so many rows.
 
-        Raises FileExistsError where one was interrupted, OSError where the disk has no room.
+        Raises FileExistsError where one was interrupted or is at work, OSError where the disk has no room.
         """
         self._begin(path, shape, dtype, asked)
         check_new(path)
+        # The first of two runs that begin at once takes the name; the other one stops here.
+        self._partial.touch(exist_ok=False) if self._is_npy else self._partial.mkdir()
         try:
             self._stored = self._create(rows)
+            self._claim()
         except BaseException:
             self.discard()
             raise
@@ -80,10 +84,13 @@ class PartialArray:
     ) -> PartialArray:
         """Go on with what was interrupted, or begin where nothing was.
 
-        Raises ValueError where something else had been asked for, or where the files are damaged.
+        Raises ValueError where something else had been asked for, or where the files are damaged, FileExistsError
+        where another run is at work.
         """
         self = cls.__new__(cls)
         self._begin(path, shape, dtype, asked)
+        if self._partial.exists():
+            self._claim()
         if not self._state.exists():
             self.discard()  # interrupted before a piece was there
             return cls(path, shape, dtype, asked, rows)
@@ -113,6 +120,11 @@ class PartialArray:
         self._asked = {**asked, "shape": list(shape), "stored dtype": self._dtype}
         self.pieces = 0
         self.tile: tuple[int, ...] | None = None
+        self._let_go: Callable[[], object] = lambda: None
+
+    @property
+    def _is_npy(self) -> bool:
+        return self._path.suffix.lower() == ".npy"
 
     @property
     def out(self) -> Any:
@@ -133,17 +145,36 @@ class PartialArray:
         os.replace(self._partial, self._path)
         for path in (self._state, self._next_state):
             _remove(path)
+        self._let_go()
 
     def close(self) -> bool:
         """After an interruption: whether anything is left that can be completed; what cannot is removed."""
         if self.pieces == 0:
             self.discard()
+        self._let_go()
         return self.pieces > 0
 
     def discard(self) -> None:
         """Leave nothing."""
         for path in (self._state, self._next_state, self._partial):
             _remove(path)
+        self._let_go()
+
+    def _claim(self) -> None:
+        """Keep other runs from what is there, until this one ends, in whatever way."""
+        try:
+            import fcntl
+        except ImportError:
+            return  # Windows
+        handle = os.open(self._partial, os.O_RDONLY)
+        self._let_go = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._let_go()
+            raise FileExistsError(f"{self._partial}: another run is writing it") from error
+        except OSError:
+            return  # a file system without locks
 
     @contextmanager
     def telling_what_is_needed(self) -> Iterator[None]:
@@ -157,7 +188,7 @@ class PartialArray:
 
     def _create(self, rows: int) -> Any:
         shape = (1, *self._shape)
-        if self._path.suffix.lower() == ".npy":
+        if self._is_npy:
             import numpy
 
             array = numpy.lib.format.open_memmap(self._partial, "w+", dtype=self._dtype, shape=self._shape)
@@ -170,7 +201,7 @@ class PartialArray:
         return zarr.open_array(str(self._partial), mode="w", shape=shape, chunks=chunks, dtype=self._dtype)
 
     def _open(self) -> Any:
-        if self._path.suffix.lower() == ".npy":
+        if self._is_npy:
             import numpy
 
             return numpy.load(self._partial, mmap_mode="r+")[None]

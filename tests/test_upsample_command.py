@@ -20,7 +20,7 @@ import torch
 from patience import PATIENCE, wait_until
 from torch import Tensor
 
-from anyup import checkpoints, cli, images, outputs, planning
+from anyup import checkpoints, cli, images, outputs, planning, streaming
 from anyup.images import normalize_imagenet, read_features, read_photo, save_array, save_picture
 from anyup.model import AnyUp
 
@@ -168,8 +168,6 @@ def test_a_mistake_is_named(options: tuple[str, ...], message: str, capsys: pyte
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseException | None = None) -> None:
     """Ctrl-C, or an error, in the piece after so many."""
-    from anyup import streaming
-
     piece = streaming._Source.piece
     made: list[slice] = []
 
@@ -197,6 +195,31 @@ def test_what_was_interrupted_is_completed_to_the_same_bytes(
     assert "3 of 6 pieces are kept; --resume goes on" in capsys.readouterr().err
     assert upsample("-o", name, "--resume") == 0
     assert "going on after 3 of 6 pieces" in capsys.readouterr().err
+    assert left() == {f"whole{name}", name}
+    assert torch.equal(array(name), array(f"whole{name}"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_two_runs_never_write_one_file(
+    name: str, pieces: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name.endswith("zarr"):
+        pytest.importorskip("zarr")
+    assert upsample("-o", f"whole{name}") == 0
+    piece, made = streaming._Source.piece, []
+
+    def interrupted(self: Any, rows: slice, *arguments: Any) -> Tensor:
+        made.append(rows)
+        if len(made) == pieces + 1:
+            for options in ((), ("--resume",)):  # another run, while this one is at work
+                assert upsample("-o", name, *options) == 1
+        return piece(self, rows, *arguments)
+
+    monkeypatch.setattr(streaming._Source, "piece", interrupted)
+    assert upsample("-o", name) == 0
+    assert "another run is writing it" in capsys.readouterr().err
     assert left() == {f"whole{name}", name}
     assert torch.equal(array(name), array(f"whole{name}"))
 
