@@ -70,7 +70,10 @@ class PartialArray:
         self._begin(path, shape, dtype, asked)
         check_new(path)
         # The first of two runs that begin at once takes the name; the other one stops here.
-        self._partial.touch(exist_ok=False) if self._is_npy else self._partial.mkdir()
+        if self._is_npy:
+            self._partial.touch(exist_ok=False)
+        else:
+            self._partial.mkdir()
         try:
             self._stored = self._create(rows)
             self._claim()

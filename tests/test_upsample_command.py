@@ -67,10 +67,15 @@ def array(path: str) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
-def test_a_file_written_in_pieces_holds_what_the_model_returns(name: str) -> None:
-    if name.endswith("zarr"):
+@pytest.fixture(params=["out.npy", "out.zarr"])
+def name(request: pytest.FixtureRequest) -> str:
+    """Of a file that is written in pieces."""
+    if request.param.endswith("zarr"):
         pytest.importorskip("zarr")
+    return request.param
+
+
+def test_a_file_written_in_pieces_holds_what_the_model_returns(name: str) -> None:
     assert upsample("-o", name) == 0
     torch.testing.assert_close(array(name), expected(), rtol=1e-5, atol=1e-5)
     assert left() == {name}
@@ -180,13 +185,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseExceptio
     monkeypatch.setattr(streaming._Source, "piece", counted)
 
 
-@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a broken disk")])
 def test_what_was_interrupted_is_completed_to_the_same_bytes(
     name: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name.endswith("zarr"):
-        pytest.importorskip("zarr")
     assert upsample("-o", f"whole{name}") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 3, error)
@@ -200,13 +202,10 @@ def test_what_was_interrupted_is_completed_to_the_same_bytes(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
-@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
 @pytest.mark.parametrize("pieces", [0, 2])
 def test_two_runs_never_write_one_file(
     name: str, pieces: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name.endswith("zarr"):
-        pytest.importorskip("zarr")
     assert upsample("-o", f"whole{name}") == 0
     piece, made = streaming._Source.piece, []
 
@@ -302,12 +301,9 @@ def test_nothing_to_resume_begins() -> None:
     assert left() == {"out.npy"}
 
 
-@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
 def test_what_is_there_needs_no_room_again(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name.endswith("zarr"):
-        pytest.importorskip("zarr")
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         assert upsample("-o", name) == 130

@@ -12,7 +12,7 @@ from torch import Tensor
 from anyup.ops.memory import empty
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.eager import Band, is_thin, joined, norm_parameters
+from anyup.ops.pixel_encoder.eager import Band, is_thin, norm_parameters, pooled
 from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
@@ -107,10 +107,7 @@ class BandedEncoder:
 
     def pooled(self, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> Tensor:
         """(h, w, D), in the dtype worked in, of the sums to which all bands have been added; they are used up."""
-        rows, columns = (axis.sizes(sums[0].dtype, sums[0].device) for axis in cells)
-        for each in sums:
-            each.div_((rows[:, None] * columns)[:, :, None])
-        return joined(*sums, self._parameters)
+        return pooled(sums, cells, self._parameters)
 
     def _ready(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool) -> Band:
         """A band that waits for the last normalisation."""

@@ -175,21 +175,19 @@ class Band:
         branch, trunk = (t.view(height, width, -1) for t in (self._branch, self._trunk))
         activated, passed = (torch.empty(out.shape, dtype=self.work_dtype, device=out.device) for _ in range(2))
         total = columns.total(self.work_dtype, out.device)
-        number = columns.sizes(self.work_dtype, out.device)[:, None]
 
         def go(row: int) -> None:
             within = rows.within(row)
-            pixels = number * (within.stop - within.start)
-            activated[row] = total(self._sum(branch[within], norm)) / pixels
-            passed[row] = total(self._sum(trunk[within])) / pixels
+            activated[row] = total(self._sum(branch[within], norm))
+            passed[row] = total(self._sum(trunk[within]))
 
         map_tiles(go, range(out.shape[0]), out.device)
-        out.copy_(joined(activated, passed, self._parameters))
+        out.copy_(pooled((activated, passed), (rows, columns), self._parameters))
 
     def add_to_cells(self, norm: Affine, rows: slice, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> None:
         """Apply the last normalisation to some whole rows of a map, and add them to the cells of its pooling.
 
-        There are two sums (h, w, D), of activations and of the trunk; `joined` makes the result of their means.
+        There are two sums (h, w, D), of activations and of the trunk; `pooled` makes the result of them.
         """
         assert self._branch is not None
         row_cells, columns = cells
@@ -271,8 +269,15 @@ def is_thin(parameters: EncoderParameters) -> bool:
     return parameters.projection is not None and parameters.projection.shape[1] <= MOST_CHANNELS
 
 
-def joined(activated: Tensor, passed: Tensor, parameters: EncoderParameters) -> Tensor:
-    """(h, w, D): the pooled result, from the means over its cells of the last activations and of the trunk."""
+def pooled(sums: tuple[Tensor, Tensor], cells: tuple[Cells, Cells], parameters: EncoderParameters) -> Tensor:
+    """(h, w, D): the pooled result, from the sums over its cells of the last activations and of the trunk.
+
+    The sums are used up.
+    """
+    activated, passed = sums
+    rows, columns = (axis.sizes(activated.dtype, activated.device) for axis in cells)
+    for each in sums:
+        each.div_((rows[:, None] * columns)[:, :, None])
     weight = parameters.block2.weight2.to(activated.dtype)
     return linear(activated.flatten(0, 1), weight).view_as(passed).add_(passed)
 
