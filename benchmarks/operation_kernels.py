@@ -19,7 +19,7 @@ from anyup.kernels import feature_unification_forward as unification_forward
 from anyup.kernels import query_projection_forward as projection
 from anyup.kernels.config import Target
 from anyup.kernels.feature_unification_config import backward_configs, forward_configs
-from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_arrange
+from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_arrange, runs_of
 from anyup.kernels.launch import Launch
 from benchmarks import pixel_encoder_work, roofline
 from benchmarks.ahead_of_time import compilation_of, target_of
@@ -28,6 +28,8 @@ from benchmarks.machine_code import Code, read
 from benchmarks.operation_work import Work
 
 DIM = FILTERS = 128
+CHANNELS_OF_CLASSES = 192
+"""Channels that the filters do not divide: of ViT-Ti."""
 KERNEL_SIZE = 5
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KERNELS = (
@@ -108,9 +110,9 @@ class Case:
         if self.kernel == "feature_unification_forward":
             cut = forward_configs(arranged, FILTERS)[0]
             return unification_forward.plan_forward(arranged, out, precision="ieee", config=cut), asdict(cut)
-        parts = unification_backward.allocate_parts(arranged, w.grid, FILTERS)
+        parts = unification_backward.allocate_parts(arranged, w.grid)
         if self.kernel == "feature_unification_fold":
-            fold = unification_backward.plan_fold(parts[0], features, filters=FILTERS, kernel_size=KERNEL_SIZE)
+            fold = unification_backward.plan_fold(parts[0], features, arranged)
             return fold, {}
         of = self.kernel.rsplit("_", 1)[1]
         slope = backward_configs(arranged, target=self.target, of=of)[0]
@@ -118,7 +120,7 @@ class Case:
         return launch, asdict(slope)
 
     def work(self, launch: Launch) -> Work:
-        """The work of that launch; of the unification where the filters divide the channels."""
+        """The work of that launch; of the unification where nothing is turned."""
         w, constant = self.workload, launch.constants
         if self.kernel.startswith("pixel_encoder"):
             return pixel_encoder_work.work(launch)
@@ -138,26 +140,28 @@ class Case:
                 turns=[(9 * DIM // constant["PIECE"], []), (DIM // constant["PIECE"], [])],
             )
         channels = w.channels
-        if channels % FILTERS:
-            raise ValueError(f"channels: expected a multiple of {FILTERS}, got {channels}")
+        runs = runs_of(channels, FILTERS)
+        if runs.turned:
+            raise ValueError(f"channels: expected a divisor in common with {FILTERS} of 16 or more, got {channels}")
         units = w.batch * w.keys
         maps = channels * FILTERS
         copy = self.planes * channels * (size if self.half else 2)
+        copied = self.planes * runs.entries * runs.columns * (size if self.half else 2)
         bordered = math.prod(n + KERNEL_SIZE - 1 for n in w.grid) / w.keys
         products = self.planes * (self.planes + 1) // 2
         taps = KERNEL_SIZE**2
         cells = unification_backward.padded_cells(KERNEL_SIZE)
         tile = unification_backward.TILE**2
-        partial = 4 * channels * cells / tile
-        blocks = channels // FILTERS
+        partial = 4 * runs.number * runs.columns * cells / tile
         once = (channels + FILTERS) * size
+        filters = runs.number * self.planes * FILTERS * constant.get("TAPS", 0) * 2
         if self.kernel == "feature_unification_arrange":
-            return Work(units, 0, 0, 0, 0, channels * size, channels * size + bordered * copy, [])
+            return Work(units, 0, 0, 0, 0, channels * size, channels * size + bordered * copied, [])
         if self.kernel == "feature_unification_fold":
             moved = channels * size
             turns: list[Any] = [(1, [])]
-            return Work(units, 0, 0, 0, 0, moved, 4 * channels * cells / tile + moved, turns)
-        parts = -(-FILTERS // constant["ROWS"])
+            return Work(units, 0, 0, 0, 0, moved, partial + moved, turns)
+        parts = -(-runs.length // constant["ROWS"])
         if self.kernel == "feature_unification_forward":
             inner = [(parts, [])] if parts > 1 else []
             return Work(
@@ -167,13 +171,13 @@ class Case:
                 exact_exponentials=maps,
                 exponentials=maps,
                 bytes_compulsory=once,
-                bytes_asked=taps * copy + blocks * self.planes * FILTERS * constant["TAPS"] * 2 + FILTERS * size,
-                turns=[(constant["POSITIONS"], [(blocks, inner)])],
+                bytes_asked=taps * copy + filters + FILTERS * size,
+                turns=[(constant["POSITIONS"], [(runs.number, inner)])],
             )
         of_cells = constant["CELLS"] > 0
         wide = constant["TAPS"] + (cells if of_cells else constant["TAPS"])
-        written = partial if of_cells else 4 * blocks * FILTERS * constant["TAPS"] / tile
-        shifted = blocks * self.planes * cells * FILTERS * 2 if of_cells else 0
+        written = partial if of_cells else 4 * runs.number * FILTERS * constant["TAPS"] / tile
+        shifted = runs.number * self.planes * cells * FILTERS * 2 if of_cells else 0
         return Work(
             units=units,
             exact_operations=2 * 2 * taps * maps,
@@ -181,7 +185,7 @@ class Case:
             exact_exponentials=maps,
             exponentials=maps,
             bytes_compulsory=once + (channels * size if of_cells else 0),
-            bytes_asked=parts * (taps * copy * (1 if of_cells else 2) + blocks * FILTERS * size) + shifted + written,
+            bytes_asked=parts * (taps * copy * (1 if of_cells else 2) + runs.number * FILTERS * size) + shifted + written,
             turns=[(tile, []), (parts, [(tile, [])])] if parts > 1 else [(tile, []), (tile, [])],
         )
 
@@ -265,12 +269,14 @@ def roofs_of(
 def cases(
     architectures: Sequence[str], dtypes: Sequence[str], kernels: Sequence[str], sizes: slice = slice(None)
 ) -> Iterator[Case]:
-    """Every case of the table, C = 384; `sizes`: which of the workloads."""
+    """Every case of the table, C = 384, the unification's also with classes of outputs; `sizes`: of which workloads."""
     for arch in architectures:
         for dtype in dtypes:
             for workload in (square(448, 32), square(1024, 64))[sizes]:
                 for kernel in kernels:
                     yield Case(kernel, workload, arch, dtype)
+                    if kernel.startswith("feature_unification"):
+                        yield Case(kernel, replace(workload, channels=CHANNELS_OF_CLASSES), arch, dtype)
                     if kernel in pixel_encoder_work.ON_THE_GRID and dtype == "float32":
                         yield Case(kernel, on_the_grid(workload), arch, dtype)
 

@@ -114,14 +114,14 @@ def name_of(launch: Launch) -> str:
     if kernel != "pixel_encoder_pass":
         return kernel
     constant = launch.constants
-    projected = launch.arguments["inputs"] if constant["INPUTS"] else 0
+    projected = constant["IN_CHANNELS"]
     if constant["ROTATES"]:
         return "pixel_encoder_rotate"
     if not constant["MEASURES"]:
         return "pixel_encoder_apply"
     kind = "measure"
     if projected:
-        kind = "image" if projected < launch.arguments["channels"] else "map"
+        kind = "image" if projected < constant["CHANNELS"] else "map"
     return f"pixel_encoder_{kind}_{constant['HALVES'] + 1}"
 
 
@@ -141,19 +141,22 @@ def _pass_work(launch: Launch) -> Work:
     constant, argument = launch.constants, launch.arguments
     size = argument["pixels"].element_size()
     split = 1 if size == 2 else 3
-    channels, inputs, dim = argument["channels"], argument["inputs"], constant["DIM"]
+    channels, inputs, dim = constant["CHANNELS"], constant["IN_CHANNELS"], constant["DIM"]
     units = len(argument["pixels"]) * argument["count"]
     programs = math.prod(launch.grid)
     padded = programs * constant["PIXELS"] / units
-    products = constant["HALVES"] + constant["ROTATES"]
+    again = constant["ROTATES"] and not constant["SWAPS"]  # made twice, the second time as its partners
+    products = constant["HALVES"] + again
     read = (inputs or channels) * size
     written = channels * size if constant["STORES"] else 0
     # For each program: weights, centre, scale and shift of each normalisation. For each pixel that is rotated: cosines
     # and sines of its row and of its column.
     weights = (products * channels * channels + inputs * channels) * size + constant["HALVES"] * 3 * dim * 4
     shared = programs * weights / units + constant["ROTATES"] * 2 * 2 * dim * 4
-    # A pixel that is rotated is read again, as its partners; each tile has statistics.
-    asked = read + written + constant["ROTATES"] * read + constant["MEASURES"] * programs * 2 * dim * 4 / units
+    # What is not kept for the residual is read again, or stored and read; a pixel is read again as its partners; each
+    # tile has statistics.
+    fetched = channels * size * (2 if inputs else 1) if constant["FETCHES"] and constant["HALVES"] > 1 else 0
+    asked = read + written + fetched + again * channels * size + constant["MEASURES"] * programs * 2 * dim * 4 / units
     exponentials = constant["HALVES"] * channels
     return Work(
         units=units,
@@ -172,7 +175,7 @@ def _pool_work(launch: Launch) -> Work:
     constant, argument = launch.constants, launch.arguments
     size = argument["pixels"].element_size()
     split = 1 if size == 2 else 3
-    channels, dim, inputs = argument["channels"], constant["DIM"], constant["INPUTS"]
+    channels, dim, inputs = constant["CHANNELS"], constant["DIM"], constant["INPUTS"]
     batch = len(argument["pixels"])
     units = batch * argument["count"]
     cells = [

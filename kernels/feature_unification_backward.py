@@ -1,13 +1,13 @@
 """Feature unification, backward: everything recomputed, from the gradient of the output to those of features and basis.
 
-With a(o) = dout(o) / C and P the weights of one softmax, its logits have the gradient P (a - sum_o P a). That of a
-block of softmaxes is a tile like the block's logits, and two products with it are all there is: with the patch, for the
-filters' gradient, and with the filters, for that of the patch's cells.
+With a(o) = dout(o) / C and P the weights of one softmax, its logits have the gradient P (a - sum_o P a). That of a run
+of softmaxes is, for each class of outputs, a tile like the run's logits, and two products with it are all there is:
+with the patch, for the filters' gradient, and with the filters, for that of the patch's cells.
 
-A program owns a square of positions and a block. Their patches overlap, so a product with the filters shifted to each
+A program owns a square of positions and a run. Their patches overlap, so a product with the filters shifted to each
 position adds up the gradient of all cells that the square's patches have, in registers. What squares have in common
 is added up by a second kernel, in a fixed order, without atomics; of every cell of the map there are as many partial
-sums as squares that see it, which is four times the features for filters of 5 x 5.
+sums as squares that see it, which is four times the features for filters of 5 x 5, and that for each class.
 
 The gradients of a program are in units of the largest of its outputs': as 16-bit floats they would else be too small.
 """
@@ -25,10 +25,10 @@ from .feature_unification_patches import (
     PIECE,
     SIZES,
     Arranged,
-    blocks_of,
     load_filters,
     load_patch,
     load_piece,
+    output_of,
     patch_corner,
     product_of,
     taps_inside,
@@ -47,18 +47,19 @@ def padded_cells(kernel_size: int) -> int:
     return max(16, triton.next_power_of_2((TILE + kernel_size - 1) ** 2))
 
 
-def allocate_parts(arranged: Arranged, size: tuple[int, int], filters: int) -> tuple[Tensor, Tensor]:
+def allocate_parts(arranged: Arranged, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Memory for the partial sums of the cells' and of the filters' gradients, float32.
 
-    (squares, blocks, sides, cells, padded filters) and (squares, blocks, sides, padded filters, padded taps).
+    (squares, runs, sides, cells, columns) and (squares, runs, sides, columns, padded taps).
     """
     squares = arranged.features.shape[0] * triton.cdiv(size[0], TILE) * triton.cdiv(size[1], TILE)
-    blocks, sides = blocks_of(arranged.channels, filters), 1 + (arranged.channels % filters != 0)
-    columns, taps = arranged.filters.shape[1:]
+    runs = arranged.runs
+    parts = (squares, runs.number, 1 + runs.turned)
+    taps = arranged.filters.shape[2]
     like = arranged.features
     return (
-        like.new_empty((squares, blocks, sides, padded_cells(arranged.kernel_size), columns), dtype=torch.float32),
-        like.new_empty((squares, blocks, sides, columns, taps), dtype=torch.float32),
+        like.new_empty((*parts, padded_cells(arranged.kernel_size), runs.columns), dtype=torch.float32),
+        like.new_empty((*parts, runs.columns, taps), dtype=torch.float32),
     )
 
 
@@ -81,20 +82,28 @@ def _shifted_filters(
 
 
 @triton.jit
-def _load_gradient(grad, row, column, row_stride, column_stride, filter_stride, FILTERS: tl.constexpr,
-                   COLUMNS: tl.constexpr):  # fmt: skip
-    """The output's gradient at a position, (COLUMNS,) float32."""
-    filter_ = tl.arange(0, COLUMNS)
+def _load_gradient(grad, row, column, row_stride, column_stride, filter_stride, first_step, FIRST: tl.constexpr,
+                   WIDTH: tl.constexpr, CLASSES: tl.constexpr, FILTERS: tl.constexpr):  # fmt: skip
+    """The output's gradient at a position, of WIDTH columns from FIRST, float32."""
+    output = output_of(FIRST + tl.arange(0, WIDTH), first_step, WIDTH, CLASSES)
     place = grad + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    place = place + filter_.to(tl.int64) * filter_stride
-    return tl.load(place, mask=filter_ < FILTERS, other=0.0).to(tl.float32)
+    place = place + output.to(tl.int64) * filter_stride
+    return tl.load(place, mask=output < FILTERS, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def logits_gradient(powers, share, outer):
-    """P (a - sum_o P a), of weights P = powers * share in rows and the gradient a of each column."""
-    weights = powers * share[:, None]
-    return weights * (outer[None, :] - tl.sum(weights * outer[None, :], axis=1)[:, None])
+    """P (a - sum_o P a), of weights P = powers * share in rows and the gradient a of each column; tuples of classes."""
+    weights = ()
+    for class_ in tl.static_range(len(powers)):
+        weights = weights + (powers[class_] * share[:, None],)
+    mean = tl.sum(weights[0] * outer[0][None, :], axis=1)
+    for class_ in tl.static_range(1, len(powers)):
+        mean += tl.sum(weights[class_] * outer[class_][None, :], axis=1)
+    inner = ()
+    for class_ in tl.static_range(len(powers)):
+        inner = inner + (weights[class_] * (outer[class_][None, :] - mean[:, None]),)
+    return inner
 
 
 @triton.jit
@@ -112,50 +121,56 @@ def turned_back(gradient, channels, FILTERS: tl.constexpr):
 def _feature_unification_backward_kernel(
     arranged, filters, taps, grad, cell_parts, filter_parts,
     # (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS), (PLANES, TAPS, COLUMNS),
-    # (B, M, h, w), (squares, blocks, sides, CELLS, COLUMNS), (squares, blocks, sides, COLUMNS, TAPS)
-    height, width, square_rows, square_columns, channels, blocks, again,
+    # (B, M, h, w), (squares, runs, sides, CELLS, COLUMNS), (squares, runs, sides, COLUMNS, TAPS)
+    height, width, square_rows, square_columns, channels, entries, first_step, again,
     grad_image_stride, grad_filter_stride, grad_row_stride, grad_column_stride,
-    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
-    TILE: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, PIECE: tl.constexpr,
-    OF_FILTERS: tl.constexpr, PRECISION: tl.constexpr,
+    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
+    PLANES: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr,
+    PIECE: tl.constexpr, OF_FILTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """TILE x TILE positions, a block of softmaxes, and with TURNED one side of it; grid: (squares, blocks * sides).
+    """TILE x TILE positions, a run of softmaxes, and with TURNED one side of it; grid: (squares, runs * sides).
 
-    One side is what a block has of its own channels, the other what it has of the next ones. CELLS is 0 where the
+    One side is what a run has of its own channels, the other what it has of the next ones. CELLS is 0 where the
     gradient of the cells is not wanted, OF_FILTERS says that the filters' is. `again` is as in the forward pass.
     """
     square = tl.program_id(0)
     image = (square // (square_rows * square_columns)).to(tl.int64)
     top = square % (square_rows * square_columns) // square_columns * TILE
     left = square % square_columns * TILE
-    block = tl.program_id(1)
+    run = tl.program_id(1)
     side = 0
     if TURNED:
-        side = block % 2
-        block = block // 2
-    entries = blocks + TURNED
+        side = run % 2
+        run = run // 2
+    CLASSES: tl.constexpr = COLUMNS // WIDTH
+    RUN: tl.constexpr = FILTERS // CLASSES
+    PIECES: tl.constexpr = TAPS // PIECE
     part_number = square.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     grad += image * grad_image_stride
     columns = tl.minimum(TILE, width - left)
     positions = tl.minimum(TILE, height - top) * columns
     largest = 0.0
     for number in tl.range(0, positions):
-        row = top + number // columns
-        column = left + number % columns
-        outer = _load_gradient(
-            grad, row, column, grad_row_stride, grad_column_stride, grad_filter_stride, FILTERS, COLUMNS
-        )
-        largest = tl.maximum(largest, tl.max(tl.abs(outer), axis=0))
+        for class_ in tl.static_range(CLASSES):
+            some = _load_gradient(
+                grad, top + number // columns, left + number % columns, grad_row_stride, grad_column_stride,
+                grad_filter_stride, first_step, class_ * WIDTH, WIDTH, CLASSES, FILTERS,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.max(tl.abs(some), axis=0))
     unit = tl.where(largest > 0, largest, 1.0)
     softmax = tl.arange(0, ROWS)
-    PIECES: tl.constexpr = TAPS // PIECE
+    to_cells = ()
     if CELLS:
-        to_cells = tl.zeros((CELLS, COLUMNS), tl.float32)
-    for part in tl.range(0, (FILTERS + ROWS - 1) // ROWS):
-        some = load_filters(filters, part * ROWS, ROWS, COLUMNS, TAPS, PLANES, PIECE)
+        for _class in tl.static_range(CLASSES):
+            to_cells = to_cells + (tl.zeros((CELLS, WIDTH), tl.float32),)
+    for part in tl.range(0, (RUN + ROWS - 1) // ROWS):
+        some = ()
+        for class_ in tl.static_range(CLASSES):
+            begin = (run + class_) % CLASSES * RUN + part * ROWS
+            some = some + (load_filters(filters, begin, ROWS, COLUMNS, TAPS, PLANES, PIECE),)
         to_filters = ()
         if OF_FILTERS:
-            for _piece in tl.static_range(PIECES):
+            for _piece in tl.static_range(CLASSES * PIECES):
                 to_filters = to_filters + (tl.zeros((ROWS, PIECE), tl.float32),)
         for number in tl.range(0, positions):
             down = number // columns
@@ -164,65 +179,93 @@ def _feature_unification_backward_kernel(
             column = left + across
             inside = taps_inside(row, column, height, width, SIZE // 2)
             corner = patch_corner(image, row, column, height, width, SIZE)
-            outer = _load_gradient(
-                grad, row, column, grad_row_stride, grad_column_stride, grad_filter_stride, FILTERS, COLUMNS
-            ) / unit  # fmt: skip
-            outer *= SIZE * SIZE / inside
-            near = load_patch(arranged, corner, block, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
-            logits = product_of(some, near, PLANES, PRECISION)
-            real = softmax + part * ROWS < FILTERS
+            outer = ()
+            near = ()
+            logits = ()
+            for class_ in tl.static_range(CLASSES):
+                gradient = _load_gradient(
+                    grad, row, column, grad_row_stride, grad_column_stride,
+                    grad_filter_stride, first_step, class_ * WIDTH, WIDTH, CLASSES, FILTERS,
+                ) / unit  # fmt: skip
+                outer = outer + (gradient * (SIZE * SIZE / inside),)
+                patch = load_patch(
+                    arranged, corner, (run + class_) // CLASSES, width, entries, class_ * WIDTH, WIDTH,
+                    SIZE, TAPS, COLUMNS, PLANES, PIECE,
+                )  # fmt: skip
+                near = near + (patch,)
+                logits = logits + (product_of(some[class_], patch, PLANES, PRECISION),)
+            real = softmax + part * ROWS < RUN
             if TURNED:
-                after = load_patch(arranged, corner, block + 1, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
-                after = product_of(some, after, PLANES, PRECISION)
-                logits = turned_logits(logits, after, channels ^ (number * again), FILTERS)
-                real = softmax < tl.minimum(channels - block * FILTERS, FILTERS)
+                after = load_patch(
+                    arranged, corner, run + 1, width, entries, 0, WIDTH, SIZE, TAPS, COLUMNS, PLANES, PIECE
+                )  # fmt: skip
+                after = product_of(some[0], after, PLANES, PRECISION)
+                logits = (turned_logits(logits[0], after, channels ^ (number * again), FILTERS),)
+                real = softmax < tl.minimum(channels - run * FILTERS, FILTERS)
             powers, share = softmax_rows(logits, LOG2_E / inside, real, FILTERS)
             inner = logits_gradient(powers, share, outer)
             if TURNED:
-                inner = turned_back(inner, channels ^ (number * again), FILTERS)
+                turned = turned_back(inner[0], channels ^ (number * again), FILTERS)
                 shift = (tl.arange(0, COLUMNS) * (channels ^ (number * again))) % FILTERS
                 own = softmax[:, None] >= shift[None, :]
-                inner = tl.where(own == (side == 0), inner, 0.0)
-                near = load_patch(arranged, corner, block + side, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
-            if CELLS:
-                shifted = _shifted_filters(
-                    taps, part * ROWS, down, across, ROWS, COLUMNS, SIZE, TAPS, PLANES, TILE, CELLS
-                )
-            planes = ()
-            for plane in tl.static_range(PLANES):
-                rounded = inner.to(near[0].dtype)
-                planes = planes + (rounded,)
-                if PLANES > 1:
-                    inner -= rounded.to(tl.float32)
+                inner = (tl.where(own == (side == 0), turned, 0.0),)
+                patch = load_patch(
+                    arranged, corner, run + side, width, entries, 0, WIDTH, SIZE, TAPS, COLUMNS, PLANES, PIECE
+                )  # fmt: skip
+                near = (patch,)
+            cells = ()
+            updated = ()
+            for class_ in tl.static_range(CLASSES):
+                rest = inner[class_]
                 if CELLS:
-                    # Each plane is done with when the next one is made.
-                    for other in tl.static_range(PLANES - plane):
-                        to_cells = tl.dot(shifted[other], rounded, to_cells, input_precision=PRECISION)
-            if OF_FILTERS:
-                updated = ()
-                for piece in tl.static_range(PIECES):
-                    product = to_filters[piece]
-                    for other in tl.static_range(PLANES):
-                        patch = near[other * PIECES + piece]
-                        if PLANES > 1:
-                            # Loaded again, or all planes would wait in registers in the other product's layout.
-                            patch = load_piece(
-                                arranged, corner + again * (other * PIECES + piece + 1), block + side, width, entries,
-                                other, piece, SIZE, COLUMNS, PLANES, PIECE,
-                            )  # fmt: skip
-                        patch = tl.trans(patch)
-                        for plane in tl.static_range(PLANES - other):
-                            product = tl.dot(planes[plane], patch, product, input_precision=PRECISION)
-                    updated = updated + (product,)
-                to_filters = updated
+                    begin = (run + class_) % CLASSES * RUN + part * ROWS
+                    shifted = _shifted_filters(
+                        taps, begin, down, across, ROWS, COLUMNS, SIZE, TAPS, PLANES, TILE, CELLS
+                    )
+                    total = to_cells[class_]
+                planes = ()
+                for plane in tl.static_range(PLANES):
+                    rounded = rest.to(arranged.dtype.element_ty)
+                    planes = planes + (rounded,)
+                    if PLANES > 1:
+                        rest -= rounded.to(tl.float32)
+                    if CELLS:
+                        # Each plane is done with when the next one is made.
+                        for other in tl.static_range(PLANES - plane):
+                            total = tl.dot(shifted[other], rounded, total, input_precision=PRECISION)
+                if CELLS:
+                    cells = cells + (total,)
+                if OF_FILTERS:
+                    for piece in tl.static_range(PIECES):
+                        product = to_filters[class_ * PIECES + piece]
+                        for other in tl.static_range(PLANES):
+                            patch = near[class_][other * PIECES + piece]
+                            if PLANES > 1:
+                                # Loaded again, or all planes would wait in registers in the other product's layout.
+                                patch = load_piece(
+                                    arranged, corner + again * (other * PIECES + piece + 1),
+                                    (run + class_) // CLASSES + side, width, entries,
+                                    other, piece, class_ * WIDTH, WIDTH, SIZE, COLUMNS, PLANES, PIECE,
+                                )  # fmt: skip
+                            patch = tl.trans(patch)
+                            for plane in tl.static_range(PLANES - other):
+                                product = tl.dot(planes[plane], patch, product, input_precision=PRECISION)
+                        updated = updated + (product,)
+            to_cells = cells
+            to_filters = updated
         if OF_FILTERS:
-            place = filter_parts + part_number * COLUMNS * TAPS + (part * ROWS + softmax)[:, None] * TAPS
-            for piece in tl.static_range(PIECES):
-                taken = tl.arange(0, PIECE)[None, :]
-                tl.store(place + piece * PIECE + taken, to_filters[piece] * (unit / (SIZE * SIZE) / channels))
+            taken = tl.arange(0, PIECE)[None, :]
+            for class_ in tl.static_range(CLASSES):
+                begin = (run + class_) % CLASSES * RUN + part * ROWS
+                place = filter_parts + part_number * COLUMNS * TAPS + (begin + softmax)[:, None] * TAPS + taken
+                for piece in tl.static_range(PIECES):
+                    gradient = to_filters[class_ * PIECES + piece]
+                    tl.store(place + piece * PIECE, gradient * (unit / (SIZE * SIZE) / channels))
     if CELLS:
         place = cell_parts + part_number * CELLS * COLUMNS + tl.arange(0, CELLS)[:, None] * COLUMNS
-        tl.store(place + tl.arange(0, COLUMNS)[None, :], to_cells * (unit / (SIZE * SIZE) / channels))
+        place = place + tl.arange(0, WIDTH)[None, :]
+        for class_ in tl.static_range(CLASSES):
+            tl.store(place + class_ * WIDTH, to_cells[class_] * (unit / (SIZE * SIZE) / channels))
 
 
 def plan_backward(
@@ -247,7 +290,7 @@ def plan_backward(
     """
     batch, filters, height, width = grad.shape
     planes, columns, taps = arranged.filters.shape
-    turned = arranged.channels % filters != 0
+    runs = arranged.runs
     squares = (triton.cdiv(height, TILE), triton.cdiv(width, TILE))
     return Launch(
         kernel=_feature_unification_backward_kernel,
@@ -264,21 +307,23 @@ def plan_backward(
             "square_rows": squares[0],
             "square_columns": squares[1],
             "channels": arranged.channels,
-            "blocks": cell_parts.shape[1],
+            "entries": runs.entries,
+            "first_step": runs.first_step,
             "again": 0,
             **strides_of("grad", grad, "image filter row column"),
         },
         constants={
             "FILTERS": filters,
             "COLUMNS": columns,
+            "WIDTH": runs.width,
             "SIZE": arranged.kernel_size,
             "TAPS": taps,
             "PLANES": planes,
             "TILE": TILE,
             "CELLS": cell_parts.shape[3] if of == "cells" else 0,
             "OF_FILTERS": of == "filters",
-            "ROWS": columns if turned else min(config.rows, columns),
-            "TURNED": turned,
+            "ROWS": columns if runs.turned else min(config.rows, runs.width),
+            "TURNED": runs.turned,
             "PIECE": PIECE,
             "PRECISION": precision,
         },
@@ -289,14 +334,15 @@ def plan_backward(
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_fold_kernel(
     cell_parts, grad_features,
-    # (squares, blocks, sides, CELLS, COLUMNS), (B, C, h, w)
-    height, width, positions, square_rows, square_columns, channels, blocks, repeats, channel_stride,
-    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr,
-    SIDES: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    # (squares, runs, sides, CELLS, COLUMNS), (B, C, h, w)
+    height, width, positions, square_rows, square_columns, channels, runs, repeats, channel_stride,
+    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+    CELLS: tl.constexpr, SIDES: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """CHANNELS channels of POSITIONS positions; grid: (images, runs of channels, runs of positions).
 
-    A channel is in up to `repeats` entries of blocks. WHOLE says that POSITIONS divide an image's positions.
+    A channel is in up to `repeats` columns of entries, and an entry in a run for each class, or in two that are turned,
+    as one side and as the other. WHOLE says that POSITIONS divide an image's positions.
     """
     EDGE: tl.constexpr = TILE + SIZE - 1
     image = tl.program_id(0).to(tl.int64)
@@ -305,13 +351,19 @@ def _feature_unification_fold_kernel(
     row = tl.minimum(position, positions - 1) // width + SIZE // 2
     column = tl.minimum(position, positions - 1) % width + SIZE // 2
     total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    CLASSES: tl.constexpr = COLUMNS // WIDTH
+    RUN: tl.constexpr = FILTERS // CLASSES
     for repeat in tl.range(0, repeats):
-        filter_ = (channel * FILTERS) // channels + repeat
-        meets = (channel < channels) & (filter_ < FILTERS) & (filter_ * channels < (channel + 1) * FILTERS)
-        for side in tl.static_range(SIDES):
-            block = channel - (filter_ * channels) // FILTERS - side
-            exists = meets & (block >= 0) & (block < blocks)
-            entry = (block.to(tl.int64) * SIDES + side) * CELLS * COLUMNS + filter_
+        output = (channel * FILTERS) // channels + repeat
+        meets = (channel < channels) & (output < FILTERS) & (output * channels < (channel + 1) * FILTERS)
+        begin = channel - (output * channels) // FILTERS
+        class_ = (output * channels) % FILTERS // RUN if CLASSES > 1 else 0 * output
+        at = class_ * WIDTH + output // CLASSES
+        for share in tl.static_range(CLASSES * SIDES):
+            run = begin - share if SIDES > 1 else begin * CLASSES - class_ + share
+            exists = meets & (run >= 0) & (run < runs)
+            side = share if SIDES > 1 else 0
+            entry = (run.to(tl.int64) * SIDES + side) * CELLS * COLUMNS + at
             for up in tl.static_range((EDGE + TILE - 1) // TILE):
                 for back in tl.static_range((EDGE + TILE - 1) // TILE):
                     square_row = row // TILE - up
@@ -321,7 +373,7 @@ def _feature_unification_fold_kernel(
                     sees = (square_row >= 0) & (square_row < square_rows) & (cell_row < EDGE)
                     sees = sees & (square_column >= 0) & (square_column < square_columns) & (cell_column < EDGE)
                     square = (image * square_rows + square_row) * square_columns + square_column
-                    place = square * blocks * SIDES * CELLS * COLUMNS + (cell_row * EDGE + cell_column) * COLUMNS
+                    place = square * runs * SIDES * CELLS * COLUMNS + (cell_row * EDGE + cell_column) * COLUMNS
                     place = cell_parts + entry[:, None] + place[None, :]
                     total += tl.load(place, mask=exists[:, None] & sees[None, :], other=0.0)
     place = grad_features + image * channels * channel_stride
@@ -332,10 +384,11 @@ def _feature_unification_fold_kernel(
     tl.store(place, total, mask=mask)
 
 
-def plan_fold(cell_parts: Tensor, grad_features: Tensor, *, filters: int, kernel_size: int) -> Launch:
+def plan_fold(cell_parts: Tensor, grad_features: Tensor, arranged: Arranged) -> Launch:
     """The launch that adds up the partial sums of `plan_backward` to `grad_features` (B, C, h, w), contiguous."""
     batch, channels, height, width = grad_features.shape
-    _, blocks, sides, cells, columns = cell_parts.shape
+    _, _, sides, cells, columns = cell_parts.shape
+    runs = arranged.runs
     positions = height * width
     return Launch(
         kernel=_feature_unification_fold_kernel,
@@ -349,14 +402,15 @@ def plan_fold(cell_parts: Tensor, grad_features: Tensor, *, filters: int, kernel
             "square_rows": triton.cdiv(height, TILE),
             "square_columns": triton.cdiv(width, TILE),
             "channels": channels,
-            "blocks": blocks,
-            "repeats": 1 if sides == 1 else (filters - 1) // channels + 2,
+            "runs": runs.number,
+            "repeats": 1 if channels % runs.filters == 0 else (runs.filters - 1) // channels + 2,
             "channel_stride": positions,
         },
         constants={
-            "FILTERS": filters,
+            "FILTERS": runs.filters,
             "COLUMNS": columns,
-            "SIZE": kernel_size,
+            "WIDTH": runs.width,
+            "SIZE": arranged.kernel_size,
             "TILE": TILE,
             "CELLS": cells,
             "SIDES": sides,

@@ -1,10 +1,10 @@
 """Feature unification, forward: out(o) = mean over c of softmax over o of z(o, c), all channels' filtered maps.
 
-With the channel-major list of maps read again as (M, C), softmax c = block * M + n at one position runs over M maps.
-Their logits are a matrix product of the M filters and a patch of M channels (see `feature_unification_patches.py`),
-a row for each softmax: so C*M logits exist for no longer than their exponentials take, a block at a time. Where M does
-not divide C, map o*C + c is not filter n but filter (n + o*C) % M: a product's columns are turned against each
-other, which a gather within the tile undoes.
+With the channel-major list of maps read again as (M, C), softmax c at one position runs over M maps, one for each
+output o. For a run of softmaxes and a class of outputs (see `feature_unification_patches.py`) the logits are a matrix
+product of filters and a patch of channels, a row for each softmax: so C*M logits exist for no longer than their
+exponentials take, a run at a time. A softmax is over a row of all classes' products together. Where C and M have too
+little in common for that, a product's columns are turned against each other, which a gather within the tile undoes.
 
 The division by the taps inside the map is a factor of the exponent. What binds is the number of exponentials, C*M for
 each position: logits are scaled, limited and added up in as few instructions as there can be, and over the rows only
@@ -22,9 +22,9 @@ from .feature_unification_patches import (
     PIECE,
     SIZES,
     Arranged,
-    blocks_of,
     load_filters,
     load_patch,
+    output_of,
     patch_corner,
     product_of,
     taps_inside,
@@ -36,15 +36,38 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softmax_rows(logits, exponent_scale, exists, FILTERS: tl.constexpr):
-    """exp(logits - the row's largest), (ROWS, COLUMNS), and 1 / their sums, (ROWS,); zeros for rows that do not exist.
+    """Softmaxes over rows of all classes' logits, a tuple of (ROWS, WIDTH).
 
-    The columns beyond FILTERS have no weight.
+    exp(logits - the row's largest), as such a tuple, and 1 / their sums, (ROWS,); zeros for rows that do not exist.
+    Columns that fill up have no weight; there are such only in a class that is the only one.
     """
-    if FILTERS < logits.shape[1]:
-        logits = tl.where((tl.arange(0, logits.shape[1]) < FILTERS)[None, :], logits, float("-inf"))
-    largest = tl.max(logits, axis=1) * exponent_scale
-    powers = tl.math.exp2(logits * exponent_scale - largest[:, None])
-    return powers, tl.where(exists, 1.0 / tl.sum(powers, axis=1), 0.0)
+    CLASSES: tl.constexpr = len(logits)
+    masked = ()
+    for class_ in tl.static_range(CLASSES):
+        some = logits[class_]
+        if FILTERS < CLASSES * some.shape[1]:
+            some = tl.where((tl.arange(0, some.shape[1]) < FILTERS)[None, :], some, float("-inf"))
+        masked = masked + (some,)
+    largest = tl.max(masked[0], axis=1)
+    for class_ in tl.static_range(1, CLASSES):
+        largest = tl.maximum(largest, tl.max(masked[class_], axis=1))
+    largest *= exponent_scale
+    powers = ()
+    for class_ in tl.static_range(CLASSES):
+        powers = powers + (tl.math.exp2(masked[class_] * exponent_scale - largest[:, None]),)
+    total = tl.sum(powers[0], axis=1)
+    for class_ in tl.static_range(1, CLASSES):
+        total += tl.sum(powers[class_], axis=1)
+    return powers, tl.where(exists, 1.0 / total, 0.0)
+
+
+@triton.jit
+def _added(sums, powers, share):
+    """Tuples of sums of weights powers * share, with these."""
+    updated = ()
+    for class_ in tl.static_range(len(sums)):
+        updated = updated + (sums[class_] + powers[class_] * share[:, None],)
+    return updated
 
 
 @triton.jit
@@ -62,22 +85,25 @@ def turned_logits(before, after, channels, FILTERS: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_forward_kernel(
     arranged, filters, out,
-    # (B, h + s - 1, w + s - 1, PLANES, blocks of entries, COLUMNS), (PLANES, COLUMNS, TAPS), (B, M, h, w)
-    height, width, positions, tiles, channels, blocks, again, out_filter_stride,
-    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
-    POSITIONS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, WHOLE: tl.constexpr, PIECE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    # (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS), (B, M, h, w)
+    height, width, positions, tiles, channels, runs, entries, first_step, again, out_filter_stride,
+    FILTERS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
+    PLANES: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, WHOLE: tl.constexpr,
+    PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """POSITIONS positions of an image; grid: the runs of positions of all images.
 
-    `again` is a 0 that the compiler knows nothing of, or it would keep for all blocks what turns the first.
-    TURNED says that FILTERS do not divide the channels, WHOLE that POSITIONS divide an image's positions.
+    `again` is a 0 that the compiler knows nothing of, or it would keep for all runs what turns the first.
+    TURNED says that the filters' numbers run over within a run, WHOLE that POSITIONS divide an image's positions.
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * POSITIONS
     softmax = tl.arange(0, ROWS)
-    sums = tl.zeros((POSITIONS, COLUMNS), tl.float32)
-    entries = blocks + TURNED
+    CLASSES: tl.constexpr = COLUMNS // WIDTH
+    RUN: tl.constexpr = FILTERS // CLASSES
+    sums = ()
+    for _class in tl.static_range(CLASSES):
+        sums = sums + (tl.zeros((POSITIONS, WIDTH), tl.float32),)
     if ROWS >= FILTERS:
         kept = load_filters(filters, 0, ROWS, COLUMNS, TAPS, PLANES, PIECE)
     for number in tl.range(0, POSITIONS):
@@ -88,41 +114,63 @@ def _feature_unification_forward_kernel(
         exponent_scale = LOG2_E / taps_inside(row, column, height, width, SIZE // 2)
         if TURNED:
             sum_ = tl.zeros((COLUMNS,), tl.float32)
-            for block in tl.range(0, blocks):
-                # Made again for each block: kept from the last one, it would take the registers of a whole product.
-                near = load_patch(arranged, corner, block, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+            for run in tl.range(0, runs):
+                # Made again for each run: kept from the last one, it would take the registers of a whole product.
+                near = load_patch(
+                    arranged, corner, run, width, entries, 0, WIDTH, SIZE, TAPS, COLUMNS, PLANES, PIECE
+                )  # fmt: skip
                 before = product_of(kept, near, PLANES, PRECISION)
-                near = load_patch(arranged, corner, block + 1, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+                near = load_patch(
+                    arranged, corner, run + 1, width, entries, 0, WIDTH, SIZE, TAPS, COLUMNS, PLANES, PIECE
+                )  # fmt: skip
                 after = product_of(kept, near, PLANES, PRECISION)
-                logits = turned_logits(before, after, channels ^ (block * again), FILTERS)
-                exists = softmax < tl.minimum(channels - block * FILTERS, FILTERS)
-                powers, share = softmax_rows(logits, exponent_scale, exists, FILTERS)
-                sum_ += tl.sum(powers * share[:, None], axis=0)
+                logits = turned_logits(before, after, channels ^ (run * again), FILTERS)
+                exists = softmax < tl.minimum(channels - run * FILTERS, FILTERS)
+                powers, share = softmax_rows((logits,), exponent_scale, exists, FILTERS)
+                sum_ += tl.sum(powers[0] * share[:, None], axis=0)
+            totals = (sum_,)
         else:
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for block in tl.range(0, blocks):
-                near = load_patch(arranged, corner, block, width, entries, SIZE, TAPS, COLUMNS, PLANES, PIECE)
+            weights = ()
+            for _class in tl.static_range(CLASSES):
+                weights = weights + (tl.zeros((ROWS, WIDTH), tl.float32),)
+            for run in tl.range(0, runs):
+                near = ()
+                for class_ in tl.static_range(CLASSES):
+                    patch = load_patch(
+                        arranged, corner, (run + class_) // CLASSES, width, entries, class_ * WIDTH, WIDTH,
+                        SIZE, TAPS, COLUMNS, PLANES, PIECE,
+                    )  # fmt: skip
+                    near = near + (patch,)
                 if ROWS >= FILTERS:
-                    logits = product_of(kept, near, PLANES, PRECISION)
+                    logits = (product_of(kept, near[0], PLANES, PRECISION),)
                     powers, share = softmax_rows(logits, exponent_scale, softmax < FILTERS, FILTERS)
-                    total += powers * share[:, None]
+                    weights = _added(weights, powers, share)
                 else:
-                    for part in tl.range(0, (FILTERS + ROWS - 1) // ROWS):
-                        some = load_filters(filters, part * ROWS, ROWS, COLUMNS, TAPS, PLANES, PIECE)
-                        logits = product_of(some, near, PLANES, PRECISION)
-                        powers, share = softmax_rows(logits, exponent_scale, softmax + part * ROWS < FILTERS, FILTERS)
-                        total += powers * share[:, None]
-            sum_ = tl.sum(total, axis=0)
+                    for part in tl.range(0, (RUN + ROWS - 1) // ROWS):
+                        logits = ()
+                        for class_ in tl.static_range(CLASSES):
+                            begin = (run + class_) % CLASSES * RUN + part * ROWS
+                            some = load_filters(filters, begin, ROWS, COLUMNS, TAPS, PLANES, PIECE)
+                            logits = logits + (product_of(some, near[class_], PLANES, PRECISION),)
+                        powers, share = softmax_rows(logits, exponent_scale, softmax + part * ROWS < RUN, FILTERS)
+                        weights = _added(weights, powers, share)
+            totals = ()
+            for class_ in tl.static_range(CLASSES):
+                totals = totals + (tl.sum(weights[class_], axis=0),)
         mine = (tl.arange(0, POSITIONS) == number)[:, None]
-        sums += tl.where(mine, sum_[None, :], 0.0)
+        updated = ()
+        for class_ in tl.static_range(CLASSES):
+            updated = updated + (sums[class_] + tl.where(mine, totals[class_][None, :], 0.0),)
+        sums = updated
     position = first + tl.arange(0, POSITIONS)
-    filter_ = tl.arange(0, COLUMNS)
-    place = out + image * FILTERS * out_filter_stride
-    place = place + position[:, None] + filter_.to(tl.int64)[None, :] * out_filter_stride
-    exists = (filter_ < FILTERS)[None, :]
-    if not WHOLE:
-        exists = exists & (position < positions)[:, None]
-    tl.store(place, sums / channels, mask=exists)
+    for class_ in tl.static_range(CLASSES):
+        output = output_of(class_ * WIDTH + tl.arange(0, WIDTH), first_step, WIDTH, CLASSES)
+        place = out + image * FILTERS * out_filter_stride
+        place = place + position[:, None] + output.to(tl.int64)[None, :] * out_filter_stride
+        exists = (output < FILTERS)[None, :]
+        if not WHOLE:
+            exists = exists & (position < positions)[:, None]
+        tl.store(place, sums[class_] / channels, mask=exists)
 
 
 def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: UnificationConfig) -> Launch:
@@ -136,8 +184,8 @@ def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: Uni
     """
     batch, filters, height, width = out.shape
     planes, columns, taps = arranged.filters.shape
+    runs = arranged.runs
     tiles = triton.cdiv(height * width, config.positions)
-    turned = arranged.channels % filters != 0
     return Launch(
         kernel=_feature_unification_forward_kernel,
         grid=(batch * tiles,),
@@ -150,19 +198,22 @@ def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: Uni
             "positions": height * width,
             "tiles": tiles,
             "channels": arranged.channels,
-            "blocks": blocks_of(arranged.channels, filters),
+            "runs": runs.number,
+            "entries": runs.entries,
+            "first_step": runs.first_step,
             "again": 0,
             "out_filter_stride": height * width,
         },
         constants={
             "FILTERS": filters,
             "COLUMNS": columns,
+            "WIDTH": runs.width,
             "SIZE": arranged.kernel_size,
             "TAPS": taps,
             "PLANES": planes,
             "POSITIONS": config.positions,
-            "ROWS": columns if turned else min(config.rows, columns),
-            "TURNED": turned,
+            "ROWS": columns if runs.turned else min(config.rows, runs.width),
+            "TURNED": runs.turned,
             "WHOLE": height * width % config.positions == 0,
             "PIECE": PIECE,
             "PRECISION": precision,

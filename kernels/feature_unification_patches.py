@@ -1,10 +1,15 @@
 """Features arranged for the unification: bordered with zeros, channels innermost, in the order of its softmaxes.
 
 The channel-major list of C*M maps read again as (M, C) puts map o*C + c, which is filter (o*C + c) % M of channel
-(o*C + c) // M, into softmax c. The softmaxes go in blocks of M: with c = block * M + n, the M maps of softmax n are of
-the channels (o*C) // M + block, and where the filters' numbers run over, of the next one. So a block needs at most M
-channels and the M after them, one for each o: entry (block, o) of a position's arranged features is channel
-(o*C) // M + block. Where M divides C nothing runs over, and each channel is one entry.
+(o*C + c) // M, into softmax c. With g = gcd(C, M), the softmaxes go in runs of g, the outputs o in M / g classes of g,
+by k = (o*C % M) / g. For softmaxes r*g ... r*g + g - 1 and the outputs of class k, with q = r + k, the filters
+are those from (q % (M/g)) * g on, and the channels (o*C) // M + q // (M/g): a plain matrix product of g filters
+and a patch of g channels. So entry (e, o) of a position's arranged features is channel (o*C) // M + e, the
+outputs in the order of their classes: column k*g + j is output o_k + j * M/g, o_k the class's first. Where M divides C
+there is one class, and each channel is one entry.
+
+That is done where M is a power of two and g at least 16. For any other C a run has M softmaxes although M does not
+divide C: the filters' numbers run over within a product, whose results are then turned (`turned_logits`).
 
 A patch of M channels is then s*s contiguous rows, whatever the strides of the features were; that costs one pass over
 them, which are small beside the exponentials. Numbers of float32 are split here, once, into a sum of planes of
@@ -13,6 +18,7 @@ them, which are small beside the exponentials. Numbers of float32 are split here
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +30,67 @@ from .feature_unification_config import padded_filters
 from .launch import Launch, strides_of
 
 SIZES = (
-    "height", "width", "positions", "tiles", "blocks", "channels", "again", "square_rows", "square_columns", "repeats",
+    "height", "width", "positions", "tiles", "runs", "entries", "first_step", "channels", "again", "square_rows",
+    "square_columns", "repeats",
 )  # fmt: skip
 """Kernel arguments that a kernel must not be specialised on: a new grid or another C compiles nothing."""
 
 PIECE = 16
 """Taps multiplied at once, as many as the matrix units take of 16-bit floats."""
 
+_LEAST_RUN = 16
+"""Softmaxes of a run: as many as the matrix units take."""
+
 _ROW_BLOCK = 16
 _ENTRY_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How C channels and M filters go into runs of softmaxes and classes of outputs.
+
+    Attributes:
+        filters: M.
+        length: softmaxes of a run.
+        number: of runs.
+        entries: blocks of M entries that a position has.
+        first_step: the first output of class k is k * first_step % classes.
+        turned: the filters' numbers run over within a run.
+    """
+
+    filters: int
+    length: int
+    number: int
+    entries: int
+    first_step: int
+    turned: bool
+
+    @property
+    def classes(self) -> int:
+        """Classes of outputs."""
+        return self.filters // self.length
+
+    @property
+    def width(self) -> int:
+        """Columns of a class in a tile."""
+        return padded_filters(self.length)
+
+    @property
+    def columns(self) -> int:
+        """Columns of all classes."""
+        return self.classes * self.width
+
+
+def runs_of(channels: int, filters: int) -> Runs:
+    """How so many channels and filters go."""
+    length = math.gcd(channels, filters)
+    if filters & (filters - 1) or length < _LEAST_RUN:
+        length = filters
+    classes, number = filters // length, -(-channels // length)
+    if channels % length:
+        return Runs(filters, length, number, number + 1, 0, turned=True)
+    first_step = pow(channels // length, -1, classes) if classes > 1 else 0
+    return Runs(filters, length, number, (number + classes - 2) // classes + 1, first_step, turned=False)
 
 
 @dataclass(frozen=True)
@@ -40,22 +98,19 @@ class Arranged:
     """Features and filters as the kernels read them, contiguous.
 
     Attributes:
-        features: (B, h + s - 1, w + s - 1, planes, blocks of entries, padded filters).
-        filters: (planes, padded filters, padded taps).
-        taps: (planes, padded taps, padded filters), the same; empty unless asked for.
+        features: (B, h + s - 1, w + s - 1, planes, blocks of entries, columns).
+        filters: (planes, columns, padded taps).
+        taps: (planes, padded taps, columns), the same; empty unless asked for.
+        runs: of softmaxes.
         channels, kernel_size: C and s.
     """
 
     features: Tensor
     filters: Tensor
     taps: Tensor
+    runs: Runs
     channels: int
     kernel_size: int
-
-
-def blocks_of(channels: int, filters: int) -> int:
-    """Blocks of softmaxes."""
-    return -(-channels // filters)
 
 
 def padded_taps(kernel_size: int) -> int:
@@ -70,17 +125,26 @@ def allocate(features: Tensor, basis: Tensor, *, planes: int, dtype: torch.dtype
     """
     batch, channels, height, width = features.shape
     filters, _, size, _ = basis.shape
-    entries = blocks_of(channels, filters) + (channels % filters != 0)
-    columns = padded_filters(filters)
-    shape = (batch, height + size - 1, width + size - 1, planes, entries, columns)
+    runs = runs_of(channels, filters)
+    shape = (batch, height + size - 1, width + size - 1, planes, runs.entries, runs.columns)
     taps = padded_taps(size)
     return Arranged(
         features.new_empty(shape, dtype=dtype),
-        features.new_empty((planes, columns, taps), dtype=dtype),
-        features.new_empty((planes, taps, columns) if transposed else (0,), dtype=dtype),
+        features.new_empty((planes, runs.columns, taps), dtype=dtype),
+        features.new_empty((planes, taps, runs.columns) if transposed else (0,), dtype=dtype),
+        runs,
         channels,
         size,
     )
+
+
+@triton.jit
+def output_of(column, first_step, WIDTH: tl.constexpr, CLASSES: tl.constexpr):
+    """The output that a column of all classes stands for."""
+    if CLASSES == 1:
+        return column
+    else:
+        return (column // WIDTH * first_step) % CLASSES + column % WIDTH * CLASSES
 
 
 @triton.jit
@@ -96,12 +160,12 @@ def _store_planes(place, plane_stride, values, mask, PLANES: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_arrange_kernel(
     features, basis, arranged, filters, transposed,
-    # (B, C, h, w), (M, s * s), (B, h + s - 1, w + s - 1, PLANES, blocks, COLUMNS), (PLANES, COLUMNS, TAPS),
+    # (B, C, h, w), (M, s * s), (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS),
     # (PLANES, TAPS, COLUMNS)
-    height, width, channels, blocks,
+    height, width, channels, entries, first_step,
     features_image_stride, features_channel_stride, features_row_stride, features_column_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACROSS: tl.constexpr, ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, ACROSS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """ENTRIES entries of ACROSS positions of a row; grid: (rows of all images, runs of positions, runs of entries).
 
@@ -115,16 +179,16 @@ def _feature_unification_arrange_kernel(
     column = across - SIZE // 2
     row = line % high - SIZE // 2 + 0 * column
     entry = tl.program_id(2) * ENTRIES + tl.arange(0, ENTRIES)
-    filter_ = entry % COLUMNS
-    channel = (filter_ * channels) // FILTERS + entry // COLUMNS
+    output = output_of(entry % COLUMNS, first_step, WIDTH, COLUMNS // WIDTH)
+    channel = (output * channels) // FILTERS + entry // COLUMNS
     # What is beyond the map is zero, and so are entries that stand for nothing.
     there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    real = (filter_ < FILTERS) & (channel < channels)
+    real = (output < FILTERS) & (channel < channels)
     place = features + image * features_image_stride + (row * features_row_stride)[:, None]
     place += (column.to(tl.int64) * features_column_stride)[:, None]
     place += (channel.to(tl.int64) * features_channel_stride)[None, :]
     values = tl.load(place, mask=there[:, None] & real[None, :], other=0.0)  # (ACROSS, ENTRIES)
-    count = blocks * COLUMNS
+    count = entries * COLUMNS
     out = arranged + ((line * wide + across) * PLANES * count)[:, None] + entry[None, :]
     mask = (across < wide)[:, None] & (entry < count)[None, :]
     _store_planes(out, count, values, mask, PLANES)
@@ -149,10 +213,10 @@ def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
         arranged: the memory.
     """
     batch, channels, height, width = features.shape
-    _, high, wide, planes, blocks, columns = arranged.features.shape
+    _, high, wide, planes, entries, columns = arranged.features.shape
     return Launch(
         kernel=_feature_unification_arrange_kernel,
-        grid=(batch * high, triton.cdiv(wide, _ROW_BLOCK), triton.cdiv(blocks * columns, _ENTRY_BLOCK)),
+        grid=(batch * high, triton.cdiv(wide, _ROW_BLOCK), triton.cdiv(entries * columns, _ENTRY_BLOCK)),
         arguments={
             "features": features,
             "basis": basis,
@@ -162,7 +226,8 @@ def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
             "height": height,
             "width": width,
             "channels": channels,
-            "blocks": blocks,
+            "entries": entries,
+            "first_step": arranged.runs.first_step,
             **strides_of("features", features, "image channel row column"),
         },
         constants={
@@ -171,6 +236,7 @@ def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
             "SIZE": basis.shape[2],
             "TAPS": arranged.filters.shape[2],
             "PLANES": planes,
+            "WIDTH": arranged.runs.width,
             "TRANSPOSED": arranged.taps.numel() > 0,
             "ACROSS": _ROW_BLOCK,
             "ENTRIES": _ENTRY_BLOCK,
@@ -199,10 +265,10 @@ def patch_corner(image, row, column, height, width, SIZE: tl.constexpr):
 
 @triton.jit
 def load_patch(
-    arranged, corner, block, width, blocks,
+    arranged, corner, entry, width, entries, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     SIZE: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """A position's patch of a block in pieces of its taps, plane by plane: tuple of (PIECE, COLUMNS).
+    """WIDTH columns from FIRST of a position's patch in pieces of its taps, plane by plane: tuple of (PIECE, WIDTH).
 
     The taps that fill up are zeros.
     """
@@ -210,20 +276,23 @@ def load_patch(
     for plane in tl.static_range(PLANES):
         for piece in tl.static_range(TAPS // PIECE):
             pieces = pieces + (
-                load_piece(arranged, corner, block, width, blocks, plane, piece, SIZE, COLUMNS, PLANES, PIECE),
+                load_piece(
+                    arranged, corner, entry, width, entries, plane, piece, FIRST, WIDTH, SIZE, COLUMNS, PLANES, PIECE
+                ),
             )
     return pieces
 
 
 @triton.jit
 def load_piece(
-    arranged, corner, block, width, blocks, plane: tl.constexpr, piece: tl.constexpr,
-    SIZE: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr,
+    arranged, corner, entry, width, entries, plane: tl.constexpr, piece: tl.constexpr, FIRST: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a plane of a patch, (PIECE, COLUMNS)."""
+    """One piece of a plane of a patch, (PIECE, WIDTH)."""
     tap = piece * PIECE + tl.arange(0, PIECE)
     cell = corner + (tap // SIZE * (width + SIZE - 1) + tap % SIZE)
-    place = arranged + ((cell * PLANES + plane) * blocks + block)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    place = arranged + ((cell * PLANES + plane) * entries + entry)[:, None] * COLUMNS
+    place = place + (FIRST + tl.arange(0, WIDTH))[None, :]
     if (piece + 1) * PIECE <= SIZE * SIZE:
         return tl.load(place)
     else:

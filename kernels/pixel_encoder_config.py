@@ -8,6 +8,9 @@ import torch
 
 from .config import Target
 
+MOST_CHANNELS = 128
+"""A pixel's channels stay in registers, and a weight in shared memory."""
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -16,23 +19,21 @@ class EncoderConfig:
     Attributes:
         pixels: that a program takes together, a power of two.
         num_warps, num_stages: Triton's.
+        piece: channels that a product takes at a time, a power of two.
     """
 
     pixels: int
     num_warps: int
     num_stages: int = 1
+    piece: int = MOST_CHANNELS
 
     def __post_init__(self) -> None:
-        for name, least in (("pixels", 16), ("num_warps", 1)):
+        for name, least in (("pixels", 16), ("num_warps", 1), ("piece", 16)):
             number = getattr(self, name)
             if number < least or number & (number - 1):
                 raise ValueError(f"{name}: expected a power of two, at least {least}, got {number}")
         if self.num_stages < 1:
             raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
-
-
-MOST_CHANNELS = 128
-"""A pixel's channels stay in registers, and a weight in shared memory."""
 
 
 def padded(channels: int) -> int:
@@ -43,20 +44,27 @@ def padded(channels: int) -> int:
 def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[EncoderConfig]:
     """Cuts, best first; what comes later asks less of a card. They were chosen by compiling each pass for each target.
 
-    `kind` is "pass", or one of the passes that need more registers, "rotate" and "pool". In half precision at 128
-    channels none spills a register on any target. In float32 on NVIDIA's the last pass and the pooling spill up to 256
-    bytes, and the pooling's 136 KB of shared memory are more than sm_86, 89 and 120 have.
+    `kind` is "pass", or one of the passes that need more registers, "rotate" and "pool". At 128 channels none spills a
+    register on any target, in half precision and in float32, where the products take 32 channels at a time for that;
+    but for the pooling in float32, which spills 64 bytes of a thread's on sm_90 and 24 on sm_120.
     """
-    least = EncoderConfig(16, num_warps=8)
     if target.backend == "hip":
-        return [EncoderConfig(16, num_warps=4), least]
+        return [EncoderConfig(16, num_warps=4), EncoderConfig(16, num_warps=8)]
     if dtype.itemsize > 2:
-        return [least]
+        thin = EncoderConfig(16, num_warps=4, piece=32)
+        if target.arch == 100:
+            return [EncoderConfig(64, num_warps=4, piece=32), thin]
+        if kind == "pass" or target.arch in (80, 86, 89):
+            return [EncoderConfig(16, num_warps=2, piece=32), thin]
+        return [thin]
+    least = EncoderConfig(16, num_warps=8)
     narrow = EncoderConfig(32, num_warps=8)
+    if kind == "rotate":  # in two pieces, which change places
+        narrow = EncoderConfig(32, num_warps=8, piece=64)
     if target.arch in (90, 100):  # whose matrix units take 64 pixels for each four warps
         first = EncoderConfig(128, num_warps=8)
         if kind != "pass":
-            first = narrow if target.arch == 90 else EncoderConfig(64, num_warps=8)
+            first = narrow if target.arch == 90 else EncoderConfig(64, num_warps=8, piece=narrow.piece)
     else:
         first = EncoderConfig(64, num_warps=8) if kind == "pass" else narrow
     return [first, narrow, least] if first != narrow else [narrow, least]

@@ -33,6 +33,7 @@ SIZES = (
     "tiles",
     "width",
     "height",
+    "again",
     "cells_high",
     "cells_wide",
     "image_stride",
@@ -68,126 +69,258 @@ def map_source(pixels: Tensor) -> Source:
 
 
 @triton.jit
-def load_matrix(weight, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The transpose of a contiguous (rows, columns) matrix, zero beyond it: (COLUMNS, ROWS)."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+def load_matrix(
+    weight, row, rows: tl.constexpr, columns: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """COLUMNS columns from FIRST of some rows of a contiguous (rows, columns) matrix, zero beyond it, transposed."""
+    column = FIRST + tl.arange(0, COLUMNS)
     exists = (row < rows)[None, :] & (column < columns)[:, None]
     return tl.load(weight + row[None, :] * columns + column[:, None], mask=exists, other=0.0)
 
 
 @triton.jit
-def activated(x, norm, DIM: tl.constexpr):
-    """silu of pixels (n, DIM) in float32, normalised by centre, scale and shift (3, DIM)."""
-    channel = tl.arange(0, DIM)
-    center, scale, shift = tl.load(norm + channel), tl.load(norm + DIM + channel), tl.load(norm + 2 * DIM + channel)
-    normed = (x - center[None, :]) * scale[None, :] + shift[None, :]
-    return normed / (1.0 + tl.exp(-normed))
+def partner_of(channel, CHANNELS: tl.constexpr):
+    """The channel that rotate_half brings to a channel."""
+    return tl.where(channel < CHANNELS // 2, channel + CHANNELS // 2, channel - CHANNELS // 2)
 
 
 @triton.jit
-def half_block(x, norm, weight, channels, dtype: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr):
-    """weight silu(norm(x)) of pixels (n, DIM) in float32."""
-    matrix = load_matrix(weight, channels, channels, DIM, DIM)
-    return tl.dot(activated(x, norm, DIM).to(dtype), matrix, input_precision=PRECISION)
+def multiplied(totals, x, weight, rows: tl.constexpr, columns: tl.constexpr, NUMBER: tl.constexpr,
+               DIM: tl.constexpr, PIECE: tl.constexpr, PARTNERS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`totals`, pieces (n, PIECE) of a product, and what piece NUMBER of the other factor, x, adds to each.
+
+    The weight is a contiguous (rows, columns) matrix; of its transpose only a piece's rows and columns are in
+    registers, where a product of float32 takes them apart into two numbers each. PARTNERS: its rows in their
+    partners' places.
+    """
+    WIDTH: tl.constexpr = x.shape[1]
+    updated = ()
+    for outer in tl.static_range(DIM // PIECE):
+        row = outer * PIECE + tl.arange(0, PIECE)
+        if PARTNERS:
+            row = tl.where(row < rows, partner_of(row, rows), row)
+        matrix = load_matrix(weight, row, rows, columns, NUMBER * WIDTH, WIDTH)
+        if NUMBER == 0:
+            total = tl.dot(x, matrix, input_precision=PRECISION)
+        else:
+            total = tl.dot(x, matrix, totals[outer], input_precision=PRECISION)
+        updated = updated + (total,)
+    return updated
+
+
+@triton.jit
+def activated(x, norm, dtype: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.constexpr):
+    """silu of piece NUMBER of pixels, (n, PIECE), in float32, normalised by centre, scale and shift (3, DIM)."""
+    channel = NUMBER * x.shape[1] + tl.arange(0, x.shape[1])
+    center, scale, shift = tl.load(norm + channel), tl.load(norm + DIM + channel), tl.load(norm + 2 * DIM + channel)
+    normed = (x - center[None, :]) * scale[None, :] + shift[None, :]
+    return (normed / (1.0 + tl.exp(-normed))).to(dtype)
+
+
+@triton.jit
+def half_block(
+    x, norm, weight, dtype: tl.constexpr, CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
+    PARTNERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weight silu(norm(x)) of pixels, both in pieces (n, PIECE), in float32."""
+    totals = ()
+    for number in tl.static_range(len(x)):
+        active = activated(x[number], norm, dtype, number, DIM)
+        totals = multiplied(totals, active, weight, CHANNELS, CHANNELS, number, DIM, PIECE, PARTNERS, PRECISION)
+    return totals
+
+
+@triton.jit
+def half_block_of_map(
+    pixels, number, exists, norm, weight,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`half_block` of pixels of a contiguous map, each piece of them loaded when it is needed."""
+    totals = ()
+    for piece in tl.static_range(DIM // PIECE):
+        x = load_piece(pixels, number, exists, CHANNELS, piece, PIECE)
+        active = activated(x.to(tl.float32), norm, x.dtype, piece, DIM)
+        totals = multiplied(totals, active, weight, CHANNELS, CHANNELS, piece, DIM, PIECE, False, PRECISION)
+    return totals
+
+
+@triton.jit
+def load_piece(pixels, number, exists, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, PIECE: tl.constexpr):
+    """A piece of pixels of a contiguous map, (n, PIECE), as it is stored; zero where none exist."""
+    channel = NUMBER * PIECE + tl.arange(0, PIECE)
+    place = pixels + number.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    return tl.load(place, mask=exists[:, None] & (channel < CHANNELS)[None, :], other=0.0)
+
+
+@triton.jit
+def load_map(pixels, number, exists, CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr):
+    """Pixels of a contiguous map in pieces (n, PIECE), as they are stored; zero where none exist."""
+    pieces = ()
+    for piece in tl.static_range(DIM // PIECE):
+        pieces = pieces + (load_piece(pixels, number, exists, CHANNELS, piece, PIECE),)
+    return pieces
+
+
+@triton.jit
+def store_map(out, y, number, exists, CHANNELS: tl.constexpr):
+    """The inverse of `load_map`."""
+    for piece in tl.static_range(len(y)):
+        channel = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
+        place = out + number.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        mask = exists[:, None] & (channel < CHANNELS)[None, :]
+        tl.store(place, y[piece].to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_pixels(
-    pixels, projection, number, exists, channels, inputs, pixel_stride, channel_stride,
-    DIM: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    pixels, projection, number, exists, pixel_stride, channel_stride,
+    CHANNELS: tl.constexpr, IN_CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x0 (n, DIM) of an input's pixels (with INPUTS), or a map's pixels, in float32; zero where none exist."""
+    """x0 of an input's pixels (with INPUTS), or a map's pixels, in pieces (n, PIECE) float32; zero where none exist."""
     if INPUTS > 0:
-        channel = tl.arange(0, INPUTS)
-        place = pixels + number[:, None] * pixel_stride + channel[None, :].to(tl.int64) * channel_stride
-        values = tl.load(place, mask=exists[:, None] & (channel < inputs)[None, :], other=0.0)
-        matrix = load_matrix(projection, channels, inputs, DIM, INPUTS)
-        return tl.dot(values, matrix, input_precision=PRECISION)
+        WIDTH: tl.constexpr = min(INPUTS, PIECE)
+        totals = ()
+        for piece in tl.static_range(INPUTS // WIDTH):
+            channel = piece * WIDTH + tl.arange(0, WIDTH)
+            place = pixels + number.to(tl.int64)[:, None] * pixel_stride
+            place = place + channel[None, :].to(tl.int64) * channel_stride
+            values = tl.load(place, mask=exists[:, None] & (channel < IN_CHANNELS)[None, :], other=0.0)
+            totals = multiplied(totals, values, projection, CHANNELS, IN_CHANNELS, piece, DIM, PIECE, False, PRECISION)
+        return totals
     else:
-        channel = tl.arange(0, DIM)
-        place = pixels + number[:, None] * channels + channel[None, :]  # contiguous
-        return tl.load(place, mask=exists[:, None] & (channel < channels)[None, :], other=0.0).to(tl.float32)
+        pieces = ()
+        stored = load_map(pixels, number, exists, CHANNELS, DIM, PIECE)
+        for piece in tl.static_range(DIM // PIECE):
+            pieces = pieces + (stored[piece].to(tl.float32),)
+        return pieces
 
 
 @triton.jit
-def rotated(
-    y, active, pixels, weight, tables, number, exists, width, height, channels,
-    DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y cos(angle) + rotate_half(y) sin(angle) of y = x + weight active, pixels (n, DIM) of a map.
+def sum_of(x, y):
+    """The sums of two tuples of pieces, in float32."""
+    pieces = ()
+    for piece in tl.static_range(len(x)):
+        pieces = pieces + (x[piece].to(tl.float32) + y[piece],)
+    return pieces
 
-    rotate_half(y) is made as y is, from x and the rows of the weight in the order that it asks for: nothing changes
-    places between threads.
+
+@triton.jit
+def partners(
+    x, y, norm, pixels, weight, number, exists, CHANNELS: tl.constexpr,
+    DIM: tl.constexpr, PIECE: tl.constexpr, SWAPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """rotate_half(y) of pixels y in pieces, the sum of those of a map and of weight silu(norm(x)).
+
+    SWAPS: half the channels are whole pieces, which change places. Else it is made as y is, with the map's channels and
+    the rows of the weight in the order that it asks for: nothing changes places between threads.
     """
-    channel = tl.arange(0, DIM)
-    half = channels // 2
-    partner = tl.where(channel < half, channel + half, channel - half)
-    known = channel < channels
-    place = weight + partner[None, :] * channels + channel[:, None]
-    matrix = tl.load(place, mask=known[None, :] & known[:, None], other=0.0)
-    other = tl.dot(active, matrix, input_precision=PRECISION)
-    place = pixels + number.to(tl.int64)[:, None] * channels + partner[None, :]
-    other += tl.load(place, mask=exists[:, None] & known[None, :], other=0.0).to(tl.float32)
-    other = tl.where((channel < half)[None, :], -other, other)
-    # The angle is the sum of a row's and a column's.
-    down = tables + (number // width)[:, None] * (2 * DIM) + channel[None, :]
-    across = tables + (height + number % width)[:, None] * (2 * DIM) + channel[None, :]
-    row_cos, row_sin = tl.load(down), tl.load(down + DIM)
-    column_cos, column_sin = tl.load(across), tl.load(across + DIM)
-    return y * (row_cos * column_cos - row_sin * column_sin) + other * (row_sin * column_cos + row_cos * column_sin)
+    pieces = ()
+    if SWAPS:
+        HALF: tl.constexpr = len(y) // 2
+        for piece in tl.static_range(HALF):
+            pieces = pieces + (-y[HALF + piece],)
+        for piece in tl.static_range(HALF):
+            pieces = pieces + (y[piece],)
+    else:
+        others = half_block(x, norm, weight, pixels.dtype.element_ty, CHANNELS, DIM, PIECE, True, PRECISION)
+        for piece in tl.static_range(len(y)):
+            channel = piece * PIECE + tl.arange(0, PIECE)
+            place = pixels + number.to(tl.int64)[:, None] * CHANNELS + partner_of(channel, CHANNELS)[None, :]
+            mask = exists[:, None] & (channel < CHANNELS)[None, :]
+            other = others[piece] + tl.load(place, mask=mask, other=0.0).to(tl.float32)
+            pieces = pieces + (tl.where((channel < CHANNELS // 2)[None, :], -other, other),)
+    return pieces
+
+
+@triton.jit
+def rotated(y, others, tables, number, width, height, DIM: tl.constexpr):
+    """y cos(angle) + rotate_half(y) sin(angle), in pieces. The angle is the sum of a row's and a column's."""
+    pieces = ()
+    for piece in tl.static_range(len(y)):
+        channel = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
+        down = tables + (number // width)[:, None] * (2 * DIM) + channel[None, :]
+        across = tables + (height + number % width)[:, None] * (2 * DIM) + channel[None, :]
+        row_cos, row_sin = tl.load(down), tl.load(down + DIM)
+        column_cos, column_sin = tl.load(across), tl.load(across + DIM)
+        turned = y[piece] * (row_cos * column_cos - row_sin * column_sin)
+        pieces = pieces + (turned + others[piece] * (row_sin * column_cos + row_cos * column_sin),)
+    return pieces
 
 
 @triton.jit
 def store_part(part, y, exists, existing, DIM: tl.constexpr):
     """Mean and summed squared deviation of each channel over a tile's pixels, (2, DIM), in two passes over them."""
-    channel = tl.arange(0, DIM)
-    mean = tl.sum(tl.where(exists[:, None], y, 0.0), axis=0) / existing
-    deviation = tl.where(exists[:, None], y - mean[None, :], 0.0)
-    tl.store(part + channel, mean)
-    tl.store(part + DIM + channel, tl.sum(deviation * deviation, axis=0))
+    for piece in tl.static_range(len(y)):
+        channel = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
+        mean = tl.sum(tl.where(exists[:, None], y[piece], 0.0), axis=0) / existing
+        deviation = tl.where(exists[:, None], y[piece] - mean[None, :], 0.0)
+        tl.store(part + channel, mean)
+        tl.store(part + DIM + channel, tl.sum(deviation * deviation, axis=0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pass_kernel(
     pixels, projection, norm1, weight1, norm2, weight2, tables, out, parts,
     # input or map, (D, Cin), (B, 3, DIM), (D, D), (B, 3, DIM), (D, D), (H + W, 2, DIM), (B, n, D), (B, tiles, 2, DIM)
-    count, tiles, width, height, channels, inputs, image_stride, pixel_stride, channel_stride,
-    DIM: tl.constexpr, INPUTS: tl.constexpr, HALVES: tl.constexpr, PIXELS: tl.constexpr, MEASURES: tl.constexpr,
-    STORES: tl.constexpr, ROTATES: tl.constexpr, PRECISION: tl.constexpr,
+    count, tiles, width, height, again, image_stride, pixel_stride, channel_stride,
+    CHANNELS: tl.constexpr, IN_CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUTS: tl.constexpr, HALVES: tl.constexpr,
+    PIXELS: tl.constexpr, MEASURES: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr, SWAPS: tl.constexpr,
+    FETCHES: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """PIXELS pixels of an image through HALVES half blocks, with the residual after two; grid: the tiles of all images.
 
     MEASURES: leave the tile's statistics in `parts`. STORES: put the result into `out`, ROTATES: rotated.
+    FETCHES: x is loaded a piece at a time and does not wait in registers for the residual: it is loaded again, and what
+    was projected is stored for that in `out`. `again` is a 0 that the compiler knows nothing of, or it would load once.
+    A width is a constant of the code: as a number, it would take registers for all the places in the weights.
     """
     image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     number = tile * PIXELS + tl.arange(0, PIXELS)
     exists = number < count
     dtype: tl.constexpr = pixels.dtype.element_ty
-    mine = pixels + image * image_stride
-    x = load_pixels(
-        mine, projection, number.to(tl.int64), exists, channels, inputs, pixel_stride, channel_stride,
-        DIM, INPUTS, PRECISION,
-    )  # fmt: skip
-    y = x
-    if HALVES > 0:
-        y = half_block(x, norm1 + image * 3 * DIM, weight1, channels, dtype, DIM, PRECISION)
+    result = out + image * count * CHANNELS
+    mine = pixels + image * (image_stride if INPUTS > 0 else count * CHANNELS)
+    if FETCHES and INPUTS == 0:
+        first = half_block_of_map(
+            mine, number, exists, norm1 + image * 3 * DIM, weight1, CHANNELS, DIM, PIECE, PRECISION
+        )  # fmt: skip
+        x = ()
+    else:
+        x = load_pixels(
+            mine, projection, number, exists, pixel_stride, channel_stride, CHANNELS, IN_CHANNELS,
+            DIM, INPUTS, PIECE, PRECISION,
+        )  # fmt: skip
+        if FETCHES and HALVES > 1:
+            store_map(result, x, number, exists, CHANNELS)
+        if HALVES > 0:
+            first = half_block(x, norm1 + image * 3 * DIM, weight1, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
     if HALVES > 1:
-        active = activated(y, norm2 + image * 3 * DIM, DIM).to(dtype)
-        matrix = load_matrix(weight2, channels, channels, DIM, DIM)
-        y = x + tl.dot(active, matrix, input_precision=PRECISION)
+        norm2 += image * 3 * DIM
+        y = half_block(first, norm2, weight2, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
+        if FETCHES and INPUTS > 0:
+            tl.debug_barrier()  # other threads have stored it
+            x = load_map(result + again, number, exists, CHANNELS, DIM, PIECE)
+        elif FETCHES:
+            x = load_map(mine + again, number, exists, CHANNELS, DIM, PIECE)
+        y = sum_of(x, y)
         if ROTATES:
+            others = partners(
+                first, y, norm2, mine, weight2, number, exists, CHANNELS, DIM, PIECE, SWAPS, PRECISION
+            )  # fmt: skip
             # Past an image's last pixel the tables end.
-            at = tl.minimum(number, count - 1)
-            y = rotated(y, active, mine, weight2, tables, at, exists, width, height, channels, DIM, PRECISION)
+            y = rotated(y, others, tables, tl.minimum(number, count - 1), width, height, DIM)
+    elif HALVES > 0:
+        y = first
+    else:
+        y = x
     if MEASURES:
         existing = tl.minimum(count - tile * PIXELS, PIXELS).to(tl.float32)
         store_part(parts + (image * tiles + tile) * 2 * DIM, y, exists, existing, DIM)
     if STORES:
-        if ROTATES:
-            tl.debug_barrier()  # `out` may be the map, whose pixels other threads have read as partners
-        place = out + image * count * channels + number.to(tl.int64)[:, None] * channels
-        channel = tl.arange(0, DIM)
-        tl.store(place + channel[None, :], y.to(dtype), mask=exists[:, None] & (channel < channels)[None, :])
+        if (ROTATES and not SWAPS) or (FETCHES and HALVES > 1):
+            tl.debug_barrier()  # other threads have read what is replaced, as partners or for the residual
+        store_map(result, y, number, exists, CHANNELS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -210,12 +343,14 @@ def _pixel_encoder_angles_kernel(frequencies, tables, height, width, channels, D
 def _pixel_encoder_pool_kernel(
     pixels, projection, norm1, weight1, norm2, out,
     # (B, n, D), (D, D), (B, 3, DIM), (D, D), (B, 3, DIM), (B, cells, 2, DIM) float32
-    count, width, height, cells_high, cells_wide, channels,
-    DIM: tl.constexpr, INPUTS: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
+    count, width, height, cells_high, cells_wide, again,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUTS: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The means over one cell of x and of silu(norm2(weight1 silu(norm1(x)))); grid: the cells of all images.
 
-    The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h).
+    The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h). `again` is a 0 that the
+    compiler knows nothing of, or it would keep the weight, taken apart, from pixels to pixels.
     """
     cells = cells_high * cells_wide
     image, cell = (tl.program_id(0) // cells).to(tl.int64), tl.program_id(0) % cells
@@ -226,20 +361,39 @@ def _pixel_encoder_pool_kernel(
     dtype: tl.constexpr = pixels.dtype.element_ty
     norm1 += image * 3 * DIM
     norm2 += image * 3 * DIM
-    mine = pixels + image * count * channels
-    passed, active = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    mine = pixels + image * count * CHANNELS
+    sums = ()
+    for _piece in tl.static_range(2 * (DIM // PIECE)):
+        sums = sums + (tl.zeros((PIECE,), tl.float32),)
     for first in tl.range(0, rows * columns, PIXELS):
         index = first + tl.arange(0, PIXELS)
         exists = index < rows * columns
-        number = ((top + index // columns) * width + left + index % columns).to(tl.int64)
-        x = load_pixels(mine, projection, number, exists, channels, channels, channels, 1, DIM, INPUTS, PRECISION)
-        y = half_block(x, norm1, weight1, channels, dtype, DIM, PRECISION)
-        passed += tl.sum(x, axis=0)
-        active += tl.sum(tl.where(exists[:, None], activated(y, norm2, DIM), 0.0), axis=0)
+        number = (top + index // columns) * width + left + index % columns
+        updated = ()
+        y = ()
+        if INPUTS > 0:
+            x = load_pixels(
+                mine, projection, number, exists, CHANNELS, 1, CHANNELS, CHANNELS, DIM, INPUTS, PIECE, PRECISION
+            )
+            for piece in tl.static_range(DIM // PIECE):
+                updated = updated + (sums[piece] + tl.sum(x[piece], axis=0),)
+            y = half_block(x, norm1, weight1, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
+        else:
+            weight = weight1 + first * again
+            for piece in tl.static_range(DIM // PIECE):
+                x = load_piece(mine, number, exists, CHANNELS, piece, PIECE)
+                updated = updated + (sums[piece] + tl.sum(x, axis=0),)
+                active = activated(x, norm1 + first * again, dtype, piece, DIM)
+                y = multiplied(y, active, weight, CHANNELS, CHANNELS, piece, DIM, PIECE, False, PRECISION)
+        for piece in tl.static_range(DIM // PIECE):
+            active = activated(y[piece], norm2 + first * again, tl.float32, piece, DIM)
+            more = tl.sum(tl.where(exists[:, None], active, 0.0), axis=0)
+            updated = updated + (sums[DIM // PIECE + piece] + more,)
+        sums = updated
     pixels_of_cell = (rows * columns).to(tl.float32)
-    place = out + (image * cells + cell) * 2 * DIM + tl.arange(0, DIM)
-    tl.store(place, passed / pixels_of_cell)
-    tl.store(place + DIM, active / pixels_of_cell)
+    place = out + (image * cells + cell) * 2 * DIM + tl.arange(0, PIECE)
+    for piece in tl.static_range(2 * (DIM // PIECE)):
+        tl.store(place + piece * PIECE, sums[piece] / pixels_of_cell)
 
 
 def plan_pass(
@@ -268,6 +422,7 @@ def plan_pass(
     batch, count, _ = pixels.shape
     channels = (pixels if projection is None else projection).shape[2 if projection is None else 0]
     dim = padded(channels)
+    piece = min(config.piece, dim)
     inputs = 0 if projection is None else pixels.shape[2]
     nothing = pixels  # for pointers that are not followed
     weights: list[Tensor] = []
@@ -288,18 +443,22 @@ def plan_pass(
             "tiles": tiles,
             "width": size[1],
             "height": size[0],
-            "channels": channels,
-            "inputs": inputs,
+            "again": 0,
             **dict(zip(("image_stride", "pixel_stride", "channel_stride"), pixels.stride(), strict=True)),
         },
         constants={
+            "CHANNELS": channels,
+            "IN_CHANNELS": inputs,
             "DIM": dim,
             "INPUTS": padded(inputs) if inputs else 0,
             "HALVES": len(halves),
             "PIXELS": config.pixels,
+            "PIECE": piece,
             "MEASURES": parts is not None,
             "STORES": out is not None,
             "ROTATES": tables is not None,
+            "SWAPS": tables is not None and channels == dim and piece <= dim // 2,
+            "FETCHES": pixels.element_size() > 2 and (len(halves) > 0 if projection is None else len(halves) > 1),
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -343,12 +502,14 @@ def plan_pool(
             "height": size[0],
             "cells_high": cells[0],
             "cells_wide": cells[1],
-            "channels": channels,
+            "again": 0,
         },
         constants={
+            "CHANNELS": channels,
             "DIM": padded(channels),
             "INPUTS": 0 if projection is None else padded(channels),
             "PIXELS": config.pixels,
+            "PIECE": min(config.piece, padded(channels)),
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},

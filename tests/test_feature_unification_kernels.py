@@ -38,6 +38,10 @@ SHAPES = {
     "neither is a power of two": Shape((2, 3), 37, filters=24),
     "empty batch": Shape((7, 5), 16, batch=0),
     "rows of filters in several products": Shape((1, 2), 256, filters=128),
+    "two classes of outputs": Shape((2, 3), 96, filters=64),
+    "four classes, the first outputs out of order": Shape((1, 2), 48, filters=64),
+    "four classes, one run, several squares": Shape((2, 5), 16, filters=64, kernel_size=3),
+    "eight classes, batch 2": Shape((1, 1), 80, filters=128, batch=2),
 }
 
 
@@ -51,23 +55,25 @@ def test_an_odd_number_of_channels_obeys_the_error_rule_with_the_default_filters
     assert_backend_accurate(unify_features, tensors, backend="triton", gradients=False)
     assert_backend_accurate(unify_features, {name: t.half() for name, t in tensors.items()}, backend="triton")
     tensors["basis"].requires_grad_()
-    with pytest.raises(NotImplementedError, match="a gradient is wanted for C = 131, no multiple of 128 filters"):
+    with pytest.raises(NotImplementedError, match="a gradient is wanted for C = 131 and 128 filters, which have no divisor of 16"):
         unify_features(**tensors, backend="triton")
 
 
-@pytest.mark.parametrize("name", ["M divides C", "C a prime, batch 2", "filters that are no power of two"])
+@pytest.mark.parametrize(
+    "name", ["M divides C", "C a prime, batch 2", "filters that are no power of two", "two classes of outputs"]
+)
 def test_kernels_obey_the_error_rule_in_half_precision(name: str) -> None:
     tensors = tensors_of(SHAPES[name], torch.float16)
     assert_backend_accurate(unify_features, tensors, backend="triton")
 
 
-@pytest.mark.parametrize("name", ["M divides C", "C shares a factor with M"])
+@pytest.mark.parametrize("name", ["M divides C", "C shares a factor with M", "two classes of outputs"])
 def test_a_saturated_softmax_obeys_the_error_rule(name: str) -> None:
     tensors = tensors_of(SHAPES[name])
     assert_backend_accurate(unify_features, {**tensors, "features": tensors["features"] * 200}, backend="triton")
 
 
-@pytest.mark.parametrize("name", ["M divides C", "C a prime, batch 2"])
+@pytest.mark.parametrize("name", ["M divides C", "C a prime, batch 2", "two classes of outputs"])
 def test_kernels_read_no_uninitialised_memory(name: str, poisoned_memory: None) -> None:
     assert_backend_accurate(unify_features, tensors_of(SHAPES[name]), backend="triton")
 
@@ -197,8 +203,16 @@ MUTATIONS = {
     "nothing turned": (FORWARD, "turned_logits", "row[:, None] + shift[None, :]", "row[:, None] + 0 * shift[None, :]"),
     "the paper's reading": (
         PATCHES, "_feature_unification_arrange_kernel",
-        "(filter_ * channels) // FILTERS + entry // COLUMNS", "filter_ + entry // COLUMNS * FILTERS",
+        "(output * channels) // FILTERS + entry // COLUMNS", "output + entry // COLUMNS * FILTERS",
     ),
+    "classes in order": (PATCHES, "output_of", "column // WIDTH * first_step", "column // WIDTH"),
+    "the same filters for each class": (
+        FORWARD, "_feature_unification_forward_kernel", "begin = (run + class_)", "begin = (run + 0 * class_)",
+    ),
+    "the same channels for each class": (
+        FORWARD, "_feature_unification_forward_kernel", "(run + class_) // CLASSES", "run // CLASSES",
+    ),
+    "a softmax for each class": (FORWARD, "softmax_rows", "total += tl.sum(powers", "total += 0 * tl.sum(powers"),
     "one softmax's channels for the next": (
         FORWARD, "turned_logits", "row[:, None] >= shift[None, :]", "row[:, None] >= 0 * shift[None, :]",
     ),
@@ -209,17 +223,24 @@ MUTATIONS = {
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, *MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="output: error"):
-        assert_accurate(Shape((3, 4), 48, filters=24), Shape((2, 2), 37, filters=24))
+        assert_accurate(
+            Shape((3, 4), 48, filters=24), Shape((2, 2), 37, filters=24), Shape((1, 2), 48, filters=64)
+        )
 
 
 BACKWARD_MUTATIONS = {
-    "the softmax's sum left out": ("logits_gradient", "outer[None, :] - tl.sum", "outer[None, :] - 0 * tl.sum"),
+    "the softmax's sum left out": ("logits_gradient", "- mean[:, None]", "- 0 * mean[:, None]"),
+    "the sum of one class alone": ("logits_gradient", "mean += tl.sum", "mean += 0 * tl.sum"),
+    "filters of another class": (
+        "_feature_unification_backward_kernel", "begin = (run + class_)", "begin = (run + 0 * class_)",
+    ),
+    "runs of another class": ("_feature_unification_fold_kernel", "CLASSES - class_", "CLASSES - 0 * class_"),
     "cells of the wrong column": ("_shifted_filters", "cell % SIDE - across", "cell % SIDE - 0 * across"),
     "a gradient of another filter": ("turned_back", "row[:, None] - shift[None, :]", "row[:, None] + shift[None, :]"),
     "squares that do not overlap": (
         "_feature_unification_fold_kernel", "(EDGE + TILE - 1) // TILE", "(TILE + TILE - 1) // TILE",
     ),
-    "one side alone": ("_feature_unification_fold_kernel", "static_range(SIDES)", "static_range(1)"),
+    "one side alone": ("_feature_unification_fold_kernel", "static_range(CLASSES * SIDES)", "static_range(1)"),
 }  # fmt: skip
 
 
@@ -227,7 +248,7 @@ BACKWARD_MUTATIONS = {
 def test_a_mutated_backward_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, BACKWARD, *BACKWARD_MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="gradient of .*: error"):
-        assert_accurate(Shape((1, 5), 16), Shape((2, 1), 21))
+        assert_accurate(Shape((1, 5), 16), Shape((2, 1), 21), Shape((1, 2), 48, filters=64))
 
 
 # What the kernels do not take.

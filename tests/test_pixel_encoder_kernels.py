@@ -27,6 +27,11 @@ SHAPES = {
     "pooled to large cells": Shape((21, 19), (2, 3), inputs=16),
     "channels that are no power of two": Shape((6, 7), dim=24, rotates=True),
     "channels that are no power of two, pooled": Shape((6, 7), (2, 3), inputs=24, dim=40),
+    "channels in pieces": Shape((5, 7), dim=64, rotates=True),
+    "channels in pieces, as wide as the input, batch 2": Shape((5, 7), inputs=64, dim=64, batch=2),
+    "channels in pieces, pooled": Shape((6, 7), (2, 3), inputs=64, dim=64),
+    "channels in pieces that are no power of two": Shape((4, 5), inputs=40, dim=40, rotates=True),
+    "channels in four pieces": Shape((3, 6), dim=128, rotates=True),
 }
 
 
@@ -203,11 +208,13 @@ def test_a_model_that_asks_for_kernels_trains() -> None:
 
 
 MUTATIONS = {
-    "no residual": ("passes", "_pixel_encoder_pass_kernel", "y = x + tl.dot(active", "y = tl.dot(active"),
-    "a sign of the rotation": ("passes", "rotated", "-other, other)", "other, other)"),
+    "no residual": ("passes", "_pixel_encoder_pass_kernel", "y = sum_of(x, y)", "y = y"),
+    "the same piece of a weight again": ("passes", "multiplied", "NUMBER * WIDTH, WIDTH", "0 * WIDTH, WIDTH"),
+    "a sign of the rotation": ("passes", "partners", "-other, other)", "other, other)"),
+    "a sign of the rotation of pieces": ("passes", "partners", "(-y[HALF + piece],)", "(y[HALF + piece],)"),
     "a cell too high": ("passes", "_pixel_encoder_pool_kernel", "cells_high - top", "cells_high - top + 1"),
     "pixels that do not exist": (
-        "passes", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], activated", "tl.where(True, activated",
+        "passes", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], active", "tl.where(True, active",
     ),
     "tiles' means for the map's": ("statistics", "_pixel_encoder_statistics_kernel", "+ means * means * pixels", ""),
     "joined tiles' means for the map's": ("statistics", "_pixel_encoder_join_kernel", "+ means * means * pixels", ""),
@@ -219,7 +226,8 @@ MUTATIONS = {
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, right, wrong = MUTATIONS[mutation]
     mutate(monkeypatch, f"pixel_encoder_{module}", name, right, wrong)
-    shape = SHAPES["pooled to overlapping cells" if "cell" in mutation or "pixels" in mutation else "image"]
+    name = "pooled to overlapping cells" if "cell" in mutation or "pixels" in mutation else "image"
+    shape = SHAPES["channels in pieces" if "piece" in mutation else name]
     # As if the tiles of a small map were many.
     monkeypatch.setattr(importlib.import_module("anyup.kernels.pixel_encoder_statistics"), "_MOST_TILES", 1)
     with pytest.raises(AssertionError, match="result: error"):

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIFICATION = {
     "M divides C, batch 2": UnificationShape((2, 5), 32, batch=2),
+    "two classes of outputs": UnificationShape((1, 2), 48, filters=32, kernel_size=3),
     "odd C": UnificationShape((2, 2), 37),
     "one channel": UnificationShape((1, 2), 1, kernel_size=3),
     "filters that are no power of two": UnificationShape((2, 3), 24, filters=24, kernel_size=3),

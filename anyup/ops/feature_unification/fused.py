@@ -28,13 +28,14 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
     if not installed():
         return reasons
     from anyup.kernels.feature_unification_config import MOST_FILTERS
+    from anyup.kernels.feature_unification_patches import runs_of
 
     reasons += dtype_reasons("features are", problem.dtype)
-    turned = problem.channels % problem.filters != 0
+    turned = runs_of(problem.channels, problem.filters).turned
     if problem.needs_gradient and turned and problem.dtype == torch.float32 and problem.filters > _MOST_TURNED:
         reasons.append(
-            f"a gradient is wanted for C = {problem.channels}, no multiple of {problem.filters} filters, in float32: "
-            f"at most {_MOST_TURNED} filters (more would spill kilobytes of registers)"
+            f"a gradient is wanted for C = {problem.channels} and {problem.filters} filters, which have no divisor of "
+            f"16 or more in common, in float32: at most {_MOST_TURNED} filters (more would spill kilobytes of registers)"
         )
     if problem.filters > MOST_FILTERS:
         reasons.append(f"{problem.filters} filters, at most {MOST_FILTERS} (a softmax over them stays in registers)")
@@ -77,7 +78,7 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     filters, _, size, _ = basis.shape
     grad_features = torch.empty_like(features, memory_format=torch.contiguous_format)
     arranged = _arrange(features, basis, transposed=True)
-    cell_parts, filter_parts = allocate_parts(arranged, tuple(features.shape[2:]), filters)
+    cell_parts, filter_parts = allocate_parts(arranged, tuple(features.shape[2:]))
 
     def launch(of: str) -> None:
         run_first(
@@ -91,7 +92,7 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     launch("cells")
     launch("filters")
     run_first(
-        lambda _: plan_fold(cell_parts, grad_features, filters=filters, kernel_size=size)(),
+        lambda _: plan_fold(cell_parts, grad_features, arranged)(),
         [None],
         kernel=_kernel("fold", features, basis),
     )
@@ -124,13 +125,15 @@ def _arrange(features: Tensor, basis: Tensor, *, transposed: bool = False) -> Ar
 
 def _kernel(name: str, features: Tensor, basis: Tensor) -> tuple[Hashable, ...]:
     """What else than its cut a kernel is compiled for."""
-    divides = features.shape[1] % basis.shape[0] == 0
+    from anyup.kernels.feature_unification_patches import runs_of
+
+    runs = runs_of(features.shape[1], basis.shape[0])
     return (
         "feature_unification",
         name,
         features.device,
         features.dtype,
         basis.shape,
-        divides,
+        (runs.classes, runs.turned),
         planes_of(features.dtype),
     )
