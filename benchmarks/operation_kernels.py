@@ -185,7 +185,9 @@ class Case:
             exact_exponentials=maps,
             exponentials=maps,
             bytes_compulsory=once + (channels * size if of_cells else 0),
-            bytes_asked=parts * (taps * copy * (1 if of_cells else 2) + runs.number * FILTERS * size) + shifted + written,
+            bytes_asked=(
+                parts * (taps * copy * (1 if of_cells else 2) + runs.number * FILTERS * size) + shifted + written
+            ),
             turns=[(tile, []), (parts, [(tile, [])])] if parts > 1 else [(tile, []), (tile, [])],
         )
 

@@ -62,16 +62,20 @@ def padded_filters(filters: int) -> int:
 def forward_configs(arranged: Arranged, filters: int) -> list[UnificationConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
-    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`: where M divides C none
-    spills a register on any target. Where it does not, a product of all filters and what turns it take more than
-    there are on NVIDIA's (up to 350 bytes of a thread's are spilled).
+    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`: where M divides C, and at
+    C = 192 where outputs are in two classes, none spills a register on any target; with more classes up to 24 bytes of
+    a thread's. Where filters are turned, a product of all of them and what turns it take more than there are on
+    NVIDIA's (up to 350 bytes).
     """
     planes, columns, _ = arranged.filters.shape
-    if arranged.channels % filters:
+    classes, width = arranged.runs.classes, arranged.runs.width
+    if arranged.runs.turned:
         return [UnificationConfig(8, columns, num_warps=8 if columns >= 64 else 4, num_stages=1)]
     # As many positions as are stored 16 bytes at a time.
     positions = 8 if arranged.features.element_size() == 2 and planes == 1 else 4
     rows = 64 if columns <= 128 else 32
+    if classes > 1:
+        return [UnificationConfig(positions, min(rows, width), _warps_of_classes(width), num_stages=1)]
     return [
         UnificationConfig(positions, min(rows, columns), num_warps=4),
         UnificationConfig(positions, 16, num_warps=4, num_stages=1),
@@ -83,9 +87,11 @@ def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[Uni
 
     Chosen as those of the forward pass: two launches, because one that makes both would spill much in float32. Where M
     divides C the filters' spills 40 bytes of a thread's in float32 on sm_80 and sm_90 and 80 on sm_120, the cells' 16
-    in bfloat16 on sm_120; the others spill nothing.
+    in bfloat16 on sm_120; the others spill nothing. With classes of outputs they spill 90 to 800 bytes.
     """
-    columns = arranged.filters.shape[1]
+    columns, width = arranged.filters.shape[1], arranged.runs.width
+    if arranged.runs.classes > 1:
+        return [UnificationGradientConfig(min(64 if of == "filters" else 32, width), _warps_of_classes(width))]
     if of == "filters":
         best = UnificationGradientConfig(min(64, columns), num_warps=4)
     elif target.backend == "hip":
@@ -93,3 +99,8 @@ def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[Uni
     else:
         best = UnificationGradientConfig(min(32, columns), num_warps=8)
     return [best, UnificationGradientConfig(16, num_warps=4)]
+
+
+def _warps_of_classes(width: int) -> int:
+    """Of products of so many columns: more would do the same work."""
+    return 4 if width >= 64 else 2

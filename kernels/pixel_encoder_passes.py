@@ -12,7 +12,8 @@ passes, and their bytes a pixel in half precision at D = 128, for an input of 3 
     statistics of y2       read x1             256
     x2                     read and write      512, or read x1 and write the small grid: 256
 
-One map is alive beside the input: x2 replaces x1 where it is. A pass leaves mean and squared deviation of each channel
+One map is alive beside the input: x2 replaces x1 where it is. In float32 x0 waits in x1's place for the residual, and a
+map is read again for it: registers do not hold both. A pass leaves mean and squared deviation of each channel
 over each of its tiles; `pixel_encoder_statistics.py` joins them. The last product commutes with the pooling.
 """
 
@@ -69,9 +70,7 @@ def map_source(pixels: Tensor) -> Source:
 
 
 @triton.jit
-def load_matrix(
-    weight, row, rows: tl.constexpr, columns: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr
-):
+def load_matrix(weight, row, rows: tl.constexpr, columns: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
     """COLUMNS columns from FIRST of some rows of a contiguous (rows, columns) matrix, zero beyond it, transposed."""
     column = FIRST + tl.arange(0, COLUMNS)
     exists = (row < rows)[None, :] & (column < columns)[:, None]

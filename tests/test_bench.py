@@ -150,6 +150,15 @@ def test_nothing_is_timed_where_results_differ(comparison: Comparison) -> None:
     assert len(timed) == 2  # the first calls
 
 
+def test_what_rounding_takes_further_apart_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where many channels are averaged; a result that is wrong fails all the same."""
+    monkeypatch.setattr(parity, "TOLERANCE", 1e-9)
+    rows = engine().run(model("anyup", "published"))
+    assert 1e-9 < rows[0]["difference"] < 2e-4
+    with pytest.raises(parity.ParityError, match="from float64, the baseline is"):
+        engine(builder=Wrong(clock)).run(model("anyup", "published"))
+
+
 @pytest.mark.parametrize("name", ["window_attention", "window_attention_of_classes"])
 def test_the_attention_alone_is_held_against_some_rows_of_the_definition(name: str) -> None:
     comparison = operation(name, "torch")

@@ -55,7 +55,7 @@ def test_an_odd_number_of_channels_obeys_the_error_rule_with_the_default_filters
     assert_backend_accurate(unify_features, tensors, backend="triton", gradients=False)
     assert_backend_accurate(unify_features, {name: t.half() for name, t in tensors.items()}, backend="triton")
     tensors["basis"].requires_grad_()
-    with pytest.raises(NotImplementedError, match="a gradient is wanted for C = 131 and 128 filters, which have no divisor of 16"):
+    with pytest.raises(NotImplementedError, match="a gradient is wanted for C = 131 and 128 filters, .* no divisor"):
         unify_features(**tensors, backend="triton")
 
 
@@ -223,9 +223,7 @@ MUTATIONS = {
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, *MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="output: error"):
-        assert_accurate(
-            Shape((3, 4), 48, filters=24), Shape((2, 2), 37, filters=24), Shape((1, 2), 48, filters=64)
-        )
+        assert_accurate(Shape((3, 4), 48, filters=24), Shape((2, 2), 37, filters=24), Shape((1, 2), 48, filters=64))
 
 
 BACKWARD_MUTATIONS = {

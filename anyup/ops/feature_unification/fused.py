@@ -34,8 +34,8 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
     turned = runs_of(problem.channels, problem.filters).turned
     if problem.needs_gradient and turned and problem.dtype == torch.float32 and problem.filters > _MOST_TURNED:
         reasons.append(
-            f"a gradient is wanted for C = {problem.channels} and {problem.filters} filters, which have no divisor of "
-            f"16 or more in common, in float32: at most {_MOST_TURNED} filters (more would spill kilobytes of registers)"
+            f"a gradient is wanted for C = {problem.channels} and {problem.filters} filters, which have no divisor "
+            f"from 16 on in common, in float32: at most {_MOST_TURNED} filters (more would spill kilobytes)"
         )
     if problem.filters > MOST_FILTERS:
         reasons.append(f"{problem.filters} filters, at most {MOST_FILTERS} (a softmax over them stays in registers)")
