@@ -114,7 +114,7 @@ def name_of(launch: Launch) -> str:
     if kernel != "pixel_encoder_pass":
         return kernel
     constant = launch.constants
-    projected = constant["IN_CHANNELS"]
+    projected = constant["INPUTS"]
     if constant["ROTATES"]:
         return "pixel_encoder_rotate"
     if not constant["MEASURES"]:
@@ -141,7 +141,7 @@ def _pass_work(launch: Launch) -> Work:
     constant, argument = launch.constants, launch.arguments
     size = argument["pixels"].element_size()
     split = 1 if size == 2 else 3
-    channels, inputs, dim = constant["CHANNELS"], constant["IN_CHANNELS"], constant["DIM"]
+    channels, inputs, dim = constant["CHANNELS"], constant["INPUTS"], constant["DIM"]
     units = len(argument["pixels"]) * argument["count"]
     programs = math.prod(launch.grid)
     padded = programs * constant["PIXELS"] / units
@@ -161,7 +161,7 @@ def _pass_work(launch: Launch) -> Work:
     return Work(
         units=units,
         exact_operations=2 * channels * (products * channels + inputs),
-        operations=split * padded * 2 * dim * (products * dim + constant["INPUTS"]),
+        operations=split * padded * 2 * dim * (products * dim + constant["INPUT_DIM"]),
         exact_exponentials=exponentials,
         exponentials=padded * constant["HALVES"] * dim,
         bytes_compulsory=read + written,
@@ -175,7 +175,7 @@ def _pool_work(launch: Launch) -> Work:
     constant, argument = launch.constants, launch.arguments
     size = argument["pixels"].element_size()
     split = 1 if size == 2 else 3
-    channels, dim, inputs = constant["CHANNELS"], constant["DIM"], constant["INPUTS"]
+    channels, dim, inputs = constant["CHANNELS"], constant["DIM"], constant["INPUT_DIM"]
     batch = len(argument["pixels"])
     units = batch * argument["count"]
     cells = [

@@ -75,7 +75,8 @@ def forward_configs(arranged: Arranged, filters: int) -> list[UnificationConfig]
     positions = 8 if arranged.features.element_size() == 2 and planes == 1 else 4
     rows = 64 if columns <= 128 else 32
     if classes > 1:
-        return [UnificationConfig(positions, min(rows, width), _warps_of_classes(width), num_stages=1)]
+        warps = _warps_of_classes(width)
+        return [UnificationConfig(positions, size, warps, num_stages=1) for size in (min(rows, width), 16)]
     return [
         UnificationConfig(positions, min(rows, columns), num_warps=4),
         UnificationConfig(positions, 16, num_warps=4, num_stages=1),
@@ -91,7 +92,8 @@ def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[Uni
     """
     columns, width = arranged.filters.shape[1], arranged.runs.width
     if arranged.runs.classes > 1:
-        return [UnificationGradientConfig(min(64 if of == "filters" else 32, width), _warps_of_classes(width))]
+        rows = min(64 if of == "filters" else 32, width)
+        return [UnificationGradientConfig(size, _warps_of_classes(width)) for size in (rows, 16)]
     if of == "filters":
         best = UnificationGradientConfig(min(64, columns), num_warps=4)
     elif target.backend == "hip":

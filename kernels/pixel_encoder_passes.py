@@ -173,19 +173,19 @@ def store_map(out, y, number, exists, CHANNELS: tl.constexpr):
 @triton.jit
 def load_pixels(
     pixels, projection, number, exists, pixel_stride, channel_stride,
-    CHANNELS: tl.constexpr, IN_CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
+    CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x0 of an input's pixels (with INPUTS), or a map's pixels, in pieces (n, PIECE) float32; zero where none exist."""
-    if INPUTS > 0:
-        WIDTH: tl.constexpr = min(INPUTS, PIECE)
+    """x0 of an input's pixels (with INPUT_DIM), or a map's, in pieces (n, PIECE) float32; zero where none exist."""
+    if INPUT_DIM > 0:
+        WIDTH: tl.constexpr = min(INPUT_DIM, PIECE)
         totals = ()
-        for piece in tl.static_range(INPUTS // WIDTH):
+        for piece in tl.static_range(INPUT_DIM // WIDTH):
             channel = piece * WIDTH + tl.arange(0, WIDTH)
             place = pixels + number.to(tl.int64)[:, None] * pixel_stride
             place = place + channel[None, :].to(tl.int64) * channel_stride
-            values = tl.load(place, mask=exists[:, None] & (channel < IN_CHANNELS)[None, :], other=0.0)
-            totals = multiplied(totals, values, projection, CHANNELS, IN_CHANNELS, piece, DIM, PIECE, False, PRECISION)
+            values = tl.load(place, mask=exists[:, None] & (channel < INPUTS)[None, :], other=0.0)
+            totals = multiplied(totals, values, projection, CHANNELS, INPUTS, piece, DIM, PIECE, False, PRECISION)
         return totals
     else:
         pieces = ()
@@ -263,7 +263,7 @@ def _pixel_encoder_pass_kernel(
     pixels, projection, norm1, weight1, norm2, weight2, tables, out, parts,
     # input or map, (D, Cin), (B, 3, DIM), (D, D), (B, 3, DIM), (D, D), (H + W, 2, DIM), (B, n, D), (B, tiles, 2, DIM)
     count, tiles, width, height, again, image_stride, pixel_stride, channel_stride,
-    CHANNELS: tl.constexpr, IN_CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUTS: tl.constexpr, HALVES: tl.constexpr,
+    CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
     PIXELS: tl.constexpr, MEASURES: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr, SWAPS: tl.constexpr,
     FETCHES: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -279,16 +279,16 @@ def _pixel_encoder_pass_kernel(
     exists = number < count
     dtype: tl.constexpr = pixels.dtype.element_ty
     result = out + image * count * CHANNELS
-    mine = pixels + image * (image_stride if INPUTS > 0 else count * CHANNELS)
-    if FETCHES and INPUTS == 0:
+    mine = pixels + image * (image_stride if INPUT_DIM > 0 else count * CHANNELS)
+    if FETCHES and INPUT_DIM == 0:
         first = half_block_of_map(
             mine, number, exists, norm1 + image * 3 * DIM, weight1, CHANNELS, DIM, PIECE, PRECISION
         )  # fmt: skip
         x = ()
     else:
         x = load_pixels(
-            mine, projection, number, exists, pixel_stride, channel_stride, CHANNELS, IN_CHANNELS,
-            DIM, INPUTS, PIECE, PRECISION,
+            mine, projection, number, exists, pixel_stride, channel_stride, CHANNELS, INPUTS,
+            DIM, INPUT_DIM, PIECE, PRECISION,
         )  # fmt: skip
         if FETCHES and HALVES > 1:
             store_map(result, x, number, exists, CHANNELS)
@@ -297,7 +297,7 @@ def _pixel_encoder_pass_kernel(
     if HALVES > 1:
         norm2 += image * 3 * DIM
         y = half_block(first, norm2, weight2, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
-        if FETCHES and INPUTS > 0:
+        if FETCHES and INPUT_DIM > 0:
             tl.debug_barrier()  # other threads have stored it
             x = load_map(result + again, number, exists, CHANNELS, DIM, PIECE)
         elif FETCHES:
@@ -343,7 +343,7 @@ def _pixel_encoder_pool_kernel(
     pixels, projection, norm1, weight1, norm2, out,
     # (B, n, D), (D, D), (B, 3, DIM), (D, D), (B, 3, DIM), (B, cells, 2, DIM) float32
     count, width, height, cells_high, cells_wide, again,
-    CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUTS: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The means over one cell of x and of silu(norm2(weight1 silu(norm1(x)))); grid: the cells of all images.
@@ -370,9 +370,9 @@ def _pixel_encoder_pool_kernel(
         number = (top + index // columns) * width + left + index % columns
         updated = ()
         y = ()
-        if INPUTS > 0:
+        if INPUT_DIM > 0:
             x = load_pixels(
-                mine, projection, number, exists, CHANNELS, 1, CHANNELS, CHANNELS, DIM, INPUTS, PIECE, PRECISION
+                mine, projection, number, exists, CHANNELS, 1, CHANNELS, CHANNELS, DIM, INPUT_DIM, PIECE, PRECISION
             )
             for piece in tl.static_range(DIM // PIECE):
                 updated = updated + (sums[piece] + tl.sum(x[piece], axis=0),)
@@ -428,6 +428,7 @@ def plan_pass(
     for number in range(2):
         weights += halves[number] if number < len(halves) else (nothing, nothing)
     tiles = triton.cdiv(count, config.pixels)
+    waits = len(halves) > 0 if projection is None else len(halves) > 1 and out is not None
     return Launch(
         kernel=_pixel_encoder_pass_kernel,
         grid=(batch * tiles,),
@@ -447,9 +448,9 @@ def plan_pass(
         },
         constants={
             "CHANNELS": channels,
-            "IN_CHANNELS": inputs,
+            "INPUTS": inputs,
             "DIM": dim,
-            "INPUTS": padded(inputs) if inputs else 0,
+            "INPUT_DIM": padded(inputs) if inputs else 0,
             "HALVES": len(halves),
             "PIXELS": config.pixels,
             "PIECE": piece,
@@ -457,7 +458,7 @@ def plan_pass(
             "STORES": out is not None,
             "ROTATES": tables is not None,
             "SWAPS": tables is not None and channels == dim and piece <= dim // 2,
-            "FETCHES": pixels.element_size() > 2 and (len(halves) > 0 if projection is None else len(halves) > 1),
+            "FETCHES": waits and pixels.element_size() > 2,
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -506,7 +507,7 @@ def plan_pool(
         constants={
             "CHANNELS": channels,
             "DIM": padded(channels),
-            "INPUTS": 0 if projection is None else padded(channels),
+            "INPUT_DIM": 0 if projection is None else padded(channels),
             "PIXELS": config.pixels,
             "PIECE": min(config.piece, padded(channels)),
             "PRECISION": precision,
