@@ -64,7 +64,7 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
     if target.arch in (90, 100):  # whose matrix units take 64 pixels for each four warps
         first = EncoderConfig(128, num_warps=8)
         if kind != "pass":
-            first = narrow if target.arch == 90 else EncoderConfig(64, num_warps=8, piece=narrow.piece)
+            first = EncoderConfig(64, num_warps=8, piece=64) if (kind, target.arch) == ("rotate", 100) else narrow
     else:
         first = EncoderConfig(64, num_warps=8) if kind == "pass" else narrow
     return [first, narrow, least] if first != narrow else [narrow, least]
