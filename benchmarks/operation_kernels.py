@@ -108,7 +108,7 @@ class Case:
         if self.kernel == "feature_unification_arrange":
             return plan_arrange(features, basis, arranged), {}
         if self.kernel == "feature_unification_forward":
-            cut = forward_configs(arranged, FILTERS)[0]
+            cut = forward_configs(arranged)[0]
             return unification_forward.plan_forward(arranged, out, precision="ieee", config=cut), asdict(cut)
         parts = unification_backward.allocate_parts(arranged, w.grid)
         if self.kernel == "feature_unification_fold":

@@ -59,13 +59,13 @@ def padded_filters(filters: int) -> int:
     return max(16, 1 << (filters - 1).bit_length())
 
 
-def forward_configs(arranged: Arranged, filters: int) -> list[UnificationConfig]:
+def forward_configs(arranged: Arranged) -> list[UnificationConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
-    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`: where M divides C, and at
-    C = 192 where outputs are in two classes, none spills a register on any target; with more classes up to 24 bytes of
-    a thread's. Where filters are turned, a product of all of them and what turns it take more than there are on
-    NVIDIA's (up to 350 bytes).
+    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`: where M divides C none
+    spills a register on any target. With classes of outputs none does in half precision, and in float32 at most 8 bytes
+    of a thread's are spilled (C = 192 on sm_120, 96 on sm_90, 80 on sm_80 and sm_90). Where filters are turned, a
+    product of all of them and what turns it take more than there are on NVIDIA's (up to 350 bytes).
     """
     planes, columns, _ = arranged.filters.shape
     classes, width = arranged.runs.classes, arranged.runs.width
@@ -88,7 +88,7 @@ def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[Uni
 
     Chosen as those of the forward pass: two launches, because one that makes both would spill much in float32. Where M
     divides C the filters' spills 40 bytes of a thread's in float32 on sm_80 and sm_90 and 80 on sm_120, the cells' 16
-    in bfloat16 on sm_120; the others spill nothing. With classes of outputs they spill 90 to 800 bytes.
+    in bfloat16 on sm_120; the others spill nothing. With classes of outputs they spill 70 to 870 bytes.
     """
     columns, width = arranged.filters.shape[1], arranged.runs.width
     if arranged.runs.classes > 1:

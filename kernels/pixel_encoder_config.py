@@ -61,10 +61,10 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
     narrow = EncoderConfig(32, num_warps=8)
     if kind == "rotate":  # in two pieces, which change places
         narrow = EncoderConfig(32, num_warps=8, piece=64)
-    if target.arch in (90, 100):  # whose matrix units take 64 pixels for each four warps
-        first = EncoderConfig(128, num_warps=8)
-        if kind != "pass":
-            first = EncoderConfig(64, num_warps=8, piece=64) if (kind, target.arch) == ("rotate", 100) else narrow
-    else:
-        first = EncoderConfig(64, num_warps=8) if kind == "pass" else narrow
+    first = narrow
+    if kind == "pass":
+        # The matrix units of two targets take 64 pixels for each four warps.
+        first = EncoderConfig(128 if target.arch in (90, 100) else 64, num_warps=8)
+    elif (kind, target.arch) == ("rotate", 100):
+        first = EncoderConfig(64, num_warps=8, piece=64)
     return [first, narrow, least] if first != narrow else [narrow, least]

@@ -284,7 +284,6 @@ def _pixel_encoder_pass_kernel(
         first = half_block_of_map(
             mine, number, exists, norm1 + image * 3 * DIM, weight1, CHANNELS, DIM, PIECE, PRECISION
         )  # fmt: skip
-        x = ()
     else:
         x = load_pixels(
             mine, projection, number, exists, pixel_stride, channel_stride, CHANNELS, INPUTS,
@@ -297,11 +296,11 @@ def _pixel_encoder_pass_kernel(
     if HALVES > 1:
         norm2 += image * 3 * DIM
         y = half_block(first, norm2, weight2, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
-        if FETCHES and INPUT_DIM > 0:
-            tl.debug_barrier()  # other threads have stored it
-            x = load_map(result + again, number, exists, CHANNELS, DIM, PIECE)
-        elif FETCHES:
-            x = load_map(mine + again, number, exists, CHANNELS, DIM, PIECE)
+        if FETCHES:
+            if INPUT_DIM > 0:
+                tl.debug_barrier()  # other threads have stored it
+            stored = result if INPUT_DIM > 0 else mine
+            x = load_map(stored + again, number, exists, CHANNELS, DIM, PIECE)
         y = sum_of(x, y)
         if ROTATES:
             others = partners(

@@ -146,7 +146,7 @@ def run_in_planes(planes: int, tensors: dict[str, Tensor]) -> Tensor:
     arranged = allocate(features, basis, planes=planes, dtype=torch.float16)
     plan_arrange(features, basis, arranged)()
     out = features.new_empty(features.shape[0], basis.shape[0], *features.shape[2:])
-    plan_forward(arranged, out, precision="ieee", config=forward_configs(arranged, basis.shape[0])[0])()
+    plan_forward(arranged, out, precision="ieee", config=forward_configs(arranged)[0])()
     return out
 
 

@@ -37,9 +37,8 @@ GRADIENT_TOLERANCE = 5e-3
 """Of two float32 gradients, relative to the norm of the tensor's."""
 
 
-def check(result: Tensor, expected: Tensor, what: str, tolerance: float | None = None) -> float:
-    """Largest difference relative to the largest expected value; raises ParityError beyond it, or `TOLERANCE`."""
-    tolerance = TOLERANCE if tolerance is None else tolerance
+def check(result: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> float:
+    """Largest difference relative to the largest expected value; raises ParityError beyond the tolerance."""
     if result.shape != expected.shape:
         raise ParityError(f"{what}: shape {tuple(result.shape)}, expected {tuple(expected.shape)}")
     largest, scale = 0.0, 0.0

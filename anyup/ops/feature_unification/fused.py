@@ -60,7 +60,7 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
     arranged = _arrange(features, basis)
     run_first(
         lambda config: plan_forward(arranged, out, precision=_PRECISION, config=config)(),
-        forward_configs(arranged, basis.shape[0]),
+        forward_configs(arranged),
         kernel=_kernel("forward", features, basis),
     )
     return out
