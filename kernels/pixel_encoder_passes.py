@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .launch import Launch
 from .pixel_encoder_config import EncoderConfig, padded
+from .products import matmul
 
 SIZES = (
     "count",
@@ -100,9 +101,9 @@ def multiplied(totals, x, weight, rows: tl.constexpr, columns: tl.constexpr, NUM
             row = tl.where(row < rows, partner_of(row, rows), row)
         matrix = load_matrix(weight, row, rows, columns, NUMBER * WIDTH, WIDTH)
         if NUMBER == 0:
-            total = tl.dot(x, matrix, input_precision=PRECISION)
+            total = matmul(x, matrix, None, PRECISION)
         else:
-            total = tl.dot(x, matrix, totals[outer], input_precision=PRECISION)
+            total = matmul(x, matrix, totals[outer], PRECISION)
         updated = updated + (total,)
     return updated
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config import Target
 from .launch import Launch, strides_of
+from .products import matmul
 
 SIZES = ("height", "width", "tile_rows", "tile_columns")
 """Kernel arguments that a kernel must not be specialised on: a new image size compiles nothing."""
@@ -102,7 +103,7 @@ def _query_projection_forward_kernel(
             weights = tl.load(part, mask=(channel < DIM)[:, None] & (output < DIM)[None, :], other=0.0)
         else:
             weights = tl.load(part)
-        product = tl.dot(pixels, weights, product, input_precision=PRECISION)
+        product = matmul(pixels, weights, product, PRECISION)
     # Channels that fill up are zeros, and add nothing.
     inverse = 1.0 / tl.sqrt_rn(tl.sum(product * product, axis=1) / DIM + eps)
     factor = tl.load(norm + output, mask=output < DIM, other=0.0).to(tl.float32)
@@ -116,7 +117,7 @@ def _query_projection_forward_kernel(
             weights = tl.load(part, mask=(taken < DIM)[:, None] & (output < DIM)[None, :], other=0.0)
         else:
             weights = tl.load(part)
-        result = tl.dot(normal, tl.trans(weights), input_precision=PRECISION)
+        result = matmul(normal, tl.trans(weights), None, PRECISION)
         result += tl.load(bias + taken, mask=taken < DIM, other=0.0).to(tl.float32)[None, :]
         if DIM < PADDED:
             tl.store(place + taken[None, :], result, mask=exists[:, None] & (taken < DIM)[None, :])

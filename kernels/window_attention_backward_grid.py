@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import BackwardGridConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
+from .products import matmul
 from .window_attention_tile import (
     LOG2_E,
     load_channels,
@@ -74,7 +75,7 @@ def _exponentials(
     `query_place`, (pixels, PIECE), is the head's own. Keys that are not kept are loaded as `head_product` does.
     """
     if KEEP:
-        raw = tl.dot(tl.load(query_place), tl.trans(keys[head]), input_precision=PRECISION)
+        raw = matmul(tl.load(query_place), tl.trans(keys[head]), None, PRECISION)
     else:
         place, head_stride = keys
         place += tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
@@ -83,7 +84,7 @@ def _exponentials(
             first = tl.full((), piece * PIECE, tl.int64)
             mine = tl.load(query_place + first * query_channel_stride)
             theirs = tl.load(place + first * key_channel_stride)
-            raw = tl.dot(mine, tl.trans(theirs), raw, input_precision=PRECISION)
+            raw = matmul(mine, tl.trans(theirs), raw, PRECISION)
     base = tl.load(lse + entry + head) * LOG2_E
     # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
     return tl.math.exp2(tl.minimum(raw, limit) * exponent_scale - base[:, None])
@@ -139,7 +140,7 @@ def _window_attention_backward_key_kernel(
         for first in tl.range(0, channels, SLICE):
             outer = load_channels(grad, grad_offset, None, first, channels, grad_channel_stride, SLICE, WHOLE)
             carried = load_channels(value, value_offset, None, first, channels, value_channel_stride, SLICE, WHOLE)
-            product = tl.dot(outer, tl.trans(carried), product, input_precision=PRECISION)
+            product = matmul(outer, tl.trans(carried), product, PRECISION)
         product = product / HEADS
         several = sees_several(windows)
         entry = ((image * height + row) * width + column) * HEADS + first_head
@@ -160,9 +161,9 @@ def _window_attention_backward_key_kernel(
                 mine = tl.load(place + tl.full((), piece * PIECE, tl.int64) * query_channel_stride)
                 before = gradients[head * (WIDTH // PIECE) + piece]
                 if TALL:
-                    now = tl.dot(tl.trans(mine), inner, before, input_precision=PRECISION)
+                    now = matmul(tl.trans(mine), inner, before, PRECISION)
                 else:
-                    now = tl.dot(tl.trans(inner), mine, before, input_precision=PRECISION)
+                    now = matmul(tl.trans(inner), mine, before, PRECISION)
                 updated = updated + (now,)
         gradients = updated
     entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
@@ -233,9 +234,9 @@ def _window_attention_backward_value_kernel(
                 grad, grad_offset, None, first + piece * SLICE, channels, grad_channel_stride, SLICE, WHOLE
             )
             if TALL:
-                now = tl.dot(tl.trans(outer), shares, sums[piece], input_precision=PRECISION)
+                now = matmul(tl.trans(outer), shares, sums[piece], PRECISION)
             else:
-                now = tl.dot(tl.trans(shares), outer, sums[piece], input_precision=PRECISION)
+                now = matmul(tl.trans(shares), outer, sums[piece], PRECISION)
             updated = updated + (now,)
         sums = updated
     entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column

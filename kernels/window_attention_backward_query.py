@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import BackwardQueryConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
+from .products import matmul
 from .window_attention_backward_resident import resident_gradients, tile_grad_weights
 from .window_attention_tile import (
     LOG2_E,
@@ -51,7 +52,7 @@ def _grad_weights(
     for first in tl.range(0, channels, SLICE):
         outer = load_channels(grad, grad_offset, pixel_exists, first, channels, grad_channel_stride, SLICE)
         carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
-        product = tl.dot(outer, tl.trans(carried), product, input_precision=PRECISION)
+        product = matmul(outer, tl.trans(carried), product, PRECISION)
     return product
 
 
@@ -102,7 +103,7 @@ def _add_to_gradients(
         for piece in tl.static_range(WIDTH // PIECE):
             theirs = key_piece(near, keys[4], head, piece, exists, PIECE, KEEP)
             before = gradients[head * (WIDTH // PIECE) + piece]
-            sums = sums + (tl.dot(inner, theirs, before, input_precision=PRECISION),)
+            sums = sums + (matmul(inner, theirs, before, PRECISION),)
     return sums
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .products import matmul
 from .window_attention_resident import cut_off, seen_keys
 from .window_attention_tile import LOG2_E, core_keys, grid_offsets, in_shares, key_block, load_channels, of_shares
 
@@ -33,7 +34,7 @@ def tile_grad_weights(
         updated = ()
         for part in tl.static_range(PARTS):
             carried = load_channels(value, near[part], None, first, channels, value_strides[2], SLICE, WHOLE)
-            updated = updated + (tl.dot(outer, tl.trans(carried), products[part], input_precision=PRECISION),)
+            updated = updated + (matmul(outer, tl.trans(carried), products[part], PRECISION),)
         products = updated
     return products
 
@@ -78,7 +79,7 @@ def resident_gradients(
         powers = ()
         for part in tl.static_range(PARTS):
             key = tl.load(places[part] + head64 * keys[3])
-            raw = in_shares(tl.dot(query, tl.trans(key), input_precision=PRECISION), SHARES)
+            raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
             if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                 # The zero keeps the compiler from taking the bits apart before the loop, a register each.
                 raw = cut_off(raw, seen[part] ^ (head * again))
@@ -97,13 +98,13 @@ def resident_gradients(
             else:
                 # Without the zeros the compiler would keep the logits or the branch's outcome.
                 key = tl.load(places[part] + head64 * keys[3] + 16 * again)
-                raw = in_shares(tl.dot(query, tl.trans(key), input_precision=PRECISION), SHARES)
+                raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + again:
                     raw = cut_off(raw, seen[part] ^ (head * again))
                 power = tl.math.exp2(raw * exponent_scale - base[:, None, None, None])
             power = tl.reshape(power, grad_weights[part].shape)
             inner = power * (grad_weights[part] - (means * HEADS)[:, None])
-            product = tl.dot(inner.to(key.dtype), key, product, input_precision=PRECISION)
+            product = matmul(inner.to(key.dtype), key, product, PRECISION)
         product = product * (inverse * row_scale)[:, None]
         tl.store(grad_query_place + head * WIDTH, product, mask=pixel_exists[:, None])
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import ForwardConfig
 from .launch import PART, SIZES, Launch, part_arguments, size_arguments, strides_of
+from .products import matmul
 from .window_attention_resident import LOWEST, resident_weights, run_offsets, side_by_side
 from .window_attention_tile import (
     LOG2_E,
@@ -156,7 +157,7 @@ def _window_attention_forward_kernel(
             product = tl.zeros((PIXELS, SLICE), tl.float32)
             for run in tl.static_range(len(near)):
                 carried = load_channels(value, near[run], None, first, channels, value_channel_stride, SLICE, WHOLE)
-                product = tl.dot(weights[run], carried, product, input_precision=PRECISION)
+                product = matmul(weights[run], carried, product, PRECISION)
             _store(out, product, pixel, pixel_exists, first, channels, SLICE, WHOLE)
     else:
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
@@ -186,7 +187,7 @@ def _window_attention_forward_kernel(
                     carried = load_channels(
                         value, near, None, first + piece * SLICE, channels, value_channel_stride, SLICE, WHOLE
                     )
-                    updated = updated + (tl.dot(part, carried, products[piece], input_precision=PRECISION),)
+                    updated = updated + (matmul(part, carried, products[piece], PRECISION),)
                 products = updated
             for piece in tl.static_range(SLICES):
                 _store(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE, WHOLE)

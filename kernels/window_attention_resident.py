@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .products import matmul
 from .window_attention_tile import LOG2_E, core_keys, grid_offsets, in_shares, key_block, of_shares, visibility
 
 # A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
@@ -61,7 +62,7 @@ def resident_weights(
             pivot = tl.full((PIXELS, SHARES), LOWEST, tl.float32)
             for part in tl.static_range(group * GROUP, min(PARTS, group * GROUP + GROUP)):
                 key = tl.load(places[part] + head64 * keys[3])
-                raw = in_shares(tl.dot(query, tl.trans(key), input_precision=PRECISION), SHARES)
+                raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                     # The zero keeps the compiler from taking the bits apart before the loop, a register each.
                     raw = cut_off(raw, seen[part] ^ (head * again))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .products import matmul
 from .window_bounds import axis_bounds
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -224,7 +225,7 @@ def head_product(
     over blocks; an exclusive or, because a sum would be taken apart and half of it moved.
     """
     if KEEP:
-        return tl.dot(queries[head], tl.trans(near[head]), input_precision=PRECISION)
+        return matmul(queries[head], tl.trans(near[head]), None, PRECISION)
     else:
         place, head_stride = queries
         mine = place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
@@ -235,7 +236,7 @@ def head_product(
             first = tl.full((), piece * PIECE, tl.int64)
             query = tl.load(mine + first * query_channel_stride)
             key = _load_rows(theirs + first * key_channel_stride, exists)
-            product = tl.dot(query, tl.trans(key), product, input_precision=PRECISION)
+            product = matmul(query, tl.trans(key), product, PRECISION)
         return product
 
 
