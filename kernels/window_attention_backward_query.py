@@ -41,17 +41,17 @@ from .window_bounds import WindowRule
 
 @triton.jit
 def _grad_weights(
-    grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
+    PIXELS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """<dO, v> of a block of keys, (PIXELS, BLOCK) float32."""
-    row, column, exists = row_block(block, rectangle, BLOCK)
+    row, column, _ = row_block(block, rectangle, BLOCK)
     value_row_stride, value_column_stride, value_channel_stride = value_strides
     near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
     product = tl.zeros((PIXELS, BLOCK), tl.float32)
     for first in tl.range(0, channels, SLICE):
-        outer = load_channels(grad, grad_offset, pixel_exists, first, channels, grad_channel_stride, SLICE)
-        carried = load_channels(value, near, exists, first, channels, value_channel_stride, SLICE)
+        outer = load_channels(grad, grad_offset, None, first, channels, grad_channel_stride, SLICE, WHOLE)
+        carried = load_channels(value, near, None, first, channels, value_channel_stride, SLICE, WHOLE)
         product = matmul(outer, tl.trans(carried), product, PRECISION)
     return product
 
@@ -65,13 +65,13 @@ def _add_to_sums(
 ):  # fmt: skip
     """Each head's sum of exponentials, and of exponentials times dP, with a block of keys added."""
     row, column, exists = row_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     new_totals = ()
     new_deltas = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
         )
         # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
         raw = tl.minimum(raw, limit)
@@ -90,18 +90,18 @@ def _add_to_gradients(
 ):  # fmt: skip
     """Each head's sum of dS k, with a block of keys added."""
     row, column, exists = row_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, exists, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     sums = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, exists, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
         )
         raw = tl.minimum(raw, limit)
         weights = tl.math.exp2(raw * exponent_scale - base[head][:, None]) * shares[head][:, None]
         inner = (weights * (grad_weights - deltas[head][:, None])).to(keys[0].dtype.element_ty)
         for piece in tl.static_range(WIDTH // PIECE):
-            theirs = key_piece(near, keys[4], head, piece, exists, PIECE, KEEP)
+            theirs = key_piece(near, keys[4], head, piece, None, PIECE, KEEP)
             before = gradients[head * (WIDTH // PIECE) + piece]
             sums = sums + (matmul(inner, theirs, before, PRECISION),)
     return sums
@@ -193,8 +193,8 @@ def _window_attention_backward_query_kernel(
         blocks = tl.cdiv(rectangle[3], BLOCK)
         for block in tl.range(0, blocks):
             product = _grad_weights(
-                grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
-                PIXELS, BLOCK, SLICE, PRECISION,
+                grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
+                PIXELS, BLOCK, SLICE, PRECISION, WHOLE,
             )  # fmt: skip
             totals, deltas = _add_to_sums(
                 totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
@@ -203,8 +203,8 @@ def _window_attention_backward_query_kernel(
         shares, deltas = _finish_sums(share, delta, totals, deltas, entry, pixel_exists, windows, GROUP)
         for block in tl.range(0, blocks):
             product = _grad_weights(
-                grad, grad_offset, grad_channel_stride, pixel_exists, value, value_strides, block, rectangle, channels,
-                PIXELS, BLOCK, SLICE, PRECISION,
+                grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
+                PIXELS, BLOCK, SLICE, PRECISION, WHOLE,
             )  # fmt: skip
             gradients = _add_to_gradients(
                 gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,

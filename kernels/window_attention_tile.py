@@ -83,15 +83,17 @@ def core_keys(rectangle):
 
 @triton.jit
 def row_block(block, rectangle, BLOCK: tl.constexpr):
-    """Rows, columns and existence of the keys of a block, (BLOCK,), numbered row by row."""
+    """Rows, columns and existence of the keys of a block, (BLOCK,), row by row; one beyond the end repeats the last."""
     first_row, first_column, columns, count, _ = rectangle
-    number = block * BLOCK + tl.arange(0, BLOCK)
+    first = block * BLOCK
+    number = tl.minimum(first + tl.arange(0, BLOCK), count - 1)
     # One division of integers for the block, and one of floats for each key: numbers below `columns + BLOCK`, exact in
     # float32, half a key away from a whole number of rows.
-    down = (block * BLOCK) // columns
+    down = first // columns
     beyond = number - down * columns
     further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
-    return first_row + down + further, first_column + beyond - further * columns, number < count
+    exists = first + tl.arange(0, BLOCK) < count
+    return first_row + down + further, first_column + beyond - further * columns, exists
 
 
 @triton.jit
