@@ -36,7 +36,10 @@ from .window_bounds import WindowRule, axis_queries
 def _tile_of_keys(
     tile, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """A tile's image, its keys' rows, columns and existence, and the rectangle of pixels that see any of them."""
+    """A tile's image, first row and first column, its keys' rows, columns and existence, and who sees any of them.
+
+    The latter is a rectangle of pixels: first row, first column, columns and number.
+    """
     height, width, grid_rows, grid_columns = sizes
     ratio, cell_rows, cell_columns = rule
     grid = (grid_rows, grid_columns, 0, 0)
@@ -46,7 +49,22 @@ def _tile_of_keys(
     first_row, last_row = axis_queries(top, bottom, height, grid_rows, ratio, cell_rows, WINDOW)
     first_column, last_column = axis_queries(left, right, width, grid_columns, ratio, cell_columns, WINDOW)
     columns = last_column - first_column
-    return image, row, column, exists, (first_row, first_column, columns, (last_row - first_row) * columns)
+    seen_by = (first_row, first_column, columns, (last_row - first_row) * columns)
+    return image, top, left, row, column, exists, seen_by
+
+
+@triton.jit
+def _visible(row, column, exists, sizes, rule, top, left, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+             WINDOW: tl.constexpr):  # fmt: skip
+    """The windows of a block's pixels, empty where there is none, and `visibility` of a tile's keys.
+
+    The keys' rows and columns are made here of the tile's first, so that none waits in a register; a key beyond the
+    grid has one that no window reaches.
+    """
+    row_start, row_stop, column_start, column_stop = pixel_windows(row, column, sizes, rule, WINDOW)
+    windows = (row_start, tl.where(exists, row_stop, row_start), column_start, column_stop)
+    key = tl.arange(0, ROWS * COLUMNS)
+    return windows, visibility(windows, top + key // COLUMNS, left + key % COLUMNS, None)
 
 
 @triton.jit
@@ -111,7 +129,7 @@ def _window_attention_backward_key_kernel(
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
-    image, key_row, key_column, key_exists, rectangle = _tile_of_keys(
+    image, top, left, key_row, key_column, key_exists, rectangle = _tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
     row64 = key_row.to(tl.int64)
@@ -132,9 +150,7 @@ def _window_attention_backward_key_kernel(
     head_channel = tl.arange(0, PIECE).to(tl.int64)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
         row, column, exists = _pixel_block(block, rectangle, PIXELS)
-        windows = pixel_windows(row, column, sizes, rule, WINDOW)
-        limit = visibility(windows, key_row, key_column, key_exists)
-        limit = tl.where(exists[:, None], limit, float("-inf"))  # (PIXELS, KEYS)
+        windows, limit = _visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         product = tl.zeros((PIXELS, KEYS), tl.float32)
         for first in tl.range(0, channels, SLICE):
@@ -195,7 +211,7 @@ def _window_attention_backward_value_kernel(
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
-    image, key_row, key_column, key_exists, rectangle = _tile_of_keys(
+    image, top, left, key_row, key_column, key_exists, rectangle = _tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
     keys = open_queries(
@@ -212,9 +228,7 @@ def _window_attention_backward_value_kernel(
         sums = sums + (tl.zeros((SLICE, KEYS) if TALL else (KEYS, SLICE), tl.float32),)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
         row, column, exists = _pixel_block(block, rectangle, PIXELS)
-        windows = pixel_windows(row, column, sizes, rule, WINDOW)
-        limit = visibility(windows, key_row, key_column, key_exists)
-        limit = tl.where(exists[:, None], limit, float("-inf"))  # (PIXELS, KEYS)
+        _, limit = _visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
         entry = ((image * height + row) * width + column) * HEADS
         query_place = query + head_channel[None, :] * query_channel_stride
         query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]

@@ -145,10 +145,14 @@ def _divide(number, length, inverse, FEW: tl.constexpr):
 
 @triton.jit
 def visibility(windows, row, column, exists):
-    """+inf where a pixel sees a key and -inf elsewhere, (pixels, keys) float32: what a logit is limited to."""
+    """+inf where a pixel sees a key and -inf elsewhere, (pixels, keys) float32: what a logit is limited to.
+
+    `exists` None: all keys do, or have rows or columns that no window reaches.
+    """
     row_start, row_stop, column_start, column_stop = windows
     # A key that does not exist is before any row. An unsigned difference compares with both ends at once.
-    row = tl.where(exists, row, -1)
+    if exists is not None:
+        row = tl.where(exists, row, -1)
     beyond_row = (row[None, :] - row_start[:, None]).to(tl.uint32, bitcast=True)
     beyond_column = (column[None, :] - column_start[:, None]).to(tl.uint32, bitcast=True)
     rows = (row_stop - row_start).to(tl.uint32, bitcast=True)
