@@ -83,7 +83,7 @@ class Case:
             return most_keys(WINDOW, w.size, w.grid, (rows, columns))
 
         if self.kernel == KERNELS[0]:
-            return config.forward_configs(keys, **known)
+            return config.forward_configs(keys, **known, channels=w.channels)
         if self.kernel == KERNELS[1]:
             return config.backward_query_configs(keys, **known)
         of_values = self.kernel == KERNELS[3]

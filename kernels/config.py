@@ -6,7 +6,7 @@ A `Config` changes speed and never a result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 MostKeys = Callable[[int, int], int]
@@ -79,21 +79,23 @@ def _resident_keys(target: Target, half: bool, heads: int, head_dim: int) -> int
 
 
 def forward_configs(
-    most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
+    most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int, channels: int
 ) -> list[ForwardConfig]:
     """Cuts of the forward pass, best first; what comes later asks less of a card.
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
     none of the best spills a register in half precision, but where 225 to 240 keys stay in them (32 bytes, sm_80 to
-    sm_89), nor in float32 where all heads have 128 channels together, but eight heads of 16 on sm_120 (16 bytes). Wider
-    ones in float32 were seen to spill, and the last cuts up to 160 bytes.
+    sm_89), nor in float32 where all heads have 128 channels together and the values a multiple of 16, but one head of
+    128 on sm_86 and sm_89 (8 bytes). Wider ones in float32 were seen to spill, and the last cuts up to 160 bytes.
     """
-    return list(_forward_configs(most_keys(8, 8), target, half, heads, head_dim))
+    cuts = _forward_configs(most_keys(8, 8), target, half, heads, head_dim, channels % 16 == 0)
+    # Slices beyond the last channel would be multiplied too.
+    return [replace(cut, slices=min(cut.slices, max(1, -(-channels // cut.channel_slice)))) for cut in cuts]
 
 
 @cache
 def _forward_configs(
-    most_keys: int, target: Target, half: bool, heads: int, head_dim: int
+    most_keys: int, target: Target, half: bool, heads: int, head_dim: int, even: bool
 ) -> tuple[ForwardConfig, ForwardConfig]:
     wide = heads * head_dim > _KEPT_CHANNELS
     keep = half and not wide
@@ -121,16 +123,13 @@ def _forward_configs(
             8, 8, 32, blocks, 64 if roomy else 32, 1, 4, stages, shares, keep, tail_keys=tail, group_blocks=group
         )
     elif resident:
-        best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, shares, keep)
+        # On sm_100 four heads of 32 spill with one share.
+        halves = 2 if target.arch == 100 and heads == 4 else shares
+        best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, halves, keep)
     elif keep:
         best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
     elif not wide:
-        # The logits are made anew for each run of slices, so runs are as long as they can be without a spill.
-        tight = target.arch == 120
-        slices = 2 if tight else 4
-        if heads > 1:
-            slices = 6 if heads == 2 and head_dim >= 32 else 8
-        best = ForwardConfig(8, 8, 16, 0, 16, slices, 4, 1, 1 if tight and head_dim == 128 else shares, keep)
+        best = _streamed_float32(target, heads, head_dim, shares, even)
     else:
         # By less than half a head of 128 at a time these two targets spill a few registers.
         roomy = half and target.arch in (100, 120)
@@ -139,6 +138,34 @@ def _forward_configs(
         )
     rows = 4 if target.arch == 100 else 8
     return best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)
+
+
+def _streamed_float32(target: Target, heads: int, head_dim: int, shares: int, even: bool) -> ForwardConfig:
+    """The logits are made anew for each run of slices, so runs are as long as they can be without a spill.
+
+    `even`: the channels are a multiple of 16.
+    """
+    full = heads * head_dim > 96
+    narrow, wide = (16, 8), (32, 4)  # a slice's channels and how many: 128
+    if target.arch == 90 or (target.arch == 80 and head_dim < 128):
+        # Queries wait in shared memory, where two programs' have room.
+        if head_dim == 128:
+            run = 16, 4
+        elif target.arch == 80:
+            run = narrow if full and heads > 2 else wide
+        else:
+            run = (32, 3) if full and heads > 4 else wide
+        return ForwardConfig(8, 8, 16, 0, *run, 4, 1, shares)
+    if target.arch == 120 and full and heads > 4:
+        return ForwardConfig(8, 8, 16, 0, 32, 3, 4, 1, shares)
+    if heads == 4 and head_dim == 32 and even and target.arch in (86, 89, 100):
+        run = (32, 6) if target.arch == 100 else (16, 12)
+    elif heads > 1:
+        run = 16, 6 if heads == 2 and head_dim >= 32 else 8
+    else:
+        run = 16, 2 if target.arch == 120 else 4
+    shares = 1 if target.arch == 120 and head_dim == 128 else shares
+    return ForwardConfig(8, 8, 16, 0, *run, 4, 1, shares, keep=False)
 
 
 @dataclass(frozen=True)
@@ -267,9 +294,11 @@ def backward_query_configs(
         # Four warps, 16 rows of a product each, waste none; elsewhere they have too few registers.
         warps = 4 if target.arch == 90 and few else 8
         best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=warps, num_stages=2, heads=group, keep=False)
-    elif few and target.backend == "cuda" and target.arch in (90, 100):
-        # Their matrix units take 64 rows of tf32 from shared memory, which saves registers.
-        best = BackwardQueryConfig(8, 8, 16, 0, 16, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
+    elif few and target.backend == "cuda" and target.arch != 120:
+        # 32 keys where the matrix units take 64 rows of tf32 from shared memory, which saves registers: on sm_90 two
+        # of them are spilled all the same, which 16 keys are too and take half as long again.
+        block, slice_ = (32, 16) if target.arch in (90, 100) else (16, 32 if target.arch == 80 else 16)
+        best = BackwardQueryConfig(8, 8, block, 0, slice_, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
     elif few and target.backend == "cuda":
         # Two warps divide a product of 16 by 16 between them; four make half of it twice.
         best = BackwardQueryConfig(4, 4, 16, 0, 32, num_warps=2, num_stages=1, heads=group, keep=False)
@@ -349,11 +378,34 @@ def backward_grid_configs(
         best = BackwardGridConfig(
             4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
         )
-    elif few and target.backend == "cuda" and target.arch != 100:
-        # Two warps, as for the queries; for 32 pixels beside the values' sums, or on sm_90, registers are too few.
-        # On sm_90 the values' spills 16 bytes where pixels are in one part; three slices spill none and take longer.
-        block = 16 if of_values or target.arch == 90 else 32
-        best = BackwardGridConfig(4, 4, block, 32, slices, parts, num_warps=2, num_stages=1, heads=group, keep=False)
+    elif few and target.backend == "cuda":
+        cut = _float32_values(target, channels) if of_values else _float32_keys(target)
+        best = replace(cut, parts=parts, heads=group)
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
     return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
+
+
+def _float32_keys(target: Target) -> BackwardGridConfig:
+    """The keys' cut for few heads, but for its parts and heads."""
+    if target.arch == 100:
+        return BackwardGridConfig(4, 4, 64, 32, 1, 1, num_warps=4, num_stages=1)
+    if target.arch in (86, 89, 90):
+        # More pixels spill.
+        return BackwardGridConfig(4, 4, 16, 32, 1, 1, num_warps=2, num_stages=1)
+    # Two warps divide a product of 16 by 32 between them; four make half of it twice.
+    return BackwardGridConfig(4, 4, 32, 32, 1, 1, num_warps=2, num_stages=1, keep=False)
+
+
+def _float32_values(target: Target, channels: int) -> BackwardGridConfig:
+    """The values' cut for few heads, but for its parts and heads; the logits are made anew for each run of slices."""
+    even = channels % 16 == 0
+    if target.arch == 90 or (target.arch == 80 and even):
+        slices = min(3, -(-max(channels, 1) // 64))
+        return BackwardGridConfig(4, 4, 64, 64, slices, 1, num_warps=4, num_stages=1, keep=False, tall=True)
+    slices = min(4, -(-max(channels, 1) // 32))
+    if target.arch in (86, 89) and even and channels > 128:
+        return BackwardGridConfig(4, 4, 32, 32, 6, 1, num_warps=2, num_stages=1, keep=False, piece=16)
+    if channels % 192 == 0 or (target.arch == 100 and even and channels > 128):
+        slices = 6
+    return BackwardGridConfig(4, 4, 16, 32, slices, 1, num_warps=2, num_stages=1, keep=False)

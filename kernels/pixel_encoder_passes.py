@@ -100,11 +100,7 @@ def multiplied(totals, x, weight, rows: tl.constexpr, columns: tl.constexpr, NUM
         if PARTNERS:
             row = tl.where(row < rows, partner_of(row, rows), row)
         matrix = load_matrix(weight, row, rows, columns, NUMBER * WIDTH, WIDTH)
-        if NUMBER == 0:
-            total = matmul(x, matrix, None, PRECISION)
-        else:
-            total = matmul(x, matrix, totals[outer], PRECISION)
-        updated = updated + (total,)
+        updated = updated + (matmul(x, matrix, None if NUMBER == 0 else totals[outer], PRECISION),)
     return updated
 
 

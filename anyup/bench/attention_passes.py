@@ -98,7 +98,7 @@ class AttentionPasses:
             "head_dim": self.query.shape[4],
         }
         if kernel == "forward":
-            return config.forward_configs(self.most_keys, **known)
+            return config.forward_configs(self.most_keys, **known, channels=self.workload.channels)
         if kernel == "backward_query":
             return config.backward_query_configs(self.most_keys, **known)
         w = self.workload

@@ -103,7 +103,9 @@ def _segmentation(arguments: argparse.Namespace) -> None:
     output = check_writable(arguments.output, (".json",), "results")
     checkpoint = check_writable(arguments.checkpoint or output.with_suffix(".probes.pt"), (".pt",), "checkpoint")
     if checkpoint.exists() and not arguments.resume:
-        raise FileExistsError(f"{checkpoint}: left by an earlier run; --resume goes on from it, deleting it begins anew")
+        raise FileExistsError(
+            f"{checkpoint}: left by an earlier run; --resume goes on from it, deleting it begins anew"
+        )
     layout = datasets.LAYOUTS[arguments.layout]
     labels = _labels(arguments, layout.labels)
     recipe = Recipe(

@@ -45,7 +45,7 @@ def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
     place = torch.device("cuda", torch.cuda.current_device())
     known: dict[str, Any] = {"target": target(place), "half": half, "heads": shape.heads, "head_dim": shape.head_dim}
     choices: tuple[Sequence[Any], ...] = (
-        forward_configs(keys_of, **known),
+        forward_configs(keys_of, **known, channels=shape.channels),
         backward_query_configs(keys_of, **known),
         backward_grid_configs(math.prod(shape.output), keys, shape.channels, **known),
     )

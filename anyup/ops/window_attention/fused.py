@@ -83,7 +83,7 @@ def forward(
     _run_first(
         "forward",
         lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c, part=part)(),
-        forward_configs(_tile_keys(query, key, window, part), **_known(query, value)),
+        forward_configs(_tile_keys(query, key, window, part), **_known(query, value), channels=value.shape[3]),
         query, key, value, window, part,
     )  # fmt: skip
     return out, lse
