@@ -285,7 +285,8 @@ def backward_query_configs(
     """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
     group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
     few = heads <= 4 and head_dim <= 32
-    resident = _resident_backward(most_keys(8, 8), target, heads, head_dim) if half else None
+    kept = _resident_backward if half else _resident_backward_float32
+    resident = kept(most_keys(8, 8), target, heads, head_dim)
     if resident is not None:
         best = resident
     elif half and target.arch == 120:
@@ -330,6 +331,15 @@ def _resident_backward(keys: int, target: Target, heads: int, head_dim: int) -> 
     return BackwardQueryConfig(
         8, 8, 32, blocks, piece, num_warps=4, num_stages=stages, tail_keys=tail, shares=shares, waiting_blocks=waiting
     )
+
+
+def _resident_backward_float32(keys: int, target: Target, heads: int, head_dim: int) -> BackwardQueryConfig | None:
+    """The same in float32."""
+    tight = target.arch in (100, 120)
+    if target.backend != "cuda" or heads > 4 or head_dim > 32 or keys > (64 if tight else 96):
+        return None
+    slice_, waiting = (16, 0) if target.arch == 100 else (32, 16)
+    return BackwardQueryConfig(8, 8, 32, -(-keys // 32), slice_, num_warps=4, num_stages=1, waiting_blocks=waiting)
 
 
 def _heads_of_a_program(heads: int, head_dim: int, most: int) -> int:

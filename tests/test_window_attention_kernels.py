@@ -432,6 +432,21 @@ def test_partial_sums_are_no_larger_than_the_gradient_of_the_queries(channels: i
     assert split > 6
 
 
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+def test_no_slice_of_channels_is_multiplied_that_holds_none(arch: int, half: bool) -> None:
+    from anyup.kernels.config import Target, forward_configs
+
+    longest = 0
+    for channels in (1, 21, 64, 100, 384):
+        for cut in forward_configs(
+            lambda rows, columns: 1000, target=Target("cuda", arch), half=half, heads=4, head_dim=32, channels=channels
+        ):
+            assert (cut.slices - 1) * cut.channel_slice < channels
+            longest = max(longest, cut.slices * cut.channel_slice)
+    assert longest >= 128
+
+
 # Mutations: what the error rule must notice. Each is a change of a kernel's source.
 
 
