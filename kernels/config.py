@@ -67,6 +67,8 @@ _KEPT_CHANNELS = 128
 def _resident_keys(target: Target, half: bool, heads: int, head_dim: int) -> int:
     """The most keys whose weights stay in registers: more would take those that everything else needs."""
     if not half:
+        if head_dim <= 32 and heads * head_dim <= _KEPT_CHANNELS and target.arch in (80, 86, 89, 90, 120):
+            return 96
         narrow = head_dim <= 64 or (heads == 1 and (target.arch == 90 or target.backend == "hip"))
         return 64 if narrow else 0
     if head_dim <= 32:
@@ -122,6 +124,8 @@ def _forward_configs(
         best = ForwardConfig(
             8, 8, 32, blocks, 64 if roomy else 32, 1, 4, stages, shares, keep, tail_keys=tail, group_blocks=group
         )
+    elif resident and block * blocks > 64:
+        best = ForwardConfig(8, 8, 32, -(-blocks // 2), 32 if target.arch == 90 else slice_, 1, 4, 1, shares, keep)
     elif resident:
         # On sm_100 four heads of 32 spill with one share.
         halves = 2 if target.arch == 100 and heads == 4 else shares
