@@ -389,8 +389,20 @@ def backward_grid_configs(
     tall = half and few and target.arch in (80, 86, 89, 120)
     if half:
         stages = 1 if tall and of_values else stages
+        # With 64 these two targets' keys spill 8 bytes.
+        whole = not of_values and tall and target.arch in (86, 89) and channels % 128 == 0
         best = BackwardGridConfig(
-            4, 4, block, 64, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
+            4,
+            4,
+            block,
+            128 if whole else 64,
+            slices,
+            parts,
+            num_warps=4,
+            num_stages=stages,
+            heads=group,
+            keep=few,
+            tall=tall,
         )
     elif few and target.backend == "cuda":
         cut = _float32_values(target, channels) if of_values else _float32_keys(target)
