@@ -128,8 +128,8 @@ def _forward_configs(
         best = ForwardConfig(8, 8, 32, -(-blocks // 2), 32 if target.arch == 90 else slice_, 1, 4, 1, shares, keep)
     elif resident:
         # On sm_100 four heads of 32 spill with one share.
-        halves = 2 if target.arch == 100 and heads == 4 else shares
-        best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, halves, keep)
+        two = 2 if target.arch == 100 and heads == 4 else shares
+        best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, two, keep)
     elif keep:
         best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
     elif not wide:
@@ -300,8 +300,8 @@ def backward_query_configs(
         warps = 4 if target.arch == 90 and few else 8
         best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=warps, num_stages=2, heads=group, keep=False)
     elif few and target.backend == "cuda" and target.arch != 120:
-        # 32 keys where the matrix units take 64 rows of tf32 from shared memory, which saves registers: on sm_90 two
-        # of them are spilled all the same, which 16 keys are too and take half as long again.
+        # 32 keys where the matrix units take 64 rows of tf32 from shared memory, which saves registers. On sm_90 it
+        # spills 8 bytes all the same; with 16 keys it does too, and takes half as long again.
         block, slice_ = (32, 16) if target.arch in (90, 100) else (16, 32 if target.arch == 80 else 16)
         best = BackwardQueryConfig(8, 8, block, 0, slice_, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
     elif few and target.backend == "cuda":
@@ -389,20 +389,10 @@ def backward_grid_configs(
     tall = half and few and target.arch in (80, 86, 89, 120)
     if half:
         stages = 1 if tall and of_values else stages
-        # With 64 these two targets' keys spill 8 bytes.
-        whole = not of_values and tall and target.arch in (86, 89) and channels % 128 == 0
+        # With 64 channels at once these two targets' keys spill 8 bytes.
+        slice_ = 128 if few and not of_values and target.arch in (86, 89) and channels % 128 == 0 else 64
         best = BackwardGridConfig(
-            4,
-            4,
-            block,
-            128 if whole else 64,
-            slices,
-            parts,
-            num_warps=4,
-            num_stages=stages,
-            heads=group,
-            keep=few,
-            tall=tall,
+            4, 4, block, slice_, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
         )
     elif few and target.backend == "cuda":
         cut = _float32_values(target, channels) if of_values else _float32_keys(target)
