@@ -154,8 +154,8 @@ def _window_attention_backward_key_kernel(
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         product = tl.zeros((PIXELS, KEYS), tl.float32)
         for first in tl.range(0, channels, SLICE):
-            outer = load_channels(grad, grad_offset, None, first, channels, grad_channel_stride, SLICE, WHOLE)
-            carried = load_channels(value, value_offset, None, first, channels, value_channel_stride, SLICE, WHOLE)
+            outer = load_channels(grad, grad_offset, first, channels, grad_channel_stride, SLICE, WHOLE)
+            carried = load_channels(value, value_offset, first, channels, value_channel_stride, SLICE, WHOLE)
             product = matmul(outer, tl.trans(carried), product, PRECISION)
         product = product / HEADS
         several = sees_several(windows)
@@ -244,9 +244,7 @@ def _window_attention_backward_value_kernel(
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         updated = ()
         for piece in tl.static_range(SLICES):
-            outer = load_channels(
-                grad, grad_offset, None, first + piece * SLICE, channels, grad_channel_stride, SLICE, WHOLE
-            )
+            outer = load_channels(grad, grad_offset, first + piece * SLICE, channels, grad_channel_stride, SLICE, WHOLE)
             if TALL:
                 now = matmul(tl.trans(outer), shares, sums[piece], PRECISION)
             else:

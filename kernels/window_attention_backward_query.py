@@ -50,8 +50,8 @@ def _grad_weights(
     near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
     product = tl.zeros((PIXELS, BLOCK), tl.float32)
     for first in tl.range(0, channels, SLICE):
-        outer = load_channels(grad, grad_offset, None, first, channels, grad_channel_stride, SLICE, WHOLE)
-        carried = load_channels(value, near, None, first, channels, value_channel_stride, SLICE, WHOLE)
+        outer = load_channels(grad, grad_offset, first, channels, grad_channel_stride, SLICE, WHOLE)
+        carried = load_channels(value, near, first, channels, value_channel_stride, SLICE, WHOLE)
         product = matmul(outer, tl.trans(carried), product, PRECISION)
     return product
 
@@ -65,13 +65,13 @@ def _add_to_sums(
 ):  # fmt: skip
     """Each head's sum of exponentials, and of exponentials times dP, with a block of keys added."""
     row, column, exists = row_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     new_totals = ()
     new_deltas = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
         )
         # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
         raw = tl.minimum(raw, limit)
@@ -90,18 +90,18 @@ def _add_to_gradients(
 ):  # fmt: skip
     """Each head's sum of dS k, with a block of keys added."""
     row, column, exists = row_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
     sums = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
         )
         raw = tl.minimum(raw, limit)
         weights = tl.math.exp2(raw * exponent_scale - base[head][:, None]) * shares[head][:, None]
         inner = (weights * (grad_weights - deltas[head][:, None])).to(keys[0].dtype.element_ty)
         for piece in tl.static_range(WIDTH // PIECE):
-            theirs = key_piece(near, keys[4], head, piece, None, PIECE, KEEP)
+            theirs = key_piece(near, keys[4], head, piece, PIECE, KEEP)
             before = gradients[head * (WIDTH // PIECE) + piece]
             sums = sums + (matmul(inner, theirs, before, PRECISION),)
     return sums

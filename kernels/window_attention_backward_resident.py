@@ -30,10 +30,10 @@ def tile_grad_weights(
         near = near + (grid_offsets(row, column, value_strides[0], value_strides[1]),)
         products = products + (tl.zeros((PIXELS, BLOCK if part < BLOCKS else TAIL), tl.float32),)
     for first in tl.range(0, channels, SLICE):
-        outer = load_channels(grad, grad_offset, None, first, channels, grad_channel_stride, SLICE, WHOLE)
+        outer = load_channels(grad, grad_offset, first, channels, grad_channel_stride, SLICE, WHOLE)
         updated = ()
         for part in tl.static_range(PARTS):
-            carried = load_channels(value, near[part], None, first, channels, value_strides[2], SLICE, WHOLE)
+            carried = load_channels(value, near[part], first, channels, value_strides[2], SLICE, WHOLE)
             updated = updated + (matmul(outer, tl.trans(carried), products[part], PRECISION),)
         products = updated
     return products

@@ -57,7 +57,7 @@ def _head_statistics(
         total = total + (tl.zeros((PIXELS, SHARES), tl.float32),)
     for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
         row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
-        near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
+        near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
         limit = tl.full((PIXELS, BLOCK), float("inf"), tl.float32)
         if block * BLOCK + BLOCK > core_keys(rectangle):
             limit = visibility(windows, row, column, exists)
@@ -65,7 +65,7 @@ def _head_statistics(
         now_total = ()
         for head in tl.static_range(HEADS):
             raw = head_product(
-                queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
+                queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
             )
             # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
             raw = in_shares(tl.minimum(raw, limit), SHARES)
@@ -92,11 +92,11 @@ def _mean_weights(
 ):  # fmt: skip
     """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
     row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
-    near = open_keys(keys, row, column, None, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
     weights = tl.zeros((PIXELS, BLOCK), tl.float32)
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, None, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
         )
         weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
     if block * BLOCK + BLOCK > core_keys(rectangle):
@@ -156,7 +156,7 @@ def _window_attention_forward_kernel(
         for first in tl.range(0, channels, SLICE):
             product = tl.zeros((PIXELS, SLICE), tl.float32)
             for run in tl.static_range(len(near)):
-                carried = load_channels(value, near[run], None, first, channels, value_channel_stride, SLICE, WHOLE)
+                carried = load_channels(value, near[run], first, channels, value_channel_stride, SLICE, WHOLE)
                 product = matmul(weights[run], carried, product, PRECISION)
             _store(out, product, pixel, pixel_exists, first, channels, SLICE, WHOLE)
     else:
@@ -185,7 +185,7 @@ def _window_attention_forward_kernel(
                 updated = ()
                 for piece in tl.static_range(SLICES):
                     carried = load_channels(
-                        value, near, None, first + piece * SLICE, channels, value_channel_stride, SLICE, WHOLE
+                        value, near, first + piece * SLICE, channels, value_channel_stride, SLICE, WHOLE
                     )
                     updated = updated + (matmul(part, carried, products[piece], PRECISION),)
                 products = updated

@@ -200,11 +200,10 @@ def open_queries(
 
 
 @triton.jit
-def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
+def open_keys(keys, row, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
     """The keys of a block for `head_product`: a tuple of each head's (keys, WIDTH), or where they are if not kept.
 
-    All heads' keys are asked for at once, so that they arrive together, where the registers allow it. `exists` says
-    which become zeros here and in `head_product`; None: none.
+    All heads' keys are asked for at once, so that they arrive together, where the registers allow it.
     """
     key, row_stride, column_stride, head_stride, channel_stride = keys
     offset = grid_offsets(row, column, row_stride, column_stride)
@@ -212,7 +211,7 @@ def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexp
     if KEEP:
         heads = ()
         for head in tl.static_range(HEADS):
-            heads = heads + (_load_rows(place + tl.full((), head, tl.int64) * head_stride, exists),)
+            heads = heads + (tl.load(place + tl.full((), head, tl.int64) * head_stride),)
         return heads
     else:
         return place, head_stride
@@ -220,7 +219,7 @@ def open_keys(keys, row, column, exists, HEADS: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def head_product(
-    queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, exists, block, again,
+    queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, block, again,
     WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """A head's queries times its keys of a block, (pixels, keys) float32.
@@ -241,36 +240,23 @@ def head_product(
         for piece in tl.static_range(WIDTH // PIECE):
             first = tl.full((), piece * PIECE, tl.int64)
             query = tl.load(mine + first * query_channel_stride)
-            key = _load_rows(theirs + first * key_channel_stride, exists)
+            key = tl.load(theirs + first * key_channel_stride)
             product = matmul(query, tl.trans(key), product, PRECISION)
         return product
 
 
 @triton.jit
-def _load_rows(place, exists):
-    """What is at `place`, a matrix, with zeros in the rows that do not exist."""
-    if exists is None:
-        return tl.load(place)
-    else:
-        return tl.load(place, mask=exists[:, None], other=0.0)
+def load_channels(tensor, offset, first, channels, channel_stride, SLICE: tl.constexpr, WHOLE: tl.constexpr):
+    """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros beyond the last.
 
-
-@triton.jit
-def load_channels(
-    tensor, offset, exists, first, channels, channel_stride, SLICE: tl.constexpr, WHOLE: tl.constexpr = False
-):
-    """Channels `first` ... `first + SLICE - 1` of rows at `offset` (int64), (rows, SLICE); zeros elsewhere.
-
-    `exists` None says that all rows exist, WHOLE that all slices are whole.
+    WHOLE says that all slices are whole.
     """
     channel = first + tl.arange(0, SLICE)
     place = tensor + offset[:, None] + channel.to(tl.int64)[None, :] * channel_stride
     if WHOLE:
-        return _load_rows(place, exists)
-    elif exists is None:
-        return tl.load(place, mask=(channel < channels)[None, :], other=0.0)
+        return tl.load(place)
     else:
-        return tl.load(place, mask=exists[:, None] & (channel < channels)[None, :], other=0.0)
+        return tl.load(place, mask=(channel < channels)[None, :], other=0.0)
 
 
 @triton.jit
@@ -286,12 +272,12 @@ def sees_several(windows):
 
 @triton.jit
 def key_piece(
-    near, key_channel_stride, head: tl.constexpr, piece: tl.constexpr, exists, PIECE: tl.constexpr, KEEP: tl.constexpr
-):  # fmt: skip
+    near, key_channel_stride, head: tl.constexpr, piece: tl.constexpr, PIECE: tl.constexpr, KEEP: tl.constexpr
+):
     """PIECE channels of a head's keys of a block, (keys, PIECE); a kept head is one piece."""
     if KEEP:
         return near[head]
     else:
         place, head_stride = near
         place += tl.full((), head, tl.int64) * head_stride + tl.full((), piece * PIECE, tl.int64) * key_channel_stride
-        return _load_rows(place, exists)
+        return tl.load(place)
