@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from anyup import cli
-from anyup.bench import cases, command, floors, machine, memory, parity, suite
+from anyup.bench import cases, command, floors, machine, memory, parity, published_code, suite
 from anyup.bench.cases import OPERATIONS, Sizes
-from anyup.bench.contenders import Builder
+from anyup.bench.contenders import Builder, Graph
 from anyup.bench.engine import Engine, Speeds
 from anyup.bench.floors import BOTH
 from anyup.bench.published_code import PublishedCode
@@ -36,7 +37,7 @@ def clock(function: Callable[[], object]) -> float:
     return 2e-3
 
 
-def no_memory(case: str, sizes: Sizes) -> memory.Memory:
+def no_memory(contender: Contender, sizes: Sizes) -> memory.Memory:
     return memory.Memory(1000)
 
 
@@ -255,7 +256,7 @@ def test_stages_give_the_call_s_result_and_have_a_time_each() -> None:
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    found = memory.measure("anyup", Sizes(square(224, 16)))
+    found = memory.measure_in_child("anyup", Sizes(square(224, 16)))
     output = square(224, 16).output_bytes
     assert found.peak_bytes is not None and output < found.peak_bytes < 20 * output
 
@@ -351,6 +352,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[PretendedGraph]:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500 + 1000 * len(made))
     return made
 
 
@@ -371,6 +374,7 @@ def test_a_graph_is_captured_warm_and_replayed_without_a_call(
     for _ in range(2):
         assert torch.equal(replay(), upsampler(image, features))
     assert seen == [0, 0, 0, 1] and [graph.replays for graph in graphs] == [2]
+    assert isinstance(replay, Graph) and replay.held_bytes == 1000
 
 
 def test_a_call_that_cannot_be_captured_is_unsupported(
@@ -393,10 +397,14 @@ FAKE = """
 import anyup
 from torch import nn
 
+def setup_cross_attention_block(use_natten, use_params_from=None, **arguments):
+    return nn.Identity() if use_natten else nn.Flatten()
+
 class AnyUp(nn.Module):
     def __init__(self, qk_dim=128, **arguments):
         super().__init__()
         self.arguments, self.home = arguments, anyup.__file__
+        self.cross_decode = setup_cross_attention_block(False)
 
     def load_state_dict(self, state):
         self.names = set(state)
@@ -422,14 +430,43 @@ def test_the_published_code_runs_beside_ours_with_its_weights(checkout: Path) ->
     assert theirs.names == set(ours.state_dict()) and theirs.arguments["num_heads"] == 4
     assert Path(theirs.home).parent == checkout / "anyup"
     assert sys.modules["anyup.model"].AnyUp is type(ours) and str(checkout) not in sys.path
-    contender = Contender("model", suite.CODE, "", has_memory=False)
+    contender = Contender("model", suite.CODE, published_code.DENSE)
     call = Builder(clock, PublishedCode(checkout)).build(contender, Sizes(TINY, chunk=7))
     assert call().shape == (1, 12, 24, 20)
 
 
+def test_its_variant_takes_the_weights_from_the_dense_block(checkout: Path) -> None:
+    made = PublishedCode(checkout).with_weights_of(cases.model(), natten=True)
+    assert type(made.cross_decode) is nn.Identity and "use_natten" not in made.arguments
+    code = (checkout / "anyup" / "model.py").read_text()
+    for change, told in [
+        (("nn.Identity() if use_natten else", ""), "falls back to its masked attention"),
+        (("setup_cross_attention_block", "make_block"), "no variant by NATTEN"),
+    ]:
+        (checkout / "anyup" / "model.py").write_text(code.replace(*change))
+        with pytest.raises(NotImplementedError, match=told):
+            PublishedCode(checkout).build(published_code.NEIGHBOURHOOD, Sizes(TINY))
+
+
+def test_its_memory_is_measured_in_a_process_of_its_own(checkout: Path) -> None:
+    contender = Contender("model", suite.CODE, published_code.DENSE)
+    found = Builder(clock, PublishedCode(checkout)).measure_memory(contender, Sizes(square(224, 16)))
+    output = square(224, 16).output_bytes
+    assert found.peak_bytes is not None and output <= found.peak_bytes < 1.5 * output  # ours takes more
+
+
+def test_what_its_code_cannot_do_is_a_result(checkout: Path) -> None:
+    (checkout / "anyup" / "model.py").write_text(FAKE.replace("self.chunk = q_chunk_size", "raise ValueError('odd')"))
+    contenders = (Contender("model", "anyup", "anyup"), Contender("model", suite.CODE, published_code.DENSE))
+    builder = Builder(clock, PublishedCode(checkout))
+    ours, theirs = engine(builder=builder).run(Comparison("model", Sizes(TINY), contenders))
+    assert ours["status"] == "ok"
+    assert (theirs["status"], theirs["reason"]) == ("unsupported", "its code fails here: ValueError: odd")
+
+
 def test_its_result_must_be_ours(checkout: Path) -> None:
     builder = Builder(clock, PublishedCode(checkout))
-    contenders = (Contender("model", "anyup", "anyup"), Contender("model", suite.CODE, "", has_memory=False))
+    contenders = (Contender("model", "anyup", "anyup"), Contender("model", suite.CODE, published_code.DENSE))
     with pytest.raises(parity.ParityError):
         engine(builder=builder).run(Comparison("model", Sizes(TINY), contenders))
 

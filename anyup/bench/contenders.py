@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.bench import cases, published
+from anyup.bench import cases, memory, published
 from anyup.bench.cases import Sizes
 from anyup.bench.published_code import PublishedCode
 from anyup.bench.suite import CODE, GRAPH, NATTEN, WITH_CHUNKS, Contender
@@ -36,8 +36,22 @@ class Builder:
         if contender.backend == GRAPH:
             return _graph(sizes)
         if contender.backend in (CODE, NATTEN):
-            return self._published_code(sizes, natten=contender.backend == NATTEN)
+            if self._code is None:
+                raise NotImplementedError("no checkout of the published code")
+            return self._code.build(contender.case, sizes)
         return cases.build(contender.case, sizes)
+
+    def measure_memory(self, contender: Contender, sizes: Sizes) -> memory.Memory:
+        """The peak of a call: on a CPU in a child process, on a card in this one."""
+        device = torch.device(sizes.device)
+        if device.type == "cuda":
+            try:
+                call = self.build(contender, sizes)
+            except torch.OutOfMemoryError:
+                return memory.Memory(None)
+            return memory.Memory(call.held_bytes) if isinstance(call, Graph) else memory.measure_on_card(call, device)
+        checkout = self._code.folder if self._code and contender.backend in (CODE, NATTEN) else None
+        return memory.measure_in_child(contender.case, sizes, checkout=checkout)
 
     def chunk_times(self, contender: Contender, sizes: Sizes) -> dict[int | None, float] | None:
         """Seconds of the baseline's attention by chunk size; None for who has no chunks."""
@@ -50,27 +64,31 @@ class Builder:
                 self._chunk_times[key] = baseline.chunk_times(sizes.workload, self._clock)
         return self._chunk_times[key]
 
-    def _published_code(self, sizes: Sizes, *, natten: bool) -> cases.Call:
-        if self._code is None:
-            raise NotImplementedError("no checkout of the published code")
-        model = self._code.with_weights_of(cases.model(sizes.dtype, sizes.device), natten=natten)
-        image, features = sizes.inputs()
-        chunk = None if natten else sizes.chunk
-
-        def run() -> Tensor:
-            out: Tensor = model(image, features, q_chunk_size=chunk)
-            return out
-
-        return torch.inference_mode()(run)
-
 
 def with_chunk(sizes: Sizes, times: dict[int | None, float] | None) -> Sizes:
     """The sizes with the best chunk size."""
     return sizes if times is None else replace(sizes, chunk=published.best_chunk(times))
 
 
-def _graph(sizes: Sizes) -> cases.Call:
-    """Our forward as a CUDA graph that is replayed; the output lies in the graph's memory."""
+@dataclass(frozen=True)
+class Graph:
+    """Our forward as a CUDA graph that is replayed.
+
+    Attributes:
+        out: what a replay writes; it lies in the graph's memory.
+        held_bytes: the graph's memory, which it keeps from its capture on.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    out: Tensor
+    held_bytes: int
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.out
+
+
+def _graph(sizes: Sizes) -> Graph:
     upsampler: AnyUp = cases.model(sizes.dtype, sizes.device)
     image, features = sizes.inputs()
     with torch.inference_mode(), torch.cuda.device(image.device):
@@ -80,6 +98,9 @@ def _graph(sizes: Sizes) -> cases.Call:
             for _ in range(3):
                 upsampler(image, features)
         torch.cuda.current_stream().wait_stream(side)
+        # A capture fills a pool of its own, whose blocks stay reserved: what is reserved more is the graph's.
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -88,9 +109,4 @@ def _graph(sizes: Sizes) -> cases.Call:
             raise
         except RuntimeError as error:
             raise NotImplementedError(f"the call cannot be captured: {str(error).splitlines()[0]}") from error
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
+        return Graph(graph, out, torch.cuda.memory_reserved() - before)

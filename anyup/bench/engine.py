@@ -76,6 +76,14 @@ class Entry:
             raise error
         self.mark("out of memory", (str(error).strip().splitlines() or ["no memory"])[0])
 
+    def mark_failure(self, error: Exception) -> None:
+        """Of a first call. What others wrote may fail for reasons of its own, which is a result; ours may not."""
+        if self.contender.backend in (CODE, NATTEN) and not memory.is_for_want_of_memory(error):
+            told = (str(error).strip().splitlines() or [""])[0]
+            self.mark("unsupported", f"its code fails here: {type(error).__name__}: {told}")
+        else:
+            self.mark_want_of_memory(error)
+
 
 @dataclass
 class Engine:
@@ -88,7 +96,7 @@ class Engine:
         budget: calls that would take more seconds are left out.
         repeats: of each call, at most.
         patience: about as many seconds a comparison's calls are repeated for.
-        measure_memory: of a case.
+        measure_memory: of a contender; None: the builder's way.
     """
 
     speeds: Speeds
@@ -97,7 +105,7 @@ class Engine:
     budget: float = 180.0
     repeats: int = 5
     patience: float = 40.0
-    measure_memory: Callable[[str, Sizes], memory.Memory] = memory.measure
+    measure_memory: Callable[[Contender, Sizes], memory.Memory] | None = None
 
     def run(self, comparison: Comparison) -> list[Row]:
         """The rows, one for each contender.
@@ -137,11 +145,12 @@ class Engine:
         self._time([entry for entry in entries if entry.runs])
         for entry in entries:
             entry.call = None  # what it holds is gone before memory is measured
+        measure_memory = self.measure_memory or self.builder.measure_memory
         for entry in entries:
             if entry.runs:
                 entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]
                 if entry.contender.has_memory:
-                    found = self.measure_memory(entry.contender.case, entry.sizes)
+                    found = measure_memory(entry.contender, entry.sizes)
                     entry.row.update(peak_bytes=found.peak_bytes, peak_is_exact=found.exact)
         _add_speed_ups(entries)
         return entries
@@ -225,8 +234,8 @@ class Engine:
             except NotImplementedError as error:
                 entry.mark("unsupported", str(error))
                 continue
-            except (MemoryError, RuntimeError) as error:
-                entry.mark_want_of_memory(error)
+            except Exception as error:
+                entry.mark_failure(error)
                 continue
             assert entry.call is not None
             size = entry.row["output_bytes"] = result.numel() * result.element_size()

@@ -1,7 +1,7 @@
 """Peak memory of a call: on a CPU the resident set of a child process that makes it once, on a card its allocator's.
 
-`python -m anyup.bench.memory CASE WORKLOAD` is the child. It loads the model, fills the inputs, notes its
-resident set, makes the call, and prints the peak above that note as JSON.
+`python -m anyup.bench.memory CASE WORKLOAD` is the child, with `--published PATH` for a case of a checkout. It loads
+the model, fills the inputs, notes its resident set, makes the call, and prints the peak above that note as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from anyup.bench import cases, workloads
 from anyup.bench.cases import Sizes
 from anyup.bench.floors import FORWARD, PASSES
+from anyup.bench.published_code import CASES, PublishedCode
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")
 
@@ -44,18 +45,18 @@ class Memory:
     exact: bool = True
 
 
-def measure(case: str, sizes: Sizes, *, threads: int | None = None) -> Memory:
-    """The peak of a case: on a CPU in a child process, on a card in this one.
+def measure_in_child(case: str, sizes: Sizes, *, threads: int | None = None, checkout: Path | None = None) -> Memory:
+    """The peak of a case on a CPU, one of `checkout`'s where there is one.
 
     Raises RuntimeError with the child's messages where it fails for another reason than memory.
     """
-    if torch.device(sizes.device).type == "cuda":
-        return measure_on_card(cases.build(case, sizes), torch.device(sizes.device))
     command = [sys.executable, "-m", "anyup.bench.memory", case, sizes.workload.name]
     command += ["--dtype", sizes.dtype, "--pass", sizes.direction]
     command += ["--threads", str(threads or torch.get_num_threads())]
     if sizes.chunk is not None:
         command += ["--chunk", str(sizes.chunk)]
+    if checkout is not None:
+        command += ["--published", str(checkout)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode == 0:
         return Memory(**json.loads(child.stdout.splitlines()[-1]))
@@ -133,19 +134,21 @@ def _be_killed_first() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The child process."""
-    parser = argparse.ArgumentParser(prog="python -m anyup.bench.memory", description=measure.__doc__)
-    parser.add_argument("case", help=f"one of {cases.WHOLE}, or one of {cases.OPERATIONS} with /backend")
+    parser = argparse.ArgumentParser(prog="python -m anyup.bench.memory", description=__doc__)
+    parser.add_argument("case", help=f"one of {cases.WHOLE}, one of {cases.OPERATIONS} with /backend, or of {CASES}")
     parser.add_argument("workload", help='a name, for example "448 from 32"')
     parser.add_argument("--dtype", choices=cases.DTYPES, default="float32")
     parser.add_argument("--pass", dest="direction", choices=PASSES, default=FORWARD)
     parser.add_argument("--chunk", type=int, help="the baseline's queries at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--published", metavar="PATH", help="a checkout of wimmerth/anyup, for its cases")
     arguments = parser.parse_args(argv)
     _be_killed_first()
     torch.set_num_threads(arguments.threads)
     workload = workloads.find(arguments.workload)
     sizes = Sizes(workload, arguments.dtype, arguments.direction, chunk=arguments.chunk)
-    call = cases.build(arguments.case, sizes)
+    build = PublishedCode(arguments.published).build if arguments.published else cases.build
+    call = build(arguments.case, sizes)
     print(json.dumps(asdict(measure_here(call))))
     return 0
 

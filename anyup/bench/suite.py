@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from anyup.bench import high_resolution
+from anyup.bench import high_resolution, published_code
 from anyup.bench.cases import OPERATIONS, Sizes
 from anyup.bench.floors import BOTH
 from anyup.bench.workloads import CURVE, REACH, UNIFICATION, WORKLOADS, square
@@ -30,7 +30,7 @@ class Contender:
     Attributes:
         operation: what it computes, as rows name it.
         backend: by what, as rows name it.
-        case: as `anyup.bench.cases.build` knows it; "" for what the engine builds itself.
+        case: as `anyup.bench.cases.build` knows it, or `PublishedCode.build`.
         has_memory: whether its memory is measured too, which takes another call.
         work: whose floor it has, as `anyup.bench.floors` knows it; "" where that is the operation.
     """
@@ -136,10 +136,18 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
 
 
 def _model(sizes: Sizes, *backends: str, group: str = "model") -> Comparison:
-    cases = {OURS: "anyup", "torch": "anyup/torch", PUBLISHED: "published", UNCHUNKED: "published"}
+    cases = {
+        OURS: "anyup",
+        GRAPH: "anyup",
+        "torch": "anyup/torch",
+        PUBLISHED: "published",
+        UNCHUNKED: "published",
+        CODE: published_code.DENSE,
+        NATTEN: published_code.NEIGHBOURHOOD,
+    }
     # A second run of a baseline for its memory is worth it where claims are made.
     measured = cases if sizes.workload in REACH else (OURS,)
-    contenders = (Contender("model", name, cases.get(name, ""), has_memory=name in measured) for name in backends)
+    contenders = (Contender("model", name, cases[name], has_memory=name in measured) for name in backends)
     return Comparison(group, sizes, tuple(contenders))
 
 
