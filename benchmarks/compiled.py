@@ -20,6 +20,7 @@ from anyup.kernels import config
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.kernels.launch import Launch
 from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
+from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
 from anyup.kernels.window_attention_backward_query import plan_backward_query
 from anyup.kernels.window_attention_forward import plan_forward
 from anyup.ops.window_attention.fused import window_rule
@@ -37,7 +38,10 @@ CHANNELS = (384, 768, 1024)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ARCHITECTURES = (*map(str, CUDA_ARCHITECTURES), "gfx942")
 
-KERNELS = tuple(f"window_attention_{name}" for name in ("forward", "backward_query", "backward_key", "backward_value"))
+KERNELS = tuple(
+    f"window_attention_{name}"
+    for name in ("forward", "backward_query", "backward_key", "backward_value", "backward_key_value")
+)
 
 Cut = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
 Row = dict[str, Any]
@@ -88,6 +92,8 @@ class Case:
             return config.backward_query_configs(keys, **known)
         of_values = self.kernel == KERNELS[3]
         pixels = math.prod(w.size)
+        if self.kernel == KERNELS[4]:
+            return config.backward_key_value_configs(pixels, w.batch * w.keys, w.channels, **known)
         return config.backward_grid_configs(pixels, w.batch * w.keys, w.channels, of_values=of_values, **known)
 
     @property
@@ -124,11 +130,13 @@ class Case:
         if self.kernel == KERNELS[1]:
             return plan_backward_query(out, query, key, value, statistic, query, statistic, statistic, **shared)
         sums = torch.float32 if cut.parts > 1 else dtype
+        of_key, of_value = (empty(cut.parts, *like.shape, dtype=sums) for like in (key, value))
+        statistics = (statistic, statistic, statistic)
         if self.kernel == KERNELS[2]:
-            parts = empty(cut.parts, *key.shape, dtype=sums)
-            return plan_backward_key(out, query, key, value, statistic, statistic, statistic, parts, **shared)
-        parts = empty(cut.parts, *value.shape, dtype=sums)
-        return plan_backward_value(out, query, key, statistic, statistic, parts, **shared)
+            return plan_backward_key(out, query, key, value, *statistics, of_key, **shared)
+        if self.kernel == KERNELS[3]:
+            return plan_backward_value(out, query, key, *statistics[:2], of_value, **shared)
+        return plan_backward_key_value(out, query, key, value, *statistics, of_key, of_value, **shared)
 
     def work(self, number: int = 0) -> Work:
         """The work of that launch, for each pixel."""
@@ -271,7 +279,9 @@ def cases(
             for number in channels:
                 for workload in workloads(number)[sizes]:
                     for kernel in kernels:
-                        yield Case(workload, arch, dtype, *heads, kernel=kernel)
+                        case = Case(workload, arch, dtype, *heads, kernel=kernel)
+                        if case.configs:
+                            yield case
 
 
 def measure(wanted: Sequence[Case], workers: int = 2) -> list[Row]:

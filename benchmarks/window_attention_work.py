@@ -195,12 +195,12 @@ def _kept(constant: Any) -> list[tuple[int, int]]:
 
 
 def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
-    """The work of a launch that `plan_backward_key` or `plan_backward_value` of that kernel's module made.
+    """The work of a launch of the backward pass of keys, of values or of both.
 
     Adding up the parts, a small kernel of torch's, is left out.
     """
     constant, argument = launch.constants, launch.arguments
-    of_values = "grad_value" in argument
+    of_keys, of_values = "grad_key" in argument, "grad_value" in argument
     block, parts, heads = constant["PIXELS"], constant["PARTS"], constant["HEADS"]
     tile = constant["ROWS"] * constant["COLUMNS"]
     sizes = zip(workload.size, workload.grid, (constant["ROWS"], constant["COLUMNS"]), strict=True)
@@ -219,7 +219,15 @@ def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
     loaded = blocks * block * per_pixel  # pixels, for each pixel
     out_bytes = 4 if parts > 1 else argument["query"].element_size()
     keys_asked = query_bytes * (len(counts) * parts if constant["KEEP"] else blocks) * tile * per_pixel
-    if of_values:
+    if of_keys and of_values:
+        once = query_bytes + value_bytes + 12 * heads + 2 * (query_bytes + value_bytes) * grid_bytes
+        again = 1 + constant["REFETCH"]
+        asked = loaded * (again * query_bytes + value_bytes + 12 * heads) + keys_asked
+        asked += value_bytes * blocks * tile * per_pixel
+        asked += parts * out_bytes * (width + workload.channels) * grid_bytes
+        head_products, value_products = 2, 2 * slices
+        exact_operations = 2 * width + workload.channels
+    elif of_values:
         once = query_bytes + value_bytes + 8 * heads + (query_bytes + value_bytes) * grid_bytes
         # Every run makes the weights again; its gradients are a share of the channels.
         asked = loaded * (repeats * (query_bytes + 8 * heads) + value_bytes) + repeats * keys_asked

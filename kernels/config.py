@@ -223,7 +223,10 @@ class BackwardGridConfig:
         heads: of a program, of keys: a divisor of their number; 0: all.
         keep: whether all heads' keys stay in registers.
         piece: channels of a head multiplied at once where keys are not kept.
-        tall: whether the gradients are summed with their channels as rows, not the tile's keys.
+        tall: whether the gradients are summed with their channels as rows, not the tile's keys; those of values that
+            are summed together with the keys' always are.
+        refetch: of keys and values together, whether a block's queries are fetched again for the keys' gradient
+            instead of waiting in registers.
     """
 
     rows: int
@@ -238,6 +241,7 @@ class BackwardGridConfig:
     keep: bool = True
     piece: int = 32
     tall: bool = False
+    refetch: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -359,6 +363,35 @@ _MOST_PARTS = 16
 _LEAST_PIXELS_OF_A_PART = 2048
 
 
+def backward_key_value_configs(
+    pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int
+) -> list[BackwardGridConfig]:
+    """Cuts of the backward pass of keys and values at once; none where its sums would not stay in registers.
+
+    Arguments as for `backward_grid_configs`.
+    """
+    # Slices of 64 channels; what is left out spills, three heads 8 bytes on sm_80.
+    most = 1 if target.arch == 120 else 3 if target.arch in (86, 89) else 6
+    uneven = channels % 16 > 0 and (channels > 32 or target.arch == 120)
+    if not half or heads not in (1, 2, 4) or head_dim > 32 or not 0 < channels <= 64 * most or uneven:
+        return []
+    old = target.backend == "cuda" and target.arch not in (90, 100)
+    parts = _parts(pixels, keys, channels + heads * head_dim, heads * head_dim, half)
+    # A slice half as long where there is but one that is not full.
+    slice_ = 32 if channels <= 32 else 64
+    return [
+        BackwardGridConfig(4, 4, 64, slice_, 1, parts, num_warps=4, num_stages=1, heads=heads, tall=old, refetch=old)
+    ]
+
+
+def _parts(pixels: int, keys: int, row: int, width: int, half: bool) -> int:
+    """Programs that share the pixels of a tile; `row`: what a key has of partial sums, `width` of channels."""
+    # The parts' float32 sums are no larger than the queries' gradient.
+    as_large = pixels * width * (2 if half else 4) // (4 * max(keys * row, 1))
+    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART, as_large)
+    return max(1, parts)
+
+
 def backward_grid_configs(
     pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int,
     of_values: bool = False,
@@ -367,11 +400,7 @@ def backward_grid_configs(
 
     `pixels` are those of one image, `keys` those of all images.
     """
-    # The parts' float32 sums are no larger than the queries' gradient.
-    row = max(channels, heads * head_dim)
-    as_large = pixels * heads * head_dim * (2 if half else 4) // (4 * max(keys * row, 1))
-    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART, as_large)
-    parts = max(1, parts)
+    parts = _parts(pixels, keys, max(channels, heads * head_dim), heads * head_dim, half)
     group = _heads_of_a_program(heads, head_dim, most=4)
     few = heads <= 4 and head_dim <= 32
     # Two stages hold every head's queries in shared memory.

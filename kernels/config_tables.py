@@ -31,6 +31,7 @@ KINDS: Mapping[str, type[Cut]] = {
     "backward_query": BackwardQueryConfig,
     "backward_key": BackwardGridConfig,
     "backward_value": BackwardGridConfig,
+    "backward_key_value": BackwardGridConfig,
 }
 """The kernels of the window attention, and what cuts each."""
 

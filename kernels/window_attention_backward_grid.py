@@ -18,94 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import BackwardGridConfig
-from .launch import SIZES, Launch, size_arguments, strides_of
+from .launch import SIZES, Launch, strides_of
 from .products import matmul
-from .window_attention_tile import (
-    LOG2_E,
-    load_channels,
-    open_queries,
-    pixel_windows,
-    sees_several,
-    tile_pixels,
-    visibility,
+from .window_attention_keys_tile import (
+    common_arguments,
+    common_constants,
+    exponentials_of_head,
+    pixel_block,
+    tile_of_keys,
+    tiles_of,
+    visible,
 )
-from .window_bounds import WindowRule, axis_queries
-
-
-@triton.jit
-def _tile_of_keys(
-    tile, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
-):
-    """A tile's image, first row and first column, its keys' rows, columns and existence, and who sees any of them.
-
-    The latter is a rectangle of pixels: first row, first column, columns and number.
-    """
-    height, width, grid_rows, grid_columns = sizes
-    ratio, cell_rows, cell_columns = rule
-    grid = (grid_rows, grid_columns, 0, 0)
-    image, top, left, row, column, exists = tile_pixels(tile, tile_rows, tile_columns, grid, ROWS, COLUMNS)
-    bottom = tl.minimum(top + ROWS, grid_rows) - 1
-    right = tl.minimum(left + COLUMNS, grid_columns) - 1
-    first_row, last_row = axis_queries(top, bottom, height, grid_rows, ratio, cell_rows, WINDOW)
-    first_column, last_column = axis_queries(left, right, width, grid_columns, ratio, cell_columns, WINDOW)
-    columns = last_column - first_column
-    seen_by = (first_row, first_column, columns, (last_row - first_row) * columns)
-    return image, top, left, row, column, exists, seen_by
-
-
-@triton.jit
-def _visible(row, column, exists, sizes, rule, top, left, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-             WINDOW: tl.constexpr):  # fmt: skip
-    """The windows of a block's pixels, empty where there is none, and `visibility` of a tile's keys.
-
-    The keys' rows and columns are made here of the tile's first, so that none waits in a register; a key beyond the
-    grid has one that no window reaches.
-    """
-    row_start, row_stop, column_start, column_stop = pixel_windows(row, column, sizes, rule, WINDOW)
-    windows = (row_start, tl.where(exists, row_stop, row_start), column_start, column_stop)
-    key = tl.arange(0, ROWS * COLUMNS)
-    return windows, visibility(windows, top + key // COLUMNS, left + key % COLUMNS, None)
-
-
-@triton.jit
-def _pixel_block(block, rectangle, PIXELS: tl.constexpr):
-    """Rows, columns and existence of the pixels of a block, (PIXELS,); one beyond the end repeats the last."""
-    first_row, first_column, columns, count = rectangle
-    first = block * PIXELS
-    number = tl.minimum(first + tl.arange(0, PIXELS), count - 1)
-    # One division of integers for the block, and one of floats for each pixel: numbers below `columns + PIXELS`, exact
-    # in float32, half a pixel away from a whole number of rows.
-    down = first // columns
-    beyond = number - down * columns
-    further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
-    exists = first + tl.arange(0, PIXELS) < count
-    return first_row + down + further, first_column + beyond - further * columns, exists
-
-
-@triton.jit
-def _exponentials(
-    keys, key_channel_stride, query_place, query_channel_stride, limit, lse, entry, head: tl.constexpr,
-    exponent_scale, block, again, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
-):  # fmt: skip
-    """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights.
-
-    `query_place`, (pixels, PIECE), is the head's own. Keys that are not kept are loaded as `head_product` does.
-    """
-    if KEEP:
-        raw = matmul(tl.load(query_place), tl.trans(keys[head]), None, PRECISION)
-    else:
-        place, head_stride = keys
-        place += tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
-        raw = tl.zeros(limit.shape, tl.float32)
-        for piece in tl.static_range(WIDTH // PIECE):
-            first = tl.full((), piece * PIECE, tl.int64)
-            mine = tl.load(query_place + first * query_channel_stride)
-            theirs = tl.load(place + first * key_channel_stride)
-            raw = matmul(mine, tl.trans(theirs), raw, PRECISION)
-    base = tl.load(lse + entry + head) * LOG2_E
-    # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
-    return tl.math.exp2(tl.minimum(raw, limit) * exponent_scale - base[:, None])
+from .window_attention_tile import LOG2_E, load_channels, open_queries, sees_several
+from .window_bounds import WindowRule
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -129,7 +54,7 @@ def _window_attention_backward_key_kernel(
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
-    image, top, left, key_row, key_column, key_exists, rectangle = _tile_of_keys(
+    image, top, left, key_row, key_column, key_exists, rectangle = tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
     row64 = key_row.to(tl.int64)
@@ -149,8 +74,8 @@ def _window_attention_backward_key_kernel(
         gradients = gradients + (tl.zeros((PIECE, KEYS) if TALL else (KEYS, PIECE), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
-        row, column, exists = _pixel_block(block, rectangle, PIXELS)
-        windows, limit = _visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
+        row, column, exists = pixel_block(block, rectangle, PIXELS)
+        windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         product = tl.zeros((PIXELS, KEYS), tl.float32)
         for first in tl.range(0, channels, SLICE):
@@ -165,7 +90,7 @@ def _window_attention_backward_key_kernel(
         updated = ()
         for head in tl.static_range(GROUP):
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
-            weights = _exponentials(
+            weights = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 again, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
@@ -211,7 +136,7 @@ def _window_attention_backward_value_kernel(
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
-    image, top, left, key_row, key_column, key_exists, rectangle = _tile_of_keys(
+    image, top, left, key_row, key_column, key_exists, rectangle = tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
     keys = open_queries(
@@ -227,15 +152,15 @@ def _window_attention_backward_value_kernel(
     for _slice in tl.static_range(SLICES):
         sums = sums + (tl.zeros((SLICE, KEYS) if TALL else (KEYS, SLICE), tl.float32),)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
-        row, column, exists = _pixel_block(block, rectangle, PIXELS)
-        _, limit = _visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
+        row, column, exists = pixel_block(block, rectangle, PIXELS)
+        _, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
         entry = ((image * height + row) * width + column) * HEADS
         query_place = query + head_channel[None, :] * query_channel_stride
         query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
         weights = tl.zeros((PIXELS, KEYS), tl.float32)
         for head in tl.static_range(HEADS):
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
-            exponentials = _exponentials(
+            exponentials = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 again, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
@@ -278,7 +203,7 @@ def plan_backward_key(
 
     `share` and `delta` are what the pass over the queries stored; the other arguments are as for that pass.
     """
-    tiles = _tiles(key, config)
+    tiles = tiles_of(key, config)
     group = config.heads or query.shape[3]
     return Launch(
         kernel=_window_attention_backward_key_kernel,
@@ -292,14 +217,14 @@ def plan_backward_key(
             "share": share,
             "delta": delta,
             "grad_key": grad_key,
-            **_common_arguments(grad, query, key, window, tiles),
+            **common_arguments(grad, query, key, window, tiles),
             "channels": value.shape[3],
             **strides_of("value", value, "image row column channel"),
             "scale": scale,
             "exponent_scale": scale * LOG2_E.value,
         },
         constants={
-            **_constants(query, window, precision, config, grad_key.shape[0]),
+            **common_constants(query, window, precision, config, grad_key.shape[0]),
             "GROUP": group,
             "WHOLE": value.shape[3] % config.channel_slice == 0,
         },
@@ -321,7 +246,7 @@ def plan_backward_value(
     config: BackwardGridConfig,
 ) -> Launch:
     """The launch that fills `grad_value`, (parts, B, h, w, C), contiguous; arguments as for the other passes."""
-    tiles = _tiles(key, config)
+    tiles = tiles_of(key, config)
     channels = grad_value.shape[4]
     return Launch(
         kernel=_window_attention_backward_value_kernel,
@@ -337,51 +262,14 @@ def plan_backward_value(
             "lse": lse,
             "share": share,
             "grad_value": grad_value,
-            **_common_arguments(grad, query, key, window, tiles),
+            **common_arguments(grad, query, key, window, tiles),
             "channels": channels,
             "exponent_scale": scale * LOG2_E.value,
         },
         constants={
-            **_constants(query, window, precision, config, grad_value.shape[0]),
+            **common_constants(query, window, precision, config, grad_value.shape[0]),
             "SLICES": config.slices,
             "WHOLE": channels % (config.channel_slice * config.slices) == 0,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-
-
-def _tiles(key: Tensor, config: BackwardGridConfig) -> tuple[int, int]:
-    return triton.cdiv(key.shape[1], config.rows), triton.cdiv(key.shape[2], config.columns)
-
-
-def _common_arguments(
-    grad: Tensor, query: Tensor, key: Tensor, window: WindowRule, tiles: tuple[int, int]
-) -> dict[str, float]:
-    return {
-        **size_arguments(query, key, tiles),
-        **window.arguments(),
-        **strides_of("grad", grad, "image row column channel"),
-        **strides_of("query", query, "image row column head channel"),
-        **strides_of("key", key, "image row column head channel"),
-        "images": key.shape[0],
-        "again": 0,
-    }
-
-
-def _constants(
-    query: Tensor, window: WindowRule, precision: str, config: BackwardGridConfig, parts: int
-) -> dict[str, object]:
-    return {
-        "WINDOW": window.kind,
-        "HEADS": query.shape[3],
-        "WIDTH": query.shape[4],
-        "PRECISION": precision,
-        "PARTS": parts,
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "PIXELS": config.block_pixels,
-        "SLICE": config.channel_slice,
-        "PIECE": query.shape[4] if config.keep else min(config.piece, query.shape[4]),
-        "KEEP": config.keep,
-        "TALL": config.tall,
-    }

@@ -359,7 +359,7 @@ def test_the_rule_s_cuts_pass_the_check_and_what_is_wrong_does_not(
     assert len(passes._crops) == 1  # two would overlap
     assert_check_finds_a_wider_window(passes)
     monkeypatch.setattr(Launch, "__call__", lambda self: None)
-    for kernel in KINDS:  # nothing is written
+    for kernel in (kernel for kernel in KINDS if passes.rule(kernel)):  # nothing is written
         with pytest.raises(ParityError, match="error nan exceeds"):
             passes.check(kernel, passes.rule(kernel)[0])
 

@@ -68,6 +68,7 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(config, "forward_configs", forward)
     monkeypatch.setattr(config, "backward_query_configs", backward_query)
     monkeypatch.setattr(config, "backward_grid_configs", backward_grid)
+    monkeypatch.setattr(config, "backward_key_value_configs", lambda *_, **__: [])  # has tests of its own
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""The four kernels of the window attention on one workload: a launch of each with any cut, and whether it is right."""
+"""The kernels of the window attention on one workload: a launch of each with any cut, and whether it is right."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class AttentionPasses:
         return fused.case(kernel, self.query, self.key, self.value, self.window)
 
     def rule(self, kernel: str) -> Sequence[Cut]:
-        """The cuts of a kernel where there is no table, best first."""
+        """The cuts of a kernel where there is no table, best first; none where it is not for this workload."""
         from anyup.kernels import config
 
         known: dict[str, Any] = {
@@ -102,8 +102,10 @@ class AttentionPasses:
         if kernel == "backward_query":
             return config.backward_query_configs(self.most_keys, **known)
         w = self.workload
-        of_values, pixels = kernel == "backward_value", w.size[0] * w.size[1]
-        return config.backward_grid_configs(pixels, w.batch * w.keys, w.channels, of_values=of_values, **known)
+        sizes = (w.size[0] * w.size[1], w.batch * w.keys, w.channels)
+        if kernel == "backward_key_value":
+            return config.backward_key_value_configs(*sizes, **known)
+        return config.backward_grid_configs(*sizes, of_values=kernel == "backward_value", **known)
 
     def fitted(self, kernel: str, cut: Cut) -> Cut | None:
         """A cut as it would be launched on this workload; None where it does not fit."""
@@ -122,19 +124,20 @@ class AttentionPasses:
         gradient that is zero everywhere else. The rule is the tests' (docs/design.md): twice as far from the
         definition in float64 as the definition in the tensors' dtype, and two roundings of the largest value.
         """
-        launch, result = self._plan(kernel, cut, None if kernel == "forward" else self._sparse)
+        launch, results = self._plan(kernel, cut, None if kernel == "forward" else self._sparse)
         launch()
         exact, reference = self._expected[kernel]
-        for found, wide, narrow in zip(self._looked_at(kernel, result), exact, reference, strict=True):
+        for found, wide, narrow in zip(self._looked_at(kernel, results), exact, reference, strict=True):
             largest = _largest(wide)
             error = _largest(found.double().cpu() - wide)
             bound = 2 * _largest(narrow.double() - wide) + 2 * torch.finfo(narrow.dtype).eps * largest
             if not error <= bound:  # a NaN is no small error
                 raise ParityError(f"{kernel}: error {error:.1e} exceeds {bound:.1e} (values up to {largest:.1e})")
 
-    def _plan(self, kernel: str, cut: Any, given: Mapping[str, Tensor] | None) -> tuple[Launch, Tensor]:
-        """A launch and the tensor it fills; gradients of keys and values are (parts, ...)."""
+    def _plan(self, kernel: str, cut: Any, given: Mapping[str, Tensor] | None) -> tuple[Launch, tuple[Tensor, ...]]:
+        """A launch and the tensors it fills; gradients of keys and values are (parts, ...)."""
         from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
+        from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
         from anyup.kernels.window_attention_backward_query import plan_backward_query
         from anyup.kernels.window_attention_forward import plan_forward
 
@@ -147,16 +150,21 @@ class AttentionPasses:
         }
         if given is None:
             out, no_lse = v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(0, dtype=torch.float32)
-            return plan_forward(q, k, v, out, no_lse, **shared), out
+            return plan_forward(q, k, v, out, no_lse, **shared), (out,)
         grad, lse, share, delta = (given[name] for name in ("grad", "lse", "share", "delta"))
         if kernel == "backward_query":
             result, *statistics = torch.empty_like(q), torch.empty_like(share), torch.empty_like(delta)
-            return plan_backward_query(grad, q, k, v, lse, result, *statistics, **shared), result
-        like = k if kernel == "backward_key" else v
-        result = like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
+            return plan_backward_query(grad, q, k, v, lse, result, *statistics, **shared), (result,)
+        of_key, of_value = (
+            like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
+            for like in (k, v)
+        )
         if kernel == "backward_key":
-            return plan_backward_key(grad, q, k, v, lse, share, delta, result, **shared), result
-        return plan_backward_value(grad, q, k, lse, share, result, **shared), result
+            return plan_backward_key(grad, q, k, v, lse, share, delta, of_key, **shared), (of_key,)
+        if kernel == "backward_value":
+            return plan_backward_value(grad, q, k, lse, share, of_value, **shared), (of_value,)
+        results = (of_key, of_value)
+        return plan_backward_key_value(grad, q, k, v, lse, share, delta, *results, **shared), results
 
     # What the backward passes are given: a gradient of noise for the clock, since arithmetic on zeros takes less power
     # than it takes in earnest, and one that is zero but for the crops for the eye.
@@ -197,11 +205,11 @@ class AttentionPasses:
         )
         return {"grad": grad, "lse": lse, "share": share, "delta": delta}
 
-    def _looked_at(self, kernel: str, result: Tensor) -> list[Tensor]:
-        """What of a kernel's result is compared, in the order of the reference's."""
+    def _looked_at(self, kernel: str, results: Sequence[Tensor]) -> list[Tensor]:
+        """What of a kernel's results is compared, in the order of the reference's."""
         if kernel in ("forward", "backward_query"):
-            return [result[-1][crop.area].flatten(0, 1) for crop in self._crops]
-        return [result.sum(dim=0)[-1].to(self.key.dtype).flatten(0, 1)]
+            return [results[0][-1][crop.area].flatten(0, 1) for crop in self._crops]
+        return [result.sum(dim=0)[-1].to(self.key.dtype).flatten(0, 1) for result in results]
 
     @cached_property
     def _expected(self) -> Mapping[str, tuple[list[Tensor], list[Tensor]]]:
@@ -226,6 +234,7 @@ class AttentionPasses:
             "backward_query": list(gradients[:-2]),
             "backward_key": [gradients[-2]],
             "backward_value": [gradients[-1]],
+            "backward_key_value": list(gradients[-2:]),
         }
 
 

@@ -220,7 +220,7 @@ def tune(
                 continue
             for kernel in kernels or config_tables.KINDS:
                 case = passes.case(kernel)
-                if case in seen:
+                if case in seen or not passes.rule(kernel):  # some are not for every workload
                     continue
                 seen.add(case)
                 with told.stage(f"{kernel}, {dtype}, {workload.name}"):

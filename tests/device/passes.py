@@ -1,4 +1,4 @@
-"""The four kernels launched directly with given cuts, and what the reference says they compute."""
+"""The kernels of the window attention launched directly with given cuts, and what the reference says they compute."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from anyup.kernels.config import (
     BackwardQueryConfig,
     ForwardConfig,
     backward_grid_configs,
+    backward_key_value_configs,
     backward_query_configs,
     forward_configs,
 )
@@ -28,11 +29,12 @@ from anyup.window import Part, Window
 
 @dataclass(frozen=True)
 class Cuts:
-    """How each pass is cut; keys and values alike."""
+    """How each pass is cut: keys and values alike, and both at once where that is another cut."""
 
     forward: ForwardConfig
     query: BackwardQueryConfig
     grid: BackwardGridConfig
+    both: BackwardGridConfig | None = None
 
 
 def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
@@ -44,14 +46,20 @@ def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
     keys = shape.batch * math.prod(shape.grid)
     place = torch.device("cuda", torch.cuda.current_device())
     known: dict[str, Any] = {"target": target(place), "half": half, "heads": shape.heads, "head_dim": shape.head_dim}
+    grid_sizes = (math.prod(shape.output), keys, shape.channels)
+    grid_cuts = backward_grid_configs(*grid_sizes, **known)
     choices: tuple[Sequence[Any], ...] = (
         forward_configs(keys_of, **known, channels=shape.channels),
         backward_query_configs(keys_of, **known),
-        backward_grid_configs(math.prod(shape.output), keys, shape.channels, **known),
+        grid_cuts,
+        backward_key_value_configs(*grid_sizes, **known) or grid_cuts,
     )
-    turns = range(max(2, *map(len, choices)))
-    cuts = (Cuts(*(choice[min(turn, len(choice) - 1)] for choice in choices)) for turn in turns)
-    return [replace(cut, grid=replace(cut.grid, parts=1 + turn % 2)) for turn, cut in enumerate(cuts)]
+    made = []
+    for turn in range(max(2, *map(len, choices))):
+        *others, grid, both = (choice[min(turn, len(choice) - 1)] for choice in choices)
+        parts = 1 + turn % 2
+        made.append(Cuts(*others, replace(grid, parts=parts), replace(both, parts=parts)))
+    return made
 
 
 def device_tensors(shape: AttentionShape, query_dtype: torch.dtype, value_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -80,6 +88,7 @@ def run_passes(
     """What the kernels compute, into memory that holds NaN before."""
     # Here, because where triton is missing these tests are skipped, not in error.
     from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
+    from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
     from anyup.kernels.window_attention_backward_query import plan_backward_query
     from anyup.kernels.window_attention_forward import plan_forward
 
@@ -97,18 +106,25 @@ def run_passes(
     plan_forward(query, key, value, out, lse, **shared, config=cuts.forward)()
     grad_query = unwritten(query.shape, query.dtype)
     plan_backward_query(grad, query, key, value, lse, grad_query, share, delta, **shared, config=cuts.query)()
-    parts = cuts.grid.parts
-    grad_key, grad_value = (
-        unwritten((parts, *like.shape), torch.float32 if parts > 1 else like.dtype) for like in (key, value)
-    )
+
+    def unwritten_parts(cut: BackwardGridConfig) -> list[Tensor]:
+        dtypes = (torch.float32 if cut.parts > 1 else like.dtype for like in (key, value))
+        return [unwritten((cut.parts, *like.shape), dtype) for like, dtype in zip((key, value), dtypes, strict=True)]
+
+    grad_key, grad_value = unwritten_parts(cuts.grid)
     plan_backward_key(grad, query, key, value, lse, share, delta, grad_key, **shared, config=cuts.grid)()
     plan_backward_value(grad, query, key, lse, share, grad_value, **shared, config=cuts.grid)()
+    cut = cuts.both or cuts.grid
+    both = unwritten_parts(cut)
+    plan_backward_key_value(grad, query, key, value, lse, share, delta, *both, **shared, config=cut)()
     return {
         "output": out,
         "log-sum-exp": lse,
         "gradient of query": grad_query,
         "gradient of key": grad_key.sum(dim=0).to(key.dtype),
         "gradient of value": grad_value.sum(dim=0).to(value.dtype),
+        "gradient of key, with the value's": both[0].sum(dim=0).to(key.dtype),
+        "gradient of value, with the key's": both[1].sum(dim=0).to(value.dtype),
     }
 
 
@@ -131,6 +147,13 @@ def reference_passes(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *,
     """The same by the reference, in the dtypes of its arguments."""
     leaves = [t.detach().requires_grad_() for t in (query, key, value)]
     out, lse = reference.forward(*leaves, window=window, scale=query.shape[4] ** -0.5, save_lse=True)
-    names = (f"gradient of {name}" for name in ("query", "key", "value"))
-    gradients = torch.autograd.grad(out, leaves, grad)
-    return {"output": out.detach(), "log-sum-exp": lse.detach(), **dict(zip(names, gradients, strict=True))}
+    of_query, of_key, of_value = torch.autograd.grad(out, leaves, grad)
+    return {
+        "output": out.detach(),
+        "log-sum-exp": lse.detach(),
+        "gradient of query": of_query,
+        "gradient of key": of_key,
+        "gradient of value": of_value,
+        "gradient of key, with the value's": of_key,
+        "gradient of value, with the key's": of_value,
+    }

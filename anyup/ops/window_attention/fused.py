@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
+from anyup.ops.dispatch import BackendFailure
 from anyup.ops.kernel_device import (
     device_name,
     device_reasons,
@@ -98,7 +100,6 @@ def backward(
     of their gradients, which are at most as large as the query's.
     """
     from anyup.kernels import config
-    from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
     from anyup.kernels.window_attention_backward_query import plan_backward_query
 
     given, given_scale = query, scale
@@ -115,34 +116,63 @@ def backward(
         config.backward_query_configs(_tile_keys(query, key, window), **known),
         query, key, value, window,
     )  # fmt: skip
-
-    def add_up(kernel: str, like: Tensor, launch: Callable[[Tensor, Any], None]) -> Tensor:
-        """The gradient of `like`, in as many parts as a cut has, added up in a fixed order."""
-
-        def run(cut: Any) -> Tensor:
-            parts = like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
-            launch(parts, cut)
-            return parts[0] if cut.parts == 1 else parts.sum(dim=0).to(like.dtype)
-
-        keys = like.shape[0] * like.shape[1] * like.shape[2]
-        pixels = query.shape[1] * query.shape[2]
-        of_values = kernel == "backward_value"
-        cuts = config.backward_grid_configs(pixels, keys, value.shape[3], of_values=of_values, **known)
-        return _run_first(kernel, run, cuts, query, key, value, window)
-
-    grad_key = add_up(
-        "backward_key",
-        key,
-        lambda out, c: plan_backward_key(grad, query, key, value, lse, share, delta, out, **arguments, config=c)(),
-    )
-    grad_value = add_up(
-        "backward_value",
-        value,
-        lambda out, c: plan_backward_value(grad, query, key, lse, share, out, **arguments, config=c)(),
-    )
+    statistics = (lse, share, delta)
+    grad_key, grad_value = _backward_grid(grad, query, key, value, statistics, window=window, scale=scale)
     if query is not given:
         grad_query *= given_scale
     return grad_query, grad_key, grad_value
+
+
+def _backward_grid(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    *,
+    window: Window,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of key and value: by one kernel where the sums of both fit its registers, else by one each.
+
+    A cut may make them in parts, which are added up in a fixed order.
+    """
+    from anyup.kernels import config
+    from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
+    from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
+
+    given = (query, key, value, window)
+    sizes = (query.shape[1] * query.shape[2], key.shape[0] * key.shape[1] * key.shape[2], value.shape[3])
+    arguments, known = _shared_arguments(query, key, window, scale), _known(query, value)
+
+    def parts_of(like: Tensor, cut: Any) -> Tensor:
+        return like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
+
+    def sum_of(parts: Tensor, like: Tensor) -> Tensor:
+        return parts[0] if len(parts) == 1 else parts.sum(dim=0).to(like.dtype)
+
+    def of_both(cut: Any) -> tuple[Tensor, Tensor]:
+        of_key, of_value = parts_of(key, cut), parts_of(value, cut)
+        plan_backward_key_value(grad, query, key, value, *statistics, of_key, of_value, **arguments, config=cut)()
+        return sum_of(of_key, key), sum_of(of_value, value)
+
+    def of_keys(cut: Any) -> Tensor:
+        parts = parts_of(key, cut)
+        plan_backward_key(grad, query, key, value, *statistics, parts, **arguments, config=cut)()
+        return sum_of(parts, key)
+
+    def of_values(cut: Any) -> Tensor:
+        parts = parts_of(value, cut)
+        plan_backward_value(grad, query, key, *statistics[:2], parts, **arguments, config=cut)()
+        return sum_of(parts, value)
+
+    if both := config.backward_key_value_configs(*sizes, **known):
+        with suppress(BackendFailure):  # a device that does not take it has two kernels left
+            return _run_first("backward_key_value", of_both, both, *given)
+    return (
+        _run_first("backward_key", of_keys, config.backward_grid_configs(*sizes, **known), *given),
+        _run_first("backward_value", of_values, config.backward_grid_configs(*sizes, of_values=True, **known), *given),
+    )
 
 
 def _shared_arguments(query: Tensor, key: Tensor, window: Window, scale: float) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""What the backward passes of keys and values share: a tile of keys, the pixels that see it, and its weights.
+
+A program owns a rectangle of keys and walks the pixels that see any of them, block by block. These pixels are a
+rectangle too, because both bounds of a window grow with the coordinate; it is found by bisection.
+
+A tile's keys play the part that a tile's pixels have in the other passes: they may be kept in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import BackwardGridConfig
+from .launch import size_arguments, strides_of
+from .products import matmul
+from .window_attention_tile import LOG2_E, pixel_windows, tile_pixels, visibility
+from .window_bounds import WindowRule, axis_queries
+
+
+@triton.jit
+def tile_of_keys(
+    tile, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
+):
+    """A tile's image, first row and first column, its keys' rows, columns and existence, and who sees any of them.
+
+    The latter is a rectangle of pixels: first row, first column, columns and number.
+    """
+    height, width, grid_rows, grid_columns = sizes
+    ratio, cell_rows, cell_columns = rule
+    grid = (grid_rows, grid_columns, 0, 0)
+    image, top, left, row, column, exists = tile_pixels(tile, tile_rows, tile_columns, grid, ROWS, COLUMNS)
+    bottom = tl.minimum(top + ROWS, grid_rows) - 1
+    right = tl.minimum(left + COLUMNS, grid_columns) - 1
+    first_row, last_row = axis_queries(top, bottom, height, grid_rows, ratio, cell_rows, WINDOW)
+    first_column, last_column = axis_queries(left, right, width, grid_columns, ratio, cell_columns, WINDOW)
+    columns = last_column - first_column
+    seen_by = (first_row, first_column, columns, (last_row - first_row) * columns)
+    return image, top, left, row, column, exists, seen_by
+
+
+@triton.jit
+def visible(row, column, exists, sizes, rule, top, left, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+             WINDOW: tl.constexpr):  # fmt: skip
+    """The windows of a block's pixels, empty where there is none, and `visibility` of a tile's keys.
+
+    The keys' rows and columns are made here of the tile's first, so that none waits in a register; a key beyond the
+    grid has one that no window reaches.
+    """
+    row_start, row_stop, column_start, column_stop = pixel_windows(row, column, sizes, rule, WINDOW)
+    windows = (row_start, tl.where(exists, row_stop, row_start), column_start, column_stop)
+    key = tl.arange(0, ROWS * COLUMNS)
+    return windows, visibility(windows, top + key // COLUMNS, left + key % COLUMNS, None)
+
+
+@triton.jit
+def pixel_block(block, rectangle, PIXELS: tl.constexpr):
+    """Rows, columns and existence of the pixels of a block, (PIXELS,); one beyond the end repeats the last."""
+    first_row, first_column, columns, count = rectangle
+    first = block * PIXELS
+    number = tl.minimum(first + tl.arange(0, PIXELS), count - 1)
+    # One division of integers for the block, and one of floats for each pixel: numbers below `columns + PIXELS`, exact
+    # in float32, half a pixel away from a whole number of rows.
+    down = first // columns
+    beyond = number - down * columns
+    further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
+    exists = first + tl.arange(0, PIXELS) < count
+    return first_row + down + further, first_column + beyond - further * columns, exists
+
+
+@triton.jit
+def exponentials_of_head(
+    keys, key_channel_stride, query_place, query_channel_stride, limit, lse, entry, head: tl.constexpr,
+    exponent_scale, block, again, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights.
+
+    `query_place`, (pixels, PIECE), is the head's own. Keys that are not kept are loaded as `head_product` does.
+    """
+    if KEEP:
+        raw = matmul(tl.load(query_place), tl.trans(keys[head]), None, PRECISION)
+    else:
+        place, head_stride = keys
+        place += tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
+        raw = tl.zeros(limit.shape, tl.float32)
+        for piece in tl.static_range(WIDTH // PIECE):
+            first = tl.full((), piece * PIECE, tl.int64)
+            mine = tl.load(query_place + first * query_channel_stride)
+            theirs = tl.load(place + first * key_channel_stride)
+            raw = matmul(mine, tl.trans(theirs), raw, PRECISION)
+    base = tl.load(lse + entry + head) * LOG2_E
+    # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
+    return tl.math.exp2(tl.minimum(raw, limit) * exponent_scale - base[:, None])
+
+
+def tiles_of(key: Tensor, config: BackwardGridConfig) -> tuple[int, int]:
+    """Rows and columns of tiles."""
+    return triton.cdiv(key.shape[1], config.rows), triton.cdiv(key.shape[2], config.columns)
+
+
+def common_arguments(
+    grad: Tensor, query: Tensor, key: Tensor, window: WindowRule, tiles: tuple[int, int]
+) -> dict[str, float]:
+    """Arguments that all the kernels of a tile of keys take."""
+    return {
+        **size_arguments(query, key, tiles),
+        **window.arguments(),
+        **strides_of("grad", grad, "image row column channel"),
+        **strides_of("query", query, "image row column head channel"),
+        **strides_of("key", key, "image row column head channel"),
+        "images": key.shape[0],
+        "again": 0,
+    }
+
+
+def common_constants(
+    query: Tensor, window: WindowRule, precision: str, config: BackwardGridConfig, parts: int
+) -> dict[str, object]:
+    """Constants that all of them take."""
+    return {
+        "WINDOW": window.kind,
+        "HEADS": query.shape[3],
+        "WIDTH": query.shape[4],
+        "PRECISION": precision,
+        "PARTS": parts,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "PIXELS": config.block_pixels,
+        "SLICE": config.channel_slice,
+        "PIECE": query.shape[4] if config.keep else min(config.piece, query.shape[4]),
+        "KEEP": config.keep,
+        "TALL": config.tall,
+    }
