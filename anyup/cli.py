@@ -71,7 +71,7 @@ _TUNE = """\
 Time the window attention's kernels on this machine's GPU, each cut in many ways, and write the fastest cuts to
 a table in the user's cache folder, where the kernels find them from then on. A result never depends on it.
 
-The cuts of all four kernels (forward, and the gradients of queries, keys and values) are timed for several
+The cuts of all kernels (forward, and the gradients of queries, keys and values) are timed for several
 sizes and dtypes; each is compared with the reference first. The table is complete after each case: ctrl-C keeps
 what is found until then. ANYUP_CONFIGS names another folder, or is "off": then no table is read or written.
 Models with other heads, another window or another precision of float32 have cuts of their own: name them.

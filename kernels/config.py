@@ -363,6 +363,10 @@ _MOST_PARTS = 16
 _LEAST_PIXELS_OF_A_PART = 2048
 
 
+# Of 64 channels: with more the kernel of keys and values spills.
+_SLICES_TOGETHER = {80: 6, 90: 12, 100: 12, 120: 1}
+
+
 def backward_key_value_configs(
     pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int
 ) -> list[BackwardGridConfig]:
@@ -370,18 +374,21 @@ def backward_key_value_configs(
 
     Arguments as for `backward_grid_configs`.
     """
-    # Slices of 64 channels; what is left out spills, three heads 8 bytes on sm_80.
-    most = 1 if target.arch == 120 else 3 if target.arch in (86, 89) else 6
-    uneven = channels % 16 > 0 and (channels > 32 or target.arch == 120)
-    if not half or heads not in (1, 2, 4) or head_dim > 32 or not 0 < channels <= 64 * most or uneven:
-        return []
-    old = target.backend == "cuda" and target.arch not in (90, 100)
-    parts = _parts(pixels, keys, channels + heads * head_dim, heads * head_dim, half)
+    hip = target.backend == "hip"
+    most = 16 if hip else _SLICES_TOGETHER.get(target.arch, 3)
     # A slice half as long where there is but one that is not full.
     slice_ = 32 if channels <= 32 else 64
-    return [
-        BackwardGridConfig(4, 4, 64, slice_, 1, parts, num_warps=4, num_stages=1, heads=heads, tall=old, refetch=old)
-    ]
+    slices = -(-channels // slice_)
+    # What is left out spills: three heads 8 bytes on sm_80, a last slice that is not full up to 72.
+    uneven = channels % 16 > 0 and (slices > 1 or target.arch == 120)
+    if not half or heads not in (1, 2, 4) or head_dim > 32 or not 0 < slices <= most or uneven:
+        return []
+    parts = _parts(pixels, keys, channels + heads * head_dim, heads * head_dim, half)
+    tall = not hip and target.arch not in (90, 100)
+    refetch = tall or (target.arch == 100 and slices > 6)
+    # Two stages fetch into shared memory, of which sm_90 has enough, and not into registers.
+    stages = 2 if target.arch == 90 and slices > 6 else 1
+    return [BackwardGridConfig(4, 4, 64, slice_, 1, parts, 4, stages, heads=heads, tall=tall, refetch=refetch)]
 
 
 def _parts(pixels: int, keys: int, row: int, width: int, half: bool) -> int:

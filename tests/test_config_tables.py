@@ -17,7 +17,7 @@ from accuracy import assert_backend_accurate
 from recipe import INTERPRETED, AttentionShape, attention_tensors
 from torch import Tensor
 
-from anyup.kernels import config_tables
+from anyup.kernels import config, config_tables
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, check
 from anyup.kernels.config_tables import Case, Entry, OtherTable, Table, TableError
 from anyup.ops import window_attention
@@ -36,7 +36,7 @@ def case(kernel: str = "forward", **changed: Any) -> Case:
 
 def table(device: str = "cpu", **changed: Any) -> Table:
     """A table with an entry for each kind of cut."""
-    cuts = {"forward": FORWARD, "backward_query": QUERY, "backward_key": GRID, "backward_value": GRID}
+    cuts = {name: {"forward": FORWARD, "backward_query": QUERY}.get(name, GRID) for name in config_tables.KINDS}
     entries = {case(kernel): Entry(cut, 1.25) for kernel, cut in cuts.items()}
     return Table(device, entries, {"triton": "3.9.0"}, **changed)
 
@@ -347,6 +347,7 @@ def measured(folders: tuple[Path, Path]) -> dict[str, Any]:
         "backward_query": QUERY,
         "backward_key": GRID,
         "backward_value": replace(GRID, columns=4),
+        "backward_key_value": replace(GRID, rows=4),
     }
     entries = {
         fused.case(kernel, *tensors.values(), SHAPE.window): Entry(cut)  # type: ignore[misc, arg-type]
@@ -360,6 +361,7 @@ def measured(folders: tuple[Path, Path]) -> dict[str, Any]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """The cuts that launches are planned with, by kernel."""
     from anyup.kernels import window_attention_backward_grid as grid
+    from anyup.kernels import window_attention_backward_key_value as both
     from anyup.kernels import window_attention_backward_query as query
     from anyup.kernels import window_attention_forward as forward
 
@@ -376,17 +378,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     for module, kernel in (
         (forward, "forward"), (query, "backward_query"), (grid, "backward_key"), (grid, "backward_value"),
+        (both, "backward_key_value"),
     ):  # fmt: skip
         record(module, kernel)
     return planned
 
 
 @INTERPRETED
+@pytest.mark.parametrize("together", [False, True])
 def test_each_kernel_is_launched_with_its_measured_cut_and_right(
-    measured: dict[str, Any], launched: dict[str, list[Any]]
+    together: bool, measured: dict[str, Any], launched: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not together:
+        monkeypatch.setattr(config, "backward_key_value_configs", lambda *_, **__: [])
     assert_backend_accurate(run, attention_tensors(SHAPE, dtype=torch.float16), backend="triton")
-    assert launched.keys() == measured.keys()
+    apart = {"backward_key", "backward_value"}
+    assert launched.keys() == measured.keys() - (apart if together else {"backward_key_value"})
     for kernel, (cut, *others) in launched.items():
         assert not others
         wanted = measured[kernel]

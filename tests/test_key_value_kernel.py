@@ -139,8 +139,8 @@ def test_it_is_for_half_precision_and_sums_that_stay_in_registers() -> None:
     assert configs() and configs(target=config.Target("hip", "gfx942")) and configs(channels=21)
     for other in ({"half": False}, {"heads": 8}, {"head_dim": 64}, {"channels": 385}, {"channels": 100}):
         assert not configs(**other), other
-    assert configs(target=config.Target("cuda", 89), channels=192)
-    assert not configs(target=config.Target("cuda", 89))
+    assert configs(target=config.Target("cuda", 89), channels=192) and not configs(target=config.Target("cuda", 89))
+    assert configs(target=config.Target("cuda", 90), channels=768)
     assert not configs(channels=0)
 
 
