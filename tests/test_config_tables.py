@@ -36,7 +36,7 @@ def case(kernel: str = "forward", **changed: Any) -> Case:
 
 def table(device: str = "cpu", **changed: Any) -> Table:
     """A table with an entry for each kind of cut."""
-    cuts = {name: {"forward": FORWARD, "backward_query": QUERY}.get(name, GRID) for name in config_tables.KINDS}
+    cuts = {"forward": FORWARD, "backward_query": QUERY, "backward_key": GRID, "backward_value": GRID}
     entries = {case(kernel): Entry(cut, 1.25) for kernel, cut in cuts.items()}
     return Table(device, entries, {"triton": "3.9.0"}, **changed)
 

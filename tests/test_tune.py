@@ -621,7 +621,7 @@ def test_info_tells_which_table_is_in_force(
     lines = list(info._cut_lines())
     assert lines[0] == f"folder of the user's tables: {card}"
     assert lines[1] == "cuda:0 Abacus 9000: tables, then the rule"
-    assert lines[3].startswith("  user's: 8 entries, anyup ")
+    assert lines[3].startswith(f"  user's: {2 * len(KINDS)} entries, anyup ")
     assert lines[4] == "cuda:1 Abacus 8000: the rule's"
     (card / "abacus-8000.json").write_text((card / "abacus-9000.json").read_text())
     config_tables.in_force.cache_clear()
