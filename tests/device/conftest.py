@@ -86,7 +86,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what was launched: a run that launched nothing has shown nothing."""
     for name, number in sorted(_launches.items()):
         terminalreporter.write_line(f"launched: {name}: {number}")
-    if _launches and no_card() is None:
+    if _launches and no_card() is None and not pretended():
         card = description()
         _results.mkdir(exist_ok=True)
         path = _results / f"{card['device'].replace(' ', '-')}.json"

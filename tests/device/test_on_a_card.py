@@ -6,6 +6,7 @@ What is measured is stored as JSON under the card's name (see `conftest.py`).
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,21 +15,23 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_close_enough, output_and_gradients
-from card import no_card
+from card import no_card, rehearsed
 from recipe import AttentionShape, attention_tensors, fill, wave
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.kernels.config import backward_grid_configs
+from anyup.kernels.config import backward_grid_configs, backward_key_value_configs
 from anyup.ops import explain_backends, window_attention
+from anyup.ops.kernel_device import target
 from anyup.window import RatioWindow
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# 448 x 448 from 32 x 32, ViT-S features.
-REAL = AttentionShape((448, 448), (32, 32), channels=384, heads=4, head_dim=32)
+# 448 x 448 from 32 x 32, ViT-S features; where a card is pretended as much as can be waited for.
+SIDE, GRID, CHANNELS = (16, 4, 48) if rehearsed else (448, 32, 384)
+REAL = AttentionShape((SIDE, SIDE), (GRID, GRID), channels=CHANNELS, heads=4, head_dim=32)
 
 # The allocator rounds each tensor up to 512 bytes.
 ROUNDING = 16 * 512
@@ -66,11 +69,13 @@ def on_card(shape: AttentionShape, dtype: torch.dtype = torch.float32, seed: int
 
 
 def model(dtype: torch.dtype = torch.float32) -> AnyUp:
-    return fill(AnyUp(), 0).cuda().to(dtype).eval()
+    widths = {"qk_dim": 32, "lfu_dim": 32, "num_heads": 2} if rehearsed else {}
+    return fill(AnyUp(**widths), 0).cuda().to(dtype).eval()
 
 
 def model_inputs(dtype: torch.dtype = torch.float32, phase: int = 3) -> tuple[Tensor, Tensor]:
-    return wave((1, 3, 448, 448), phase, 0.8).cuda().to(dtype), wave((1, 384, 32, 32), phase + 4).cuda().to(dtype)
+    image, features = wave((1, 3, SIDE, SIDE), phase, 0.8), wave((1, CHANNELS, GRID, GRID), phase + 4)
+    return image.cuda().to(dtype), features.cuda().to(dtype)
 
 
 def bytes_of(*tensors: Tensor) -> int:
@@ -85,6 +90,11 @@ def peak_of(function: Callable[[], Any]) -> tuple[int, Any]:
     result = function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before, result
+
+
+def assert_within(least: int, peak: int, most: int) -> None:
+    """Of a peak that a card has counted."""
+    assert rehearsed or least <= peak <= most + ROUNDING, (least, peak, most)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -105,7 +115,7 @@ def test_attention_at_448_obeys_the_error_rule(dtype: torch.dtype, measured: dic
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_at_112_obeys_the_error_rule_by_the_reference(dtype: torch.dtype) -> None:
-    shape = REAL._replace(output=(112, 112), grid=(16, 16))
+    shape = REAL if rehearsed else REAL._replace(output=(112, 112), grid=(16, 16))
     tensors = on_card(shape, dtype)
     actual = output_and_gradients(attention(shape), tensors, "triton")
     narrow = output_and_gradients(attention(shape), tensors, "reference")
@@ -124,7 +134,7 @@ def test_the_forward_pass_allocates_its_output_alone(dtype: torch.dtype, measure
     run()  # the first call compiles
     peak, out = peak_of(run)
     measured.update(peak_bytes=peak, output_bytes=bytes_of(out))
-    assert bytes_of(out) <= peak <= bytes_of(out) + ROUNDING
+    assert_within(bytes_of(out), peak, bytes_of(out))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +147,7 @@ def test_with_gradients_the_forward_pass_keeps_a_number_for_each_pixel_and_head_
     run()
     peak, out = peak_of(run)
     statistics = 4 * tensors["query"].shape[:4].numel()
-    assert bytes_of(out) + statistics <= peak <= bytes_of(out) + statistics + ROUNDING
+    assert_within(bytes_of(out) + statistics, peak, bytes_of(out) + statistics)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,12 +165,17 @@ def test_the_backward_pass_allocates_gradients_two_statistics_and_the_parts(
     run()
     peak, gradients = peak_of(run)
     pixels, keys = (tensors[name].shape[1:3].numel() for name in ("query", "key"))
-    parts = backward_grid_configs(pixels, keys, REAL.channels, half=dtype != torch.float32)[0].parts
+    known: dict[str, Any] = {"target": target(out.device), "half": dtype != torch.float32}
+    known |= {"heads": REAL.heads, "head_dim": REAL.head_dim}
+    both = backward_key_value_configs(pixels, keys, REAL.channels, **known)
+    parts = (both or backward_grid_configs(pixels, keys, REAL.channels, **known))[0].parts
+    # Of keys and values at once, or one after the other.
+    numbers = (sum if both else max)(tensors[name].numel() for name in ("key", "value"))
     # The parts' sum is made in float32, before it becomes the gradient.
-    in_parts = 4 * (parts + 1) * max(tensors["key"].numel(), tensors["value"].numel()) if parts > 1 else 0
+    in_parts = 4 * (parts + 1) * numbers if parts > 1 else 0
     allowed = bytes_of(*gradients) + 2 * 4 * tensors["query"].shape[:4].numel() + in_parts
     measured.update(peak_bytes=peak, allowed_bytes=allowed, parts=parts)
-    assert bytes_of(*gradients) <= peak <= allowed + ROUNDING
+    assert_within(bytes_of(*gradients), peak, allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -245,9 +260,11 @@ def test_the_upsampler_chooses_the_kernels_and_stays_near_float64(
     image, features = model_inputs()
     upsampler = model(dtype)
     with torch.inference_mode():
-        assert upsampler.explain(image.to(dtype), features.to(dtype)).chosen["window_attention"] == "triton"
+        chosen = upsampler.explain(image.to(dtype), features.to(dtype)).chosen
+        assert set(chosen.values()) == {"triton"}, chosen
         peak, out = peak_of(lambda: upsampler(image.to(dtype), features.to(dtype)))
-        assert launched.total() == 1
+        names = Counter(name.split(",")[0].split()[0] for name in launched.elements())
+        assert names["forward"] == names["feature_unification_forward"] == names["query_projection_forward"] == 1, names
         exact = model(torch.float64)(image.double(), features.double())
     error = relative_error(out, exact)
     measured.update(relative_error=error, peak_bytes=peak)
@@ -272,11 +289,12 @@ def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monk
     from anyup.bench.attention_passes import AttentionPasses
     from anyup.bench.clock import CudaClock
     from anyup.bench.tune import tune
-    from anyup.bench.workloads import square
+    from anyup.bench.workloads import Workload, square
     from anyup.kernels import config_tables
     from anyup.kernels.launch import Launch
 
-    place, workload = torch.device("cuda", torch.cuda.current_device()), square(224, 16)
+    place = torch.device("cuda", torch.cuda.current_device())
+    workload = Workload(REAL.output, REAL.grid, CHANNELS) if rehearsed else square(224, 16)
     name = torch.cuda.get_device_name(place)
     monkeypatch.setenv(config_tables.VARIABLE, str(tmp_path))
     config_tables.in_force.cache_clear()

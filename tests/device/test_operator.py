@@ -46,7 +46,8 @@ def on_device(shape: AttentionShape, dtype: torch.dtype = torch.float32) -> dict
 def test_operator_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
     shape = SHAPES[name]
     assert_backend_accurate(attention(shape), on_device(shape, dtype), backend="triton")
-    assert launched.total() == 4
+    together = any(name.startswith("backward_key_value") for name in launched)
+    assert launched.total() == 4 - together and not (together and dtype == torch.float32)
 
 
 def test_a_negative_scale_obeys_the_error_rule() -> None:
