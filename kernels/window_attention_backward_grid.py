@@ -24,6 +24,7 @@ from .window_attention_keys_tile import (
     common_arguments,
     common_constants,
     exponentials_of_head,
+    key_entries,
     pixel_block,
     tile_of_keys,
     tiles_of,
@@ -54,7 +55,7 @@ def _window_attention_backward_key_kernel(
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
-    image, top, left, key_row, key_column, key_exists, rectangle = tile_of_keys(
+    image, top, left, key_row, key_column, rectangle = tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
     row64 = key_row.to(tl.int64)
@@ -107,7 +108,7 @@ def _window_attention_backward_key_kernel(
                     now = matmul(tl.trans(inner), mine, before, PRECISION)
                 updated = updated + (now,)
         gradients = updated
-    entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
+    entry, key_exists = key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS, COLUMNS)
     entry = entry * HEADS + first_head
     for head in tl.static_range(GROUP):
         for piece in tl.static_range(WIDTH // PIECE):
@@ -136,7 +137,7 @@ def _window_attention_backward_value_kernel(
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
-    image, top, left, key_row, key_column, key_exists, rectangle = tile_of_keys(
+    image, top, left, key_row, key_column, rectangle = tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
     keys = open_queries(
@@ -176,7 +177,7 @@ def _window_attention_backward_value_kernel(
                 now = matmul(tl.trans(shares), outer, sums[piece], PRECISION)
             updated = updated + (now,)
         sums = updated
-    entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
+    entry, key_exists = key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS, COLUMNS)
     for piece in tl.static_range(SLICES):
         channel = first + piece * SLICE + tl.arange(0, SLICE)
         place = grad_value + entry[:, None] * channels + channel[None, :]

@@ -22,12 +22,13 @@ from .window_attention_keys_tile import (
     common_arguments,
     common_constants,
     exponentials_of_head,
+    key_entries,
     pixel_block,
     tile_of_keys,
     tiles_of,
     visible,
 )
-from .window_attention_tile import LOG2_E, load_channels, open_queries, sees_several, tile_pixels
+from .window_attention_tile import LOG2_E, load_channels, open_queries, sees_several
 from .window_bounds import WindowRule
 
 
@@ -54,7 +55,7 @@ def _window_attention_backward_key_value_kernel(
     PIECES: tl.constexpr = WIDTH // PIECE
     sizes = (height, width, grid_rows, grid_columns)
     rule = (ratio, cell_rows, cell_columns)
-    image, top, left, key_row, key_column, _, rectangle = tile_of_keys(
+    image, top, left, key_row, key_column, rectangle = tile_of_keys(
         tl.program_id(0), tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
     )
     row64 = key_row.to(tl.int64)
@@ -126,11 +127,7 @@ def _window_attention_backward_key_value_kernel(
                 updated = updated + (now,)
         key_sums = updated
 
-    # Made anew, so that nothing of it waits in a register for the loop's end.
-    image, _, _, key_row, key_column, key_exists = tile_pixels(
-        tl.program_id(0) + again, tile_rows, tile_columns, (grid_rows, grid_columns, 0, 0), ROWS, COLUMNS
-    )
-    entry = ((tl.program_id(1).to(tl.int64) * images + image) * grid_rows + key_row) * grid_columns + key_column
+    entry, key_exists = key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS, COLUMNS)
     for head in tl.static_range(HEADS):
         for piece in tl.static_range(PIECES):
             place = grad_key + (entry[:, None] * HEADS + head) * WIDTH + (piece * PIECE + head_channel)[None, :]

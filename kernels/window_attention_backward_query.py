@@ -123,6 +123,22 @@ def _finish_sums(share, delta, totals, deltas, entry, exists, windows, HEADS: tl
     return shares, means
 
 
+@triton.jit
+def _tile_anew(
+    again, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
+):
+    """The number of each of the program's pixels in (B, H, W), int64, whether it exists, and the windows.
+
+    `again` is a 0 that the compiler knows nothing of: what it takes for another tile does not wait in registers while a
+    loop runs.
+    """
+    height, width, _, _ = sizes
+    image, _, _, row, column, exists = tile_pixels(
+        tl.program_id(0) + again, tile_rows, tile_columns, sizes, ROWS, COLUMNS
+    )
+    return (image * height + row) * width + column, exists, pixel_windows(row, column, sizes, rule, WINDOW)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_query_kernel(
     grad, query, key, value, lse, grad_query, share, delta,
@@ -200,6 +216,8 @@ def _window_attention_backward_query_kernel(
                 totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
                 product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
+        entry, pixel_exists, windows = _tile_anew(again, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW)
+        entry = entry * HEADS + first_head
         shares, deltas = _finish_sums(share, delta, totals, deltas, entry, pixel_exists, windows, GROUP)
         for block in tl.range(0, blocks):
             product = _grad_weights(
@@ -210,6 +228,8 @@ def _window_attention_backward_query_kernel(
                 gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
                 exponent_scale, base, product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
+        entry, pixel_exists, _ = _tile_anew(2 * again, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW)
+        entry = entry * HEADS + first_head
         channel = tl.arange(0, PIECE)
         for head in tl.static_range(GROUP):
             for piece in tl.static_range(WIDTH // PIECE):

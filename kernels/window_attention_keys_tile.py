@@ -23,21 +23,21 @@ from .window_bounds import WindowRule, axis_queries
 def tile_of_keys(
     tile, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """A tile's image, first row and first column, its keys' rows, columns and existence, and who sees any of them.
+    """A tile's image, first row and first column, its keys' rows and columns, and who sees any of them.
 
     The latter is a rectangle of pixels: first row, first column, columns and number.
     """
     height, width, grid_rows, grid_columns = sizes
     ratio, cell_rows, cell_columns = rule
     grid = (grid_rows, grid_columns, 0, 0)
-    image, top, left, row, column, exists = tile_pixels(tile, tile_rows, tile_columns, grid, ROWS, COLUMNS)
+    image, top, left, row, column, _ = tile_pixels(tile, tile_rows, tile_columns, grid, ROWS, COLUMNS)
     bottom = tl.minimum(top + ROWS, grid_rows) - 1
     right = tl.minimum(left + COLUMNS, grid_columns) - 1
     first_row, last_row = axis_queries(top, bottom, height, grid_rows, ratio, cell_rows, WINDOW)
     first_column, last_column = axis_queries(left, right, width, grid_columns, ratio, cell_columns, WINDOW)
     columns = last_column - first_column
     seen_by = (first_row, first_column, columns, (last_row - first_row) * columns)
-    return image, top, left, row, column, exists, seen_by
+    return image, top, left, row, column, seen_by
 
 
 @triton.jit
@@ -93,6 +93,22 @@ def exponentials_of_head(
     base = tl.load(lse + entry + head) * LOG2_E
     # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
     return tl.math.exp2(tl.minimum(raw, limit) * exponent_scale - base[:, None])
+
+
+@triton.jit
+def key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr):  # fmt: skip
+    """Where the program's keys are in partial sums (parts, B, h, w), int64, and whether they exist, (KEYS,) each.
+
+    They are worked out anew, as the compiler believes because of `again`, a 0 that it knows nothing of: where the tile
+    is does not wait in a register for the end of the loop over pixels.
+    """
+    grid = (grid_rows, grid_columns, 0, 0)
+    image, _, _, row, column, exists = tile_pixels(
+        tl.program_id(0) + again, tile_rows, tile_columns, grid, ROWS, COLUMNS
+    )
+    part = tl.program_id(1).to(tl.int64)
+    return ((part * images + image) * grid_rows + row) * grid_columns + column, exists
 
 
 def tiles_of(key: Tensor, config: BackwardGridConfig) -> tuple[int, int]:
