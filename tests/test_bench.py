@@ -120,11 +120,11 @@ def test_the_backward_pass_of_the_model_is_held_against_the_baseline_s() -> None
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_held_against_float64(dtype: str) -> None:
-    many = replace(TINY, channels=384)
+    many = replace(TINY, channels=96)
     row, baseline = engine().run(model("anyup", "published", sizes=Sizes(many, dtype)))
     assert 1e-5 < row["difference"] < parity.HALF_TOLERANCE
     # What the published forward loses, which is no fault of ours and no measure for it.
-    assert parity.HALF_TOLERANCE < baseline["difference"] < 1 and baseline["status"] == "ok"
+    assert 10 * row["difference"] < baseline["difference"] < 1 and baseline["status"] == "ok"
     with pytest.raises(parity.ParityError, match="from float64, expected at most 3e-02"):
         engine(builder=Wrong(clock)).run(model("anyup", sizes=Sizes(TINY, dtype)))
     assert row["output_bytes"] == many.output_bytes // 2
