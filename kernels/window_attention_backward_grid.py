@@ -178,6 +178,7 @@ def _window_attention_backward_value_kernel(
             updated = updated + (now,)
         sums = updated
     entry, key_exists = key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS, COLUMNS)
+    first = (tl.program_id(2) + again) * (SLICES * SLICE)
     for piece in tl.static_range(SLICES):
         channel = first + piece * SLICE + tl.arange(0, SLICE)
         place = grad_value + entry[:, None] * channels + channel[None, :]

@@ -228,8 +228,6 @@ def _window_attention_backward_query_kernel(
                 gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
                 exponent_scale, base, product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
-        entry, pixel_exists, _ = _tile_anew(2 * again, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW)
-        entry = entry * HEADS + first_head
         channel = tl.arange(0, PIECE)
         for head in tl.static_range(GROUP):
             for piece in tl.static_range(WIDTH // PIECE):
