@@ -43,7 +43,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             row["workload"], f"{cut.get('rows', '-')}x{cut.get('columns', '-')}, {block}, {cut['num_warps']}",
             row["registers"],
             f"{row['spill_bytes']}/{row['spill_instructions']}", f"{row['shared_bytes'] / 1024:.0f}",
-            f"{warps}/{row['warps_of']}", row["tensor_core_instructions"],
+            f"{warps}/{row['warps_of']}", "-" if (products := row["tensor_core_instructions"]) is None else products,
             f"{row['widest_load_bits']}/{row['widest_store_bits']}", row["instructions_per_pixel"] or "",
             f"{row['bytes_per_pixel']:.0f}/{row['bytes_asked_per_pixel']:.0f}", row["floor_us"] or "",
             row["modelled_us"] or "", ratio, row["modelled_term"] or "",

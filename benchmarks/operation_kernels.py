@@ -228,6 +228,7 @@ def row_of(case: Case) -> Row:
         "head_dim": None,
         "config": {**config, "num_warps": warps},
         **code_facts(code, case.arch, warps),
+        "tensor_core_instructions": code.tensor_instructions if work.operations else None,
         "widest_load_bits": max(code.widest("load"), code.widest("copy")),
         "units": work.units,
         "instructions_per_pixel": instructions,

@@ -334,6 +334,18 @@ def _pixel_encoder_angles_kernel(frequencies, tables, height, width, channels, D
     tl.store(place + DIM, tl.sin(angle))
 
 
+@triton.jit
+def _cell(program, width, height, cells_high, cells_wide):
+    """A program's image (int64) and cell, and the cell's first row and column, its rows and columns."""
+    cells = cells_high * cells_wide
+    image, cell = (program // cells).to(tl.int64), program % cells
+    row, column = cell // cells_wide, cell % cells_wide
+    top, left = row * height // cells_high, column * width // cells_wide
+    rows = ((row + 1) * height + cells_high - 1) // cells_high - top
+    columns = ((column + 1) * width + cells_wide - 1) // cells_wide - left
+    return image, cell, top, left, rows, columns
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pool_kernel(
     pixels, projection, norm1, weight1, norm2, out,
@@ -347,12 +359,7 @@ def _pixel_encoder_pool_kernel(
     The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h). `again` is a 0 that the
     compiler knows nothing of, or it would keep the weight, taken apart, from pixels to pixels.
     """
-    cells = cells_high * cells_wide
-    image, cell = (tl.program_id(0) // cells).to(tl.int64), tl.program_id(0) % cells
-    row, column = cell // cells_wide, cell % cells_wide
-    top, left = row * height // cells_high, column * width // cells_wide
-    rows = ((row + 1) * height + cells_high - 1) // cells_high - top
-    columns = ((column + 1) * width + cells_wide - 1) // cells_wide - left
+    image, cell, top, left, rows, columns = _cell(tl.program_id(0), width, height, cells_high, cells_wide)
     dtype: tl.constexpr = pixels.dtype.element_ty
     norm1 += image * 3 * DIM
     norm2 += image * 3 * DIM
@@ -385,8 +392,10 @@ def _pixel_encoder_pool_kernel(
             more = tl.sum(tl.where(exists[:, None], active, 0.0), axis=0)
             updated = updated + (sums[DIM // PIECE + piece] + more,)
         sums = updated
+    # Worked out anew because of `again`, so that nothing of it waits in a register for the loop's end.
+    image, cell, _, _, rows, columns = _cell(tl.program_id(0) + again, width, height, cells_high, cells_wide)
     pixels_of_cell = (rows * columns).to(tl.float32)
-    place = out + (image * cells + cell) * 2 * DIM + tl.arange(0, PIECE)
+    place = out + (image * cells_high * cells_wide + cell) * 2 * DIM + tl.arange(0, PIECE)
     for piece in tl.static_range(2 * (DIM // PIECE)):
         tl.store(place + piece * PIECE, sums[piece] / pixels_of_cell)
 

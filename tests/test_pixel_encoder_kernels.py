@@ -212,7 +212,7 @@ MUTATIONS = {
     "the same piece of a weight again": ("passes", "multiplied", "NUMBER * WIDTH, WIDTH", "0 * WIDTH, WIDTH"),
     "a sign of the rotation": ("passes", "partners", "-other, other)", "other, other)"),
     "a sign of the rotation of pieces": ("passes", "partners", "(-y[HALF + piece],)", "(y[HALF + piece],)"),
-    "a cell too high": ("passes", "_pixel_encoder_pool_kernel", "cells_high - top", "cells_high - top + 1"),
+    "a cell too high": ("passes", "_cell", "cells_high - top", "cells_high - top + 1"),
     "pixels that do not exist": (
         "passes", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], active", "tl.where(True, active",
     ),
