@@ -6,6 +6,7 @@ the day a card is there is not spent on the tests.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,16 +35,28 @@ def _captured(function: Callable[[], Any]) -> tuple[_Graph, Any]:
     return graph, graph.results
 
 
+class _Stream:
+    def wait_stream(self, other: _Stream) -> None:
+        """Nothing runs beside anything."""
+
+
+class _EmptyGraph:
+    def replay(self) -> None:
+        """What was captured is there already."""
+
+
 class _Clock:
     """Every call takes a millisecond."""
 
     def __init__(self, device: torch.device, budget: float = 0.1) -> None:
         assert device.type == "cuda" and budget > 0
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        """Make the call, once."""
+    def once(self, call: Callable[[], object]) -> float:
+        """Make the call."""
         call()
         return 1e-3
+
+    __call__ = once
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +64,14 @@ def _a_card_is_pretended() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode"):
             patch.setattr(torch.cuda, name, lambda *_: None)
-        for name in ("memory_allocated", "max_memory_allocated", "get_sync_debug_mode"):
+        for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "get_sync_debug_mode"):
             patch.setattr(torch.cuda, name, lambda *_: 0)
+        patch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**36, 2**36))
+        for name in ("Stream", "current_stream"):
+            patch.setattr(torch.cuda, name, _Stream)
+        patch.setattr(torch.cuda, "CUDAGraph", _EmptyGraph)
+        for name in ("graph", "stream"):
+            patch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
         patch.setattr("test_on_a_card.captured", _captured)
         patch.setattr("anyup.bench.clock.CudaClock", _Clock)
         yield

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,32 @@ def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monk
         assert cuts == [{**expected.constants, **expected.options}]
     finally:
         config_tables.in_force.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"][rehearsed:])
+def test_the_benchmark_s_contenders_agree_and_have_times_and_memory(
+    dtype: str, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anyup.bench import cases, suite
+    from anyup.bench.clock import CudaClock
+    from anyup.bench.contenders import Builder
+    from anyup.bench.engine import Engine, Speeds
+    from anyup.bench.workloads import Workload, square
+
+    small = square(224, 16)
+    comparison = next(
+        c
+        for c in suite.comparisons("cuda")
+        if c.kind == "calls" and (c.sizes.workload, c.sizes.dtype) == (small, dtype) and c.group in ("model", "dtype")
+    )
+    if rehearsed:
+        sizes = replace(comparison.sizes, workload=Workload((8, 8), REAL.grid, CHANNELS))
+        comparison = replace(comparison, sizes=sizes)
+        monkeypatch.setattr(cases, "model", lambda dtype="float32", *_, **__: model(cases.DTYPES[dtype]))
+    clock = CudaClock(torch.device("cuda")).once
+    speeds = Speeds(dict.fromkeys(cases.DTYPES, 1e13), 1e12)
+    rows = {row["backend"]: row for row in Engine(speeds, clock, Builder(clock), repeats=1).run(comparison)}
+    assert {suite.OURS, suite.GRAPH, "torch", suite.PUBLISHED} <= rows.keys()
+    assert all(row["status"] == "ok" and "seconds" in row and "peak_bytes" in row for row in rows.values()), rows
+    kept = ("seconds", "peak_bytes", "difference")
+    measured.update({name: {key: row.get(key) for key in kept} for name, row in rows.items()})
