@@ -100,17 +100,25 @@ PLANTED = {
         "an operation with an undefined result: two lanes of one store wrote",
         line="tl.store(place, total)",
     ),
+    "a store without its mask, of keys and values at once": Fault(
+        "window_attention_backward_key_value.py",
+        "tl.trans(value_sums[piece]), mask=key_exists[:, None] & (channel < channels)[None, :])",
+        "tl.trans(value_sums[piece]))",
+        "_window_attention_backward_key_value_kernel",
+        "an operation with an undefined result: two lanes of one store wrote",
+        line="tl.store(place, tl.trans(value_sums[piece]))",
+    ),
     "gradients stored one key too far": Fault(
-        "window_attention_backward_grid.py",
-        "* grid_columns + key_column\n",
-        "* grid_columns + key_column + 1\n",
+        "window_attention_keys_tile.py",
+        "* grid_columns + column, exists",
+        "* grid_columns + column + 1, exists",
         "_window_attention_backward_key_kernel",
         "past the end of the tensor passed as `grad_key`",
         line="tl.store(place, tl.trans(gradient)",
     ),
     "parts that write to one place": Fault(
-        "window_attention_backward_grid.py",
-        "((tl.program_id(1).to(tl.int64) * images + image) * grid_rows",
+        "window_attention_keys_tile.py",
+        "((part * images + image) * grid_rows",
         "(image * grid_rows",
         "_window_attention_backward_key_kernel",
         "both touch element 0 of `grad_key`",
@@ -164,7 +172,7 @@ def test_a_planted_fault_fails_and_is_named(name: str, tmp_path: Path) -> None:
     told = next(line for line in run.stdout.splitlines() if line.startswith("E") and "KernelFault: " in line)
     assert f"kernel `{fault.kernel}`" in told and fault.message in told
     if fault.line is not None:
-        named = re.search(rf"`{re.escape(fault.file)}:(\d+): (.*?)`", told)
+        named = re.search(r"`(\w+\.py):(\d+): (.*?)`", told)
         assert named is not None, told
-        source = (tmp_path / "planted" / fault.file).read_text().splitlines()
-        assert source[int(named[1]) - 1].strip() == named[2] and named[2].startswith(fault.line)
+        source = (tmp_path / "planted" / named[1]).read_text().splitlines()
+        assert source[int(named[2]) - 1].strip() == named[3] and named[3].startswith(fault.line)
