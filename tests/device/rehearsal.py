@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from anyup import outputs
+
 card.rehearsed = True
 
 
@@ -38,6 +40,11 @@ def _captured(function: Callable[[], Any]) -> tuple[_Graph, Any]:
 class _Stream:
     def wait_stream(self, other: _Stream) -> None:
         """Nothing runs beside anything."""
+
+
+class _Happened:
+    def synchronize(self) -> None:
+        """It has happened."""
 
 
 class _EmptyGraph:
@@ -74,4 +81,6 @@ def _a_card_is_pretended() -> Iterator[None]:
             patch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
         patch.setattr("test_on_a_card.captured", _captured)
         patch.setattr("anyup.bench.clock.CudaClock", _Clock)
+        pinned = (lambda size, dtype: torch.empty(size, dtype=dtype), lambda device: _Happened())
+        patch.setattr(outputs._Pinned.__init__, "__defaults__", pinned)
         yield

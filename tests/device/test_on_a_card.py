@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_close_enough, output_and_gradients
@@ -320,6 +321,21 @@ def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monk
         assert cuts == [{**expected.constants, **expected.options}]
     finally:
         config_tables.in_force.cache_clear()
+
+
+def test_a_stream_fills_the_host_s_memory_while_the_card_goes_on() -> None:
+    """By way of pinned buffers, each handed on when its event has happened."""
+    upsampler, (image, features) = model(), model_inputs()
+    rows = SIDE // 4
+    with torch.inference_mode():
+        expected = upsampler(image, features).cpu()
+        tensor = torch.full_like(expected, float("nan"))
+        array = np.full(tuple(expected.shape), np.nan, dtype=np.float32)
+        for out in (tensor, array):
+            for _ in upsampler.stream(image, features, tile=(rows, SIDE), out=out):
+                pass
+    for found in (tensor, torch.from_numpy(array)):
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"][rehearsed:])
