@@ -392,8 +392,9 @@ def _pixel_encoder_pool_kernel(
             more = tl.sum(tl.where(exists[:, None], active, 0.0), axis=0)
             updated = updated + (sums[DIM // PIECE + piece] + more,)
         sums = updated
-    # Worked out anew because of `again`, so that nothing of it waits in a register for the loop's end.
-    image, cell, _, _, rows, columns = _cell(tl.program_id(0) + again, width, height, cells_high, cells_wide)
+    if dtype == tl.float32:
+        # Registers are short: worked out anew because of `again`, so that nothing of it waits for the loop's end.
+        image, cell, _, _, rows, columns = _cell(tl.program_id(0) + again, width, height, cells_high, cells_wide)
     pixels_of_cell = (rows * columns).to(tl.float32)
     place = out + (image * cells_high * cells_wide + cell) * 2 * DIM + tl.arange(0, PIECE)
     for piece in tl.static_range(2 * (DIM // PIECE)):

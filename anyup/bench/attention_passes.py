@@ -155,16 +155,15 @@ class AttentionPasses:
         if kernel == "backward_query":
             result, *statistics = torch.empty_like(q), torch.empty_like(share), torch.empty_like(delta)
             return plan_backward_query(grad, q, k, v, lse, result, *statistics, **shared), (result,)
-        of_key, of_value = (
+        filled = {"backward_key": (k,), "backward_value": (v,), "backward_key_value": (k, v)}[kernel]
+        results = tuple(
             like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
-            for like in (k, v)
+            for like in filled
         )
-        if kernel == "backward_key":
-            return plan_backward_key(grad, q, k, v, lse, share, delta, of_key, **shared), (of_key,)
         if kernel == "backward_value":
-            return plan_backward_value(grad, q, k, lse, share, of_value, **shared), (of_value,)
-        results = (of_key, of_value)
-        return plan_backward_key_value(grad, q, k, v, lse, share, delta, *results, **shared), results
+            return plan_backward_value(grad, q, k, lse, share, *results, **shared), results
+        plan = plan_backward_key if kernel == "backward_key" else plan_backward_key_value
+        return plan(grad, q, k, v, lse, share, delta, *results, **shared), results
 
     # What the backward passes are given: a gradient of noise for the clock, since arithmetic on zeros takes less power
     # than it takes in earnest, and one that is zero but for the crops for the eye.
