@@ -1,14 +1,10 @@
 """Window attention, backward, of the keys and values: a tile of keys walks the pixels that see it.
 
 dk_a(j) = scale * sum_x dS_a(x, j) q_a(x) and dv(j) = sum_x P(x, j) dO(x) are sums over pixels. A program owns a
-rectangle of keys and adds up alone what belongs to them, in a fixed order: no atomics, the same bits in each run. The
-pixels that see a tile are a rectangle too, because both bounds of a window grow with the coordinate; it is found by
-bisection. On a small grid the rectangle's pixels are split into parts, each with sums of its own, so that there are
-enough programs.
+rectangle of keys and adds up alone what belongs to them, in a fixed order: no atomics, the same bits in each run. On a
+small grid the pixels that see it are split into parts, each with sums of its own, so that there are enough programs.
 
 With one part, a kernel's result is the gradient; with more, (parts, ...) partial sums.
-
-A tile's keys play the part that a tile's pixels have in the other passes: they may be kept in registers.
 """
 
 from __future__ import annotations
@@ -25,12 +21,11 @@ from .window_attention_keys_tile import (
     common_constants,
     exponentials_of_head,
     key_entries,
-    pixel_block,
     tile_of_keys,
     tiles_of,
     visible,
 )
-from .window_attention_tile import LOG2_E, load_channels, open_queries, sees_several
+from .window_attention_tile import LOG2_E, load_channels, open_queries, row_block, sees_several
 from .window_bounds import WindowRule
 
 
@@ -75,7 +70,7 @@ def _window_attention_backward_key_kernel(
         gradients = gradients + (tl.zeros((PIECE, KEYS) if TALL else (KEYS, PIECE), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
-        row, column, exists = pixel_block(block, rectangle, PIXELS)
+        row, column, exists = row_block(block, rectangle, PIXELS)
         windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         product = tl.zeros((PIXELS, KEYS), tl.float32)
@@ -153,7 +148,7 @@ def _window_attention_backward_value_kernel(
     for _slice in tl.static_range(SLICES):
         sums = sums + (tl.zeros((SLICE, KEYS) if TALL else (KEYS, SLICE), tl.float32),)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
-        row, column, exists = pixel_block(block, rectangle, PIXELS)
+        row, column, exists = row_block(block, rectangle, PIXELS)
         _, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
         entry = ((image * height + row) * width + column) * HEADS
         query_place = query + head_channel[None, :] * query_channel_stride

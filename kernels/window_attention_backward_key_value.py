@@ -23,12 +23,11 @@ from .window_attention_keys_tile import (
     common_constants,
     exponentials_of_head,
     key_entries,
-    pixel_block,
     tile_of_keys,
     tiles_of,
     visible,
 )
-from .window_attention_tile import LOG2_E, load_channels, open_queries, sees_several
+from .window_attention_tile import LOG2_E, load_channels, open_queries, row_block, sees_several
 from .window_bounds import WindowRule
 
 
@@ -76,7 +75,7 @@ def _window_attention_backward_key_value_kernel(
         value_sums = value_sums + (tl.zeros((SLICE, KEYS), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
     for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
-        row, column, exists = pixel_block(block, rectangle, PIXELS)
+        row, column, exists = row_block(block, rectangle, PIXELS)
         windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
         several = sees_several(windows)
         entry = ((image * height + row) * width + column) * HEADS
@@ -108,7 +107,7 @@ def _window_attention_backward_key_value_kernel(
         product = product * (several * (1.0 / HEADS))[:, None]
 
         if REFETCH:  # places that the compiler takes for others, or the queries of all heads would have waited
-            row, column, exists = pixel_block(block + block * again, rectangle, PIXELS)
+            row, column, exists = row_block(block + block * again, rectangle, PIXELS)
             query_place = query + head_channel[None, :] * query_channel_stride
             query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
             entry = ((image * height + row) * width + column) * HEADS

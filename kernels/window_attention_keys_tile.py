@@ -55,21 +55,6 @@ def visible(row, column, exists, sizes, rule, top, left, ROWS: tl.constexpr, COL
 
 
 @triton.jit
-def pixel_block(block, rectangle, PIXELS: tl.constexpr):
-    """Rows, columns and existence of the pixels of a block, (PIXELS,); one beyond the end repeats the last."""
-    first_row, first_column, columns, count = rectangle
-    first = block * PIXELS
-    number = tl.minimum(first + tl.arange(0, PIXELS), count - 1)
-    # One division of integers for the block, and one of floats for each pixel: numbers below `columns + PIXELS`, exact
-    # in float32, half a pixel away from a whole number of rows.
-    down = first // columns
-    beyond = number - down * columns
-    further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
-    exists = first + tl.arange(0, PIXELS) < count
-    return first_row + down + further, first_column + beyond - further * columns, exists
-
-
-@triton.jit
 def exponentials_of_head(
     keys, key_channel_stride, query_place, query_channel_stride, limit, lse, entry, head: tl.constexpr,
     exponent_scale, block, again, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,

@@ -83,8 +83,11 @@ def core_keys(rectangle):
 
 @triton.jit
 def row_block(block, rectangle, BLOCK: tl.constexpr):
-    """Rows, columns and existence of the keys of a block, (BLOCK,), row by row; one beyond the end repeats the last."""
-    first_row, first_column, columns, count, _ = rectangle
+    """Rows, columns and existence of the keys of a block, (BLOCK,), row by row; one beyond the end repeats the last.
+
+    So too of the pixels of a block, where the rectangle is of pixels and has no core.
+    """
+    first_row, first_column, columns, count = rectangle[0], rectangle[1], rectangle[2], rectangle[3]
     first = block * BLOCK
     number = tl.minimum(first + tl.arange(0, BLOCK), count - 1)
     # One division of integers for the block, and one of floats for each key: numbers below `columns + BLOCK`, exact in
