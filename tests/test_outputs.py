@@ -30,9 +30,9 @@ def model() -> AnyUp:
 
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyup import planning
+    from anyup.planning import prediction
 
-    monkeypatch.setattr(planning, "BAND_PIXELS", 5 * 17)
+    monkeypatch.setattr(prediction, "BAND_PIXELS", 5 * 17)
 
 
 def tensor_of(array: Any) -> Tensor:

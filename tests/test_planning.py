@@ -16,7 +16,7 @@ import anyup
 from anyup import AnyUp, banded, budget, planning, streaming, with_head
 from anyup.banded import Bands
 from anyup.ops.pixel_encoder import banded as banded_encoder
-from anyup.planning import BudgetError, Plan, Task
+from anyup.planning import BudgetError, Plan, Task, prediction
 
 IMAGE, FEATURES = wave((2, 3, 23, 17), 3, 0.8), wave((2, 9, 6, 5), 7)
 
@@ -30,8 +30,8 @@ def follow(monkeypatch: pytest.MonkeyPatch, bands: Bands | None, one_by_one: boo
 
     def chosen(task: Task, limit: int | None, **_: Any) -> Plan:
         if bands is None:
-            return planning._whole(task, limit, one_by_one)
-        return planning._banded(task, bands, limit)
+            return prediction.whole(task, limit, one_by_one)
+        return prediction.banded(task, bands, limit)
 
     monkeypatch.setattr(streaming, "choose", chosen)
 
@@ -146,7 +146,7 @@ def work_done(bands: Bands, monkeypatch: pytest.MonkeyPatch, stream: bool = Fals
         return made
 
     def chosen(task: Task, limit: int | None, **_: Any) -> Plan:
-        plans.append(planning._banded(task, bands, limit))
+        plans.append(prediction.banded(task, bands, limit))
         return plans[-1]
 
     with monkeypatch.context() as patch, torch.no_grad():
@@ -220,7 +220,7 @@ def test_the_peak_is_predicted_within_15_percent(
     plans = []
 
     def chosen(task: Task, limit: int | None, **_: Any) -> Plan:
-        plans.append(planning._whole(task, None) if bands is None else planning._banded(task, bands, None))
+        plans.append(prediction.whole(task, None) if bands is None else prediction.banded(task, bands, None))
         return plans[-1]
 
     monkeypatch.setattr(streaming, "choose", chosen)
@@ -233,7 +233,7 @@ def test_the_peak_is_predicted_within_15_percent(
             del piece
 
     measured = allocated(make, monkeypatch, **sizes)
-    predicted = plans[0].peak_bytes - planning._OVERHEAD_ELSEWHERE
+    predicted = plans[0].peak_bytes - prediction._OVERHEAD_ELSEWHERE
     assert abs(predicted - measured) < 0.15 * measured, f"{predicted / 1e6:.0f} MB for {measured / 1e6:.0f} MB"
 
 
@@ -329,7 +329,7 @@ def test_an_allocation_that_fails_halves_the_budget_and_goes_on(failure: int, mo
 
         def chosen(task: Task, limit: int | None, **_: Any) -> Plan:
             limits.append(limit)
-            return planning._banded(task, plans[len(limits) - 1], limit)
+            return prediction.banded(task, plans[len(limits) - 1], limit)
 
         monkeypatch.setattr(streaming, "choose", chosen)
         attend = Failing(streaming.window_attention, failure)

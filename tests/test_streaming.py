@@ -11,11 +11,12 @@ from accuracy import assert_close_enough
 from recipe import fill, wave
 from torch import Tensor
 
-from anyup import AnyUp, banded, planning, streaming
+from anyup import AnyUp, banded, streaming
 from anyup.ops.dispatch import Operation
 from anyup.ops.pixel_encoder import banded as banded_encoder
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.statistics import Statistics
+from anyup.planning import prediction
 
 IMAGE, FEATURES = wave((2, 3, 23, 17), 3, 0.8), wave((2, 9, 6, 5), 7)
 
@@ -27,7 +28,7 @@ def upsampler(**arguments: Any) -> AnyUp:
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of five image rows, so that a small image has several."""
-    monkeypatch.setattr(planning, "BAND_PIXELS", 5 * 17)
+    monkeypatch.setattr(prediction, "BAND_PIXELS", 5 * 17)
 
 
 def joined(model: AnyUp, image: Any, features: Tensor, size: tuple[int, int] | None = None, **settings: Any) -> Tensor:
@@ -79,7 +80,7 @@ def test_a_stream_obeys_the_error_rule_in_every_dtype(dtype: torch.dtype) -> Non
 def test_bands_of_one_row_and_of_all_rows_give_the_same(
     pixels: int, size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "BAND_PIXELS", pixels)
+    monkeypatch.setattr(prediction, "BAND_PIXELS", pixels)
     assert_streams_exactly({"kernel_size": 5}, size)
 
 

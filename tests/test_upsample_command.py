@@ -20,9 +20,10 @@ import torch
 from patience import PATIENCE, wait_until
 from torch import Tensor
 
-from anyup import checkpoints, cli, images, outputs, planning, streaming
+from anyup import checkpoints, cli, images, outputs, streaming
 from anyup.images import normalize_imagenet, read_features, read_photo, save_array, save_picture
 from anyup.model import AnyUp
+from anyup.planning import prediction
 
 pytest.importorskip("PIL")
 
@@ -41,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     checkpoints.save(AnyUp(qk_dim=16, num_heads=2), tmp_path / "weights.pth")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "BAND_PIXELS", 4 * PHOTO_SIZE[1])
+    monkeypatch.setattr(prediction, "BAND_PIXELS", 4 * PHOTO_SIZE[1])
 
 
 def upsample(*arguments: object) -> int:
@@ -364,8 +365,9 @@ RUN = """
 import signal, sys, time
 # Whatever ran these tests may have had interruptions ignored, as a shell does for what it puts in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from anyup import cli, planning, streaming
-planning.BAND_PIXELS = 4 * 32
+from anyup import cli, streaming
+from anyup.planning import prediction
+prediction.BAND_PIXELS = 4 * 32
 piece, begun = streaming._Source.piece, []
 def halting(*arguments):
     begun.append(arguments)

@@ -176,10 +176,11 @@ def test_the_log_sum_exp_of_a_part_is_that_of_the_whole(weights_live: str) -> No
 def test_a_stream_runs_on_the_kernels(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from recipe import fill, wave
 
-    from anyup import AnyUp, planning
+    from anyup import AnyUp
     from anyup.ops.window_attention import eager
+    from anyup.planning import prediction
 
-    monkeypatch.setattr(planning, "BAND_PIXELS", 7 * 28)
+    monkeypatch.setattr(prediction, "BAND_PIXELS", 7 * 28)
     image, features = wave((1, 3, 20, 28), 3, 0.8), wave((1, 20, 5, 7), 7)
     backend = {"window_attention": "triton"}
     model = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, window=window, backend=backend), 0).eval()

@@ -1,0 +1,229 @@
+"""The plan with the least work that keeps to a limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from anyup.banded import Bands, band_rows, output_rows
+from anyup.budget import limit_on
+from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
+from anyup.ops.precision import FLOATING
+from anyup.planning.plans import Plan
+from anyup.planning.prediction import banded, default_rows, whole
+from anyup.planning.task import Task, make_task
+from anyup.problem import check_region, check_size, check_tile
+from anyup.progress import human_bytes
+
+if TYPE_CHECKING:
+    from anyup.model import AnyUp
+
+# Of the published architecture, as `AnyUp.config` has them.
+_DEFAULTS = {
+    "input_dim": 3,
+    "qk_dim": 128,
+    "kernel_size": 1,
+    "kernel_size_lfu": 5,
+    "window_ratio": 0.1,
+    "num_heads": 4,
+    "lfu_dim": 128,
+    "window": "ratio",
+}
+
+# Of the limit: predictions are this exact on a CPU; a GPU's allocator rounds besides, and leaves gaps.
+_USABLE = {"cpu": 0.98}
+_USABLE_ELSEWHERE = 0.97
+
+# Stages of banded work that follow the statistics.
+_AFTER = 2
+
+# Bands that are tried under a limit, in pixels.
+_BANDS = tuple(2**n for n in range(18, -1, -1))
+
+
+class BudgetError(ValueError):
+    """No plan keeps to the limit.
+
+    Attributes:
+        smallest: the least number of bytes that would do.
+    """
+
+    def __init__(self, task: Task, limit: int, smallest: int) -> None:
+        self.smallest = smallest
+        what = "its output included" if task.returned else "its pieces included"
+        super().__init__(
+            f"max_memory: this call cannot be done in {human_bytes(limit)}; the smallest budget that can is "
+            f"{human_bytes(_round_up(smallest))} ({smallest} bytes, {what})"
+        )
+
+
+def plan(
+    image_size: Sequence[int],
+    feature_size: Sequence[int],
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    max_memory: int | str | None = None,
+    output_size: Sequence[int] | None = None,
+    *,
+    values: int | None = None,
+    batch: int = 1,
+    stream: bool = False,
+    region: Sequence[int] | None = None,
+    tile: int | Sequence[int] | None = None,
+    out_dtype: torch.dtype | None = None,
+    upsampler: AnyUp | None = None,
+) -> Plan:
+    """What a call or a stream would keep, compute again, take and cost; nothing is computed, no such device is needed.
+
+    Predicted for the `torch` backend, which takes the most memory; a Triton kernel needs no scratch for the attention.
+
+    Args:
+        image_size, feature_size: (height, width).
+        channels: of the features.
+        dtype: of the upsampler's parameters and of the features.
+        device: "cpu", "cuda", ...; it need not exist.
+        max_memory: as in the call; None: no limit on a CPU or a device that is not there, else 90 % of what is free.
+        output_size: (H, W); None means the image's size.
+        values: channels that are carried instead of the features: a head's outputs, for example.
+        batch: images.
+        stream: plan `stream`, not the call (as the call with `out=` runs, too).
+        region, tile, out_dtype: of a stream (its `dtype`).
+        upsampler: one with other than the default widths and window.
+
+    Raises:
+        ValueError, TypeError: which argument, what was expected, what came.
+        BudgetError: a ValueError that names the smallest budget that can be met.
+    """
+    image, grid = check_size("image_size", image_size), check_size("feature_size", feature_size)
+    output = image if output_size is None else check_size("output_size", output_size)
+    for name, number in (("channels", channels), ("batch", batch), ("values", channels if values is None else values)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+    for name, kind in (("dtype", dtype), ("out_dtype", out_dtype or dtype)):
+        if kind not in FLOATING:
+            raise TypeError(f"{name}: expected a floating-point dtype of 16, 32 or 64 bits, got {kind!r}")
+    if not stream and not (region is None and tile is None and out_dtype is None):
+        raise ValueError("region, tile and out_dtype belong to a stream: pass stream=True")
+    device = torch.device(device)
+    where = check_region(region, output)
+    config = dict(_DEFAULTS if upsampler is None else upsampler.config)
+    task = make_task(
+        config,
+        image=image,
+        output=output,
+        grid=grid,
+        batch=batch,
+        channels=channels,
+        carried=channels if values is None else values,
+        dtype=dtype,
+        value_dtype=dtype,
+        out_dtype=out_dtype or dtype,
+        device_type=device.type,
+        returned=not stream,
+        region=where,
+        tile=check_tile(tile, where[2:]),
+    )
+    return choose(task, limit_on(device, max_memory))
+
+
+def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
+    """The plan with the least work among those that keep to the limit.
+
+    Without one a call keeps whole maps, and so does a stream with `keep`; another stream keeps nothing.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    if limit is None:
+        return whole(task, None) if keep or task.returned or task.context == "all" else _unlimited_stream(task)
+    share = _USABLE.get(task.device_type, _USABLE_ELSEWHERE)
+    room = int(share * limit)
+    candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= room]
+    smallest = min(plan.peak_bytes for plan in _whole_plans(task, limit))
+    if not candidates or candidates[0].cost > 1:
+        for bands in _cuts(task):
+            least = banded(task, bands, limit)
+            smallest = min(smallest, least.peak_bytes)
+            if least.peak_bytes <= room:
+                candidates.append(_fill(task, bands, limit, room))
+    if not candidates:
+        raise BudgetError(task, limit, math.ceil(smallest / share))
+    return min(candidates, key=_effort)
+
+
+def _effort(plan: Plan) -> tuple[float, int]:
+    """What to choose by: the work, more of it where bands are so small that threads, or a GPU, have little to do."""
+    if plan.bands is None:
+        return plan.products, plan.peak_bytes
+    task = plan.task
+    waste = 1024 * task.workers if task.device_type == "cpu" else 2**14
+    return plan.products * (1 + waste / (plan.bands.rows * task.image[1])), plan.peak_bytes
+
+
+def rows_at_once(plan: Plan) -> int:
+    """Rows of the output that are worked on at a time, where it is not made at once."""
+    most = default_rows(plan.task.output[1]) if plan.bands is None else plan.bands.output_rows
+    return min(most, plan.task.region[2])
+
+
+def _unlimited_stream(task: Task) -> Plan:
+    rows = default_rows(task.image[1])
+    least = default_rows(task.output[1])
+    return banded(task, Bands(rows, min(output_rows(rows, task.image[0], task.output[0]), least)), None)
+
+
+def _whole_plans(task: Task, limit: int | None) -> Iterator[Plan]:
+    yield whole(task, limit)
+    if task.batch > 1 and task.returned:
+        yield whole(task, limit, one_by_one=True)
+
+
+def _cuts(task: Task) -> Iterator[Bands]:
+    """Bands that keep nothing, in every size and order worth trying."""
+    height, width = task.image
+    sizes = sorted({min(band_rows(width, pixels), height) for pixels in _BANDS}, reverse=True)
+    for rows in sizes:
+        most = min(output_rows(rows, height, task.output[0]), task.region[2])
+        for step in sorted({most, max(1, most // 2), max(1, most // 4)}, reverse=True):
+            yield Bands(rows, step, together=True)
+            if task.dim > MOST_CHANNELS:
+                yield Bands(rows, step, together=False)
+
+
+def _fill(task: Task, bands: Bands, limit: int, room: int) -> Plan:
+    """With as many rows kept as there is room for."""
+    if task.context == "all":
+        return banded(task, bands, limit)
+    height, width = task.image
+    row = task.images_at_once * width * task.pixel_bytes
+    everything = replace(bands, kept=height, kept_for_output=height)
+    taken = [stage.peak_bytes for stage in banded(task, bands, limit).stages]
+
+    def fits(free: int) -> int:
+        rows = max(0, free // row)
+        return height if rows >= height else rows - rows % bands.rows
+
+    kept = fits(room - max(taken[:-_AFTER]))
+    if kept < height:
+        # What keeps everything does not need a map to work in.
+        most = max(stage.peak_bytes for stage in banded(task, everything, limit).stages[:-_AFTER])
+        kept = height if most <= room else kept
+    later = min(kept, fits(room - max(taken[-_AFTER:]))) if task.needs_queries else 0
+    if task.images_at_once > 1:  # the statistics of one image are taken beside what others keep for the output
+        kept = later
+    plan = banded(task, replace(bands, kept=kept, kept_for_output=later), limit)
+    if bands.together or kept < height or not task.needs_queries:
+        return plan
+    encoded = fits(room - max(stage.peak_bytes for stage in plan.stages[:-_AFTER]))
+    return banded(task, replace(bands, kept=kept, kept_for_output=later, encoded=encoded), limit)
+
+
+def _round_up(size: int) -> int:
+    """To the third digit, so that an amount told to people is no smaller than the exact one."""
+    unit = 10 ** max(0, len(str(size)) - 3)
+    return -(-size // unit) * unit

@@ -1,0 +1,212 @@
+"""The work and the memory of a plan, counted.
+
+Products are those of D x D for each pixel, the unit in which docs/memory.md counts.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from anyup.banded import HALO, Bands, band_rows
+from anyup.ops.precision import working_dtype
+from anyup.ops.window_attention.eager import scratch_bytes
+from anyup.planning.plans import Plan, Stage
+from anyup.planning.task import Size, Task, pixels_of
+from anyup.window import axis_bounds
+
+BAND_PIXELS = 2**16
+"""Pixels of a band where nobody sets a limit: some 30 MB for each map of 128 float32 channels."""
+
+# Bytes that libraries take beside tensors: workspaces, compiled code, what an allocator keeps.
+_OVERHEAD = 55 * 10**6
+_OVERHEAD_OF_A_THREAD = 20 * 10**6
+_OVERHEAD_ELSEWHERE = 150 * 10**6
+
+# Of a memory map: pages that a piece makes resident, in its size, their neighbours included.
+_PAGES = 3
+
+
+def default_rows(width: int) -> int:
+    """Rows of so many pixels that are worked on at a time where nobody sets a limit."""
+    return band_rows(width, BAND_PIXELS)
+
+
+def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
+    """Maps of the whole batch, or of one image after the other."""
+    images = 1 if one_by_one else task.batch
+    image, output = (pixels_of(size) for size in (task.image, task.output))
+    one, queries = image * task.pixel_bytes, images * output * task.pixel_bytes
+    shrinks = task.output != task.image and task.output[0] <= task.image[0] and task.output[1] <= task.image[1]
+    out = task.batch * output * task.carried * task.value_dtype.itemsize if task.returned else 0
+    before = out if one_by_one and task.batch > 1 else 0
+    keys = _key_bytes(task, images)
+    tile = _tile_bytes(task, image)
+    # The encoded image, one map more while it is encoded, and two while an encoder goes over it.
+    encoded = images * one
+    if task.output == task.image:
+        most = encoded + max(images * one + one, 2 * one)
+    elif shrinks:
+        most = encoded + 2 * one + queries
+    else:
+        most = encoded + images * one + one + 2 * queries
+    held = most if task.device_type == "cpu" else queries
+    made = 23 if task.needs_queries else 8
+    if task.context == "all":
+        most = held = made = queries = 0
+    elif task.context == "queries":
+        most = held = encoded + 2 * one
+        queries = 0
+    made *= task.batch * image
+    if task.needs_queries:
+        made += 10 * task.batch * (output - image)
+    carried = _grid_bytes(task, images)
+    at_once = task.returned and not one_by_one
+    step = task.output[0] if at_once else min(default_rows(task.output[1]), task.region[2])
+    held_pieces, piece, scratch = _piece_bytes(task, step)
+    piece = scratch if at_once else piece + scratch  # or it is the output
+    stages = (
+        Stage("image", made, _overhead(task) + before + max(most + 3 * tile, encoded + one + 4 * tile, 2 * queries)),
+        Stage("keys", _key_products(task), _overhead(task) + before + held + keys),
+        Stage("output", _attention_products(task), _overhead(task) + queries + carried + held_pieces + piece + out),
+    )
+    return Plan(task, "image by image" if one_by_one else "whole", None, stages, limit, _plain_products(task))
+
+
+def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
+    """Bands of each image, exactly these."""
+    height, width = task.image
+    image, images = pixels_of(task.image), task.images_at_once
+    band = bands.rows * width * task.pixel_bytes
+    kept, later, encoded = (rows / height for rows in (bands.kept, bands.kept_for_output, bands.encoded))
+    row = images * width * task.pixel_bytes
+    # What is allocated the whole time: of a batch, the output from the first image on.
+    out = task.batch * pixels_of(task.output) * task.carried * task.value_dtype.itemsize if task.returned else 0
+    always = _overhead(task) + (out if task.batch > 1 else 0)
+    scratch = 4 * _tile_bytes(task, bands.rows * width) + bands.rows * width * task.input_dim * 8
+    rest = kept < 1
+    alone = always + row * bands.kept + (rest + 1) * band + scratch
+    pooling = 3 * pixels_of(task.grid) * task.dim * working_dtype(task.dtype).itemsize  # two sums, and what they make
+    made = task.batch * image
+    stages: list[Stage] = []
+    if task.context != "all":
+        first = 3 if task.is_thin else 4
+        stages.append(Stage("statistics of the image", made * (first * kept + 6 * (1 - kept)), alone))
+        if bands.together and task.needs_queries:
+            products = made * (26 * kept + 44 * (1 - kept))
+            stages.append(Stage("statistics of keys, queries", products, alone + band + pooling))
+        elif bands.together:
+            products = made * (16 * kept + 34 * (1 - kept))
+            stages.append(Stage("statistics of the keys", products, alone + band + pooling))
+        else:
+            more = row * bands.encoded
+            stages.append(Stage("statistics of the keys", made * (8 * kept + 34 * (1 - kept)), alone + pooling + more))
+            if task.needs_queries:
+                products = made * (9 * kept - 4 * encoded + 26 * (1 - kept))
+                stages.append(Stage("statistics of the queries", products, alone + more))
+    remains = always + row * bands.kept_for_output
+    stages.append(Stage("keys", _key_products(task), remains + _key_bytes(task, images)))
+    held_pieces, piece, attention = _piece_bytes(task, bands.output_rows)
+    attended, reached, tile = _attention_products(task), 0, 0
+    if task.needs_queries:
+        rows, columns = _reached(task, bands.output_rows)
+        work = max(2 * rows * columns, bands.rows * width * (rest + 1)) * task.pixel_bytes
+        share = task.region[3] / task.output[1] * task.region[2] / task.output[0]
+        repeated = 1 + 2 * HALO / bands.output_rows
+        again = (5 if bands.together else 2) * later + 9 * (1 - later)
+        attended += repeated * task.batch * share * (image * again + 10 * pixels_of(task.output))
+        projected = (min(bands.output_rows, task.region[2]) + 2 * HALO) * min(task.region[3] + 2 * HALO, task.output[1])
+        reached = work + projected * task.pixel_bytes * (1 if task.image == task.output else 2)
+        tile = _tile_bytes(task, rows * columns)
+    if task.batch == 1:
+        remains += out
+    remains += reached + held_pieces + _grid_bytes(task, images)
+    stages.append(Stage("output", attended, remains + max(4 * tile, piece + attention)))
+    return Plan(task, "bands", bands, tuple(stages), limit, _plain_products(task))
+
+
+def _reached(task: Task, step: int) -> Size:
+    """Rows and columns of the image that some rows of the output need, at most."""
+    tile = task.tile[1] if task.tile else task.region[3]
+    lengths = zip((min(step, task.region[2]), min(tile, task.region[3])), task.output, task.image, strict=True)
+    return tuple(  # type: ignore[return-value]
+        min(length, -(-(part + 2 * HALO) * length // total) + (length != total)) for part, total, length in lengths
+    )
+
+
+def _piece_bytes(task: Task, step: int) -> tuple[int, int, int]:
+    """Bytes of pieces beside some rows of the output that are made, of these rows, and of the attention's scratch."""
+    _, _, height, width = task.region
+    columns = min(task.tile[1], width) if task.tile else width
+    step = min(step, height)
+    made = step * columns * task.carried * task.value_dtype.itemsize
+    held = 0
+    if not task.returned:
+        rows = min(task.tile[0], height) if task.tile else step
+        held = 2 * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
+        if rows == step and task.batch == 1 and task.value_dtype == task.out_dtype:
+            held //= 2  # what is made is the piece; the caller still holds the last one
+        if task.mapped:
+            held += _PAGES * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
+    shape = (task.heads, task.dim, task.carried)
+    scratch = scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
+    return held, made, task.workers * scratch
+
+
+def _attention_products(task: Task) -> float:
+    pixels = task.batch * pixels_of(task.region[2:])
+    return pixels * _mean_window(task) * (task.dim + task.carried) / task.dim**2
+
+
+def _grid_bytes(task: Task, images: int) -> int:
+    """Keys, values, and the copies that the attention makes of one image's."""
+    cells, wide = pixels_of(task.grid), working_dtype(task.dtype).itemsize
+    own = images * (task.pixel_bytes + task.carried * task.value_dtype.itemsize)
+    return cells * (own + wide * task.dim + task.carried * working_dtype(task.value_dtype).itemsize)
+
+
+def _key_bytes(task: Task, images: int) -> int:
+    """The most on the small grid, while the features' keys are made and joined with the image's."""
+    wide, cells, taps = working_dtype(task.dtype).itemsize, pixels_of(task.grid), task.filter_size**2
+    features = images * cells * task.channels
+    position = task.channels * (2 * task.filters + taps)
+    most = max(1, (2**18 if task.device_type == "cpu" else 2**26) // (task.channels * task.filters))
+    tile = task.workers * -(-cells // -(-cells // most)) * position
+    joining = images * cells * 12 * task.dim
+    return wide * max(2 * features + tile + cells * 2 * taps, joining)
+
+
+def _tile_bytes(task: Task, pixels: int) -> int:
+    """Of a map of the tiles that the pixels of a map are worked on in."""
+    tiles = max(1, -(-pixels // (4096 if task.device_type == "cpu" else 2**18)))  # of about one size
+    return task.workers * -(-pixels // tiles) * task.dim * working_dtype(task.dtype).itemsize
+
+
+def _overhead(task: Task) -> int:
+    """What libraries take beside tensors."""
+    if task.device_type != "cpu":
+        return _OVERHEAD_ELSEWHERE
+    return _OVERHEAD + (_OVERHEAD_OF_A_THREAD * task.workers if task.threads > 1 else 0)
+
+
+def _key_products(task: Task) -> float:
+    """On the small grid."""
+    cells = task.batch * pixels_of(task.grid)
+    return cells * (30 + task.channels * task.filters * task.filter_size**2 / task.dim**2)
+
+
+@lru_cache(maxsize=256)
+def _plain_products(task: Task) -> float:
+    """Of a call, or of a stream, that keeps whole maps."""
+    image, output = task.batch * pixels_of(task.image), task.batch * pixels_of(task.output)
+    made = {"nothing": 13 * image + 10 * output, "queries": 8 * image, "all": 0}[task.context]
+    return made + _key_products(task) + _attention_products(task)
+
+
+@lru_cache(maxsize=256)
+def _mean_window(task: Task) -> float:
+    """Keys that a pixel sees, on average."""
+    mean = 1.0
+    for queries, keys in zip(task.output, task.grid, strict=True):
+        start, stop = axis_bounds(task.window, queries, keys)
+        mean *= (sum(stop) - sum(start)) / queries
+    return mean

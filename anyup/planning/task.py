@@ -1,0 +1,145 @@
+"""What a call or a stream asks for, as far as its memory and its work depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anyup.image_context import ImageContext
+from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
+from anyup.window import Window, make_window
+
+if TYPE_CHECKING:
+    from anyup.model import AnyUp
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a call or a stream asks for, as far as memory and work depend on it.
+
+    Attributes:
+        image, output, grid: sizes (height, width).
+        batch: images.
+        channels: of the features.
+        carried: channels of the output.
+        dtype: that queries and keys are computed in.
+        value_dtype, out_dtype: of what is carried, and of the output.
+        device_type: "cpu", "cuda", ...
+        threads: of a CPU.
+        returned: whether the call allocates the output; otherwise pieces are handed over.
+        region: (top, left, height, width) of the output.
+        tile: (rows, columns) of a piece; None: what is worked on at a time.
+        context: what an `ImageContext` brings: "nothing", "queries", or "all".
+        mapped: whether pieces go to a memory map, whose pages are resident until they are on the disk.
+    """
+
+    image: Size
+    output: Size
+    grid: Size
+    batch: int
+    channels: int
+    carried: int
+    dtype: torch.dtype
+    value_dtype: torch.dtype
+    out_dtype: torch.dtype
+    device_type: str
+    threads: int
+    window: Window
+    returned: bool
+    region: tuple[int, int, int, int]
+    tile: Size | None = None
+    context: str = "nothing"
+    mapped: bool = False
+    dim: int = 128
+    heads: int = 4
+    input_dim: int = 3
+    filters: int = 128
+    filter_size: int = 5
+    kernel_size: int = 1
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of one pixel of a map of D channels."""
+        return self.dim * self.dtype.itemsize
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether the image encoder's first projection is never stored."""
+        return self.kernel_size == 1 and self.input_dim <= MOST_CHANNELS
+
+    @property
+    def images_at_once(self) -> int:
+        """Bands of how many images are worked on before the next: a piece of a stream holds all."""
+        return 1 if self.returned else self.batch
+
+    @property
+    def workers(self) -> int:
+        """Threads that each work on a tile."""
+        return max(1, min(self.threads, 8)) if self.device_type == "cpu" else 1
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the image's queries are still to be made."""
+        return self.context == "nothing"
+
+
+def task_of(
+    model: AnyUp,
+    image: Tensor | ImageContext,
+    features: Tensor,
+    size: Size,
+    *,
+    values: Tensor | None,
+    region: tuple[int, int, int, int] | None = None,
+    tile: Size | None = None,
+    dtype: torch.dtype | None = None,
+) -> Task:
+    """What these (checked) arguments of a call ask for, or, with a region, of a stream."""
+    carried = features if values is None else values
+    grid, context = (features.shape[2], features.shape[3]), "nothing"
+    if isinstance(image, ImageContext):
+        context, image = "all" if grid in image.image_keys else "queries", image.image
+    return make_task(
+        model.config,
+        image=(image.shape[2], image.shape[3]),
+        output=size,
+        grid=grid,
+        batch=image.shape[0],
+        channels=features.shape[1],
+        carried=carried.shape[1],
+        dtype=model._compute_dtype(image.device),
+        value_dtype=carried.dtype,
+        out_dtype=dtype or carried.dtype,
+        device_type=image.device.type,
+        returned=region is None,
+        region=region or (0, 0, *size),
+        tile=tile,
+        context=context,
+    )
+
+
+def make_task(config: Mapping[str, Any], device_type: str, **asked: Any) -> Task:
+    """A task with what an upsampler's configuration says."""
+    return Task(
+        device_type=device_type,
+        threads=torch.get_num_threads() if device_type == "cpu" else 1,
+        window=make_window(config["window"], config["window_ratio"]),
+        dim=config["qk_dim"],
+        heads=config["num_heads"],
+        input_dim=config["input_dim"],
+        filters=config["lfu_dim"],
+        filter_size=config["kernel_size_lfu"],
+        kernel_size=config["kernel_size"],
+        **asked,
+    )
+
+
+def pixels_of(size: Sequence[int]) -> int:
+    """Of a size (height, width)."""
+    return size[0] * size[1]
