@@ -18,7 +18,8 @@ from anyup._version import __version__
 from anyup.bench import arguments as bench_arguments
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
-from anyup.upsample_command import UsageError, check_output, naming_the_options
+from anyup.upsample_command import UsageError, check_output
+from anyup.upsample_inputs import naming_the_options
 
 __all__ = ["main"]
 

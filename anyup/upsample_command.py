@@ -6,17 +6,24 @@ import argparse
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from anyup.upsample_inputs import (
+    ENCODER_LONGER_SIDE,
+    by,
+    guidance,
+    load_and_encode,
+    load_model,
+    read_head,
+    read_values,
+    resolve_size,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from anyup.encoders import Encoder
-    from anyup.model import AnyUp
     from anyup.progress import Progress
     from anyup.streaming import Stream
 
@@ -32,7 +39,6 @@ OUT.part, which the same command completes with --resume.
 """
 
 _DTYPES = ("float16", "bfloat16", "float32")
-_ENCODER_LONGER_SIDE = 448
 
 
 class UsageError(Exception):
@@ -119,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=size,
         metavar="N|HxW",
         help="size of the photograph that the encoder sees, rounded to its patches (default: longer side "
-        f"{_ENCODER_LONGER_SIDE})",
+        f"{ENCODER_LONGER_SIDE})",
     )
     parser.add_argument(
         "--encoder-weights",
@@ -170,13 +176,13 @@ def run(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     photo = read_photo(arguments.photo)
     native = (int(photo.shape[2]), int(photo.shape[3]))
-    whole = _resolve_size(arguments.size, native) if arguments.size else native
+    whole = resolve_size(arguments.size, native) if arguments.size else native
     try:
         region = check_region(arguments.region, whole)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
-    values = _read_values(arguments.values) if arguments.values else None
-    head = _read_head(arguments.head) if arguments.head else None
+    values = read_values(arguments.values) if arguments.values else None
+    head = read_head(arguments.head) if arguments.head else None
 
     def kept_as(low: Tensor) -> torch.dtype:
         dtype = getattr(torch, arguments.dtype) if arguments.dtype else low.dtype
@@ -186,7 +192,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_finite(features, name)
         if values is not None and values.shape[2:] != features.shape[2:]:
             raise ValueError(
-                f"{arguments.values}: values on the grid of the features, {_by(features)}, expected, got {_by(values)}"
+                f"{arguments.values}: values on the grid of the features, {by(features)}, expected, got {by(values)}"
             )
         if head is not None and head.weight.shape[1] != features.shape[1]:
             raise ValueError(
@@ -202,9 +208,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.features:
         features = read_features(arguments.features)
         check(features, arguments.features)
-    model = _load_model(arguments, device, progress)
+    model = load_model(arguments, device, progress)
     if arguments.encoder:
-        features = _load_and_encode(arguments, photo, device, progress)
+        features = load_and_encode(arguments, photo, device, progress)
         check(features, f"features of {arguments.encoder}")
     if head is not None:
         with torch.inference_mode():
@@ -212,7 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     low = features if values is None else values
     dtype = kept_as(low)
-    image = _guidance(photo, whole, progress).to(device)
+    image = guidance(photo, whole, progress).to(device)
     features, values = features.to(device), None if values is None else values.to(device)
     if in_pieces and "bfloat16" in (arguments.dtype or str(low.dtype)):
         progress.note(f"NumPy has no bfloat16: {output} is float32")
@@ -227,7 +233,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(dtype),
         "version": __version__,
     }
-    what = f"upsampling {low.shape[1]} x {_by(low)} to {whole[0]} x {whole[1]} on {device}"
+    what = f"upsampling {low.shape[1]} x {by(low)} to {whole[0]} x {whole[1]} on {device}"
     with torch.inference_mode():
         progress.note(f"backends: {_chosen(model.explain(image, features, whole, values=values).chosen)}")
 
@@ -317,18 +323,6 @@ def _finish(
         partial.complete()
 
 
-@contextmanager
-def naming_the_options() -> Iterator[None]:
-    """Where weights cannot be downloaded, add to the error what can be typed instead."""
-    from anyup.checkpoints import DownloadError
-
-    try:
-        yield
-    except DownloadError as error:
-        options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
-        raise OSError(f"{error}\n  {options}") from error
-
-
 def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
     """The path of an output file, checked; a wrong suffix is a mistake of usage."""
     from anyup.images import check_writable
@@ -339,113 +333,8 @@ def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
         raise UsageError(str(error)) from error
 
 
-def _load_model(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> AnyUp:
-    from anyup.checkpoints import load
-    from anyup.demo import untrained_model
-
-    with progress.stage("loading " + ("untrained weights" if arguments.untrained else f"weights {arguments.weights}")):
-        if arguments.untrained:
-            model = untrained_model(device, arguments.backend)
-        else:
-            with naming_the_options():
-                model = load(arguments.weights, device=device, backend=arguments.backend)
-    if arguments.untrained:
-        progress.note("UNTRAINED weights: the result shows that everything runs and means nothing")
-    return model
-
-
-def _load_and_encode(arguments: argparse.Namespace, photo: Tensor, device: torch.device, progress: Progress) -> Tensor:
-    from anyup.encoders import load_encoder
-
-    extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
-    with progress.stage(f"loading encoder {arguments.encoder}"):
-        encoder = load_encoder(arguments.encoder, device=device, **extra)
-    return _encode(encoder, photo, arguments.encoder_size, device, progress)
-
-
-def _guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tensor:
-    """The photograph as the upsampler sees it: no larger than the result."""
-    from anyup.images import normalize_imagenet, resize
-
-    native = (int(photo.shape[2]), int(photo.shape[3]))
-    guide = whole if whole[0] * whole[1] < native[0] * native[1] else native
-    if guide != native:
-        progress.note(f"photograph of {native[0]} x {native[1]} reduced to {guide[0]} x {guide[1]}")
-    return normalize_imagenet(resize(photo, guide))
-
-
 def _chosen(chosen: dict[str, str | None]) -> str:
     return ", ".join(f"{operation} {name}" for operation, name in chosen.items())
-
-
-def _by(features: Tensor) -> str:
-    return f"{features.shape[2]} x {features.shape[3]}"
-
-
-def _resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an option N or HxW for a photograph of the size `native`."""
-    from anyup.images import fit_within
-
-    return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
-
-
-def _read_values(path: str) -> Tensor:
-    from anyup.images import check_finite, read_features
-
-    values = read_features(path)
-    check_finite(values, path)
-    return values
-
-
-def _read_head(path: str) -> torch.nn.Conv2d:
-    """A 1x1 convolution, from a file with one weight and at most one bias, whatever they are called."""
-    import torch
-
-    from anyup.images import read_tensors
-
-    tensors = read_tensors(path)
-    weights = [
-        name for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] == "weight" and tensor.dim() in (2, 4)
-    ]
-    biases = [name for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] == "bias" and tensor.dim() == 1]
-    if len(weights) != 1 or len(biases) > 1:
-        raise ValueError(
-            f"head {path}: one weight (K, C) or (K, C, 1, 1) and at most one bias expected, it holds "
-            f"{', '.join(sorted(tensors)) or 'nothing'}"
-        )
-    weight = tensors[weights[0]].float()
-    if weight.dim() == 4 and weight.shape[2:] != (1, 1):
-        raise ValueError(f"head {path}: a weight (K, C) or (K, C, 1, 1) expected, got {tuple(weight.shape)}")
-    head = torch.nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bool(biases))
-    with torch.no_grad():
-        head.weight.copy_(weight.view_as(head.weight))
-        if head.bias is not None:
-            bias = tensors[biases[0]]
-            if bias.shape != head.bias.shape:
-                raise ValueError(f"head {path}: a bias of {len(head.bias)} expected, got {tuple(bias.shape)}")
-            head.bias.copy_(bias)
-    return head
-
-
-def _encode(
-    encoder: Encoder, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
-) -> Tensor:
-    """Features (1, C, h, w) of the photograph, brought to a size that the encoder's patches divide."""
-    import torch
-
-    from anyup.images import resize, round_to_multiple
-
-    native = (int(photo.shape[2]), int(photo.shape[3]))
-    asked = _resolve_size(wanted or (_ENCODER_LONGER_SIDE,), native)
-    rounded = round_to_multiple(asked, encoder.patch_size or 1)
-    if rounded != native:
-        why = f", a multiple of its patch of {encoder.patch_size} pixels" if encoder.patch_size else ""
-        now = f"{rounded[0]} x {rounded[1]}{why}"
-        progress.note(f"for the encoder the photograph of {native[0]} x {native[1]} is resized to {now}")
-    with progress.stage(f"encoding {rounded[0]} x {rounded[1]}"), torch.inference_mode():
-        features: Tensor = encoder(encoder.normalize(resize(photo, rounded).to(device)))
-    progress.note(f"features: {features.shape[1]} x {_by(features)}")
-    return features
 
 
 def _check_room(

@@ -1,0 +1,140 @@
+"""What `anyup upsample` works with: the weights, the features, the head, the photograph as guidance."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from anyup.encoders import Encoder
+    from anyup.model import AnyUp
+    from anyup.progress import Progress
+
+ENCODER_LONGER_SIDE = 448
+"""Of the photograph that an encoder sees, where nobody says otherwise; in pixels."""
+
+
+@contextmanager
+def naming_the_options() -> Iterator[None]:
+    """Where weights cannot be downloaded, add to the error what can be typed instead."""
+    from anyup.checkpoints import DownloadError
+
+    try:
+        yield
+    except DownloadError as error:
+        options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
+        raise OSError(f"{error}\n  {options}") from error
+
+
+def load_model(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> AnyUp:
+    """The weights that were named, or untrained ones."""
+    from anyup.checkpoints import load
+    from anyup.demo import untrained_model
+
+    with progress.stage("loading " + ("untrained weights" if arguments.untrained else f"weights {arguments.weights}")):
+        if arguments.untrained:
+            model = untrained_model(device, arguments.backend)
+        else:
+            with naming_the_options():
+                model = load(arguments.weights, device=device, backend=arguments.backend)
+    if arguments.untrained:
+        progress.note("UNTRAINED weights: the result shows that everything runs and means nothing")
+    return model
+
+
+def load_and_encode(arguments: argparse.Namespace, photo: Tensor, device: torch.device, progress: Progress) -> Tensor:
+    """Features (1, C, h, w) of the photograph by the encoder that was named."""
+    from anyup.encoders import load_encoder
+
+    extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
+    with progress.stage(f"loading encoder {arguments.encoder}"):
+        encoder = load_encoder(arguments.encoder, device=device, **extra)
+    return _encode(encoder, photo, arguments.encoder_size, device, progress)
+
+
+def _encode(
+    encoder: Encoder, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
+) -> Tensor:
+    """Features (1, C, h, w) of the photograph, brought to a size that the encoder's patches divide."""
+    import torch
+
+    from anyup.images import resize, round_to_multiple
+
+    native = (int(photo.shape[2]), int(photo.shape[3]))
+    asked = resolve_size(wanted or (ENCODER_LONGER_SIDE,), native)
+    rounded = round_to_multiple(asked, encoder.patch_size or 1)
+    if rounded != native:
+        why = f", a multiple of its patch of {encoder.patch_size} pixels" if encoder.patch_size else ""
+        now = f"{rounded[0]} x {rounded[1]}{why}"
+        progress.note(f"for the encoder the photograph of {native[0]} x {native[1]} is resized to {now}")
+    with progress.stage(f"encoding {rounded[0]} x {rounded[1]}"), torch.inference_mode():
+        features: Tensor = encoder(encoder.normalize(resize(photo, rounded).to(device)))
+    progress.note(f"features: {features.shape[1]} x {by(features)}")
+    return features
+
+
+def guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tensor:
+    """The photograph as the upsampler sees it: no larger than the result."""
+    from anyup.images import normalize_imagenet, resize
+
+    native = (int(photo.shape[2]), int(photo.shape[3]))
+    guide = whole if whole[0] * whole[1] < native[0] * native[1] else native
+    if guide != native:
+        progress.note(f"photograph of {native[0]} x {native[1]} reduced to {guide[0]} x {guide[1]}")
+    return normalize_imagenet(resize(photo, guide))
+
+
+def read_values(path: str) -> Tensor:
+    """Maps (1, Cv, h, w) to carry, all finite."""
+    from anyup.images import check_finite, read_features
+
+    values = read_features(path)
+    check_finite(values, path)
+    return values
+
+
+def read_head(path: str) -> torch.nn.Conv2d:
+    """A 1x1 convolution, from a file with one weight and at most one bias, whatever they are called."""
+    import torch
+
+    from anyup.images import read_tensors
+
+    tensors = read_tensors(path)
+    weights = [
+        name for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] == "weight" and tensor.dim() in (2, 4)
+    ]
+    biases = [name for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] == "bias" and tensor.dim() == 1]
+    if len(weights) != 1 or len(biases) > 1:
+        raise ValueError(
+            f"head {path}: one weight (K, C) or (K, C, 1, 1) and at most one bias expected, it holds "
+            f"{', '.join(sorted(tensors)) or 'nothing'}"
+        )
+    weight = tensors[weights[0]].float()
+    if weight.dim() == 4 and weight.shape[2:] != (1, 1):
+        raise ValueError(f"head {path}: a weight (K, C) or (K, C, 1, 1) expected, got {tuple(weight.shape)}")
+    head = torch.nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bool(biases))
+    with torch.no_grad():
+        head.weight.copy_(weight.view_as(head.weight))
+        if head.bias is not None:
+            bias = tensors[biases[0]]
+            if bias.shape != head.bias.shape:
+                raise ValueError(f"head {path}: a bias of {len(head.bias)} expected, got {tuple(bias.shape)}")
+            head.bias.copy_(bias)
+    return head
+
+
+def resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an option N or HxW for a photograph of the size `native`."""
+    from anyup.images import fit_within
+
+    return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
+
+
+def by(features: Tensor) -> str:
+    """The size of a map, in words."""
+    return f"{features.shape[2]} x {features.shape[3]}"
