@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--backend",
             choices=_BACKENDS,
-            help="run on this backend or fail; by default the fastest that can, see `anyup info`",
+            help="run the window attention on this backend or fail, the rest where it can; by default the fastest "
+            "that can, see `anyup info`",
         )
         made.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
         return made

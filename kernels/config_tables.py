@@ -117,9 +117,10 @@ class Table:
 
 @cache
 def kernels_digest() -> str:
-    """Which state of the kernels and of their rule this is: a digest of the sources."""
+    """Which state of the attention's kernels and of their rule this is: a digest of the sources."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("window_*.py")) + [Path(__file__).with_name("config.py")]:
+    folder = Path(__file__).parent
+    for path in (*sorted(folder.glob("window_*.py")), folder / "products.py", folder / "config.py"):
         digest.update(path.name.encode() + b"\n" + path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()[:16]
 

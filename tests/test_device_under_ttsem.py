@@ -74,6 +74,12 @@ def test_what_needs_a_real_card_is_rehearsed() -> None:
     assert number_of("passed", run.stdout) >= 30 and not number_of("skipped", run.stdout), run.stdout[-2_000:]
 
 
+def test_who_asks_for_a_card_alone_is_told_that_there_is_none() -> None:
+    run = run_under_ttsem("-m", "gpu", "tests/device/test_products.py")
+    assert run.returncode == 1 and number_of("passed", run.stdout), run.stdout[-20_000:] + run.stderr[-5_000:]
+    assert "failed: -m gpu asks for a real card: " in run.stdout
+
+
 # Faults planted in a copy of the kernels: what ttsem must notice, or the test above says nothing.
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+from checkouts import ROOT
 from small_training import settings
 
 from anyup import cli
@@ -111,3 +114,10 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
     assert capsys.readouterr().err == (
         "anyup: error: optimizer.stepz: there is no such setting; did you mean optimizer.steps?\n"
     )
+
+
+def test_the_documentation_lists_every_setting_with_its_default() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([\w.]+)` \| `(.+?)` \|", text, re.MULTILINE))
+    flat = json.loads(json.dumps(Settings().flat()))
+    assert {name: json.loads(default) for name, default in told.items()} == flat

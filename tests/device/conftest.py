@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -82,11 +83,28 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def _asked_for_a_card(config: pytest.Config) -> str | None:
+    """Why there is none for `pytest -m gpu`; None: there is one, or nobody asked."""
+    if config.option.markexpr.strip() != "gpu":
+        return None
+    return no_card() if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Skipped tests are no failure of a run of all tests, but they are of one that asks for these alone."""
+    if _asked_for_a_card(session.config) is not None:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was launched: a run that launched nothing has shown nothing."""
     for name, number in sorted(_launches.items()):
         terminalreporter.write_line(f"launched: {name}: {number}")
-    if _launches and no_card() is None and not pretended():
+    reason = _asked_for_a_card(config)
+    if reason is not None:
+        terminalreporter.write_line(f"failed: -m gpu asks for a real card: {reason}", red=True)
+    elif _launches and no_card() is None and not pretended():
         card = description()
         _results.mkdir(exist_ok=True)
         path = _results / f"{card['device'].replace(' ', '-')}.json"
