@@ -35,6 +35,9 @@ KINDS: Mapping[str, type[Cut]] = {
 }
 """The kernels of the window attention, and what cuts each."""
 
+AT_ONCE, APART = "backward_key_value", ("backward_key", "backward_value")
+"""The kernel of two gradients, and the kernels of one each that can be run instead."""
+
 DTYPES = ("float16", "bfloat16", "float32")
 VARIABLE = "ANYUP_CONFIGS"
 OFF = "off"
@@ -92,9 +95,12 @@ def rounded_keys(most_keys: MostKeys) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """The cut that was fastest, and how many times as fast as the rule's it was; 1.0 where it is the rule's."""
+    """The cut that was fastest, and how many times as fast as the rule's it was; 1.0 where it is the rule's.
 
-    cut: Cut
+    No cut of the kernel of keys and values at once: one kernel for each was faster.
+    """
+
+    cut: Cut | None
     gain: float = 1.0
 
 
@@ -153,7 +159,7 @@ def dump(table: Table) -> str:
     head = {"format": FORMAT, "device": table.device, "kernels": table.kernels, "made_with": dict(table.made_with)}
     rows = []
     for case, entry in sorted(table.entries.items(), key=lambda item: _order(item[0])):
-        cut = {name: value for name, value in asdict(entry.cut).items() if name not in _NOT_STORED}
+        cut = entry.cut and {name: value for name, value in asdict(entry.cut).items() if name not in _NOT_STORED}
         rows.append(json.dumps({**asdict(case), "config": cut, "gain": round(entry.gain, 4)}))
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     return "\n".join(["{", *lines, ' "entries": [', ",\n".join(f"  {row}" for row in rows), " ]", "}"]) + "\n"
@@ -206,7 +212,10 @@ def _entry(row: object, where: str) -> tuple[Case, Entry]:
     gain = stored.get("gain", 1.0)
     if type(gain) not in (int, float) or not 0 < gain < float("inf"):
         raise TableError(f"{where}: gain: expected a positive number, got {gain!r}")
-    return case, Entry(_cut(case, _object(stored.get("config"), f"{where}: config"), f"{where}: config"), float(gain))
+    config = stored.get("config")
+    if config is None and "config" in stored and case.kernel == AT_ONCE:
+        return case, Entry(None, float(gain))
+    return case, Entry(_cut(case, _object(config, f"{where}: config"), f"{where}: config"), float(gain))
 
 
 def _cut(case: Case, stored: Mapping[str, Any], where: str) -> Cut:
@@ -284,10 +293,15 @@ def in_force(device: str) -> InForce:
 def before_the_rule(
     rule: Sequence[Cut], case: Case, *, device: str, most_keys: MostKeys, channels: int
 ) -> Sequence[Cut]:
-    """The cuts to try in order: a card's measured one for the case, where there is one that fits, then the rule's."""
+    """The cuts to try in order: a card's measured one for the case, where there is one that fits, then the rule's.
+
+    There is none where other kernels were faster.
+    """
     entry = in_force(device).entries.get(case)
     if entry is None:
         return rule
+    if entry.cut is None:
+        return []
     cut = fitted(entry.cut, rule, most_keys=most_keys, channels=channels)
     return rule if cut is None else [cut, *(other for other in rule if other != cut)]
 

@@ -98,6 +98,8 @@ def test_what_only_some_cuts_have_is_checked_too(cut: Any, name: str, value: int
 def test_a_table_is_read_as_it_was_written() -> None:
     written = table()
     assert config_tables.load(config_tables.dump(written), "cpu") == written
+    apart = Table("cpu", {case(config_tables.AT_ONCE): Entry(None, 1.5)})
+    assert config_tables.load(config_tables.dump(apart), "cpu") == apart
 
 
 def test_the_file_has_a_line_for_each_entry_and_no_number_of_parts() -> None:
@@ -184,7 +186,7 @@ def test_the_digest_changes_with_a_kernel_and_with_the_rule_alone(
         kernel = tmp_path / "window_attention_forward.py"
         kernel.write_bytes(kernel.read_bytes().replace(b"\n", b"\r\n"))  # as git may check out
         assert digest() == before
-        for name in ("window_attention_forward.py", "config.py"):
+        for name in ("window_attention_forward.py", "products.py", "config.py"):
             now = digest()
             (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
             assert digest() != now
@@ -401,6 +403,19 @@ def test_each_kernel_is_launched_with_its_measured_cut_and_right(
             wanted = replace(wanted, resident_blocks=cut.resident_blocks)
             assert 0 < cut.resident_blocks <= 8
         assert cut == wanted
+
+
+@INTERPRETED
+def test_one_kernel_for_each_gradient_runs_where_that_was_faster(
+    measured: dict[str, Any], launched: dict[str, list[Any]], folders: tuple[Path, Path]
+) -> None:
+    path = folders[1] / "cpu.json"
+    stored = json.loads(path.read_text())
+    for row in stored["entries"]:
+        row["config"] = None if row["kernel"] == config_tables.AT_ONCE else row["config"]
+    path.write_text(json.dumps(stored))
+    assert_backend_accurate(run, attention_tensors(SHAPE, dtype=torch.float16), backend="triton")
+    assert launched.keys() == measured.keys() - {config_tables.AT_ONCE}
 
 
 @INTERPRETED

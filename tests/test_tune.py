@@ -297,6 +297,32 @@ def test_other_entries_of_the_table_stay(tmp_path: Path) -> None:
     assert before.items() < load(path).entries.items() and other.case not in before
 
 
+@pytest.mark.parametrize(("together", "gives_way"), [(1.9, False), (1.97, False), (2.1, True)])
+def test_two_kernels_run_where_they_are_faster_than_one_for_both(
+    together: float, gives_way: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Told(FakePasses):
+        def launch(self, kernel: str, cut: Any) -> Any:
+            return kernel, cut
+
+    def seconds(launch: Any) -> float:
+        kernel, cut = launch
+        return dear(cut) * (together if kernel == config_tables.AT_ONCE else 1.0)
+
+    path = tmp_path / "abacus.json"
+    found = {f.case.kernel: f for f in tune(path, Clock(seconds), Told, kernels=list(KINDS))}
+    both = found[config_tables.AT_ONCE]
+    entry = load(path).entries[both.case]
+    assert both.best is not None and both.gives_way == gives_way == (entry.cut is None)
+    if gives_way:
+        assert both.rule is not None and both.apart is not None
+        assert entry.gain == pytest.approx(both.rule / both.apart, abs=1e-3)
+    assert ", one kernel for each gradient " in str(both)
+    (case,) = (one for one in tune_page.cases(list(both.rows())))
+    assert (case.changed == "one kernel for each gradient") == gives_way
+    assert case.gain == pytest.approx(both.gain, abs=1e-3)
+
+
 class Fewer(FakePasses):
     def most_keys(self, rows: int, columns: int) -> int:
         return (rows // 8 + 5) * (columns // 8 + 7)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from importlib.util import find_spec
@@ -92,6 +92,7 @@ class Search:
         outcomes: of every cut that was tried, the rule's first.
         rule: the time of the rule's cut, None where no cut of the rule ran.
         best: the fastest cut, None where none ran.
+        apart: the time of the kernels that can be run instead, where there are such and each has a cut that ran.
     """
 
     case: Case
@@ -99,21 +100,41 @@ class Search:
     outcomes: tuple[Outcome, ...]
     rule: float | None
     best: Outcome | None
+    apart: float | None = None
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether the kernels that can be run instead are faster, beyond the clock's spread."""
+        if self.apart is None or self.best is None or self.best.seconds is None:
+            return False
+        return self.best.seconds >= _LEAST_GAIN * self.apart
 
     @property
     def gain(self) -> float:
-        """How many times as fast as the rule's cut the best one is; 1.0 where one of them did not run."""
+        """How many times as fast as the rule's cut the best way is; 1.0 where one of them did not run."""
         if self.rule is None or self.best is None or self.best.seconds is None:
             return 1.0
-        return self.rule / self.best.seconds
+        return self.rule / (self.apart if self.apart is not None and self.gives_way else self.best.seconds)
+
+    @property
+    def entry(self) -> Entry | None:
+        """What a table says of it; None: nothing, no cut ran."""
+        from anyup.kernels.config_tables import Entry
+
+        return None if self.best is None else Entry(None if self.gives_way else self.best.cut, self.gain)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """An object for each cut, for JSON; times in microseconds; `rule` says which one the rule would choose."""
+        """An object for each cut, for JSON; times in microseconds; `rule` says which one the rule would choose.
+
+        No cut is the best where other kernels run instead; their time is `apart`.
+        """
         rules = None if self.rule is None else next(one for one in self.outcomes if one.seconds is not None)
         for outcome in self.outcomes:
             time = None if outcome.seconds is None else round(outcome.seconds * 1e6, 2)
-            told = {"us": time, "reason": outcome.reason, "best": outcome is self.best, "rule": outcome is rules}
-            yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.cut), **told}
+            best = outcome is self.best and not self.gives_way
+            told = {"us": time, "reason": outcome.reason, "best": best, "rule": outcome is rules}
+            apart = {"apart": round(self.apart * 1e6, 2)} if self.apart is not None and self.gives_way else {}
+            yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.cut), **told, **apart}
 
     def __str__(self) -> str:
         c = self.case
@@ -123,7 +144,8 @@ class Search:
         if self.best is None or self.best.seconds is None:
             return f"{head}: no cut runs; {tried}"
         rule = "the rule's do not run" if self.rule is None else f"rule {self.rule * 1e6:.1f} us"
-        return f"{head}: {rule}, best {self.best.seconds * 1e6:.1f} us, {self.gain:.2f}x; {tried}"
+        instead = "" if self.apart is None else f", one kernel for each gradient {self.apart * 1e6:.1f} us"
+        return f"{head}: {rule}, best {self.best.seconds * 1e6:.1f} us{instead}, {self.gain:.2f}x; {tried}"
 
 
 def search(passes: Passes, kernel: str, clock: Clock, *, quick: bool = False) -> Search:
@@ -218,6 +240,7 @@ def tune(
             except torch.OutOfMemoryError as error:
                 told.note(f"{workload.name}, {dtype}: left out, out of memory ({str(error).splitlines()[0]})")
                 continue
+            times: dict[str, float] = {}
             for kernel in kernels or config_tables.KINDS:
                 case = passes.case(kernel)
                 if case in seen or not passes.rule(kernel):  # some are not for every workload
@@ -225,10 +248,13 @@ def tune(
                 seen.add(case)
                 with told.stage(f"{kernel}, {dtype}, {workload.name}"):
                     found = search(passes, kernel, clock, quick=quick)
-                if found.best is None:
-                    entries.pop(case, None)
-                else:
-                    entries[case] = config_tables.Entry(found.best.cut, found.gain)
+                if found.best is not None and found.best.seconds is not None:
+                    times[kernel] = found.best.seconds
+                if kernel == config_tables.AT_ONCE and times.keys() >= set(config_tables.APART):
+                    found = replace(found, apart=sum(times[one] for one in config_tables.APART))
+                entries.pop(case, None)
+                if found.entry is not None:
+                    entries[case] = found.entry
                 _store(path, name, entries)
                 yield found
             del passes  # before the next one takes as much memory

@@ -45,15 +45,21 @@ class Case:
         return next((row for row in self.rows if row["best"]), None)
 
     @property
+    def chosen(self) -> float | None:
+        """Microseconds of what was chosen: the best cut, or the kernels that run instead of this one."""
+        microseconds: float | None = self.best["us"] if self.best else self.rows[0].get("apart")
+        return microseconds
+
+    @property
     def gain(self) -> float | None:
-        """How many times as fast as the rule's the chosen one is."""
-        return self.rule["us"] / self.best["us"] if self.rule and self.best else None
+        """How many times as fast as the rule's cut that is."""
+        return self.rule["us"] / self.chosen if self.rule and self.chosen else None
 
     @property
     def changed(self) -> str:
         """What the chosen cut has other than the rule's."""
         if self.best is None:
-            return "no cut runs"
+            return "no cut runs" if self.chosen is None else "one kernel for each gradient"
         if self.rule is None:
             return "the rule's cuts do not run"
         pairs = [
@@ -98,10 +104,10 @@ def section(tune: Mapping[str, Any]) -> str:
     head = ("case", "chosen instead of the rule's", "rule", "chosen", "gain", "tried", "failed")
     lines = []
     for case in found:
-        rule, best = case.rule, case.best
+        rule, chosen = case.rule, case.chosen
         lines.append(
             (
-                case.name, case.changed, rule and _microseconds(rule["us"]), best and _microseconds(best["us"]),
+                case.name, case.changed, rule and _microseconds(rule["us"]), chosen and _microseconds(chosen),
                 "" if case.gain is None else f"{case.gain:.2f}x", len(case.rows), len(case.rows) - len(case.ran),
             )
         )  # fmt: skip
@@ -114,7 +120,7 @@ def section(tune: Mapping[str, Any]) -> str:
                 case.name,
                 case.rule["us"] if case.rule else None,
                 [row["us"] for row in case.ran],
-                case.best["us"] if case.best else None,
+                case.chosen,
             )
             for case in found
         ],
