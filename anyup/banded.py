@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from anyup.ops import memory, query_projection
-from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder
+from anyup.ops.dispatch import BackendFailure
+from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder, problem_of
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.precision import without_autocast, working_dtype
@@ -89,6 +90,21 @@ class Workspace:
         self._maps.clear()
 
 
+def banded_encoders(
+    model: AnyUp, size: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> dict[str, BandedEncoder]:
+    """The image's, the key's and the query's encoder of one image of a size.
+
+    Raises NotImplementedError where no backend that the model asks for has bands and can run them.
+    """
+    encoders = {"image": model.image_encoder, "key": model.key_encoder, "query": model.query_encoder}
+    parameters = {name: encoder.parameters_for_op(dtype) for name, encoder in encoders.items()}
+    return {
+        name: BandedEncoder(own, problem_of(own, size, dtype, device), model._backends["pixel_encoder"])
+        for name, own in parameters.items()
+    }
+
+
 class BandedImage:
     """The queries and pooled keys of one image, computed for the part that is asked for.
 
@@ -116,12 +132,7 @@ class BandedImage:
         self._model, self._image, self._size, self._dtype = model, image, size, dtype
         self._height, self._width = image.shape[1:]
         self._work, self._needs_queries = workspace, needs_queries
-        self._encoders = {
-            name: BandedEncoder(encoder.parameters_for_op(dtype))
-            for name, encoder in (
-                ("image", model.image_encoder), ("key", model.key_encoder), ("query", model.query_encoder)
-            )
-        }  # fmt: skip
+        self._encoders = banded_encoders(model, (self._height, self._width), dtype, image.device)
         self._rotation = Rotation((self._height, self._width), model.rope.freqs.to(dtype))
         self._pooled: Tensor | None = None
         self.recut(bands)
@@ -140,6 +151,9 @@ class BandedImage:
 
         Called again after an error it goes on with the pass that failed.
         """
+        return self._by_what_runs(lambda: self._image_keys(grid))
+
+    def _image_keys(self, grid: tuple[int, int]) -> Tensor:
         image, key, query = (self._encoders[name] for name in ("image", "key", "query"))
         wanted = (key, query) if self._needs_queries else (key,)
         with without_autocast(self._image.device.type):
@@ -165,10 +179,14 @@ class BandedImage:
         """(1, rows, columns, heads, head_dim) of a rectangle of the output, once there are image keys."""
         axes = zip((rows, columns), self._size, (self._height, self._width), strict=True)
         row_cells, column_cells = (reach(part, count, length) for part, count, length in axes)
-        with without_autocast(self._image.device.type):
+
+        def encoded_part() -> Tensor:
             trunk, kept = self._query_trunk(row_cells.pixels, column_cells.pixels)
             branch = self._work.take("branch", *trunk.shape[:2])
-            encoded = self._encoders["query"].encode_pooled(trunk, trunk, branch, row_cells, column_cells, kept=kept)
+            return self._encoders["query"].encode_pooled(trunk, trunk, branch, row_cells, column_cells, kept=kept)
+
+        with without_autocast(self._image.device.type):
+            encoded = self._by_what_runs(encoded_part)
             parameters = self._model.cross_decode.query_parameters(self._dtype)
             projected = query_projection.project_queries(
                 encoded[None], parameters, backend=self._model._backends["query_projection"]
@@ -178,6 +196,17 @@ class BandedImage:
             for part, cells in zip((rows, columns), (row_cells, column_cells), strict=True)
         ]
         return self._model.cross_decode.split_heads(projected[:, within[0], within[1]])
+
+    def _by_what_runs(self, work: Callable[[], Tensor]) -> Tensor:
+        """The work's result; where kernels fail, the rest of it by the next backend, with nothing of what they kept."""
+        while True:
+            try:
+                return work()
+            except BackendFailure as failure:
+                next(encoder for encoder in self._encoders.values() if encoder.runs_kernels).give_up(failure)
+            for encoder in self._encoders.values():
+                encoder.choose()
+            self.recut(self._bands)
 
     def _pass(self, observe: Callable[[slice], None], *encoders: BandedEncoder) -> None:
         """One pass of all bands."""

@@ -16,6 +16,7 @@ import anyup
 from anyup import AnyUp, banded, budget, planning, streaming, with_head
 from anyup.banded import Bands
 from anyup.ops.pixel_encoder import banded as banded_encoder
+from anyup.ops.pixel_encoder import eager
 from anyup.planning import BudgetError, Plan, Task, prediction
 
 IMAGE, FEATURES = wave((2, 3, 23, 17), 3, 0.8), wave((2, 9, 6, 5), 7)
@@ -122,7 +123,7 @@ def test_a_head_works_within_a_budget_in_calls_and_streams(monkeypatch: pytest.M
 def work_done(bands: Bands, monkeypatch: pytest.MonkeyPatch, stream: bool = False) -> tuple[float, Plan]:
     """Products of D x D in the image's encoders of a call, counted where they are made, and the plan."""
     done, plans = [0.0], []
-    original = banded_encoder.Band._step
+    original = eager.Band._step
 
     def counted(band: Any, norm: Any) -> Any:
         step = band._norms_done
@@ -130,7 +131,7 @@ def work_done(bands: Bands, monkeypatch: pytest.MonkeyPatch, stream: bool = Fals
         done[0] += 0 if thin_projection else band._count
         return original(band, norm)
 
-    finish = banded_encoder.Band.finish
+    finish = eager.Band.finish
 
     def finished(band: Any, *arguments: Any) -> Any:
         done[0] += band._count
@@ -152,8 +153,8 @@ def work_done(bands: Bands, monkeypatch: pytest.MonkeyPatch, stream: bool = Fals
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(AnyUp, "_keys", uncounted)
         patch.setattr(streaming, "choose", chosen)
-        patch.setattr(banded_encoder.Band, "_step", counted)
-        patch.setattr(banded_encoder.Band, "finish", finished)
+        patch.setattr(eager.Band, "_step", counted)
+        patch.setattr(eager.Band, "finish", finished)
         upsampler()(IMAGE[:1], FEATURES[:1])
     return done[0], plans[0]
 
@@ -172,13 +173,13 @@ def test_a_plan_counts_the_products_that_are_made(bands: Bands, monkeypatch: pyt
 
 def test_a_plan_s_bands_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    band = banded_encoder.Band
 
-    def noted(pixels: Tensor, *args: Any) -> Any:
-        seen.append(pixels.shape[0])
-        return band(pixels, *args)
+    class Noted(eager.Band):
+        def __init__(self, pixels: Tensor, *args: Any, **more: Any) -> None:
+            seen.append(pixels.shape[0])
+            super().__init__(pixels, *args, **more)
 
-    monkeypatch.setattr(banded_encoder, "Band", noted)
+    monkeypatch.setattr(eager, "Band", Noted)
     follow(monkeypatch, Bands(5, 3, kept=10, kept_for_output=5))
     with torch.no_grad():
         upsampler()(IMAGE, FEATURES)

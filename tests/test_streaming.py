@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyup import AnyUp, banded, streaming
 from anyup.ops.dispatch import Operation
-from anyup.ops.pixel_encoder import banded as banded_encoder
+from anyup.ops.pixel_encoder import eager
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.statistics import Statistics
 from anyup.planning import prediction
@@ -151,13 +151,13 @@ def test_under_autocast_a_stream_computes_in_autocast_s_dtype() -> None:
 
 def test_no_map_of_the_image_s_size_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    band = banded_encoder.Band
 
-    def noted(pixels: Tensor, *args: Any) -> Any:
-        seen.append(pixels.shape[0])
-        return band(pixels, *args)
+    class Noted(eager.Band):
+        def __init__(self, pixels: Tensor, *args: Any, **more: Any) -> None:
+            seen.append(pixels.shape[0])
+            super().__init__(pixels, *args, **more)
 
-    monkeypatch.setattr(banded_encoder, "Band", noted)
+    monkeypatch.setattr(eager, "Band", Noted)
     joined(upsampler(), IMAGE, FEATURES)
     assert max(seen) <= (5 + 2) * 17  # a band and the rows that the convolution needs beyond it
 
@@ -246,7 +246,7 @@ def test_a_gradient_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) 
     ("backend", "message"),
     [
         ({"window_attention": "flex"}, "not flex: query is float64"),
-        ({"pixel_encoder": "reference"}, "bands of pixels are encoded by 'torch' alone, got 'reference'"),
+        ({"pixel_encoder": "reference"}, "bands of pixels are encoded by triton or torch, got 'reference'"),
     ],
 )
 def test_a_backend_that_cannot_is_refused_when_the_stream_is_made(backend: dict[str, str], message: str) -> None:

@@ -120,17 +120,21 @@ class Operation:
         try:
             return _call(getattr(module, function), problem.device.type, *args, **kwargs)
         except BackendFailure as failure:
-            name = next(n for n in self._backends if self._backends[n]() is module)
-            if parse_backend(backend) == (name,):
-                raise
-            self._warned_of_slow_path = True  # the one warning is this one
-            self._failures[_failing(name, problem)] = f"failed before on {problem.device}: {failure}"
-            warnings.warn(
-                f"anyup: {self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
-                f"this or the like any more ({problem}): {failure}",
-                stacklevel=2,
-            )
+            self.give_up(module, problem, backend, failure)
         return self.run(function, problem, backend, *args, **kwargs)
+
+    def give_up(self, module: ModuleType, problem: Any, backend: Backend, failure: BackendFailure) -> None:
+        """Pass a backend over from now on, with a warning; raises its failure where it alone was asked for."""
+        name = next(n for n in self._backends if self._backends[n]() is module)
+        if parse_backend(backend) == (name,):
+            raise failure
+        self._warned_of_slow_path = True  # the one warning is this one
+        self._failures[_failing(name, problem)] = f"failed before on {problem.device}: {failure}"
+        warnings.warn(
+            f"anyup: {self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
+            f"this or the like any more ({problem}): {failure}",
+            stacklevel=3,
+        )
 
     def _warn_of_slow_path(self, name: str, problem: Any) -> None:
         """Say once why CUDA tensors end on a backend that is not made for them, where there is one that is."""

@@ -11,7 +11,9 @@ from accuracy import assert_close_enough
 from recipe import fill, wave
 from torch import Tensor
 
-from anyup import AnyUp
+from anyup import AnyUp, streaming
+from anyup.banded import Bands
+from anyup.planning import prediction
 
 pytestmark = pytest.mark.gpu
 
@@ -87,11 +89,30 @@ def test_a_stream_on_a_card_gives_what_the_plain_call_gives(wide_output: Tensor,
     with torch.inference_mode():
         pieces = list(upsampler.stream(image, features, tile=(7, 18)))
     assert [(rows.start, rows.stop) for rows, _, _ in pieces] == [(0, 7), (7, 11)]
+    # Statistics of four passes of three encoders, the encoded image for two of these and for each piece, the queries.
+    assert launched["pixel_encoder_pass, float32"] >= 12 * len(image)
     # One for each image of each piece.
     launched = of_attention(launched)
     assert launched.total() == 2 * len(image) and all(name.startswith("forward ") for name in launched)
     for rows, columns, piece in pieces:
         assert (piece - wide_output[:, :, rows, columns]).abs().max() < 1e-4 * wide_output.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "bands", [Bands(4, 3), Bands(4, 5, together=False, kept=8, kept_for_output=4)], ids=["nothing", "one map"]
+)
+def test_bands_of_an_image_go_through_the_kernels(
+    bands: Bands, dtype: torch.dtype, wide_output: Tensor, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "choose", lambda task, limit, **_: prediction.banded(task, bands, limit))
+    upsampler = model("cuda", dtype).eval()
+    image, features = (tensor[:1].to("cuda", dtype) for tensor in inputs())
+    with torch.inference_mode():
+        out = upsampler(image, features)
+    assert launched[f"pixel_encoder_pass, {str(dtype).removeprefix('torch.')}"] >= 36
+    limit = 1e-4 if dtype == torch.float32 else 0.05
+    assert (out.float() - wide_output[:1]).abs().max() < limit * wide_output.abs().max()
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

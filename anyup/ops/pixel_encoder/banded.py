@@ -7,19 +7,55 @@ encoder from the start, up to the next normalisation, each time.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from anyup.ops.dispatch import Backend, BackendFailure, parse_backend
 from anyup.ops.memory import empty
 from anyup.ops.parallel import on_one_thread
+from anyup.ops.pixel_encoder import eager, fused_band
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.eager import Band, is_thin, norm_parameters, pooled
-from anyup.ops.pixel_encoder.problem import EncoderParameters
+from anyup.ops.pixel_encoder.eager import is_thin, norm_parameters, pooled
+from anyup.ops.pixel_encoder.operator import OPERATION
+from anyup.ops.pixel_encoder.problem import EncoderParameters, PixelEncoderProblem
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 from anyup.ops.precision import working_dtype
 
 PASSES = 4
 """Over all bands before one can be encoded."""
+
+BACKENDS = ("triton", "torch")
+"""Of the pixel encoder: those that have bands."""
+
+Band = eager.Band | fused_band.Band
+
+
+def problem_of(
+    parameters: EncoderParameters, size: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> PixelEncoderProblem:
+    """What an encoder of one map, in bands, asks of a backend."""
+    dim = parameters.block1.weight1.shape[0]
+    return PixelEncoderProblem(
+        batch=1,
+        size=size,
+        output_size=size,
+        input_dim=dim if parameters.projection is None else parameters.projection.shape[1],
+        dim=dim,
+        rotates=False,
+        dtype=dtype,
+        device=device,
+        needs_gradient=False,
+    )
+
+
+def of_bands(backend: Backend) -> Backend:
+    """Of the backends that a model asks for, those that have bands; raises NotImplementedError where there are none."""
+    names = parse_backend(backend)
+    able = tuple(name for name in names if name in BACKENDS)
+    if names and not able:
+        raise NotImplementedError(f"backend: bands of pixels are encoded by {' or '.join(BACKENDS)}, got {backend!r}")
+    return able or None
 
 
 class BandedEncoder:
@@ -30,11 +66,27 @@ class BandedEncoder:
     those of a thin first projection).
     """
 
-    def __init__(self, parameters: EncoderParameters) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: EncoderParameters, problem: PixelEncoderProblem, backend: Backend = None) -> None:
+        """With what `problem_of` gives; raises NotImplementedError where none of the backends asked for can run it."""
+        self._parameters, self._problem, self._backend = parameters, problem, of_bands(backend)
         self._norms: list[Affine] = []
         self._observed: list[Statistics] = []
         self.is_thin = is_thin(parameters)
+        self.choose()
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether its bands are those of a backend that may fail."""
+        return self._kind is not eager.Band
+
+    def choose(self) -> None:
+        """Take the first backend that can; between two passes, where no trunk is kept."""
+        self._module = OPERATION.choose(self._problem, self._backend)
+        self._kind: type[Band] = eager.Band if self._module is eager else fused_band.Band
+
+    def give_up(self, failure: BackendFailure) -> None:
+        """Take the next backend, by a warning, after a failure; raises it where that one alone was asked for."""
+        OPERATION.give_up(self._module, self._problem, self._backend, failure)
 
     @property
     def passes(self) -> int:
@@ -50,7 +102,10 @@ class BandedEncoder:
         # A thin projection is not stored: in the first block it is the branch that is worth keeping.
         if keep and self.is_thin and self.passes < 3:
             branch = trunk
-        self._observed.append(self._band(pixels, trunk, branch, kept, self.passes).advance(self._last_norm()))
+        band = self._band(pixels, trunk, branch, kept, self.passes)
+        self._observed.append(band.advance(self._last_norm()))
+        if keep:
+            band.keep()
 
     def close_pass(self) -> None:
         """All bands have been observed: their statistics together are the next normalisation."""
@@ -66,7 +121,7 @@ class BandedEncoder:
     def begin(self, pixels: Tensor, trunk: Tensor, branch: Tensor) -> None:
         """Bring a band to where a trunk that has been kept through all passes is."""
         assert len(self._norms) == PASSES
-        self._band(pixels, trunk, branch, kept=False, steps=PASSES - 1)
+        self._band(pixels, trunk, branch, kept=False, steps=PASSES - 1).keep()
 
     def encode(
         self, pixels: Tensor, trunk: Tensor, branch: Tensor, rotation: Rotation | None = None, *, kept: bool = False
@@ -118,15 +173,11 @@ class BandedEncoder:
 
     def _band(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool, steps: int) -> Band:
         """A band that has taken so many steps."""
-        taken = min(self._steps_kept(self.passes), steps) if kept else 0
-        band = Band(pixels.flatten(0, 1), self._parameters, trunk.flatten(0, 1), branch.flatten(0, 1), taken)
+        taken = min(self._kind.steps_kept(self.is_thin)[self.passes], steps) if kept else 0
+        band = self._kind(pixels.flatten(0, 1), self._parameters, trunk.flatten(0, 1), branch.flatten(0, 1), taken)
         for step in range(taken, steps):
             band.pass_on(self._norms[step - 1] if step else None)
         return band
-
-    def _steps_kept(self, passes: int) -> int:
-        """The steps that a trunk kept in the last of so many passes has behind it."""
-        return ((0, 0, 2, 3, 3) if self.is_thin else (0, 1, 1, 3, 3))[passes]
 
     def _last_norm(self) -> Affine | None:
         return self._norms[-1] if self._norms else None

@@ -114,6 +114,14 @@ class Band:
         elif not steps:
             self._pixels = pixels.contiguous()
 
+    @staticmethod
+    def steps_kept(thin: bool) -> tuple[int, ...]:
+        """The steps that a trunk has behind it that is kept after no, one ... four passes over all bands."""
+        return (0, 0, 2, 3, 3) if thin else (0, 1, 1, 3, 3)
+
+    def keep(self) -> None:
+        """Make the trunk what is kept of the last step: it is."""
+
     def advance(self, norm: Affine | None) -> Statistics:
         """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input."""
         self._measures = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from anyup.kernels.pixel_encoder_passes import HalfBlock, Source
 
 __all__ = ["discouraged", "forward", "unsupported"]
+
+Result = TypeVar("Result")
 
 
 def unsupported(problem: PixelEncoderProblem) -> list[str]:
@@ -51,6 +54,24 @@ def forward(
     return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What the kernels are compiled for: maps of so many channels, of an input of so many (0: a map)."""
+
+    dtype: torch.dtype
+    device: torch.device
+    dim: int
+    inputs: int
+
+    def run(self, name: str, run: Callable[[Any], Result], *, kind: str = "pass", **known: Hashable) -> Result:
+        """What `run` gives with the first cut that the device takes; `known` is what else it is compiled for."""
+        from anyup.kernels.pixel_encoder_config import encoder_configs
+
+        kernel = ("pixel_encoder", name, self.device, self.dtype, self.dim, self.inputs, dot_precision())
+        configs = encoder_configs(kind, self.dtype, target(self.device))
+        return run_first(run, configs, kernel=(*kernel, kind, *known.items()))
+
+
 class _Encoder:
     """The passes over the images' pixels up to the last normalisation, whose statistics are known then."""
 
@@ -61,7 +82,8 @@ class _Encoder:
         self._size = (height, width)
         self._dim = parameters.block1.weight1.shape[0]
         self._dtype, self._device = pixels.dtype, pixels.device
-        self._inputs = 0 if parameters.projection is None else inputs
+        inputs = 0 if parameters.projection is None else inputs
+        self._kernels = Kernels(self._dtype, self._device, self._dim, inputs)
         projection = None if parameters.projection is None else parameters.projection.contiguous()
         flat = pixels.flatten(1, 2)  # a view where rows follow each other
         block1, block2 = parameters.block1, parameters.block2
@@ -92,7 +114,7 @@ class _Encoder:
             )()  # fmt: skip
 
         # A launch that fails has written nothing: the next cut finds the map as it was.
-        self._run("apply", run, kind="pass" if tables is None else "rotate")
+        self._kernels.run("apply", run, kind="pass" if tables is None else "rotate")
         return self._map.unflatten(1, self._size)
 
     def _angles(self, frequencies: Tensor) -> Tensor:
@@ -123,7 +145,7 @@ class _Encoder:
                 size=self._size, cells=cells, precision=dot_precision(), config=config,
             )()  # fmt: skip
 
-        self._run("pool", run, kind="pool")
+        self._kernels.run("pool", run, kind="pool")
         passed, activated = means[..., : self._dim].unbind(2)
         return (passed + activated @ self._weight4.float().T).to(self._dtype).unflatten(1, cells)
 
@@ -154,12 +176,7 @@ class _Encoder:
             ):
                 launch()
 
-        self._run("measure", run, halves=len(halves), projects=source.projection is not None, stores=out is not None)
+        self._kernels.run(
+            "measure", run, halves=len(halves), projects=source.projection is not None, stores=out is not None
+        )
         return norm
-
-    def _run(self, name: str, run: Callable[[Any], None], *, kind: str = "pass", **known: Hashable) -> None:
-        from anyup.kernels.pixel_encoder_config import encoder_configs
-
-        kernel = ("pixel_encoder", name, self._device, self._dtype, self._dim, self._inputs, dot_precision())
-        configs = encoder_configs(kind, self._dtype, target(self._device))
-        run_first(run, configs, kernel=(*kernel, kind, *known.items()))

@@ -32,6 +32,11 @@ class Rotation:
         part.width = part._column_cos.shape[0]
         return part
 
+    def tables(self) -> Tensor:
+        """(H + W, 2, D): cosines and sines of each row's angles, then of each column's."""
+        rows, columns = ((self._row_cos[:, 0], self._row_sin[:, 0]), (self._column_cos, self._column_sin))
+        return torch.cat([torch.stack(pair, dim=1) for pair in (rows, columns)])
+
     def __call__(self, x: Tensor, pixels: slice) -> Tensor:
         """Rotate (n, D): these pixels of the map, in the dtype worked in."""
         return rotated(x, *self._cos_sin(pixels))

@@ -66,7 +66,7 @@ class Parts:
         wide = accumulator_dtype(self._means.device)
         means, variances = (t[tiles].to(wide).flatten(0, 1) for t in (self._means, self._variances))
         counts = [count for tile in self._counts[tiles] for count in tile]
-        return Statistics._merge(counts, means, variances.mul_(_column(counts, variances)))
+        return Statistics.joined(counts, means, variances.mul_(_column(counts, variances)))
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class Statistics:
     def merge(several: Sequence[Statistics]) -> Statistics:
         """The statistics of all pixels together."""
         means, deviations = (torch.stack(t) for t in zip(*((s.mean, s.deviation) for s in several), strict=True))
-        return Statistics._merge([s.count for s in several], means, deviations)
+        return Statistics.joined([s.count for s in several], means, deviations)
 
     @staticmethod
-    def _merge(counts: Sequence[int], means: Tensor, deviations: Tensor) -> Statistics:
-        """Stacked as (several, D), with `counts` pixels each (Chan, Golub and LeVeque 1983)."""
+    def joined(counts: Sequence[int], means: Tensor, deviations: Tensor) -> Statistics:
+        """Of several, stacked as (several, D), with `counts` pixels each (Chan, Golub and LeVeque 1983)."""
         count, each = sum(counts), _column(counts, means)
         mean = (each * means).sum(dim=0) / count
         return Statistics(count, mean, (deviations + each * (means - mean).square()).sum(dim=0))

@@ -1,0 +1,184 @@
+"""A band of pixels on its way through the encoder, in Triton kernels.
+
+As in `fused`, products are made again in each pass, and one map is stored: x1, between the two blocks. It is what a
+band keeps between passes; before it is there, nothing but the pixels is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anyup.ops.kernel_device import dot_precision
+from anyup.ops.pixel_encoder import eager
+from anyup.ops.pixel_encoder.cells import Cells
+from anyup.ops.pixel_encoder.fused import Kernels
+from anyup.ops.pixel_encoder.problem import EncoderParameters
+from anyup.ops.pixel_encoder.rotary import Rotation
+from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+from anyup.ops.precision import accumulator_dtype
+
+if TYPE_CHECKING:
+    from anyup.kernels.pixel_encoder_passes import HalfBlock, Source
+
+_STORED = 3
+"""Steps after which x1 is there."""
+
+
+class Band:
+    """What `eager.Band` is, by the same calls: `advance` or `pass_on` for each normalisation, then one of the ends.
+
+    The pixels may lie in the trunk, unless the first projection is thin.
+    """
+
+    def __init__(
+        self, pixels: Tensor, parameters: EncoderParameters, trunk: Tensor, branch: Tensor, steps: int = 0
+    ) -> None:
+        """Of (n, Cin) pixels, or with `steps` of the encoder behind it, of which x1 (n, D) is in the trunk."""
+        assert steps in (0, _STORED)
+        self._pixels, self._parameters, self._trunk = pixels, parameters, trunk
+        # x1 is made of pixels that may lie where it will be kept: programs would read what others have written.
+        self._x1, self._other = (trunk, branch) if steps or eager.is_thin(parameters) else (branch, trunk)
+        self._dim = trunk.shape[1]
+        inputs = 0 if parameters.projection is None else pixels.shape[1]
+        self._kernels = Kernels(trunk.dtype, trunk.device, self._dim, inputs)
+        self._norms: dict[int, Affine] = {}
+        self._steps = steps
+
+    @staticmethod
+    def steps_kept(thin: bool) -> tuple[int, ...]:
+        """The steps that a trunk has behind it that is kept after no, one ... four passes over all bands."""
+        return (0, 0, 0, _STORED, _STORED)
+
+    def keep(self) -> None:
+        """Make the trunk what is kept of the last step."""
+        if self._steps == _STORED and self._x1 is not self._trunk:
+            self._trunk.copy_(self._x1)
+
+    def advance(self, norm: Affine | None) -> Statistics:
+        """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input."""
+        step = self._take(norm)
+        halves = self._halves(step)
+        source = self._stored() if step == _STORED else self._source()
+        out = self._x1 if step == _STORED - 1 else None
+        parts, pixels = self._kernels.run(
+            "measure", lambda config: self._measured(source, halves, out, config),
+            halves=len(halves), projects=source.projection is not None, stores=out is not None,
+        )  # fmt: skip
+        count = len(self._trunk)
+        counts = [pixels] * (count // pixels) + ([count % pixels] if count % pixels else [])
+        wide = parts[0, ..., : self._dim].to(accumulator_dtype(parts.device))
+        return Statistics.joined(counts, *wide.unbind(1))
+
+    def pass_on(self, norm: Affine | None) -> None:
+        """The same where the next one's statistics are known already."""
+        step = self._take(norm)
+        if step == _STORED - 1:
+            self._store("store", self._source(), self._halves(step), self._x1)
+
+    def finish(self, norm: Affine, rotation: Rotation | None = None) -> Tensor:
+        """Apply the last normalisation and what follows it: the encoded pixels (n, D), in the trunk.
+
+        A rotation is of whole rows, so the band must be its map.
+        """
+        self._take(norm)
+        halves = self._halves(_STORED + 1)
+        self._store("apply", self._stored(), halves, self._trunk, rotation)
+        return self._trunk
+
+    def finish_pooled(self, norm: Affine, rows: Cells, columns: Cells, out: Tensor) -> None:
+        """The same for a rectangle of pixels, pooled to `out` (h, w, D): these cells, which need these pixels."""
+        self._unfinished().finish_pooled(norm, rows, columns, out)
+
+    def add_to_cells(self, norm: Affine, rows: slice, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> None:
+        """Apply the last normalisation to some whole rows of a map, and add them to the cells of its pooling.
+
+        There are two sums (h, w, D), of activations and of the trunk; `eager.pooled` makes the result of them.
+        """
+        self._unfinished().add_to_cells(norm, rows, cells, sums)
+
+    def _unfinished(self) -> eager.Band:
+        """It as torch's, for the sums over some of a map's cells, for which there is no kernel."""
+        self._store("branch", self._stored(), self._halves(_STORED), self._other)
+        return eager.Band(self._pixels, self._parameters, self._x1, self._other, _STORED + 1)
+
+    def _take(self, norm: Affine | None) -> int:
+        """Note the normalisation of the next step; its number."""
+        step = self._steps
+        if norm is not None:
+            self._norms[step] = norm
+        self._steps += 1
+        return step
+
+    def _source(self) -> Source:
+        """The pixels as the kernels read them."""
+        from anyup.kernels.pixel_encoder_passes import Source, map_source
+
+        projection, pixels = self._parameters.projection, self._pixels[None]
+        return map_source(pixels.contiguous()) if projection is None else Source(pixels, projection.contiguous())
+
+    def _stored(self) -> Source:
+        """x1 as the kernels read it."""
+        from anyup.kernels.pixel_encoder_passes import map_source
+
+        return map_source(self._x1[None])
+
+    def _halves(self, step: int) -> tuple[HalfBlock, ...]:
+        """The half blocks between what a step reads, the pixels or x1, and what it makes."""
+        from anyup.kernels.pixel_encoder_passes import HalfBlock
+
+        block1, block2 = self._parameters.block1, self._parameters.block2
+        weights = (block1.weight1, block1.weight2, block2.weight1, block2.weight2)
+        first = 0 if step < _STORED else _STORED - 1
+        return tuple(
+            HalfBlock(self._prepared(self._norms[number + 1]), weights[number].contiguous())
+            for number in range(first, step)
+        )
+
+    def _prepared(self, norm: Affine) -> Tensor:
+        """(1, 3, D padded): centre, scale and shift, as the kernels take them."""
+        from anyup.kernels.pixel_encoder_config import padded
+
+        result = torch.zeros(1, 3, padded(self._dim), dtype=torch.float32, device=self._trunk.device)
+        center = torch.zeros_like(norm.scale) if norm.center is None else norm.center
+        result[0, :, : self._dim] = torch.stack((center, norm.scale, norm.shift))
+        return result
+
+    def _measured(
+        self, source: Source, halves: tuple[HalfBlock, ...], out: Tensor | None, config: Any
+    ) -> tuple[Tensor, int]:
+        """Mean and deviation over each tile of what a pass makes, (1, tiles, 2, D padded), and the pixels of a tile."""
+        from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
+
+        count = source.pixels.shape[1]
+        parts = allocate_parts(1, count, self._dim, config, self._trunk.device)
+        plan_pass(
+            source, halves,
+            parts=parts, out=None if out is None else out[None], size=(1, count), precision=dot_precision(),
+            config=config,
+        )()  # fmt: skip
+        return parts, config.pixels
+
+    def _store(
+        self, name: str, source: Source, halves: tuple[HalfBlock, ...], out: Tensor, rotation: Rotation | None = None
+    ) -> None:
+        """A pass whose result is stored, rotated where there is a rotation; a launch that fails has written nothing."""
+        from anyup.kernels.pixel_encoder_config import padded
+        from anyup.kernels.pixel_encoder_passes import plan_pass
+
+        count = source.pixels.shape[1]
+        size, tables = (1, count), None
+        if rotation is not None:
+            size = (count // rotation.width, rotation.width)
+            tables = torch.nn.functional.pad(rotation.tables(), (0, padded(self._dim) - self._dim))
+
+        def run(config: Any) -> None:
+            plan_pass(
+                source, halves,
+                parts=None, out=out[None], tables=tables, size=size, precision=dot_precision(), config=config,
+            )()  # fmt: skip
+
+        kind = "pass" if rotation is None else "rotate"
+        self._kernels.run(name, run, kind=kind, halves=len(halves), projects=source.projection is not None)
