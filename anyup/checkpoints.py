@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -113,6 +113,11 @@ PACKAGED: dict[str, PackagedCheckpoint] = {
         licence="Apache-2.0",
     ),
 }
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def load(
@@ -412,9 +417,12 @@ def _build(
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     faults = []
     if missing := [name for name in expected_shapes if name not in shapes]:
-        faults.append(f"missing keys ({len(missing)}): {', '.join(missing)}")
+        faults.append(f"missing keys ({len(missing)}): {_some(missing)}")
     if unexpected := [name for name in shapes if name not in expected_shapes]:
-        faults.append(f"unexpected keys ({len(unexpected)}): {', '.join(unexpected)}")
+        faults.append(f"unexpected keys ({len(unexpected)}): {_some(unexpected)}")
+        prefix = unexpected[0].split(".")[0] + "."
+        if all(name.removeprefix(prefix) in expected_shapes for name in unexpected):
+            faults.append(f"they were saved from a module around it: take {prefix!r} off their names")
     if other := [
         f"{name} expected {expected_shapes[name]}, got {shapes[name]}"
         for name in expected_shapes

@@ -170,6 +170,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was typed; settings of a training may stand behind its options too, where argparse leaves them over."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    if arguments.command == "train":
+        arguments.settings += [text for text in left if not text.startswith("-")]
+        left = [text for text in left if text.startswith("-")]
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
+
+
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
@@ -194,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = False
     try:
         try:
-            arguments = _parser().parse_args(argv)
+            arguments = _parse(argv)
             debug = arguments.debug
             runners = {
                 "demo": _demo,

@@ -24,6 +24,8 @@ class WithHead(nn.Module):
 
     def __init__(self, upsampler: AnyUp, head: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
+        if not isinstance(upsampler, AnyUp):
+            raise TypeError(f"upsampler: expected an AnyUp, got {type(upsampler).__name__}")
         self.upsampler = upsampler
         self.head = head
 

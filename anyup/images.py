@@ -102,7 +102,14 @@ def _to_rgb01(image: Image.Image, path: Path) -> Tensor:
 
 
 def normalize_imagenet(rgb01: Tensor) -> Tensor:
-    """RGB in 0..1, (..., 3, H, W), minus ImageNet's mean and divided by its standard deviation."""
+    """RGB in 0..1, (..., 3, H, W), minus ImageNet's mean and divided by its standard deviation.
+
+    Raises TypeError for integers, ValueError for another number of channels.
+    """
+    if not rgb01.is_floating_point():
+        raise TypeError(f"rgb01: expected floating-point values in 0..1, got {rgb01.dtype}")
+    if rgb01.dim() < 3 or rgb01.shape[-3] != 3:
+        raise ValueError(f"rgb01: expected shape (..., 3, H, W), got {tuple(rgb01.shape)}")
     mean = torch.tensor(IMAGENET_MEAN, dtype=rgb01.dtype, device=rgb01.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, dtype=rgb01.dtype, device=rgb01.device)[:, None, None]
     return (rgb01 - mean) / std
@@ -223,28 +230,34 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def read_features(path: str | os.PathLike[str]) -> Tensor:
+def read_features(path: str | os.PathLike[str], what: str = "features") -> Tensor:
     """A feature map from a file, (1, C, h, w), in the file's floating dtype.
 
     .npy, .npz, .pt, .pth or .safetensors of shape (C, h, w) or (1, C, h, w); where a file holds several
-    arrays, the one named "features" is taken. Nothing in the file is executed. Raises FileNotFoundError or
+    arrays, the one named "features" is taken. Nothing in the file is executed. `what` the map is, "features" or
+    "values", is told in errors; values may be (1, h, w). Raises FileNotFoundError or
     another OSError where the file cannot be opened, and ValueError where its contents are not such a map.
     """
-    found = _read_checked(path, _FEATURE_SUFFIXES, f"features {path}")
+    found = _read_checked(path, _FEATURE_SUFFIXES, f"{what} {path}")
     if isinstance(found, dict):
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         if "features" not in tensors and len(tensors) != 1:
             names = ", ".join(sorted(map(str, found))) or "nothing"
-            raise ValueError(f'features {path}: one array, or one named "features", expected; it holds {names}')
+            raise ValueError(f'{what} {path}: one array, or one named "features", expected; it holds {names}')
         found = tensors["features"] if "features" in tensors else next(iter(tensors.values()))
     if not isinstance(found, Tensor):
-        raise ValueError(f"features {path}: an array expected, it holds a {type(found).__name__}")
+        raise ValueError(f"{what} {path}: an array expected, it holds a {type(found).__name__}")
     if not found.is_floating_point():
-        raise ValueError(f"features {path}: floating-point numbers expected, got {found.dtype}")
+        raise ValueError(f"{what} {path}: floating-point numbers expected, got {found.dtype}")
+    if found.dim() == 3 and what == "features" and found.shape[0] == 1:
+        raise ValueError(
+            f"{what} {path}: a map (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}, which may be tokens "
+            "(1, N, C): bring them to (1, C, h, w) without the class token, or a map of one channel to (1, 1, h, w)"
+        )
     if found.dim() == 3:
         found = found[None]
     if found.dim() != 4 or found.shape[0] != 1 or 0 in found.shape:
-        raise ValueError(f"features {path}: shape (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}")
+        raise ValueError(f"{what} {path}: shape (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}")
     return found.detach().contiguous()
 
 

@@ -152,7 +152,7 @@ class AnyUp(nn.Module):
             ValueError, TypeError: which argument, what was expected, what came; before any work. `max_memory`: the
                 smallest that can.
             RuntimeError: a gradient is wanted within `max_memory`.
-            NotImplementedError: no requested backend can; lists every reason.
+            NotImplementedError: no requested backend can; lists every reason. Or a forward-mode derivative is wanted.
         """
         size = self.check(image, features, output_size, q_chunk_size, values=values)
         if torch.compiler.is_compiling() and max_memory is None and out is None:

@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,16 +44,17 @@ class Target(Protocol):
         """Wait until all that was taken has arrived."""
 
 
-def target_of(out: Any, shape: Shape, device: torch.device) -> Target:
-    """How pieces made on `device` are written into `out`, of the shape (B, C, H, W).
+def target_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
+    """How pieces are written into `out`, of the shape (B, C, H, W); `inputs` are what they are made of, by name.
 
     Raises:
         TypeError: neither a tensor nor an array, or not of floating-point numbers.
-        ValueError: another shape, or nothing that can be written.
+        ValueError: another shape, nothing that can be written, or memory of an input, which is still read.
         OSError: the disk has no room for a memory map that is to be filled.
     """
+    device = next(iter(inputs.values())).device
     if isinstance(out, Tensor):
-        return _tensor_target(out, shape, device)
+        return _tensor_target(out, shape, inputs)
     if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
         raise TypeError(f"out: expected a tensor, a NumPy or a zarr array, got {type(out).__name__}")
     _check_shape(out.shape, shape)
@@ -62,23 +63,45 @@ def target_of(out: Any, shape: Shape, device: torch.device) -> Target:
         raise TypeError(f"out: expected floating-point numbers of {', '.join(_DTYPES)}, got {out.dtype}")
     if getattr(out, "read_only", False):
         raise ValueError("out: expected an array that can be written, got a read-only one")
-    host = _array_target(out, dtype)
+    host = _array_target(out, dtype, inputs)
     return _Pinned(host) if device.type == "cuda" else host
 
 
-def _tensor_target(out: Tensor, shape: Shape, device: torch.device) -> Target:
+def _tensor_target(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
     _check_shape(out.shape, shape)
+    if out.layout != torch.strided:
+        raise TypeError(f"out: expected a dense tensor, got one of {out.layout}")
     if out.dtype not in FLOATING:
         raise TypeError(f"out: expected a floating-point tensor, got {out.dtype}")
     if out.requires_grad:
         raise ValueError("out: expected a tensor that needs no gradient; use out.detach()")
     if out.is_meta:
         raise ValueError("out: expected a tensor with memory, got one on the device meta")
+    if any(stride == 0 and length > 1 for stride, length in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError("out: expected a place for each number, got a tensor that repeats some (expand); use clone()")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("out: a tensor of inference mode can be written to within torch.inference_mode() alone")
+    _check_apart(out, inputs)
     target = _Memory(out)
-    return _Pinned(target) if device.type == "cuda" and out.device.type == "cpu" else target
+    on_a_gpu = next(iter(inputs.values())).device.type == "cuda"
+    return _Pinned(target) if on_a_gpu and out.device.type == "cpu" else target
 
 
-def _array_target(out: Any, dtype: torch.dtype) -> Target:
+def _check_apart(out: Tensor, inputs: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where `out` shares memory with what is read while it is written."""
+
+    def extent(tensor: Tensor) -> tuple[int, int]:
+        last = sum(stride * (length - 1) for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+    for name, tensor in inputs.items():
+        if out.numel() and tensor.numel() and tensor.device == out.device:
+            (first, end), (other_first, other_end) = extent(out), extent(tensor)
+            if first < other_end and other_first < end:
+                raise ValueError(f"out: shares memory with {name}, which is read while it is written")
+
+
+def _array_target(out: Any, dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> Target:
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(out, numpy.ndarray):
         return _Chunked(out, dtype)
@@ -88,6 +111,7 @@ def _array_target(out: Any, dtype: torch.dtype) -> Target:
         tensor = torch.from_numpy(out)
     except ValueError as error:  # strides that torch has no tensors of
         raise ValueError(f"out: {error}") from error
+    _check_apart(tensor, inputs)
     mapped = out
     while isinstance(mapped, numpy.ndarray) and not isinstance(mapped, numpy.memmap):
         mapped = mapped.base

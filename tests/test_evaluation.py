@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import anyup.encoders
 from anyup import checkpoints, cli
-from anyup.evaluation import reconstruction
+from anyup.evaluation import pictures, reconstruction
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.reconstruction import CROPS, WHOLE, Measured, Task, Truth, View, measure, plan, summarise
 from anyup.evaluation.report import spread, table, write_json
@@ -377,3 +377,9 @@ def test_the_fingerprint_of_a_file_is_its_content_s(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     a, b, c = (file_fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
+
+
+def test_photographs_of_one_stem_have_a_picture_each() -> None:
+    taken: set[str] = set()
+    names = [pictures._file_name(name, "e", taken) for name in ("a.jpg", "a.png", "sub/a.png", "sub_a.png", "a.png")]
+    assert names == ["a--e.png", "a.png--e.png", "sub_a--e.png", "sub_a.png--e.png", "a.png-2--e.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -84,7 +85,9 @@ def test_each_layout_finds_an_image_with_its_mask_and_leaves_one_without(tmp_pat
         write_image(tmp_path / "JPEGImages/in_another_split.jpg")
     else:
         write_image(tmp_path / image.replace("x", "without", 1))
-    (sample,) = load_split(tmp_path, LAYOUTS[name], LAYOUTS[name].train)
+    told = contextlib.nullcontext() if name == "voc" else pytest.warns(UserWarning, match="left out, without a mask")
+    with told:
+        (sample,) = load_split(tmp_path, LAYOUTS[name], LAYOUTS[name].train)
     assert (sample.name, sample.image, sample.mask) == (sample_name, tmp_path / image, tmp_path / mask)
 
 
@@ -520,7 +523,7 @@ def test_the_command_trains_tests_and_writes(data: Path, capsys: pytest.CaptureF
     assert "ours" in capsys.readouterr().out
     # What took hours is not begun anew by the way.
     assert cli.main([*arguments, "-o", "out.json"]) == 1
-    assert "out.probes.pt: left by an earlier run; --resume" in capsys.readouterr().err
+    assert "out.probes.pt: left by an earlier run, interrupted or complete; --resume goes on" in capsys.readouterr().err
     # Done already: nothing but the test is left, and it finds the same.
     assert cli.main([*arguments, "-o", "out.json", "--resume"]) == 0
     assert json.loads(Path("out.json").read_text())["results"] == results["results"]

@@ -310,3 +310,17 @@ def test_a_folder_without_permission_is_refused_before(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError, match="no permission"):
         check_writable(tmp_path / "a.npy", (".npy",))
+
+
+def test_only_colours_are_normalised() -> None:
+    with pytest.raises(TypeError, match=r"rgb01: expected floating-point values in 0..1, got torch.uint8"):
+        normalize_imagenet(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"rgb01: expected shape \(..., 3, H, W\), got \(1, 1, 4, 4\)"):
+        normalize_imagenet(torch.zeros(1, 1, 4, 4))
+
+
+def test_tokens_are_no_map_and_values_of_one_channel_are(tmp_path: Path) -> None:
+    torch.save(torch.zeros(1, 48, 16), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"features .*got \(1, 48, 16\), which may be tokens"):
+        read_features(tmp_path / "x.pt")
+    assert read_features(tmp_path / "x.pt", "values").shape == (1, 1, 48, 16)

@@ -141,3 +141,30 @@ def test_nobody_can_is_found_out_before_any_work(no_work: None) -> None:
         pytest.skip("this machine runs one of them")
     with pytest.raises(NotImplementedError, match="window_attention"):
         model(IMAGE, FEATURES)
+
+
+@pytest.mark.parametrize("argument", ["image", "features", "values"])
+def test_a_forward_mode_derivative_is_refused_and_not_zero(argument: str, model: AnyUp, no_work: None) -> None:
+    given = {"image": IMAGE, "features": FEATURES, "values": FEATURES}
+
+    def call(tensor: Tensor) -> Tensor:
+        return model(**{**given, argument: tensor})
+
+    tensor = given[argument]
+    with pytest.raises(NotImplementedError, match=f"{argument}: forward-mode derivatives are not implemented"):
+        torch.func.jvp(call, (tensor,), (torch.ones_like(tensor),))
+
+
+def test_sizes_may_be_integers_of_another_library_s(model: AnyUp) -> None:
+    size = (np.int64(5), torch.tensor(4))
+    with torch.no_grad():
+        assert model(IMAGE, FEATURES, size).shape == (2, 5, 5, 4)  # type: ignore[arg-type]
+        region = [np.int32(1), np.int32(0), np.int32(2), np.int32(3)]
+        ((_, _, piece),) = model.stream(IMAGE, FEATURES, region=region, tile=np.int64(2))  # type: ignore[arg-type]
+    assert piece.shape == (2, 5, 2, 3)
+
+
+def test_images_without_values_are_not_looked_at(model: AnyUp) -> None:
+    with torch.no_grad():
+        out = torch.func.vmap(lambda image: model(image[None], FEATURES[:1])[0])(IMAGE)
+        torch.testing.assert_close(out, model(IMAGE, FEATURES[:1].expand(2, -1, -1, -1)))

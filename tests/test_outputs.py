@@ -291,3 +291,42 @@ def test_a_file_with_holes_gets_its_blocks_first(tmp_path: Path) -> None:
     before = path.stat().st_blocks
     outputs.reserve(path)
     assert before * 512 < 1 << 20 <= path.stat().st_blocks * 512
+
+
+def test_memory_of_what_is_still_read_is_refused(model: AnyUp) -> None:
+    image, square, values = IMAGE, wave((2, 3, 23, 17), 5), wave((2, 4, 6, 5), 5)
+    for name, arguments in {
+        "image": {"image": image, "features": FEATURES[:, :3], "out": image},
+        "features": {"image": image, "features": square, "out": square},
+        "values": {"features": FEATURES, "output_size": (6, 5), "values": values, "out": values.numpy()},
+    }.items():
+        with torch.no_grad(), pytest.raises(ValueError, match=f"out: shares memory with {name}, which is read"):
+            model(**{"image": image, **arguments})
+
+
+def test_neighbours_in_one_block_of_memory_are_apart(model: AnyUp) -> None:
+    block = torch.zeros(4, *SHAPE[1:])
+    features = block[:2, :, :6, :5].copy_(FEATURES)
+    with torch.no_grad():
+        model(IMAGE, features, out=block[2:])
+        torch.testing.assert_close(block[2:], model(IMAGE, FEATURES), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (lambda: torch.empty(1, 1, *SHAPE[2:]).expand(SHAPE), ValueError, "out: expected a place for each number"),
+        (
+            lambda: torch.empty(SHAPE).to_sparse(),
+            TypeError,
+            "out: expected a dense tensor, got one of torch.sparse_coo",
+        ),
+        (lambda: torch.inference_mode()(torch.empty)(SHAPE), ValueError, r"out: .*within torch.inference_mode\(\)"),
+    ],
+)
+def test_a_tensor_that_cannot_be_written_to_is_refused_before_any_work(
+    out: Any, error: type[Exception], message: str, model: AnyUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming._Source, "prepare", None)
+    with torch.no_grad(), pytest.raises(error, match=message):
+        model(IMAGE, FEATURES, out=out())

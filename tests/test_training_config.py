@@ -121,3 +121,12 @@ def test_the_documentation_lists_every_setting_with_its_default() -> None:
     told = dict(re.findall(r"^\| `([\w.]+)` \| `(.+?)` \|", text, re.MULTILINE))
     flat = json.loads(json.dumps(Settings().flat()))
     assert {name: json.loads(default) for name, default in told.items()} == flat
+
+
+def test_settings_may_stand_behind_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(config, "read", lambda file, overrides: seen.append(overrides) or Settings())
+    monkeypatch.setattr("anyup.training.loop.train", lambda *arguments, **more: None)
+    assert cli.main(["train", "--config", "mini", "seed=1", "--resume", "output=x"]) == 0
+    assert seen == [["seed=1", "output=x"]]
+    assert cli.main(["train", "--config", "mini", "--resum", "--no-such", "output=x"]) == 2

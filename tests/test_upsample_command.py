@@ -406,3 +406,20 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def _pieces(out: Path) -> int:
     path = out.with_name(f"{out.name}.part.json")
     return json.loads(path.read_text(encoding="utf-8"))["pieces"] if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "option", ["-o", "--picture", "--values", "--head", "--encoder-weights", "--features", "--encoder"]
+)
+def test_a_variable_of_the_shell_that_is_not_set_is_a_mistake(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["upsample", "photo.png", "--features", "features.npy", "-o", "out.npy", option, ""]
+    assert cli.main(arguments) == 2
+    assert "a name or a path expected, got nothing" in capsys.readouterr().err
+    assert left() == set()
+
+
+def test_what_is_read_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("features.npy").read_bytes()
+    assert upsample("-o", "./features.npy") == 2
+    assert "features.npy: that is what is read" in capsys.readouterr().err
+    assert Path("features.npy").read_bytes() == before

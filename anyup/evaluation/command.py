@@ -104,7 +104,8 @@ def _segmentation(arguments: argparse.Namespace) -> None:
     checkpoint = check_writable(arguments.checkpoint or output.with_suffix(".probes.pt"), (".pt",), "checkpoint")
     if checkpoint.exists() and not arguments.resume:
         raise FileExistsError(
-            f"{checkpoint}: left by an earlier run; --resume goes on from it, deleting it begins anew"
+            f"{checkpoint}: left by an earlier run, interrupted or complete; --resume goes on from it (only tests "
+            "again where all is trained), deleting it begins anew"
         )
     layout = datasets.LAYOUTS[arguments.layout]
     labels = _labels(arguments, layout.labels)
@@ -186,7 +187,10 @@ def _start(arguments: argparse.Namespace) -> tuple[Reporter, torch.device, list[
     upsamplers = make_upsamplers(
         arguments.weights, untrained=arguments.untrained, device=device, backend=arguments.backend
     )
-    return Reporter(), device, upsamplers
+    reporter = Reporter()
+    if not (arguments.weights or arguments.untrained):
+        reporter.note("no --weights: interpolation alone; --weights anyup_mini takes those that come with the package")
+    return reporter, device, upsamplers
 
 
 def _load_encoders(names: Sequence[str], device: torch.device) -> list[Encoder]:

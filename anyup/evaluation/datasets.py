@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def _pairs(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png
     """
     if not images.is_dir() or not masks.is_dir():
         raise FileNotFoundError(f"data: folders {str(images)!r} and {str(masks)!r} expected, one is missing")
-    samples = []
+    samples, alone = [], []
     for image in images.rglob("*"):
         if not image.name.endswith(image_end) or image.suffix.lower() not in SUFFIXES or image.name.startswith("."):
             continue
@@ -152,6 +153,11 @@ def _pairs(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png
         mask = masks / f"{name}{mask_end}"
         if mask.is_file():
             samples.append(Sample(name, image, mask))
+        else:
+            alone.append(name)
+    if samples and alone:
+        more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+        warnings.warn(f"data: left out, without a mask in {str(masks)!r}: {min(alone)}{more}", stacklevel=2)
     return samples
 
 

@@ -45,6 +45,18 @@ def draw(
     save_picture(output, draw_panels(panels, titles, footer, alarms))
 
 
+def _file_name(photograph: str, encoder: str, taken: set[str]) -> str:
+    """A picture's name that no other has: with the photograph's suffix, and a number, where these tell it apart."""
+    stems = [Path(photograph).with_suffix("").as_posix(), photograph]
+    stems += [f"{photograph}-{number}" for number in range(2, len(taken) + 3)]
+    for stem in stems:
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{stem}--{encoder}") + ".png"
+        if name not in taken:
+            break
+    taken.add(name)
+    return name
+
+
 def run(
     photographs: Mapping[str, Path],
     encoders: Sequence[Encoder],
@@ -61,10 +73,10 @@ def run(
     """
     written = []
     total = len(photographs) * len(encoders)
+    taken: set[str] = set()
     for name, path in photographs.items():
         for encoder in encoders:
-            stem = f"{Path(name).with_suffix('').as_posix()}--{encoder.name}"
-            picture = folder / ("".join(c if c.isalnum() or c in "-_." else "_" for c in stem) + ".png")
+            picture = folder / _file_name(name, encoder.name, taken)
             try:
                 draw(path, encoder, upsamplers, picture, side=side, device=device)
             except (ValueError, OSError) as error:

@@ -21,7 +21,7 @@ from anyup.training.log import Log
 from anyup.training.photographs import find_photographs
 from anyup.training.preparation import Prepared, prepare
 from anyup.training.reporting import Rate, Reporter, duration
-from anyup.training.trainer import Trainer
+from anyup.training.trainer import Trainer, make_upsampler
 from anyup.training.variation import TILES
 
 FINAL = "final.pth"
@@ -43,6 +43,10 @@ def train(
         raise FileNotFoundError(f"--resume: there is no checkpoint {latest}")
     if cache_only and not settings.data.cache:
         raise ValueError("--cache-only: data.cache names no folder")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"output: expected a folder, {output} is a file")
+    if not cache_only:
+        make_upsampler(settings)  # weights, widths or a backend that there are not: now, not after all features
     found = find_photographs(settings.data.photographs)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
