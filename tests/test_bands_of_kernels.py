@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -123,13 +124,13 @@ def forgotten() -> Iterator[None]:
     OPERATION._failures.clear()
 
 
-def failing_after(count: int) -> Callable[..., Any]:
+def failing_after(count: int, error: Exception, times: float = math.inf) -> Callable[..., Any]:
     run, calls = fused_band.Kernels.run, [0]
 
     def failing(self: Any, *arguments: Any, **known: Any) -> Any:
         calls[0] += 1
-        if calls[0] > count:
-            raise BackendFailure("planted")
+        if count < calls[0] <= count + times:
+            raise error
         return run(self, *arguments, **known)
 
     return failing
@@ -140,7 +141,7 @@ def failing_after(count: int) -> Callable[..., Any]:
 def test_where_a_kernel_fails_the_rest_runs_on_the_next_backend(
     name: str, count: int, monkeypatch: pytest.MonkeyPatch, forgotten: None
 ) -> None:
-    monkeypatch.setattr(fused_band.Kernels, "run", failing_after(count))
+    monkeypatch.setattr(fused_band.Kernels, "run", failing_after(count, BackendFailure("planted")))
     with torch.no_grad():
         expected = upsampler()(IMAGE, FEATURES)
         follow(monkeypatch, PLANS[name])
@@ -150,8 +151,20 @@ def test_where_a_kernel_fails_the_rest_runs_on_the_next_backend(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [2, 16, 25, 46, 55, 70, 94])
+@pytest.mark.parametrize("name", ["the encoded image kept for some rows", "one map kept for some rows"])
+def test_work_goes_on_where_memory_did_not_suffice(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = failing_after(count, torch.OutOfMemoryError("planted"), times=1)
+    monkeypatch.setattr(fused_band.Kernels, "run", failing)
+    with torch.no_grad():
+        expected = upsampler()(IMAGE, FEATURES)
+        follow(monkeypatch, PLANS[name])
+        actual = upsampler(backend=KERNELS)(IMAGE, FEATURES)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_kernels_that_were_asked_for_by_name_fail_for_good(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
-    monkeypatch.setattr(fused_band.Kernels, "run", failing_after(5))
+    monkeypatch.setattr(fused_band.Kernels, "run", failing_after(5, BackendFailure("planted")))
     follow(monkeypatch, PLANS["nothing kept"])
     with torch.no_grad(), pytest.raises(BackendFailure, match="planted"):
         upsampler(backend=KERNELS)(IMAGE, FEATURES)

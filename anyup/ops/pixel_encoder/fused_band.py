@@ -54,7 +54,7 @@ class Band:
 
     def keep(self) -> None:
         """Make the trunk what is kept of the last step."""
-        if self._steps == _STORED and self._x1 is not self._trunk:
+        if self._steps >= _STORED and self._x1 is not self._trunk:
             self._trunk.copy_(self._x1)
 
     def advance(self, norm: Affine | None) -> Statistics:
