@@ -47,6 +47,10 @@ _PASSES = {
     "pixel_encoder_measure_3": (0, 2, True, True, False),
     "pixel_encoder_apply": (0, 2, False, True, False),
     "pixel_encoder_rotate": (0, 2, False, True, True),
+    # Of bands, where the statistics are known already.
+    "pixel_encoder_store_image": (IMAGE_CHANNELS, 2, False, True, False),
+    "pixel_encoder_store_map": (DIM, 2, False, True, False),
+    "pixel_encoder_store_half": (0, 1, False, True, False),
 }
 KERNELS = (
     *_PASSES,
@@ -108,21 +112,23 @@ def plan(
 def name_of(launch: Launch) -> str:
     """The pass that a launch of these kernels is.
 
-    In half precision a map is brought in by a product with the identity, so that "measure_2" is the kernel "map_2".
+    In half precision a map is brought in by a product with the identity, so that "measure_2" is the kernel "map_2", and
+    "store_map" is "apply".
     """
     kernel = str(launch.kernel.__name__).strip("_").removesuffix("_kernel")
     if kernel != "pixel_encoder_pass":
         return kernel
     constant = launch.constants
     projected = constant["INPUTS"]
+    source = "image" if projected < constant["CHANNELS"] else "map"
     if constant["ROTATES"]:
         return "pixel_encoder_rotate"
     if not constant["MEASURES"]:
-        return "pixel_encoder_apply"
-    kind = "measure"
-    if projected:
-        kind = "image" if projected < constant["CHANNELS"] else "map"
-    return f"pixel_encoder_{kind}_{constant['HALVES'] + 1}"
+        if constant["HALVES"] < 2:
+            return "pixel_encoder_store_half"
+        as_it_is = not projected or (source == "map" and launch.arguments["pixels"].element_size() == 2)
+        return "pixel_encoder_apply" if as_it_is else f"pixel_encoder_store_{source}"
+    return f"pixel_encoder_{source if projected else 'measure'}_{constant['HALVES'] + 1}"
 
 
 def work(launch: Launch) -> Work:
