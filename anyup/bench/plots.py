@@ -298,7 +298,7 @@ def _factors(labels: Sequence[str], factors: Sequence[float], what: str) -> Figu
             xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5,
         )  # fmt: skip
     axes.axvline(1, color=INK, linewidth=1)
-    axes.set_xlim(least / 1.15 if least < 1 else 0.97, max(factors) * 1.35)
+    axes.set_xlim(least / 1.15 if least < 1 else 0.97, max(factors) * 1.6)
     _factor_axis(axes, labels, what, (1.0, 2.0, 5.0) if max(factors) > 2 else (1.0, 1.2, 1.5, 2.0))
     return figure
 
