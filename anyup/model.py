@@ -190,7 +190,7 @@ class AnyUp(nn.Module):
 
         Calls with the context instead of the image return exactly what they return with the image. For features on
         a grid that was not named, the image is encoded again in each call, its queries alone are shared. Gradients
-        flow through a context as through a call.
+        flow through a context as through a call. It is for this upsampler with these weights: a copy's call refuses it.
 
         Args:
             image: (B, input_dim, Hi, Wi), as in the call.
