@@ -103,9 +103,7 @@ class BandedEncoder:
         if keep and self.is_thin and self.passes < 3:
             branch = trunk
         band = self._band(pixels, trunk, branch, kept, self.passes)
-        self._observed.append(band.advance(self._last_norm()))
-        if keep:
-            band.keep()
+        self._observed.append(band.advance(self._last_norm(), keep=keep))
 
     def close_pass(self) -> None:
         """All bands have been observed: their statistics together are the next normalisation."""

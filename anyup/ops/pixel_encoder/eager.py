@@ -122,8 +122,11 @@ class Band:
     def keep(self) -> None:
         """Make the trunk what is kept of the last step: it is."""
 
-    def advance(self, norm: Affine | None) -> Statistics:
-        """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input."""
+    def advance(self, norm: Affine | None, *, keep: bool = False) -> Statistics:
+        """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input.
+
+        The trunk is fit to be kept afterwards, wanted or not.
+        """
         self._measures = True
         statistics = self._step(norm)
         assert statistics is not None

@@ -57,16 +57,21 @@ class Band:
         if self._steps >= _STORED and self._x1 is not self._trunk:
             self._trunk.copy_(self._x1)
 
-    def advance(self, norm: Affine | None) -> Statistics:
-        """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input."""
+    def advance(self, norm: Affine | None, *, keep: bool = False) -> Statistics:
+        """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input.
+
+        Without `keep` it is the last step of this band, and leaves nothing.
+        """
         step = self._take(norm)
         halves = self._halves(step)
         source = self._stored() if step == _STORED else self._source()
-        out = self._x1 if step == _STORED - 1 else None
+        out = self._x1 if keep and step == _STORED - 1 else None
         parts, pixels = self._kernels.run(
             "measure", lambda config: self._measured(source, halves, out, config),
             halves=len(halves), projects=source.projection is not None, stores=out is not None,
         )  # fmt: skip
+        if keep:
+            self.keep()
         count = len(self._trunk)
         counts = [pixels] * (count // pixels) + ([count % pixels] if count % pixels else [])
         wide = parts[0, ..., : self._dim].to(accumulator_dtype(parts.device))
