@@ -17,12 +17,13 @@ from torch import Tensor
 
 from anyup.ops import memory, query_projection
 from anyup.ops.dispatch import BackendFailure
-from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder, problem_of
+from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder, check_backend, problem_of
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.precision import without_autocast, working_dtype
 
 if TYPE_CHECKING:
+    from anyup.layers import Encoder
     from anyup.model import AnyUp
 
 HALO = 1
@@ -90,19 +91,14 @@ class Workspace:
         self._maps.clear()
 
 
-def banded_encoders(
-    model: AnyUp, size: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> dict[str, BandedEncoder]:
-    """The image's, the key's and the query's encoder of one image of a size.
+def check_backends(model: AnyUp, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise NotImplementedError where no backend that the model asks for can encode an image of a size in bands."""
+    for encoder in _encoders(model).values():
+        check_backend(problem_of(*encoder.channels_of_op, size, dtype, device), model._backends["pixel_encoder"])
 
-    Raises NotImplementedError where no backend that the model asks for has bands and can run them.
-    """
-    encoders = {"image": model.image_encoder, "key": model.key_encoder, "query": model.query_encoder}
-    parameters = {name: encoder.parameters_for_op(dtype) for name, encoder in encoders.items()}
-    return {
-        name: BandedEncoder(own, problem_of(own, size, dtype, device), model._backends["pixel_encoder"])
-        for name, own in parameters.items()
-    }
+
+def _encoders(model: AnyUp) -> dict[str, Encoder]:
+    return {"image": model.image_encoder, "key": model.key_encoder, "query": model.query_encoder}
 
 
 class BandedImage:
@@ -132,7 +128,14 @@ class BandedImage:
         self._model, self._image, self._size, self._dtype = model, image, size, dtype
         self._height, self._width = image.shape[1:]
         self._work, self._needs_queries = workspace, needs_queries
-        self._encoders = banded_encoders(model, (self._height, self._width), dtype, image.device)
+        self._encoders = {
+            name: BandedEncoder(
+                encoder.parameters_for_op(dtype),
+                problem_of(*encoder.channels_of_op, (self._height, self._width), dtype, image.device),
+                model._backends["pixel_encoder"],
+            )
+            for name, encoder in _encoders(model).items()
+        }
         self._rotation = Rotation((self._height, self._width), model.rope.freqs.to(dtype))
         self._pooled: Tensor | None = None
         self.recut(bands)

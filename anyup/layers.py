@@ -141,6 +141,12 @@ class Encoder(nn.Sequential):
         projection = conv.weight.flatten(1) if self.kernel_size == 1 else None
         return EncoderParameters(projection, block1.parameters_for_op(), block2.parameters_for_op()).to(dtype)
 
+    @property
+    def channels_of_op(self) -> tuple[int, int]:
+        """Channels that the pixel encoder takes and gives."""
+        conv, _, _ = self._layers()
+        return conv.in_channels if self.kernel_size == 1 else conv.out_channels, conv.out_channels
+
     def forward(
         self,
         x: Tensor,

@@ -54,7 +54,7 @@ def target_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
     """
     device = next(iter(inputs.values())).device
     if isinstance(out, Tensor):
-        return _tensor_target(out, shape, inputs)
+        return _tensor_target(out, shape, inputs, device)
     if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
         raise TypeError(f"out: expected a tensor, a NumPy or a zarr array, got {type(out).__name__}")
     _check_shape(out.shape, shape)
@@ -67,7 +67,7 @@ def target_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
     return _Pinned(host) if device.type == "cuda" else host
 
 
-def _tensor_target(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
+def _tensor_target(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor], device: torch.device) -> Target:
     _check_shape(out.shape, shape)
     if out.layout != torch.strided:
         raise TypeError(f"out: expected a dense tensor, got one of {out.layout}")
@@ -83,8 +83,7 @@ def _tensor_target(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor]) -> T
         raise ValueError("out: a tensor of inference mode can be written to within torch.inference_mode() alone")
     _check_apart(out, inputs)
     target = _Memory(out)
-    on_a_gpu = next(iter(inputs.values())).device.type == "cuda"
-    return _Pinned(target) if on_a_gpu and out.device.type == "cpu" else target
+    return _Pinned(target) if device.type == "cuda" and out.device.type == "cpu" else target
 
 
 def _check_apart(out: Tensor, inputs: Mapping[str, Tensor]) -> None:

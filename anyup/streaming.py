@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from anyup.banded import BandedImage, Workspace, banded_encoders
+from anyup.banded import BandedImage, Workspace, check_backends
 from anyup.budget import limit_on
 from anyup.image_context import ImageContext
 from anyup.ops import memory
@@ -393,7 +393,7 @@ class _Source:
         """Raise NotImplementedError where the backends that were asked for cannot work on a part."""
         model, plan = self._model, self._rescue.plan
         if plan.bands is not None and plan.task.context != "all":
-            banded_encoders(model, plan.task.image, self._dtype, self._features.device)
+            check_backends(model, plan.task.image, self._dtype, self._features.device)
         heads, (h, w) = model.config["num_heads"], self._features.shape[2:]
         stand_in = torch.empty((), dtype=self._dtype, device=self._features.device)
         head_dim = model.config["qk_dim"] // heads

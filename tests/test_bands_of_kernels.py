@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_close_enough
-from recipe import INTERPRETED, fill, wave
+from recipe import INTERPRETED, wave
+from test_planning import follow, upsampler
 
-from anyup import AnyUp, streaming
 from anyup.banded import Bands
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.pixel_encoder import fused_band
 from anyup.ops.pixel_encoder.operator import OPERATION
-from anyup.planning import Plan, Task, prediction
 
 pytestmark = INTERPRETED
 
@@ -34,19 +33,6 @@ PLANS = {
     "one map kept, the encoded image beside it": Bands(5, 3, together=False, kept=13, kept_for_output=10, encoded=5),
     "one band": Bands(13, 13),
 }
-
-
-def upsampler(**arguments: Any) -> AnyUp:
-    return fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, **arguments), 0).eval()
-
-
-def follow(monkeypatch: pytest.MonkeyPatch, bands: Bands) -> None:
-    """Every call from now on follows this plan."""
-
-    def chosen(task: Task, limit: int | None, **_: Any) -> Plan:
-        return prediction.banded(task, bands, limit)
-
-    monkeypatch.setattr(streaming, "choose", chosen)
 
 
 @pytest.fixture
@@ -176,7 +162,7 @@ MUTATIONS = {
     "what is kept is not copied": ("            self._trunk.copy_(self._x1)", "            pass"),
     "the last tile counts as a whole one": ("([count % pixels] if", "([pixels] if"),
     "a normalisation too early": ("self._norms[number + 1]", "self._norms[max(number, first + 1)]"),
-    "not rotated": ("self._trunk, rotation)", "self._trunk)"),
+    "not rotated": ("tables=tables, size=size)", "size=size)"),
 }
 
 

@@ -60,7 +60,7 @@ def trainer(folder: Path, *overrides: str, engine: Engine | None = None) -> Trai
     engine = engine or Engine(torch.device("cpu"))
     found = loop.find_photographs(chosen.data.photographs)
     prepared = prepare(chosen, found, engine, Told())
-    return Trainer(chosen, prepared.source, prepared.paths, engine)
+    return Trainer(chosen, make_upsampler(chosen), prepared.source, prepared.paths, engine)
 
 
 # What a run does.
@@ -357,12 +357,12 @@ def test_a_stopped_run_leaves_whole_files_and_goes_on(folder: Path, kind: signal
 _GRADIENTS = """
 from anyup.training.distributed import start
 from anyup.training.preparation import prepare
-from anyup.training.trainer import Trainer
+from anyup.training.trainer import Trainer, make_upsampler
 folder = Path({folder!r})
 settings = small_training.settings(folder, *{overrides!r})
 engine = start(torch.device("cpu"))
 prepared = prepare(settings, loop.find_photographs(settings.data.photographs), engine, small_training.Told())
-trainer = Trainer(settings, prepared.source, prepared.paths, engine)
+trainer = Trainer(settings, make_upsampler(settings), prepared.source, prepared.paths, engine)
 terms = trainer.backward()
 grads = {{name: p.grad for name, p in trainer.upsampler.named_parameters() if p.grad is not None}}
 torch.save({{"world": engine.world, "grads": grads}}, folder / f"grads-{{engine.rank}}.pt")

@@ -45,8 +45,8 @@ def train(
         raise ValueError("--cache-only: data.cache names no folder")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"output: expected a folder, {output} is a file")
-    if not cache_only:
-        make_upsampler(settings)  # weights, widths or a backend that there are not: now, not after all features
+    # Weights, widths or a backend that there are not are met now, not after all features.
+    upsampler = None if cache_only else make_upsampler(settings)
     found = find_photographs(settings.data.photographs)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
@@ -57,9 +57,9 @@ def train(
             raise ValueError(f"optimizer.batch: expected {what} or more for each of {engine.world} processes")
         reporter = reporter or Reporter(silent=not engine.first)
         prepared = prepare(settings, found, engine, reporter)
-        if cache_only:
+        if upsampler is None:
             return
-        trainer = Trainer(settings, prepared.source, prepared.paths, engine)
+        trainer = Trainer(settings, upsampler, prepared.source, prepared.paths, engine)
         if resume:
             changes = trainer.resume(latest)
             reporter.note(f"going on after step {trainer.step}" + "".join(f"\n  {change}" for change in changes))

@@ -28,14 +28,16 @@ from anyup.training.samples import Batch, FeatureSource, Step
 class Trainer:
     """A run in progress: the upsampler, its optimizer and its place in the data."""
 
-    def __init__(self, settings: Settings, source: FeatureSource, paths: Sequence[Path], engine: Engine) -> None:
+    def __init__(
+        self, settings: Settings, upsampler: AnyUp, source: FeatureSource, paths: Sequence[Path], engine: Engine
+    ) -> None:
         self.settings = settings
         self.source = source
         self.paths = list(paths)
         self.engine = engine
         self.step = 0
         self.samples = 0
-        self.upsampler = make_upsampler(settings).to(engine.device).train()
+        self.upsampler = upsampler.to(engine.device).train()
         objective = Objective(self.upsampler, settings.loss)
         self._terms = objective.names
         self._objective = engine.wrap(objective)

@@ -32,15 +32,14 @@ Band = eager.Band | fused_band.Band
 
 
 def problem_of(
-    parameters: EncoderParameters, size: tuple[int, int], dtype: torch.dtype, device: torch.device
+    inputs: int, dim: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> PixelEncoderProblem:
-    """What an encoder of one map, in bands, asks of a backend."""
-    dim = parameters.block1.weight1.shape[0]
+    """What an encoder of one map, in bands, from so many channels to `dim`, asks of a backend."""
     return PixelEncoderProblem(
         batch=1,
         size=size,
         output_size=size,
-        input_dim=dim if parameters.projection is None else parameters.projection.shape[1],
+        input_dim=inputs,
         dim=dim,
         rotates=False,
         dtype=dtype,
@@ -58,6 +57,11 @@ def of_bands(backend: Backend) -> Backend:
     return able or None
 
 
+def check_backend(problem: PixelEncoderProblem, backend: Backend) -> None:
+    """Raise NotImplementedError where none of the backends asked for has bands and can run them."""
+    OPERATION.choose(problem, of_bands(backend))
+
+
 class BandedEncoder:
     """An encoder of one image, `PASSES` times `observe` for each band and `close_pass`, then `encode`.
 
@@ -67,7 +71,7 @@ class BandedEncoder:
     """
 
     def __init__(self, parameters: EncoderParameters, problem: PixelEncoderProblem, backend: Backend = None) -> None:
-        """With what `problem_of` gives; raises NotImplementedError where none of the backends asked for can run it."""
+        """With what `problem_of` gives; raises as `check_backend` does."""
         self._parameters, self._problem, self._backend = parameters, problem, of_bands(backend)
         self._norms: list[Affine] = []
         self._observed: list[Statistics] = []

@@ -71,12 +71,70 @@ class Kernels:
         configs = encoder_configs(kind, self.dtype, target(self.device))
         return run_first(run, configs, kernel=(*kernel, kind, *known.items()))
 
+    def measure(
+        self,
+        source: Source,
+        halves: tuple[HalfBlock, ...],
+        use: Callable[[Tensor, int], Result],
+        *,
+        out: Tensor | None = None,
+    ) -> Result:
+        """A pass's statistics, of each tile as (B, tiles, 2, D padded), and a tile's pixels, as `use` takes them.
+
+        What the pass makes goes to `out`. Where `use` launches what a device refuses, another cut of the pass is tried.
+        """
+        from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
+
+        batch, count = source.pixels.shape[:2]
+
+        def run(config: Any) -> Result:
+            parts = allocate_parts(batch, count, self.dim, config, self.device)
+            plan_pass(
+                source, halves,
+                parts=parts, out=out, size=(1, count), precision=dot_precision(), config=config,
+            )()  # fmt: skip
+            return use(parts, config.pixels)
+
+        projects = source.projection is not None
+        return self.run("measure", run, halves=len(halves), projects=projects, stores=out is not None)
+
+    def store(
+        self,
+        source: Source,
+        halves: tuple[HalfBlock, ...],
+        out: Tensor,
+        *,
+        tables: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """A pass whose result goes to `out`, rotated where there are tables, of a map of that size."""
+        from anyup.kernels.pixel_encoder_passes import plan_pass
+
+        shape = (1, source.pixels.shape[1]) if size is None else size
+
+        def run(config: Any) -> None:
+            plan_pass(
+                source, halves,
+                parts=None, out=out, tables=tables, size=shape, precision=dot_precision(), config=config,
+            )()  # fmt: skip
+
+        # A launch that fails has written nothing: the next cut finds the map as it was.
+        kind = "pass" if tables is None else "rotate"
+        self.run("store", run, kind=kind, halves=len(halves), projects=source.projection is not None)
+
+
+def source_of(pixels: Tensor, projection: Tensor | None) -> Source:
+    """What the encoder takes (B, n, Cin), of any strides, as the kernels read it."""
+    from anyup.kernels.pixel_encoder_passes import Source, map_source
+
+    return map_source(pixels.contiguous()) if projection is None else Source(pixels, projection.contiguous())
+
 
 class _Encoder:
     """The passes over the images' pixels up to the last normalisation, whose statistics are known then."""
 
     def __init__(self, pixels: Tensor, parameters: EncoderParameters) -> None:
-        from anyup.kernels.pixel_encoder_passes import HalfBlock, Source, map_source
+        from anyup.kernels.pixel_encoder_passes import HalfBlock, map_source
 
         batch, height, width, inputs = pixels.shape
         self._size = (height, width)
@@ -84,10 +142,8 @@ class _Encoder:
         self._dtype, self._device = pixels.dtype, pixels.device
         inputs = 0 if parameters.projection is None else inputs
         self._kernels = Kernels(self._dtype, self._device, self._dim, inputs)
-        projection = None if parameters.projection is None else parameters.projection.contiguous()
-        flat = pixels.flatten(1, 2)  # a view where rows follow each other
         block1, block2 = parameters.block1, parameters.block2
-        source = map_source(flat.contiguous()) if projection is None else Source(flat, projection)
+        source = source_of(pixels.flatten(1, 2), parameters.projection)  # a view where rows follow each other
         norm1 = self._measure(source, (), *block1[:2])
         first = HalfBlock(norm1, block1.weight1.contiguous())
         norm2 = self._measure(source, (first,), *block1[3:5])
@@ -101,20 +157,11 @@ class _Encoder:
 
     def whole(self, frequencies: Tensor | None) -> Tensor:
         """(B, H, W, D), rotated where there are frequencies."""
-        from anyup.kernels.pixel_encoder_passes import HalfBlock, plan_pass
+        from anyup.kernels.pixel_encoder_passes import HalfBlock
 
         halves = (self._third, HalfBlock(self._norm4, self._weight4))
         tables = None if frequencies is None else self._angles(frequencies)
-
-        def run(config: Any) -> None:
-            plan_pass(
-                self._stored, halves,
-                parts=None, out=self._map, tables=tables, size=self._size, precision=dot_precision(),
-                config=config,
-            )()  # fmt: skip
-
-        # A launch that fails has written nothing: the next cut finds the map as it was.
-        self._kernels.run("apply", run, kind="pass" if tables is None else "rotate")
+        self._kernels.store(self._stored, halves, self._map, tables=tables, size=self._size)
         return self._map.unflatten(1, self._size)
 
     def _angles(self, frequencies: Tensor) -> Tensor:
@@ -159,24 +206,16 @@ class _Encoder:
     ) -> Tensor:
         """The normalisation (B, 3, D padded) of what a pass makes, which goes to `out`."""
         from anyup.kernels.pixel_encoder_config import padded
-        from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
         from anyup.kernels.pixel_encoder_statistics import plan_statistics
 
         batch, count = source.pixels.shape[:2]
         norm = torch.empty(batch, 3, padded(self._dim), dtype=torch.float32, device=self._device)
 
-        def run(config: Any) -> None:
-            parts = allocate_parts(batch, count, self._dim, config, self._device)
-            plan_pass(
-                source, halves,
-                parts=parts, out=out, size=self._size, precision=dot_precision(), config=config,
-            )()  # fmt: skip
+        def join(parts: Tensor, pixels: int) -> None:
             for launch in plan_statistics(
-                parts, weight.contiguous(), bias.contiguous(), norm, count=count, pixels=config.pixels, eps=EPS
+                parts, weight.contiguous(), bias.contiguous(), norm, count=count, pixels=pixels, eps=EPS
             ):
                 launch()
 
-        self._kernels.run(
-            "measure", run, halves=len(halves), projects=source.projection is not None, stores=out is not None
-        )
+        self._kernels.measure(source, halves, join, out=out)
         return norm

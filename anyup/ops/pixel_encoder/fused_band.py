@@ -6,15 +6,15 @@ band keeps between passes; before it is there, nothing but the pixels is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from anyup.ops.kernel_device import dot_precision
 from anyup.ops.pixel_encoder import eager
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.fused import Kernels
+from anyup.ops.pixel_encoder.fused import Kernels, source_of
 from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
@@ -63,25 +63,18 @@ class Band:
         Without `keep` it is the last step of this band, and leaves nothing.
         """
         step = self._take(norm)
-        halves = self._halves(step)
-        source = self._stored() if step == _STORED else self._source()
-        out = self._x1 if keep and step == _STORED - 1 else None
-        parts, pixels = self._kernels.run(
-            "measure", lambda config: self._measured(source, halves, out, config),
-            halves=len(halves), projects=source.projection is not None, stores=out is not None,
-        )  # fmt: skip
+        out = self._x1[None] if keep and step == _STORED - 1 else None
+        source = self._stored() if step == _STORED else self._source
+        statistics = self._kernels.measure(source, self._halves(step), self._joined, out=out)
         if keep:
             self.keep()
-        count = len(self._trunk)
-        counts = [pixels] * (count // pixels) + ([count % pixels] if count % pixels else [])
-        wide = parts[0, ..., : self._dim].to(accumulator_dtype(parts.device))
-        return Statistics.joined(counts, *wide.unbind(1))
+        return statistics
 
     def pass_on(self, norm: Affine | None) -> None:
         """The same where the next one's statistics are known already."""
         step = self._take(norm)
         if step == _STORED - 1:
-            self._store("store", self._source(), self._halves(step), self._x1)
+            self._kernels.store(self._source, self._halves(step), self._x1[None])
 
     def finish(self, norm: Affine, rotation: Rotation | None = None) -> Tensor:
         """Apply the last normalisation and what follows it: the encoded pixels (n, D), in the trunk.
@@ -89,8 +82,10 @@ class Band:
         A rotation is of whole rows, so the band must be its map.
         """
         self._take(norm)
-        halves = self._halves(_STORED + 1)
-        self._store("apply", self._stored(), halves, self._trunk, rotation)
+        size = tables = None
+        if rotation is not None:
+            size, tables = (len(self._trunk) // rotation.width, rotation.width), self._padded(rotation.tables())
+        self._kernels.store(self._stored(), self._halves(_STORED + 1), self._trunk[None], tables=tables, size=size)
         return self._trunk
 
     def finish_pooled(self, norm: Affine, rows: Cells, columns: Cells, out: Tensor) -> None:
@@ -106,8 +101,15 @@ class Band:
 
     def _unfinished(self) -> eager.Band:
         """It as torch's, for the sums over some of a map's cells, for which there is no kernel."""
-        self._store("branch", self._stored(), self._halves(_STORED), self._other)
+        self._kernels.store(self._stored(), self._halves(_STORED), self._other[None])
         return eager.Band(self._pixels, self._parameters, self._x1, self._other, _STORED + 1)
+
+    def _joined(self, parts: Tensor, pixels: int) -> Statistics:
+        """Of the band, from those of its tiles of so many pixels, (1, tiles, 2, D padded)."""
+        count = len(self._trunk)
+        counts = [pixels] * (count // pixels) + ([count % pixels] if count % pixels else [])
+        wide = parts[0, ..., : self._dim].to(accumulator_dtype(parts.device))
+        return Statistics.joined(counts, *wide.unbind(1))
 
     def _take(self, norm: Affine | None) -> int:
         """Note the normalisation of the next step; its number."""
@@ -117,12 +119,10 @@ class Band:
         self._steps += 1
         return step
 
+    @cached_property
     def _source(self) -> Source:
         """The pixels as the kernels read them."""
-        from anyup.kernels.pixel_encoder_passes import Source, map_source
-
-        projection, pixels = self._parameters.projection, self._pixels[None]
-        return map_source(pixels.contiguous()) if projection is None else Source(pixels, projection.contiguous())
+        return source_of(self._pixels[None], self._parameters.projection)
 
     def _stored(self) -> Source:
         """x1 as the kernels read it."""
@@ -144,46 +144,11 @@ class Band:
 
     def _prepared(self, norm: Affine) -> Tensor:
         """(1, 3, D padded): centre, scale and shift, as the kernels take them."""
+        return self._padded(norm.stacked)[None]
+
+    def _padded(self, channels: Tensor) -> Tensor:
+        """With zeros for the channels (..., D) that fill a tile up."""
         from anyup.kernels.pixel_encoder_config import padded
 
-        result = torch.zeros(1, 3, padded(self._dim), dtype=torch.float32, device=self._trunk.device)
-        center = torch.zeros_like(norm.scale) if norm.center is None else norm.center
-        result[0, :, : self._dim] = torch.stack((center, norm.scale, norm.shift))
-        return result
-
-    def _measured(
-        self, source: Source, halves: tuple[HalfBlock, ...], out: Tensor | None, config: Any
-    ) -> tuple[Tensor, int]:
-        """Mean and deviation over each tile of what a pass makes, (1, tiles, 2, D padded), and the pixels of a tile."""
-        from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
-
-        count = source.pixels.shape[1]
-        parts = allocate_parts(1, count, self._dim, config, self._trunk.device)
-        plan_pass(
-            source, halves,
-            parts=parts, out=None if out is None else out[None], size=(1, count), precision=dot_precision(),
-            config=config,
-        )()  # fmt: skip
-        return parts, config.pixels
-
-    def _store(
-        self, name: str, source: Source, halves: tuple[HalfBlock, ...], out: Tensor, rotation: Rotation | None = None
-    ) -> None:
-        """A pass whose result is stored, rotated where there is a rotation; a launch that fails has written nothing."""
-        from anyup.kernels.pixel_encoder_config import padded
-        from anyup.kernels.pixel_encoder_passes import plan_pass
-
-        count = source.pixels.shape[1]
-        size, tables = (1, count), None
-        if rotation is not None:
-            size = (count // rotation.width, rotation.width)
-            tables = torch.nn.functional.pad(rotation.tables(), (0, padded(self._dim) - self._dim))
-
-        def run(config: Any) -> None:
-            plan_pass(
-                source, halves,
-                parts=None, out=out[None], tables=tables, size=size, precision=dot_precision(), config=config,
-            )()  # fmt: skip
-
-        kind = "pass" if rotation is None else "rotate"
-        self._kernels.run(name, run, kind=kind, halves=len(halves), projects=source.projection is not None)
+        more = padded(self._dim) - self._dim
+        return F.pad(channels, (0, more)) if more else channels

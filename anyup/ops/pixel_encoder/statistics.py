@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -112,6 +113,12 @@ class Affine:
     scale: Tensor  # (D,)
     shift: Tensor  # (D,)
     center: Tensor | None  # (D,); None: 0
+
+    @cached_property
+    def stacked(self) -> Tensor:
+        """Centre, scale and shift: (3, D)."""
+        center = torch.zeros_like(self.scale) if self.center is None else self.center
+        return torch.stack((center, self.scale, self.shift))
 
     @staticmethod
     def of(statistics: Statistics, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Affine:

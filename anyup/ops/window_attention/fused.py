@@ -167,9 +167,8 @@ def _backward_grid(
         return sum_of(parts, value)
 
     if both := config.backward_key_value_configs(*sizes, **known):
-        with suppress(
-            BackendFailure
-        ):  # where a device does not take it, or was faster with two kernels, these are left
+        # Where the device does not take it, or was measured to be faster with two kernels, these are left.
+        with suppress(BackendFailure):
             return _run_first("backward_key_value", of_both, both, *given)
     return (
         _run_first("backward_key", of_keys, config.backward_grid_configs(*sizes, **known), *given),
