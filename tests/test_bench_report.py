@@ -196,7 +196,7 @@ def test_the_checkout_s_codegen_rows_are_found() -> None:
 
 def test_without_matplotlib_nothing_is_written_and_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'anyup\[bench\]'"):
+    with pytest.raises(ImportError, match="plots need matplotlib: pip install matplotlib"):
         report_page.write_report(planted(), tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
 

@@ -369,7 +369,7 @@ def test_an_hdf5_file_is_read_without_touching_the_disk() -> None:
 
 def test_without_h5py_the_weights_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ImportError, match=r"pip install 'anyup\[squeezenet\]'"):
+    with pytest.raises(ImportError, match="needs h5py: pip install h5py"):
         read_hdf5(b"")
 
 
@@ -581,7 +581,7 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
 @pytest.mark.parametrize("package", ["timm", "transformers", "torchvision"])
 def test_a_missing_package_is_named_with_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"pip install 'anyup\[{package}\]'"):
+    with pytest.raises(ImportError, match=rf": pip install {package}$"):
         load_encoder(f"{package}/some_model:layer")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyup.bench import wording
 from anyup.bench.stored import Row, rows_of
+from anyup.installing import pip_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'anyup[bench]' (or 'anyup[visualization]')") from error
+        raise ImportError(f"plots need matplotlib: {pip_install('matplotlib')}") from error
 
 
 def drawn(draw: Callable[..., Figure | None], *data: Any) -> Figure | None:

@@ -27,6 +27,7 @@ from anyup.bench.plots import require_matplotlib
 from anyup.bench.tune_page import FORMAT
 from anyup.bench.workloads import Workload, find, square
 from anyup.images import complete_or_absent
+from anyup.installing import pip_install
 from anyup.ops.kernel_device import device_reasons
 from anyup.ops.window_attention import fused
 from anyup.ops.window_attention.problem import WindowAttentionProblem
@@ -293,7 +294,7 @@ def _made_with() -> dict[str, str]:
 def card(name: str | None = None) -> torch.device:
     """The card to tune, "cuda:0" by default; raises ValueError saying why kernels cannot be timed on it."""
     if find_spec("triton") is None:
-        raise ValueError("no kernels to tune: triton is not installed (on Linux: pip install triton)")
+        raise ValueError(f"no kernels to tune: triton is not installed (on Linux: {pip_install('triton')})")
     try:
         device = torch.device(name or "cuda:0")
     except RuntimeError as error:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anyup.installing import pip_install
+
 from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 
 _PROBE_SIZE = 224
@@ -26,8 +28,8 @@ def _require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except Exception as error:  # a torchvision beside another torch than its own raises RuntimeError
         raise ImportError(
-            f"encoders '{package}/...' need the package {package}, which does not import here ({error}). "
-            f"Type: pip install {package}  (or the extra: pip install 'anyup[{package}]')"
+            f"encoders '{package}/...' need the package {package}, which does not import here ({error}): "
+            f"{pip_install(package)}"
         ) from error
 
 

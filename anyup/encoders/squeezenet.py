@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyup.installing import pip_install
+
 from .encoder import Encoder
 from .weights import WheelWeights
 
@@ -94,8 +96,7 @@ def read_hdf5(data: bytes) -> dict[str, Tensor]:
         import h5py
     except ImportError as error:
         raise ImportError(
-            "the weights of squeezenet1_1 are an HDF5 file: reading it needs h5py. "
-            "Type: pip install h5py  (or the extra: pip install 'anyup[squeezenet]')"
+            f"the weights of squeezenet1_1 are an HDF5 file: reading it needs h5py: {pip_install('h5py')}"
         ) from error
     arrays: dict[str, Tensor] = {}
 

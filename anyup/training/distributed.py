@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from anyup.installing import pip_install
+
 
 class Engine:
     """A single process on a device; as a context manager it is closed at the end."""
@@ -63,7 +65,7 @@ class AccelerateEngine(Engine):
         try:
             from accelerate import Accelerator
         except ImportError as error:
-            raise ImportError("several processes need Accelerate: pip install 'anyup[train]'") from error
+            raise ImportError(f"several processes need Accelerate: {pip_install('accelerate')}") from error
         self._accelerator: Any = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         super().__init__(self._accelerator.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anyup.images import complete_or_absent
+from anyup.installing import pip_install
 
 NAME = "log.jsonl"
 
@@ -30,7 +31,7 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                self.missing = "TensorBoard's records need the package tensorboard: pip install 'anyup[train]'"
+                self.missing = f"TensorBoard's records need the package tensorboard: {pip_install('tensorboard')}"
             else:
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyup.installing import pip_install
 from anyup.ops.cuts import is_refusal, told
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.precision import working_dtype
@@ -284,7 +285,7 @@ def _padded(width: int) -> int:
 def _lacking_on_cuda(device: torch.device) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed, torch.compile needs it on a GPU: pip install triton")
+        reasons.append(f"triton is not installed, torch.compile needs it on a GPU: {pip_install('triton')}")
     if torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST_GPU:
