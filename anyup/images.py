@@ -1,8 +1,8 @@
 """Photographs, pictures and feature maps, to and from files.
 
 Photographs are read as the viewer sees them: turned by their EXIF orientation, transparent parts on white,
-RGB. Files are written complete or not at all: into a temporary file beside the target, which is then
-renamed over it.
+RGB. Of EXIF nothing but the orientation is read, so that whatever else is broken in it does no harm. Files are
+written complete or not at all: into a temporary file beside the target, which is then renamed over it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +30,16 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "PICTURE_SUFFIXES",
+    "StoredPicture",
     "check_finite",
+    "check_readable",
     "check_writable",
     "complete_or_absent",
     "fit_within",
     "normalize_imagenet",
     "read_features",
     "read_photo",
+    "read_picture",
     "resize",
     "round_to_multiple",
     "save_array",
@@ -56,36 +60,117 @@ _FEATURE_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 def _pillow() -> Any:
     try:
         import PIL.Image
-        import PIL.ImageOps
     except ImportError as error:
         raise ImportError(f"reading and writing pictures needs Pillow: {pip_install('pillow')}") from error
     return PIL
 
 
-def read_photo(path: str | os.PathLike[str]) -> Tensor:
-    """The photograph in a file, (1, 3, H, W) float32, RGB in 0..1.
+def check_readable(path: str | os.PathLike[str], what: str = "") -> Path:
+    """The path, if there is a regular file; else OSError that begins with `what` is read.
 
-    EXIF orientation is applied, transparency is laid on white, palettes and grey become RGB, 16-bit grey
-    keeps its 16 bits, of an animation the first frame is taken. Colour profiles are not applied. Raises
-    FileNotFoundError or another OSError where the file cannot be opened, and ValueError where it is not a
-    picture, is truncated, or holds numbers that are no grey level.
+    A named pipe, a socket or a device is never opened: that might wait for ever.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{what or path}: a file expected, this is a directory")
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+        raise OSError(f"{what or path}: a regular file expected, this is a {kinds.get(stat.S_IFMT(mode), 'device')}")
+    return path
+
+
+class StoredPicture(NamedTuple):
+    """A picture's pixels as its file stores them, and its orientation tag: EXIF's 1 to 8, None where there is none."""
+
+    pixels: Image.Image
+    orientation: int | None
+
+    def turned(self) -> Image.Image:
+        """The pixels as the orientation says that a viewer sees them."""
+        from PIL.Image import Transpose
+
+        methods = {
+            2: Transpose.FLIP_LEFT_RIGHT,
+            3: Transpose.ROTATE_180,
+            4: Transpose.FLIP_TOP_BOTTOM,
+            5: Transpose.TRANSPOSE,
+            6: Transpose.ROTATE_270,
+            7: Transpose.TRANSVERSE,
+            8: Transpose.ROTATE_90,
+        }
+        method = methods.get(self.orientation or 1)
+        return self.pixels if method is None else self.pixels.transpose(method)
+
+
+def read_picture(path: str | os.PathLike[str]) -> StoredPicture:
+    """The picture in a file, decoded, in Pillow's mode for it; of an animation the first frame.
+
+    Raises FileNotFoundError or another OSError where there is no regular file that can be opened, and ValueError where
+    it is not a picture or cannot be decoded.
     """
     PIL = _pillow()
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: a photograph was expected, this is a directory")
+    path = check_readable(path)
     with path.open("rb") as file:
         try:
             with PIL.Image.open(file) as opened:
-                opened.load()
-                return _to_rgb01(PIL.ImageOps.exif_transpose(opened), path)
+                return _decode(opened)
         except PIL.UnidentifiedImageError as error:
             raise ValueError(f"{path}: not a picture in a format that Pillow {PIL.__version__} reads") from error
-        except (OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: the picture cannot be decoded, it may be truncated ({error})") from error
+        except Exception as error:  # each format raises kinds of its own for damaged files
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path}: the picture cannot be decoded ({reason})") from error
 
 
-def _to_rgb01(image: Image.Image, path: Path) -> Tensor:
+def _decode(opened: Any) -> StoredPicture:
+    orientation = None
+    if opened.format == "TIFF":
+        # Pillow turns a TIFF while it loads it, for which it reads tags that may be broken: it finds none.
+        exif = opened.getexif()
+        orientation = exif.get(_ORIENTATION)
+        for tag in list(exif):
+            del exif[tag]
+    pixels = opened.copy()  # unlike `opened`, of the size of its pixels for such a TIFF too
+    if orientation is None:  # now, because a PNG's EXIF may follow its pixels
+        orientation = _orientation(opened.info.get("exif") or b"")
+    if orientation is None:
+        with suppress(Exception):  # what is broken there raises in many ways, and says nothing of the pixels
+            orientation = opened.getexif().get(_ORIENTATION)  # of XMP, or of a PNG's text
+    return StoredPicture(pixels, orientation if orientation in range(1, 9) else None)
+
+
+_ORIENTATION = 0x0112  # EXIF's tag
+_INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's types that an orientation is stored as, for `struct`
+
+
+def _orientation(exif: bytes) -> int | None:
+    """The orientation that an EXIF block holds, whatever else in it is broken; None where it holds none."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = ">" if tiff[:2] == b"MM" else "<"
+    with suppress(struct.error):  # where the block ends too early
+        (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, first)
+        for entry in range(first + 2, first + 2 + 12 * entries, 12):
+            tag, kind, count = struct.unpack_from(f"{order}HHI", tiff, entry)
+            if tag == _ORIENTATION and kind in _INTEGERS and count == 1:
+                return int(struct.unpack_from(f"{order}{_INTEGERS[kind]}", tiff, entry + 8)[0])
+    return None
+
+
+def read_photo(path: str | os.PathLike[str], *, turned: bool = True) -> Tensor:
+    """The photograph in a file, (1, 3, H, W) float32, RGB in 0..1.
+
+    EXIF orientation is applied (unless it is not to be `turned`), transparency is laid on white, palettes and grey
+    become RGB, 16-bit grey keeps its 16 bits, of an animation the first frame is taken. Colour profiles are not
+    applied. Raises FileNotFoundError or another OSError where there is no regular file that can be opened, and
+    ValueError where it is not a picture, cannot be decoded, or holds numbers that are no grey level.
+    """
+    picture = read_picture(path)
+    return to_rgb01(picture.turned() if turned else picture.pixels, path)
+
+
+def to_rgb01(image: Image.Image, path: str | os.PathLike[str]) -> Tensor:
+    """A picture as `read_photo` gives it; ValueError, which names the path, where it holds no colours."""
     import numpy
     from PIL import Image
 
@@ -96,10 +181,13 @@ def _to_rgb01(image: Image.Image, path: Path) -> Tensor:
         if not (0.0 <= low and high <= top):  # also where a NaN is among them
             raise ValueError(f"{path}: grey levels of mode {image.mode} in 0..{top:g} expected, got {low:g}..{high:g}")
         return (levels / top).expand(1, 3, *levels.shape).contiguous()
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = numpy.array(image.convert("RGB"))
+    try:
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = numpy.array(image.convert("RGB"))
+    except ValueError as error:
+        raise ValueError(f"{path}: colours expected, got Pillow's mode {image.mode} ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div_(255).contiguous()
 
 
@@ -280,7 +368,7 @@ def _read_checked(path: str | os.PathLike[str], suffixes: tuple[str, ...], what:
     suffix = path.suffix.lower()
     if suffix not in suffixes:
         raise ValueError(f"{what}: the name must end in {_one_of(suffixes)}")
-    with path.open("rb"):
+    with check_readable(path, what).open("rb"):
         pass  # so that a missing or forbidden file is told from a damaged one
     try:
         return _read_arrays(path, suffix)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,14 @@ from torch import Tensor
 from anyup import images
 from anyup.images import (
     check_finite,
+    check_readable,
     check_writable,
     complete_or_absent,
     fit_within,
     normalize_imagenet,
     read_features,
     read_photo,
+    read_picture,
     resize,
     round_to_multiple,
     save_array,
@@ -45,10 +49,8 @@ def test_a_photo_comes_as_one_float_image_in_0_to_1(tmp_path: Path) -> None:
     assert _same(photo, levels)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
-    levels = _levels()
-    upright = {
+def _upright(levels: np.ndarray, orientation: int) -> np.ndarray:
+    turned = {
         1: levels,
         2: levels[:, ::-1],
         3: levels[::-1, ::-1],
@@ -57,11 +59,89 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
         6: np.rot90(levels, -1),
         7: levels[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(levels),
-    }[orientation]
+    }
+    return np.ascontiguousarray(turned[orientation])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_unless_the_pixels_are_wanted_as_stored(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    levels = _levels(16, 24)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(levels).save(tmp_path / "a.png", exif=exif)
-    assert _same(read_photo(tmp_path / "a.png"), np.ascontiguousarray(upright))
+    options = {".webp": {"lossless": True}}.get(suffix, {})
+    Image.fromarray(levels).save(tmp_path / f"a{suffix}", exif=exif, **options)
+    assert read_picture(tmp_path / f"a{suffix}").orientation == orientation
+    stored, turned = (read_photo(tmp_path / f"a{suffix}", turned=turned) for turned in (False, True))
+    if suffix != ".jpg":
+        assert _same(stored, levels)
+    assert _same(turned, _upright(np.asarray((stored[0] * 255).round().byte().permute(1, 2, 0)), orientation))
+
+
+def _exif_block() -> bytes:
+    """An EXIF block like a camera's: an orientation of 6 among strings and fractions, and folders of tags."""
+    exif = Image.Exif()
+    for tag, value in ((0x010E, "what is seen"), (0x010F, "maker"), (0x0112, 6), (0x011A, 72.0), (0x0132, "today")):
+        exif[tag] = value
+    exif.get_ifd(0x8769).update({0x829A: 0.01, 0x927C: b"Nikon\0" + bytes(40), 0xA005: {1: "R98"}})
+    exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 51.0, 24.0)})
+    return bytes(exif.tobytes())
+
+
+def _damaged(block: bytes, draw: random.Random) -> bytes:
+    """The block with bytes changed, put in or cut off, behind its first."""
+    changed = bytearray(block)
+    place = draw.randrange(14, len(block) - 4)
+    kind = draw.randrange(3)
+    if kind == 0:
+        changed[place : place + 4] = draw.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", draw.randbytes(4)])
+    elif kind == 1:
+        changed[place:place] = draw.randbytes(draw.randint(1, 8))
+    else:
+        del changed[place:]
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_whatever_is_broken_in_exif_the_pixels_are_read(tmp_path: Path, suffix: str) -> None:
+    draw, levels, turned = random.Random(0), _levels(), 0
+    for _ in range(150):
+        options = {".webp": {"lossless": True}}.get(suffix, {})
+        Image.fromarray(levels).save(tmp_path / f"a{suffix}", exif=_damaged(_exif_block(), draw), **options)
+        photo = read_photo(tmp_path / f"a{suffix}")
+        assert photo.shape[2:] in ((6, 8), (8, 6))
+        turned += photo.shape[2] == 8
+        if suffix != ".jpg":
+            assert _same(photo, levels if photo.shape[2] == 6 else _upright(levels, 6))
+    assert turned > 75  # most changes do not touch the orientation
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_an_orientation_behind_a_broken_tag_is_applied(tmp_path: Path) -> None:
+    block = _exif_block()
+    entry = block.index(b"\x01\x0f") if block[6:8] == b"MM" else block.index(b"\x0f\x01")
+    broken = block[: entry + 8] + b"\xff" * 4 + block[entry + 12 :]  # where the maker's name is
+    levels = _levels()
+    Image.fromarray(levels).save(tmp_path / "a.png", exif=broken)
+    assert _same(read_photo(tmp_path / "a.png"), _upright(levels, 6))
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_means_nothing_turns_nothing(tmp_path: Path, value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    Image.fromarray(_levels()).save(tmp_path / "a.png", exif=exif)
+    assert read_picture(tmp_path / "a.png").orientation is None
+    assert _same(read_photo(tmp_path / "a.png"), _levels())
+
+
+def test_an_orientation_in_xmp_is_applied(tmp_path: Path) -> None:
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(_levels()).save(tmp_path / "a.webp", xmp=packet, lossless=True)
+    assert _same(read_photo(tmp_path / "a.webp"), _upright(_levels(), 6))
 
 
 def test_transparent_parts_are_white(tmp_path: Path) -> None:
@@ -117,6 +197,44 @@ def test_unreadable_photos_are_named_and_told_apart(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cut\.png: .*truncated"):
         read_photo(tmp_path / "cut.png")
+
+
+def test_a_picture_too_large_to_be_meant_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(_levels()).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match=r"bomb\.png: the picture cannot be decoded \(Image size \(48 pixels\)"):
+        read_photo(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("raised", [TypeError("odd"), MemoryError(), KeyError(3)])
+def test_whatever_pillow_raises_is_a_value_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def fail(self: object) -> None:
+        raise raised
+
+    Image.fromarray(_levels()).save(tmp_path / "odd.png")
+    monkeypatch.setattr(Image.Image, "copy", fail)
+    with pytest.raises(ValueError, match=rf"odd\.png: .*decoded \(({raised}|{type(raised).__name__})\)"):
+        read_photo(tmp_path / "odd.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+def test_a_pipe_a_socket_or_a_device_is_refused_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path may have about 100 characters
+    os.mkfifo("pipe.png")
+    os.mkfifo("pipe.npy")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.png")
+        for path, kind in (("pipe.png", "named pipe"), ("socket.png", "socket"), (os.devnull, "device")):
+            with pytest.raises(OSError, match=f"{path}: a regular file expected, this is a {kind}"):
+                read_photo(path)
+    with pytest.raises(OSError, match=r"features pipe\.npy: a regular file expected, this is a named pipe"):
+        read_features("pipe.npy")
+    with pytest.raises(OSError, match=r"^the list: a regular file expected"):
+        check_readable("pipe.png", "the list")
 
 
 def test_normalisation_is_imagenets() -> None:
