@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +262,7 @@ def test_columns_of_a_table_are_aligned() -> None:
 
 @pytest.fixture
 def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of four photographs of 450 x 460, one too small and one broken; `load_encoder` gives tiny encoders."""
+    """A folder of four photographs of 450 x 460, one too small, one broken, and a pipe; tiny encoders are loaded."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     for index in range(4):
@@ -269,6 +270,8 @@ def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         save_picture(folder / f"{index}.png", smooth[0])
     save_picture(folder / "small.png", random_photo()[0])
     (folder / "broken.png").write_bytes(b"nothing of the kind")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.png")  # no one writes to it
     monkeypatch.setattr(
         anyup.encoders, "load_encoder", lambda name, device="cpu", **_: make_encoder(int(name[4:]), name=name)
     )
@@ -293,7 +296,9 @@ def test_the_command_writes_results_and_a_table(photographs: Path, capsys: pytes
     ]
     assert cli.main([*arguments, "--cache", "cache", "--guidance", "32"]) == 0
     shown = capsys.readouterr()
-    assert "broken.png" in shown.err and "small.png" in shown.err
+    # Once, although two encoders meet them.
+    assert shown.err.count("broken.png") == 1 and shown.err.count("small.png") == 1
+    assert shown.err.count("pipe.png") == hasattr(os, "mkfifo")
     results = json.loads(Path("out.json").read_text())
     assert list(results["encoders"]) == ["tiny56", "tiny28"]
     tasks = results["encoders"]["tiny28"]
@@ -315,7 +320,8 @@ def test_the_command_writes_results_and_a_table(photographs: Path, capsys: pytes
 def test_by_default_the_photographs_that_training_held_out_are_measured(photographs: Path) -> None:
     arguments = ["evaluate", "features", "--photographs", str(photographs), "--encoder", "tiny56", "-o", "out.json"]
     assert cli.main([*arguments, "--every", "2", "--guidance", "32"]) == 0
-    assert json.loads(Path("out.json").read_text())["photographs"] == ["1.png", "3.png", "small.png"]
+    expected = ["1.png", "3.png", "pipe.png" if hasattr(os, "mkfifo") else "small.png"]
+    assert json.loads(Path("out.json").read_text())["photographs"] == expected
 
 
 @pytest.mark.parametrize(
@@ -340,6 +346,26 @@ def test_mistakes_are_met_before_any_photograph_is_read(
     assert cli.main([*arguments, *more]) in (1, 2)
     assert words in capsys.readouterr().err
     assert not Path("out.json").exists()
+
+
+def test_a_photograph_that_cannot_be_measured_is_told_of_and_left_out(
+    photographs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = reconstruction.measure
+    calls = []
+
+    def measure(upsampled: Tensor, truths: list[Truth]) -> Measured:
+        calls.append(truths)
+        if len(calls) == 6:  # the second photograph's second task
+            raise ValueError("truths: features other than zero expected")
+        return plain(upsampled, truths)
+
+    monkeypatch.setattr(reconstruction, "measure", measure)
+    arguments = ["evaluate", "features", "--photographs", str(photographs), "--encoder", "tiny56", "-o", "out.json"]
+    assert cli.main([*arguments, "--every", "0", "--guidance", "32"]) == 0
+    assert "1.png, tiny56: truths: features other than zero expected" in capsys.readouterr().err
+    tasks = json.loads(Path("out.json").read_text())["encoders"]["tiny56"]
+    assert all(list(task["photographs"]) == ["0.png", "2.png", "3.png"] for task in tasks.values())
 
 
 def test_no_photograph_that_can_be_used_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
@@ -370,6 +396,18 @@ def test_pictures_are_written_for_each_photograph_and_encoder(
     assert sorted(path.name for path in Path("drawn").iterdir()) == sorted([*expected, "index.json"])
     assert list(index["methods"]) == ["bilinear", "untrained"]
     assert capsys.readouterr().out.split() == [str(Path("drawn") / name) for name in expected]
+
+
+def test_a_broken_photograph_is_told_of_once_by_pictures_and_none_at_all_is_an_error(
+    photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in photographs.glob("?.png"):
+        path.write_bytes(b"broken too")
+    (photographs / "small.png").unlink()
+    arguments = ["evaluate", "pictures", "--photographs", str(photographs), "--every", "0", "-o", "drawn"]
+    assert cli.main([*arguments, "--encoder", "tiny8", "--encoder", "tiny16", "--untrained"]) == 1
+    told = capsys.readouterr().err
+    assert told.count("broken.png") == 1 and "none could be used" in told
 
 
 def test_the_fingerprint_of_a_file_is_its_content_s(tmp_path: Path) -> None:

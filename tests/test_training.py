@@ -143,11 +143,22 @@ def test_cache_only_fills_the_cache_and_trains_nothing(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
-def test_a_broken_photograph_is_told_once_and_left_out(folder: Path) -> None:
-    (folder / "photographs" / "photo_01.png").write_bytes(b"no picture")
-    lines = train(folder, "encoders=['tiny:8', 'tiny:4']")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and links of POSIX")
+@pytest.mark.parametrize("cache", ["data.cache='{folder}/cache'", "data.cache=''"])
+@pytest.mark.parametrize("kind", ["other bytes", "a pipe", "a link to nothing"])
+def test_a_broken_photograph_is_told_once_and_left_out(folder: Path, kind: str, cache: str) -> None:
+    path = folder / "photographs" / "photo_01.png"
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a link to nothing":
+        path.symlink_to("nothing.png")
+    else:
+        path.write_bytes(b"no picture")
+    lines = train(folder, "encoders=['tiny:8', 'tiny:4']", cache.format(folder=folder))
     assert sum("left out" in line and "photo_01.png" in line for line in lines) == 1
-    assert any("5 photographs" in line for line in lines)
+    assert any("5 photographs" in line for line in lines) or cache == "data.cache=''"  # then found while training
+    assert len(losses(folder / "run")) == 4
 
 
 def test_photographs_that_are_all_broken_stop_a_run(folder: Path) -> None:

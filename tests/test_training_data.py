@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,28 @@ def test_photographs_are_found_in_folders_of_folders_in_order(tmp_path: Path) ->
         "b.png",
         "deep/c.webp",
     ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+def test_linked_folders_are_followed_once_and_real_paths_come_first(tmp_path: Path) -> None:
+    root, other = tmp_path / "root", tmp_path / "other"
+    for path in (root / "z" / "deep" / "a.png", root / "b.png", other / "c.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for link, target in (("itself", root), ("z/deep/up", root / "z"), ("a_link_to_z", root / "z"), ("x", other)):
+        (root / link).symlink_to(target, target_is_directory=True)
+    (root / "x2").symlink_to(other, target_is_directory=True)
+    (other / "back").symlink_to(root, target_is_directory=True)
+    found = [path.relative_to(root).as_posix() for path in find_photographs(root)]
+    assert found == ["b.png", "x/c.png", "z/deep/a.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everywhere")
+def test_a_folder_that_cannot_be_read_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.warns(UserWarning, match="left out: .*closed"):
+        assert len(find_photographs(tmp_path)) == 1
 
 
 def test_a_folder_without_pictures_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from anyup.demo import draw_panels
@@ -19,15 +20,17 @@ from anyup.visualization import pca_picture
 
 
 def draw(
-    path: Path, encoder: Encoder, upsamplers: Sequence[Upsampler], output: Path, *, side: int, device: torch.device
+    photo: Tensor, encoder: Encoder, upsamplers: Sequence[Upsampler], output: Path, *, side: int, device: torch.device
 ) -> None:
-    """Write one picture (.png) of the photograph's central square at `side` pixels, rounded to the encoder's stride.
+    """Write one picture (.png) of the central square of a photograph (1, 3, H, W) in 0..1.
+
+    Its side is `side` pixels, rounded to the encoder's stride.
 
     The colours are the first three principal components of the low-resolution features, in all panels.
     """
     size = round_to_multiple((side, side), encoder.stride)
     with torch.inference_mode():
-        view = square_crop(read_photo(path), size[0])
+        view = square_crop(photo, size[0])
         low = encoder(encoder.normalize(view).to(device)).float()
         image = normalize_imagenet(view).to(device)
         panels, titles, alarms = [view[0]], [f"photograph, {size[0]} x {size[1]}"], []
@@ -69,19 +72,26 @@ def run(
 ) -> list[dict[str, Any]]:
     """One picture for each photograph and encoder; what was written, and of what.
 
-    A photograph that cannot be read is told of and left out.
+    A photograph that cannot be read is told of and left out; ValueError where no picture is drawn.
     """
     written = []
     total = len(photographs) * len(encoders)
     taken: set[str] = set()
     for name, path in photographs.items():
+        try:
+            photo = read_photo(path)
+        except (ValueError, OSError) as error:
+            reporter.note(f"left out: {error}")
+            continue
         for encoder in encoders:
             picture = folder / _file_name(name, encoder.name, taken)
             try:
-                draw(path, encoder, upsamplers, picture, side=side, device=device)
-            except (ValueError, OSError) as error:
+                draw(photo, encoder, upsamplers, picture, side=side, device=device)
+            except ValueError as error:
                 reporter.note(f"left out: {name}, {encoder.name}: {error}")
                 continue
             written.append({"picture": picture.name, "photograph": name, "encoder": encoder.name})
             reporter.tick(f"{len(written)} of {total} pictures", last=len(written) == total)
+    if not written:
+        raise ValueError("photographs: none could be used")
     return written

@@ -206,8 +206,8 @@ def run(
 ) -> dict[str, Any]:
     """{task: {"methods": summary, "photographs": {name: {method: [cosine, error]}}}} of one encoder.
 
-    A photograph that cannot be read, or whose short side is less than the view, is told of and left out; ValueError
-    where none is left.
+    A photograph that cannot be read or measured, or whose short side is less than the view, is told of and left out;
+    ValueError where none is left.
     """
     encoder_digest = f"{encoder.name} {module_fingerprint(encoder)}"
     measured: dict[str, dict[str, dict[str, Measured]]] = {task.name: {} for task in tasks}
@@ -217,16 +217,21 @@ def run(
             try:
                 photo = read_photo(path)
             except (ValueError, OSError) as error:
-                reporter.note(f"left out: {error}")
+                reporter.note_once(f"left out: {error}")
                 continue
             if min(photo.shape[2:]) < smallest:
-                reporter.note(
+                reporter.note_once(
                     f"left out: {path}: a short side of {smallest} pixels expected, got {min(photo.shape[2:])}"
                 )
                 continue
             view = View(photo, file_fingerprint(path), encoder, encoder_digest, cache)
-            for task in tasks:
-                measured[task.name][name] = compare(view, task, upsamplers, guidance, device)
+            try:
+                compared = {task.name: compare(view, task, upsamplers, guidance, device) for task in tasks}
+            except ValueError as error:  # as of a black photograph, whose features may be zero
+                reporter.note(f"left out: {path}, {encoder.name}: {error}")
+                continue
+            for task_name, of_methods in compared.items():
+                measured[task_name][name] = of_methods
             reporter.tick(f"{encoder.name}: {count} of {len(photographs)} photographs", last=count == len(photographs))
     if not all(measured.values()):
         raise ValueError("photographs: none could be used")

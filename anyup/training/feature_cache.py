@@ -124,12 +124,13 @@ class FeatureCache:
             made.mkdir(parents=True, exist_ok=True)
         device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
         for count, path in enumerate(paths, 1):
-            if not (self._file(folder, path).is_file() and self._file(self._views, path).is_file()):
-                try:
-                    photo = read_large(path, self.recipe.min_side)
-                except (OSError, ValueError) as error:
-                    broken(path, error)
-                else:
+            try:
+                there = self._file(folder, path).is_file() and self._file(self._views, path).is_file()
+                photo = None if there else read_large(path, self.recipe.min_side)
+            except (OSError, ValueError) as error:
+                broken(path, error)
+            else:
+                if photo is not None:
                     self._write(name, encoder, path, photo, device)
             done(count)
 
@@ -143,8 +144,11 @@ class FeatureCache:
         self._encoders[name] = self._folder / f"{slug}-{_hash(_FORMAT, facts, recipe)}"
 
     def usable(self, path: Path) -> bool:
-        """Whether a photograph has its views and every registered encoder's features."""
-        return all(self._file(folder, path).is_file() for folder in (self._views, *self._encoders.values()))
+        """Whether a photograph is there, and has its views and every registered encoder's features."""
+        try:
+            return all(self._file(folder, path).is_file() for folder in (self._views, *self._encoders.values()))
+        except OSError:
+            return False
 
     def guidance(self, path: Path, view: int) -> Tensor:
         """The pixels of a view (3, S, S) as bytes, S the recipe's guidance size."""

@@ -36,12 +36,9 @@ def prepare(settings: Settings, found: Sequence[Path], engine: Engine, reporter:
     learned, held_out = split(found, data.held_out_every)
     recipe = Recipe.of(data, max(settings.guidance.largest, data.crop_size), settings.seed)
     once = dataclasses.replace(recipe, views=1)
-    reported: set[Path] = set()
 
     def broken(path: Path, error: Exception) -> None:
-        if path not in reported:
-            reported.add(path)
-            reporter.note(f"left out: {error}")
+        reporter.note_once(f"left out: {error}")
 
     if not data.cache:
         encoders = {name: load_encoder(name, device=engine.device) for name in settings.encoders}

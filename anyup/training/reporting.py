@@ -26,12 +26,19 @@ class Reporter:
         self._silent = silent
         self._shown = 0  # characters of the line that the next one replaces
         self._last = -float("inf")
+        self._told: set[str] = set()
 
     def note(self, text: str) -> None:
         """A line that stays."""
         if not self._silent:
             self._write(f"{text}\n")
             self._shown = 0
+
+    def note_once(self, text: str) -> None:
+        """A line that stays, unless it has been told before."""
+        if text not in self._told:
+            self._told.add(text)
+            self.note(text)
 
     def tick(self, text: str, *, last: bool = False) -> None:
         """Where the work stands; `last` makes the line stay."""
