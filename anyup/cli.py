@@ -1,14 +1,16 @@
 """The command `anyup`: `demo`, `upsample`, `train`, `evaluate`, `bench`, `tune` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
-exit status 1, an interruption 130. Results go to files and stdout, progress to stderr. Torch is imported by
-the subcommands, so that `--help` and a mistyped option answer at once.
+exit status 1, an interruption 128 and the signal's number (130 for Ctrl-C). Results go to files and stdout, progress
+to stderr: where these are closed or full, what is stored in files is stored all the same. Torch is imported by the
+subcommands, so that `--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import errno
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,6 +20,8 @@ from anyup._version import __version__
 from anyup.bench import arguments as bench_arguments
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
+from anyup.standard_streams import forgiving_streams
+from anyup.stopping import Stopped, on_request, stop
 from anyup.upsample_command import UsageError, check_output
 from anyup.upsample_inputs import naming_the_options
 
@@ -201,40 +205,40 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` for None) and return the exit status.
 
-    0 when all is done, 1 for a failure, 2 for a mistake of usage, 130 for an interruption.
+    0 when all is done, 1 for a failure, 2 for a mistake of usage, 128 and the number of the signal for an
+    interruption. What stdout or stderr cannot show is no failure, unless it is a result that is kept nowhere else.
     """
-    debug = False
+    with forgiving_streams() as (out, err):
+        status, stored = _run(argv)
+        out.flush()
+        if out.failure is None:
+            return status
+        # Said, but where its reader has gone, as in `anyup info | head -1`, or where it was closed for good reason.
+        if out.failure.errno not in ((errno.EPIPE, errno.EBADF) if stored else (errno.EPIPE,)):
+            print(f"anyup: {'' if stored else 'error: '}standard output: {out.failure.strerror}", file=err)
+        return status if stored else status or 1
+
+
+def _run(argv: Sequence[str] | None) -> tuple[int, bool]:
+    """The exit status, and whether the command keeps its results in files."""
+    debug = stored = False
     try:
-        try:
-            arguments = _parse(argv)
-            debug = arguments.debug
-            runners = {
-                "demo": _demo,
-                "upsample": upsampling.run,
-                "train": _train,
-                "evaluate": _evaluate,
-                "bench": _bench,
-                "tune": _tune,
-                "info": _info,
-            }
-            run = runners[arguments.command]
-            run(arguments)
-            sys.stdout.flush()
-        except SystemExit as wanted:  # --help and --version
-            return wanted.code if isinstance(wanted.code, int) else 0
-    except KeyboardInterrupt:
+        with on_request(stop):
+            try:
+                arguments = _parse(argv)
+            except SystemExit as wanted:  # --help and --version
+                return (wanted.code if isinstance(wanted.code, int) else 0), stored
+            debug, stored = arguments.debug, arguments.command != "info"
+            _RUNNERS[arguments.command](arguments)
+    except KeyboardInterrupt as asked:
         print("\nanyup: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of stdout has gone, as in `anyup info | head -1`
-        # Python flushes stdout once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + (asked.kind if isinstance(asked, Stopped) else signal.SIGINT), stored
     except Exception as error:
         if debug and not isinstance(error, UsageError):
             raise
         print(f"anyup: error: {_in_words(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+        return (2 if isinstance(error, UsageError) else 1), stored
+    return 0, stored
 
 
 def _in_words(error: Exception) -> str:
@@ -279,7 +283,9 @@ def _train(arguments: argparse.Namespace) -> None:
         raise UsageError(str(error)) from error
     from anyup.training.loop import train
 
-    train(settings, resume=arguments.resume, cache_only=arguments.cache_only)
+    stopped_by = train(settings, resume=arguments.resume, cache_only=arguments.cache_only)
+    if stopped_by is not None:
+        stop(stopped_by)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -318,3 +324,14 @@ def _tune(arguments: argparse.Namespace) -> None:
     for written in (table, report):
         if written:
             print(written)
+
+
+_RUNNERS = {
+    "demo": _demo,
+    "upsample": upsampling.run,
+    "train": _train,
+    "evaluate": _evaluate,
+    "bench": _bench,
+    "tune": _tune,
+    "info": _info,
+}

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 import anyup
 from anyup.demo import choose_device
+from anyup.stopping import on_request
 from anyup.training import distributed, state, validation
 from anyup.training.config import Settings
 from anyup.training.log import Log
@@ -29,11 +26,12 @@ FINAL = "final.pth"
 
 def train(
     settings: Settings, *, resume: bool = False, cache_only: bool = False, reporter: Reporter | None = None
-) -> None:
+) -> int | None:
     """Run to the last step, or to an interruption, which leaves a checkpoint of the step it came in.
 
     The output folder gets `latest.pth`, `final.pth` at the end, the log (a JSON object for each step) and what
-    TensorBoard reads. Raises ValueError, OSError or ImportError before any work where the settings cannot be met.
+    TensorBoard reads. Returns the number of the signal that interrupted it, None where all is done. Raises ValueError,
+    OSError or ImportError before any work where the settings cannot be met.
     """
     output = Path(settings.output)
     latest = output / state.LATEST
@@ -58,13 +56,13 @@ def train(
         reporter = reporter or Reporter(silent=not engine.first)
         prepared = prepare(settings, found, engine, reporter)
         if upsampler is None:
-            return
+            return None
         trainer = Trainer(settings, upsampler, prepared.source, prepared.paths, engine)
         if resume:
             changes = trainer.resume(latest)
             reporter.note(f"going on after step {trainer.step}" + "".join(f"\n  {change}" for change in changes))
         output.mkdir(parents=True, exist_ok=True)
-        _Run(trainer, prepared, output, reporter).go()
+        return _Run(trainer, prepared, output, reporter).go()
 
 
 class _Run:
@@ -81,25 +79,28 @@ class _Run:
         self._rate, self._start = Rate(), trainer.step
         self._recent: list[dict[str, Any]] = []
 
-    def go(self) -> None:
-        """To the last step or an interruption."""
+    def go(self) -> int | None:
+        """To the last step or an interruption, whose signal is returned; asked a second time, it stops at once."""
         trainer, engine, steps = self._trainer, self._engine, self._settings.optimizer.steps
         self._introduce()
-        with _interruption() as interrupted:
+        asked: list[int] = []
+        with on_request(asked.append):
             self._rate = Rate()
-            while trainer.step < steps and not engine.any(interrupted.is_set()):
+            while trainer.step < steps and not engine.any(bool(asked)):
                 self._take(trainer.advance())
         if self._log:
             self._log.close()
-        if not engine.first:
-            return
         if trainer.step < steps:
-            trainer.save(self._output / state.LATEST)
-            self._reporter.note(f"stopped after step {trainer.step}; --resume goes on")
-            return
+            if engine.first:
+                trainer.save(self._output / state.LATEST)
+                self._reporter.note(f"stopped after step {trainer.step}; --resume goes on")
+            return asked[0] if asked else signal.SIGTERM  # another process was asked
+        if not engine.first:
+            return None
         with trainer.shipped_weights() as upsampler:
             anyup.save(upsampler, self._output / FINAL)
         self._reporter.note(f"{self._output / FINAL}: step {trainer.step}, {duration(self._rate.elapsed)}")
+        return None
 
     def _introduce(self) -> None:
         trainer, reporter = self._trainer, self._reporter
@@ -152,27 +153,3 @@ class _Run:
         self._reporter.note(f"step {self._trainer.step}: held out, 1 - cosine: {', '.join(told)}")
         if self._log:
             self._log.held_out(self._trainer.step, {name: dataclasses.asdict(s) for name, s in scores.items()})
-
-
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """Set when the process is asked to stop (SIGINT, SIGTERM); asked a second time, it stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-
-    def ask(kind: int, frame: FrameType | None) -> None:
-        event.set()
-        for other in kinds:
-            signal.signal(other, before[other])
-
-    for kind in kinds:
-        signal.signal(kind, ask)
-    try:
-        yield event
-    finally:
-        for kind in kinds:
-            signal.signal(kind, before[kind])
