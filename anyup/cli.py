@@ -68,8 +68,9 @@ _BENCH = """\
 Measure the upsampler on this machine: the whole model, its stages and each of its operations, beside the published
 forward at its best chunk size. Results are compared before anything is timed; calls that are compared are timed in
 turn; memory is measured in runs of its own. What would take longer than the budget, or more memory than there is, is
-a result too. Writes results.json, complete after each comparison, and report.html with plots; the same command again
-goes on where it was interrupted. docs/benchmarks.md explains each number.
+a result too, and so is a wrong result or an error: the other rows are measured, and the exit status is 1. Writes
+results.json, complete after each comparison, and report.html with plots; the same command again goes on where it was
+interrupted. docs/benchmarks.md explains each number.
 """
 
 _TUNE = """\

@@ -16,6 +16,7 @@ from anyup.demo import choose_device
 from anyup.encoders import PACKAGED_WEIGHTS
 from anyup.installing import pip_install
 from anyup.model import AnyUp
+from anyup.ops.refusals import remembered
 from anyup.progress import human_bytes
 
 __all__ = ["report"]
@@ -47,6 +48,7 @@ def report(device: str | None = None, backend: str | None = None) -> str:
         ("devices", list(_device_lines())),
         *((f"backends on {place}, {_sizes()}", _backend_lines(place, backend)) for place in places),
         ("cuts of the kernels", list(_cut_lines())),
+        ("refused by a device in this process", list(remembered()) or ["nothing"]),
         ("optional packages", list(_optional_lines())),
         ("weights of packaged encoders", list(_encoder_lines())),
         ("weights", list(_weights_lines())),

@@ -140,10 +140,14 @@ def _stages(results: Results) -> str:
     rows = [row for row in rows_of(results, group="stages") if row["status"] == "ok"]
     names = list(dict.fromkeys(name for row in rows for name in row["stages"]))
     lines = [
-        (row["workload"], *(f"{row['stages'][name] / sum(row['stages'].values()):.0%}" for name in names))
+        (_with_dtype(row), *(f"{row['stages'][name] / sum(row['stages'].values()):.0%}" for name in names))
         for row in rows
     ]
     return _table(("C = 384", *names), lines)
+
+
+def _with_dtype(row: Row) -> str:
+    return row["workload"] if row["dtype"] == "float32" else f"{row['workload']}, {row['dtype']}"
 
 
 def _high_resolution(results: Results) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from anyup.bench.stored import FAULTS
 from anyup.bench.suite import Comparison, Contender, comparisons
 from benchmarks.conftest import Prepare
 
@@ -31,14 +32,14 @@ def name(argument: Any) -> str:
 def test_call(
     comparison: Comparison, contender: Contender, prepare: Prepare, notes: dict[str, object], benchmark: Any
 ) -> None:
-    entry = prepare(comparison)[comparison.identity(contender)]  # fails where results differ
+    entry = prepare(comparison)[comparison.identity(contender)]
     if entry.call is None:
-        pytest.skip(f"{entry.row['status']}: {entry.row['reason']}")
+        (pytest.fail if entry.row["status"] in FAULTS else pytest.skip)(f"{entry.row['status']}: {entry.row['reason']}")
     benchmark.group = comparison.name
     facts = {key: value for key, value in entry.row.items() if value is not None}
     benchmark.extra_info.update(facts, machine=notes)
     # What takes long was called once to compare it, and is called once more.
-    rounds = 1 if entry.first > _SLOW else max(3, min(10, int(_SECONDS / max(entry.first, 1e-6))))
+    rounds = 1 if entry.first.wall > _SLOW else max(3, min(10, int(_SECONDS / max(entry.first.wall, 1e-6))))
     benchmark.pedantic(_finished(entry.call), rounds=rounds)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device_results import DeviceResults
 from interpreter import leave_out_what_is_in_vain
 
 # For `benchmarks`, which is not installed; last, so that nothing here hides another package.
@@ -24,6 +25,19 @@ if not torch.cuda.is_available() and "ttsem" not in sys.modules:
 
 # Tests run with the cuts of the rule, whatever table this machine's user has.
 os.environ["ANYUP_CONFIGS"] = "off"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The command line's additions."""
+    parser.addoption(
+        "--results", type=Path, metavar="DIR", help="folder of what tests/device finds on a card (its results/)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gather what the tests of a card find: where workers have the tests, this is the only conftest that is loaded."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(DeviceResults(config.getoption("--results")))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anyup import assets, checkpoints, cli, demo, streaming, upsample_command
 from anyup.images import normalize_imagenet, read_features, read_photo, resize, save_array, save_picture
 from anyup.model import AnyUp
+from anyup.ops import refusals
 from anyup.progress import Progress, human_bytes
 
 pytest.importorskip("PIL")
@@ -420,14 +421,16 @@ def test_text_on_a_picture_is_wrapped_and_never_cut() -> None:
 
 
 def test_info_tells_versions_devices_and_the_backend_of_each_operation(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(refusals, "_remembered", {"kernel blur, cut 8: no": None})
     assert cli.main(["info", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     for word in (torch.__version__, "threads", "pillow", "squeezenet1_1", "anyup_multi_backbone", str(folder / "hub")):
         assert word in told
     for operation in ("window_attention", "pixel_encoder", "feature_unification"):
         assert operation in told
+    assert "refused by a device in this process\n  kernel blur, cut 8: no\n" in told
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["upsample", "--help"], ["info", "-h"]])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from anyup.ops import cuts
+from anyup.ops import cuts, refusals
 from anyup.ops.cuts import run_first
 from anyup.ops.dispatch import BackendFailure
 
@@ -19,6 +19,7 @@ PTXASError = pytest.importorskip("triton.runtime.errors").PTXASError
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuts, "_refused", {})
+    monkeypatch.setattr(refusals, "_remembered", {})
 
 
 def failing(error: Exception, tried: list[int], most: int = 100) -> Callable[[int], str]:
@@ -111,6 +112,18 @@ def test_refusals_that_are_remembered_are_told_again() -> None:
         with pytest.raises(BackendFailure, match="^RuntimeError: PassManager::run failed; RuntimeError: PassManager"):
             run_first(run, [8, 4], kernel="blur")
     assert tried == [8, 4]
+
+
+def test_each_refusal_is_told_once_with_the_kernel_and_its_cut() -> None:
+    run = failing(RuntimeError("PassManager::run failed\nin detail"), [], most=4)
+    for _ in range(2):
+        run_first(run, [16, 8, 4], kernel=("blur", torch.float16, torch.device("cpu")))
+    run_first(run, [8, 4])
+    assert refusals.remembered() == (
+        "kernel blur float16 cpu, cut 16: RuntimeError: PassManager::run failed",
+        "kernel blur float16 cpu, cut 8: RuntimeError: PassManager::run failed",
+        "kernel of no name, cut 8: RuntimeError: PassManager::run failed",
+    )
 
 
 def test_a_compiler_s_error_is_told_by_its_last_line() -> None:

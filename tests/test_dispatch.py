@@ -17,6 +17,7 @@ import torch
 from anyup.model import OPERATIONS
 from anyup.ops import feature_unification, pixel_encoder, query_projection, window_attention
 from anyup.ops.dispatch import BACKEND_NAMES, BackendFailure, Operation, from_schema, parse_backend, to_schema
+from anyup.ops.refusals import remembered
 
 
 class Problem(NamedTuple):
@@ -218,6 +219,7 @@ def test_where_a_backend_fails_the_next_one_runs_with_one_warning_for_the_proces
         ran = [operation.run("forward", Problem(3), None)[0] for _ in range(2)]
     assert ran == ["torch", "torch"]
     assert len(warned) == 1 and calls == ["triton"]
+    assert [text for text in remembered() if "'triton' failed on cpu" in text and text.startswith("stretch: ")]
     assert "failed before on cpu" in operation.explain(Problem(3)).candidates[0].reasons[0]
 
 
@@ -239,7 +241,7 @@ def test_cuda_tensors_on_the_slow_path_are_warned_about_once() -> None:
     with pytest.warns(UserWarning, match=r"stretch runs on its slow backend 'torch' \(triton: size is 50") as warned:
         operation.choose(on_card)
     operation.choose(on_card)
-    assert len(warned) == 1
+    assert len(warned) == 1 and "stretch runs on its slow backend 'torch' (triton: size is 50" in str(remembered())
 
 
 @pytest.mark.parametrize(("size", "device", "request_"), [(3, "cuda", None), (50, "cpu", None), (50, "cuda", "torch")])

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `anyup bench`."""
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of results.json and report.html")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
-    parser.add_argument("--quick", action="store_true", help="two sizes in float32, forward: a minute or two")
+    parser.add_argument("--quick", action="store_true", help="two sizes, forward; on a card in bfloat16 too: minutes")
     parser.add_argument(
         "--published", metavar="PATH", help="a checkout of wimmerth/anyup, whose code is timed beside ours"
     )

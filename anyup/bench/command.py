@@ -19,13 +19,19 @@ from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Speeds
 from anyup.bench.published_code import PublishedCode, has_natten
 from anyup.bench.results import MachineError, ResultsFile, Row
+from anyup.bench.stored import FAULTS
 from anyup.bench.suite import Comparison, comparisons
 from anyup.bench.timing import Clock, host_clock
+from anyup.ops.refusals import remembered
 from anyup.progress import human_bytes
 from anyup.upsample_command import UsageError
 
 _BUSY_LOAD = 0.5
 _STEADY = 0.1  # a matrix product's rate before and after may differ by as much
+
+
+class RowsError(AssertionError):
+    """Results that differ from the baseline's, or calls that ended with an error: other rows are there all the same."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def options(arguments: argparse.Namespace) -> Options:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command. Raises UsageError before any work, ParityError naming the comparison whose results differ."""
+    """The command. Raises UsageError before any work, RowsError at the end where rows are wrong or failed."""
     chosen = options(arguments)
     try:
         code = PublishedCode(chosen.published) if chosen.published else None
@@ -85,7 +91,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--published: {error}") from error
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    clock: Clock = CudaClock(torch.device(chosen.device)).once if chosen.device != "cpu" else host_clock
     chosen.output.mkdir(parents=True, exist_ok=True)
     try:
         file = ResultsFile(chosen.output / "results.json", machine.describe(chosen.device), restart=chosen.restart)
@@ -95,6 +100,14 @@ def run(arguments: argparse.Namespace) -> None:
     suite = comparisons(chosen.device, quick=chosen.quick, published=code is not None, natten=has_natten())
     if chosen.only:
         suite = [comparison for comparison in suite if comparison.group in chosen.only]
+    run_suite(suite, file, chosen, code)
+
+
+def run_suite(
+    suite: Sequence[Comparison], file: ResultsFile, chosen: Options, code: PublishedCode | None = None
+) -> None:
+    """Measure the machine and the suite into a file and write its page; raises RowsError where rows are at fault."""
+    clock: Clock = CudaClock(torch.device(chosen.device)).once if chosen.device != "cpu" else host_clock
     speeds = Speeds.measure(chosen.device, clock)
     engine = Engine(speeds, clock, Builder(clock, code), budget=chosen.budget, repeats=chosen.repeats)
     file.put(
@@ -104,7 +117,10 @@ def run(arguments: argparse.Namespace) -> None:
         copy_bandwidth=speeds.bandwidth,
         clocks=machine.clocks(chosen.device),
     )
-    measure(engine, suite, file)
+    try:
+        measure(engine, suite, file)
+    finally:
+        _note_refusals(file)
     after = machine.matmul_rate(device=chosen.device, clock=clock)
     bandwidth = machine.copy_bandwidth(device=chosen.device, clock=clock)
     file.put((), matmul_rate_after=after, copy_bandwidth_after=bandwidth, clocks_after=machine.clocks(chosen.device))
@@ -116,6 +132,16 @@ def run(arguments: argparse.Namespace) -> None:
         )
     print(file.path)
     _write_report(file)
+    faults = [row["id"] for row in file.rows if row["status"] in FAULTS]
+    if faults:
+        raise RowsError(f"{len(faults)} of {len(file.rows)} rows are wrong or failed: {', '.join(faults)}")
+
+
+def _note_refusals(file: ResultsFile) -> None:
+    """Say what the device refused, and keep it with what an earlier run of the same file noted."""
+    for text in remembered():
+        _note(f"refused: {text}", None)
+    file.put((), refused=list(dict.fromkeys([*file.machine.get("refused", ()), *remembered()])))
 
 
 def measure(engine: Engine, suite: Sequence[Comparison], file: ResultsFile, stream: TextIO | None = None) -> None:
@@ -143,7 +169,9 @@ def line(row: Row) -> str:
     name += "both " if row["pass"] != "forward" else ""
     if row["status"] != "ok":
         return f"{name} {row['status']}: {row['reason']}"
-    parts = [f"{row['seconds']:9.4f} s"]
+    parts = [f"{row['seconds']:9.6f} s" if row.get("host_seconds") else f"{row['seconds']:9.4f} s"]
+    if row.get("host_seconds"):
+        parts.append(f"host {row['host_seconds']:.6f} s" + ", which the card waited for" * (not row["ahead"]))
     if row.get("spread") is not None:
         parts.append(f"spread {row['spread']:4.0%}")
     if row.get("times_floor"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from anyup import AnyUp
 from anyup.bench import cases, memory, published
 from anyup.bench.cases import Sizes
+from anyup.bench.graphs import Graph, capture
 from anyup.bench.published_code import PublishedCode
 from anyup.bench.suite import CODE, GRAPH, NATTEN, WITH_CHUNKS, Contender
 from anyup.bench.timing import Clock
@@ -70,43 +70,8 @@ def with_chunk(sizes: Sizes, times: dict[int | None, float] | None) -> Sizes:
     return sizes if times is None else replace(sizes, chunk=published.best_chunk(times))
 
 
-@dataclass(frozen=True)
-class Graph:
-    """Our forward as a CUDA graph that is replayed.
-
-    Attributes:
-        out: what a replay writes; it lies in the graph's memory.
-        held_bytes: the graph's memory, which it keeps from its capture on.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    out: Tensor
-    held_bytes: int
-
-    def __call__(self) -> Tensor:
-        self.graph.replay()
-        return self.out
-
-
 def _graph(sizes: Sizes) -> Graph:
     upsampler: AnyUp = cases.model(sizes.dtype, sizes.device)
     image, features = sizes.inputs()
-    with torch.inference_mode(), torch.cuda.device(image.device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled and memory is found before the capture
-            for _ in range(3):
-                upsampler(image, features)
-        torch.cuda.current_stream().wait_stream(side)
-        # A capture fills a pool of its own, whose blocks stay reserved: what is reserved more is the graph's.
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                out = upsampler(image, features)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise NotImplementedError(f"the call cannot be captured: {str(error).splitlines()[0]}") from error
-        return Graph(graph, out, torch.cuda.memory_reserved() - before)
+    with torch.inference_mode():
+        return capture(lambda: upsampler(image, features), image.device)

@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.bench import cases, floors, high_resolution, machine, memory, parity, published
+from anyup.bench import cases, floors, graphs, high_resolution, machine, memory, parity, published
 from anyup.bench.cases import DTYPES, Sizes, ThereAndBack
+from anyup.bench.clock import require_a_living_card
 from anyup.bench.contenders import Builder, with_chunk
 from anyup.bench.floors import BOTH, FORWARD
 from anyup.bench.results import Row
-from anyup.bench.stages import Stages
+from anyup.bench.stages import STAGES, Stages, apart
 from anyup.bench.suite import CODE, NATTEN, OURS, PUBLISHED, UNCHUNKED, Comparison, Contender
-from anyup.bench.timing import Clock, Timing, interleave
+from anyup.bench.timing import Clock, Time, Timing, interleave
 
 _TIMES_THE_FLOOR = {"reference": 12.0, OURS: 3.0, "torch": 3.0}
 """What a backend takes, roughly: to say beforehand what would take too long."""
 
 _ONCE = 40.0
 """A call of more seconds is made once, cold: who is timed in turn with it would wait for long."""
+
+_NOT_YET = Time(0.0)
 
 _BASELINES = ("reference", PUBLISHED, CODE, UNCHUNKED, NATTEN)
 
@@ -52,14 +55,14 @@ class Entry:
 
     Attributes:
         call: what is timed; None where it does not run.
-        first: seconds of the first call.
+        first: the time of the first call.
     """
 
     contender: Contender
     row: Row
     sizes: Sizes
     call: cases.Call | None = None
-    first: float = 0.0
+    first: Time = _NOT_YET
 
     @property
     def runs(self) -> bool:
@@ -71,19 +74,22 @@ class Entry:
         self.row.update(status=status, reason=reason, **more)
         self.call = None
 
-    def mark_want_of_memory(self, error: Exception) -> None:
-        """Memory did not suffice; another error is raised again."""
-        if not memory.is_for_want_of_memory(error):
-            raise error
-        self.mark("out of memory", (str(error).strip().splitlines() or ["no memory"])[0])
-
-    def mark_failure(self, error: Exception) -> None:
-        """Of a first call. What others wrote may fail for reasons of its own, which is a result; ours may not."""
-        if self.contender.backend in (CODE, NATTEN) and not memory.is_for_want_of_memory(error):
-            told = (str(error).strip().splitlines() or [""])[0]
-            self.mark("unsupported", f"its code fails here: {type(error).__name__}: {told}")
+    def mark_error(self, error: Exception) -> None:
+        """An error is a result too, and others go on; raises RuntimeError where the card is lost by it."""
+        told = (str(error).strip().splitlines() or ["no reason given"])[0]
+        named = f"{type(error).__name__}: {told}"
+        if isinstance(error, parity.ParityError):
+            self.mark("wrong", told)
+        elif isinstance(error, NotImplementedError):
+            self.mark("unsupported", str(error))
+        elif memory.is_for_want_of_memory(error):
+            self.mark("out of memory", told)
+        elif self.contender.backend in (CODE, NATTEN):
+            # What others wrote may fail for reasons of its own.
+            self.mark("unsupported", f"its code fails here: {named}")
         else:
-            self.mark_want_of_memory(error)
+            require_a_living_card(error)
+            self.mark("failed", named)
 
 
 @dataclass
@@ -109,9 +115,9 @@ class Engine:
     measure_memory: Callable[[Contender, Sizes], memory.Memory] | None = None
 
     def run(self, comparison: Comparison) -> list[Row]:
-        """The rows, one for each contender.
+        """The rows, one for each contender; one whose result differs is not timed and "wrong".
 
-        Raises `parity.ParityError` where results differ: then nothing is timed.
+        Raises RuntimeError where a card does not answer any more.
         """
         try:
             if comparison.kind == "calls":
@@ -123,17 +129,14 @@ class Engine:
                 if entries[0].runs:
                     try:
                         (self._stages if comparison.kind == "stages" else self._high_resolution)(entries[0])
-                    except (MemoryError, RuntimeError) as error:
-                        entries[0].mark_want_of_memory(error)
+                    except Exception as error:
+                        entries[0].mark_error(error)
             return [entry.row for entry in entries]
         finally:
             gc.collect()  # calls hold large tensors, some in cycles
 
     def prepare(self, comparison: Comparison) -> list[Entry]:
-        """The contenders, those that run with their calls: made once, their results compared.
-
-        Raises `parity.ParityError` where results differ.
-        """
+        """The contenders, those that run and agree with their calls: made once, their results compared."""
         entries = [self._entry(comparison, contender) for contender in comparison.contenders]
         for entry in entries:
             self._foresee(entry)
@@ -151,7 +154,11 @@ class Engine:
             if entry.runs:
                 entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]
                 if entry.contender.has_memory:
-                    found = measure_memory(entry.contender, entry.sizes)
+                    try:
+                        found = measure_memory(entry.contender, entry.sizes)
+                    except Exception as error:
+                        entry.mark_error(error)
+                        continue
                     entry.row.update(peak_bytes=found.peak_bytes, peak_is_exact=found.exact)
         _add_speed_ups(entries)
         return entries
@@ -232,27 +239,23 @@ class Engine:
                 continue
             try:
                 result = self._first_call(entry)
-            except NotImplementedError as error:
-                entry.mark("unsupported", str(error))
-                continue
+                assert entry.call is not None
+                size = entry.row["output_bytes"] = result.numel() * result.element_size()
+                # What a head reads that comes after the upsampling is written first.
+                before = entry.sizes.workload.output_bytes if entry.contender.operation == "head_after" else 0
+                entry.row["written_bytes"] = size + before
+                if entry.contender.backend == NATTEN:
+                    continue  # its window is another one
+                if _in_half(entry):
+                    entry.row["difference"] = _half_error(entry, result)
+                elif expected is None:
+                    if entry.contender.backend not in _BASELINES:
+                        entry.row["difference"] = self._sampled_difference(entry, result)
+                    expected = (entry.contender, entry.call, result)
+                elif _comparable(entry.contender, expected[0]):
+                    entry.row["difference"] = _difference(entry, (entry.call, result), expected[1:])
             except Exception as error:
-                entry.mark_failure(error)
-                continue
-            assert entry.call is not None
-            size = entry.row["output_bytes"] = result.numel() * result.element_size()
-            # What a head reads that comes after the upsampling is written first.
-            before = entry.sizes.workload.output_bytes if entry.contender.operation == "head_after" else 0
-            entry.row["written_bytes"] = size + before
-            if entry.contender.backend == NATTEN:
-                continue  # its window is another one
-            if _in_half(entry):
-                entry.row["difference"] = _half_error(entry, result)
-            elif expected is None:
-                expected = (entry.contender, entry.call, result)
-                if entry.contender.backend not in _BASELINES:
-                    entry.row["difference"] = self._sampled_difference(entry, result)
-            elif _comparable(entry.contender, expected[0]):
-                entry.row["difference"] = _difference(entry, (entry.call, result), expected[1:])
+                entry.mark_error(error)
 
     def _first_call(self, entry: Entry) -> Tensor:
         times = self.builder.chunk_times(entry.contender, entry.sizes)
@@ -263,7 +266,12 @@ class Engine:
         entry.call = self.builder.build(entry.contender, entry.sizes)
         made: list[Tensor] = []
         call = entry.call
-        entry.first = self.clock(lambda: made.append(call()))
+
+        def run() -> None:
+            made[:] = []  # a clock may call again
+            made.append(call())
+
+        entry.first = self.clock(run)
         return made.pop()
 
     def _sampled_difference(self, entry: Entry, result: Tensor) -> float | None:
@@ -279,21 +287,21 @@ class Engine:
     def _time(self, entries: Sequence[Entry]) -> None:
         """Those that are called once, the others in turn."""
         # Nobody runs the published forward unchunked where memory is short: its one time is to be seen, not compared.
-        once = [entry for entry in entries if entry.first > _ONCE or entry.contender.backend == UNCHUNKED]
+        once = [entry for entry in entries if entry.first.wall > _ONCE or entry.contender.backend == UNCHUNKED]
         quick = [entry for entry in entries if entry not in once]
         for entry in once:
             entry.row.update(Timing((entry.first,)).as_row())
         if not quick:
             return
-        round_seconds = sum(entry.first for entry in quick) * (2 if len(quick) > 1 else 1)
+        round_seconds = sum(entry.first.wall for entry in quick) * (2 if len(quick) > 1 else 1)
         repeats = max(min(self.repeats, 3), min(self.repeats, int(self.patience / max(round_seconds, 1e-9))))
         calls = {entry.row["id"]: entry.call for entry in quick if entry.call is not None}
         try:
             timings = interleave(calls, repeats, self.clock)
-        except (MemoryError, RuntimeError) as error:
-            # Together they do not fit, where each did: none has a time.
+        except Exception as error:
+            # As where each fits and together they do not: none has a time.
             for entry in quick:
-                entry.mark_want_of_memory(error)
+                entry.mark_error(error)
             return
         for entry in quick:
             entry.row.update(timings[entry.row["id"]].as_row())
@@ -305,14 +313,30 @@ class Engine:
         stages = Stages(model, image, features)
         whole = cases.build("anyup", sizes)
         entry.row["difference"] = parity.check(stages.output(), whole(), entry.row["id"])
-        entry.row["stages"] = stages.seconds(self.repeats, self.clock)
+        entry.row.update(self._times_of(stages, torch.device(sizes.device)))
         entry.row.update(interleave({"": whole}, self.repeats, self.clock)[""].as_row())
         entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]
+
+    def _times_of(self, stages: Stages, device: torch.device) -> Row:
+        """The stages' times: on a card by a profile of a graph's replay, where no kernel waits for the host."""
+        if device.type == "cuda":
+            try:
+                kernels = graphs.kernels_of(stages, device)
+            except RuntimeError as error:  # NotImplementedError among them
+                require_a_living_card(error)
+                told = f"each stage is timed alone, no replay could be profiled: {str(error).splitlines()[0]}"
+                return {"stages": stages.seconds(self.repeats, self.clock), "reason": told}
+            seconds = dict.fromkeys(STAGES, 0.0)
+            for kernel in kernels:
+                seconds[kernel.stage] = seconds.get(kernel.stage, 0.0) + kernel.seconds
+            seconds.pop("", None)
+            return {"stages": apart(seconds), "kernels": [tuple(kernel) for kernel in kernels]}
+        return {"stages": stages.seconds(self.repeats, self.clock)}
 
     def _high_resolution(self, entry: Entry) -> None:
         found = high_resolution.measure(entry.contender.case, torch.get_num_threads())
         seconds = found.pop("wall_seconds")
-        entry.row.update(found, **Timing((seconds,)).as_row())
+        entry.row.update(found, **Timing((Time(seconds),)).as_row())
         entry.row["times_floor"] = seconds / entry.row["floor_seconds"]
 
 

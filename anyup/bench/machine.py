@@ -65,15 +65,20 @@ def clocks(device: torch.device | str) -> dict[str, str] | None:
 
 
 def matmul_rate(
-    size: int = 2048,
+    size: int | None = None,
     repeats: int = 5,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     clock: Clock = host_clock,
 ) -> float:
-    """Operations a second of a square product, best of `repeats`; on a CPU on torch's threads."""
-    a, b, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    """Operations a second of a square product of random numbers, best of `repeats`; on a CPU on torch's threads.
+
+    `size` is by default 8192 on a card, which a smaller product does not fill, and 2048 on a CPU.
+    """
+    # Numbers that are all alike take less power, and a card runs faster.
+    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), repeats, clock)
 
 
@@ -98,7 +103,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int | None:
 
 def _best(function: Callable[[], object], repeats: int, clock: Clock) -> float:
     function()
-    return min(clock(function) for _ in range(repeats))
+    return min(clock(function).seconds for _ in range(repeats))
 
 
 def _triton_version() -> str | None:

@@ -129,7 +129,7 @@ class Published:
         if sample == whole:
             candidates.append(None)
         for chunk in 2 * candidates:  # in turn; the faster of two
-            seconds = clock(functools.partial(self.attend, query, key, features, mask, chunk))
+            seconds = clock(functools.partial(self.attend, query, key, features, mask, chunk)).seconds
             times[chunk] = min(seconds, times.get(chunk, math.inf))
         return times
 

@@ -44,6 +44,7 @@ class ResultsFile:
                 told = "; ".join(f"{n}: {stored['machine'].get(n)} there, {machine.get(n)} here" for n in differs)
                 raise MachineError(f"{path}: was measured otherwise ({told}): name another folder, or --restart")
             self._rows = {row["id"]: row for row in stored["rows"]}
+            self.machine["refused"] = stored["machine"].get("refused", [])
 
     def __contains__(self, identity: str) -> bool:
         return identity in self._rows

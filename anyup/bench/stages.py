@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.bench.timing import Clock
+from anyup.bench.timing import Clock, Time
 from anyup.ops import memory
 from anyup.ops.feature_unification import unify_features
 from anyup.ops.query_projection import project_queries
@@ -43,20 +43,20 @@ class Stages:
     def seconds(self, repeats: int, clock: Clock) -> dict[str, float]:
         """Median seconds of each stage."""
         times: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        with torch.inference_mode(), memory.reuse():
-            self._run(clock)
-            for _ in range(repeats):
-                for stage, seconds in self._run(clock)[0].items():
-                    times[stage].append(seconds)
-        medians = {stage: statistics.median(seconds) for stage, seconds in times.items()}
-        # The model makes the keys in one piece: what is not the unification is the rest.
-        medians["aggregation"] = max(medians["aggregation"] - medians["feature unification"], 0.0)
-        return medians
+        self.run(clock)
+        for _ in range(repeats):
+            for stage, seconds in self.run(clock)[0].items():
+                times[stage].append(seconds)
+        return apart({stage: statistics.median(seconds) for stage, seconds in times.items()})
 
     def output(self) -> Tensor:
         """What the stages give together: the call's result."""
+        return self.run(_untimed)[1]
+
+    def run(self, clock: Clock) -> tuple[dict[str, float], Tensor]:
+        """The seconds of each stage, the unification counted in the aggregation too, and the call's result."""
         with torch.inference_mode(), memory.reuse():
-            return self._run(_untimed)[1]
+            return self._run(clock)
 
     def _run(self, clock: Clock) -> tuple[dict[str, float], Tensor]:
         model, features = self._model, self._features
@@ -65,7 +65,12 @@ class Stages:
 
         def stage(name: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
             made: list[Any] = []
-            times[name] = clock(lambda: made.append(function(*arguments, **named)))
+
+            def run() -> None:
+                made[:] = []  # a clock may call again
+                made.append(function(*arguments, **named))
+
+            times[name] = clock(run).seconds
             return made.pop()
 
         guidance = stage("image encoder", model._guidance, self._image)
@@ -86,11 +91,16 @@ class Stages:
         return times, out
 
 
+def apart(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The stages' seconds as they add up: the model makes the keys in one piece, whose rest is the aggregation."""
+    return {**seconds, "aggregation": max(seconds["aggregation"] - seconds["feature unification"], 0.0)}
+
+
 def _pair(size: Any) -> tuple[int, int]:
     height, width = size
     return int(height), int(width)
 
 
-def _untimed(function: Callable[[], object]) -> float:
+def _untimed(function: Callable[[], object]) -> Time:
     function()
-    return 0.0
+    return Time(0.0)

@@ -16,8 +16,11 @@ Row = Mapping[str, Any]
 
 FORMAT = 1
 
-STATUSES = ("ok", "out of memory", "over budget", "unsupported")
-"""What can become of a row; all but the first have no time and a reason."""
+FAULTS = ("wrong", "failed")
+"""What becomes of a row whose result is not the baseline's, or whose call ends with an error."""
+
+STATUSES = ("ok", "out of memory", "over budget", "unsupported", *FAULTS)
+"""What can become of a row; all but the first have a reason."""
 
 _TEXTS = ("id", "group", "workload", "operation", "backend", "dtype", "pass")
 

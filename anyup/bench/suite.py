@@ -77,7 +77,7 @@ def comparisons(device: str, *, quick: bool = False, published: bool = False, na
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
-        quick: two sizes in float32, forward alone.
+        quick: two sizes, forward alone: in float32, on a card in bfloat16 and as CUDA graphs too.
         published: a checkout of the published code is there; `natten`: its second variant can run too.
     """
     code = (CODE,) * published + (NATTEN,) * (published and natten)
@@ -85,9 +85,13 @@ def comparisons(device: str, *, quick: bool = False, published: bool = False, na
 
 
 def _quick(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
-    for workload in REACH[:2]:
-        yield _model(Sizes(workload, device=device), OURS, *code, PUBLISHED)
-    yield _stages(Sizes(REACH[1], device=device))
+    graph, dtypes = ((GRAPH,), ("float32", "bfloat16")) if device != "cpu" else ((), ("float32",))
+    for dtype in dtypes:
+        for workload in REACH[:2]:
+            of_published = code if dtype == "float32" else ()
+            group = "model" if dtype == "float32" else "dtype"
+            yield _model(Sizes(workload, dtype, device=device), OURS, *graph, *of_published, PUBLISHED, group=group)
+        yield _stages(Sizes(REACH[1], dtype, device=device))
 
 
 def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
@@ -100,8 +104,9 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
     for workload in CURVE:
         if workload not in WORKLOADS:
             yield _model(Sizes(workload, device=device), OURS, group="curve")
-    for workload in REACH:
-        yield _stages(Sizes(workload, device=device))
+    for dtype in ("float32", "bfloat16") if on_card else ("float32",):
+        for workload in REACH:
+            yield _stages(Sizes(workload, dtype, device=device))
     for workload in REACH if on_card else REACH[:2]:
         for operation in OPERATIONS:
             if operation not in ("feature_unification", "window_attention_of_classes"):

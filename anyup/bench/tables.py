@@ -30,6 +30,7 @@ COLUMNS = (
     Column("pass", "pass", is_number=False),
     Column("seconds", "time (median)", wording.seconds),
     Column("spread", "spread", wording.percent),
+    Column("host_seconds", "host time (median)", wording.seconds),
     Column("floor_seconds", "floor", wording.seconds),
     Column("times_floor", "times the floor", lambda value: f"{value:.2f}"),
     Column("peak_bytes", "peak memory", wording.size),
@@ -107,6 +108,8 @@ def _notes(results: Mapping[str, Any], row: Row) -> list[str]:
         notes.append(f"{best}, the best of {len(row['chunk_times'])} tried")
     elif wording.chunk(row.get("chunk")):
         notes.append(wording.chunk(row["chunk"]))
+    if row.get("ahead") is False:
+        notes.append("the card waited for the host, which its time includes")
     if row.get("peak_bytes") and row.get("peak_is_exact") is False:
         notes.append("peak is an upper bound")
     if row["status"] == "ok" and isinstance(row.get("times"), list) and len(row["times"]) == 1:
@@ -127,6 +130,7 @@ _TOLD: dict[str, Callable[[Any], str]] = {
     "copy_bandwidth": lambda value: wording.rate(value, "B/s"),
     "copy_bandwidth_after": lambda value: wording.rate(value, "B/s"),
     "commit": lambda value: str(value or "unknown"),
+    "refused": lambda texts: "; ".join(texts) or "nothing",
 }
 
 

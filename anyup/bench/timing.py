@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
-Clock = Callable[[Callable[[], object]], float]
-"""Seconds of one call."""
+
+class Time(NamedTuple):
+    """How long a call took.
+
+    Attributes:
+        seconds: of whatever computes.
+        host: seconds until the call returned, where a card computes; None where the host does.
+        ahead: whether the card had all that it was to do before it began: what waits for the card cannot be launched
+            ahead, and the card's time then holds what it waited for the host.
+    """
+
+    seconds: float
+    host: float | None = None
+    ahead: bool = True
+
+    @property
+    def wall(self) -> float:
+        """About the seconds that somebody waits for the result of this call alone."""
+        return max(self.seconds, self.host or 0.0)
+
+
+Clock = Callable[[Callable[[], object]], Time]
+"""The time of one call."""
 
 BUSY_SPREAD = 0.15
 """A wider spread than this says that something else ran on the machine."""
@@ -17,9 +38,14 @@ BUSY_SPREAD = 0.15
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat."""
+    """The time of each repeat."""
 
-    times: tuple[float, ...]
+    repeats: tuple[Time, ...]
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Seconds of each repeat."""
+        return tuple(time.seconds for time in self.repeats)
 
     @property
     def median(self) -> float:
@@ -37,17 +63,21 @@ class Timing:
         return self.spread is not None and self.spread > BUSY_SPREAD
 
     def as_row(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"seconds": self.median, "spread": self.spread, "times": list(self.times), "busy": self.busy}
+        """For JSON; `host_seconds` and `ahead` where a card computed."""
+        row = {"seconds": self.median, "spread": self.spread, "times": list(self.times), "busy": self.busy}
+        hosts = [time.host for time in self.repeats if time.host is not None]
+        if hosts:
+            row.update(host_seconds=statistics.median(hosts), ahead=all(time.ahead for time in self.repeats))
+        return row
 
 
-def host_clock(function: Callable[[], object]) -> float:
-    """Seconds of one call, by the host's clock."""
-    start = time.perf_counter()
+def host_clock(function: Callable[[], object]) -> Time:
+    """The time of one call, by the host's clock."""
+    start = perf_counter()
     result = function()
-    seconds = time.perf_counter() - start
+    seconds = perf_counter() - start
     del result  # before the next call: an output may be gigabytes
-    return seconds
+    return Time(seconds)
 
 
 def interleave(
@@ -58,10 +88,10 @@ def interleave(
     Where functions alternate, an untimed call of the same function goes before each timed one: otherwise each would be
     timed with the memory that the other has just given back to the system, and the faster one would pay most for it.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[str, list[Time]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             if len(functions) > 1:
                 function()
             times[name].append(clock(function))
-    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+    return {name: Timing(tuple(repeats)) for name, repeats in times.items()}

@@ -22,6 +22,7 @@ import torch
 from anyup._version import __version__
 from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses
 from anyup.bench.candidates import ASPECTS, QUICK_ASPECTS, variations
+from anyup.bench.clock import require_a_living_card
 from anyup.bench.parity import ParityError
 from anyup.bench.plots import require_matplotlib
 from anyup.bench.tune_page import FORMAT
@@ -188,19 +189,9 @@ def _measure(passes: Passes, kernel: str, cut: Cut, clock: Clock) -> Outcome:
     except ParityError as error:
         return Outcome(cut, None, f"wrong: {error}")
     except Exception as error:  # the compiler's errors are of many kinds
-        _require_a_living_card(error)
+        require_a_living_card(error)
         text = str(error).strip()
         return Outcome(cut, None, f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}")
-
-
-def _require_a_living_card(error: Exception) -> None:
-    """Raise RuntimeError where an error has taken the card along: whatever ran after it would fail too."""
-    if not torch.cuda.is_initialized():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as dead:
-        raise RuntimeError(f"the card does not answer after a cut that failed ({error}): {dead}") from error
 
 
 def tune(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 from anyup.ops.dispatch import BackendFailure
+from anyup.ops.refusals import remember
 
 Config = TypeVar("Config", bound=Hashable)
 Result = TypeVar("Result")
@@ -62,6 +63,7 @@ def run_first(run: Callable[[Config], Result], configs: Sequence[Config], *, ker
                 if not is_refusal(error):
                     raise
                 known, cause = told(error), error
+            remember(f"{_in_words(kernel)}, cut {config}: {known}")
             if kernel is not None:
                 _refused[kernel, config] = known
         failures.append(known)
@@ -84,6 +86,11 @@ def told(error: Exception) -> str:
     """An error in a line: the compiler's is in its last one, below the source; others go on with details."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1 if _is_of_triton(error, 'CompilationError') else 0]}"
+
+
+def _in_words(kernel: Hashable) -> str:
+    parts = kernel if isinstance(kernel, tuple) else ("of no name" if kernel is None else kernel,)
+    return "kernel " + " ".join(str(part).removeprefix("torch.") for part in parts)
 
 
 def _is_of_triton(error: Exception, name: str) -> bool:

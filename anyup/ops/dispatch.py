@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from anyup.ops.precision import without_autocast
+from anyup.ops.refusals import remember
 
 logger = logging.getLogger("anyup")
 
@@ -130,11 +131,12 @@ class Operation:
             raise failure
         self._warned_of_slow_path = True  # the one warning is this one
         self._failures[_failing(name, problem)] = f"failed before on {problem.device}: {failure}"
-        warnings.warn(
-            f"anyup: {self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
-            f"this or the like any more ({problem}): {failure}",
-            stacklevel=3,
+        text = (
+            f"{self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
+            f"this or the like any more ({problem}): {failure}"
         )
+        remember(text)
+        warnings.warn(f"anyup: {text}", stacklevel=3)
 
     def _warn_of_slow_path(self, name: str, problem: Any) -> None:
         """Say once why CUDA tensors end on a backend that is not made for them, where there is one that is."""
@@ -143,7 +145,9 @@ class Operation:
             return
         self._warned_of_slow_path = True
         reasons = "; ".join(f"{other}: {reason}" for other in faster for reason in self._reasons(other, problem))
-        warnings.warn(f"anyup: {self.name} runs on its slow backend {name!r} ({reasons})", stacklevel=2)
+        text = f"{self.name} runs on its slow backend {name!r} ({reasons})"
+        remember(text)
+        warnings.warn(f"anyup: {text}", stacklevel=2)
 
     def _reasons(self, name: str, problem: Any) -> list[str]:
         if name not in self._backends:

@@ -1,24 +1,18 @@
-"""Where the kernels run that these tests launch, a list of the launches, and what was measured on a real card."""
+"""Where the kernels run that these tests launch; their reports carry the launches and what was measured on a card."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from card import description, first_stage_only, no_card, no_device, pretended
+from card import first_stage_only, no_device, pretended
 
 if TYPE_CHECKING:
     from anyup.kernels.launch import Launch
-
-_launches: Counter[str] = Counter()
-_outcomes: dict[str, dict[str, Any]] = {}
-_results = Path(__file__).parent / "results"
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +32,7 @@ def _device_or_skip() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def launched(_device_or_skip: None) -> Iterator[Counter[str]]:
+def launched(_device_or_skip: None, request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     """The launches of a test: how many of "kernel, cut, dtype of the queries and of the values"."""
     from anyup.kernels.launch import Launch
 
@@ -52,7 +46,7 @@ def launched(_device_or_skip: None) -> Iterator[Counter[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "__call__", recorded)
         yield launches
-    _launches.update(+launches)
+    request.node.user_properties.append(("launches", dict(+launches)))
 
 
 def _described(launch: Launch) -> str:
@@ -72,41 +66,27 @@ def _described(launch: Launch) -> str:
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What a test measures, to be stored beside its outcome."""
-    return _outcomes.setdefault(request.node.name, {})
+    found: dict[str, Any] = {}
+    request.node.user_properties.append(("measured", found))
+    return found
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report = yield
-    if report.when == "call" and not report.skipped:
-        _outcomes.setdefault(item.name, {})["outcome"] = report.outcome
-    return report
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Leave a process whose card a test has taken along: what ran after it would fail too, whatever it is."""
+    done = yield
+    if item.session.testsfailed and not _card_answers():
+        if hasattr(item.config, "workerinput"):
+            os._exit(3)  # pytest-xdist reports it, and goes on in a new process
+        pytest.exit(f"the card does not answer any more after {item.nodeid}", returncode=pytest.ExitCode.TESTS_FAILED)
+    return done
 
 
-def _asked_for_a_card(config: pytest.Config) -> str | None:
-    """Why there is none for `pytest -m gpu`; None: there is one, or nobody asked."""
-    if config.option.markexpr.strip() != "gpu":
-        return None
-    return no_card() if importlib.util.find_spec("triton") else "triton is not installed"
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Skipped tests are no failure of a run of all tests, but they are of one that asks for these alone."""
-    if _asked_for_a_card(session.config) is not None:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was launched: a run that launched nothing has shown nothing."""
-    for name, number in sorted(_launches.items()):
-        terminalreporter.write_line(f"launched: {name}: {number}")
-    reason = _asked_for_a_card(config)
-    if reason is not None:
-        terminalreporter.write_line(f"failed: -m gpu asks for a real card: {reason}", red=True)
-    elif _launches and no_card() is None and not pretended():
-        card = description()
-        _results.mkdir(exist_ok=True)
-        path = _results / f"{card['device'].replace(' ', '-')}.json"
-        path.write_text(json.dumps({**card, "launches": _launches, "tests": _outcomes}, indent=1) + "\n")
-        terminalreporter.write_line(f"results: {path}")
+def _card_answers() -> bool:
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

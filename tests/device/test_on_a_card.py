@@ -363,5 +363,5 @@ def test_the_benchmark_s_contenders_agree_and_have_times_and_memory(
     rows = {row["backend"]: row for row in Engine(speeds, clock, Builder(clock), repeats=1).run(comparison)}
     assert {suite.OURS, suite.GRAPH, "torch", suite.PUBLISHED} <= rows.keys()
     assert all(row["status"] == "ok" and "seconds" in row and "peak_bytes" in row for row in rows.values()), rows
-    kept = ("seconds", "peak_bytes", "difference")
+    kept = ("peak_bytes", "difference")  # times are the benchmark's, on a card that does nothing else
     measured.update({name: {key: row.get(key) for key in kept} for name, row in rows.items()})
