@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from anyup import assets
+from anyup.finite import not_finite
 from anyup.images import complete_or_absent
 from anyup.installing import pip_install
 from anyup.model import AnyUp, ModelBackend
@@ -152,8 +153,8 @@ def load(
     Raises:
         DownloadError: a published checkpoint that is not cached and cannot be downloaded.
         CheckpointNotFoundError: neither a name of ``PACKAGED`` or ``NAMED`` nor a file.
-        ValueError: a file that cannot be read or holds another model's weights, an argument that contradicts
-            the file or another argument, or a device that torch cannot use.
+        ValueError: a file that cannot be read, holds another model's weights or some that are not finite, an
+            argument that contradicts the file or another argument, or a device that torch cannot use.
         ImportError: a ``.safetensors`` file without the package that reads it.
     """
     arguments = {name: value for name, value in model_arguments.items() if value is not None}
@@ -170,6 +171,8 @@ def load(
     state_dict, stored = _read(path)
     model = _build(state_dict, stored, arguments, backend, path)
     model.load_state_dict(state_dict, strict=True)
+    if bad := not_finite(model.state_dict()):
+        raise ValueError(f"{str(path)!r} holds weights that are not finite, of which no result would be: {bad}")
     return model.to(device).eval()
 
 

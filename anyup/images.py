@@ -31,7 +31,6 @@ __all__ = [
     "IMAGENET_STD",
     "PICTURE_SUFFIXES",
     "StoredPicture",
-    "check_finite",
     "check_readable",
     "check_writable",
     "complete_or_absent",
@@ -395,18 +394,3 @@ def _read_arrays(path: Path, suffix: str) -> object:
 
 def _from_numpy(array: Any) -> Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C", copy=True))
-
-
-def check_finite(features: Tensor, name: str) -> None:
-    """Raise ValueError where features (1, C, h, w) hold a NaN or an infinity, with its channel and place."""
-    finite = torch.isfinite(features)
-    if bool(finite.all()):
-        return
-    bad = (~finite).nonzero()
-    _, channel, row, column = (int(index) for index in bad[0])
-    what = "a NaN" if bool(torch.isnan(features[0, channel, row, column])) else "an infinity"
-    others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    raise ValueError(
-        f"{name}: channel {channel} holds {what} at row {row}, column {column}{others}; the normalisations "
-        "of the model would spread it over the whole result"
-    )

@@ -15,6 +15,10 @@ from anyup.ops.precision import FLOATING
 
 # ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
 _LARGEST_NORMALISED = 20.0
+# Of a level of 0 ... 255, after a division by 255 in float32 and a product with it.
+_LEVEL_ROUNDING = 1e-3
+# Rows and columns that are looked at, or up to twice as many: all of a large image would take memory.
+_LEVELS_A_SIDE = 256
 
 _warned_unnormalised = False
 
@@ -148,9 +152,26 @@ def _warn_unnormalised(image: Tensor) -> None:
     except RuntimeError:  # of a tensor without values: vmap's, a fake one
         return
     if max(-low, high) > _LARGEST_NORMALISED:
-        _warned_unnormalised = True
-        warnings.warn(
-            f"image: values reach {low:.4g} to {high:.4g}, which does not look normalised; "
-            "expected colours in [0, 1] minus the ImageNet mean, over its standard deviation",
-            stacklevel=4,
-        )
+        what = f"values reach {low:.4g} to {high:.4g}, which does not look normalised"
+    elif 0 <= low < high <= 1 and _holds_levels(image.detach()):
+        what = "values are levels of 0 to 255 divided by 255, and not normalised"
+    else:
+        return
+    _warned_unnormalised = True
+    warnings.warn(
+        f"image: {what}; expected colours in [0, 1] minus the ImageNet mean, over its standard deviation", stacklevel=4
+    )
+
+
+def _holds_levels(image: Tensor) -> bool:
+    """Whether an image of three channels in [0, 1] holds nothing but multiples of 1/255, and not 0 and 1 alone.
+
+    A photograph that was read and divided by 255 does; normalised colours fall on some of these by chance. Half
+    precision cannot tell.
+    """
+    if image.shape[1] != 3 or image.dtype in (torch.float16, torch.bfloat16):
+        return False
+    rows, columns = (max(1, side // _LEVELS_A_SIDE) for side in image.shape[2:])
+    scaled = image[:, :, ::rows, ::columns] * 255
+    levels = scaled.round()
+    return (scaled - levels).abs().max().item() < _LEVEL_ROUNDING and bool((levels % 255 != 0).any())

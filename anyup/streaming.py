@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from anyup.banded import BandedImage, Workspace, check_backends
 from anyup.budget import limit_on
+from anyup.finite import overflow
 from anyup.image_context import ImageContext
 from anyup.ops import memory
 from anyup.ops.dispatch import wants_gradient
@@ -71,6 +73,9 @@ def stream(
         read |= {} if values is None else {"values": values}
         target = target_of(out, (len(features), carried.shape[1], height, width), read)
     dtype = dtype or (carried.dtype if target is None else target.dtype)
+    narrow = min((dtype, dtype if target is None else target.dtype), key=lambda each: torch.finfo(each).max)
+    if carried.device.type == "cpu" and (why := overflow(carried, narrow)):
+        warnings.warn(f"{why}: a result beyond that becomes infinite", stacklevel=4)
     task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
     task = replace(task, mapped=isinstance(target, MemoryMap))
     plan = choose(task, limit_on(features.device, max_memory), keep=keep)

@@ -175,7 +175,8 @@ def run(arguments: argparse.Namespace) -> None:
     from anyup import __version__, array_files
     from anyup.demo import choose_device
     from anyup.fingerprint import file_fingerprint, module_fingerprint, tensor_fingerprint
-    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, check_finite, read_features, read_photo
+    from anyup.finite import check_map, overflow
+    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_features, read_photo
     from anyup.problem import check_region
     from anyup.progress import Progress
 
@@ -207,7 +208,9 @@ def run(arguments: argparse.Namespace) -> None:
         return array_files.stored_dtype(dtype) if in_pieces else dtype
 
     def check(features: Tensor, name: str) -> None:
-        check_finite(features, name)
+        check_map(features, name)
+        # Their norm, a sum of squares in float32, is what the model divides by.
+        check_map(features.float().norm(dim=1, keepdim=True), f"the norm in float32 of {name}")
         if values is not None and values.shape[2:] != features.shape[2:]:
             raise ValueError(
                 f"{arguments.values}: values on the grid of the features, {by(features)}, expected, got {by(values)}"
@@ -233,9 +236,12 @@ def run(arguments: argparse.Namespace) -> None:
     if head is not None:
         with torch.inference_mode():
             values = head(features.float().cpu())
+        check_map(values, f"what {arguments.head} makes of the features")
 
     low = features if values is None else values
     dtype = kept_as(low)
+    if why := overflow(low, dtype):
+        raise ValueError(f"--dtype {arguments.dtype}: {why}; take a wider one")
     image = guidance(photo, whole, progress).to(device)
     features, values = features.to(device), None if values is None else values.to(device)
     if in_pieces and "bfloat16" in (arguments.dtype or str(low.dtype)):

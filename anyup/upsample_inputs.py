@@ -91,10 +91,11 @@ def guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tenso
 
 def read_values(path: str) -> Tensor:
     """Maps (1, Cv, h, w) to carry, all finite."""
-    from anyup.images import check_finite, read_features
+    from anyup.finite import check_map
+    from anyup.images import read_features
 
     values = read_features(path, "values")
-    check_finite(values, path)
+    check_map(values, path)
     return values
 
 
@@ -102,6 +103,7 @@ def read_head(path: str) -> torch.nn.Conv2d:
     """A 1x1 convolution, from a file with one weight and at most one bias, whatever they are called."""
     import torch
 
+    from anyup.finite import not_finite
     from anyup.images import read_tensors
 
     tensors = read_tensors(path)
@@ -114,14 +116,21 @@ def read_head(path: str) -> torch.nn.Conv2d:
             f"head {path}: one weight (K, C) or (K, C, 1, 1) and at most one bias expected, it holds "
             f"{', '.join(sorted(tensors)) or 'nothing'}"
         )
-    weight = tensors[weights[0]].float()
-    if weight.dim() == 4 and weight.shape[2:] != (1, 1):
+    parts = {}
+    for name in (*weights, *biases):
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"head {path}: floating-point numbers expected, {name} is {tensors[name].dtype}")
+        parts[name] = tensors[name].float()
+    if bad := not_finite(parts):
+        raise ValueError(f"head {path}: holds numbers that are not finite: {bad}")
+    weight = parts[weights[0]]
+    if 0 in weight.shape or (weight.dim() == 4 and weight.shape[2:] != (1, 1)):
         raise ValueError(f"head {path}: a weight (K, C) or (K, C, 1, 1) expected, got {tuple(weight.shape)}")
     head = torch.nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bool(biases))
     with torch.no_grad():
         head.weight.copy_(weight.view_as(head.weight))
         if head.bias is not None:
-            bias = tensors[biases[0]]
+            bias = parts[biases[0]]
             if bias.shape != head.bias.shape:
                 raise ValueError(f"head {path}: a bias of {len(head.bias)} expected, got {tuple(bias.shape)}")
             head.bias.copy_(bias)

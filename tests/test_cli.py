@@ -256,9 +256,10 @@ def test_a_nan_in_a_file_is_named_before_any_work(
     features[3, 1, 2] = float("nan")
     save_array("bad.npy", features)
     assert upsample("--features", "bad.npy", "-o", "o.npy") == 1
-    assert "bad.npy: channel 3 holds a NaN at row 1, column 2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "bad.npy: holds a NaN: image 0 of the batch, channel 3, row 1, column 2 (1 of" in error
     assert upsample("--features", "features.npy", "--values", "bad.npy", "-o", "o.npy") == 1
-    assert "bad.npy: channel 3" in capsys.readouterr().err
+    assert "bad.npy: holds a NaN" in capsys.readouterr().err
 
 
 def test_values_on_another_grid_are_refused(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

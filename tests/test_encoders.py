@@ -434,9 +434,8 @@ def test_a_nan_in_the_image_is_named_before_any_work() -> None:
         tiny_vit()(image)
 
 
-def test_finite_features_whose_sum_overflows_are_accepted() -> None:
-    require_finite(torch.full((1, 2, 3, 3), 1.7e308, dtype=torch.float64), "large")
-    require_finite(torch.full((1, 2, 300, 300), 6e4, dtype=torch.float16), "large")
+def test_values_on_another_device_are_not_looked_at() -> None:
+    require_finite(torch.empty(1, 2, 3, 3, device="meta"), "elsewhere")
 
 
 # Weights

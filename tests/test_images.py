@@ -14,7 +14,6 @@ from torch import Tensor
 
 from anyup import images
 from anyup.images import (
-    check_finite,
     check_readable,
     check_writable,
     complete_or_absent,
@@ -342,17 +341,6 @@ def test_a_pickle_in_a_feature_file_is_not_executed(tmp_path: Path) -> None:
     torch.save({"features": Path}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="cannot be read"):
         read_features(tmp_path / "a.pt")
-
-
-def test_a_nan_is_named_with_its_channel_and_place() -> None:
-    features = torch.zeros(1, 6, 4, 5)
-    check_finite(features, "f.npy")
-    features[0, 4, 2, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"f\.npy: channel 4 holds a NaN at row 2, column 3;"):
-        check_finite(features, "f.npy")
-    features[0, 1] = float("inf")
-    with pytest.raises(ValueError, match="channel 1 holds an infinity at row 0, column 0 and 20 more"):
-        check_finite(features, "f.npy")
 
 
 def _write_half_and_raise(path: Path, kind: type[BaseException]) -> None:

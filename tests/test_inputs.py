@@ -106,6 +106,35 @@ def test_an_unnormalised_image_warns_once_and_is_worked_on(model: AnyUp, image: 
     assert len(caught) == 1
 
 
+def levels(high: int = 255) -> Tensor:
+    """A photograph of bytes, divided by 255."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, high + 1, IMAGE.shape, generator=generator) / 255
+
+
+@pytest.mark.parametrize("image", [levels(), levels(90), levels() * 255 * (1 / 255), levels().double()])
+def test_a_photograph_that_was_only_divided_by_255_warns(model: AnyUp, image: Tensor) -> None:
+    with torch.no_grad(), pytest.warns(UserWarning, match="image: values are levels of 0 to 255 divided by 255, and"):
+        model(image, FEATURES)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        (levels(20) + 0.55 - 0.485) / 0.229,  # fog: normalised, and in [0, 1]
+        torch.rand(IMAGE.shape),
+        levels().round(),  # 0 and 1
+        levels() - 0.5,
+        levels().half(),
+        IMAGE + 1 / 255,
+    ],
+)
+def test_an_image_that_may_be_normalised_does_not_warn(model: AnyUp, image: Tensor) -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(image, FEATURES)
+
+
 def test_a_normalised_image_does_not_warn(model: AnyUp) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")

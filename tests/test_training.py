@@ -184,6 +184,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path) -> None:
         train(folder, "optimizer.learning_rate=1e30", "optimizer.steps=20", "run.validate_every=0")
 
 
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(folder: Path) -> None:
+    running = trainer(folder)
+    latest = folder / "run" / state.LATEST
+    latest.parent.mkdir()
+    running.save(latest)
+    before = latest.read_bytes()
+    with torch.no_grad():
+        running.upsampler.key_encoder[0].weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"step 0: weights are not finite: key_encoder\.0\.weight"):
+        running.save(latest)
+    assert latest.read_bytes() == before
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(folder: Path) -> None:
+    train(folder)
+    latest = folder / "run" / state.LATEST
+    content = torch.load(latest)
+    content["training"]["weights"]["rope.freqs"][0, 0] = torch.inf
+    torch.save(content, latest)
+    with pytest.raises(ValueError, match=r"latest\.pth: weights are not finite, .*: rope\.freqs \(1 of"):
+        train(folder, "optimizer.steps=6", resume=True)
+
+
 def test_learning_rate_warms_up_and_decays() -> None:
     optimizer = Optimizer(steps=12, warmup=2, learning_rate=1.0, decay="cosine", final_fraction=0.1)
     rates = [learning_rate(optimizer, step) for step in range(13)]

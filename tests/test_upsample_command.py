@@ -131,6 +131,12 @@ def test_a_head_is_applied(shape: tuple[int, ...]) -> None:
         ({"weight": torch.ones(3, CHANNELS), "bias": torch.ones(4)}, "a bias of 3 expected, got (4,)"),
         ({"a.weight": torch.ones(3, CHANNELS), "b.weight": torch.ones(3, 3)}, "it holds a.weight, b.weight"),
         ({}, "it holds nothing"),
+        ({"weight": torch.ones(0, CHANNELS)}, "(K, C, 1, 1) expected, got (0, 5)"),
+        ({"weight": torch.ones(3, CHANNELS, dtype=torch.complex64)}, "floating-point numbers expected, weight is"),
+        ({"weight": torch.ones(3, CHANNELS), "bias": torch.ones(3).int()}, "numbers expected, bias is torch.int32"),
+        ({"weight": torch.ones(3, CHANNELS), "bias": torch.tensor([0, torch.nan, 0])}, "not finite: bias (1 of 3)"),
+        ({"weight": torch.full((3, CHANNELS), 1e300, dtype=torch.float64)}, "not finite: weight (15 of 15)"),
+        ({"weight": torch.full((3, CHANNELS), 3e38)}, "what head.pt makes of the features: holds an infinity"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(
@@ -140,6 +146,41 @@ def test_a_head_that_does_not_fit_is_refused(
     assert upsample("-o", "out.npy", "--head", "head.pt") == 1
     assert message in capsys.readouterr().err
     assert left() == {"head.pt"}
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.pt"])
+def test_a_result_that_its_dtype_cannot_hold_is_refused_before_the_work(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_array("features.npy", torch.full((CHANNELS, *GRID), 1e5))
+    torch.save({"weight": torch.full((3, CHANNELS), 2e4)}, "head.pt")
+    save_array("small.npy", torch.ones(CHANNELS, *GRID))
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "stream", None)
+        for options in ((), ("--features", "small.npy", "--head", "head.pt"), ("--values", "features.npy")):
+            assert upsample("-o", name, "--dtype", "float16", *options) == 1
+            message = "--dtype float16: float16 holds numbers up to 65504, and what is upsampled reaches 1e+05"
+            assert message in capsys.readouterr().err
+    assert left() == {"head.pt", "small.npy"}
+    assert upsample("-o", name, "--dtype", "float16", "--values", "small.npy") == 0
+    assert upsample("-o", name) == 0
+
+
+def test_features_whose_norm_overflows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    save_array("features.npy", torch.full((CHANNELS, *GRID), 1e20))
+    assert upsample("-o", "out.npy") == 1
+    assert "the norm in float32 of features.npy: holds an infinity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--features", "--values"])
+@pytest.mark.parametrize("array", [np.ones((5, *GRID), "complex64"), np.ones((5, *GRID), "int8"), np.ones((5, 0, 8))])
+def test_what_is_no_map_of_floating_point_numbers_is_refused(
+    option: str, array: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("odd.npy", array)
+    assert upsample("-o", "out.npy", option, "odd.npy") == 1
+    assert re.search("odd.npy: (floating-point numbers|shape .*) expected, got", capsys.readouterr().err)
+    assert left() == {"odd.npy"}
 
 
 def test_a_budget_gives_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyup.finite import not_finite
 from anyup.images import complete_or_absent
 from anyup.model import AnyUp
 
@@ -32,7 +33,12 @@ class State:
 
 
 def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp) -> None:
-    """Write a checkpoint; `shipped` are the weights that `anyup.load` gives."""
+    """Write a checkpoint; `shipped` are the weights that `anyup.load` gives.
+
+    Raises FloatingPointError where weights are not finite: an older checkpoint stays as it was.
+    """
+    if bad := not_finite(shipped) or not_finite(state.weights):
+        raise FloatingPointError(f"step {state.step}: weights are not finite: {bad}; the last checkpoint is whole")
     content = {
         "anyup": {name: tensor.detach().cpu() for name, tensor in shipped.items()},
         "config": dict(upsampler.config),
@@ -50,11 +56,15 @@ def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp)
 
 
 def load(path: Path) -> tuple[State, dict[str, Tensor]]:
-    """A checkpoint's state and the weights to use; ValueError for a file that is none."""
+    """A checkpoint's state and the weights to use; ValueError for a file that is none or is not finite."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return State(**content["training"]), content["anyup"]
+        state, shipped = State(**content["training"]), content["anyup"]
+        bad = not_finite(shipped) or not_finite(state.weights)
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint of a training run ({type(error).__name__}: {error})") from error
+    if bad:
+        raise ValueError(f"{path}: weights are not finite, the training has diverged: {bad}")
+    return state, shipped

@@ -1,0 +1,52 @@
+"""Numbers that make a result worthless without a word: NaN, infinities, and what a dtype cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_MOST_NAMED = 3
+
+
+def check_map(tensor: Tensor, name: str) -> None:
+    """Raise ValueError with the first place, and how many, where a map (B, C, h, w) holds a NaN or an infinity.
+
+    One such number spreads over the whole image through the normalisations of the upsampler.
+    """
+    # A sum is finite almost always, and ten times cheaper than a mask of every value.
+    if torch.isfinite(tensor.sum(dtype=torch.float64)):
+        return
+    bad = ~torch.isfinite(tensor)
+    if not bad.any():
+        return
+    image, channel, row, column = (int(i) for i in bad.nonzero()[0])
+    kind = "a NaN" if tensor[image, channel, row, column].isnan() else "an infinity"
+    raise ValueError(
+        f"{name}: holds {kind}: image {image} of the batch, channel {channel}, row {row}, column {column} "
+        f"({int(bad.sum())} of {bad.numel()} values are not finite)"
+    )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Which of these hold a NaN or an infinity, and how many, in words; empty: none of them."""
+    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
+    bad = [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]
+    more = f" and {len(bad) - _MOST_NAMED} more tensors" if len(bad) > _MOST_NAMED else ""
+    return ", ".join(bad[:_MOST_NAMED]) + more
+
+
+def overflow(carried: Tensor, dtype: torch.dtype) -> str:
+    """Why the upsampled map of what is carried may not fit a dtype, in words; empty: it does.
+
+    The weights of a pixel are positive and sum to one, so no number is larger than the largest that is carried.
+    """
+    most = torch.finfo(dtype).max
+    if most >= torch.finfo(carried.dtype).max or not carried.numel():
+        return ""
+    low, high = (extreme.item() for extreme in torch.aminmax(carried.detach()))
+    if not max(-low, high) > most:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} holds numbers up to {most:g}, and what is upsampled reaches {low:.4g} to {high:.4g}"
