@@ -161,6 +161,13 @@ def test_weights_of_another_dtype_load_into_float32(
         assert torch.equal(tensor, small.state_dict()[name].float()), name
 
 
+def test_loaded_parameters_are_trainable_in_eval_mode(small: AnyUp, tmp_path: Path) -> None:
+    save(small, tmp_path / "w.pth")
+    for loaded in (load(MINI), load(tmp_path / "w.pth")):
+        assert not loaded.training
+        assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
 def test_loading_leaves_the_random_generator_alone(small: AnyUp, tmp_path: Path) -> None:
     save(small, tmp_path / "a.pth")
     torch.manual_seed(5)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -521,6 +522,18 @@ def test_explain_follows_the_size_the_dtype_and_the_gradients() -> None:
     assert "9 x 8 from 6 x 5" in text and "C = 2" in text and "bfloat16" in text
     with pytest.raises(ValueError, match="features: "):
         model.explain(image, features[0])
+
+
+def test_explain_says_how_to_have_the_kernels_that_a_gradient_excludes() -> None:
+    image, features = inputs()
+    model = small()
+    reason = "a gradient is wanted, .*: call it under torch.no_grad\\(\\) or torch.inference_mode\\(\\)"
+    # Nobody has a backward pass of FlexAttention; without triton its kernels have a reason before this one.
+    told = str(model.explain(image, features))
+    expected = 1 + (2 if "triton is not installed" not in told else 0)
+    assert len(re.findall(reason, told)) == expected
+    with torch.no_grad():
+        assert "a gradient" not in str(model.explain(image, features))
 
 
 def test_vis_attn_shows_the_attention_and_returns_the_features(monkeypatch: pytest.MonkeyPatch) -> None:

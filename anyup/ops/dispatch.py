@@ -27,6 +27,9 @@ BACKEND_NAMES = ("triton", "flex", "torch", "reference")
 
 _FOR_ANY_DEVICE = ("torch", "reference")
 
+WITHOUT_GRADIENT = "call it under torch.no_grad() or torch.inference_mode() where none is needed"
+"""What to do about a backend that cannot run because a gradient is wanted."""
+
 Backend = str | Sequence[str] | None
 """None: the first that can. A name: that one or an error. A sequence: the first of these that can."""
 

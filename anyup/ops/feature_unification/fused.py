@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
+from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.feature_unification.problem import FeatureUnificationProblem
 from anyup.ops.kernel_device import device_reasons, discouraged, dtype_reasons, installed, interprets, target
 
@@ -35,7 +36,8 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
     if problem.needs_gradient and turned and problem.dtype == torch.float32 and problem.filters > _MOST_TURNED:
         reasons.append(
             f"a gradient is wanted for C = {problem.channels} and {problem.filters} filters, which have no divisor "
-            f"from 16 on in common, in float32: at most {_MOST_TURNED} filters (more would spill kilobytes)"
+            f"from 16 on in common, in float32: at most {_MOST_TURNED} filters (more would spill kilobytes); "
+            f"{WITHOUT_GRADIENT}"
         )
     if problem.filters > MOST_FILTERS:
         reasons.append(f"{problem.filters} filters, at most {MOST_FILTERS} (a softmax over them stays in registers)")

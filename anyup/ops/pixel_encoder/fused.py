@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
+from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.kernel_device import device_reasons, discouraged, dot_precision, dtype_reasons, installed, target
 from anyup.ops.pixel_encoder.problem import EPS, EncoderParameters, PixelEncoderProblem
 
@@ -30,7 +31,7 @@ def unsupported(problem: PixelEncoderProblem) -> list[str]:
     from anyup.kernels.pixel_encoder_config import MOST_CHANNELS
 
     if problem.needs_gradient:
-        reasons.append("a gradient is wanted, the kernels have no backward pass (torch.no_grad() if it is not)")
+        reasons.append(f"a gradient is wanted, the kernels have no backward pass: {WITHOUT_GRADIENT}")
     reasons += dtype_reasons("pixels are", problem.dtype)
     for name, channels in (("map", problem.dim), ("input", problem.input_dim)):
         if channels > MOST_CHANNELS:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.cuts import run_first
+from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.kernel_device import device_reasons, discouraged, dot_precision, dtype_reasons, installed, target
 from anyup.ops.query_projection.problem import ProjectionParameters, QueryProjectionProblem
 
@@ -24,7 +25,7 @@ def unsupported(problem: QueryProjectionProblem) -> list[str]:
     if problem.dim > _MOST_CHANNELS:
         reasons.append(f"{problem.dim} channels, at most {_MOST_CHANNELS} (a pixel's stay in registers)")
     if problem.needs_gradient:
-        reasons.append("a gradient is wanted, the kernel is for inference (torch.no_grad)")
+        reasons.append(f"a gradient is wanted, the kernel has no backward pass: {WITHOUT_GRADIENT}")
     return reasons
 
 

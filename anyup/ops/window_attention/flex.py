@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anyup.installing import pip_install
 from anyup.ops.cuts import is_refusal, told
-from anyup.ops.dispatch import BackendFailure
+from anyup.ops.dispatch import WITHOUT_GRADIENT, BackendFailure
 from anyup.ops.precision import working_dtype
 from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, cut
 from anyup.window import Part, Window, part_bounds
@@ -59,7 +59,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
     if problem.head_dim > _WIDEST_HEAD:
         reasons.append(f"head_dim is {problem.head_dim}, at most {_WIDEST_HEAD} fits with its values in shared memory")
     if problem.needs_gradient:
-        reasons.append("a gradient is wanted, flex has only the forward pass: call under torch.no_grad()")
+        reasons.append(f"a gradient is wanted, flex has no backward pass: {WITHOUT_GRADIENT}")
     kind = problem.device.type
     if kind == "cuda":
         reasons += _lacking_on_cuda(problem.device)
