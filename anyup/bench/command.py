@@ -23,8 +23,8 @@ from anyup.bench.stored import FAULTS
 from anyup.bench.suite import Comparison, comparisons
 from anyup.bench.timing import Clock, host_clock
 from anyup.ops.refusals import remembered
+from anyup.options import UsageError
 from anyup.progress import human_bytes
-from anyup.upsample_command import UsageError
 
 _BUSY_LOAD = 0.5
 _STEADY = 0.1  # a matrix product's rate before and after may differ by as much
@@ -60,12 +60,6 @@ def options(arguments: argparse.Namespace) -> Options:
         raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: torch finds no CUDA device here")
-    for name in ("threads", "repeats"):
-        number = getattr(arguments, name)
-        if number is not None and number < 1:
-            raise UsageError(f"--{name}: expected 1 or more, got {number}")
-    if not arguments.budget > 0:
-        raise UsageError(f"--budget: expected seconds, more than 0, got {arguments.budget}")
     output = Path(arguments.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"-o: expected a folder, {output} is a file")

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from anyup.bench import modelled, plots, stored, tables, tune_page, wording
+from anyup.command_paths import Read, Written, settle_paths
 from anyup.images import complete_or_absent
+from anyup.options import UsageError
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1c20; --soft: #5a606b; --grid: #d9dce1; --shade: #f4f5f7;
@@ -193,20 +195,21 @@ def _write(path: Path, page: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m anyup.bench.report_page", description=__doc__)
-    parser.add_argument("results", type=Path, help="results.json of anyup bench")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="(default: %(default)s)")
-    parser.add_argument("--codegen", type=Path, help="rows of benchmarks.codegen (default: the checkout's)")
-    parser.add_argument("--tune", type=Path, help="of anyup tune --report OUT.json")
+    parser.add_argument("results", type=Read, help="results.json of anyup bench")
+    parser.add_argument("-o", "--output", type=Written, default="report.html", help="(default: %(default)s)")
+    parser.add_argument("--codegen", type=Read, help="rows of benchmarks.codegen (default: the checkout's)")
+    parser.add_argument("--tune", type=Read, help="of anyup tune --report OUT.json")
     arguments = parser.parse_args(argv)
     try:
+        settle_paths(arguments)
         codegen = None
         if arguments.codegen:
-            codegen = modelled.stored_rows(arguments.codegen)
+            codegen = modelled.stored_rows(Path(arguments.codegen))
             if codegen is None:
                 raise ValueError(f"{arguments.codegen}: there is no such file")
-        tune = tune_page.read(arguments.tune) if arguments.tune else None
-        write_report(stored.read(arguments.results), arguments.output, codegen=codegen, tune=tune)
-    except (OSError, ValueError, ImportError) as error:
+        tune = tune_page.read(Path(arguments.tune)) if arguments.tune else None
+        write_report(stored.read(Path(arguments.results)), Path(arguments.output), codegen=codegen, tune=tune)
+    except (OSError, ValueError, ImportError, UsageError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
     print(arguments.output)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
+from anyup.options import nonempty, number, whole_number
 
 HELP = "how good the upsampling is: features, segmentation, pictures"
 
@@ -37,6 +41,8 @@ layouts of --data, and the splits trained and tested on:
 
 PUBLISHED_VIEW, PUBLISHED_CROP = 448, 224  # pixels
 
+_positive = whole_number(1)
+
 _BACKENDS = ("triton", "flex", "torch", "reference")
 
 
@@ -52,13 +58,16 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         )
         made.add_argument(
             "--weights",
+            type=ReadWeights,
             action="append",
             default=[],
             metavar="NAME|FILE",
             help="weights to measure, as for `anyup upsample`; may be given several times",
         )
         made.add_argument("--untrained", action="store_true", help="measure random weights too")
-        made.add_argument("--device", help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu")
+        made.add_argument(
+            "--device", type=nonempty, help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu"
+        )
         made.add_argument(
             "--backend", choices=_BACKENDS, help="run on this backend or fail; by default the fastest that can"
         )
@@ -86,7 +95,9 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="side of the image that guides the upsampling, 448 for all of it (default: %(default)s, as in training)",
     )
-    features.add_argument("-o", "--output", required=True, metavar="OUT.json", help="the results to write")
+    features.add_argument(
+        "-o", "--output", type=Written, required=True, metavar="OUT.json", help="the results to write"
+    )
 
     pictures = command("pictures", "principal components of features, side by side", _PICTURES)
     _add_photographs(pictures)
@@ -101,13 +112,14 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="side of the photograph's central square (default: %(default)s)",
     )
-    pictures.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where the pictures go")
+    pictures.add_argument("-o", "--output", type=Written, required=True, metavar="FOLDER", help="where the pictures go")
 
     _add_segmentation(command("segmentation", "a linear probe on upsampled features", _SEGMENTATION))
 
 
 def _add_segmentation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="the data set")
+    parser.set_defaults(implied=_implied)
+    parser.add_argument("--data", type=Read, required=True, metavar="FOLDER", help="the data set")
     parser.add_argument(
         "--layout",
         choices=("folders", "camvid", "voc", "ade20k", "cityscapes", "coco-stuff"),
@@ -122,8 +134,12 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
         metavar="VALUE",
         help="value of pixels that do not count (folders); may be given several times (default: 255)",
     )
-    parser.add_argument("--train-split", metavar="SPLIT", help="split to train on (default: the layout's)")
-    parser.add_argument("--test-split", metavar="SPLIT", help="split to measure on (default: the layout's)")
+    parser.add_argument(
+        "--train-split", type=nonempty, metavar="SPLIT", help="split to train on (default: the layout's)"
+    )
+    parser.add_argument(
+        "--test-split", type=nonempty, metavar="SPLIT", help="split to measure on (default: the layout's)"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N images of each split, to try it out")
     _add_encoders(parser, several=False)
     _add_cache(parser)
@@ -154,24 +170,38 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=_positive, default=20, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch", type=_positive, default=2, metavar="N", help="images a step (default: %(default)s)")
     parser.add_argument(
-        "--learning-rate", type=float, default=5e-4, metavar="RATE", help="of AdamW (default: %(default)s)"
+        "--learning-rate", type=number(above=0), default=5e-4, metavar="RATE", help="of AdamW (default: %(default)s)"
     )
     parser.add_argument("--flips", action="store_true", help="mirror half of the batches, as in the published code")
     parser.add_argument(
-        "--order-seed", type=int, default=0, metavar="N", help="of the images' order (default: %(default)s)"
+        "--order-seed", type=whole_number(), default=0, metavar="N", help="of the images' order (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on after the last complete epoch")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="where the state after each epoch is kept (default: OUT.probes.pt)"
+        "--checkpoint",
+        type=Written,
+        metavar="FILE",
+        help="where the state after each epoch is kept (default: OUT.probes.pt)",
     )
-    parser.add_argument("-o", "--output", required=True, metavar="OUT.json", help="the results to write")
+    parser.add_argument("-o", "--output", type=Written, required=True, metavar="OUT.json", help="the results to write")
+
+
+def checkpoint_of(arguments: argparse.Namespace) -> Path:
+    """Where the state after each epoch is kept."""
+    return Path(arguments.checkpoint or Path(arguments.output).with_suffix(".probes.pt"))
+
+
+def _implied(arguments: argparse.Namespace) -> Paths:
+    return Paths() if arguments.checkpoint else Paths(written=[("checkpoint", checkpoint_of(arguments))])
 
 
 def _add_photographs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--photographs", required=True, metavar="FOLDER", help="photographs, also in the folders in it")
+    parser.add_argument(
+        "--photographs", type=Read, required=True, metavar="FOLDER", help="photographs, also in the folders in it"
+    )
     parser.add_argument(
         "--every",
-        type=int,
+        type=whole_number(0),
         default=10,
         metavar="N",
         help="take the last of each N by name, those that training held out; 0: all (default: %(default)s)",
@@ -182,6 +212,7 @@ def _add_encoders(parser: argparse.ArgumentParser, several: bool) -> None:
     more = "; may be given several times" if several else ""
     parser.add_argument(
         "--encoder",
+        type=ReadEncoder,
         required=True,
         action="append",
         metavar="NAME",
@@ -192,13 +223,8 @@ def _add_encoders(parser: argparse.ArgumentParser, several: bool) -> None:
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
+        type=Kept,
         metavar="FOLDER",
         help="keep the encoders' features here, so that another evaluation costs the upsampler alone (default: nothing "
         "is kept)",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 expected, got {text!r}")
-    return int(text)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW
+from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW, checkpoint_of
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ def _segmentation(arguments: argparse.Namespace) -> None:
     from anyup.images import check_writable
 
     output = check_writable(arguments.output, (".json",), "results")
-    checkpoint = check_writable(arguments.checkpoint or output.with_suffix(".probes.pt"), (".pt",), "checkpoint")
+    checkpoint = check_writable(checkpoint_of(arguments), (".pt",), "checkpoint")
     if checkpoint.exists() and not arguments.resume:
         raise FileExistsError(
             f"{checkpoint}: left by an earlier run, interrupted or complete; --resume goes on from it (only tests "

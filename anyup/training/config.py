@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anyup.command_paths import Kept, Read, ReadEncoder, ReadWeights, Written
 from anyup.installing import pip_install
 from anyup.training.variation import TILES
 
@@ -28,12 +29,20 @@ class ConfigError(ValueError):
     """A setting that is unknown, of another type, or makes no sense; the message names it."""
 
 
+_PATH = "path"
+
+
+def _path(kind: type[Read | Written | Kept]) -> Any:
+    """A text that names a path of this kind; "": none."""
+    return field(default="", metadata={_PATH: kind})
+
+
 @dataclass(frozen=True)
 class Data:
     """Where the photographs are, and what is taken of them; sizes in pixels."""
 
-    photographs: str = ""
-    cache: str = ""  # folder of the stored views and features; "": none, the encoders run in each step
+    photographs: str = _path(Read)
+    cache: str = _path(Kept)  # folder of the stored views and features; "": none, the encoders run in each step
     held_out_every: int = 10  # for validation, by name; 0: none
     min_side: int = 448  # smaller photographs are left out
     image_size: int = 448  # side of the view whose crops give the true features
@@ -49,7 +58,7 @@ class Data:
 class Model:
     """Arguments of `anyup.AnyUp`, and weights to start from."""
 
-    weights: str = ""
+    weights: str = _path(ReadWeights)
     qk_dim: int = 128
     kernel_size: int = 1
     kernel_size_lfu: int = 5
@@ -136,9 +145,9 @@ class Run:
 class Settings:
     """Everything that `anyup train` is told."""
 
-    output: str = ""  # folder of the checkpoints and the log
+    output: str = _path(Written)  # folder of the checkpoints and the log
     seed: int = 0
-    encoders: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = field(default=(), metadata={_PATH: ReadEncoder})
     draw: str = "stride"  # what a step draws first: a stride, then an encoder of it; or any encoder alike
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -151,6 +160,10 @@ class Settings:
     def flat(self) -> dict[str, Any]:
         """Every setting under its dotted name."""
         return dict(_flatten(dataclasses.asdict(self)))
+
+    def paths(self) -> Iterator[tuple[str, Read | Written | Kept]]:
+        """The settings that name something to read or to write, under their dotted names."""
+        return _paths(self)
 
 
 def read(config: str, overrides: Sequence[str] = ()) -> Settings:
@@ -279,6 +292,17 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _paths(section: Any, prefix: str = "") -> Iterator[tuple[str, Read | Written | Kept]]:
+    for each in dataclasses.fields(section):
+        value = getattr(section, each.name)
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, f"{prefix}{each.name}.")
+        elif kind := each.metadata.get(_PATH):
+            yield from (
+                (prefix + each.name, kind(path)) for path in (value if isinstance(value, tuple) else [value]) if path
+            )
 
 
 def _check(settings: Settings) -> None:

@@ -1,0 +1,83 @@
+"""What is typed after a command, as argparse's `type=`: numbers, sizes, texts; and the mistake of whoever typed it.
+
+Digits are 0 to 9: Python's own `int` takes those of every script, and underscores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+
+
+class UsageError(Exception):
+    """What was typed cannot be meant; exit status 2."""
+
+
+def whole_number(least: int | None = None) -> Callable[[str], int]:
+    """A type of whole numbers, of `least` and more where it is given."""
+
+    def read(text: str) -> int:
+        # So many digits that every number of pixels or bytes has room, and none that Python refuses to convert.
+        found = int(text) if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text) else None
+        if found is None or (least is not None and found < least):
+            at_least = "" if least is None else f" of at least {least}"
+            raise argparse.ArgumentTypeError(f"a whole number{at_least} expected, got {text!r}")
+        return found
+
+    return read
+
+
+def number(above: float) -> Callable[[str], float]:
+    """A type of finite numbers greater than `above`."""
+
+    def read(text: str) -> float:
+        try:
+            found = float(text) if text.isascii() and "_" not in text else math.nan
+        except ValueError:
+            found = math.nan
+        if not above < found < math.inf:
+            raise argparse.ArgumentTypeError(f"a number more than {above:g} expected, got {text!r}")
+        return found
+
+    return read
+
+
+def size(text: str) -> tuple[int, ...]:
+    """(N,) or (H, W) of an option N or HxW."""
+    match = re.fullmatch(r"\s*([0-9]{1,9})(?:[xX]([0-9]{1,9}))?\s*", text)
+    sides = tuple(int(side) for side in match.groups() if side is not None) if match else ()
+    if not sides or 0 in sides:
+        raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, as 512 or 480x640; got {text!r}")
+    return sides
+
+
+def region(text: str) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of an option TOP,LEFT,HEIGHT,WIDTH."""
+    match = re.fullmatch(r"\s*" + r"\s*,\s*".join(["([0-9]{1,9})"] * 4) + r"\s*", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"a region is TOP,LEFT,HEIGHT,WIDTH in pixels of the result, as 0,128,256,256; got {text!r}"
+        )
+    top, left, height, width = (int(digits) for digits in match.groups())
+    return top, left, height, width
+
+
+def memory(text: str) -> int:
+    """Bytes of an option such as 2GB, or a number of bytes."""
+    from anyup.budget import parse_memory
+
+    try:
+        limit = parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("max_memory: ")) from error
+    assert limit is not None
+    return limit
+
+
+def nonempty(text: str) -> str:
+    """A text; an empty one is a variable of the shell that nobody has set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name or a path expected, got nothing")
+    return text
