@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def precision_settings() -> Iterator[None]:
+    """Torch's settings of how float32 is multiplied, old and new, are put back after a test that sets them."""
+    of = torch.backends
+    holders: list[Any] = [of, of.cudnn, of.cudnn.conv, of.cudnn.rnn, of.cuda.matmul]
+    holders += [of.mkldnn, of.mkldnn.conv, of.mkldnn.rnn, of.mkldnn.matmul]
+    old, new = torch.get_float32_matmul_precision(), [holder.fp32_precision for holder in holders]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(old)
+        for holder, precision in zip(holders, new, strict=True):
+            holder.fp32_precision = precision
+    assert (torch.get_float32_matmul_precision(), [holder.fp32_precision for holder in holders]) == (old, new)
 
 
 @pytest.fixture

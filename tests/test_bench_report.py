@@ -18,7 +18,6 @@ from benchmarks import compare, report
 MACHINE = {
     "device": "Abacus <9>", "device_kind": "cpu", "threads": 2, "torch": "2.13.0", "triton": "3.9.0", "anyup": "0.1.0",
     "commit": "0123456789ab", "matmul_rate": 2.0e11, "matmul_rate_after": 2.1e11, "copy_bandwidth": 4.5e10,
-    "tf32": None,
 }  # fmt: skip
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import backends
 
+from anyup.bench import machine, tune
 from anyup.ops import kernel_device
+from anyup.ops.feature_unification import fused
 from anyup.ops.kernel_device import device_reasons, dot_precision, target
+from anyup.ops.precision import float32_matmul_precision
 
 driver = pytest.importorskip("triton.runtime").driver
 
@@ -100,12 +104,54 @@ def test_without_triton_there_is_a_reason_and_nothing_is_imported(
     assert device_reasons(torch.device("cuda")) == ["triton is not installed (on Linux: pip install triton)"]
 
 
-@pytest.mark.parametrize(("setting", "expected"), [("highest", "tf32x3"), ("high", "tf32")])
-def test_products_of_float32_follow_torch_s_setting(
-    setting: str, expected: str, questions: Counter[str], monkeypatch: pytest.MonkeyPatch
+# How products of float32 are made on a card and on a CPU, by each way of saying so and by two at once.
+SETTINGS: dict[str, tuple[Callable[[], object], str, str]] = {
+    "nothing": (lambda: None, "highest", "highest"),
+    "high": (lambda: torch.set_float32_matmul_precision("high"), "high", "high"),
+    "medium": (lambda: torch.set_float32_matmul_precision("medium"), "high", "medium"),
+    "allow_tf32": (lambda: setattr(backends.cuda.matmul, "allow_tf32", True), "high", "highest"),
+    "products on a card": (lambda: setattr(backends.cuda.matmul, "fp32_precision", "tf32"), "high", "highest"),
+    "products on a CPU": (lambda: setattr(backends.mkldnn.matmul, "fp32_precision", "bf16"), "highest", "medium"),
+    "everything on a card": (lambda: setattr(backends.cudnn, "fp32_precision", "tf32"), "high", "highest"),
+    "everything": (lambda: setattr(backends, "fp32_precision", "tf32"), "high", "high"),
+    "convolutions": (lambda: setattr(backends.cudnn.conv, "fp32_precision", "ieee"), "highest", "highest"),
+    "high, but not on a card": (
+        lambda: [
+            torch.set_float32_matmul_precision("high"),
+            setattr(backends.cuda.matmul, "fp32_precision", "ieee"),
+        ],
+        "highest",
+        "high",
+    ),
+    "everything but products on a card": (
+        lambda: [setattr(backends, "fp32_precision", "tf32"), setattr(backends.cuda.matmul, "fp32_precision", "ieee")],
+        "highest",
+        "high",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_products_of_float32_follow_torch_s_settings_old_and_new(
+    name: str, precision_settings: None, questions: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    choose, on_card, on_cpu = SETTINGS[name]
     monkeypatch.setattr(torch.version, "hip", None)
-    assert dot_precision() == expected
+    monkeypatch.setattr(fused, "interprets", lambda: False)
+    choose()
+    assert (float32_matmul_precision("cuda"), float32_matmul_precision("cpu")) == (on_card, on_cpu)
+    assert machine.describe("cpu")["precision"] == on_cpu
+    assert dot_precision() == {"highest": "tf32x3", "high": "tf32"}[on_card]
+    assert fused.planes_of(torch.float32)[0] == {"highest": 3, "high": 2}[on_card]
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert dot_precision() == "ieee"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_precision_to_tune_for_is_in_force_and_what_was_set_comes_back(name: str, precision_settings: None) -> None:
+    choose, on_card, _ = SETTINGS[name]
+    choose()
+    for wanted in ("highest", "high", None):
+        with tune.matmul_precision(wanted):
+            assert float32_matmul_precision("cuda") == (wanted or on_card)
+        assert float32_matmul_precision("cuda") == on_card

@@ -29,6 +29,7 @@ from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, Forwar
 from anyup.kernels.config_tables import KINDS, Case
 from anyup.kernels.launch import Launch
 from anyup.ops import kernel_device, window_attention
+from anyup.ops.precision import float32_matmul_precision
 from anyup.window import CellWindow, RatioWindow, Window
 
 CPU = torch.device("cpu")
@@ -565,10 +566,10 @@ def test_the_command_tunes_for_other_heads_another_window_and_another_precision(
     monkeypatch.setattr(tuning, "AttentionPasses", make)
     monkeypatch.setattr(tuning.fused, "unsupported", lambda problem: [])
     monkeypatch.setattr(kernel_device, "interprets", lambda: False)
-    before = torch.get_float32_matmul_precision()
+    before = float32_matmul_precision("cuda")
     other = ["--heads", "8", "64", "--window", "cell", "--ratio", "0.2", "--precision", "high"]
     assert cli.main(["tune", "--quick", "--dtype", "float32", *other]) == 0
-    assert torch.get_float32_matmul_precision() == before
+    assert float32_matmul_precision("cuda") == before
     assert {passes.window for passes in made} == {CellWindow(0.2)}
     entries = config_tables.load((card / "abacus-9000.json").read_text(), "Abacus 9000").entries
     assert {(case.heads, case.head_dim, case.precision) for case in entries} == {(8, 64, "tf32")}

@@ -14,6 +14,7 @@ import torch
 
 from anyup import __version__
 from anyup.bench.timing import Clock, host_clock
+from anyup.ops.precision import float32_matmul_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, where the package is used from one."""
@@ -34,8 +35,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "anyup": __version__,
         "commit": _commit(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "precision": torch.get_float32_matmul_precision(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32 if on_card else None,
+        "precision": float32_matmul_precision(device.type),
     }
 
 

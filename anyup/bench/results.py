@@ -13,7 +13,7 @@ from anyup.images import complete_or_absent
 Row = dict[str, Any]
 
 _HARDWARE = ("device", "device_kind", "cpu_capability", "threads")
-SAME = (*_HARDWARE, "torch", "triton", "python", "anyup", "commit", "precision", "tf32")
+SAME = (*_HARDWARE, "torch", "triton", "python", "anyup", "commit", "precision")
 """Notes of the machine that rows of one file have in common."""
 
 

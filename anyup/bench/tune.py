@@ -327,14 +327,15 @@ def require_heads(number: int, width: int, window: Window, device: torch.device)
 
 @contextmanager
 def matmul_precision(precision: str | None) -> Iterator[None]:
-    """Torch's matmul precision for a while; None: as it is."""
-    before = torch.get_float32_matmul_precision()
+    """The precision of a card's products for a while, in torch's words; None: as it is."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
         if precision is not None:
-            torch.set_float32_matmul_precision(precision)
+            matmul.fp32_precision = "ieee" if precision == "highest" else "tf32"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 def table_path(name: str) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anyup.installing import pip_install
+from anyup.ops.precision import float32_matmul_precision
 
 if TYPE_CHECKING:
     from anyup.kernels.config import Target
@@ -101,7 +102,7 @@ def device_name(device: torch.device) -> str:
 
 
 def dot_precision() -> str:
-    """Triton's `input_precision` for products of float32, by torch's own setting."""
+    """Triton's `input_precision` for products of float32, by torch's own settings."""
     if torch.version.hip is not None or interprets():
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if float32_matmul_precision("cuda") == "highest" else "tf32"

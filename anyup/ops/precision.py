@@ -11,6 +11,8 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that every operation takes."""
 
+_MATMUL_PRECISION = {"tf32": "high", "bf16": "medium"}
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision is for storage: arithmetic is float32, or float64 where the caller's tensors are."""
@@ -31,9 +33,21 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def float32_matmul_precision(device_type: str) -> str:
+    """In torch's words, "highest", "high" or "medium", how products of float32 are made on a kind of device.
+
+    By all of torch's settings: `torch.set_float32_matmul_precision`, `allow_tf32` and each `fp32_precision` that
+    reaches matrix products. `torch.get_float32_matmul_precision` raises where these differ.
+    """
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+    return _MATMUL_PRECISION.get(backend.matmul.fp32_precision, "highest")
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a kind of device."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Meta is the one kind in use that knows no autocast; `torch.amp.is_autocast_available`, which would say so, is not
+    # traced by torch.compile before torch 2.12.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

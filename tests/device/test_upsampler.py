@@ -115,6 +115,28 @@ def test_bands_of_an_image_go_through_the_kernels(
     assert (out.float() - wide_output[:1]).abs().max() < limit * wide_output.abs().max()
 
 
+def test_a_card_is_told_to_multiply_in_tf32_by_the_newer_settings_too(
+    wide_output: Tensor, precision_settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once one of them is used, `torch.get_float32_matmul_precision` raises."""
+    from anyup.kernels.launch import Launch
+
+    precisions: set[Any] = set()
+    launch = Launch.__call__
+
+    def recorded(self: Launch) -> None:
+        precisions.add(self.constants.get("PRECISION"))
+        launch(self)
+
+    monkeypatch.setattr(Launch, "__call__", recorded)
+    image, features = (tensor.to("cuda") for tensor in inputs())
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with torch.inference_mode():
+        out = model("cuda", torch.float32).eval()(image, features)
+    assert "tf32" in precisions and "tf32x3" not in precisions
+    assert (out - wide_output).abs().max() < 0.01 * wide_output.abs().max()
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_under_autocast_half_queries_carry_wide_values(
     half: torch.dtype, wide_output: Tensor, launched: Counter[str]

@@ -12,6 +12,7 @@ from anyup.ops.cuts import run_first
 from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.feature_unification.problem import FeatureUnificationProblem
 from anyup.ops.kernel_device import device_reasons, discouraged, dtype_reasons, installed, interprets, target
+from anyup.ops.precision import float32_matmul_precision
 
 if TYPE_CHECKING:
     from anyup.kernels.feature_unification_patches import Arranged
@@ -109,7 +110,7 @@ def planes_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
     """
     if dtype != torch.float32 or interprets():  # which multiplies bfloat16 wrongly
         return 1, dtype
-    return (3 if torch.get_float32_matmul_precision() == "highest" else 2), torch.bfloat16
+    return (3 if float32_matmul_precision("cuda") == "highest" else 2), torch.bfloat16
 
 
 def _arrange(features: Tensor, basis: Tensor, *, transposed: bool = False) -> Arranged:

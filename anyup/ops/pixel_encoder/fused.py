@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -57,18 +57,22 @@ def forward(
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the kernels are compiled for: maps of so many channels, of an input of so many (0: a map)."""
+    """What the kernels are compiled for: maps of so many channels, of an input of so many (0: a map).
+
+    Torch's precision of products is read once, not at each of some forty launches of a forward.
+    """
 
     dtype: torch.dtype
     device: torch.device
     dim: int
     inputs: int
+    precision: str = field(default_factory=dot_precision)
 
     def run(self, name: str, run: Callable[[Any], Result], *, kind: str = "pass", **known: Hashable) -> Result:
         """What `run` gives with the first cut that the device takes; `known` is what else it is compiled for."""
         from anyup.kernels.pixel_encoder_config import encoder_configs
 
-        kernel = ("pixel_encoder", name, self.device, self.dtype, self.dim, self.inputs, dot_precision())
+        kernel = ("pixel_encoder", name, self.device, self.dtype, self.dim, self.inputs, self.precision)
         configs = encoder_configs(kind, self.dtype, target(self.device))
         return run_first(run, configs, kernel=(*kernel, kind, *known.items()))
 
@@ -92,7 +96,7 @@ class Kernels:
             parts = allocate_parts(batch, count, self.dim, config, self.device)
             plan_pass(
                 source, halves,
-                parts=parts, out=out, size=(1, count), precision=dot_precision(), config=config,
+                parts=parts, out=out, size=(1, count), precision=self.precision, config=config,
             )()  # fmt: skip
             return use(parts, config.pixels)
 
@@ -116,7 +120,7 @@ class Kernels:
         def run(config: Any) -> None:
             plan_pass(
                 source, halves,
-                parts=None, out=out, tables=tables, size=shape, precision=dot_precision(), config=config,
+                parts=None, out=out, tables=tables, size=shape, precision=self.precision, config=config,
             )()  # fmt: skip
 
         # A launch that fails has written nothing: the next cut finds the map as it was.
@@ -190,7 +194,7 @@ class _Encoder:
         def run(config: Any) -> None:
             plan_pool(
                 self._stored, self._third, self._norm4, means,
-                size=self._size, cells=cells, precision=dot_precision(), config=config,
+                size=self._size, cells=cells, precision=self._kernels.precision, config=config,
             )()  # fmt: skip
 
         self._kernels.run("pool", run, kind="pool")
