@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyup._version import __version__
@@ -18,10 +20,16 @@ __all__ = ["AnyUp", "__version__", "encoders", "load", "plan", "save", "visualiz
 
 _MODULES = {"AnyUp": "model", "load": "checkpoints", "save": "checkpoints", "with_head": "head", "plan": "planning"}
 _SUBMODULES = ("encoders", "visualization")
+_OPERATIONS = ("feature_unification", "pixel_encoder", "query_projection", "window_attention")
+
+
+def _is_command() -> bool:
+    """Whether the process is the command `anyup`, whose `--help` does not wait for torch."""
+    return sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "anyup"
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for, so that `anyup --help` does not wait for torch."""
+    """Import a public name when it is asked for."""
     if name in _SUBMODULES:
         return importlib.import_module(f"anyup.{name}")
     if name in _MODULES:
@@ -31,3 +39,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if not _is_command():
+    # Torch knows the operators from now on: a program that was exported needs nothing else to be loaded and run.
+    for _name in _OPERATIONS:
+        importlib.import_module(f"anyup.ops.{_name}")

@@ -132,7 +132,7 @@ def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
         for name in _OPERATIONS:
             # The operator's body as a plain function: what happens inside is seen, and runs on the meta device.
             module = importlib.import_module(f"anyup.ops.{name}.operator")
-            stack.enter_context(patch.object(module, "_forward", entered(name, module._forward._init_fn)))
+            stack.enter_context(patch.object(module, "_forward", entered(name, module._run_forward)))
         stack.enter_context(_Noted(steps, lambda: stages[-1], device_type))
         yield steps
 

@@ -64,5 +64,5 @@ def operators_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         for name in _OPERATORS:
             module = importlib.import_module(f"anyup.ops.{name}.operator")
-            patch.setattr(module, "_forward", module._forward._init_fn)
+            patch.setattr(module, "_forward", module._run_forward)
         yield

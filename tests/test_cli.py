@@ -458,6 +458,13 @@ def test_importing_the_package_and_the_command_imports_nothing_optional() -> Non
     assert _python("-c", program).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("started_as", ["-m", "/usr/bin/anyup", "anyup.exe"])
+def test_help_of_the_command_does_not_wait_for_torch(started_as: str) -> None:
+    program = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; from anyup.cli import main; main()"
+    done = _python("-c", program, started_as, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: anyup"), done.stderr
+
+
 def test_python_m_anyup_is_the_command() -> None:
     from anyup._version import __version__
 

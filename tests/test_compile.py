@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +119,40 @@ OPERATORS = {
     "anyup.query_projection.default": 1,
     "anyup.window_attention.default": 1,
 }
+
+
+def in_a_new_process(script: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def test_eager_calls_and_gradients_do_not_import_the_compiler() -> None:
+    script = """
+import sys, torch, anyup
+upsampler = anyup.AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3)
+image, features = torch.rand(1, 3, 8, 8), torch.rand(1, 5, 2, 2)
+with torch.inference_mode():
+    upsampler(image, features)
+upsampler(image, features).sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+    assert in_a_new_process(script).strip() == "False"
+
+
+def test_an_exported_program_runs_where_anyup_alone_is_imported(tmp_path: Path) -> None:
+    upsampler, (image, features) = model(), inputs((12, 10), (4, 3))
+    program, expected = tmp_path / "upsampler.pt2", tmp_path / "expected.pt"
+    with torch.no_grad():
+        torch.export.save(torch.export.export(upsampler, (image, features), strict=False), program)
+        torch.save((image, features, upsampler(image, features)), expected)
+    script = """
+import sys, torch, anyup
+program = torch.export.load(sys.argv[1]).module()
+image, features, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(program(image, features), expected)
+"""
+    in_a_new_process(script, str(program), str(expected))
 
 
 def test_export_keeps_each_operator_as_one_node() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.feature_unification import problem as problems
+from anyup.ops.registration import register
 
 OPERATION = Operation(
     "feature_unification",
@@ -48,26 +49,22 @@ def explain_backends(features: Tensor, basis: Tensor, *, backend: Backend = None
     return OPERATION.explain(problems.describe(features, basis, needs_gradient), backend)
 
 
-@torch.library.custom_op("anyup::feature_unification", mutates_args=())
-def _forward(features: Tensor, basis: Tensor, backend: str, needs_gradient: bool) -> Tensor:
+def _run_forward(features: Tensor, basis: Tensor, backend: str, needs_gradient: bool) -> Tensor:
     problem = problems.describe(features, basis, needs_gradient)
     return OPERATION.run("forward", problem, from_schema(backend), features, basis).contiguous()
 
 
-@_forward.register_fake
-def _(features, basis, backend, needs_gradient):  # type: ignore[no-untyped-def]
+def _fake_forward(features, basis, backend, needs_gradient):  # type: ignore[no-untyped-def]
     return features.new_empty(features.shape[0], basis.shape[0], *features.shape[2:])
 
 
-@torch.library.custom_op("anyup::feature_unification_backward", mutates_args=())
-def _backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _run_backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     problem = problems.describe(features, basis, True)
     grads = OPERATION.run("backward", problem, from_schema(backend), grad, features, basis)
     return tuple(g.contiguous() for g in grads)
 
 
-@_backward.register_fake
-def _(grad, features, basis, backend):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, features, basis, backend):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (features, basis))
 
 
@@ -76,8 +73,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(features, basis)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None, None)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = register(
+    "feature_unification", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context
+)
+_backward = register("feature_unification_backward", _run_backward, _fake_backward)

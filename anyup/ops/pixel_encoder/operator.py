@@ -11,6 +11,7 @@ from torch import Tensor
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.pixel_encoder import problem as problems
 from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters
+from anyup.ops.registration import register
 
 OPERATION = Operation(
     "pixel_encoder",
@@ -71,8 +72,7 @@ def explain_backends(
     return OPERATION.explain(problems.describe(pixels, dim, frequencies is not None, size, needs_gradient), backend)
 
 
-@torch.library.custom_op("anyup::pixel_encoder", mutates_args=())
-def _forward(
+def _run_forward(
     pixels: Tensor,
     projection: Tensor | None,
     norm1_weight: Tensor,
@@ -104,14 +104,12 @@ def _forward(
     return OPERATION.run("forward", problem, from_schema(backend), pixels, parameters, **arguments).contiguous()
 
 
-@_forward.register_fake
-def _(pixels, *arguments):  # type: ignore[no-untyped-def]
+def _fake_forward(pixels, *arguments):  # type: ignore[no-untyped-def]
     weight1, height, width = arguments[3], arguments[-4], arguments[-3]
     return pixels.new_empty(pixels.shape[0], height, width, weight1.shape[0])
 
 
-@torch.library.custom_op("anyup::pixel_encoder_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad: Tensor,
     pixels: Tensor,
     projection: Tensor | None,
@@ -146,8 +144,7 @@ def _backward(
     return [g.contiguous() for g in every if g is not None]
 
 
-@_backward.register_fake
-def _(grad, *arguments):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, *arguments):  # type: ignore[no-untyped-def]
     tensors = arguments[:-1]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
 
@@ -159,11 +156,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*(t for t in tensors if t is not None))
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = iter(ctx.saved_tensors)
     tensors = [next(saved) if present else None for present in ctx.present]
     grads = iter(_backward(grad, *tensors, ctx.backend))
     return (*(next(grads) if present else None for present in ctx.present), None, None, None, None)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = register("pixel_encoder", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context)
+_backward = register("pixel_encoder_backward", _run_backward, _fake_backward)

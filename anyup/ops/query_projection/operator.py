@@ -11,6 +11,7 @@ from torch import Tensor
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.query_projection import problem as problems
 from anyup.ops.query_projection.problem import ProjectionParameters
+from anyup.ops.registration import register
 
 OPERATION = Operation(
     "query_projection",
@@ -49,8 +50,7 @@ def explain_backends(encoded: Tensor, parameters: ProjectionParameters, *, backe
     return OPERATION.explain(problems.describe(encoded, needs_gradient), backend)
 
 
-@torch.library.custom_op("anyup::query_projection", mutates_args=())
-def _forward(
+def _run_forward(
     encoded: Tensor,
     convolution: Tensor,
     norm: Tensor,
@@ -64,13 +64,11 @@ def _forward(
     return OPERATION.run("forward", problem, from_schema(backend), encoded, parameters).contiguous()
 
 
-@_forward.register_fake
-def _(encoded, convolution, norm, weight, bias, backend, needs_gradient):  # type: ignore[no-untyped-def]
+def _fake_forward(encoded, convolution, norm, weight, bias, backend, needs_gradient):  # type: ignore[no-untyped-def]
     return torch.empty_like(encoded, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("anyup::query_projection_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad: Tensor,
     encoded: Tensor,
     convolution: Tensor,
@@ -85,8 +83,7 @@ def _backward(
     return tuple(g.contiguous() for g in (grad_encoded, *grads))
 
 
-@_backward.register_fake
-def _(grad, *arguments):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, *arguments):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in arguments[:-1])
 
 
@@ -95,8 +92,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None, None)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = register("query_projection", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context)
+_backward = register("query_projection_backward", _run_backward, _fake_backward)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.precision import working_dtype
+from anyup.ops.registration import register
 from anyup.ops.window_attention import problem as problems
 from anyup.window import Part, Window, describe_window, make_window
 
@@ -96,8 +97,7 @@ def explain_backends(
     return OPERATION.explain(problems.describe(query, key, value, window, needs_gradient, part), backend)
 
 
-@torch.library.custom_op("anyup::window_attention", mutates_args=())
-def _forward(
+def _run_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -131,16 +131,14 @@ def _forward(
     )
 
 
-@_forward.register_fake
-def _(query, key, value, window_kind, ratio, scale, backend, max_queries, save_lse, *part):  # type: ignore[no-untyped-def]
+def _fake_forward(query, key, value, window_kind, ratio, scale, backend, max_queries, save_lse, *part):  # type: ignore[no-untyped-def]
     batch, height, width, heads, _ = query.shape
     wide = working_dtype(query.dtype)
     lse_shape = (batch, height, width, heads) if save_lse else (0,)
     return value.new_empty(batch, height, width, value.shape[3]), query.new_empty(lse_shape, dtype=wide)
 
 
-@torch.library.custom_op("anyup::window_attention_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -158,8 +156,7 @@ def _backward(
     return tuple(g.contiguous() for g in grads)
 
 
-@_backward.register_fake
-def _(grad, query, key, value, lse, window_kind, ratio, scale, backend):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, query, key, value, lse, window_kind, ratio, scale, backend):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
 
 
@@ -169,11 +166,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, lse = ctx.saved_tensors
     kind, ratio, scale, backend, *_ = ctx.settings
     grads = _backward(grad, query, key, value, lse, kind, ratio, scale, backend)
     return (*grads, *(None,) * len(ctx.settings))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward = register("window_attention", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context)
+_backward = register("window_attention_backward", _run_backward, _fake_backward)
