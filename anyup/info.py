@@ -24,11 +24,12 @@ __all__ = ["report"]
 # Import name, distribution, what it is for.
 _OPTIONAL = (
     ("triton", "triton", "kernels for GPUs"),
-    ("PIL", "pillow", "reading and writing pictures: demo, upsample, train"),
+    ("PIL", "pillow", "reading and writing pictures"),
     ("safetensors", "safetensors", ".safetensors files"),
-    ("matplotlib", "matplotlib", "vis_attn=True"),
+    ("matplotlib", "matplotlib", "vis_attn=True, and the plots of bench and tune"),
     ("zarr", "zarr", ".zarr files"),
     ("h5py", "h5py", 'encoder "squeezenet1_1"'),
+    ("torchmetrics", "torchmetrics", "evaluate segmentation"),
     ("accelerate", "accelerate", "training in several processes"),
     ("tensorboard", "tensorboard", "the curves of a training"),
     ("timm", "timm", 'encoders "timm/<model>"'),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from checkouts import ROOT
 
+from anyup import info
 from anyup.installing import pip_install
 from anyup.training.config import _toml
 
@@ -24,15 +25,24 @@ def test_every_message_about_installing_is_made_in_one_place() -> None:
     assert told == ["installing.py"]
 
 
-def test_every_package_that_a_message_names_is_one_that_pyproject_knows() -> None:
-    named = {
+def named_packages() -> set[str]:
+    return {
         name
         for path in SOURCES
         for name in re.findall(r"pip_install\(['\"]([^'\"{]+)['\"]", path.read_text(encoding="utf-8"))
     }
+
+
+def test_every_package_that_a_message_names_is_one_that_pyproject_knows() -> None:
+    named = named_packages()
     groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
     assert {"pillow", "matplotlib", "triton", "h5py"} <= named
     assert named <= {re.split(r"[\s;<>=\[]", requirement)[0] for group in groups for requirement in group}
+
+
+def test_info_tells_of_every_package_that_a_message_names() -> None:
+    # tomli is for Python 3.10 alone.
+    assert named_packages() - {"tomli"} <= {distribution for _, distribution, _ in info._OPTIONAL}
 
 
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
