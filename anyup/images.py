@@ -85,6 +85,12 @@ class StoredPicture(NamedTuple):
     pixels: Image.Image
     orientation: int | None
 
+    @property
+    def turned_size(self) -> tuple[int, int]:
+        """(width, height) of what `turned` gives."""
+        width, height = self.pixels.size
+        return (width, height) if (self.orientation or 1) < 5 else (height, width)
+
     def turned(self) -> Image.Image:
         """The pixels as the orientation says that a viewer sees them."""
         from PIL.Image import Transpose

@@ -6,12 +6,19 @@ import contextlib
 import io
 import json
 import math
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_training import Told
 from tiny_encoder import make_encoder
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,12 +28,13 @@ from anyup import checkpoints, cli
 from anyup.evaluation import datasets, segmentation
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, NearestCarrier, averaged_weights, tile
-from anyup.evaluation.datasets import LAYOUTS, VOID, load_split, make_labels, read_image, read_mask
+from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_image, read_mask
 from anyup.evaluation.probe import Example, Probes, Recipe, losses, train_step
 from anyup.evaluation.upsamplers import Interpolation, Learned
-from anyup.images import save_picture
+from anyup.images import read_photo, save_picture
 from anyup.model import AnyUp
 from anyup.ops.window_attention.reference import window_mask
+from anyup.training import reporting
 from anyup.training.reporting import Reporter
 from anyup.window import CellWindow, RatioWindow, Window
 
@@ -61,6 +69,10 @@ def write_image(path: Path, height: int = 8, width: int = 8, seed: int = 0) -> N
     save_picture(path, torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed)))
 
 
+def mask_at(folder: Path) -> Sample:
+    return Sample("a", folder / "image.png", folder / "mask.png")
+
+
 # Data sets
 
 
@@ -85,7 +97,7 @@ def test_each_layout_finds_an_image_with_its_mask_and_leaves_one_without(tmp_pat
         write_image(tmp_path / "JPEGImages/in_another_split.jpg")
     else:
         write_image(tmp_path / image.replace("x", "without", 1))
-    told = contextlib.nullcontext() if name == "voc" else pytest.warns(UserWarning, match="left out, without a mask")
+    told = contextlib.nullcontext() if name == "voc" else pytest.warns(UserWarning, match="there is no .*without")
     with told:
         (sample,) = load_split(tmp_path, LAYOUTS[name], LAYOUTS[name].train)
     assert (sample.name, sample.image, sample.mask) == (sample_name, tmp_path / image, tmp_path / mask)
@@ -113,28 +125,67 @@ def test_values_of_a_mask_become_classes(tmp_path: Path, name: str, values: list
     assert labels is not None
     size = len(values)
     write_mask(tmp_path / "mask.png", np.tile(values, (size, 1)), palette=name == "voc")
-    assert read_mask(tmp_path / "mask.png", labels, size)[0].tolist() == classes
+    assert read_mask(mask_at(tmp_path), labels, size)[0].tolist() == classes
 
 
 def test_the_coarse_classes_of_coco_stuff_take_each_of_its_categories_once() -> None:
     labels = LAYOUTS["coco-stuff"].labels
     assert labels is not None and labels.classes == 27
     # Values are category ids minus one; eleven ids of things were never used, and all stand in the table.
-    assert all(0 <= c < 27 for c in labels.table[:182]) and set(labels.table[182:255]) == {-1}
-    assert set(labels.table[:182]) == set(range(27))
+    table = labels.of(torch.arange(256)).tolist()
+    assert all(0 <= c < 27 for c in table[:182]) and set(table[182:255]) == {-1}
+    assert set(table[:182]) == set(range(27))
 
 
 def test_a_value_that_is_no_class_is_refused_by_file_and_value(tmp_path: Path) -> None:
     write_mask(tmp_path / "mask.png", np.full((4, 4), 3))
-    with pytest.raises(ValueError, match=r"mask.png: a class \(0 to 2\) or a void value expected, got 3"):
-        read_mask(tmp_path / "mask.png", make_labels("abc"), 4)
+    with pytest.raises(ValueError, match=r"mask.png: values expected: classes 0 to 2; void 255; got 3\. .*--classes"):
+        read_mask(mask_at(tmp_path), make_labels("abc"), 4)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "I;16"])
-def test_a_mask_of_colours_or_wide_numbers_is_refused(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_a_mask_of_colours_is_refused(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match="one channel of bytes"):
-        read_mask(tmp_path / "mask.png", make_labels("ab"), 4)
+    with pytest.raises(ValueError, match=f"mask.png: a mask of one channel, .* expected, got Pillow's mode {mode};"):
+        read_mask(mask_at(tmp_path), make_labels("ab"), 4)
+
+
+def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
+    """A PNG of grey levels with so many bits each, which Pillow itself does not write for 2 and 4."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    places = values[..., None] >> np.arange(bits)[::-1] & 1  # the bits of each value, the highest first
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in places.reshape(len(values), -1))
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_grey_of_any_number_of_bits_holds_its_values(tmp_path: Path, bits: int) -> None:
+    largest = min(2**bits - 1, 1000)
+    values = np.random.default_rng(0).integers(0, largest + 1, (9, 9))
+    values[0, :2] = 0, largest
+    write_grey_png(tmp_path / "mask.png", values, bits)
+    names = [str(value) for value in range(min(largest, 200) + 1)]
+    labels = make_labels(names, void=range(len(names), largest + 1))
+    expected = np.where(values < len(names), values, VOID)
+    assert read_mask(mask_at(tmp_path), labels, 9).tolist() == expected.tolist()
+
+
+def test_a_16_bit_value_that_is_no_class_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="got 40000"):
+        read_mask(mask_at(tmp_path), make_labels("ab"), 4)
+
+
+def test_classes_have_the_values_given() -> None:
+    values = torch.tensor([0, 1, 5, 255, 256, -1])
+    assert make_labels("ab", void=(), values=(0, 255)).of(values).tolist() == [0, -1, -1, 1, -1, -1]
+    assert make_labels("ab", void=(0, 255), values=(1, 256)).of(values).tolist() == [VOID, 0, -1, VOID, 1, -1]
 
 
 def test_image_and_mask_are_resized_and_cut_alike(tmp_path: Path) -> None:
@@ -144,8 +195,8 @@ def test_image_and_mask_are_resized_and_cut_alike(tmp_path: Path) -> None:
         values[: height // 3, : width // 2] = 1
         write_mask(tmp_path / "mask.png", values)
         Image.fromarray((values * 255).astype(np.uint8)).save(tmp_path / "image.png")
-        mask = read_mask(tmp_path / "mask.png", make_labels("ab"), 40)
-        image = read_image(tmp_path / "image.png", 40)
+        mask = read_mask(mask_at(tmp_path), make_labels("ab"), 40)
+        image = read_image(mask_at(tmp_path), 40)
         assert mask.shape == (40, 40) and image.shape == (1, 3, 40, 40)
         assert ((image[0, 0] > 0.5) == (mask == 1)).float().mean() > 0.97
 
@@ -154,23 +205,192 @@ def test_image_and_mask_are_resized_and_cut_alike(tmp_path: Path) -> None:
 def test_the_centre_is_cut_out(tmp_path: Path, turned: bool) -> None:
     values = np.tile(np.arange(8), (4, 1))
     write_mask(tmp_path / "mask.png", values.T if turned else values)
-    got = read_mask(tmp_path / "mask.png", make_labels([str(i) for i in range(8)]), 4)
+    got = read_mask(mask_at(tmp_path), make_labels([str(i) for i in range(8)]), 4)
     assert (got.T if turned else got)[0].tolist() == [2, 3, 4, 5]
 
 
 def test_labels_are_resized_by_nearest_exact(tmp_path: Path) -> None:
     values = np.arange(49).reshape(7, 7)
     write_mask(tmp_path / "mask.png", values)
-    got = read_mask(tmp_path / "mask.png", make_labels([str(i) for i in range(49)]), 5)
+    got = read_mask(mask_at(tmp_path), make_labels([str(i) for i in range(49)]), 5)
     expected = F.interpolate(torch.from_numpy(values)[None, None].float(), (5, 5), mode="nearest-exact")[0, 0]
     assert torch.equal(got.float(), expected)
 
 
-def test_an_image_and_a_mask_of_another_size_are_refused(tmp_path: Path) -> None:
-    write_image(tmp_path / "image.png", 8, 9)
-    write_mask(tmp_path / "mask.png", np.zeros((8, 8)))
-    with pytest.raises(ValueError, match="8 x 9, expected, got 8 x 8"):
-        datasets.check_pair(datasets.Sample("a", tmp_path / "image.png", tmp_path / "mask.png"))
+def check(samples: list[Sample], labels: datasets.Labels, size: int = 8) -> tuple[list[Sample], list[str]]:
+    told = Told()
+    return datasets.check_split(samples, labels, size, "train", told), told.lines
+
+
+def turned_pair(
+    folder: Path, shape: tuple[int, int], orientation: int, mask_shape: tuple[int, int], mask_orientation: int | None
+) -> tuple[Sample, np.ndarray]:
+    """An image with an orientation tag, and a mask of two classes with one or none; and the mask's stored values."""
+    values = np.random.default_rng(0).integers(0, 2, mask_shape)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)).save(
+        folder / "image.png", exif=exif
+    )
+    exif[0x0112] = mask_orientation
+    options = {} if mask_orientation is None else {"exif": exif}
+    Image.fromarray(values.astype(np.uint8)).save(folder / "mask.png", **options)
+    return mask_at(folder), values
+
+
+TURNED = [  # sizes as stored, the image's orientation, the mask's, and whether they are taken as stored
+    ((8, 12), 1, (8, 12), None, False),
+    ((8, 12), 6, (8, 12), None, True),
+    ((8, 12), 6, (12, 8), None, False),
+    ((8, 12), 6, (8, 12), 6, False),
+    ((8, 12), 6, (8, 12), 1, True),  # turned, they would differ in size
+    ((8, 12), 1, (8, 12), 6, True),
+    ((8, 12), 1, (12, 8), 6, False),
+    ((8, 8), 6, (8, 8), None, True),
+    ((8, 8), 6, (8, 8), 1, False),
+    ((8, 8), 6, (8, 8), 6, False),
+    ((8, 8), 1, (8, 8), 6, False),
+    ((8, 12), 3, (8, 12), None, True),
+    ((8, 12), 3, (8, 12), 1, False),
+    ((8, 12), 2, (8, 12), 2, False),
+]
+
+
+@pytest.mark.parametrize(("shape", "orientation", "mask_shape", "mask_orientation", "as_stored"), TURNED)
+def test_an_image_and_its_mask_are_turned_together_or_not_at_all(
+    tmp_path: Path,
+    shape: tuple[int, int],
+    orientation: int,
+    mask_shape: tuple[int, int],
+    mask_orientation: int | None,
+    as_stored: bool,
+) -> None:
+    sample, values = turned_pair(tmp_path, shape, orientation, mask_shape, mask_orientation)
+    (checked,), told = check([sample], make_labels("ab"))
+    assert checked.as_stored == as_stored
+    assert any("not turned by their EXIF orientation" in line for line in told) == as_stored
+    size = min(shape)
+    image, mask = read_image(checked, size), read_mask(checked, make_labels("ab"), size)
+    stored = read_photo(sample.image, turned=False)
+    upright = read_photo(sample.image)
+    assert torch.equal(image, datasets._centre(stored if as_stored else upright, size))
+    turns = {1: values, 2: values[:, ::-1], 3: values[::-1, ::-1], 6: np.rot90(values, -1)}
+    seen = values if as_stored else turns[mask_orientation or 1]
+    assert torch.equal(mask.long(), datasets._centre(torch.from_numpy(seen.copy())[None, None], size)[0, 0])
+
+
+@pytest.mark.parametrize(("orientation", "mask_shape"), [(1, (12, 8)), (6, (8, 11)), (3, (12, 8))])
+def test_an_image_and_a_mask_of_another_size_are_refused(
+    tmp_path: Path, orientation: int, mask_shape: tuple[int, int]
+) -> None:
+    sample, _ = turned_pair(tmp_path, (8, 12), orientation, mask_shape, None)
+    with pytest.raises(ValueError, match=r"mask.png: the size of its image, 8 x 12.*, expected, got \d+ x \d+$"):
+        check([sample], make_labels("ab"))
+
+
+def test_a_mask_of_0_and_255_with_two_classes_is_an_error_that_says_what_to_type(tmp_path: Path) -> None:
+    write_image(tmp_path / "image.png")
+    write_mask(tmp_path / "mask.png", np.repeat([[0, 255]], 4, axis=1).repeat(8, axis=0))
+    with pytest.raises(ValueError, match=r"at least two classes .*got only '0'; 50.0% .* void 255.*--classes 0,255"):
+        check([mask_at(tmp_path)], make_labels("01"))
+    labels = make_labels(["0", "255"], void=(), values=(0, 255))
+    _, told = check([mask_at(tmp_path)], labels)
+    assert told[-1] == "'train': 1 images, 2 of 2 classes occur, 0.0% of the pixels are void"
+    assert read_mask(mask_at(tmp_path), labels, 8).unique().tolist() == [0, 1]
+
+
+def test_classes_that_never_occur_are_told_by_name(tmp_path: Path) -> None:
+    write_image(tmp_path / "image.png")
+    write_mask(tmp_path / "mask.png", np.repeat([[0, 2]], 4, axis=1).repeat(8, axis=0))
+    _, told = check([mask_at(tmp_path)], make_labels(["sky", "road", "car", "tree"]))
+    assert told[-1] == "WARNING: classes that never occur in 'train': road, tree"
+
+
+def test_a_class_outside_the_centre_never_occurs(tmp_path: Path) -> None:
+    write_image(tmp_path / "image.png", 4, 8)
+    write_mask(tmp_path / "mask.png", np.tile([2, 2, 0, 1, 0, 1, 2, 2], (4, 1)))
+    _, told = check([mask_at(tmp_path)], make_labels("abc"), size=4)
+    assert told[-1] == "WARNING: classes that never occur in 'train': c"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pair_that_cannot_be_read_is_told_of_once_and_left_out(tmp_path: Path) -> None:
+    samples = []
+    for name in ("good", "cut", "pipe", "gone", "cut_mask"):
+        samples.append(Sample(name, tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png"))
+        write_image(samples[-1].image)
+        write_mask(samples[-1].mask, np.eye(8))
+    samples[1].image.write_bytes(samples[1].image.read_bytes()[:90])
+    samples[2].image.unlink()
+    os.mkfifo(samples[2].image)
+    samples[3].mask.unlink()
+    samples[4].mask.write_bytes(b"no picture")
+    usable, told = check(samples, make_labels("ab"))
+    assert usable == samples[:1]
+    assert [sum("left out" in line and f"{name}.png" in line for line in told) for name in ("cut", "pipe")] == [1, 1]
+    assert sum("left out" in line and "_mask.png" in line for line in told) == 2
+    with pytest.raises(ValueError, match="none of 4 images with masks in the split 'train' can be used"):
+        check(samples[1:], make_labels("ab"))
+
+
+@pytest.mark.parametrize("name", ["folders", "camvid", "voc", "ade20k", "cityscapes", "coco-stuff"])
+def test_endings_in_upper_case_are_found(tmp_path: Path, name: str) -> None:
+    image, mask, sample_name = TREES[name]
+    image, mask = (str(Path(path).with_suffix(Path(path).suffix.upper())) for path in (image, mask))
+    for path in (image, mask):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    if name == "voc":
+        (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+        (tmp_path / "ImageSets/Segmentation/train.txt").write_text("x\n")
+    (sample,) = load_split(tmp_path, LAYOUTS[name], LAYOUTS[name].train)
+    assert sample == Sample(sample_name, tmp_path / image, tmp_path / mask)
+    assert sample.image.is_file() and sample.mask.is_file()
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16"]
+)  # with BOMs, as Windows' editors and shells write
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n\nb \n", encoding=encoding)
+    assert [sample.name for sample in load_split(tmp_path, LAYOUTS["voc"], "val")] == ["a", "b"]
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"val\.txt: a list of names in UTF-8 expected"):
+        load_split(tmp_path, LAYOUTS["voc"], "val")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+def test_a_folder_linked_to_itself_gives_each_image_once_and_a_linked_one_is_followed(tmp_path: Path) -> None:
+    for folder in ("data/images/train", "data/masks/train", "elsewhere/images", "elsewhere/masks"):
+        name = "a.png" if folder.startswith("data") else "b.png"
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).touch()
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind / "train" / "itself").symlink_to(tmp_path / "data" / kind / "train")
+        (tmp_path / "data" / kind / "train" / "more").symlink_to(tmp_path / "elsewhere" / kind)
+    samples = load_split(tmp_path / "data", LAYOUTS["folders"], "train")
+    assert [sample.name for sample in samples] == ["a", "more/b"]
+
+
+def test_images_without_any_mask_are_told_with_what_was_looked_for(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/train/a.jpg")
+    write_mask(tmp_path / "masks/train/a_mask.png", np.eye(8))
+    with (
+        pytest.warns(UserWarning, match=r"without a mask: there is no .*masks/train/a\.png"),
+        pytest.raises(ValueError, match="no images with masks"),
+    ):
+        load_split(tmp_path, LAYOUTS["folders"], "train")
+
+
+@pytest.mark.parametrize("values", [(0, 0), (0, 65536), (-1, 0)])
+def test_values_of_classes_that_make_no_sense_are_refused(values: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="classes"):
+        make_labels("ab", void=(), values=values)
 
 
 @pytest.mark.parametrize(("void", "names"), [((1,), "ab"), ((255,), "a"), ((255,), ["x"] * 256)])
@@ -444,6 +664,52 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_bits(data: Path, tmp_
     assert len(whole[2]) == 4 and whole[2][-1]["ours"][0] < whole[2][0]["ours"][0]
 
 
+@pytest.mark.parametrize(("keep", "flips"), [(True, False), (True, True), (False, False)])
+def test_what_is_made_once_is_made_before_the_epochs(data: Path, tmp_path: Path, keep: bool, flips: bool) -> None:
+    source = make_source(TensorCache(tmp_path / "cache"), keep)
+    samples = load_split(data, LAYOUTS["camvid"], "train")
+    recipe = Recipe(epochs=3, flips=flips)
+    told = Told()
+    segmentation.fill_cache(source, samples, recipe, 0, told)
+    made = sorted(path.name for path in (tmp_path / "cache").rglob("*.npy"))
+    (last,) = (line for line in told.lines if re.search(r"made once: (\d+) of \1 images", line))
+    assert last.startswith("features and attention weights" if keep else "features, ")
+    segmentation.train(source, samples, recipe, [0], checkpoint=tmp_path / "a.pt", resume=False, reporter=told)
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*.npy")) == made
+    segmentation.fill_cache(source, samples, recipe, 0, told)
+    assert told.lines.count(last) == 1  # nothing is left to make
+
+
+def test_the_time_left_to_train_does_not_count_what_is_made_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    def slow(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            clock.now += seconds
+            return function(*arguments)
+
+        return run
+
+    clock = Clock()
+    monkeypatch.setattr(reporting, "time", clock)
+    monkeypatch.setattr(segmentation, "averaged_weights", slow(segmentation.averaged_weights, 60))
+    monkeypatch.setattr(segmentation, "train_step", slow(segmentation.train_step, 1))
+    source = make_source(TensorCache(tmp_path / "cache"), keep=True)
+    samples = load_split(data, LAYOUTS["camvid"], "train")
+    told = Told()
+    segmentation.train(source, samples, Recipe(), [0], checkpoint=tmp_path / "a.pt", resume=False, reporter=told)
+    assert "features and attention weights, made once: 1 of 5 images, 4 min left" in told.lines
+    # 20 epochs of 3 batches.
+    assert "epoch 1 of 20, batch 1 of 3, 59 s left to train" in told.lines
+    assert "epoch 2 of 20, batch 3 of 3, 54 s left to train" in told.lines
+
+
 def test_what_is_kept_in_the_cache_changes_no_bit(data: Path, tmp_path: Path) -> None:
     without = run_training(data, tmp_path / "a.pt", make_source())
     for _ in range(2):  # filling the cache, then from it
@@ -512,6 +778,9 @@ def test_the_command_trains_tests_and_writes(data: Path, capsys: pytest.CaptureF
     arguments = ["evaluate", "segmentation", "--data", str(data), "--layout", "camvid", "--encoder", "tiny"]
     arguments += ["--size", "24", "--epochs", "30", "--learning-rate", "0.1", "--seeds", "2", "--weights", "ours.pth"]
     assert cli.main([*arguments, "-o", "out.json", "--cache", "cache"]) == 0
+    shown = capsys.readouterr()
+    assert "'train': 5 images, 2 of 11 classes occur, " in shown.err
+    assert "WARNING: classes that never occur in 'test': pole, road, pavement" in shown.err
     results = json.loads(Path("out.json").read_text())
     assert results["splits"] == {"train": 5, "test": 2} and results["recipe"]["schedule"] == "epochs"
     assert list(results["results"]) == ["nearest", "bilinear", "ours"]
@@ -520,7 +789,7 @@ def test_the_command_trains_tests_and_writes(data: Path, capsys: pytest.CaptureF
         assert result["accuracy"]["mean"] > 0.8
         assert result["miou"]["mean"] > 0.7
     assert len(results["losses"]) == 30
-    assert "ours" in capsys.readouterr().out
+    assert "ours" in shown.out
     # What took hours is not begun anew by the way.
     assert cli.main([*arguments, "-o", "out.json"]) == 1
     assert "out.probes.pt: left by an earlier run, interrupted or complete; --resume goes on" in capsys.readouterr().err
@@ -529,15 +798,48 @@ def test_the_command_trains_tests_and_writes(data: Path, capsys: pytest.CaptureF
     assert json.loads(Path("out.json").read_text())["results"] == results["results"]
 
 
+def test_whatever_values_the_classes_have_in_masks_the_result_is_the_same(data: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    for kind, of_kind in (("images", ""), ("masks", "annot")):
+        for split in ("train", "test"):
+            (data / kind).mkdir(exist_ok=True)
+            (data / f"{split}{of_kind}").rename(data / kind / split)
+    masks = {path: np.array(Image.open(path)) for path in (data / "masks").rglob("*.png")}
+    results = []
+    for number, (first, second, void, more) in enumerate(
+        [
+            (0, 1, 255, ["--classes", "2"]),
+            (0, 255, 11, ["--classes", "0,255", "--void", "11"]),
+            (1, 2, 0, ["--classes", "2", "--first-class", "1"]),
+            (300, 301, 0, ["--classes", "300,301", "--void", "0"]),
+        ]
+    ):
+        for path, mask in masks.items():
+            values = np.select([mask == 0, mask == 1], [first, second], void)
+            Image.fromarray(values.astype(np.uint16 if first == 300 else np.uint8)).save(path)
+        arguments = ["evaluate", "segmentation", "--data", str(data), "--test-split", "test", "--encoder", "tiny"]
+        arguments += ["--size", "24", "--epochs", "3", "--seeds", "1", "--learning-rate", "0.1", *more]
+        assert cli.main([*arguments, "-o", f"{number}.json"]) == 0
+        results.append(json.loads(Path(f"{number}.json").read_text())["results"])
+    assert results[0]["bilinear"]["miou"]["mean"] > 0.5
+    assert all(result == results[0] for result in results[1:])
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--classes", "3"], "knows its own"),
+        (["--void", "0"], "--void: not expected"),
         (["--layout", "folders"], "--classes"),
+        (["--layout", "folders", "--classes", "0,255", "--first-class", "1"], "--first-class"),
+        (["--layout", "folders", "--classes", "0,x"], "--classes"),
+        (["--layout", "folders", "--classes", "999999999999"], "at most 255 expected"),
+        (["--layout", "folders", "--classes", "2", "--first-class", "99999999999"], "--first-class"),
+        (["--layout", "folders", "--classes", "2", "--void", "1"], "void"),
         (["--size", "22"], "stride of 4"),
         (["--test-split", "nowhere"], "one is missing"),
         (["--schedule", "linear"], "--schedule"),
-        (["--attention", "keep"], "a cache folder"),
+        (["--attention", "keep"], "goes with --cache"),
         (["--encoder", "tiny2"], "--encoder: one expected"),
         (["-o", "nowhere/out.json"], "nowhere"),
     ],
@@ -548,7 +850,7 @@ def test_mistakes_are_met_before_any_image_is_read(
     def read(*_: object) -> Tensor:
         raise AssertionError("work began before the mistake was met")
 
-    monkeypatch.setattr(segmentation, "read_image", read)
+    monkeypatch.setattr(datasets, "read_picture", read)
     arguments = ["evaluate", "segmentation", "--data", str(data), "--layout", "camvid", "--encoder", "tiny"]
     assert cli.main([*arguments, "--size", "24", "--untrained", "-o", "out.json", *more]) in (1, 2)
     assert words in capsys.readouterr().err

@@ -126,13 +126,26 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
         default="folders",
         help="how it is arranged, see above (default: %(default)s)",
     )
-    parser.add_argument("--classes", type=_positive, metavar="N", help="number of classes, 0 to N - 1 (folders)")
+    parser.add_argument(
+        "--classes",
+        type=_classes,
+        metavar="N",
+        help="number of classes, with values 0 to N - 1, or the value of each, as in 0,255 (folders)",
+    )
+    parser.add_argument(
+        "--first-class",
+        type=_value,
+        metavar="VALUE",
+        help="value of the first of N classes; with 1, the value 0 is void, as with mmsegmentation's reduce_zero_label "
+        "and transformers' do_reduce_labels (folders; default: 0)",
+    )
     parser.add_argument(
         "--void",
-        type=_positive,
+        type=_value,
         action="append",
         metavar="VALUE",
-        help="value of pixels that do not count (folders); may be given several times (default: 255)",
+        help="value of pixels that do not count (folders); may be given several times (default: 255, unless it is a "
+        "class, and the values below --first-class)",
     )
     parser.add_argument(
         "--train-split", type=nonempty, metavar="SPLIT", help="split to train on (default: the layout's)"
@@ -228,3 +241,16 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         help="keep the encoders' features here, so that another evaluation costs the upsampler alone (default: nothing "
         "is kept)",
     )
+
+
+def _classes(text: str) -> tuple[int, ...]:
+    """One number of classes, or several values."""
+    return tuple(map(_value, text.split(","))) if "," in text else (_positive(text),)
+
+
+def _value(text: str) -> int:
+    """Of a mask's pixel, which has up to 16 bits."""
+    found = whole_number(0)(text)
+    if found > 65535:
+        raise argparse.ArgumentTypeError(f"a value of 0 to 65535 expected, got {text!r}")
+    return found

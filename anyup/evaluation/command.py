@@ -117,14 +117,20 @@ def _segmentation(arguments: argparse.Namespace) -> None:
         flips=arguments.flips,
         order_seed=arguments.order_seed,
     )
+    if arguments.attention == "keep" and arguments.cache is None:
+        raise ValueError("--attention keep: goes with --cache, the folder to keep it in")
     splits = arguments.train_split or layout.train, arguments.test_split or layout.test
-    to_train, to_test = (datasets.load_split(arguments.data, layout, split)[: arguments.limit] for split in splits)
+    found = [datasets.load_split(arguments.data, layout, split)[: arguments.limit] for split in splits]
     Scores([], [], labels.classes)  # torchmetrics is missed now, not after hours
     if len(arguments.encoder) > 1:
         raise ValueError(f"--encoder: one expected, got {len(arguments.encoder)}")
     reporter, device, upsamplers = _start(arguments)
     (encoder,) = _load_encoders(arguments.encoder, device)
     source = segmentation.Source(encoder, upsamplers, labels, arguments.size, TensorCache(arguments.cache), device)
+    to_train, to_test = (
+        datasets.check_split(samples, labels, arguments.size, split, reporter)
+        for samples, split in zip(found, splits, strict=True)
+    )
     source.keep_attention = segmentation.keep_attention(source, to_train, recipe.flips, arguments.attention, reporter)
     seeds = list(range(arguments.seeds))
     probes, history = segmentation.train(
@@ -156,13 +162,25 @@ def _labels(arguments: argparse.Namespace, known: Labels | None) -> Labels:
     """The layout's labels, or what was typed where the layout has none."""
     from anyup.evaluation.datasets import VOID, make_labels
 
-    if known is None:
-        if arguments.classes is None:
-            raise ValueError(f"--classes: expected with --layout {arguments.layout}")
-        return make_labels([str(index) for index in range(arguments.classes)], arguments.void or [VOID])
-    if arguments.classes is not None or arguments.void is not None:
-        raise ValueError(f"--classes and --void: not expected, --layout {arguments.layout} knows its own")
-    return known
+    typed = {"--classes": arguments.classes, "--first-class": arguments.first_class, "--void": arguments.void}
+    if known is not None:
+        if given := [name for name, value in typed.items() if value is not None]:
+            raise ValueError(f"{given[0]}: not expected, --layout {arguments.layout} knows its own classes")
+        return known
+    if arguments.classes is None:
+        raise ValueError(f"--classes: expected with --layout {arguments.layout}")
+    values = arguments.classes
+    if len(values) == 1:
+        first = arguments.first_class or 0
+        values = range(first, first + values[0])
+    elif arguments.first_class is not None:
+        raise ValueError("--first-class: goes with the number of classes, got their values too")
+    if len(values) > VOID:
+        raise ValueError(f"--classes: at most {VOID} expected, got {len(values)}")
+    void = arguments.void
+    if void is None:
+        void = sorted({VOID, *range(arguments.first_class or 0)} - set(values))
+    return make_labels([str(value) for value in values], void, values)
 
 
 def _held_out(folder: str, every: int) -> dict[str, Path]:

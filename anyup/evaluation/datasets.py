@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyup.images import read_photo
-from anyup.training.photographs import SUFFIXES
+from anyup.images import StoredPicture, check_readable, read_photo, read_picture, to_rgb01
+from anyup.training.photographs import pictures_below
+from anyup.training.reporting import Rate, Reporter
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 VOID = 255
 """The label of pixels that count for nothing, whatever value a data set uses."""
 
+_LARGEST = 65535
+"""Value of a mask's pixel: masks have up to 16 bits."""
+
+_HINT = "With --layout folders, --classes, --first-class and --void say what values mean (0 and 255: --classes 0,255)"
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its mask."""
+    """One image and its mask.
+
+    Attributes:
+        as_stored: the two match pixel by pixel as their files store them: neither is turned by its orientation tag.
+    """
 
     name: str
     image: Path
     mask: Path
+    as_stored: bool = False
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a mask's values mean: `table[value]` is the class of a value 0..255, VOID, or -1 where it must not occur."""
+    """What a mask's values mean: `meaning[value]` is a value's class or VOID; `otherwise` is what all others mean,
+    -1 where they must not occur."""
 
     names: tuple[str, ...]
-    table: tuple[int, ...]
+    meaning: Mapping[int, int]
+    otherwise: int = -1
 
     @property
     def classes(self) -> int:
         return len(self.names)
+
+    def of(self, values: Tensor) -> Tensor:
+        """The classes, VOID or -1 of values, int64."""
+        table = torch.full((max(self.meaning) + 1,), self.otherwise)
+        table[list(self.meaning)] = torch.tensor(list(self.meaning.values()))
+        known = (values >= 0) & (values < len(table))
+        return torch.where(known, table[values.clamp(0, len(table) - 1)], self.otherwise)
+
+    def describe(self) -> str:
+        """Which values are classes, and which are void."""
+        void = [value for value, label in self.meaning.items() if label == VOID]
+        classes = [value for value, label in self.meaning.items() if label != VOID]
+        left = "all others" if self.otherwise == VOID else _shown(void) or "none"
+        return f"classes {_shown(classes)}; void {left}"
 
 
 @dataclass(frozen=True)
@@ -51,20 +83,34 @@ class Layout:
     labels: Labels | None = None  # None: the user says
 
 
-def make_labels(names: Sequence[str], void: Sequence[int] = (VOID,), first: int = 0) -> Labels:
-    """Values `first` ... are the classes in order, those of `void` void, and no others may occur."""
-    classes = {first + index: index for index in range(len(names))}
+def make_labels(names: Sequence[str], void: Sequence[int] = (VOID,), values: Sequence[int] | None = None) -> Labels:
+    """The classes have these `values` in masks (0, 1 ... by default), void those of `void`, and no others may occur."""
+    values = range(len(names)) if values is None else values
     if len(names) < 2:
         raise ValueError(f"classes: at least 2 expected, got {len(names)}")
-    if first + len(names) > VOID:
-        raise ValueError(f"classes: at most {VOID - first} expected, got {len(names)}")
-    if clash := sorted(set(void) & classes.keys()):
-        raise ValueError(f"void: values that are no class expected, got {clash[0]} beside {len(names)} classes")
-    return _labels(names, {**classes, **dict.fromkeys(void, VOID)})
+    if len(names) > VOID:
+        raise ValueError(f"classes: at most {VOID} expected, got {len(names)}")
+    if len(set(values)) < len(names):
+        raise ValueError(f"classes: a value of its own for each expected, got {_shown(values)}")
+    if outside := [value for value in (*values, *void) if not 0 <= value <= _LARGEST]:
+        raise ValueError(f"classes and void: values of 0 to {_LARGEST} expected, got {outside[0]}")
+    if clash := sorted(set(void) & set(values)):
+        raise ValueError(
+            f"void: values other than those of the classes, {_shown(values)}, expected, got {clash[0]}. {_HINT}"
+        )
+    classes = {value: index for index, value in enumerate(values)}
+    return Labels(tuple(names), {**classes, **dict.fromkeys(void, VOID)})
 
 
-def _labels(names: Sequence[str], meaning: dict[int, int], otherwise: int = -1) -> Labels:
-    return Labels(tuple(names), tuple(meaning.get(value, otherwise) for value in range(256)))
+def _shown(values: Sequence[int]) -> str:
+    """As in "0, 3 to 7, 255"."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def load_split(root: str | os.PathLike[str], layout: Layout, split: str) -> list[Sample]:
@@ -78,53 +124,121 @@ def load_split(root: str | os.PathLike[str], layout: Layout, split: str) -> list
     return samples
 
 
-def read_image(path: Path, size: int) -> Tensor:
+def check_split(samples: Sequence[Sample], labels: Labels, size: int, split: str, reporter: Reporter) -> list[Sample]:
+    """The samples that can be used, each with how it is turned, once all files have been read.
+
+    What cannot be read is told of and left out. Told is also which classes never occur at `size` (see `read_mask`), and
+    how much is void.
+
+    Raises ValueError where an image and its mask differ in size, for a mask of other than class values or with a value
+    that must not occur, where fewer than two classes occur, and where no sample is left.
+    """
+    usable: list[Sample] = []
+    counts = torch.zeros(VOID + 1, dtype=torch.int64)
+    rate = Rate()
+    for number, sample in enumerate(samples, 1):
+        try:
+            image, mask = read_picture(sample.image), read_picture(sample.mask)
+            to_rgb01(image.pixels, sample.image)
+        except (OSError, ValueError) as error:
+            reporter.note_once(f"left out: {error}")
+        else:
+            usable.append(replace(sample, as_stored=_match_as_stored(sample, image, mask)))
+            labelled = _labels_of(mask, sample.mask, labels, size, turned=not usable[-1].as_stored)
+            counts += torch.bincount(labelled.flatten(), minlength=len(counts))
+        rate.count(number)
+        left = f", {rate.left(len(samples) - number)} left" if number < len(samples) else ""
+        reporter.tick(f"checking images and masks of {split!r}: {number} of {len(samples)}{left}")
+    if not usable:
+        raise ValueError(f"data: none of {len(samples)} images with masks in the split {split!r} can be used")
+    _tell(usable, labels, counts, split, reporter)
+    return usable
+
+
+def _tell(samples: Sequence[Sample], labels: Labels, counts: Tensor, split: str, reporter: Reporter) -> None:
+    """Tell what the masks hold, and what of it looks wrong; `counts` are pixels of each label."""
+    occurs = (counts[: labels.classes] > 0).tolist()
+    void = f"{float(counts[VOID] / counts.sum()):.1%} of the pixels are void"
+    if sum(occurs) < 2:
+        found = next((f"only {name!r}" for name, there in zip(labels.names, occurs, strict=True) if there), "none")
+        raise ValueError(
+            f"data: at least two classes expected in the masks of {split!r}, got {found}; {void} "
+            f"({labels.describe()}). {_HINT}"
+        )
+    reporter.note(f"{split!r}: {len(samples)} images, {sum(occurs)} of {labels.classes} classes occur, {void}")
+    if absent := [name for name, there in zip(labels.names, occurs, strict=True) if not there]:
+        reporter.note(f"WARNING: classes that never occur in {split!r}: {', '.join(absent)}")
+    if stored := [sample.name for sample in samples if sample.as_stored]:
+        reporter.note(
+            f"{split!r}: {len(stored)} of {len(samples)} images are not turned by their EXIF orientation: their masks "
+            f"match them as stored ({stored[0]}{' ...' if len(stored) > 1 else ''})"
+        )
+
+
+def _match_as_stored(sample: Sample, image: StoredPicture, mask: StoredPicture) -> bool:
+    """Whether an image and its mask are taken as stored; False: each is turned by its own orientation tag.
+
+    Their sizes decide. Where both ways agree, as for squares, a mask's own tag says that it is to be turned, and one
+    without a tag is as its image is stored. ValueError where neither agrees.
+    """
+    stored = image.pixels.size == mask.pixels.size
+    turned = image.turned_size == mask.turned_size
+    if not (stored or turned):
+        raise ValueError(f"{sample.mask}: the size of its image, {_size(image)}, expected, got {_size(mask)}")
+    turns = (image.orientation or 1) > 1 or (mask.orientation or 1) > 1
+    return turns and stored and not (turned and mask.orientation is not None)
+
+
+def _size(picture: StoredPicture) -> str:
+    (width, height), turned = picture.pixels.size, picture.turned_size
+    return f"{height} x {width}" + (f" (turned: {turned[1]} x {turned[0]})" if turned != (width, height) else "")
+
+
+def read_image(sample: Sample, size: int) -> Tensor:
     """(1, 3, size, size) in 0..1: the short side resized to `size` (bilinear, antialiased), the centre cut out."""
-    photo = read_photo(path)
+    photo = read_photo(sample.image, turned=not sample.as_stored)
     resized = _short_side(photo.shape[2], photo.shape[3], size)
     photo = F.interpolate(photo, size=resized, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
     return _centre(photo, size)
 
 
-def read_mask(path: Path, labels: Labels, size: int) -> Tensor:
+def read_mask(sample: Sample, labels: Labels, size: int) -> Tensor:
     """(size, size) uint8, classes and VOID, on the geometry of `read_image`; resized by nearest-exact.
 
-    Raises ValueError for a mask that is not one channel of bytes, or that holds a value which must not occur.
+    Raises ValueError for a mask that is not one channel of whole numbers, or that holds a value which must not occur.
     """
-    values = _read_indices(path)
-    table = torch.tensor(labels.table)
-    classes = table[values.long()]
+    return _labels_of(read_picture(sample.mask), sample.mask, labels, size, turned=not sample.as_stored)
+
+
+def _labels_of(mask: StoredPicture, path: Path, labels: Labels, size: int, turned: bool) -> Tensor:
+    values = _values_of(mask.turned() if turned else mask.pixels, path)
+    classes = labels.of(values)
     if bool((classes < 0).any()):
-        wrong = int(values[classes < 0][0])
-        raise ValueError(f"{path}: a class (0 to {labels.classes - 1}) or a void value expected, got {wrong}")
+        wrong = values[classes < 0].unique().tolist()
+        raise ValueError(f"{path}: values expected: {labels.describe()}; got {_shown(wrong)}. {_HINT}")
     resized = _short_side(values.shape[0], values.shape[1], size)
     # The values are far below 2^24: float32 holds them exactly.
-    mask = F.interpolate(classes[None, None].float(), size=resized, mode="nearest-exact")
-    return _centre(mask, size)[0, 0].to(torch.uint8)
+    resampled = F.interpolate(classes[None, None].float(), size=resized, mode="nearest-exact")
+    return _centre(resampled, size)[0, 0].to(torch.uint8)
 
 
-def check_pair(sample: Sample) -> None:
-    """Raise ValueError where the image and its mask have different sizes; reads their headers only."""
-    from PIL import Image
+def _values_of(pixels: Image.Image, path: Path) -> Tensor:
+    """(H, W) int64; a palette's indices are the classes, its colours are for people."""
+    if pixels.mode not in ("1", "L", "P", "I") and not pixels.mode.startswith("I;16"):
+        raise ValueError(
+            f"{path}: a mask of one channel, the class of each pixel, expected, got Pillow's mode {pixels.mode}; "
+            "colours must become class values before"
+        )
+    values = torch.from_numpy(numpy.array(pixels).astype(numpy.int64))
+    # Pillow spreads grey of 2 and 4 bits over 0 to 255.
+    return values // {2: 85, 4: 17}.get(_grey_bits(path), 1)
 
-    with Image.open(sample.image) as image, Image.open(sample.mask) as mask:
-        if image.size != mask.size:
-            raise ValueError(
-                f"{sample.mask}: the size of its image, {image.size[1]} x {image.size[0]}, expected, got "
-                f"{mask.size[1]} x {mask.size[0]}"
-            )
 
-
-def _read_indices(path: Path) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("L", "P"):  # a palette's indices are the classes, its colours are for people
-                raise ValueError(f"{path}: a mask of one channel of bytes expected, got Pillow's mode {picture.mode}")
-            return torch.from_numpy(numpy.array(picture))
-    except (UnidentifiedImageError, SyntaxError, OSError) as error:
-        raise ValueError(f"{path}: the mask cannot be decoded ({error})") from error
+def _grey_bits(path: Path) -> int:
+    """Bits of a pixel, of a PNG without colours; 0 for another file."""
+    with path.open("rb") as file:
+        header = file.read(26)
+    return header[24] if header[1:4] == b"PNG" and header[25] == 0 else 0
 
 
 def _short_side(height: int, width: int, size: int) -> tuple[int, int]:
@@ -140,25 +254,32 @@ def _centre(pixels: Tensor, size: int) -> Tensor:
 def _pairs(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png") -> list[Sample]:
     """Images of a folder, and of those in it, that have a mask at the same place of another.
 
-    `image_end` is what an image's name ends in (any picture where empty), `mask_end` what its mask's ends in instead.
+    `image_end` is what an image's name ends in (any picture where empty), `mask_end` what its mask's ends in instead;
+    suffixes may be in upper case.
     """
     if not images.is_dir() or not masks.is_dir():
         raise FileNotFoundError(f"data: folders {str(images)!r} and {str(masks)!r} expected, one is missing")
     samples, alone = [], []
-    for image in images.rglob("*"):
-        if not image.name.endswith(image_end) or image.suffix.lower() not in SUFFIXES or image.name.startswith("."):
+    for image in pictures_below(images):
+        if not image.name.lower().endswith(image_end.lower()):
             continue
         name = image.relative_to(images).as_posix()
         name = name[: -len(image_end)] if image_end else name[: -len(image.suffix)]
-        mask = masks / f"{name}{mask_end}"
+        mask = _in_either_case(masks / f"{name}{mask_end}")
         if mask.is_file():
             samples.append(Sample(name, image, mask))
         else:
-            alone.append(name)
-    if samples and alone:
+            alone.append(mask)
+    if alone:
         more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-        warnings.warn(f"data: left out, without a mask in {str(masks)!r}: {min(alone)}{more}", stacklevel=2)
+        warnings.warn(f"data: left out, images without a mask: there is no {min(alone)}{more}", stacklevel=2)
     return samples
+
+
+def _in_either_case(path: Path) -> Path:
+    """The path, with its suffix in upper case where there is such a file and none of the path itself."""
+    upper = path.with_suffix(path.suffix.upper())
+    return upper if upper.is_file() and not path.is_file() else path
 
 
 def _folders(root: Path, split: str) -> list[Sample]:
@@ -170,9 +291,22 @@ def _camvid(root: Path, split: str) -> list[Sample]:
 
 
 def _voc(root: Path, split: str) -> list[Sample]:
-    listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [Sample(n, root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClass" / f"{n}.png") for n in names]
+    images, masks = root / "JPEGImages", root / "SegmentationClass"
+    return [
+        Sample(name, _in_either_case(images / f"{name}.jpg"), _in_either_case(masks / f"{name}.png"))
+        for name in _read_list(root / "ImageSets" / "Segmentation" / f"{split}.txt")
+    ]
+
+
+def _read_list(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, or in UTF-16 with a byte-order mark, that are not empty."""
+    data = check_readable(path).read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        lines = data.decode("utf-16" if wide else "utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a list of names in UTF-8 expected ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _ade20k(root: Path, split: str) -> list[Sample]:
@@ -234,7 +368,7 @@ _COCO_STUFF_STUFF = {
 def _coco_stuff_labels() -> Labels:
     values = {name: tuple(range(first, last + 1)) for name, (first, last) in _COCO_STUFF.items()} | _COCO_STUFF_STUFF
     meaning = {value: index for index, of_class in enumerate(values.values()) for value in of_class}
-    return _labels(tuple(values), {**meaning, VOID: VOID})
+    return Labels(tuple(values), {**meaning, VOID: VOID})
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -242,13 +376,16 @@ LAYOUTS: dict[str, Layout] = {
     "camvid": Layout(_camvid, "train", "test", make_labels(_CAMVID, void=(len(_CAMVID),))),
     "voc": Layout(_voc, "train", "val", make_labels(_VOC)),
     "ade20k": Layout(
-        _ade20k, "training", "validation", make_labels([str(index) for index in range(1, 151)], void=(0,), first=1)
+        _ade20k,
+        "training",
+        "validation",
+        make_labels([str(index) for index in range(1, 151)], void=(0,), values=range(1, 151)),
     ),
     "cityscapes": Layout(
         _cityscapes,
         "train",
         "val",
-        _labels(tuple(_CITYSCAPES.values()), {value: index for index, value in enumerate(_CITYSCAPES)}, VOID),
+        Labels(tuple(_CITYSCAPES.values()), {value: index for index, value in enumerate(_CITYSCAPES)}, VOID),
     ),
     "coco-stuff": Layout(_coco_stuff, "train2017", "val2017", _coco_stuff_labels()),
 }

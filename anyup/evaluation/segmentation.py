@@ -17,7 +17,7 @@ from torch import Tensor
 from anyup.encoders import Encoder
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, Carrier, NearestCarrier, averaged_weights, tile
-from anyup.evaluation.datasets import Labels, Sample, check_pair, read_image, read_mask
+from anyup.evaluation.datasets import Labels, Sample, read_image, read_mask
 from anyup.evaluation.probe import Example, Probes, Recipe, Scores, train_step
 from anyup.evaluation.report import spread, table
 from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
@@ -68,14 +68,13 @@ class Source:
 
     def image(self, sample: Sample, mirrored: bool = False) -> Tensor:
         """(1, 3, size, size) in 0..1."""
-        image = read_image(sample.image, self.size)
+        image = read_image(sample, self.size)
         return image.flip(3) if mirrored else image
 
     def features(self, sample: Sample, mirrored: bool = False) -> Tensor:
         """(1, C, h, w) float32, on the CPU."""
 
         def make() -> Tensor:
-            check_pair(sample)
             with torch.no_grad():
                 image = self.image(sample, mirrored)
                 return self.encoder(self.encoder.normalize(image).to(self.device)).float()
@@ -84,7 +83,7 @@ class Source:
 
     def mask(self, sample: Sample, mirrored: bool = False) -> Tensor:
         """(size, size) uint8 with VOID."""
-        mask = read_mask(sample.mask, self.labels, self.size)
+        mask = read_mask(sample, self.labels, self.size)
         return mask.flip(1) if mirrored else mask
 
     def weights(self, upsampler: Learned, sample: Sample, mirrored: bool = False) -> Tensor:
@@ -113,6 +112,20 @@ class Source:
         carriers = {upsampler.name: carrier(upsampler) for upsampler in self.upsamplers}
         return Example(features.to(self.device), self.mask(sample, mirrored).to(self.device), carriers)
 
+    def make(self, sample: Sample, mirrored: bool) -> None:
+        """Put into the cache what is kept of an image."""
+        self.features(sample, mirrored)
+        for upsampler in self.learned if self.keep_attention else ():
+            self.weights(upsampler, sample, mirrored)
+
+    def is_made(self, sample: Sample, mirrored: bool) -> bool:
+        """Whether the cache has all that is kept of an image."""
+        paths = [self.cache.path("features", self._describe(sample, mirrored))]
+        if self.keep_attention:
+            described = [self._describe_attention(upsampler, sample, mirrored) for upsampler in self.learned]
+            paths += [self.cache.path("attention", description) for description in described]
+        return all(path.is_file() for path in paths)
+
     def attention_bytes(self, samples: Sequence[Sample], flips: bool) -> int:
         """Bytes of the attention weights that training on these samples would add to the cache."""
         side = self.size // self.encoder.stride
@@ -128,12 +141,13 @@ class Source:
     def _describe(self, sample: Sample, mirrored: bool) -> dict[str, Any]:
         if sample.image not in self._images:
             self._images[sample.image] = file_fingerprint(sample.image)
-        return {
+        described = {
             "photograph": self._images[sample.image],
             "encoder": self.encoder_digest,
             "short_side": self.size,
             "mirrored": mirrored,
         }
+        return described | ({"as_stored": True} if sample.as_stored else {})
 
     def _describe_attention(self, upsampler: Learned, sample: Sample, mirrored: bool) -> dict[str, Any]:
         model = {"model": self.model_digests[upsampler.name], "arguments": upsampler.model.config}
@@ -141,15 +155,10 @@ class Source:
 
 
 def keep_attention(source: Source, samples: Sequence[Sample], flips: bool, wanted: str, reporter: Reporter) -> bool:
-    """Whether attention weights are kept on disk: as wanted, or for "auto" where they fit; tells the count.
-
-    Raises ValueError for "keep" without a cache.
-    """
+    """Whether attention weights are kept in the cache: as wanted, or for "auto" where they fit; tells the count."""
     if not source.learned or wanted == "recompute":
         return False
     if source.cache.folder is None:
-        if wanted == "keep":
-            raise ValueError("attention: a cache folder to keep it in expected, got none")
         reporter.note("attention weights are computed anew in each epoch: --cache FOLDER would keep them")
         return False
     source.cache.folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +169,25 @@ def keep_attention(source: Source, samples: Sequence[Sample], flips: bool, wante
         f"the cache, {human_bytes(free)} free: {'kept' if keep else 'computed anew in each epoch'}"
     )
     return keep
+
+
+def fill_cache(source: Source, samples: Sequence[Sample], recipe: Recipe, first: int, reporter: Reporter) -> None:
+    """Make what the epochs from `first` on find in the cache and is not there yet, and tell how long that takes.
+
+    What is made once is made before the epochs, so that each of these takes as long as the others.
+    """
+    if source.cache.folder is None:
+        return
+    epochs = [recipe.batches(len(samples), epoch) for epoch in range(first, recipe.epochs)]
+    needed = sorted({pair for batches in epochs for batch in batches for pair in batch})
+    missing = [(samples[i], mirrored) for i, mirrored in needed if not source.is_made(samples[i], mirrored)]
+    what = "features and attention weights" if source.keep_attention else "features"
+    rate = Rate()
+    for count, (sample, mirrored) in enumerate(missing, 1):
+        source.make(sample, mirrored)
+        rate.count(count)
+        left = f", {rate.left(len(missing) - count)} left" if count < len(missing) else f": {duration(rate.elapsed)}"
+        reporter.tick(f"{what}, made once: {count} of {len(missing)} images{left}", last=count == len(missing))
 
 
 def train(
@@ -194,6 +222,7 @@ def train(
         first, history = state["epochs"], state["history"]
         reporter.note(f"{checkpoint}: {first} of {recipe.epochs} epochs are done")
 
+    fill_cache(source, samples, recipe, first, reporter)
     in_epoch = len(recipe.batches(len(samples), 0))
     rate = Rate()
     for epoch in range(first, recipe.epochs):
@@ -209,7 +238,9 @@ def train(
                 steps += 1
             rate.count(iteration + 1 - first * in_epoch)
             left = rate.left((recipe.epochs * in_epoch) - iteration - 1)
-            reporter.tick(f"epoch {epoch + 1} of {recipe.epochs}, batch {number + 1} of {in_epoch}, {left} left")
+            reporter.tick(
+                f"epoch {epoch + 1} of {recipe.epochs}, batch {number + 1} of {in_epoch}, {left} left to train"
+            )
         means = (total / max(steps, 1)).tolist()
         history.append(dict(zip(source.methods, means, strict=True)))
         with complete_or_absent(checkpoint) as partial:
@@ -233,6 +264,7 @@ def test(source: Source, samples: Sequence[Sample], probes: Probes, reporter: Re
     """Scores of every method and seed over all samples, the upsamplers run as a user would run them."""
     scores = Scores(source.methods, probes.seeds, source.labels.classes)
     size = (source.size, source.size)
+    rate = Rate()
     with torch.inference_mode():
         for count, sample in enumerate(samples, 1):
             features = source.features(sample).to(source.device)
@@ -242,7 +274,9 @@ def test(source: Source, samples: Sequence[Sample], probes: Probes, reporter: Re
             for index, upsampler in enumerate(source.upsamplers):
                 logits = upsampler(image, features, size, values=low[index][None])
                 scores.update(upsampler.name, logits[0].unflatten(0, (len(probes.seeds), -1)), mask)
-            reporter.tick(f"testing: {count} of {len(samples)} images", last=count == len(samples))
+            rate.count(count)
+            left = f", {rate.left(len(samples) - count)} left" if count < len(samples) else ""
+            reporter.tick(f"testing: {count} of {len(samples)} images{left}", last=count == len(samples))
     return scores.compute()
 
 
@@ -276,6 +310,7 @@ def _settings(source: Source, samples: Sequence[Sample], recipe: Recipe, seeds: 
         "weights": source.model_digests,
         "size": source.size,
         "classes": list(source.labels.names),
+        "values": source.labels.describe(),
         "images": [sample.name for sample in samples],
         "seeds": list(seeds),
         "recipe": {name: _plain(value) for name, value in dataclasses.asdict(recipe).items()},
