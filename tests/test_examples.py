@@ -23,7 +23,6 @@ import anyup
 from anyup import cli
 from anyup.checkpoints import NAMED
 from anyup.images import normalize_imagenet, save_picture
-from anyup.training import config
 
 pytest.importorskip("PIL")
 
@@ -247,9 +246,10 @@ def every_command() -> Iterator[list[str]]:
 def test_command_is_one_that_can_be_typed(words: list[str]) -> None:
     parser, arguments = parser_of(words)
     assert {word for word in arguments if word.startswith("-")} <= every_option(parser)  # which no abbreviation is
-    typed = cli._parse(arguments) if parser.prog == "anyup" else parser.parse_args(arguments)
-    if arguments[0] == "train":
-        config.read(typed.config, typed.settings)
+    if parser.prog == "anyup":
+        cli._parse(arguments)  # which reads the settings of a training, too
+    else:
+        parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize(
