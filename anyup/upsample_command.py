@@ -16,6 +16,7 @@ from anyup.upsample_inputs import (
     guidance,
     load_and_encode,
     load_model,
+    read_guide,
     read_head,
     read_values,
     resolve_size,
@@ -33,7 +34,8 @@ Upsample a feature map, guided by the photograph it belongs to, and write the re
 
 The features come from an encoder that is run on the photograph (--encoder), or from a file (--features):
 .npy, .npz, .pt, .pth or .safetensors, of shape (C, h, w) or (1, C, h, w), any C, not normalised in any
-particular way.
+particular way. The photograph is turned by its EXIF orientation; it is taken as stored, and that is told,
+where features from a file have its proportions only so.
 
 A .npy or .zarr file is written piece by piece and may be larger than the memory; interrupted, it leaves
 OUT.part, which the same command completes with --resume.
@@ -145,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
     from anyup.demo import choose_device
     from anyup.fingerprint import file_fingerprint, module_fingerprint, tensor_fingerprint
     from anyup.finite import check_map, overflow
-    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_features, read_photo
+    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_features
     from anyup.problem import check_region
     from anyup.progress import Progress
 
@@ -159,7 +161,8 @@ def run(arguments: argparse.Namespace) -> None:
     if output is not None and in_pieces and not arguments.resume:
         array_files.check_new(output)
     device = choose_device(arguments.device)
-    photo = read_photo(arguments.photo)
+    given = read_features(arguments.features) if arguments.features else None
+    photo = read_guide(arguments.photo, given, progress)
     native = (int(photo.shape[2]), int(photo.shape[3]))
     whole = resolve_size(arguments.size, native) if arguments.size else native
     try:
@@ -192,8 +195,8 @@ def run(arguments: argparse.Namespace) -> None:
         there = array_files.bytes_there(output) if output is not None and arguments.resume else 0
         _check_room((channels, *region[2:]), itemsize, output, there, None if in_pieces else device)
 
-    if arguments.features:
-        features = read_features(arguments.features)
+    if given is not None:
+        features = given
         check(features, arguments.features)
     model = load_model(arguments, device, progress)
     if arguments.encoder:

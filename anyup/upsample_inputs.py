@@ -47,6 +47,31 @@ def load_model(arguments: argparse.Namespace, device: torch.device, progress: Pr
     return model
 
 
+def read_guide(path: str, features: Tensor | None, progress: Progress) -> Tensor:
+    """The photograph (1, 3, H, W) in 0..1, turned by its EXIF orientation.
+
+    As it is stored, and told so, where features (1, C, h, w) of a file have its proportions so and not when turned.
+    """
+    from anyup.images import read_picture, to_rgb01
+
+    picture = read_picture(path)
+    fits = [features is None or _proportions_of(size, features) for size in (picture.pixels.size, picture.turned_size)]
+    if fits != [True, False]:
+        return to_rgb01(picture.turned(), path)
+    width, height = picture.pixels.size
+    progress.note(
+        f"{path}: taken as it is stored, {height} x {width}, not turned by its EXIF orientation: features from a file "
+        "have these proportions"
+    )
+    return to_rgb01(picture.pixels, path)
+
+
+def _proportions_of(size: tuple[int, int], features: Tensor) -> bool:
+    """Whether a map may be of a picture of that size (width, height), each of its sides rounded to whole cells."""
+    (width, height), (rows, columns) = size, features.shape[2:]
+    return abs(rows * width - columns * height) <= width + height
+
+
 def load_and_encode(arguments: argparse.Namespace, photo: Tensor, device: torch.device, progress: Progress) -> Tensor:
     """Features (1, C, h, w) of the photograph by the encoder that was named."""
     from anyup.encoders import load_encoder

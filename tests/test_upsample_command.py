@@ -104,6 +104,28 @@ def test_a_region_is_that_part_of_the_result(output: str) -> None:
     assert read_photo("out.png").shape == (1, 3, 10, 16)
 
 
+@pytest.mark.parametrize(
+    ("orientation", "grid", "as_stored"),
+    [(6, (6, 8), True), (6, (8, 6), False), (6, (7, 7), False), (1, (8, 6), False), (3, (6, 8), False)],
+)
+def test_a_photograph_is_turned_unless_the_features_fit_it_only_as_stored(
+    orientation: int, grid: tuple[int, int], as_stored: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open("photo.png") as opened:
+        opened.save("photo.png", exif=exif)
+    features = torch.randn(CHANNELS, *grid)
+    save_array("features.npy", features)
+    assert upsample("-o", "out.npy") == 0
+    assert ("taken as it is stored, 24 x 32" in capsys.readouterr().err) == as_stored
+    image = normalize_imagenet(read_photo("photo.png", turned=not as_stored))
+    with torch.inference_mode():
+        torch.testing.assert_close(array("out.npy"), checkpoints.load("weights.pth")(image, features[None])[0])
+
+
 def test_a_dtype_is_that_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert upsample("-o", "out.npy", "--dtype", "float16") == 0
     torch.testing.assert_close(array("out.npy"), expected().half(), rtol=2e-3, atol=1e-3)
