@@ -23,7 +23,7 @@ from torch import Tensor
 
 from anyup import assets
 from anyup.finite import not_finite
-from anyup.images import complete_or_absent
+from anyup.images import check_readable, complete_or_absent
 from anyup.installing import pip_install
 from anyup.model import AnyUp, ModelBackend
 
@@ -242,7 +242,7 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
             f"there is no file {str(path)!r} (looked for at {str(path.absolute())!r})"
         )
     _known_suffix(path)
-    return path
+    return check_readable(path, f"name_or_path: {str(path)!r}")
 
 
 def _known_suffix(path: Path) -> str:

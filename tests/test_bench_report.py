@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -230,6 +231,13 @@ def test_what_is_no_result_is_refused_by_name(results: Any, message: str, tmp_pa
     with pytest.raises(ValueError, match=message):
         report_page.write_report(results, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+def test_results_in_a_pipe_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "results.json")
+    with pytest.raises(OSError, match="a regular file expected, this is a named pipe"):
+        stored.read(tmp_path / "results.json")
 
 
 def test_the_command_makes_a_page_of_stored_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -510,3 +510,11 @@ def test_damaged_file_in_the_cache_is_named(hub: Path) -> None:
     (hub / "anyup_paper.pth").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="anyup_paper.pth"):
         load("anyup")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a{suffix}")
+    with pytest.raises(OSError, match=rf"name_or_path: .*a\{suffix}': a regular file expected, this is a named pipe"):
+        checkpoints.load(tmp_path / f"a{suffix}", device="cpu")

@@ -78,6 +78,13 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
         config.read(str(path))
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    text = config.shipped()["mini"].read_text(encoding="utf-8")
+    (tmp_path / "plain.toml").write_text(text, encoding="utf-8")
+    (tmp_path / "marked.toml").write_text(text, encoding="utf-8-sig")
+    assert config._parse(tmp_path / "marked.toml") == config._parse(tmp_path / "plain.toml")
+
+
 def test_a_missing_file_names_the_shipped_ones() -> None:
     with pytest.raises(FileNotFoundError, match="one of mini, published"):
         config.read("maxi")

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyup.images import check_readable
+
 Row = Mapping[str, Any]
 
 FORMAT = 1
@@ -31,7 +33,7 @@ _AMOUNTS = ("seconds", "output_bytes", "floor_seconds", "times_floor", "speed_up
 def read_json(path: Path, what: str) -> Any:
     """A JSON file. Raises OSError where it cannot be read, ValueError naming it and what it should be otherwise."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(check_readable(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected {what}, this is no JSON ({error})") from error
 

@@ -210,7 +210,7 @@ def _toml() -> Any:
 def _parse(path: Path) -> dict[str, Any]:
     toml = _toml()
     try:
-        return dict(toml.loads(path.read_text(encoding="utf-8")))
+        return dict(toml.loads(path.read_text(encoding="utf-8-sig")))
     except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
