@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from anyup.image_context import ImageContext
 from anyup.model import AnyUp
+from anyup.ops.precision import FLOATING
 
 if TYPE_CHECKING:
     from anyup.streaming import Stream
@@ -86,11 +87,13 @@ def with_head(upsampler: AnyUp, head: nn.Conv2d | nn.Linear) -> WithHead:
     """The upsampler and a 1x1 convolution or linear layer as one module, exact and cheaper than one after the other.
 
     Raises:
-        TypeError: a head that is neither `nn.Conv2d` nor `nn.Linear`.
+        TypeError: a head that is neither `nn.Conv2d` nor `nn.Linear`, or not of real floating-point numbers.
         ValueError: a convolution that sees more than its pixel.
     """
     if not isinstance(head, (nn.Conv2d, nn.Linear)):
         raise TypeError(f"head: expected nn.Conv2d or nn.Linear, got {type(head).__name__}")
+    if head.weight.dtype not in FLOATING:
+        raise TypeError(f"head: expected floating-point weights of 16, 32 or 64 bits, got {head.weight.dtype}")
     if isinstance(head, nn.Conv2d) and (
         head.kernel_size != (1, 1) or head.stride != (1, 1) or head.padding not in ((0, 0), "valid", "same")
     ):

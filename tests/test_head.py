@@ -110,6 +110,11 @@ def test_a_head_of_another_kind_is_refused(head: Any) -> None:
         with_head(upsampler(), head)
 
 
+def test_a_head_of_complex_numbers_is_refused() -> None:
+    with pytest.raises(TypeError, match="head: expected floating-point weights .*, got torch.complex64"):
+        with_head(upsampler(), nn.Linear(12, 5, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize("head", [nn.Conv2d(12, 5, 1), nn.Linear(12, 5)], ids=["convolution", "linear"])
 @pytest.mark.parametrize(
     ("features", "error"),
