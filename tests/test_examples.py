@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,21 @@ def test_names_in_the_text_are_there(name: str) -> None:
             module, _, attribute = span.rpartition(".")
             if not hasattr(importlib.import_module(module), attribute):
                 importlib.import_module(span)
+
+
+def test_readme_gives_the_signature_of_the_call() -> None:
+    page = read("README.md")
+    (span,) = [span for span in page.spans if span.startswith("upsampler(image, features, output_size=None")]
+    described = ast.parse(f"def {span}: ...").body[0]
+    actual = ast.parse(textwrap.dedent(inspect.getsource(anyup.AnyUp.forward))).body[0]
+    assert isinstance(described, ast.FunctionDef) and isinstance(actual, ast.FunctionDef)
+    for argument in ast.walk(actual.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    del actual.args.args[0]  # self
+    assert ast.unparse(described.args) == ast.unparse(actual.args)
+    rows = re.findall(r"^\| `(\w+)` \|", page.text.split("### The call")[1].split("**")[0], re.MULTILINE)
+    assert {"image", "features", *rows} == {node.arg for node in ast.walk(actual.args) if isinstance(node, ast.arg)}
 
 
 def every_command() -> Iterator[list[str]]:
