@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from anyup.installing import pip_install
 from anyup.outputs import no_room, reserve
+from anyup.run_lock import only_run
 
 SUFFIXES = (".npy", ".zarr")
 
@@ -40,11 +40,19 @@ def bytes_there(path: Path) -> int:
     )
 
 
-def check_new(path: Path) -> None:
-    """Raise FileExistsError where an interrupted run has left something for this file."""
+@contextmanager
+def begun(path: Path, *, resume: bool, tell: Callable[[str], None]) -> Iterator[None]:
+    """Keep other runs from a file, within the block; `tell` hears where the file system cannot.
+
+    Raises FileExistsError where another run is at work, or where an interrupted one has left something and `resume` is
+    not asked for.
+    """
     partial = _partial_of(path)
-    if partial.exists():
-        raise FileExistsError(f"{partial}: left by an interrupted run; --resume completes it, deleting it begins anew")
+    with only_run(partial, tell) as alone:
+        if partial.exists() and not resume:
+            whose = "an interrupted run" if alone else "an interrupted run, or being written by another one"
+            raise FileExistsError(f"{partial}: left by {whose}; --resume completes it, deleting it begins anew")
+        yield
 
 
 def _partial_of(path: Path) -> Path:
@@ -53,7 +61,7 @@ def _partial_of(path: Path) -> Path:
 
 
 class PartialArray:
-    """An array (C, H, W) on its way into a file.
+    """An array (C, H, W) on its way into a file that is `begun`.
 
     Attributes:
         out: what to write into, (1, C, H, W).
@@ -64,20 +72,10 @@ class PartialArray:
     def __init__(
         self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any], rows: int
     ) -> None:
-        """Begin anew, for pieces of so many rows.
-
-        Raises FileExistsError where one was interrupted or is at work, OSError where the disk has no room.
-        """
+        """Begin anew, for pieces of so many rows. Raises OSError where the disk has no room."""
         self._begin(path, shape, dtype, asked)
-        check_new(path)
-        # The first of two runs that begin at once takes the name; the other one stops here.
-        if self._is_npy:
-            self._partial.touch(exist_ok=False)
-        else:
-            self._partial.mkdir()
         try:
             self._stored = self._create(rows)
-            self._claim()
         except BaseException:
             self.discard()
             raise
@@ -88,13 +86,10 @@ class PartialArray:
     ) -> PartialArray:
         """Go on with what was interrupted, or begin where nothing was.
 
-        Raises ValueError where something else had been asked for, or where the files are damaged, FileExistsError
-        where another run is at work.
+        Raises ValueError where something else had been asked for, or where the files are damaged.
         """
         self = cls.__new__(cls)
         self._begin(path, shape, dtype, asked)
-        if self._partial.exists():
-            self._claim()
         if not self._state.exists():
             self.discard()  # interrupted before a piece was there
             return cls(path, shape, dtype, asked, rows)
@@ -124,7 +119,6 @@ class PartialArray:
         self._asked = {**asked, "shape": list(shape), "stored dtype": self._dtype}
         self.pieces = 0
         self.tile: tuple[int, ...] | None = None
-        self._let_go: Callable[[], object] = lambda: None
 
     @property
     def _is_npy(self) -> bool:
@@ -149,36 +143,17 @@ class PartialArray:
         os.replace(self._partial, self._path)
         for path in (self._state, self._next_state):
             _remove(path)
-        self._let_go()
 
     def close(self) -> bool:
         """After an interruption: whether anything is left that can be completed; what cannot is removed."""
         if self.pieces == 0:
             self.discard()
-        self._let_go()
         return self.pieces > 0
 
     def discard(self) -> None:
         """Leave nothing."""
         for path in (self._state, self._next_state, self._partial):
             _remove(path)
-        self._let_go()
-
-    def _claim(self) -> None:
-        """Keep other runs from what is there, until this one ends, in whatever way."""
-        try:
-            import fcntl
-        except ImportError:
-            return  # Windows
-        handle = os.open(self._partial, os.O_RDONLY)
-        self._let_go = weakref.finalize(self, os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._let_go()
-            raise FileExistsError(f"{self._partial}: another run is writing it") from error
-        except OSError:
-            return  # a file system without locks
 
     @contextmanager
     def telling_what_is_needed(self) -> Iterator[None]:

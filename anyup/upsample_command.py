@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,14 +142,8 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None and arguments.encoder is None:
             raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
 
-    import torch
-
-    from anyup import __version__, array_files
-    from anyup.demo import choose_device
-    from anyup.fingerprint import file_fingerprint, module_fingerprint, tensor_fingerprint
-    from anyup.finite import check_map, overflow
-    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, read_features
-    from anyup.problem import check_region
+    from anyup import array_files
+    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES
     from anyup.progress import Progress
 
     progress = Progress()
@@ -158,8 +153,24 @@ def run(arguments: argparse.Namespace) -> None:
     in_pieces = output is not None and output.suffix.lower() in array_files.SUFFIXES
     if arguments.resume and not in_pieces:
         raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")
-    if output is not None and in_pieces and not arguments.resume:
-        array_files.check_new(output)
+    with ExitStack() as stack:
+        if output is not None and in_pieces:
+            stack.enter_context(array_files.begun(output, resume=arguments.resume, tell=progress.note))
+        _upsample(arguments, output, picture, in_pieces, progress)
+
+
+def _upsample(
+    arguments: argparse.Namespace, output: Path | None, picture: Path | None, in_pieces: bool, progress: Progress
+) -> None:
+    import torch
+
+    from anyup import __version__, array_files
+    from anyup.demo import choose_device
+    from anyup.fingerprint import file_fingerprint, module_fingerprint, tensor_fingerprint
+    from anyup.finite import check_map, overflow
+    from anyup.images import read_features
+    from anyup.problem import check_region
+
     device = choose_device(arguments.device)
     given = read_features(arguments.features) if arguments.features else None
     photo = read_guide(arguments.photo, given, progress)

@@ -16,12 +16,15 @@ import pytest
 from anyup import cli, options
 from anyup.bench import report_page
 from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
+from anyup.evaluation import arguments
 from anyup.training.config import Settings
 
 NO_PATHS = {"device", "workload", "train_split", "test_split", "settings"}
 """Options of every command whose text names no file."""
 
 NO_PATHS_IN_SETTINGS = {"draw", "model.window", "optimizer.decay", "run.device", "run.precision", "run.backend"}
+
+OF_NUMBERS = (options.size, options.region, options.memory, arguments._classes, arguments._value)
 
 COMMANDS: dict[str, dict[str, str]] = {
     "demo": {},
@@ -86,9 +89,7 @@ def test_every_option_declares_what_its_text_is(command: str) -> None:
         if action.nargs == 0 or action.choices is not None:
             continue
         made_by = getattr(action.type, "__qualname__", "")
-        is_number = made_by.startswith(("whole_number.", "number.")) or action.type in (
-            options.size, options.region, options.memory
-        )  # fmt: skip
+        is_number = made_by.startswith(("whole_number.", "number.")) or action.type in OF_NUMBERS
         is_path = isinstance(action.type, type) and issubclass(action.type, (Read, Written, Kept))
         is_text = action.type is options.nonempty and action.dest in NO_PATHS
         assert is_number or is_path or is_text, f"{command} {action.dest}: what is it?"

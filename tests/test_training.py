@@ -179,6 +179,29 @@ def test_resuming_needs_a_checkpoint(folder: Path) -> None:
         train(folder, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ("output={folder}/file", NotADirectoryError, "output: expected a folder"),
+        ("output={folder}/file/run", OSError, "file"),
+        ("data.cache={folder}/file", OSError, "file"),
+        ("data.cache={folder}/file/cache", OSError, "file"),
+        ("run.backend=flex", NotImplementedError, "no backend can run this"),
+        ("run.device=cuda:77", ValueError, "cuda:77"),
+        ("model.weights=nothing", FileNotFoundError, "nothing"),
+    ],
+)
+def test_a_run_that_cannot_be_stops_before_any_features_are_made(
+    folder: Path, setting: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "file").write_text("kept", encoding="utf-8")
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("features are made"))
+    with pytest.raises(error, match=message):
+        train(folder, setting.format(folder=folder.as_posix()))
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "file", "photographs"}
+    assert (folder / "file").read_text(encoding="utf-8") == "kept"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path) -> None:
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         train(folder, "optimizer.learning_rate=1e30", "optimizer.steps=20", "run.validate_every=0")

@@ -25,6 +25,7 @@ from anyup.bench.timing import Clock, host_clock
 from anyup.ops.refusals import remembered
 from anyup.options import UsageError
 from anyup.progress import human_bytes
+from anyup.run_lock import folder_for, only_run
 
 _BUSY_LOAD = 0.5
 _STEADY = 0.1  # a matrix product's rate before and after may differ by as much
@@ -85,16 +86,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--published: {error}") from error
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    try:
-        file = ResultsFile(chosen.output / "results.json", machine.describe(chosen.device), restart=chosen.restart)
-    except MachineError as error:
-        raise UsageError(str(error)) from error
-    _warn_of_load()
-    suite = comparisons(chosen.device, quick=chosen.quick, published=code is not None, natten=has_natten())
-    if chosen.only:
-        suite = [comparison for comparison in suite if comparison.group in chosen.only]
-    run_suite(suite, file, chosen, code)
+    stored = chosen.output / "results.json"
+    with folder_for(chosen.output), only_run(stored, lambda text: _note(text, None)):
+        try:
+            file = ResultsFile(stored, machine.describe(chosen.device), restart=chosen.restart)
+        except MachineError as error:
+            raise UsageError(str(error)) from error
+        _warn_of_load()
+        suite = comparisons(chosen.device, quick=chosen.quick, published=code is not None, natten=has_natten())
+        if chosen.only:
+            suite = [comparison for comparison in suite if comparison.group in chosen.only]
+        run_suite(suite, file, chosen, code)
 
 
 def run_suite(

@@ -34,6 +34,7 @@ from anyup.ops.kernel_device import device_reasons
 from anyup.ops.window_attention import fused
 from anyup.ops.window_attention.problem import WindowAttentionProblem
 from anyup.progress import Progress
+from anyup.run_lock import only_run
 from anyup.window import Window
 
 if TYPE_CHECKING:
@@ -396,7 +397,7 @@ def run(
         return AttentionPasses(workload, dtype, device, heads=heads[0], head_dim=heads[1], window=window)
 
     try:
-        with torch.cuda.device(place), matmul_precision(precision):
+        with only_run(path, progress.note), torch.cuda.device(place), matmul_precision(precision):
             for found in tune(
                 place,
                 name,

@@ -100,6 +100,7 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
     )
 
     pictures = command("pictures", "principal components of features, side by side", _PICTURES)
+    pictures.set_defaults(cache=None)
     _add_photographs(pictures)
     _add_encoders(pictures, several=True)
     pictures.add_argument(

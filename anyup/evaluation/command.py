@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW, checkpoint_of
+from anyup.run_lock import folder_for, only_run
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,11 @@ def run(arguments: argparse.Namespace) -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-    {"features": _features, "pictures": _pictures, "segmentation": _segmentation}[arguments.evaluation](arguments)
+    with ExitStack() as stack:
+        for folder in (arguments.cache, arguments.output if arguments.evaluation == "pictures" else None):
+            if folder is not None:
+                stack.enter_context(folder_for(folder))
+        {"features": _features, "pictures": _pictures, "segmentation": _segmentation}[arguments.evaluation](arguments)
 
 
 def _features(arguments: argparse.Namespace) -> None:
@@ -74,7 +80,6 @@ def _pictures(arguments: argparse.Namespace) -> None:
 
     photographs = dict(list(_held_out(arguments.photographs, arguments.every).items())[: arguments.count])
     folder = Path(arguments.output)
-    folder.mkdir(parents=True, exist_ok=True)
     reporter, device, upsamplers = _start(arguments)
     encoders = _load_encoders(arguments.encoder, device)
     shown = [upsampler for upsampler in upsamplers if upsampler.name != "nearest"]  # it is the picture of the features
@@ -92,16 +97,23 @@ def _pictures(arguments: argparse.Namespace) -> None:
 
 
 def _segmentation(arguments: argparse.Namespace) -> None:
+    from anyup.images import check_writable
+    from anyup.training.reporting import Reporter
+
+    output = check_writable(arguments.output, (".json",), "results")
+    checkpoint = check_writable(checkpoint_of(arguments), (".pt",), "checkpoint")
+    with only_run(checkpoint, Reporter().note):
+        _probe(arguments, output, checkpoint)
+
+
+def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> None:
     import dataclasses
 
     from anyup.evaluation import datasets, segmentation
     from anyup.evaluation.cache import TensorCache
     from anyup.evaluation.probe import Recipe, Scores
     from anyup.evaluation.report import surroundings, write_json
-    from anyup.images import check_writable
 
-    output = check_writable(arguments.output, (".json",), "results")
-    checkpoint = check_writable(checkpoint_of(arguments), (".pt",), "checkpoint")
     if checkpoint.exists() and not arguments.resume:
         raise FileExistsError(
             f"{checkpoint}: left by an earlier run, interrupted or complete; --resume goes on from it (only tests "

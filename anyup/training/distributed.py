@@ -92,6 +92,11 @@ class AccelerateEngine(Engine):
         self._accelerator.end_training()
 
 
+def is_first() -> bool:
+    """Whether this process will be the one that reports and writes, as torchrun tells it."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def start(device: torch.device) -> Engine:
     """The engine for this process: several where torchrun says so."""
     return AccelerateEngine(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Engine(device)

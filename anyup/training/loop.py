@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import anyup
 from anyup.demo import choose_device
+from anyup.run_lock import folder_for, only_run
 from anyup.stopping import on_request
 from anyup.training import distributed, state, validation
 from anyup.training.config import Settings
@@ -18,7 +20,7 @@ from anyup.training.log import Log
 from anyup.training.photographs import find_photographs
 from anyup.training.preparation import Prepared, prepare
 from anyup.training.reporting import Rate, Reporter, duration
-from anyup.training.trainer import Trainer, make_upsampler
+from anyup.training.trainer import Trainer, make_upsampler, require_backends
 from anyup.training.variation import TILES
 
 FINAL = "final.pth"
@@ -33,27 +35,28 @@ def train(
     TensorBoard reads. Returns the number of the signal that interrupted it, None where all is done. Raises ValueError,
     OSError or ImportError before any work where the settings cannot be met.
     """
-    output = Path(settings.output)
-    latest = output / state.LATEST
-    if not cache_only and latest.exists() and not resume:
-        raise ValueError(f"output: {latest} exists; --resume goes on from it, output=FOLDER starts another run")
-    if resume and not latest.is_file():
-        raise FileNotFoundError(f"--resume: there is no checkpoint {latest}")
     if cache_only and not settings.data.cache:
         raise ValueError("--cache-only: data.cache names no folder")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output: expected a folder, {output} is a file")
-    # Weights, widths or a backend that there are not are met now, not after all features.
-    upsampler = None if cache_only else make_upsampler(settings)
-    found = find_photographs(settings.data.photographs)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    with distributed.start(choose_device(settings.run.device or None)) as engine:
+    output = Path(settings.output)
+    latest = output / state.LATEST
+    reporter = reporter or Reporter(silent=not distributed.is_first())
+    with ExitStack() as stack:
+        if not cache_only:
+            _claim(stack, output, latest, resume, reporter)
+        if settings.data.cache:
+            stack.enter_context(folder_for(settings.data.cache))
+        # Weights, widths or a backend that there are not are met now, not after all features.
+        upsampler = None if cache_only else make_upsampler(settings)
+        found = find_photographs(settings.data.photographs)
+        if settings.run.threads:
+            torch.set_num_threads(settings.run.threads)
+        engine = stack.enter_context(distributed.start(choose_device(settings.run.device or None)))
         images = settings.optimizer.batch // (TILES if settings.variation.mosaic else 1)
         if images < engine.world:
             what = "one mosaic" if settings.variation.mosaic else "one sample"
             raise ValueError(f"optimizer.batch: expected {what} or more for each of {engine.world} processes")
-        reporter = reporter or Reporter(silent=not engine.first)
+        if upsampler is not None:
+            require_backends(upsampler.to(engine.device), settings)
         prepared = prepare(settings, found, engine, reporter)
         if upsampler is None:
             return None
@@ -61,8 +64,20 @@ def train(
         if resume:
             changes = trainer.resume(latest)
             reporter.note(f"going on after step {trainer.step}" + "".join(f"\n  {change}" for change in changes))
-        output.mkdir(parents=True, exist_ok=True)
         return _Run(trainer, prepared, output, reporter).go()
+
+
+def _claim(stack: ExitStack, output: Path, latest: Path, resume: bool, reporter: Reporter) -> None:
+    """Make the output folder, for this run alone, with a checkpoint in it or none as is asked for."""
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"output: expected a folder, {output} is a file")
+    stack.enter_context(folder_for(output))
+    if distributed.is_first():
+        stack.enter_context(only_run(latest, reporter.note))
+    if latest.exists() and not resume:
+        raise ValueError(f"output: {latest} exists; --resume goes on from it, output=FOLDER starts another run")
+    if resume and not latest.is_file():
+        raise FileNotFoundError(f"--resume: there is no checkpoint {latest}")
 
 
 class _Run:

@@ -80,7 +80,7 @@ class Trainer:
         # A process that has nothing to augment has the term all the same.
         sums = dict.fromkeys(self._terms, 0.0)
         for batch in batches:
-            with self._autocast():
+            with autocast(self.settings, engine.device):
                 terms = self._objective(batch.to(engine.device), whole, augmented)
             terms["loss"].backward()
             for name, value in terms.items():
@@ -153,11 +153,6 @@ class Trainer:
             changes.append("the photographs are others: the order of the samples changes")
         return changes
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.settings.run.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.engine.device.type, torch.bfloat16)
-
     def _keep_average(self) -> None:
         decay = self.settings.optimizer.average
         if not decay:
@@ -186,6 +181,20 @@ def make_upsampler(settings: Settings) -> AnyUp:
             upsampler = AnyUp(**arguments, backend=backend)
     upsampler.cross_decode.cross_attn.attention.out_proj.requires_grad_(False)
     return upsampler
+
+
+def require_backends(upsampler: AnyUp, settings: Settings) -> None:
+    """Raise NotImplementedError, with every reason, where no step could run on the backend that is asked for."""
+    device = upsampler.rope.freqs.device
+    image = torch.zeros(1, 3, settings.guidance.largest, settings.guidance.largest, device=device)
+    features = torch.zeros(1, 384, 14, 14, device=device)  # the encoders' are not known yet
+    with autocast(settings, device):
+        upsampler.explain(image, features).require()
+
+
+def autocast(settings: Settings, device: torch.device) -> AbstractContextManager[object]:
+    """What a step computes in."""
+    return nullcontext() if settings.run.precision == "float32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def learning_rate(optimizer: Optimizer, step: int) -> float:
