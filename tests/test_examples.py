@@ -180,7 +180,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     anyup.save(anyup.AnyUp(qk_dim=16, num_heads=2), "ours.safetensors")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "checkout").symlink_to(ROOT)
-    monkeypatch.setattr(anyup.encoders, "load_encoder", lambda name, **arguments: make_encoder(stride=14))
+
+    def load_encoder(name: str, device: str | torch.device = "cpu") -> nn.Module:
+        return make_encoder(stride=14).to(device)
+
+    monkeypatch.setattr(anyup.encoders, "load_encoder", load_encoder)
     return tmp_path
 
 
