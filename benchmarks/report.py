@@ -83,7 +83,7 @@ def _model(results: Results) -> str:
         "C = 384", "anyup", "fastest to slowest", "published forward", "fastest to slowest", "speed-up",
         "times the floor", "peak memory, anyup", "published", "of which output", "difference",
     )  # fmt: skip
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _curve(results: Results) -> str:
@@ -106,7 +106,7 @@ def _curve(results: Results) -> str:
         "C = 384", "time", "microseconds a pixel", "keys in a window (mean)", "times the floor", "peak memory",
         "of which output",
     )  # fmt: skip
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _unification(results: Results) -> str:
@@ -116,7 +116,7 @@ def _unification(results: Results) -> str:
         for name in [{"torch": "anyup", "reference": "as defined"}.get(row["backend"], "")]
         if name
     ]
-    return _table(("feature unification alone", "", "time", "peak memory"), lines)
+    return table(("feature unification alone", "", "time", "peak memory"), lines)
 
 
 def _head(results: Results) -> str:
@@ -132,7 +132,7 @@ def _head(results: Results) -> str:
             row = _find(results, "head", workload.name, operation, "anyup", "triton", "torch")
             if row is not None:
                 lines.append((workload.name, name, _time(row), _size(row, "written_bytes"), _size(row, "peak_bytes")))
-    return _table(("384 to 21 channels", "", "time", "written", "peak memory"), lines)
+    return table(("384 to 21 channels", "", "time", "written", "peak memory"), lines)
 
 
 def _stages(results: Results) -> str:
@@ -143,7 +143,7 @@ def _stages(results: Results) -> str:
         (_with_dtype(row), *(f"{row['stages'][name] / sum(row['stages'].values()):.0%}" for name in names))
         for row in rows
     ]
-    return _table(("C = 384", *names), lines)
+    return table(("C = 384", *names), lines)
 
 
 def _with_dtype(row: Row) -> str:
@@ -161,7 +161,7 @@ def _high_resolution(results: Results) -> str:
         if row["status"] == "ok"
     ]  # fmt: skip
     header = ("C = 384", "", "peak memory", "as planned", "processor time", "microseconds a pixel", "kept")
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _modelled(path: Path) -> str:
@@ -176,7 +176,7 @@ def _modelled(path: Path) -> str:
         for kernel in kernels
     ]
     header = ("modelled", *(f"{device.split()[0]}, {dtype}, {workload}" for device, (dtype, workload) in columns))
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _forward(path: Path) -> str:
@@ -195,7 +195,7 @@ def _forward(path: Path) -> str:
             )
         )  # fmt: skip
     sizes = " / ".join(dict.fromkeys(f"{row['workload']}, C = {row['channels']}" for row in rows))
-    return _table((f"modelled, {sizes}", "whole forward", "floor", *stages, "launches"), lines)
+    return table((f"modelled, {sizes}", "whole forward", "floor", *stages, "launches"), lines)
 
 
 def _machine(results: Results) -> str:
@@ -274,7 +274,7 @@ def _span(numbers: Iterable[float], how: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; raises ValueError without rows, which the page would otherwise lose in silence."""
     if not rows:
         raise ValueError(f"benchmarks: no stored row for the table of {', '.join(filter(None, header))}")

@@ -306,6 +306,17 @@ def test_stages_give_the_call_s_result_and_have_a_time_each() -> None:
     assert all(seconds >= 0 for seconds in measured.values()) and sum(measured.values()) > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_changes_the_weights_and_has_a_row(dtype: str) -> None:
+    sizes = Sizes(replace(TINY, batch=2), dtype, BOTH)
+    call = cases.build("training_step", sizes)
+    first, second = (call().float() for _ in range(2))
+    assert not torch.equal(first, second) and not first.requires_grad
+    contender = Contender("training_step", "anyup", "training_step", work="model")
+    (row,) = engine().run(Comparison("backward", sizes, (contender,)))
+    assert (row["status"], row["pass"], row["dtype"]) == ("ok", BOTH, dtype) and "difference" in row
+
+
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     found = memory.measure_in_child("anyup", Sizes(square(224, 16)))
     output = square(224, 16).output_bytes

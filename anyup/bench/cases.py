@@ -25,6 +25,7 @@ from anyup.ops.pixel_encoder import explain_backends as explain_encoder
 from anyup.ops.query_projection import explain_backends as explain_projection
 from anyup.ops.query_projection import project_queries
 from anyup.ops.window_attention import explain_backends as explain_attention
+from anyup.training.losses import cosine_loss, normalised_error
 from anyup.window import Part
 
 Call = Callable[[], Tensor]
@@ -40,8 +41,8 @@ OPERATIONS = (
 )
 """Operations alone; "query_projection/reference" names one and its backend."""
 
-WHOLE = ("anyup", "published", "head_before", "head_after", "classes_as_values")
-"""Whole calls; "anyup/torch" names a backend."""
+WHOLE = ("anyup", "published", "head_before", "head_after", "classes_as_values", "training_step")
+"""Whole calls; "anyup/torch" names a backend. A training step is one whatever the pass."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,6 +99,8 @@ def build(case: str, sizes: Sizes) -> Call:
     Raises ValueError for an unknown case, NotImplementedError (when called) where a backend cannot.
     """
     operation, _, backend = case.partition("/")
+    if operation == "training_step":
+        return _TrainingStep(backend or None, sizes)
     if operation in WHOLE:
         call, leaves = _whole(operation, backend or None, sizes)
     elif operation in OPERATIONS and backend:
@@ -148,6 +151,31 @@ class ThereAndBack:
             channels = torch.randn(out.shape[1], generator=generator).to(out)
             self._gradient = channels.view(1, -1, *(1,) * (out.ndim - 2)).expand(out.shape)
         out.backward(self._gradient)
+        return out.detach()
+
+
+class _TrainingStep:
+    """A step of the published recipe's losses and optimizer, for features of the output's size that are noise.
+
+    The weights are float32; half precision is autocast's. A call returns the output.
+    """
+
+    def __init__(self, backend: str | None, sizes: Sizes) -> None:
+        self._upsampler = model(device=sizes.device, backend=backend).train()
+        self._image, self._features = (t.to(sizes.device) for t in sizes.workload.inputs())
+        shape = (*self._features.shape[:2], *sizes.workload.size)
+        self._target = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(sizes.device)
+        self._optimizer = torch.optim.AdamW(self._upsampler.parameters(), 2e-4)
+        self._autocast = (torch.device(sizes.device).type, DTYPES[sizes.dtype], sizes.dtype != "float32")
+
+    def __call__(self) -> Tensor:
+        kind, dtype, enabled = self._autocast
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(kind, dtype if enabled else None, enabled=enabled):
+            out: Tensor = self._upsampler(self._image, self._features)
+            loss = (cosine_loss(out, self._target) + normalised_error(out, self._target)).mean()
+        loss.backward()
+        self._optimizer.step()
         return out.detach()
 
 

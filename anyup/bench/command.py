@@ -13,7 +13,7 @@ from typing import TextIO
 
 import torch
 
-from anyup.bench import machine
+from anyup.bench import machine, wording
 from anyup.bench.clock import CudaClock
 from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Speeds
@@ -177,7 +177,7 @@ def line(row: Row) -> str:
     if row.get("speed_up"):
         parts.append(f"{row['speed_up']:.1f} times as fast")
     if row.get("stages"):
-        parts += [f"{stage} {seconds:.4f}" for stage, seconds in row["stages"].items()]
+        parts += [f"{stage} {wording.seconds(seconds)}" for stage, seconds in row["stages"].items()]
     return f"{name} " + "  ".join(parts)
 
 

@@ -312,7 +312,8 @@ class Engine:
         image, features = sizes.inputs()
         stages = Stages(model, image, features)
         whole = cases.build("anyup", sizes)
-        entry.row["difference"] = parity.check(stages.output(), whole(), entry.row["id"])
+        tolerance = parity.TOLERANCE if sizes.dtype == "float32" else parity.HALF_TOLERANCE
+        entry.row["difference"] = parity.check(stages.output(), whole(), entry.row["id"], tolerance)
         entry.row.update(self._times_of(stages, torch.device(sizes.device)))
         entry.row.update(interleave({"": whole}, self.repeats, self.clock)[""].as_row())
         entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]

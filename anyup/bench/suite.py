@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from anyup.bench import high_resolution, published_code
 from anyup.bench.cases import OPERATIONS, Sizes
 from anyup.bench.floors import BOTH
-from anyup.bench.workloads import CURVE, REACH, UNIFICATION, WORKLOADS, square
+from anyup.bench.workloads import CURVE, REACH, TRAINING, UNIFICATION, WORKLOADS, square
 
 OURS = "anyup"
 PUBLISHED = "published"
@@ -84,13 +84,32 @@ def comparisons(device: str, *, quick: bool = False, published: bool = False, na
     return list(_quick(device, code) if quick else _whole(device, code))
 
 
+def essential(device: str) -> dict[str, list[Comparison]]:
+    """What a new card is asked first, what tells most before the rest: whole calls, then those that learn."""
+    whole, learning = [], []
+    for workload in (REACH[1], REACH[0], REACH[2], square(2048, 128)):
+        for dtype in ("bfloat16", "float32"):
+            sizes = Sizes(workload, dtype, device=device)
+            whole += [_model(sizes, OURS, GRAPH, PUBLISHED, group=_group(dtype)), _stages(sizes)]
+    for workload in REACH[:2]:
+        learning.append(_model(Sizes(workload, direction=BOTH, device=device), OURS, PUBLISHED, group="backward"))
+    for dtype in ("bfloat16", "float32"):
+        sizes = Sizes(TRAINING, dtype, BOTH, device)
+        step = Contender("training_step", OURS, "training_step", work="model")
+        learning.append(Comparison("backward", sizes, (step,)))
+    return {"model": whole, "backward": learning}
+
+
+def _group(dtype: str) -> str:
+    return "model" if dtype == "float32" else "dtype"
+
+
 def _quick(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
     graph, dtypes = ((GRAPH,), ("float32", "bfloat16")) if device != "cpu" else ((), ("float32",))
     for dtype in dtypes:
         for workload in REACH[:2]:
-            of_published = code if dtype == "float32" else ()
-            group = "model" if dtype == "float32" else "dtype"
-            yield _model(Sizes(workload, dtype, device=device), OURS, *graph, *of_published, PUBLISHED, group=group)
+            more = (*graph, *code) if dtype == "float32" else graph
+            yield _model(Sizes(workload, dtype, device=device), OURS, *more, PUBLISHED, group=_group(dtype))
         yield _stages(Sizes(REACH[1], dtype, device=device))
 
 
@@ -126,6 +145,11 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
             yield _model(Sizes(workload, dtype, device=device), OURS, *more, group="dtype")
             for operation in OPERATIONS if on_card else ():
                 yield _operation(operation, Sizes(workload, dtype, device=device), group="dtype")
+    yield Comparison(
+        "backward",
+        Sizes(TRAINING, direction=BOTH, device=device),
+        (Contender("training_step", OURS, "training_step", work="model"),),
+    )
     for workload in REACH[:2]:
         baseline = (PUBLISHED,) if workload == REACH[0] else ()
         yield _model(Sizes(workload, direction=BOTH, device=device), OURS, *plain, *baseline, group="backward")

@@ -77,6 +77,9 @@ CURVE = (
 )
 """Strides 14 and 16 at one number of channels."""
 
+TRAINING = square(224, 16, batch=4)
+"""A step of the published recipe."""
+
 UNIFICATION = square(448, 64, channels=1024)
 """The grid on which the feature unification is measured alone; the image plays no part."""
 
@@ -86,7 +89,7 @@ WORKLOADS = (
     square(518, 37),
     Workload((640, 480), (45, 34)),
     square(2048, 128),
-    square(224, 16, batch=4),
+    TRAINING,
     *(square(448, 32, channels=channels) for channels in (96, 768, 1024, 1536)),
 )
 

@@ -69,8 +69,9 @@ class _Clock:
         return self.once(call).seconds
 
 
-@pytest.fixture(autouse=True)
-def _a_card_is_pretended() -> Iterator[None]:
+@contextlib.contextmanager
+def pretended_card() -> Iterator[pytest.MonkeyPatch]:
+    """What a card alone can tell is made up in this block."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode"):
             patch.setattr(torch.cuda, name, lambda *_: None)
@@ -82,8 +83,14 @@ def _a_card_is_pretended() -> Iterator[None]:
         patch.setattr(torch.cuda, "CUDAGraph", _EmptyGraph)
         for name in ("graph", "stream"):
             patch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
-        patch.setattr("test_on_a_card.captured", _captured)
         patch.setattr("anyup.bench.clock.CudaClock", _Clock)
         pinned = (lambda size, dtype: torch.empty(size, dtype=dtype), lambda device: _Happened())
         patch.setattr(outputs._Pinned.__init__, "__defaults__", pinned)
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def _a_card_is_pretended() -> Iterator[None]:
+    with pretended_card() as patch:
+        patch.setattr("test_on_a_card.captured", _captured)
         yield
