@@ -26,6 +26,7 @@ from anyup.finite import not_finite
 from anyup.images import check_readable, complete_or_absent
 from anyup.installing import pip_install
 from anyup.model import AnyUp, ModelBackend
+from anyup.ops.parallel import on_one_thread
 
 __all__ = [
     "MINI",
@@ -122,6 +123,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
+@on_one_thread()
 def load(
     name_or_path: str | os.PathLike[str] = MINI,
     device: str | torch.device = "cpu",

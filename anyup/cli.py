@@ -317,8 +317,12 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    import torch
+
     from anyup.training.loop import train
 
+    if arguments.settings.run.threads:
+        torch.set_num_threads(arguments.settings.run.threads)
     stopped_by = train(arguments.settings, resume=arguments.resume, cache_only=arguments.cache_only)
     if stopped_by is not None:
         stop(stopped_by)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from anyup.image_context import ImageContext, check_grids, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
 from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
+from anyup.ops.parallel import on_threads_for
 from anyup.ops.precision import autocasts, without_autocast, working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.ops.window_attention import window_attention
@@ -203,7 +204,8 @@ class AnyUp(nn.Module):
         device, input_dim = self.rope.freqs.device, self.config["input_dim"]
         size = check_image(image, output_size, input_dim=input_dim, device=device)
         names = check_grids(grids)
-        with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else memory.reuse(), nullcontext() if compiling else self._threads(image, size):
             queries, image_keys = self._encode_image(image, size, names)
         # The caller may write the next frame into the image.
         return ImageContext(
@@ -421,6 +423,15 @@ class AnyUp(nn.Module):
         colors = visualization.key_colors(h, w, device=key.device)[None]
         painted = self._attend(query[:1].detach(), key[:1].detach(), colors, q_chunk_size)
         visualization.show_attention((h, w), painted[0])
+
+    def _threads(
+        self, image: Tensor | ImageContext, size: tuple[int, int], features: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """As many as the largest map of a call takes."""
+        image = image.image if isinstance(image, ImageContext) else image
+        pixels = image.shape[0] * max(math.prod(image.shape[2:]), math.prod(size))
+        largest = max(pixels * self.config["qk_dim"], 0 if features is None else features.numel())
+        return on_threads_for(largest, image.device)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """What queries and keys are computed in: autocast's dtype where it is on, else the parameters'."""

@@ -165,6 +165,21 @@ def call(
     out: Any,
 ) -> Any:
     """The call of an `AnyUp` with checked arguments, within a budget: maps are whole where they may be."""
+    with model._threads(image, size, features):
+        return _call(model, image, features, size, vis_attn, q_chunk_size, values, max_memory, out)
+
+
+def _call(
+    model: AnyUp,
+    image: Tensor | ImageContext,
+    features: Tensor,
+    size: tuple[int, int],
+    vis_attn: bool,
+    q_chunk_size: int | None,
+    values: Tensor | None,
+    max_memory: int | str | None,
+    out: Any,
+) -> Any:
     carried = features if values is None else values
     if out is not None:
         if vis_attn:
@@ -301,6 +316,10 @@ class _Source:
 
     def piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """(B, rows, columns, C)."""
+        with self._model._threads(self._image, self._size, self._features):
+            return self._piece(rows, columns, dtype)
+
+    def _piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         self.prepare()
         height, width, batch = rows.stop - rows.start, columns.stop - columns.start, len(self._features)
         if batch == 1 and height <= rows_at_once(self._rescue.plan):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +16,16 @@ import torch
 from patience import PATIENCE
 from torch import Tensor, nn
 
+import anyup
+from anyup.ops import parallel
 from anyup.ops.parallel import cut, map_tiles, on_one_thread
 
 CPU = torch.device("cpu")
+
+can_set = pytest.mark.skipif(parallel._runtime() is None, reason="torch obeys no number of threads of one thread alone")
+can_fork = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods() or sys.platform != "linux", reason="forks of Linux"
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 20])
@@ -54,6 +64,7 @@ def test_no_thread_outlives_a_call(threads: None) -> None:
     assert threading.active_count() == before
 
 
+@can_set
 def test_tiles_run_side_by_side(threads: None) -> None:
     torch.set_num_threads(2)
     barrier = threading.Barrier(2, timeout=PATIENCE)
@@ -97,17 +108,178 @@ def test_results_are_tensors_of_the_caller_s_mode(mode: Any, count: int, threads
     assert torch.equal(target, torch.arange(6.0)[:, None].expand(6, 3))
 
 
-def test_the_callers_number_of_threads_is_left_alone(threads: None) -> None:
-    torch.set_num_threads(4)
-    map_tiles(lambda n: n, range(8), CPU)
-    assert torch.get_num_threads() == 4
+_SECONDS = 2.0
 
 
-def test_threads_started_later_have_as_many_threads_as_ever(threads: None) -> None:
+def _call_at_random(seconds: float, seed: int) -> None:
+    """Calls, streams and gradients of small models, by one thread among others."""
+    rng = random.Random(seed)
+    model = anyup.AnyUp(qk_dim=16, num_heads=2, lfu_dim=8).eval()
+    before = torch.get_num_threads()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        side = rng.choice([9, 40, 97])  # of few pixels, of one tile, of several
+        image, features = torch.randn(1, 3, side, side), torch.randn(1, 5, 4, 4)
+        match rng.randrange(5):
+            case 0:
+                model(image, features).sum().backward()
+            case 1:
+                with torch.no_grad():
+                    model(model.encode_image(image), features)
+            case 2:
+                with torch.inference_mode():
+                    list(model.stream(image, features, tile=8))
+            case 3:
+                with pytest.raises(LookupError), torch.no_grad():
+                    map_tiles(lambda n: {}[n], range(9), CPU)
+            case _:
+                with torch.no_grad():
+                    model(image, features)
+        assert torch.get_num_threads() == before
+
+
+def test_no_call_changes_the_number_of_threads_that_another_thread_sees(threads: None) -> None:
+    torch.set_num_threads(3)
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(_call_at_random, _SECONDS, seed) for seed in range(8)]
+        seen = set()
+        while not all(call.done() for call in calls):
+            with ThreadPoolExecutor(1) as young:
+                seen |= {torch.get_num_threads(), young.submit(torch.get_num_threads).result()}
+        for call in calls:
+            call.result()
+    assert seen == {3}
+
+
+@can_set
+def test_a_workers_number_is_its_share_in_openmp_and_in_mkl(threads: None) -> None:
+    torch.set_num_threads(20)
+
+    def numbers(n: int) -> list[int]:
+        told = torch.__config__.parallel_info()
+        return [
+            int(line.rsplit(":")[-1])
+            for line in told.splitlines()
+            if "max_threads" in line or "get_num_threads" in line
+        ]
+
+    for found in map_tiles(numbers, range(8), CPU):
+        assert found and set(found) == {2}
+
+
+def test_where_no_number_can_be_set_for_a_thread_alone_the_tiles_run_in_the_caller(
+    threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(4)
-    map_tiles(lambda n: n, range(8), CPU)
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == 4
+    monkeypatch.setattr(parallel, "_runtime", lambda: None)
+    with on_one_thread():
+        assert torch.get_num_threads() == 4
+    assert set(map_tiles(lambda n: threading.current_thread(), range(8), CPU)) == {threading.current_thread()}
+
+
+class _Deaf:
+    """A library that torch does not listen to."""
+
+    def omp_set_num_threads(self, number: int) -> None:
+        pass
+
+    MKL_Set_Num_Threads_Local = omp_set_num_threads
+
+
+def test_a_runtime_that_torch_does_not_listen_to_is_not_taken() -> None:
+    deaf: Any = _Deaf()
+    assert not parallel._Runtime(deaf, deaf).is_obeyed()
+
+
+def _in_process_of_its_own(code: str) -> list[str]:
+    code = "import os, signal, torch, anyup\ntorch.set_num_threads(4)\n" + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@can_set
+@can_fork
+def test_loading_and_small_work_leave_no_threads_behind() -> None:
+    counts = _in_process_of_its_own(
+        """
+image, features = torch.randn(1, 3, 28, 28), torch.randn(1, 384, 2, 2)
+def threads(): print(len(os.listdir("/proc/self/task")))
+threads()
+upsampler = anyup.load()
+threads()
+with torch.inference_mode():
+    upsampler(image, features)
+    upsampler.encode_image(image, grids=[(2, 2)])
+    list(upsampler.stream(image, features))
+threads()
+torch.randn(512, 512) @ torch.randn(512, 512)
+threads()
+"""
+    )
+    assert counts[0] == counts[1] == counts[2] != counts[3]
+
+
+_FORKS = {
+    "os.fork": """
+def check():
+    child = os.fork()
+    if not child:
+        signal.alarm(PATIENCE)
+        call()
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+""",
+    "multiprocessing": """
+import multiprocessing
+def check():
+    child = multiprocessing.get_context("fork").Process(target=call)
+    child.start()
+    child.join(PATIENCE)
+    print(child.exitcode)
+    child.kill()
+""",
+}
+
+
+@can_fork
+@pytest.mark.parametrize("how", _FORKS)
+def test_a_child_of_a_process_that_loaded_or_called_does_the_same_work(how: str) -> None:
+    code = """
+upsampler = anyup.load()
+image, features = torch.randn(1, 3, 112, 112), torch.randn(1, 384, 8, 8)
+def call():
+    with torch.no_grad(): return upsampler(image, features)
+FORK
+check()
+call()
+check()
+large = torch.randn(512, 512)
+large @ large, large.exp()
+check()
+"""
+    code = code.replace("FORK", _FORKS[how]).replace("PATIENCE", str(int(PATIENCE / 4)))
+    assert _in_process_of_its_own(code) == ["0", "0", "0"]
+
+
+@can_fork
+def test_a_worker_is_gone_when_its_process_forks() -> None:
+    code = """
+import warnings
+from anyup.ops.parallel import map_tiles
+warnings.simplefilter("ignore")
+a = torch.randn(256, 256)
+def work(): map_tiles(lambda n: a @ a, range(8), torch.device("cpu"))
+for _ in range(20):
+    work()
+    child = os.fork()
+    if not child:
+        signal.alarm(PATIENCE)
+        work()
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
+    assert set(_in_process_of_its_own(code.replace("PATIENCE", str(int(PATIENCE / 2))))) == {"0"}
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -124,28 +296,6 @@ def test_several_callers_at_once_get_their_own_results(count: int, threads: None
             torch.testing.assert_close(torch.stack(results), inputs[which] @ weight)
 
 
-def _in_child(queue: Any) -> None:
-    queue.put([t.item() for t in map_tiles(lambda n: torch.ones(1000).sum() * n, range(10), CPU)])
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_can_run_tiles_after_its_parent_did(threads: None) -> None:
-    torch.set_num_threads(2)
-    map_tiles(lambda n: torch.ones(1000).sum() * n, range(10), CPU)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue,))
-    child.start()
-    try:
-        assert queue.get(timeout=PATIENCE) == [1000.0 * n for n in range(10)]
-        child.join(timeout=PATIENCE)
-        assert child.exitcode == 0
-    finally:
-        child.kill()
-        child.join()
-
-
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 4097])
 @pytest.mark.parametrize("multiple", [1, 7, 300])
 def test_a_cut_covers_the_length_in_whole_multiples(length: int, multiple: int, threads: None) -> None:
@@ -155,6 +305,7 @@ def test_a_cut_covers_the_length_in_whole_multiples(length: int, multiple: int, 
     assert all(tile.stop - tile.start <= max(64, multiple) for tile in tiles)
 
 
+@can_set
 def test_small_work_between_tiles_wakes_no_thread_and_leaves_their_number_alone(threads: None) -> None:
     before = torch.get_num_threads()
     with on_one_thread():

@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import anyup
 from anyup.demo import choose_device
 from anyup.run_lock import folder_for, only_run
@@ -48,8 +46,6 @@ def train(
         # Weights, widths or a backend that there are not are met now, not after all features.
         upsampler = None if cache_only else make_upsampler(settings)
         found = find_photographs(settings.data.photographs)
-        if settings.run.threads:
-            torch.set_num_threads(settings.run.threads)
         engine = stack.enter_context(distributed.start(choose_device(settings.run.device or None)))
         images = settings.optimizer.batch // (TILES if settings.variation.mosaic else 1)
         if images < engine.world:
