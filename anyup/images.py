@@ -44,6 +44,7 @@ __all__ = [
     "save_array",
     "save_picture",
     "to_pil",
+    "to_rgb01",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
@@ -150,7 +151,7 @@ _INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's types that an orientation
 
 def _orientation(exif: bytes) -> int | None:
     """The orientation that an EXIF block holds, whatever else in it is broken; None where it holds none."""
-    tiff = exif.removeprefix(b"Exif\0\0")
+    tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")  # some cameras write it twice
     order = ">" if tiff[:2] == b"MM" else "<"
     with suppress(struct.error):  # where the block ends too early
         (first,) = struct.unpack_from(f"{order}I", tiff, 4)
@@ -190,10 +191,10 @@ def to_rgb01(image: Image.Image, path: str | os.PathLike[str]) -> Tensor:
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = numpy.array(image.convert("RGB"))
-    except ValueError as error:
-        raise ValueError(f"{path}: colours expected, got Pillow's mode {image.mode} ({error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div_(255).contiguous()
+        pixels = torch.from_numpy(numpy.array(image.convert("RGB")))
+        return pixels.permute(2, 0, 1)[None].float().div_(255).contiguous()
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
+        raise ValueError(f"{path}: Pillow's mode {image.mode} cannot be brought to RGB ({error})") from error
 
 
 def normalize_imagenet(rgb01: Tensor) -> Tensor:

@@ -198,6 +198,16 @@ def test_unreadable_photos_are_named_and_told_apart(tmp_path: Path) -> None:
         read_photo(tmp_path / "cut.png")
 
 
+def test_a_mode_that_has_no_way_to_rgb_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(self: object, mode: str) -> None:
+        raise ValueError("conversion not supported")
+
+    Image.new("LAB", (3, 2)).save(tmp_path / "lab.tif")
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(ValueError, match=r"lab\.tif: Pillow's mode LAB cannot be brought to RGB \(conversion not"):
+        read_photo(tmp_path / "lab.tif")
+
+
 def test_a_picture_too_large_to_be_meant_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(_levels()).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
