@@ -721,6 +721,15 @@ def test_what_is_kept_in_the_cache_changes_no_bit(data: Path, tmp_path: Path) ->
     assert all(size <= path.stat().st_size < size + 200 for path in kept)
 
 
+def test_the_cache_tells_an_image_that_is_turned_from_the_same_as_stored(data: Path, tmp_path: Path) -> None:
+    sample, _ = turned_pair(data, (24, 24), 6, (24, 24), None)
+    as_stored = replace(sample, as_stored=True)
+    cached, fresh = make_source(TensorCache(tmp_path / "cache")), make_source()
+    assert not torch.equal(fresh.features(sample), fresh.features(as_stored))
+    for each in (sample, as_stored, sample):
+        assert torch.equal(cached.features(each), fresh.features(each))
+
+
 def test_a_mirrored_example_mirrors_image_and_mask_alike(data: Path) -> None:
     source = make_source()
     sample = load_split(data, LAYOUTS["camvid"], "train")[0]
