@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,7 +262,7 @@ def _upsample(
         if partial is None:
             with progress.stage(what) as share:
                 pieces = stream(result)
-                for number, _ in enumerate(pieces, 1):
+                for number in _numbers(pieces, 1):
                     share(number / len(pieces))
         else:
             _write_pieces(partial, stream, what, progress, behind=2 if device.type == "cuda" else 0)
@@ -284,7 +285,7 @@ def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, behind
             progress.note(f"going on after {partial.pieces} of {len(pieces)} pieces")
         pieces.skip(partial.pieces)
         with progress.stage(what) as share, partial.telling_what_is_needed():
-            for number, _ in enumerate(pieces, partial.pieces + 1):
+            for number in _numbers(pieces, partial.pieces + 1):
                 share(number / len(pieces))
                 if number > behind:
                     partial.keep(number - behind, tile)
@@ -294,6 +295,20 @@ def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, behind
         if partial.close() and pieces is not None:
             progress.note(f"{partial.pieces} of {len(pieces)} pieces are kept; --resume goes on")
         raise
+
+
+def _numbers(pieces: Stream, first: int) -> Iterator[int]:
+    """The number of each piece, counted from the first to come, once it is there.
+
+    Raises ValueError where that one holds a NaN or an infinity. What is finite when it is read, and in range, gives
+    neither but for absurd weights or a fault of ours; the normalisations spread either to nearly every pixel.
+    """
+    from anyup.finite import check_map
+
+    for number, (_, _, piece) in enumerate(pieces, first):
+        if number == first:
+            check_map(piece, "the result")
+        yield number
 
 
 def _tile(pieces: Stream) -> tuple[int, int]:

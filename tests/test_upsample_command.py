@@ -188,6 +188,17 @@ def test_a_result_that_its_dtype_cannot_hold_is_refused_before_the_work(
     assert upsample("-o", name) == 0
 
 
+@pytest.mark.parametrize("name", ["out.npy", "out.pt"])
+def test_a_result_that_is_not_finite_is_an_error(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AnyUp(qk_dim=16, num_heads=2)
+    with torch.no_grad():
+        model.cross_decode.cross_attn.attention.in_proj_weight.fill_(1e30)
+    checkpoints.save(model, "large.pth")
+    assert upsample("-o", name, "--weights", "large.pth") == 1
+    assert "the result: holds a NaN: image 0 of the batch, channel 0, row 0, column 0 (" in capsys.readouterr().err
+    assert left() == {"large.pth"}
+
+
 def test_features_whose_norm_overflows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     save_array("features.npy", torch.full((CHANNELS, *GRID), 1e20))
     assert upsample("-o", "out.npy") == 1
