@@ -42,6 +42,7 @@ TESTS = (
 """The files of `pytest -m gpu`, what tells most first."""
 
 _WORKERS = 12
+_LONGEST_TEST = 200.0  # seconds
 _LEAST = 15.0  # seconds: with less a part is not begun
 _GRACE = 15.0  # seconds from the wish that a part end to its end
 _KEPT = 200_000  # characters of a part's output
@@ -78,9 +79,13 @@ def _work(*arguments: str) -> Callable[[Path, float], Sequence[str]]:
 
 
 def _pytest(folder: Path, seconds: float) -> Sequence[str]:
-    workers = min(os.cpu_count() or 1, _WORKERS)
-    # A test at a time for each: in their order, and the slow ones beside the others.
-    beside = ("-n", str(workers), "--dist", "load", "--maxschedchunk", "1") if find_spec("xdist") else ()
+    beside: tuple[str, ...] = ()
+    if find_spec("xdist"):
+        workers = str(min(os.cpu_count() or 1, _WORKERS))
+        # A test at a time for each: in their order, and the slow ones beside the others.
+        beside = ("-n", workers, "--dist", "load", "--maxschedchunk", "1")
+        if find_spec("pytest_timeout"):  # ends the worker of a test that hangs, and another one goes on
+            beside += ("--timeout", f"{_LONGEST_TEST:.0f}", "--timeout-method", "thread")
     files = [str(Path("tests", "device", name)) for name in TESTS]
     options = ("-v", "-rfE", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=120", "--results", str(folder))
     return (sys.executable, "-m", "pytest", "-m", "gpu", *files, *options, *beside)

@@ -49,7 +49,8 @@ class DeviceResults:
             self._launches.update(given.get("launches", {}))
             if report.nodeid in self._tests:
                 self._tests[report.nodeid].update(given.get("measured", {}))
-        self._store()
+        if report.when == "teardown" or report.outcome != "passed":
+            self._store()
 
     def _store(self) -> None:
         if self._folder is None and (not self._launches or no_card() is not None or pretended()):

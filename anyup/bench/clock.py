@@ -12,8 +12,8 @@ from anyup.bench.timing import Time
 
 _FLUSHED_BYTES = 2**28
 
-# While the card is held the host launches what is timed. Longer than a call's launches take on most hosts; what takes
-# more is held for as long as it took, and what would take longer than the most waits for the card itself.
+# Seconds for which the card is held while the host launches what is timed: longer than most calls' launches take. For
+# what takes more it is held longer, up to a most: there the card has waited for the host for a small part of the time.
 _HELD, _MOST_HELD = 0.01, 1.0
 _HELD_FOR_A_KERNEL = 1e-3
 
@@ -39,9 +39,11 @@ class CudaClock:
         """The time of one call; it is called again where the card did not have all of it before it began."""
         with torch.cuda.device(self._device):
             taken = self._taken(call, _HELD)
-            if not taken.ahead and taken.host is not None and 2 * taken.host < _MOST_HELD:
-                taken = self._taken(call, 2 * taken.host)
-            # Whoever waits for the card would be told to have waited for what holds it.
+            longer = 2 * (taken.host or 0.0)
+            if taken.ahead or longer > _MOST_HELD:
+                return taken
+            taken = self._taken(call, longer)
+            # The host of a call that waits for the card would be told to wait for what holds it too.
             return taken if taken.ahead else self._taken(call, 0.0)
 
     def __call__(self, call: Callable[[], object]) -> float:
