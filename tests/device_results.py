@@ -6,6 +6,7 @@ written there alone, and after each test: a run may be ended before its last one
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from card import description, no_card, pretended
+from card import description, no_card, no_device, pretended
 
 _LONGEST = 2000
 """Characters of a test's message that are kept."""
@@ -24,7 +25,7 @@ class DeviceResults:
     """What has been found by now.
 
     Args:
-        folder: where to store it; None: in `device/results`, where a real card ran.
+        folder: where to store what a card gave, or one that ttsem pretends; None: of a real card, in `device/results`.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -52,8 +53,14 @@ class DeviceResults:
         if report.when == "teardown" or report.outcome != "passed":
             self._store()
 
+    @functools.cached_property
+    def _is_stored(self) -> bool:
+        if importlib.util.find_spec("triton") is None:
+            return False
+        return no_device() is None if self._folder else no_card() is None and not pretended()
+
     def _store(self) -> None:
-        if self._folder is None and (not self._launches or no_card() is not None or pretended()):
+        if not self._is_stored:
             return
         card = description()
         folder = self._folder or Path(__file__).parent / "device" / "results"

@@ -25,6 +25,7 @@ globals().update((name, value) for name, value in ours.items() if not name.start
 ON_A_CARD = """
 import device_results
 device_results.description = lambda: {"device": "Abacus 9000/B"}
+device_results.no_device = lambda: None
 """
 
 DEVICE = """
@@ -81,14 +82,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """The exit status of pytest there, and the one file that it stored."""
+def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "--results", "out/found"]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, *arguments], cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
         timeout=PATIENCE, check=False,
     )  # fmt: skip
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The exit status of pytest there, and the one file that it stored."""
+    done = pytest_in(folder, *arguments)
     stored = list((folder / "out").rglob("*"))
     assert [path.name for path in stored] == ["found", "Abacus-9000-B.json"], (stored, done.stdout, done.stderr)
     return done.returncode, json.loads(stored[1].read_text())
@@ -111,6 +116,14 @@ def test_workers_store_one_file_and_a_test_that_takes_the_card_along_fails_alone
     assert tests["test_before[0]"]["relative error"] == 0.5 and tests["test_before[0]"]["seconds"] >= 0
     assert "illegal memory access" in tests["test_that_takes_the_card_along"]["message"]
     assert tests["test_of_another_kind"]["message"] == "Skipped: no such thing here"
+
+
+def test_without_a_card_nothing_is_stored_and_nothing_breaks(folder: Path) -> None:
+    conftest = folder / "tests" / "conftest.py"
+    conftest.write_text(conftest.read_text().removesuffix(ON_A_CARD))
+    done = pytest_in(folder, "-k", "before")
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
+    assert not (folder / "out").exists()
 
 
 def test_in_one_process_the_run_ends_with_the_card(folder: Path) -> None:
