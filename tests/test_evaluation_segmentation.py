@@ -182,6 +182,12 @@ def test_a_16_bit_value_that_is_no_class_is_refused(tmp_path: Path) -> None:
         read_mask(mask_at(tmp_path), make_labels("ab"), 4)
 
 
+def test_of_many_values_that_are_no_class_a_few_are_named(tmp_path: Path) -> None:
+    write_mask(tmp_path / "mask.png", np.arange(200).reshape(10, 20))
+    with pytest.raises(ValueError, match="got 2 to 11 and 188 others"):
+        read_mask(mask_at(tmp_path), make_labels("ab"), 10)
+
+
 def test_classes_have_the_values_given() -> None:
     values = torch.tensor([0, 1, 5, 255, 256, -1])
     assert make_labels("ab", void=(), values=(0, 255)).of(values).tolist() == [0, -1, -1, 1, -1, -1]

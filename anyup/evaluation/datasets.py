@@ -215,7 +215,8 @@ def _labels_of(mask: StoredPicture, path: Path, labels: Labels, size: int, turne
     classes = labels.of(values)
     if bool((classes < 0).any()):
         wrong = values[classes < 0].unique().tolist()
-        raise ValueError(f"{path}: values expected: {labels.describe()}; got {_shown(wrong)}. {_HINT}")
+        got = _shown(wrong[:10]) + f" and {len(wrong) - 10} others" * (len(wrong) > 10)
+        raise ValueError(f"{path}: values expected: {labels.describe()}; got {got}. {_HINT}")
     resized = _short_side(values.shape[0], values.shape[1], size)
     # The values are far below 2^24: float32 holds them exactly.
     resampled = F.interpolate(classes[None, None].float(), size=resized, mode="nearest-exact")
