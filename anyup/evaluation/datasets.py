@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from anyup.images import StoredPicture, check_readable, read_photo, read_picture, to_rgb01
 from anyup.training.photographs import pictures_below
-from anyup.training.reporting import Rate, Reporter
+from anyup.training.reporting import Reporter
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,7 +135,6 @@ def check_split(samples: Sequence[Sample], labels: Labels, size: int, split: str
     """
     usable: list[Sample] = []
     counts = torch.zeros(VOID + 1, dtype=torch.int64)
-    rate = Rate()
     for number, sample in enumerate(samples, 1):
         try:
             image, mask = read_picture(sample.image), read_picture(sample.mask)
@@ -146,9 +145,7 @@ def check_split(samples: Sequence[Sample], labels: Labels, size: int, split: str
             usable.append(replace(sample, as_stored=_match_as_stored(sample, image, mask)))
             labelled = _labels_of(mask, sample.mask, labels, size, turned=not usable[-1].as_stored)
             counts += torch.bincount(labelled.flatten(), minlength=len(counts))
-        rate.count(number)
-        left = f", {rate.left(len(samples) - number)} left" if number < len(samples) else ""
-        reporter.tick(f"checking images and masks of {split!r}: {number} of {len(samples)}{left}")
+        reporter.tick(f"checking images and masks of {split!r}: {number} of {len(samples)}")
     if not usable:
         raise ValueError(f"data: none of {len(samples)} images with masks in the split {split!r} can be used")
     _tell(usable, labels, counts, split, reporter)
