@@ -229,6 +229,20 @@ def test_every_block_says_its_language(name: str) -> None:
     )
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name of a page, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", read(name).text):
+        linked = (ROOT / name).parent / target if target else ROOT / name
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), anchor
+
+
 @pytest.mark.parametrize("name", [name for name in PAGES if read(name).python])
 def test_python_of_a_page_runs(name: str, folder: Path) -> None:
     given = stand_ins(name)
