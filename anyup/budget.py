@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 import torch
 
@@ -24,10 +25,11 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
     if isinstance(max_memory, bool) or not isinstance(max_memory, (int, str)):
         raise TypeError(f"{name}: {expected}, got {max_memory!r}")
     if isinstance(max_memory, str):
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", max_memory, re.IGNORECASE)
+        # So many digits that no product of them is infinite.
+        match = re.fullmatch(r"\s*([0-9]{1,18}\.?[0-9]{0,18}|\.[0-9]{1,18})\s*([a-z]*)\s*", max_memory, re.I | re.A)
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"{name}: {expected}, got {max_memory!r}")
-        max_memory = int(float(match[1]) * _UNITS[match[2].lower()])
+        max_memory = int(Decimal(match[1]) * _UNITS[match[2].lower()])
     if max_memory < 1:
         raise ValueError(f"{name}: expected a positive amount of memory, got {max_memory!r}")
     return max_memory

@@ -6,12 +6,12 @@ writes the constructor's arguments beside the weights and ``load`` reads them ba
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
-import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -24,9 +24,9 @@ from torch import Tensor
 from anyup import assets
 from anyup.finite import not_finite
 from anyup.images import check_readable, complete_or_absent
-from anyup.installing import pip_install
 from anyup.model import AnyUp, ModelBackend
 from anyup.ops.parallel import on_one_thread
+from anyup.tensor_files import read_safetensors, read_torch, safetensors_package
 
 __all__ = [
     "MINI",
@@ -239,9 +239,11 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         raise ValueError(f"name_or_path: expected one of the names {names} or a file, got the folder {str(path)!r}")
     if not path.exists():
+        near = difflib.get_close_matches(str(path), (*PACKAGED, *NAMED), n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
         raise CheckpointNotFoundError(
             f"name_or_path: expected one of the names {names} or a file ({', '.join(_SUFFIXES)}); "
-            f"there is no file {str(path)!r} (looked for at {str(path.absolute())!r})"
+            f"there is no file {str(path)!r} (looked for at {str(path.absolute())!r}){meant}"
         )
     _known_suffix(path)
     return check_readable(path, f"name_or_path: {str(path)!r}")
@@ -298,14 +300,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content: Any
     stored: Any = {}
     if _known_suffix(path) == ".safetensors":
-        content, metadata = _read_safetensors(path)
+        _safetensors_torch(path)
+        content, metadata = _from_file(path, read_safetensors)
         if _SAFETENSORS_CONFIG_KEY in metadata:
             try:
                 stored = json.loads(metadata[_SAFETENSORS_CONFIG_KEY])
             except json.JSONDecodeError as error:
                 raise ValueError(f"{str(path)!r}: its stored arguments are not JSON ({error})") from error
     else:
-        content = _read_torch(path)
+        content = _from_file(path, read_torch)
         if isinstance(content, Mapping):
             for key in _STATE_DICT_KEYS:
                 if isinstance(content.get(key), Mapping):
@@ -319,62 +322,43 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{' or '.join(repr(key) for key in _STATE_DICT_KEYS)}; the file holds {what}"
         )
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            what = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if why := _unfit(name, tensor):
             raise ValueError(
                 f"{str(path)!r}: expected a state dict, or a training checkpoint that holds one under "
                 f"{' or '.join(repr(key) for key in _STATE_DICT_KEYS)}, with floating-point tensors only; "
-                f"its entry {name!r} is {what}"
+                f"its entry {name!r} {why}"
             )
     if not isinstance(stored, Mapping):
         raise ValueError(f"{str(path)!r}: expected the stored arguments as a dict, got {type(stored).__name__}")
     return dict(content), {name: value for name, value in stored.items() if value is not None}
 
 
-def _read_torch(path: Path) -> Any:
+def _from_file(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} is no checkpoint, is damaged, or holds objects other than tensors and plain "
-            f"containers, which are not unpickled (weights_only=True): {_first_line(error)}"
-        ) from error
-    # What a damaged archive or pickle raises depends on the byte that is wrong.
-    except Exception as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read: unreadable, truncated or not written by torch.save ({_first_line(error)})"
-        ) from error
+        return read(path)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _safetensors_torch(path)
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read: unreadable, truncated or not a safetensors file ({_first_line(error)})"
-        ) from error
+def _unfit(name: object, tensor: object) -> str:
+    """Why an entry of a state dict is none, in words; "": it is one."""
+    if not isinstance(name, str):
+        return f"has no name but {name!r}"
+    if not isinstance(tensor, Tensor):
+        return f"is a {type(tensor).__name__}"
+    if not tensor.is_floating_point():
+        return f"is of {tensor.dtype}"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"is not dense ({'nested' if tensor.is_nested else tensor.layout})"
+    return "has no values (it is on the device meta)" if tensor.is_meta else ""
 
 
 def _safetensors_torch(path: Path) -> Any:
-    """Return the module ``safetensors.torch``; it is optional, so its absence is said in the user's terms."""
+    """The module ``safetensors.torch``; raises ImportError, naming the file, where it is not installed."""
     try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{str(path)!r}: .safetensors files need the package safetensors: {pip_install('safetensors')} "
-            f"(.pth files need nothing)"
-        ) from error
-    return safetensors.torch
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        return safetensors_package().torch
+    except ImportError as error:
+        raise ImportError(f"{str(path)!r}: {error} (.pth files need nothing)") from error
 
 
 def _inferred(state_dict: Mapping[str, Tensor]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anyup.installing import pip_install
+from anyup.tensor_files import read_numpy, read_safetensors, read_torch, safetensors_package
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -249,7 +250,7 @@ def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], what
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{what} {path}: the name must end in {_one_of(suffixes)}")
     if path.suffix.lower() == ".safetensors":
-        _safetensors()
+        safetensors_package()
     if path.suffix.lower() == ".zarr":
         if path.exists() and not path.is_dir():
             raise OSError(f"{what} {path}: exists and is not a folder")
@@ -315,15 +316,7 @@ def save_array(path: str | os.PathLike[str], array: Tensor) -> None:
         elif suffix == ".pt":
             torch.save(array.clone() if array.untyped_storage().nbytes() > array.nbytes else array, temporary)
         else:
-            _safetensors().save_file({"features": array}, temporary)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f".safetensors files need safetensors: {pip_install('safetensors')}") from error
-    return safetensors.torch
+            safetensors_package().torch.save_file({"features": array}, temporary)
 
 
 def read_features(path: str | os.PathLike[str], what: str = "features") -> Tensor:
@@ -374,30 +367,10 @@ def _read_checked(path: str | os.PathLike[str], suffixes: tuple[str, ...], what:
     suffix = path.suffix.lower()
     if suffix not in suffixes:
         raise ValueError(f"{what}: the name must end in {_one_of(suffixes)}")
-    with check_readable(path, what).open("rb"):
-        pass  # so that a missing or forbidden file is told from a damaged one
+    check_readable(path, what)
     try:
-        return _read_arrays(path, suffix)
-    except ImportError:
-        raise
-    except Exception as error:  # each format raises kinds of its own for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{what}: cannot be read as {suffix}, it may be truncated ({reason})") from error
-
-
-def _read_arrays(path: Path, suffix: str) -> object:
-    if suffix in (".npy", ".npz"):
-        import numpy
-
-        with path.open("rb") as file:
-            loaded = numpy.load(file, allow_pickle=False)
-            if suffix == ".npy":
-                return _from_numpy(loaded)
-            return {name: _from_numpy(loaded[name]) for name in loaded.files}
-    if suffix == ".safetensors":
-        return _safetensors().load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _from_numpy(array: Any) -> Tensor:
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C", copy=True))
+        if suffix in (".npy", ".npz"):
+            return read_numpy(path, "features")
+        return read_safetensors(path)[0] if suffix == ".safetensors" else read_torch(path)
+    except ValueError as error:
+        raise ValueError(f"{what}: cannot be read as {suffix}: {error}") from error

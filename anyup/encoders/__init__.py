@@ -8,6 +8,8 @@ Nothing optional (timm, transformers, torchvision) is imported before an encoder
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -106,9 +108,13 @@ def _build(name: str, arguments: dict[str, Any]) -> Encoder:
     if packaged in _PACKAGED:
         build, argument = _PACKAGED[packaged]
         if colon:
-            if not number.isdecimal():
+            if not (number.isascii() and number.isdecimal()):
                 raise ValueError(f"name: expected '{packaged}:<number>', got {name!r}")
             arguments = {argument: int(number), **arguments}
         return build(**arguments)
+    near = difflib.get_close_matches(name, _PACKAGED, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    if os.path.isfile(name):
+        meant = "; that is a file: its weights are given beside an encoder's name (weights=, --encoder-weights)"
     known = "\n".join(f"    {pattern:32}{what}" for pattern, what in ENCODERS.items())
-    raise ValueError(f"name: no encoder is called {name!r}; there are\n{known}")
+    raise ValueError(f"name: no encoder is called {name!r}{meant}; there are\n{known}")

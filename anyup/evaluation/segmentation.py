@@ -24,6 +24,7 @@ from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
 from anyup.fingerprint import file_fingerprint, module_fingerprint
 from anyup.images import complete_or_absent, normalize_imagenet
 from anyup.progress import human_bytes
+from anyup.tensor_files import read_torch
 from anyup.training.reporting import Rate, Reporter, duration
 
 ATTENTION = ("auto", "keep", "recompute")
@@ -323,9 +324,9 @@ def _plain(value: object) -> object:
 
 def _read_checkpoint(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = read_torch(path)
         stored = state["settings"]
-    except Exception as error:  # what a damaged file raises depends on the byte that is wrong
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a checkpoint of `anyup evaluate segmentation` ({error})") from error
     if other := sorted(name for name in settings if stored.get(name) != settings[name]):
         raise ValueError(f"{path}: a checkpoint of the same settings expected, got others for: {', '.join(other)}")

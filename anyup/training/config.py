@@ -194,7 +194,9 @@ def _find(config: str) -> Path:
     known = shipped()
     if config in known:
         return known[config]
-    raise FileNotFoundError(f"config: expected a TOML file or one of {', '.join(known)}; there is no {config!r}")
+    near = difflib.get_close_matches(config, known, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise FileNotFoundError(f"config: expected a TOML file or one of {', '.join(known)}; there is no {config!r}{meant}")
 
 
 def _toml() -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from anyup.encoders import Encoder
 from anyup.fingerprint import module_fingerprint
 from anyup.images import complete_or_absent, resize
+from anyup.tensor_files import read_torch
 from anyup.training.config import ConfigError, Data
 from anyup.training.photographs import draw_view, read_large, view_of
 from anyup.training.randomness import Key, drawer
@@ -243,9 +244,7 @@ def _save(path: Path, content: dict[str, Tensor]) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        content: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
+        content: dict[str, Tensor] = read_torch(path, mmap=True)
+    except ValueError as error:
         raise ValueError(f"{path}: a damaged file of the cache ({error}); delete it and start again") from error
     return content

@@ -16,6 +16,7 @@ from torch import Tensor
 from anyup.finite import not_finite
 from anyup.images import complete_or_absent
 from anyup.model import AnyUp
+from anyup.tensor_files import read_torch
 
 LATEST = "latest.pth"
 
@@ -58,13 +59,13 @@ def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp)
 def load(path: Path) -> tuple[State, dict[str, Tensor]]:
     """A checkpoint's state and the weights to use; ValueError for a file that is none or is not finite."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch(path)
         state, shipped = State(**content["training"]), content["anyup"]
         bad = not_finite(shipped) or not_finite(state.weights)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of a training run ({type(error).__name__}: {error})") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of a training run: {error} is missing or another thing") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a checkpoint of a training run: {error}") from error
     if bad:
         raise ValueError(f"{path}: weights are not finite, the training has diverged: {bad}")
     return state, shipped
