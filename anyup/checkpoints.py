@@ -174,7 +174,7 @@ def load(
     model = _build(state_dict, stored, arguments, backend, path)
     model.load_state_dict(state_dict, strict=True)
     if bad := not_finite(model.state_dict()):
-        raise ValueError(f"{str(path)!r} holds weights that are not finite, of which no result would be: {bad}")
+        raise ValueError(f"{str(path)!r} holds weights that are not finite: {bad}")
     return model.to(device).eval()
 
 

@@ -35,7 +35,7 @@ def check_map(tensor: Tensor, name: str) -> None:
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
     """Which of these hold a NaN or an infinity, and how many, in words; empty: none of them."""
     counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
-    bad = [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]
+    bad = [f"{name} ({count} of {tensors[name].numel()} numbers)" for name, count in counts.items() if count]
     more = f" and {len(bad) - _MOST_NAMED} more tensors" if len(bad) > _MOST_NAMED else ""
     return ", ".join(bad[:_MOST_NAMED]) + more
 

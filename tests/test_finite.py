@@ -46,8 +46,11 @@ def test_finite_maps_whose_sum_overflows_are_accepted() -> None:
 def test_tensors_that_are_not_finite_are_named_with_how_many_numbers() -> None:
     good, bad = torch.ones(4), torch.tensor([1.0, float("nan"), float("inf")])
     assert not_finite({"a": good, "b": good.half()}) == ""
-    assert not_finite({"a": good, "b": bad}) == "b (2 of 3)"
-    assert not_finite(dict.fromkeys("abcde", bad)) == "a (2 of 3), b (2 of 3), c (2 of 3) and 2 more tensors"
+    assert not_finite({"a": good, "b": bad}) == "b (2 of 3 numbers)"
+    assert (
+        not_finite(dict.fromkeys("abcde", bad))
+        == "a (2 of 3 numbers), b (2 of 3 numbers), c (2 of 3 numbers) and 2 more tensors"
+    )
 
 
 def test_a_dtype_holds_what_lies_within_its_range() -> None:
@@ -68,7 +71,7 @@ def test_weights_that_are_not_finite_are_refused_and_named(
     path = tmp_path / f"weights{suffix}"
     anyup.save(model, path)
     with pytest.raises(
-        ValueError, match=rf"weights{suffix}' holds weights .* not finite, .*: aggregation\.0\.weight \("
+        ValueError, match=rf"weights{suffix}' holds weights that are not finite: aggregation\.0\.weight \("
     ):
         anyup.load(path)
 
@@ -77,7 +80,7 @@ def test_weights_too_large_for_float32_are_refused(model: AnyUp, tmp_path: Path)
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     state["rope.freqs"] *= 1e300
     torch.save({"anyup": state, "config": model.config}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"not finite, .*: rope\.freqs \("):
+    with pytest.raises(ValueError, match=r"not finite: rope\.freqs \("):
         anyup.load(tmp_path / "w.pth")
 
 

@@ -156,8 +156,11 @@ def test_a_head_is_applied(shape: tuple[int, ...]) -> None:
         ({"weight": torch.ones(0, CHANNELS)}, "(K, C, 1, 1) expected, got (0, 5)"),
         ({"weight": torch.ones(3, CHANNELS, dtype=torch.complex64)}, "floating-point numbers expected, weight is"),
         ({"weight": torch.ones(3, CHANNELS), "bias": torch.ones(3).int()}, "numbers expected, bias is torch.int32"),
-        ({"weight": torch.ones(3, CHANNELS), "bias": torch.tensor([0, torch.nan, 0])}, "not finite: bias (1 of 3)"),
-        ({"weight": torch.full((3, CHANNELS), 1e300, dtype=torch.float64)}, "not finite: weight (15 of 15)"),
+        (
+            {"weight": torch.ones(3, CHANNELS), "bias": torch.tensor([0, torch.nan, 0])},
+            "not finite: bias (1 of 3 numbers)",
+        ),
+        ({"weight": torch.full((3, CHANNELS), 1e300, dtype=torch.float64)}, "not finite: weight (15 of 15 numbers)"),
         ({"weight": torch.full((3, CHANNELS), 3e38)}, "what head.pt makes of the features: holds an infinity"),
     ],
 )
