@@ -17,18 +17,15 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 from anyup.images import complete_or_absent
-from benchmarks import hour_cache, hour_summary
+from benchmarks import hour_cache, hour_summary, limited
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,36 +148,18 @@ def _run(
     part: Part, folder: Path, limit: float, environment: Mapping[str, str], outcome: Outcome, grace: float
 ) -> None:
     begun = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            part.command(folder, limit), cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            outcome.exit_status = child.wait(limit)
-            outcome.status = "failed" if outcome.exit_status else "ok"
-            outcome.well = not outcome.exit_status
-        except subprocess.TimeoutExpired:
-            outcome.status, outcome.well = "out of time", part.may_end
-        finally:
-            _end(child, grace)
-        outcome.seconds = time.monotonic() - begun
-        output.seek(0)
-        outcome.output = output.read().decode(errors="replace")[-_KEPT:]
+    output, outcome.exit_status = limited.run(
+        part.command(folder, limit), limit, grace=grace, folder=ROOT, environment=environment
+    )
+    outcome.seconds, outcome.output = time.monotonic() - begun, output[-_KEPT:]
+    if outcome.exit_status is None:
+        outcome.status, outcome.well = "out of time", part.may_end
+    else:
+        outcome.status, outcome.well = "failed" if outcome.exit_status else "ok", not outcome.exit_status
     for path in folder.rglob("*"):
         if _UNFINISHED.fullmatch(path.name):
             path.unlink()
     print("\n".join(outcome.output.strip().splitlines()[-12:]), flush=True)
-
-
-def _end(child: subprocess.Popen[bytes], grace: float) -> None:
-    """Ask a process as Ctrl-C does to end, where it goes on; then end it with all that it started."""
-    for wish in (signal.SIGINT, signal.SIGKILL):
-        if wish is signal.SIGKILL or child.returncode is None:
-            with suppress(ProcessLookupError):  # a process that hangs on the card would keep its memory
-                os.killpg(child.pid, wish)
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(grace)
 
 
 def _store(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -190,8 +169,12 @@ def _store(folder: Path, outcomes: Sequence[Outcome]) -> None:
     parts = {part["name"]: part for part in (*earlier, *map(asdict, outcomes))}
     with complete_or_absent(path) as partial:
         partial.write_text(json.dumps({"parts": list(parts.values())}, indent=1) + "\n", encoding="utf-8")
+    try:
+        page = hour_summary.page(folder)
+    except Exception as error:  # of a file that is not what it should be: the next part runs all the same
+        page = f"No page, see hour.json: {type(error).__name__}: {error}\n"
     with complete_or_absent(folder / "summary.md") as partial:
-        partial.write_text(hour_summary.page(folder), encoding="utf-8")
+        partial.write_text(page, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment["TRITON_CACHE_DIR"] = str(arguments.cache.resolve())
     folder = arguments.output.resolve()
     chosen = [part for part in PARTS if not arguments.part or part.name in arguments.part]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part at hand ends too
     outcomes = run(folder, chosen, 60 * arguments.minutes, environment)
     print(f"\n{(folder / 'summary.md').read_text(encoding='utf-8')}")
     return 0 if all(outcome.well for outcome in outcomes) else 1

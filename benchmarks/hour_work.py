@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 
 from anyup import AnyUp, info
-from anyup.bench import command, machine
+from anyup.bench import command as bench
+from anyup.bench import machine
 from anyup.bench.clock import CudaClock
 from anyup.bench.engine import Speeds
 from anyup.bench.results import ResultsFile
@@ -29,6 +29,7 @@ from anyup.bench.suite import essential
 from anyup.bench.workloads import Workload
 from anyup.images import complete_or_absent
 from anyup.ops.refusals import remembered
+from benchmarks import limited
 
 DEVICE = "cuda"
 
@@ -66,10 +67,10 @@ def describe(folder: Path) -> int:
 def measure(folder: Path, name: str) -> int:
     """Rows of `anyup bench` in `results.json`; 1 where some are wrong or failed."""
     file = ResultsFile(folder / "results.json", machine.describe(DEVICE))
-    chosen = command.Options(folder, DEVICE, budget=_BUDGET, repeats=_REPEATS)
+    chosen = bench.Options(folder, DEVICE, budget=_BUDGET, repeats=_REPEATS)
     try:
-        command.run_suite(essential(DEVICE)[name], file, chosen)
-    except command.RowsError as error:
+        bench.run_suite(essential(DEVICE)[name], file, chosen)
+    except bench.RowsError as error:
         print(error)
         return 1
     print(f"{len(file.rows)} rows in {file.path.name}")
@@ -100,10 +101,10 @@ _RAN = "small: all ran"
 def sanitize(seconds: float) -> int:
     """`small` as it is, then under each tool of compute-sanitizer that runs here; 1 where an error is found."""
     share = seconds / (len(TOOLS) + 1)
-    output, status = _run(ALONE, share)
+    output, status = limited.run(ALONE, share)
     print(output)
     if status or _RAN not in output:
-        print(f"without a sanitizer: exit status {status}: {_last(output)}")
+        print(f"without a sanitizer: {_ended(status)}: {_last(output)}")
         return 1
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
@@ -112,9 +113,10 @@ def sanitize(seconds: float) -> int:
     told, faults = [], 0
     for tool in TOOLS:
         # The allocator's blocks would hide an access beyond a tensor in what it keeps for the next one.
-        given = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        given = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         # What torch asks the driver for and does not get is no fault.
-        output, status = _run([sanitizer, "--tool", tool, "--report-api-errors", "no", *ALONE], share, given)
+        command = [sanitizer, "--tool", tool, "--report-api-errors", "no", *ALONE]
+        output, status = limited.run(command, share, environment=given)
         print(f"-- {tool}\n{output}", flush=True)
         found = _SUMMARY.findall(output)
         number = sum(map(int, found))
@@ -122,28 +124,20 @@ def sanitize(seconds: float) -> int:
         if number or (found and _RAN in output):
             told.append(f"{tool}: {number} errors" + ", and the program did not end" * (_RAN not in output))
         else:
-            told.append(f"{tool}: did not run here (exit status {status}: {_last(output)})")
+            told.append(f"{tool}: did not run here ({_ended(status)}: {_last(output)})")
     print("; ".join(told))
     return 1 if faults else 0
 
 
-def _run(command: Sequence[str], seconds: float, environment: Any = None) -> tuple[str, int | None]:
-    """A program's output, both streams, and its exit status; None where it ran out of its time."""
-    done = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    try:
-        return done.communicate(timeout=seconds)[0], done.returncode
-    except subprocess.TimeoutExpired:
-        done.kill()
-        return f"{done.communicate()[0]}\nended after {seconds:.0f} s", None
-
-
 def _answer(command: Sequence[str]) -> str:
     try:
-        return _run(command, 20.0)[0]
+        return limited.run(command, 20.0)[0]
     except OSError as error:
         return str(error)
+
+
+def _ended(status: int | None) -> str:
+    return "it ran out of its time" if status is None else f"exit status {status}"
 
 
 def _last(output: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from checkouts import ROOT
-from patience import PATIENCE
+from patience import PATIENCE, wait_until
 
 from anyup import cli
 from benchmarks import first_hour, hour_cache, hour_summary, hour_work
@@ -43,6 +43,18 @@ def assert_fits(folder: Path) -> None:
     for path in files:
         assert path.stat().st_size <= 2**24 and len(path.relative_to(folder).parents) <= 3
         assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in path.relative_to(folder).parts), path
+
+
+def alive(number: int) -> bool:
+    """Whether a process runs on; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children(number: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
 
 
 STORES = "import pathlib, sys; pathlib.Path(sys.argv[1], 'rows').write_text('some')"
@@ -79,8 +91,7 @@ def test_a_part_that_overruns_is_ended_with_all_that_it_started_and_keeps_what_i
     found = run(tmp_path, part("slow", stubborn, seconds=20.0), part("next", "print('here')"))
     assert [outcome.status for outcome in found] == ["out of time", "ok"] and not found[0].well
     assert time.monotonic() - begun < 300
-    child = int(found[0].output)
-    assert not Path("/proc", str(child)).exists() or "Z" in Path("/proc", str(child), "stat").read_text().split()[2]
+    assert not alive(int(found[0].output))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hour.json", "rows", "summary.md"]
 
 
@@ -89,6 +100,30 @@ def test_a_part_that_may_end_is_asked_to_first_and_is_well(tmp_path: Path) -> No
     (found,) = run(tmp_path, part("tune", told, seconds=10.0, may_end=True))
     assert (found.status, found.well, found.output) == ("out of time", True, "kept what was found\n")
     assert "All is well." in (tmp_path / "summary.md").read_text()
+
+
+def test_a_file_that_the_page_cannot_read_stops_no_part(tmp_path: Path) -> None:
+    found = run(tmp_path, part("first", f"{STORES.replace('rows', 'results.json')}"), part("next", "print(1)"))
+    assert [outcome.status for outcome in found] == ["ok", "ok"]
+    assert "No page, see hour.json: JSONDecodeError" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_run_that_is_ended_ends_its_part(tmp_path: Path) -> None:
+    program = f"{STORES.replace('some', 'begun')}; import time; time.sleep(600)"
+    code = (
+        "import sys; from benchmarks import first_hour\n"
+        f"command = lambda folder, _: (sys.executable, '-c', {program!r}, str(folder))\n"
+        "first_hour.PARTS = (first_hour.Part('p', '', 60.0, command),)\n"
+        "sys.exit(first_hour.main(['-o', sys.argv[1]]))"
+    )
+    ours = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    wait_until((tmp_path / "rows").exists, lambda: ours.poll() is None)
+    (child,) = children(ours.pid)
+    ours.terminate()
+    assert ours.wait(PATIENCE) == 143
+    wait_until(lambda: not alive(child))
+    stored = json.loads((tmp_path / "hour.json").read_text())["parts"]
+    assert [one["status"] for one in stored] == ["running"]
 
 
 def test_what_has_no_time_left_is_left_out_and_told(tmp_path: Path) -> None:
