@@ -22,7 +22,7 @@ import torch
 from anyup import AnyUp, info
 from anyup.bench import command as bench
 from anyup.bench import machine
-from anyup.bench.clock import CudaClock
+from anyup.bench.clock import CardLost, CudaClock
 from anyup.bench.engine import Speeds
 from anyup.bench.results import ResultsFile
 from anyup.bench.suite import essential
@@ -32,6 +32,9 @@ from anyup.ops.refusals import remembered
 from benchmarks import limited
 
 DEVICE = "cuda"
+
+LOST = 75
+"""The exit status of work that has lost the card; in a new process it goes on with what it has not done."""
 
 _BUDGET, _REPEATS = 20.0, 3
 """Seconds of a call, which is left out beyond, and how often it is repeated."""
@@ -65,14 +68,14 @@ def describe(folder: Path) -> int:
 
 
 def measure(folder: Path, name: str) -> int:
-    """Rows of `anyup bench` in `results.json`; 1 where some are wrong or failed."""
+    """Rows of `anyup bench` in `results.json`; 1 where some are wrong or failed, `LOST` where the card is."""
     file = ResultsFile(folder / "results.json", machine.describe(DEVICE))
     chosen = bench.Options(folder, DEVICE, budget=_BUDGET, repeats=_REPEATS)
     try:
         bench.run_suite(essential(DEVICE)[name], file, chosen)
-    except bench.RowsError as error:
+    except (bench.RowsError, CardLost) as error:
         print(error)
-        return 1
+        return LOST if isinstance(error, CardLost) else 1
     print(f"{len(file.rows)} rows in {file.path.name}")
     return 0
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anyup.bench import modelled, stored, wording
+from anyup.bench.machine import PRODUCT_SIDES
 from anyup.bench.stored import Row, rows_of
 from anyup.bench.workloads import CURVE, REACH, square
 from anyup.window import RatioWindow
@@ -206,9 +207,10 @@ def _machine(results: Results) -> str:
         threads = f", {here['threads']} threads" if here.get("device_kind") != "cuda" else ""
         capability = f" ({here['cpu_capability']})" if here.get("cpu_capability") else ""
         line = f"{here['device']}{capability}{threads}, torch {here['torch']}, commit {here.get('commit') or 'unknown'}"
+        line += f"; a float32 product of {PRODUCT_SIDES[here.get('device_kind', 'cpu')]}"
         lines.setdefault(line, []).extend(here[name] for name in _RATES if here.get(name))
     return "\n".join(
-        f"Measured on {line}; a float32 product of 2048 ran at {_span([r / 1e9 for r in rates], '{:.0f}')} GFLOP/s."
+        f"Measured on {line} ran at {_span([r / 1e9 for r in rates], '{:.0f}')} GFLOP/s."
         for line, rates in lines.items()
     )
 

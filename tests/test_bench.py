@@ -17,6 +17,7 @@ from torch import nn
 from anyup import cli
 from anyup.bench import cases, command, floors, machine, memory, parity, published_code, suite
 from anyup.bench.cases import OPERATIONS, Sizes
+from anyup.bench.clock import CardLost
 from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Speeds
 from anyup.bench.floors import BOTH
@@ -241,14 +242,24 @@ def test_an_error_that_is_none_of_memory_marks_its_row_and_the_others_go_on() ->
     assert theirs["status"] == "ok"
 
 
-def test_an_error_that_takes_the_card_along_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_takes_the_card_along_ends_the_run_and_another_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dead() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
-    with pytest.raises(RuntimeError, match="does not answer after a call that failed"):
-        engine(builder=Fails(clock)).run(model("anyup", "published"))
+    path = tmp_path / "results.json"
+    comparisons = [model("anyup", "published"), operation("query_projection", "torch")]
+    with pytest.raises(CardLost, match="does not answer after a call that failed"):
+        command.measure(engine(builder=Fails(clock)), comparisons, ResultsFile(path, describe()))
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["backend"], row["status"]) for row in rows] == [("anyup", "failed"), ("published", "failed")]
+    assert "does not answer" in rows[0]["reason"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # as in a new process
+    command.measure(engine(builder=Fails(clock)), comparisons, ResultsFile(path, describe()))
+    assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["failed", "failed", "ok"]
 
 
 def test_an_error_while_memory_is_measured_marks_the_row_and_leaves_its_time() -> None:

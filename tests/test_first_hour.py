@@ -95,6 +95,16 @@ def test_a_part_that_overruns_is_ended_with_all_that_it_started_and_keeps_what_i
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hour.json", "rows", "summary.md"]
 
 
+def test_a_part_that_loses_the_card_goes_on_in_a_new_process(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys; done = pathlib.Path(sys.argv[1], 'rows'); done.touch()\n"
+        "number = len(done.read_text()) + 1; done.write_text(number * 'x'); print(number)\n"
+        f"raise SystemExit({hour_work.LOST} if number < 3 else 1)"
+    )
+    (found,) = run(tmp_path, part("model", program))
+    assert (found.status, found.exit_status, found.output.split()) == ("failed", 1, ["1", "2", "3"])
+
+
 def test_a_part_that_may_end_is_asked_to_first_and_is_well(tmp_path: Path) -> None:
     told = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('kept what was found')"
     (found,) = run(tmp_path, part("tune", told, seconds=10.0, may_end=True))

@@ -80,14 +80,18 @@ class CudaClock:
         return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
+class CardLost(RuntimeError):
+    """The card does not answer in this process any more."""
+
+
 def require_a_living_card(error: Exception) -> None:
-    """Raise RuntimeError where an error has taken the card along: whatever ran after it would fail too."""
+    """Raise CardLost where an error has taken the card along: whatever ran after it would fail too."""
     if not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError as dead:
-        raise RuntimeError(f"the card does not answer after a call that failed ({error}): {dead}") from error
+        raise CardLost(f"the card does not answer after a call that failed ({error}): {dead}") from error
 
 
 def _hold(seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 from anyup.bench import machine, wording
-from anyup.bench.clock import CudaClock
+from anyup.bench.clock import CardLost, CudaClock
 from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Speeds
 from anyup.bench.published_code import PublishedCode, has_natten
@@ -141,7 +141,10 @@ def _note_refusals(file: ResultsFile) -> None:
 
 
 def measure(engine: Engine, suite: Sequence[Comparison], file: ResultsFile, stream: TextIO | None = None) -> None:
-    """Run what the file does not hold yet, comparison by comparison; the file is complete after each."""
+    """Run what the file does not hold yet, comparison by comparison; the file is complete after each.
+
+    Raises CardLost where a card does not answer any more; the same in a new process goes on behind the comparison.
+    """
     todo = [c for c in suite if any(c.identity(contender) not in file for contender in c.contenders)]
     stored = len(suite) - len(todo)
     if stored:
@@ -151,7 +154,11 @@ def measure(engine: Engine, suite: Sequence[Comparison], file: ResultsFile, stre
         left = (time.perf_counter() - begun) / number * (len(todo) - number) if number else None
         told = "" if left is None else f", about {max(left / 60, 1):.0f} min left"
         _note(f"[{stored + number + 1}/{len(suite)}] {comparison.name}{told}", stream)
-        rows = engine.run(comparison)
+        try:
+            rows = engine.run(comparison)
+        except CardLost as lost:
+            file.put(engine.failed(comparison, lost))
+            raise
         file.put(rows)
         for row in rows:
             print(line(row), flush=True)

@@ -75,7 +75,7 @@ class Entry:
         self.call = None
 
     def mark_error(self, error: Exception) -> None:
-        """An error is a result too, and others go on; raises RuntimeError where the card is lost by it."""
+        """An error is a result too, and others go on; raises CardLost where the card is lost by it."""
         told = (str(error).strip().splitlines() or ["no reason given"])[0]
         named = f"{type(error).__name__}: {told}"
         if isinstance(error, parity.ParityError):
@@ -117,7 +117,7 @@ class Engine:
     def run(self, comparison: Comparison) -> list[Row]:
         """The rows, one for each contender; one whose result differs is not timed and "wrong".
 
-        Raises RuntimeError where a card does not answer any more.
+        Raises CardLost where a card does not answer any more; `failed` gives the rows then.
         """
         try:
             if comparison.kind == "calls":
@@ -134,6 +134,13 @@ class Engine:
             return [entry.row for entry in entries]
         finally:
             gc.collect()  # calls hold large tensors, some in cycles
+
+    def failed(self, comparison: Comparison, error: Exception) -> list[Row]:
+        """The rows of a comparison that an error took along."""
+        entries = [self._entry(comparison, contender) for contender in comparison.contenders]
+        for entry in entries:
+            entry.mark("failed", str(error))
+        return [entry.row for entry in entries]
 
     def prepare(self, comparison: Comparison) -> list[Entry]:
         """The contenders, those that run and agree with their calls: made once, their results compared."""

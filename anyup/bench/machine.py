@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout, where the package is used from one."""
 
 
+PRODUCT_SIDES = {"cpu": 2048, "cuda": 8192}
+"""Of the square product that a machine's rate is measured with: a smaller one does not fill a card."""
+
+
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     """This machine and these versions, with the threads that torch is set to: what results are stored with."""
     device = torch.device(device)
@@ -74,10 +78,10 @@ def matmul_rate(
 ) -> float:
     """Operations a second of a square product of random numbers, best of `repeats`; on a CPU on torch's threads.
 
-    `size` is by default 8192 on a card, which a smaller product does not fill, and 2048 on a CPU.
+    `size` is by default that of `PRODUCT_SIDES`.
     """
+    size = size or PRODUCT_SIDES[torch.device(device).type]
     # Numbers that are all alike take less power, and a card runs faster.
-    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), repeats, clock)
 
