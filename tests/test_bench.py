@@ -307,6 +307,31 @@ def test_kernels_of_a_replay_belong_to_the_stages_they_stand_in() -> None:
             by_stage(wrong, ["first", "second"])
 
 
+def test_a_call_whose_kernels_are_compiled_for_minutes_is_repeated_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[bool] = []
+
+    class Compiles(Builder):
+        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+            def call() -> torch.Tensor:
+                compiled.append(True)
+                return torch.zeros(1, 12, 24, 20)
+
+            return call
+
+    def timed(function: Callable[[], object]) -> Time:
+        took = Time(1e-3, host=2e-3) if compiled else Time(60.0, host=60.0, ahead=False)
+        function()
+        return took
+
+    monkeypatch.setattr(machine, "available_bytes", lambda device: None)
+    head = Contender("head_before", "anyup", "head_before", has_memory=False, work="model_of_classes")
+    comparison = Comparison("head", Sizes(TINY, device="cuda"), (head,))
+    (row,) = engine(clock=timed, builder=Compiles(timed)).run(comparison)
+    assert row["times"] == [1e-3] * 5 and row["ahead"]
+
+
 def test_stages_give_the_call_s_result_and_have_a_time_each() -> None:
     upsampler = cases.model()
     stages = Stages(upsampler, *TINY.inputs())
