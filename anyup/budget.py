@@ -26,7 +26,7 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
         raise TypeError(f"{name}: {expected}, got {max_memory!r}")
     if isinstance(max_memory, str):
         # So many digits that no product of them is infinite.
-        match = re.fullmatch(r"\s*([0-9]{1,18}\.?[0-9]{0,18}|\.[0-9]{1,18})\s*([a-z]*)\s*", max_memory, re.I | re.A)
+        match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([a-z]*)\s*", max_memory, re.I | re.A)
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"{name}: {expected}, got {max_memory!r}")
         max_memory = int(Decimal(match[1]) * _UNITS[match[2].lower()])

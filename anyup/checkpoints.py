@@ -240,10 +240,10 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"name_or_path: expected one of the names {names} or a file, got the folder {str(path)!r}")
     if not path.exists():
         near = difflib.get_close_matches(str(path), (*PACKAGED, *NAMED), n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise CheckpointNotFoundError(
             f"name_or_path: expected one of the names {names} or a file ({', '.join(_SUFFIXES)}); "
-            f"there is no file {str(path)!r} (looked for at {str(path.absolute())!r}){meant}"
+            f"there is no file {str(path)!r}{meant} (looked for at {str(path.absolute())!r})"
         )
     _known_suffix(path)
     return check_readable(path, f"name_or_path: {str(path)!r}")

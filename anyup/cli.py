@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -287,6 +288,9 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
+        asked = re.search(r"allocate ([0-9.]+) ?(bytes|[KMGT]iB)", text)
+        return "there is not enough memory" + (f" for {asked[1]} {asked[2]} more" if asked else "")
     foreseen = (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError, AssertionError)
     if isinstance(error, foreseen) and text:
         return text

@@ -7,6 +7,7 @@ written complete or not at all: into a temporary file beside the target, which i
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import stat
@@ -252,8 +253,8 @@ def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], what
     if path.suffix.lower() == ".safetensors":
         safetensors_package()
     if path.suffix.lower() == ".zarr":
-        if path.exists() and not path.is_dir():
-            raise OSError(f"{what} {path}: exists and is not a folder")
+        if path.exists() and not _is_zarr_array(path):
+            raise OSError(f"{what} {path}: exists and is not a zarr array, which alone would be replaced")
     elif path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise OSError(f"{what} {path}: exists and is not a regular file")
     folder = Path(os.path.realpath(path)).parent
@@ -262,6 +263,16 @@ def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], what
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{what} {path}: no permission to write in {folder}")
     return path
+
+
+def _is_zarr_array(path: Path) -> bool:
+    """Whether a folder is an array of zarr, of either format, or empty."""
+    if not path.is_dir():
+        return False
+    if (path / "zarr.json").is_file():
+        with suppress(ValueError, AttributeError):
+            return bool(json.loads((path / "zarr.json").read_text(encoding="utf-8")).get("node_type") == "array")
+    return (path / ".zarray").is_file() or not any(path.iterdir())
 
 
 def _one_of(suffixes: tuple[str, ...]) -> str:

@@ -15,8 +15,12 @@ class UsageError(Exception):
     """What was typed cannot be meant; exit status 2."""
 
 
-def whole_number(least: int | None = None) -> Callable[[str], int]:
-    """A type of whole numbers, of `least` and more where it is given."""
+MOST_THREADS = 1024
+"""Of a CPU; with many more, starting them ends the process."""
+
+
+def whole_number(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """A type of whole numbers, of `least` and more, and `most` and less, where these are given."""
 
     def read(text: str) -> int:
         # So many digits that every number of pixels or bytes has room, and none that Python refuses to convert.
@@ -24,6 +28,8 @@ def whole_number(least: int | None = None) -> Callable[[str], int]:
         if found is None or (least is not None and found < least):
             at_least = "" if least is None else f" of at least {least}"
             raise argparse.ArgumentTypeError(f"a whole number{at_least} expected, got {text!r}")
+        if most is not None and found > most:
+            raise argparse.ArgumentTypeError(f"a whole number of at most {most} expected, got {text!r}")
         return found
 
     return read

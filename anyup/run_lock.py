@@ -13,7 +13,7 @@ def only_run(path: str | os.PathLike[str], tell: Callable[[str], None]) -> Itera
     """Keep other runs from an output within the block; gives whether there are locks to do so, else `tell` hears it.
 
     What is locked is a file PATH.lock, which a killed process leaves behind, unlocked. Raises FileExistsError where
-    another run has the lock, and what opening the file raises.
+    another run has the lock, and another OSError, naming the output, where the file cannot be made.
     """
     path = Path(os.path.realpath(path))
     file = path.with_name(f"{path.name}.lock")
@@ -32,7 +32,10 @@ def only_run(path: str | os.PathLike[str], tell: Callable[[str], None]) -> Itera
 def _take(file: Path, path: Path) -> tuple[int, str]:
     """The locked file's descriptor, and why it is not locked after all, "" where it is."""
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot be written, {error.strerror}", str(path)) from error
         try:
             _lock(handle)
         except (BlockingIOError, PermissionError) as error:  # Windows' is the second
@@ -64,6 +67,8 @@ def folder_for(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises OSError, naming it, where it cannot be made or written into.
     """
     folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder, this is a file")
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

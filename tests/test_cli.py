@@ -345,6 +345,43 @@ def test_an_unforeseen_error_is_one_line_and_with_debug_a_traceback(
         upsample(*options, "--debug")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "there is not enough memory"),
+        (
+            RuntimeError("can't allocate memory: tried to allocate 9 bytes."),
+            "there is not enough memory for 9 bytes more",
+        ),
+        (torch.OutOfMemoryError("Tried to allocate 20.00 GiB. GPU 0"), "there is not enough memory for 20.00 GiB more"),
+    ],
+)
+def test_memory_that_is_not_there_is_said_in_words(error: Exception, words: str) -> None:
+    assert cli._in_words(error) == words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["features", "-o", "r.txt"], "must end in .json"),
+        (["features", "-o", "r.json", "--every", "99"], "--every: at least one of each 99"),
+        (["features", "-o", "r.json", "--threads", "9999999"], "--threads: a whole number of at most 1024"),
+        (["features", "-o", "r.json", "--threads", "\N{ARABIC-INDIC DIGIT THREE}"], "--threads: a whole number"),
+        (["features", "-o", "r.json", "--encoder", "mobilenet_v2"], "--encoder: each once expected"),
+    ],
+)
+def test_a_mistake_after_evaluate_is_one_of_usage(
+    folder: Path, no_work: None, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "photographs").mkdir()
+    for number in range(3):
+        save_picture(folder / "photographs" / f"{number}.png", torch.zeros(3, 8, 8))
+    words = [arguments[0], "--photographs", "photographs", "--encoder", "mobilenet_v2", "--every", "2", *arguments[1:]]
+    assert cli.main(["evaluate", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(_errors(error)) == 1
+
+
 def _reddish(path: Path) -> int:
     """Pixels of the alarm's colour above the panels."""
     title = (read_photo(path)[0, :, : demo._MARGIN + demo._TITLE_POINTS] * 255).round()

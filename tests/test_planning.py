@@ -387,7 +387,7 @@ def test_amounts_are_read(text: Any, expected: int | None) -> None:
         ("-2GB", ValueError, "max_memory: .*'-2GB'"),
         ("٢GB", ValueError, "max_memory: expected bytes or a text such as .*'٢GB'"),
         ("2 \N{KELVIN SIGN}B", ValueError, "max_memory: expected bytes or a text such as"),
-        ("9" * 400 + "GB", ValueError, "max_memory: expected bytes or a text such as"),
+        ("9" * 19 + "GB", ValueError, "max_memory: expected bytes or a text such as"),
         ("inf", ValueError, "max_memory: expected bytes or a text such as .*'inf'"),
         ("1e3", ValueError, "max_memory: expected bytes or a text such as .*'1e3'"),
         ("0.0001 kB", ValueError, "max_memory: expected a positive amount of memory"),

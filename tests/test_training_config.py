@@ -42,6 +42,8 @@ def test_an_integer_stands_for_a_number(tmp_path: Path) -> None:
         ("optimizer.steps=1.5", "optimizer.steps: expected an integer, got 1.5"),
         ("optimizer.steps=true", "optimizer.steps: expected an integer, got True"),
         ("optimizer.steps=0", "optimizer.steps: expected 1 or more, got 0"),
+        ("optimizer.steps=\N{ARABIC-INDIC DIGIT THREE}", "optimizer.steps: expected an integer"),
+        ("run.threads=99999999", "run.threads: expected at most 1024"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate: expected a finite number"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected 2 values, got 1"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: expected two numbers in [0, 1)"),

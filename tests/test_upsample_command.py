@@ -126,6 +126,16 @@ def test_a_photograph_is_turned_unless_the_features_fit_it_only_as_stored(
         torch.testing.assert_close(array("out.npy"), checkpoints.load("weights.pth")(image, features[None])[0])
 
 
+@pytest.mark.parametrize("content", ["mine.txt", "zarr.json", "c/0"])
+def test_a_folder_that_is_no_array_is_not_replaced(content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = Path("out.zarr", content)
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"node_type": "group"}', encoding="utf-8")
+    assert upsample("-o", "out.zarr") == 1
+    assert "out.zarr: exists and is not a zarr array" in capsys.readouterr().err
+    assert kept.exists()
+
+
 def test_a_dtype_is_that_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert upsample("-o", "out.npy", "--dtype", "float16") == 0
     torch.testing.assert_close(array("out.npy"), expected().half(), rtol=2e-3, atol=1e-3)

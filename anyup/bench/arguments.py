@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from anyup.command_paths import Read, Written
-from anyup.options import nonempty, number, whole_number
+from anyup.options import MOST_THREADS, nonempty, number, whole_number
 
 GROUPS = ("model", "curve", "stages", "operation", "unification", "head", "dtype", "backward", "high-resolution")
 """What can be measured alone, in the order of the suite."""
@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="leave out calls of more seconds (default: 180)",
     )
-    parser.add_argument("--threads", type=whole_number(1), help="torch's threads on a CPU (default: torch's own)")
+    parser.add_argument(
+        "--threads", type=whole_number(1, MOST_THREADS), help="torch's threads on a CPU (default: torch's own)"
+    )
     parser.add_argument("--repeats", type=whole_number(1), default=5, help="of each call, at most (default: 5)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these: {', '.join(GROUPS)}")
     parser.add_argument("--restart", action="store_true", help="measure again what the folder holds already")

@@ -113,8 +113,8 @@ def _build(name: str, arguments: dict[str, Any]) -> Encoder:
             arguments = {argument: int(number), **arguments}
         return build(**arguments)
     near = difflib.get_close_matches(name, _PACKAGED, n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
     if os.path.isfile(name):
-        meant = "; that is a file: its weights are given beside an encoder's name (weights=, --encoder-weights)"
+        meant = " (a file of weights is given beside an encoder's name: weights=, --encoder-weights)"
     known = "\n".join(f"    {pattern:32}{what}" for pattern, what in ENCODERS.items())
     raise ValueError(f"name: no encoder is called {name!r}{meant}; there are\n{known}")

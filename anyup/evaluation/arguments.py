@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
-from anyup.options import nonempty, number, whole_number
+from anyup.options import MOST_THREADS, nonempty, number, whole_number
 
 HELP = "how good the upsampling is: features, segmentation, pictures"
 
@@ -71,7 +71,12 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         made.add_argument(
             "--backend", choices=_BACKENDS, help="run on this backend or fail; by default the fastest that can"
         )
-        made.add_argument("--threads", type=_positive, metavar="N", help="threads of a CPU; by default torch's choice")
+        made.add_argument(
+            "--threads",
+            type=whole_number(1, MOST_THREADS),
+            metavar="N",
+            help="threads of a CPU; by default torch's choice",
+        )
         made.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
         return made
 

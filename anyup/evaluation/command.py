@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW, checkpoint_of
+from anyup.options import UsageError
 from anyup.run_lock import folder_for, only_run
+from anyup.upsample_command import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +39,8 @@ def _features(arguments: argparse.Namespace) -> None:
     from anyup.evaluation import reconstruction
     from anyup.evaluation.cache import TensorCache
     from anyup.evaluation.report import surroundings, write_json
-    from anyup.images import check_writable
 
-    output = check_writable(arguments.output, (".json",), "results")
+    output = check_output(arguments.output, (".json",), "results")
     photographs = _held_out(arguments.photographs, arguments.every)
     reporter, device, upsamplers = _start(arguments)
     sides = arguments.sides or [112]
@@ -97,11 +98,10 @@ def _pictures(arguments: argparse.Namespace) -> None:
 
 
 def _segmentation(arguments: argparse.Namespace) -> None:
-    from anyup.images import check_writable
     from anyup.training.reporting import Reporter
 
-    output = check_writable(arguments.output, (".json",), "results")
-    checkpoint = check_writable(checkpoint_of(arguments), (".pt",), "checkpoint")
+    output = check_output(arguments.output, (".json",), "results")
+    checkpoint = check_output(str(checkpoint_of(arguments)), (".pt",), "checkpoint")
     with only_run(checkpoint, Reporter().note):
         _probe(arguments, output, checkpoint)
 
@@ -130,12 +130,12 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
         order_seed=arguments.order_seed,
     )
     if arguments.attention == "keep" and arguments.cache is None:
-        raise ValueError("--attention keep: goes with --cache, the folder to keep it in")
+        raise UsageError("--attention keep: goes with --cache, the folder to keep it in")
     splits = arguments.train_split or layout.train, arguments.test_split or layout.test
     found = [datasets.load_split(arguments.data, layout, split)[: arguments.limit] for split in splits]
     Scores([], [], labels.classes)  # torchmetrics is missed now, not after hours
     if len(arguments.encoder) > 1:
-        raise ValueError(f"--encoder: one expected, got {len(arguments.encoder)}")
+        raise UsageError(f"--encoder: one expected, got {len(arguments.encoder)}")
     reporter, device, upsamplers = _start(arguments)
     (encoder,) = _load_encoders(arguments.encoder, device)
     source = segmentation.Source(encoder, upsamplers, labels, arguments.size, TensorCache(arguments.cache), device)
@@ -177,18 +177,18 @@ def _labels(arguments: argparse.Namespace, known: Labels | None) -> Labels:
     typed = {"--classes": arguments.classes, "--first-class": arguments.first_class, "--void": arguments.void}
     if known is not None:
         if given := [name for name, value in typed.items() if value is not None]:
-            raise ValueError(f"{given[0]}: not expected, --layout {arguments.layout} knows its own classes")
+            raise UsageError(f"{given[0]}: not expected, --layout {arguments.layout} knows its own classes")
         return known
     if arguments.classes is None:
-        raise ValueError(f"--classes: expected with --layout {arguments.layout}")
+        raise UsageError(f"--classes: expected with --layout {arguments.layout}")
     values = arguments.classes
     if len(values) == 1:
         first = arguments.first_class or 0
         values = range(first, first + values[0])
     elif arguments.first_class is not None:
-        raise ValueError("--first-class: goes with the number of classes, got their values too")
+        raise UsageError("--first-class: goes with the number of classes, got their values too")
     if len(values) > VOID:
-        raise ValueError(f"--classes: at most {VOID} expected, got {len(values)}")
+        raise UsageError(f"--classes: at most {VOID} expected, got {len(values)}")
     void = arguments.void
     if void is None:
         void = sorted({VOID, *range(arguments.first_class or 0)} - set(values))
@@ -203,7 +203,7 @@ def _held_out(folder: str, every: int) -> dict[str, Path]:
     if every:
         _, held_out = split(paths, every)
         if not held_out:
-            raise ValueError(f"--every: at least one of each {every} photographs expected, {folder} has {len(paths)}")
+            raise UsageError(f"--every: at least one of each {every} photographs expected, {folder} has {len(paths)}")
         paths = held_out
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
@@ -228,7 +228,7 @@ def _load_encoders(names: Sequence[str], device: torch.device) -> list[Encoder]:
 
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
-        raise ValueError(f"--encoder: each once expected, got {', '.join(repeated)} more than once")
+        raise UsageError(f"--encoder: each once expected, got {', '.join(repeated)} more than once")
     return [load_encoder(name, device=device) for name in names]
 
 

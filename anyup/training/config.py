@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from anyup.command_paths import Kept, Read, ReadEncoder, ReadWeights, Written
 from anyup.installing import pip_install
+from anyup.options import MOST_THREADS
 from anyup.training.variation import TILES
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -195,7 +196,7 @@ def _find(config: str) -> Path:
     if config in known:
         return known[config]
     near = difflib.get_close_matches(config, known, n=1)
-    meant = f"; did you mean {near[0]}?" if near else ""
+    meant = f" (did you mean {near[0]}?)" if near else ""
     raise FileNotFoundError(f"config: expected a TOML file or one of {', '.join(known)}; there is no {config!r}{meant}")
 
 
@@ -359,4 +360,5 @@ def _check(settings: Settings) -> None:
     if settings.variation.mosaic:
         for key in ("optimizer.batch", "optimizer.micro_batch"):
             need(key, flat[key] % TILES == 0, f"a multiple of {TILES}, of which a mosaic is made")
+    need("run.threads", run.threads <= MOST_THREADS, f"at most {MOST_THREADS}")
     need("run.precision", run.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
