@@ -19,7 +19,7 @@ from anyup.bench import cases, command, floors, machine, memory, parity, publish
 from anyup.bench.cases import OPERATIONS, Sizes
 from anyup.bench.clock import CardLost
 from anyup.bench.contenders import Builder
-from anyup.bench.engine import Engine, Speeds
+from anyup.bench.engine import Engine, Entry, Speeds
 from anyup.bench.floors import BOTH
 from anyup.bench.graphs import Graph, by_stage
 from anyup.bench.published_code import PublishedCode
@@ -260,6 +260,21 @@ def test_an_error_that_takes_the_card_along_ends_the_run_and_another_goes_on_beh
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # as in a new process
     command.measure(engine(builder=Fails(clock)), comparisons, ResultsFile(path, describe()))
     assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["failed", "failed", "ok"]
+
+
+def test_an_error_outside_the_calls_marks_all_rows_of_its_comparison_and_the_next_one_is_run(tmp_path: Path) -> None:
+    class Broken(Engine):
+        def prepare(self, comparison: Comparison) -> list[Entry]:
+            if comparison.contenders[0].operation == "model":
+                raise IndexError("no such window\nin detail")
+            return super().prepare(comparison)
+
+    broken = Broken(SPEEDS, clock, Builder(clock), measure_memory=no_memory)
+    file = ResultsFile(tmp_path / "results.json", describe())
+    command.measure(broken, [model("anyup", "published"), operation("query_projection", "torch")], file)
+    assert [(row["status"], row["reason"]) for row in file.rows] == [
+        ("failed", "IndexError: no such window"), ("failed", "IndexError: no such window"), ("ok", None)
+    ]  # fmt: skip
 
 
 def test_an_error_while_memory_is_measured_marks_the_row_and_leaves_its_time() -> None:

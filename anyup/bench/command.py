@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 
 from anyup.bench import machine, wording
-from anyup.bench.clock import CardLost, CudaClock
+from anyup.bench.clock import CudaClock, require_a_living_card
 from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Speeds
 from anyup.bench.published_code import PublishedCode, has_natten
@@ -154,16 +154,18 @@ def measure(engine: Engine, suite: Sequence[Comparison], file: ResultsFile, stre
         left = (time.perf_counter() - begun) / number * (len(todo) - number) if number else None
         told = "" if left is None else f", about {max(left / 60, 1):.0f} min left"
         _note(f"[{stored + number + 1}/{len(suite)}] {comparison.name}{told}", stream)
+        failure: Exception | None = None
         try:
             rows = engine.run(comparison)
-        except CardLost as lost:
-            file.put(engine.failed(comparison, lost))
-            raise
+        except Exception as error:  # outside the calls, or of a card that fails late
+            rows, failure = engine.failed(comparison, error), error
         file.put(rows)
         for row in rows:
             print(line(row), flush=True)
             if row.get("busy"):
                 _note(f"warning: {row['id']}: repeats spread by {row['spread']:.0%}: the machine was busy", stream)
+        if failure is not None:
+            require_a_living_card(failure)
 
 
 def line(row: Row) -> str:

@@ -139,7 +139,7 @@ class Engine:
         """The rows of a comparison that an error took along."""
         entries = [self._entry(comparison, contender) for contender in comparison.contenders]
         for entry in entries:
-            entry.mark("failed", str(error))
+            entry.mark("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return [entry.row for entry in entries]
 
     def prepare(self, comparison: Comparison) -> list[Entry]:
