@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,5 +64,18 @@ def operators_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         for name in _OPERATORS:
             module = importlib.import_module(f"anyup.ops.{name}.operator")
-            patch.setattr(module, "_forward", module._run_forward)
+            patch.setattr(module, "_forward", _opened(module))
+            patch.setattr(module, "_backward", module._run_backward)
         yield
+
+
+def _opened(module: Any) -> Callable[..., Any]:
+    """An operator's forward pass as a function that autograd differentiates by the operator's own rule."""
+    plain = module._run_forward
+
+    class Opened(torch.autograd.Function):
+        forward = staticmethod(plain)
+        setup_context = staticmethod(module._setup_context)
+        backward = staticmethod(module._gradient)
+
+    return lambda *inputs: (Opened.apply if torch.is_grad_enabled() else plain)(*inputs)

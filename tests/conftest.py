@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from device_results import DeviceResults
-from interpreter import leave_out_what_is_in_vain
+from interpreter import broken, leave_out_what_is_in_vain
 
 # For `benchmarks`, which is not installed; last, so that nothing here hides another package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # Before anything imports triton: where there is no GPU its interpreter runs the kernels, on CPU tensors. ttsem brings a
 # device of its own.
-if not torch.cuda.is_available() and "ttsem" not in sys.modules:
+if not torch.cuda.is_available() and "ttsem" not in sys.modules and broken() is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if find_spec("triton") is not None:
-        leave_out_what_is_in_vain()
+    leave_out_what_is_in_vain()
 
 # Tests run with the cuts of the rule, whatever table this machine's user has.
 os.environ["ANYUP_CONFIGS"] = "off"

@@ -1,13 +1,40 @@
-"""Triton's interpreter without work that it does in vain: half of the time of a small kernel."""
+"""Where Triton's interpreter runs, and it without work that it does in vain: half of the time of a small kernel."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
+from packaging.version import Version
+
 _KNOWN = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "interpreter_builder", "tl")
+
+
+def broken() -> str | None:
+    """Why Triton's interpreter can run no kernel with what is installed; None: it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        triton, numpy = (Version(version(name)) for name in ("triton", "numpy"))
+    except PackageNotFoundError:  # ROCm's triton has another name
+        return None
+    # The bounds of its loops are arrays of one dimension, of which numpy no longer makes an int.
+    if triton < Version("3.7") and numpy >= Version("2.4"):
+        return f"the interpreter of triton {triton} fails with numpy {numpy}: it takes triton 3.7, or numpy below 2.4"
+    return None
+
+
+def not_interpreted() -> str | None:
+    """Why kernels are not run in Triton's interpreter in this process; None: they are."""
+    reason = broken()
+    if reason is None and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "there is a GPU, or TRITON_INTERPRET says so"
+    return None if reason is None else f"runs in Triton's interpreter: {reason}"
 
 
 def leave_out_what_is_in_vain() -> None:

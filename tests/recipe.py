@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from interpreter import not_interpreted
 from torch import Tensor
 
 from anyup import AnyUp
@@ -116,10 +115,7 @@ ATTENTION_SHAPES = {
     "one head": AttentionShape((24, 24), (6, 6), heads=1, head_dim=16),
     "eight heads": AttentionShape((24, 24), (6, 6), heads=8, head_dim=2),
 }
-INTERPRETED = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
-    reason="runs in Triton's interpreter: there is a GPU, or no triton",
-)
+INTERPRETED = pytest.mark.skipif(not_interpreted() is not None, reason=str(not_interpreted()))
 
 # What Triton's interpreter runs, program by program: heads as wide as the matrix units want them, few pixels.
 KERNEL_SHAPES = {

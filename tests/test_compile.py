@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe import fill, wave
+from recipe import INTERPRETED, fill, wave
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,6 +168,7 @@ def test_export_keeps_each_operator_as_one_node() -> None:
         torch.testing.assert_close(program.module()(image, features), upsampler(image, features), rtol=1e-4, atol=1e-4)
 
 
+@INTERPRETED
 @pytest.mark.slow
 def test_kernels_run_in_one_graph_and_in_an_exported_program() -> None:
     upsampler = model(backend="triton").requires_grad_(False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from torch import backends
@@ -102,6 +103,18 @@ def test_without_triton_there_is_a_reason_and_nothing_is_imported(
     monkeypatch.setattr(kernel_device, "find_spec", lambda name: None)
     monkeypatch.setattr(kernel_device, "interprets", None)
     assert device_reasons(torch.device("cuda")) == ["triton is not installed (on Linux: pip install triton)"]
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"), [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.7.0", "2.5.5", True)]
+)
+def test_an_interpreter_that_fails_with_this_numpy_is_told(
+    triton: str, numpy: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreter, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    reason = interpreter.broken()
+    assert runs == (reason is None)
+    assert runs or f"the interpreter of triton {triton} fails with numpy {numpy}" in str(reason)
 
 
 # How products of float32 are made on a card and on a CPU, by each way of saying so and by two at once.

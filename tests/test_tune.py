@@ -443,6 +443,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 9000")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(clocks, "CudaClock", lambda device, budget: Clock())
+    monkeypatch.setattr(kernel_device, "_device_reasons", lambda device, interpreted: ())
     return tmp_path / "tables"
 
 

@@ -7,6 +7,7 @@ the day a card is there is not spent on the tests.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +78,7 @@ def pretended_card() -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(torch.cuda, name, lambda *_: None)
         for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "get_sync_debug_mode"):
             patch.setattr(torch.cuda, name, lambda *_: 0)
+        patch.setattr(torch.cuda, "memory_stats", lambda *_: Counter())
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**36, 2**36))
         for name in ("Stream", "current_stream"):
             patch.setattr(torch.cuda, name, _Stream)

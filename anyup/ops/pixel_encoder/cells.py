@@ -59,9 +59,8 @@ class Cells:
     def mean(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
         """What takes rows (r, pixels, D) to their mean over all rows and over each cell of columns: (cells, D)."""
         if not self.shrinks:  # a cell is one pixel, or two
-            cells = [self.within(cell) for cell in range(self.stop - self.first)]
-            first = torch.tensor([cell.start for cell in cells], device=device)
-            last = torch.tensor([cell.stop - 1 for cell in cells], device=device)
+            start, stop = self._bounds(torch.arange(self.first, self.stop, device=device))
+            first, last = start - self.pixels.start, stop - 1 - self.pixels.start
 
             def gathered(rows: Tensor) -> Tensor:
                 line = rows.mean(dim=0)

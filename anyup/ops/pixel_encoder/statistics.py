@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from anyup.ops.precision import accumulator_dtype
 SUBSETS = 16
 """Pixels of a tile that are no multiple of this take one more pass."""
 
-_SETS = SUBSETS + 1
 _TILES_AT_ONCE = 256  # whose sets are widened
 
 # Means of up to so many deviations lose nothing that matters when scale and shift are applied at once.
@@ -38,15 +38,16 @@ class Parts:
     """
 
     def __init__(self, tiles: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._subsets = SUBSETS if device.type == "cpu" else 0
         # Zeros, because a set of no pixels counts with a weight of zero.
-        self._means, self._variances = torch.zeros(2, tiles, _SETS, dim, dtype=dtype, device=device)
-        self._counts = [[0] * _SETS for _ in range(tiles)]
+        self._means, self._variances = torch.zeros(2, tiles, self._subsets + 1, dim, dtype=dtype, device=device)
+        self._counts = [[0] * (self._subsets + 1) for _ in range(tiles)]
 
     def take(self, tile: int, pixels: Tensor) -> None:
         """Of a tile's (n, D) contiguous pixels, by two passes over them: no cancellation."""
         count, dim = pixels.shape
         means, variances, counts = self._means[tile], self._variances[tile], self._counts[tile]
-        even = count - count % SUBSETS if pixels.device.type == "cpu" else 0
+        even = count - count % SUBSETS if self._subsets else 0
         if even:
             # var_mean over the first dimension is not vectorised on a CPU. This is, but sums one value after the
             # other, so that its error grows with their number: take interleaved subsets as if they were channels.
@@ -55,8 +56,8 @@ class Parts:
             means[:SUBSETS], variances[:SUBSETS] = mean.view(SUBSETS, dim), variance.view(SUBSETS, dim)
             counts[:SUBSETS] = [even // SUBSETS] * SUBSETS
         if even < count:
-            variances[SUBSETS], means[SUBSETS] = torch.var_mean(pixels[even:], dim=0, correction=0)
-            counts[SUBSETS] = count - even
+            variances[-1], means[-1] = torch.var_mean(pixels[even:], dim=0, correction=0)
+            counts[-1] = count - even
 
     def statistics(self) -> Statistics:
         """Of all pixels together."""
@@ -97,13 +98,23 @@ class Statistics:
     @staticmethod
     def joined(counts: Sequence[int], means: Tensor, deviations: Tensor) -> Statistics:
         """Of several, stacked as (several, D), with `counts` pixels each (Chan, Golub and LeVeque 1983)."""
+        if len(counts) == 1:
+            return Statistics(counts[0], means[0], deviations[0])
         count, each = sum(counts), _column(counts, means)
         mean = (each * means).sum(dim=0) / count
         return Statistics(count, mean, (deviations + each * (means - mean).square()).sum(dim=0))
 
 
 def _column(counts: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(counts, dtype=like.dtype, device=like.device)[:, None]
+    if like.device.type == "cpu":
+        return torch.tensor(counts, dtype=like.dtype, device="cpu")[:, None]
+    # Numbers of the host's would be copied, which waits for the device; what fills memory takes one as its argument.
+    column, first = like.new_empty(len(counts), 1), 0
+    for count, run in groupby(counts):
+        stop = first + len(list(run))
+        column[first:stop].fill_(count)
+        first = stop
+    return column
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ QUERY_TILE = (8, 16)
 KEY_BLOCK = (8, 8)
 """Rows and columns of a block of keys."""
 
+_CPU = torch.device("cpu")
+
 QUERIES = QUERY_TILE[0] * QUERY_TILE[1]
 KEYS = KEY_BLOCK[0] * KEY_BLOCK[1]
 
@@ -118,15 +120,16 @@ class Tiling:
         columns = self.columns.position[None, :, None, :].expand(shape)
         return torch.stack((rows, columns)).flatten(3).flatten(1, 2)
 
-    def to(self, device: torch.device) -> Tiling:
-        """The same tiling with its tables on a device."""
-        axes = (Axis(*(t.to(device) for t in vars(axis).values())) for axis in (self.rows, self.columns))
-        return Tiling(*axes)
-
 
 @lru_cache(maxsize=64)
-def cut(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int], part: Part | None = None) -> Tiling:
-    """The tiling of an output (H, W), or a part of one, and a grid (h, w); on the CPU.
+def cut(
+    window: Window,
+    output_size: tuple[int, int],
+    grid_size: tuple[int, int],
+    part: Part | None = None,
+    device: torch.device = _CPU,
+) -> Tiling:
+    """The tiling of an output (H, W), or a part of one, and a grid (h, w), its tables on a device.
 
     Both have at least two tiles or blocks: a single one would be compiled for as a special case.
     """
@@ -143,25 +146,29 @@ def cut(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]
                     grid_size[n],
                     (tiles[n], QUERY_TILE[n]),
                     (blocks[n], KEY_BLOCK[n]),
+                    device,
                 )
                 for n in range(2)
             )
         )
 
 
-def _axis(bounds: tuple[tuple[int, ...], ...], keys: int, tiles: tuple[int, int], blocks: tuple[int, int]) -> Axis:
+def _axis(
+    bounds: tuple[tuple[int, ...], ...],
+    keys: int,
+    tiles: tuple[int, int],
+    blocks: tuple[int, int],
+    device: torch.device,
+) -> Axis:
     """The axis of queries with `bounds` in `tiles` (count, length) against `keys` in `blocks` (count, length)."""
     last = torch.arange(tiles[0] * tiles[1], device="cpu").clamp(max=len(bounds[0]) - 1)
     start, stop = (torch.tensor(bound, device="cpu", dtype=torch.int32)[last].view(tiles) for bound in bounds)
     position = torch.arange(blocks[0] * blocks[1], device="cpu", dtype=torch.int32).view(blocks)
     first, end = position[:, 0], position[:, -1] + 1
-    return Axis(
-        start=start,
-        stop=stop,
-        visited=(first < stop.amax(1, keepdim=True)) & (end > start.amin(1, keepdim=True)),
-        full=(first >= start.amax(1, keepdim=True)) & (end <= stop.amin(1, keepdim=True)),
-        position=torch.where(position < keys, position, -1),
-    )
+    visited = (first < stop.amax(1, keepdim=True)) & (end > start.amin(1, keepdim=True))
+    full = (first >= start.amax(1, keepdim=True)) & (end <= stop.amin(1, keepdim=True))
+    tables = (start, stop, visited, full, torch.where(position < keys, position, -1))
+    return Axis(*(table.to(device) for table in tables))
 
 
 def _listed(which: Tensor) -> tuple[Tensor, Tensor]:

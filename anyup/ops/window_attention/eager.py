@@ -22,6 +22,7 @@ from anyup.ops.linear import grouped_product
 from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
+from anyup.ops.tables import kept_for_graphs
 from anyup.ops.window_attention.segments import Segments, cut_axis
 from anyup.window import Part, Window, axis_bounds
 
@@ -177,14 +178,14 @@ class _Batch:
     def take_pixels(self, pixel_map: Tensor) -> Tensor:
         """(H, W, ...) -> (count, pixels, ...), a copy."""
         band = pixel_map[self.rows.starts[0] : self.rows.starts[0] + self.rows.length]
-        columns = self.columns.queries(band.device)
+        columns = self.columns.queries()
         band = band[:, columns] if isinstance(columns, slice) else band.index_select(1, columns)
         return band.unflatten(1, (self.count, self.columns.length)).transpose(0, 1).flatten(1, 2)
 
     def put_pixels(self, pixel_map: Tensor, update: Tensor) -> None:
         """Write (count, pixels, ...) into these pixels of (H, W, ...)."""
         band = pixel_map[self.rows.starts[0] : self.rows.starts[0] + self.rows.length]
-        columns = self.columns.queries(band.device)
+        columns = self.columns.queries()
         update = update.unflatten(1, (self.rows.length, self.columns.length)).transpose(0, 1)
         if isinstance(columns, slice):
             band[:, columns].unflatten(1, (self.count, self.columns.length)).copy_(update)
@@ -195,14 +196,14 @@ class _Batch:
     def take_keys(self, grid: Tensor) -> Tensor:
         """(w, h, ...) -> (count, keys, ...), a copy."""
         band = grid[:, self.rows.key_starts[0] : self.rows.key_starts[0] + self.rows.keys]
-        near = band.index_select(0, self.columns.key_positions(band.device))
+        near = band.index_select(0, self.columns.key_positions.flatten())
         return near.view(self.count, self.keys, *grid.shape[2:])
 
     def add_keys(self, grid: Tensor, update: Tensor) -> None:
         """Add (count, keys, ...) to these keys of (w, h, ...); rectangles may share keys."""
         band = grid[:, self.rows.key_starts[0] : self.rows.key_starts[0] + self.rows.keys]
         update = update.reshape(-1, *band.shape[1:]).to(band.dtype)
-        band.index_add_(0, self.columns.key_positions(band.device), update)
+        band.index_add_(0, self.columns.key_positions.flatten(), update)
 
     def logits(self, query: Tensor, keys: Tensor, scale: float, scratch: _Scratch) -> Tensor:
         """Scaled logits (pixels, count, heads, keys), -inf where a pixel does not see a key."""
@@ -249,7 +250,7 @@ def _batches(
     top, left, full_height, full_width = part or (0, 0, height, width)
     most_rows = _most_rows(window, (full_height, full_width), (h, w), heads, longest, keys.device.type)
     row_classes, column_classes = (
-        [s.to(keys.device, keys.dtype) for s in cut_axis(window, queries, number, most, first, total)]
+        kept_for_graphs(cut_axis(window, queries, number, most, first, total, keys.device, keys.dtype), keys.device)
         for queries, number, first, total, most in (
             (height, h, top, full_height, most_rows),
             (width, w, left, full_width, longest),

@@ -26,6 +26,7 @@ from anyup.installing import pip_install
 from anyup.ops.cuts import is_refusal, told
 from anyup.ops.dispatch import WITHOUT_GRADIENT, BackendFailure
 from anyup.ops.precision import working_dtype
+from anyup.ops.tables import kept_for_graphs
 from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, cut
 from anyup.window import Part, Window, part_bounds
 
@@ -122,7 +123,9 @@ def _forward(
     dtype = torch.promote_types(query.dtype, value.dtype)  # FlexAttention takes one dtype for all three
     head_width, slice_width = _padded(head_dim), min(_padded(channels), _SLICE)
     slices = -(-channels // slice_width)
-    tiling = cut(window, (height, width), (key.shape[1], key.shape[2]), part).to(query.device)
+    tiling = kept_for_graphs(
+        cut(window, (height, width), (key.shape[1], key.shape[2]), part, query.device), query.device
+    )
     positions = tiling.positions()
     out = value.new_empty(batch, height, width, channels)
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=working_dtype(query.dtype))

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from anyup.window import Window, part_bounds
 
+_CPU = torch.device("cpu")
+
 # What a segment costs besides its products, as a number of pixels: it keeps segments from becoming single pixels
 # where windows move fast (features about as fine as the output).
 _OVERHEAD_PIXELS = 6
@@ -31,6 +33,8 @@ class Segments:
         starts: first query of each segment.
         keys: length of each key range, which holds the windows of all its segment's queries.
         key_starts: first key of each key range.
+        query_positions: (count, length) int64, the queries of each segment.
+        key_positions: (count, keys) int64, the keys of each range.
         bias: (count, length, keys), 0 where a query sees a key of the range and -inf elsewhere; None where every
             query sees the whole range.
     """
@@ -39,6 +43,8 @@ class Segments:
     starts: tuple[int, ...]
     keys: int
     key_starts: tuple[int, ...]
+    query_positions: Tensor
+    key_positions: Tensor
     bias: Tensor | None
 
     @property
@@ -49,31 +55,37 @@ class Segments:
         """The same segments, at most `count` at a time."""
         for first in range(0, self.count, count):
             part = slice(first, first + count)
-            bias = None if self.bias is None else self.bias[part]
-            yield replace(self, starts=self.starts[part], key_starts=self.key_starts[part], bias=bias)
+            yield replace(
+                self,
+                starts=self.starts[part],
+                key_starts=self.key_starts[part],
+                query_positions=self.query_positions[part],
+                key_positions=self.key_positions[part],
+                bias=None if self.bias is None else self.bias[part],
+            )
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Segments:
-        """The same segments with their bias on a device, in a dtype."""
-        return self if self.bias is None else replace(self, bias=self.bias.to(device, dtype))
-
-    def queries(self, device: torch.device) -> Tensor | slice:
+    def queries(self) -> Tensor | slice:
         """The queries, segment by segment: a slice where they are adjacent, else (count * length,) int64."""
         if all(b - a == self.length for a, b in zip(self.starts, self.starts[1:], strict=False)):
             return slice(self.starts[0], self.starts[-1] + self.length)
-        return _ranges(self.starts, self.length, device)
-
-    def key_positions(self, device: torch.device) -> Tensor:
-        """The keys of the ranges, segment by segment: (count * keys,) int64."""
-        return _ranges(self.key_starts, self.keys, device)
+        return self.query_positions.flatten()
 
 
 @lru_cache(maxsize=64)
 def cut_axis(
-    window: Window, queries: int, keys: int, longest: int, first: int = 0, total: int | None = None
+    window: Window,
+    queries: int,
+    keys: int,
+    longest: int,
+    first: int = 0,
+    total: int | None = None,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Segments, ...]:
     """Segments that cover an axis, none longer than `longest`, for about the least work.
 
-    The axis may be a part, from the `first` query on, of one with `total` queries.
+    The axis may be a part, from the `first` query on, of one with `total` queries. Positions and bias, which is of
+    that dtype, are on the device.
     """
     start, stop = part_bounds(window, queries, keys, first, queries if total is None else total)
     widest = max(b - a for a, b in zip(start, stop, strict=True))
@@ -81,7 +93,8 @@ def cut_axis(
     by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for first, last in min(cuts, key=lambda cut: _work(cut, start, stop)):
         by_length[last - first].append((first, last))
-    return tuple(_batch(segments, start, stop, keys) for segments in by_length.values())
+    with torch.inference_mode(False):  # the tables serve later calls, in inference or not
+        return tuple(_batch(segments, start, stop, keys, device, dtype) for segments in by_length.values())
 
 
 def _cut(start: tuple[int, ...], stop: tuple[int, ...], most_keys: int, longest: int) -> list[tuple[int, int]]:
@@ -108,26 +121,36 @@ def _work(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[i
     return work
 
 
-def _batch(segments: list[tuple[int, int]], start: tuple[int, ...], stop: tuple[int, ...], keys: int) -> Segments:
+def _batch(
+    segments: list[tuple[int, int]],
+    start: tuple[int, ...],
+    stop: tuple[int, ...],
+    keys: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Segments:
     """Segments of one length as a batch, shorter key ranges widened to the longest, inside the grid."""
+    length = segments[0][1] - segments[0][0]
+    starts = tuple(first for first, _ in segments)
     unions = [_union(first, last, start, stop) for first, last in segments]
     width = max(high - low for low, high in unions)
-    key_starts = [min(low, keys - width) for low, _ in unions]
-    # On the CPU whatever the default device, because the result is kept for later calls.
-    position = torch.tensor(key_starts, device="cpu")[:, None, None] + torch.arange(width, device="cpu")
+    key_starts = tuple(min(low, keys - width) for low, _ in unions)
+    position = _ranges(key_starts, width)
     low = torch.tensor([start[first:last] for first, last in segments], device="cpu")[:, :, None]
     high = torch.tensor([stop[first:last] for first, last in segments], device="cpu")[:, :, None]
-    bias = torch.zeros(len(segments), segments[0][1] - segments[0][0], width, device="cpu")
-    bias.masked_fill_((position < low) | (position >= high), float("-inf"))
+    unseen = (position[:, None] < low) | (position[:, None] >= high)
+    bias = torch.zeros(unseen.shape, dtype=dtype, device="cpu").masked_fill_(unseen, float("-inf"))
     return Segments(
-        length=segments[0][1] - segments[0][0],
-        starts=tuple(first for first, _ in segments),
+        length=length,
+        starts=starts,
         keys=width,
-        key_starts=tuple(key_starts),
-        bias=bias if bool(bias.any()) else None,
+        key_starts=key_starts,
+        query_positions=_ranges(starts, length).to(device),
+        key_positions=position.to(device),
+        bias=bias.to(device) if bool(unseen.any()) else None,
     )
 
 
-def _ranges(starts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
-    positions = torch.tensor(starts, device="cpu")[:, None] + torch.arange(length, device="cpu")
-    return positions.flatten().to(device, non_blocking=True)
+def _ranges(starts: tuple[int, ...], length: int) -> Tensor:
+    """(ranges, length): so many numbers from each start on."""
+    return torch.tensor(starts, device="cpu")[:, None] + torch.arange(length, device="cpu")
