@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
+from anyup.progress import human_bytes
 
 SHARE = 0.9
 """Of what a GPU has free, where the caller sets no limit."""
+
+# Not worth asking the system about.
+_ALWAYS_FREE = 2**26
 
 _UNITS = {"": 1, "b": 1, **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}}
 _UNITS.update({f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)})
@@ -36,11 +44,37 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a GPU now, with what torch's allocator holds unused; None where it is unknown."""
+    """Bytes that can be allocated on a CPU or a GPU now, with what caches hold and give; None where it is unknown."""
+    if device.type == "cpu":
+        return _free_host_memory()
     if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its operations take memory, as far as is known: those of a tracer's tensors, for one, take none."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def check_room(needed: int, what: str, device: torch.device, hint: str) -> None:
+    """Raise ValueError where so many bytes are not to be had on the device: Linux ends a process that takes them."""
+    free = free_memory(device) if needed >= _ALWAYS_FREE else None
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{what} takes {human_bytes(needed)}, and {human_bytes(free)} of memory are free on {device}; {hint}"
+        )
+
+
+def _free_host_memory() -> int | None:
+    """Linux's estimate, the page cache and the swap included, or less where a control group has less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = {name: int(number.split()[0]) for name, number in (line.split(":") for line in lines)}
+        return min([kib["MemAvailable"] * 1024, *_control_groups()]) + kib["SwapFree"] * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
 
 
 def limit_on(device: torch.device, max_memory: int | str | None) -> int | None:
@@ -48,5 +82,32 @@ def limit_on(device: torch.device, max_memory: int | str | None) -> int | None:
     limit = parse_memory(max_memory)
     if limit is not None:
         return limit
-    free = free_memory(device)
+    free = None if device.type == "cpu" else free_memory(device)
     return None if free is None else int(SHARE * free)
+
+
+def _control_groups(groups: Path = Path("/proc/self/cgroup"), system: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What each of the process's control groups with a limit has left, what its page cache would give included."""
+    for line in groups.read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            root, names = system, ("memory.max", "memory.current", "file")
+        elif "memory" in controllers.split(","):
+            root = system / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+        else:
+            continue
+        own = root / group.lstrip("/")  # in a container it may be the root that is its own
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                yield from _left_in(folder, *names)
+
+
+def _left_in(folder: Path, limit: str, used: str, cache: str) -> Iterator[int]:
+    """One number, or none where there is no limit."""
+    try:
+        most, taken = (int((folder / name).read_text()) for name in (limit, used))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        yield max(0, most - taken + int(statistics[cache]))
+    except (OSError, ValueError, KeyError):
+        return

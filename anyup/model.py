@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyup.budget import check_room, is_plain
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, check_grids, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
@@ -205,6 +206,11 @@ class AnyUp(nn.Module):
         size = check_image(image, output_size, input_dim=input_dim, device=device)
         names = check_grids(grids)
         compiling = torch.compiler.is_compiling()
+        if not compiling and is_plain(image):
+            shape = (image.shape[0], *size, self.config["qk_dim"])
+            needed = math.prod(shape) * self._compute_dtype(device).itemsize
+            told = " x ".join(map(str, shape))
+            check_room(needed, f"output_size: the queries, {told},", device, "`stream` keeps none")
         with nullcontext() if compiling else memory.reuse(), nullcontext() if compiling else self._threads(image, size):
             queries, image_keys = self._encode_image(image, size, names)
         # The caller may write the next frame into the image.

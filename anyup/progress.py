@@ -20,7 +20,11 @@ def human_bytes(count: float) -> str:
         if count < 999.5:
             return f"{count:.0f} {unit}"
         count /= 1000
-    return f"{count:.2f} GB"
+    for unit in ("GB", "TB", "PB", "EB"):
+        if count < 999.995:
+            return f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} ZB"
 
 
 def _left(told: list[tuple[float, float]]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyup.banded import BandedImage, Workspace, check_backends
-from anyup.budget import limit_on
+from anyup.budget import is_plain, limit_on
 from anyup.finite import overflow
 from anyup.image_context import ImageContext
 from anyup.ops import memory
@@ -22,7 +22,7 @@ from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
 from anyup.outputs import MemoryMap, Target, target_of
-from anyup.planning import BudgetError, Plan, choose, rows_at_once, task_of
+from anyup.planning import BudgetError, Plan, Task, choose, rows_at_once, task_of
 from anyup.problem import check_region, check_tile
 from anyup.untraced import untraced
 from anyup.window import Part
@@ -78,17 +78,35 @@ def stream(
         warnings.warn(f"{why}: a result beyond that becomes infinite", stacklevel=4)
     task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
     task = replace(task, mapped=isinstance(target, MemoryMap))
-    plan = choose(task, limit_on(features.device, max_memory), keep=keep)
+    limit = limit_on(features.device, max_memory)
+    _check_room(task, features, whole=keep and limit is None)
+    plan = choose(task, limit, keep=keep)
     source = _Source(model, image, features, carried, size, Rescue(plan), q_chunk_size)
     rows, columns = tile_size or (rows_at_once(plan), width)
     if target is not None and tile_size is None:
         rows -= rows % target.multiple if rows > target.multiple else 0
-    parts = [
-        (slice(row, min(row + rows, top + height)), slice(column, min(column + columns, left + width)))
-        for row in range(top, top + height, rows)
-        for column in range(left, left + width, columns)
-    ]
+    parts = Parts(range(top, top + height, rows), range(left, left + width, columns), (top + height, left + width))
     return Stream(source, parts, dtype, (top, left), target)
+
+
+class Parts(Sequence[tuple[slice, slice]]):
+    """Rows and columns of each piece, from left to right and from top to bottom; they may be more than memory holds."""
+
+    def __init__(self, rows: range, columns: range, end: tuple[int, int]) -> None:
+        self._rows, self._columns, self._end = rows, columns, end
+
+    def __len__(self) -> int:
+        return len(self._rows) * len(self._columns)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected a piece of {len(self)}, got {index}")
+        row, column = divmod(index % len(self), len(self._columns))
+        first, left = self._rows[row], self._columns[column]
+        bottom, right = self._end
+        return slice(first, min(first + self._rows.step, bottom)), slice(left, min(left + self._columns.step, right))
 
 
 class Stream(Iterator[Tile]):
@@ -106,7 +124,7 @@ class Stream(Iterator[Tile]):
         origin: tuple[int, int],
         target: Target | None,
     ) -> None:
-        self.parts = tuple(parts)
+        self.parts = parts
         self._source, self._dtype, self._origin, self._target = source, dtype, origin, target
         self._first = 0
         self._tiles = self._make()
@@ -194,13 +212,16 @@ def _call(
             pass
         return out
     limit = limit_on(features.device, max_memory)
-    if wants_gradients(model, image, features, carried):
+    differentiates = wants_gradients(model, image, features, carried)
+    task = task_of(model, image, features, size, values=values)
+    _check_room(task, features, whole=differentiates or limit is None)
+    if differentiates:
         if max_memory is not None:
             raise RuntimeError(
                 "max_memory does not differentiate: call it under torch.no_grad() or torch.inference_mode()"
             )
         return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
-    rescue = Rescue(choose(task_of(model, image, features, size, values=values), limit))
+    rescue = Rescue(choose(task, limit))
     if rescue.plan.order == "whole":
         try:
             return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
@@ -209,6 +230,12 @@ def _call(
     if vis_attn:
         raise ValueError(f"vis_attn: the picture needs whole maps, which do not fit; the plan is\n{rescue.plan}")
     return _upsample(model, image, features, size, rescue, values=values, q_chunk_size=q_chunk_size)
+
+
+def _check_room(task: Task, features: Tensor, *, whole: bool) -> None:
+    """Raise ValueError where the device of the features has no room for what is kept at once."""
+    if is_plain(features):
+        task.check_room(features.device, whole=whole)
 
 
 @torch.no_grad()

@@ -363,28 +363,17 @@ def _check_room(
 
     `there` are bytes that it has on the disk already; `device` is where the whole result will lie, None: nowhere.
     """
+    from anyup.budget import check_room
     from anyup.progress import human_bytes
 
     needed = shape[0] * shape[1] * shape[2] * itemsize
-    what = f"the result, {shape[0]} x {shape[1]} x {shape[2]}, takes {human_bytes(needed)}"
-    hint = "--size makes it smaller"
-    memory = None if device is None else free_memory(device)
-    if memory is not None and needed > memory:
-        raise ValueError(f"{what}, and {human_bytes(memory)} of memory are free on {device}; {hint}")
+    what, hint = f"the result, {shape[0]} x {shape[1]} x {shape[2]},", "--size makes it smaller"
+    if device is not None:
+        check_room(needed, what, device, hint)
     if output is not None:
         free = shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free
         if needed - there > free:
-            raise ValueError(f"{what}, and {human_bytes(free)} are free where {output} is to be written; {hint}")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on the device; None where the system does not tell."""
-    from anyup import budget
-
-    if device.type == "cuda":
-        return budget.free_memory(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
+            raise ValueError(
+                f"{what} takes {human_bytes(needed)}, and {human_bytes(free)} are free where {output} is to be "
+                f"written; {hint}"
+            )

@@ -15,7 +15,7 @@ import torch
 from patience import PATIENCE, wait_until
 from torch import Tensor, nn
 
-from anyup import assets, checkpoints, cli, demo, streaming, upsample_command
+from anyup import assets, budget, checkpoints, cli, demo, streaming
 from anyup.images import normalize_imagenet, read_features, read_photo, resize, save_array, save_picture
 from anyup.model import AnyUp
 from anyup.ops import refusals
@@ -278,7 +278,8 @@ def test_a_result_that_does_not_fit_is_refused_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if scarce == "memory":
-        monkeypatch.setattr(upsample_command, "free_memory", lambda device: 1000)
+        monkeypatch.setattr(budget, "_ALWAYS_FREE", 0)
+        monkeypatch.setattr(budget, "free_memory", lambda device: 1000)
     else:
         usage = type("usage", (), {"free": 1000})
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
@@ -546,7 +547,8 @@ def test_a_stage_shows_the_seconds_on_a_terminal_and_one_line_elsewhere(
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 B"), (999, "999 B"), (15360, "15 kB"), (999_900, "1 MB"), (18.7e9, "18.70 GB")]
+    ("count", "words"),
+    [(0, "0 B"), (999, "999 B"), (15360, "15 kB"), (999_900, "1 MB"), (18.7e9, "18.70 GB"), (1.5e21, "1.50 ZB")],
 )
 def test_bytes_are_told_in_decimal_units(count: float, words: str) -> None:
     assert human_bytes(count) == words

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anyup.banded import Bands, band_rows, output_rows
-from anyup.budget import limit_on
+from anyup.budget import check_room, limit_on
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.ops.precision import FLOATING
 from anyup.planning.plans import Plan
@@ -37,6 +37,9 @@ _DEFAULTS = {
 # Of the limit: predictions are this exact on a CPU; a GPU's allocator rounds besides, and leaves gaps.
 _USABLE = {"cpu": 0.98}
 _USABLE_ELSEWHERE = 0.97
+
+# Of each row and each column of the output: the bounds of its window, in two tensors and two tuples.
+_WINDOW_BYTES = 32
 
 # Stages of banded work that follow the statistics.
 _AFTER = 2
@@ -138,7 +141,10 @@ def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
 
     Raises:
         BudgetError: there is none.
+        ValueError: the output is longer than memory can tell its windows.
     """
+    windows = "output_size: a table of the windows of {} rows and {} columns".format(*task.output)
+    check_room(_WINDOW_BYTES * sum(task.output), windows, torch.device("cpu"), "a smaller output is expected")
     if limit is None:
         return whole(task, None) if keep or task.returned or task.context == "all" else _unlimited_stream(task)
     share = _USABLE.get(task.device_type, _USABLE_ELSEWHERE)

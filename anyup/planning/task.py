@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyup.budget import check_room
 from anyup.image_context import ImageContext
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.window import Window, make_window
@@ -84,9 +85,34 @@ class Task:
         return max(1, min(self.threads, 8)) if self.device_type == "cpu" else 1
 
     @property
+    def piece(self) -> Size:
+        """The least rows and columns of the output that are made at once."""
+        if self.returned:
+            return self.output
+        _, _, height, width = self.region
+        rows, columns = self.tile or (1, width)
+        return min(rows, height), min(columns, width)
+
+    @property
     def needs_queries(self) -> bool:
         """Whether the image's queries are still to be made."""
         return self.context == "nothing"
+
+    def check_room(self, device: torch.device, *, whole: bool) -> None:
+        """Raise ValueError where what is certainly in memory at once exceeds what is free on the device.
+
+        `whole`: queries are kept for all of the output.
+        """
+        height, width = self.piece
+        shape = f"{self.batch} x {self.carried} x {height} x {width}"
+        told, hint = f"output_size: the result, {shape},", "`stream` makes it in pieces, out= can be a file"
+        if not self.returned:
+            told, hint = f"tile: a piece, {shape},", "smaller ones take less"
+        needed = self.batch * self.carried * height * width * self.out_dtype.itemsize
+        check_room(needed, told, device, hint)
+        if whole and self.needs_queries:
+            needed += self.batch * pixels_of(self.output) * self.pixel_bytes
+            check_room(needed, f"{told} with the queries of all pixels", device, "max_memory= keeps less")
 
 
 def task_of(
