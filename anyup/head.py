@@ -73,6 +73,8 @@ class WithHead(nn.Module):
         channels = self.head.in_features if isinstance(self.head, nn.Linear) else self.head.in_channels
         if features.shape[1] != channels:
             raise ValueError(f"features: expected the head's {channels} channels, got shape {tuple(features.shape)}")
+        if features.device != self.head.weight.device:
+            raise ValueError(f"features: expected the head's device {self.head.weight.device}, got {features.device}")
         autocasts = torch.is_autocast_enabled(features.device.type)
         if features.dtype != self.head.weight.dtype and not autocasts:
             raise TypeError(f"features: expected the head's dtype {self.head.weight.dtype}, got {features.dtype}")

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyup.ops.precision import FLOATING
+from anyup.ops.precision import FLOATING, check_dense
 from anyup.progress import human_bytes
 
 Shape = tuple[int, int, int, int]
@@ -68,11 +68,10 @@ def target_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
 
 
 def _tensor_target(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor], device: torch.device) -> Target:
+    check_dense("out", out)
     _check_shape(out.shape, shape)
-    if out.layout != torch.strided:
-        raise TypeError(f"out: expected a dense tensor, got one of {out.layout}")
     if out.dtype not in FLOATING:
-        raise TypeError(f"out: expected a floating-point tensor, got {out.dtype}")
+        raise TypeError(f"out: expected a floating-point tensor of 16, 32 or 64 bits, got {out.dtype}")
     if out.requires_grad:
         raise ValueError("out: expected a tensor that needs no gradient; use out.detach()")
     if out.is_meta:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from anyup.ops.precision import FLOATING
+from anyup.ops.precision import FLOATING, check_dense
 
 # ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
 _LARGEST_NORMALISED = 20.0
@@ -107,8 +107,7 @@ def check_tile(tile: Any, region: tuple[int, int]) -> tuple[int, int] | None:
 
 def _check_map(name: str, tensor: Any, channels: int | None, device: torch.device) -> None:
     """Raise unless this is (B, channels, height, width), floating-point, on the device; any channels if None."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     layout = f"(B, {channels or 'C'}, height, width)"
     if tensor.dim() != 4:
         raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")

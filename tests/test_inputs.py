@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anyup import AnyUp, problem
+from anyup import AnyUp, problem, with_head
+from anyup.ops import window_attention
 from anyup.ops.dispatch import Operation
+from anyup.window import RatioWindow
 
 IMAGE = torch.zeros(2, 3, 16, 12)
 FEATURES = torch.ones(2, 5, 4, 3)
@@ -84,6 +88,68 @@ def test_a_mistake_is_named_before_any_work(
 ) -> None:
     with pytest.raises(error, match=message):
         model(**{"image": IMAGE, "features": FEATURES, **changed})
+
+
+KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), "floating-point.* 16, 32 or 64 bits, got torch.float8_e4m3fn"),
+    "complex": (lambda t: t.to(torch.complex64), "floating-point.* got torch.complex64"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8), "floating-point.* got torch.quint8"),
+    "sparse": (lambda t: t.to_sparse(), "expected a dense tensor, got one of torch.sparse_coo"),
+    "of oneDNN": (lambda t: t.to_mkldnn(), "expected a dense tensor, got one of torch._mkldnn"),
+    "nested": (lambda t: torch.nested.nested_tensor(list(t)), "expected a dense tensor, got a nested one"),
+    "jagged": (
+        lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged),
+        "expected a dense tensor, got a nested one",
+    ),
+    "meta": (lambda t: t.to("meta"), "meta"),
+}
+
+ENTRIES: dict[str, Callable[[AnyUp, dict[str, Any]], object]] = {
+    "call": lambda model, arguments: model(**arguments),
+    "stream": lambda model, arguments: model.stream(**arguments),
+    "explain": lambda model, arguments: model.explain(**arguments),
+    "encode_image": lambda model, arguments: model.encode_image(arguments["image"]),
+    "with_head": lambda model, arguments: with_head(model, nn.Conv2d(5, 2, 1))(**arguments),
+    "window_attention": lambda model, arguments: window_attention(**arguments, window=RatioWindow(0.1)),
+}
+
+_CALL = {"image": IMAGE, "features": FEATURES}
+_ATTENTION = {"query": torch.ones(2, 4, 4, 2, 8), "key": torch.ones(2, 3, 3, 2, 8), "value": torch.ones(2, 3, 3, 5)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("entry", "argument"),
+    [
+        *(("call", argument) for argument in ("image", "features", "values", "out")),
+        *(("stream", argument) for argument in ("image", "features", "values", "out")),
+        *(("explain", argument) for argument in ("image", "features", "values")),
+        ("encode_image", "image"),
+        *(("with_head", argument) for argument in ("image", "features", "out")),
+        *(("window_attention", argument) for argument in _ATTENTION),
+    ],
+)
+def test_a_tensor_of_another_kind_is_named_in_one_line(
+    entry: str, argument: str, kind: str, model: AnyUp, no_work: None
+) -> None:
+    arguments = _ATTENTION if entry == "window_attention" else _CALL
+    plain = arguments.get(argument, torch.zeros(2, 5, 16, 12) if argument == "out" else FEATURES)
+    if (entry, argument) == ("with_head", "out"):
+        plain = torch.zeros(2, 2, 16, 12)
+    change, message = KINDS[kind]
+    with torch.no_grad(), pytest.raises((TypeError, ValueError)) as caught:
+        ENTRIES[entry](model, {**arguments, argument: change(plain)})
+    named = "key" if (entry, argument, kind) == ("window_attention", "query", "meta") else argument
+    assert re.match(f"{named}: .*{message}", str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_a_model_on_meta_takes_tensors_on_meta_and_no_others(model: AnyUp) -> None:
+    meta = AnyUp(qk_dim=16, num_heads=2, lfu_dim=8).to("meta")
+    assert meta(IMAGE.to("meta"), FEATURES.to("meta")).is_meta
+    assert meta.encode_image(IMAGE.to("meta")).queries.is_meta
+    with pytest.raises(ValueError, match="features: expected a tensor on meta like the model, got one on cpu"):
+        meta(IMAGE.to("meta"), FEATURES)
 
 
 def test_every_checked_call_is_a_mistake_away_from_a_good_one(model: AnyUp) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anyup.finite import check_map
+from anyup.ops.precision import FLOATING, check_dense
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -86,10 +87,9 @@ class Encoder(nn.Module):
         return f"name={self.name!r}, {size}"
 
     def _check_image(self, image: Tensor, argument: str) -> None:
-        if not isinstance(image, Tensor):
-            raise TypeError(f"{argument}: expected a tensor, got {type(image).__name__}")
-        if not image.is_floating_point():
-            raise TypeError(f"{argument}: expected floating point values, got {image.dtype}")
+        check_dense(argument, image)
+        if image.dtype not in FLOATING:
+            raise TypeError(f"{argument}: expected floating point values of 16, 32 or 64 bits, got {image.dtype}")
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
             raise ValueError(f"{argument}: expected a non-empty (B, 3, H, W) tensor, got {tuple(image.shape)}")
 

@@ -1,9 +1,10 @@
-"""What is computed in which dtype."""
+"""What is computed of which numbers, and in which dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,16 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that every operation takes."""
 
 _MATMUL_PRECISION = {"tf32": "high", "bf16": "medium"}
+
+
+def check_dense(name: str, tensor: Any) -> None:
+    """Raise TypeError that names the argument unless it is a tensor with a place for each number."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of {tensor.layout}; use to_dense()")
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

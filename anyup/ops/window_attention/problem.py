@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.dispatch import wants_gradient
-from anyup.ops.precision import FLOATING
+from anyup.ops.precision import FLOATING, check_dense
 from anyup.window import Part, Window, check_window
 
 
@@ -77,12 +77,11 @@ def check(query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part 
         ("key", key, "(B, h, w, heads, head_dim)"),
         ("value", value, "(B, h, w, C)"),
     ):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.dim() != layout.count(",") + 1:
             raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
     if key.dtype != query.dtype:
