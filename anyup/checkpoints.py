@@ -26,7 +26,7 @@ from anyup.finite import not_finite
 from anyup.images import check_readable, complete_or_absent
 from anyup.model import AnyUp, ModelBackend
 from anyup.ops.parallel import on_one_thread
-from anyup.tensor_files import read_safetensors, read_torch, safetensors_package
+from anyup.tensor_files import read_safetensors, read_torch, safetensors_package, unfit
 
 __all__ = [
     "MINI",
@@ -326,7 +326,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(
                 f"{str(path)!r}: expected a state dict, or a training checkpoint that holds one under "
                 f"{' or '.join(repr(key) for key in _STATE_DICT_KEYS)}, with floating-point tensors only; "
-                f"its entry {name!r} {why}"
+                f"its entry {name!r}: {why}"
             )
     if not isinstance(stored, Mapping):
         raise ValueError(f"{str(path)!r}: expected the stored arguments as a dict, got {type(stored).__name__}")
@@ -343,14 +343,10 @@ def _from_file(path: Path, read: Callable[[Path], Any]) -> Any:
 def _unfit(name: object, tensor: object) -> str:
     """Why an entry of a state dict is none, in words; "": it is one."""
     if not isinstance(name, str):
-        return f"has no name but {name!r}"
+        return "a name expected"
     if not isinstance(tensor, Tensor):
-        return f"is a {type(tensor).__name__}"
-    if not tensor.is_floating_point():
-        return f"is of {tensor.dtype}"
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return f"is not dense ({'nested' if tensor.is_nested else tensor.layout})"
-    return "has no values (it is on the device meta)" if tensor.is_meta else ""
+        return f"a tensor expected, got a {type(tensor).__name__}"
+    return unfit(tensor)
 
 
 def _safetensors_torch(path: Path) -> Any:

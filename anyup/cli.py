@@ -292,7 +292,8 @@ def _in_words(error: Exception) -> str:
         asked = re.search(r"allocate ([0-9.]+) ?(bytes|[KMGT]iB)", text)
         return "there is not enough memory" + (f" for {asked[1]} {asked[2]} more" if asked else "")
     foreseen = (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError, AssertionError)
-    if isinstance(error, foreseen) and text:
+    # What torch has no kernel for is told in a hundred lines.
+    if isinstance(error, foreseen) and text and not text.startswith("Could not run 'aten::"):
         return text
     # Not a mistake we foresaw: its kind tells more than its text.
     first = next(iter(text.splitlines()), "")

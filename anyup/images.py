@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anyup.installing import pip_install
-from anyup.tensor_files import read_numpy, read_safetensors, read_torch, safetensors_package
+from anyup.tensor_files import read_numpy, read_safetensors, read_torch, safetensors_package, unfit
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -347,8 +347,8 @@ def read_features(path: str | os.PathLike[str], what: str = "features") -> Tenso
         found = tensors["features"] if "features" in tensors else next(iter(tensors.values()))
     if not isinstance(found, Tensor):
         raise ValueError(f"{what} {path}: an array expected, it holds a {type(found).__name__}")
-    if not found.is_floating_point():
-        raise ValueError(f"{what} {path}: floating-point numbers expected, got {found.dtype}")
+    if why := unfit(found):
+        raise ValueError(f"{what} {path}: {why}")
     if found.dim() == 3 and what == "features" and found.shape[0] == 1:
         raise ValueError(
             f"{what} {path}: a map (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}, which may be tokens "

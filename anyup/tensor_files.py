@@ -78,6 +78,15 @@ def read_numpy(path: str | os.PathLike[str], wanted: str) -> Any:
     return _read(Path(path), read)
 
 
+def unfit(tensor: Tensor) -> str:
+    """Why a stored tensor has no floating-point numbers to compute with, in words; "" where it has them."""
+    if not tensor.is_floating_point():
+        return f"floating-point numbers expected, got {tensor.dtype}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"a dense tensor expected, got {'a nested one' if tensor.is_nested else tensor.layout}"
+    return "numbers expected, got a tensor of the device meta, which has none" if tensor.is_meta else ""
+
+
 def safetensors_package() -> Any:
     """The package safetensors; raises ImportError saying what to type."""
     try:
@@ -112,6 +121,8 @@ def _reason(path: Path, error: Exception) -> str:
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return _PICKLED.format(f" ({found[1]})")
+    if found := re.search(r"can't convert np.ndarray of type numpy\.(\w+)", text):
+        return f"torch has no tensors of NumPy's {found[1]}"
     with path.open("rb") as file:
         begin = file.read(512)
     if not begin:

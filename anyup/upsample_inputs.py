@@ -130,6 +130,7 @@ def read_head(path: str) -> torch.nn.Conv2d:
 
     from anyup.finite import not_finite
     from anyup.images import read_tensors
+    from anyup.tensor_files import unfit
 
     tensors = read_tensors(path)
     weights = [
@@ -143,8 +144,8 @@ def read_head(path: str) -> torch.nn.Conv2d:
         )
     parts = {}
     for name in (*weights, *biases):
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"head {path}: floating-point numbers expected, {name} is {tensors[name].dtype}")
+        if why := unfit(tensors[name]):
+            raise ValueError(f"head {path}: {name}: {why}")
         parts[name] = tensors[name].float()
     if bad := not_finite(parts):
         raise ValueError(f"head {path}: holds numbers that are not finite: {bad}")

@@ -19,6 +19,7 @@ from anyup.checkpoints import load
 from anyup.images import read_features, read_tensors, save_picture
 from anyup.tensor_files import read_numpy, read_safetensors, read_torch
 from anyup.training import state
+from anyup.upsample_inputs import read_head
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -210,6 +211,38 @@ def test_every_layout_and_order_of_bytes_is_read(dtype: str, order: str, tmp_pat
         found = read_features(tmp_path / name)
         assert np.array_equal(found[0].numpy(), array)
         found += 1  # it can be written
+
+
+ODD = {
+    "sparse": (lambda: torch.ones(3, 4, 4).to_sparse(), "a dense tensor expected, got torch.sparse_coo"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(3, 4)] * 2), "a dense tensor expected, got a nested one"),
+    "meta": (lambda: torch.ones(3, 4, 4, device="meta"), "the device meta"),
+    "complex": (lambda: torch.ones(3, 4, 4, dtype=torch.complex64), "floating-point numbers expected"),
+    "integers": (lambda: torch.ones(3, 4, 4, dtype=torch.int64), "floating-point numbers expected"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_without_numbers_to_compute_with_is_named(kind: str, tmp_path: Path) -> None:
+    make, message = ODD[kind]
+    torch.save({"features": make()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"features .*a.pt: .*{message}"):
+        read_features(tmp_path / "a.pt")
+    torch.save({"rope.freqs": make()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt'.*'rope.freqs': .*{message}"):
+        load(tmp_path / "a.pt")
+    if kind != "nested":
+        torch.save({"weight": make()[0]}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=f"head .*a.pt: weight: .*{message}"):
+            read_head(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("array", [np.array(["a"]), np.zeros(3, [("a", "f4")]), np.zeros(3, np.longdouble)])
+def test_numbers_that_torch_has_no_type_for_are_named(array: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match="^torch has no tensors of NumPy's (str_|void|longdouble)"):
+        read(tmp_path / "a.npy")
 
 
 def test_what_the_memory_does_not_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,13 @@ def test_a_value_that_is_no_toml_is_a_text(tmp_path: Path) -> None:
     assert settings(tmp_path, "data.photographs=some/where else").data.photographs == "some/where else"
 
 
+def test_a_mark_of_the_order_of_bytes_is_no_setting(tmp_path: Path) -> None:
+    """As editors on Windows write it."""
+    (tmp_path / "a.toml").write_text('\ufeffencoders = ["some"]', encoding="utf-8")
+    found = config.read(str(tmp_path / "a.toml"), ["output=run", "data.photographs=photographs"])
+    assert found.encoders == ("some",)
+
+
 def test_an_integer_stands_for_a_number(tmp_path: Path) -> None:
     assert settings(tmp_path, "optimizer.learning_rate=1").optimizer.learning_rate == 1.0
 
