@@ -116,7 +116,7 @@ class Outcome:
     name: str
     told: str
     status: str = "running"
-    well: bool = True
+    well: bool = False
     seconds: float = 0.0
     exit_status: int | None = None
     output: str = ""

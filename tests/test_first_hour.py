@@ -134,6 +134,7 @@ def test_a_run_that_is_ended_ends_its_part(tmp_path: Path) -> None:
     wait_until(lambda: not alive(child))
     stored = json.loads((tmp_path / "hour.json").read_text())["parts"]
     assert [one["status"] for one in stored] == ["running"]
+    assert "| p:  | **running** |" in (tmp_path / "summary.md").read_text()
 
 
 def test_what_has_no_time_left_is_left_out_and_told(tmp_path: Path) -> None:

@@ -110,6 +110,6 @@ def _profiled(replay: Callable[[], object]) -> list[tuple[str, float]]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         replay()
         torch.cuda.synchronize()
-    seen = [event for event in profiler.events() if event.device_type.name == "CUDA"]
+    seen = [event for event in profiler.events() if event.device_type.name in ("CUDA", "HIP")]
     seen.sort(key=lambda event: event.time_range.start)
     return [(event.name, event.time_range.elapsed_us() / 1e6) for event in seen]
