@@ -322,7 +322,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{' or '.join(repr(key) for key in _STATE_DICT_KEYS)}; the file holds {what}"
         )
     for name, tensor in content.items():
-        if why := _unfit(name, tensor):
+        if why := unfit(tensor) if isinstance(name, str) else "expected a name":
             raise ValueError(
                 f"{str(path)!r}: expected a state dict, or a training checkpoint that holds one under "
                 f"{' or '.join(repr(key) for key in _STATE_DICT_KEYS)}, with floating-point tensors only; "
@@ -338,15 +338,6 @@ def _from_file(path: Path, read: Callable[[Path], Any]) -> Any:
         return read(path)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _unfit(name: object, tensor: object) -> str:
-    """Why an entry of a state dict is none, in words; "": it is one."""
-    if not isinstance(name, str):
-        return "a name expected"
-    if not isinstance(tensor, Tensor):
-        return f"a tensor expected, got a {type(tensor).__name__}"
-    return unfit(tensor)
 
 
 def _safetensors_torch(path: Path) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anyup.installing import pip_install
+from anyup.ops.precision import check_dense
 
 _TORCH_SUFFIXES = (".pt", ".pth")
 
@@ -78,13 +79,16 @@ def read_numpy(path: str | os.PathLike[str], wanted: str) -> Any:
     return _read(Path(path), read)
 
 
-def unfit(tensor: Tensor) -> str:
-    """Why a stored tensor has no floating-point numbers to compute with, in words; "" where it has them."""
-    if not tensor.is_floating_point():
-        return f"floating-point numbers expected, got {tensor.dtype}"
-    if tensor.is_nested or tensor.layout != torch.strided:
-        return f"a dense tensor expected, got {'a nested one' if tensor.is_nested else tensor.layout}"
-    return "numbers expected, got a tensor of the device meta, which has none" if tensor.is_meta else ""
+def unfit(stored: object) -> str:
+    """Why something stored is no tensor of floating-point numbers to compute with, in words; "" where it is one."""
+    try:
+        check_dense("it", stored)
+    except TypeError as error:
+        return str(error).removeprefix("it: ")
+    assert isinstance(stored, Tensor)
+    if not stored.is_floating_point():
+        return f"expected floating-point numbers, got {stored.dtype}"
+    return "expected numbers, got a tensor on the device meta, which has none" if stored.is_meta else ""
 
 
 def safetensors_package() -> Any:

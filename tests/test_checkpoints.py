@@ -229,10 +229,10 @@ def test_other_suffix_is_refused(small: AnyUp, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (torch.ones(3, dtype=torch.int64), "'rope.freqs': floating-point numbers expected, got torch.int64"),
-        (torch.ones(3, 3).to_sparse(), "'rope.freqs': a dense tensor expected, got torch.sparse_coo"),
-        (torch.ones(3, 3, device="meta"), "'rope.freqs': numbers expected, got a tensor of the device meta"),
-        ([1.0], "'rope.freqs': a tensor expected, got a list"),
+        (torch.ones(3, dtype=torch.int64), "'rope.freqs': expected floating-point numbers, got torch.int64"),
+        (torch.ones(3, 3).to_sparse(), "'rope.freqs': expected a dense tensor, got one of torch.sparse_coo"),
+        (torch.ones(3, 3, device="meta"), "'rope.freqs': expected numbers, got a tensor on the device meta"),
+        ([1.0], "'rope.freqs': expected a tensor, got list"),
     ],
 )
 def test_an_entry_that_is_no_weight_is_named_with_the_reason(

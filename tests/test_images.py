@@ -323,7 +323,7 @@ def test_files_that_hold_no_feature_map_are_refused_with_what_they_hold(tmp_path
     with pytest.raises(ValueError, match=r"got \(2, 3, 4, 4\)"):
         read_features(tmp_path / "batch.npy")
     np.save(tmp_path / "int.npy", np.zeros((3, 4, 4), np.int64))
-    with pytest.raises(ValueError, match="floating-point numbers expected"):
+    with pytest.raises(ValueError, match="expected floating-point numbers"):
         read_features(tmp_path / "int.npy")
     np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
     with pytest.raises(ValueError, match="it holds a, b"):

@@ -214,11 +214,11 @@ def test_every_layout_and_order_of_bytes_is_read(dtype: str, order: str, tmp_pat
 
 
 ODD = {
-    "sparse": (lambda: torch.ones(3, 4, 4).to_sparse(), "a dense tensor expected, got torch.sparse_coo"),
-    "nested": (lambda: torch.nested.nested_tensor([torch.ones(3, 4)] * 2), "a dense tensor expected, got a nested one"),
+    "sparse": (lambda: torch.ones(3, 4, 4).to_sparse(), "expected a dense tensor, got one of torch.sparse_coo"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(3, 4)] * 2), "expected a dense tensor, got a nested one"),
     "meta": (lambda: torch.ones(3, 4, 4, device="meta"), "the device meta"),
-    "complex": (lambda: torch.ones(3, 4, 4, dtype=torch.complex64), "floating-point numbers expected"),
-    "integers": (lambda: torch.ones(3, 4, 4, dtype=torch.int64), "floating-point numbers expected"),
+    "complex": (lambda: torch.ones(3, 4, 4, dtype=torch.complex64), "expected floating-point numbers"),
+    "integers": (lambda: torch.ones(3, 4, 4, dtype=torch.int64), "expected floating-point numbers"),
 }
 
 

@@ -164,10 +164,10 @@ def test_a_head_is_applied(shape: tuple[int, ...]) -> None:
         ({"a.weight": torch.ones(3, CHANNELS), "b.weight": torch.ones(3, 3)}, "it holds a.weight, b.weight"),
         ({}, "it holds nothing"),
         ({"weight": torch.ones(0, CHANNELS)}, "(K, C, 1, 1) expected, got (0, 5)"),
-        ({"weight": torch.ones(3, CHANNELS, dtype=torch.complex64)}, "weight: floating-point numbers expected, got"),
+        ({"weight": torch.ones(3, CHANNELS, dtype=torch.complex64)}, "weight: expected floating-point numbers, got"),
         (
             {"weight": torch.ones(3, CHANNELS), "bias": torch.ones(3).int()},
-            "bias: floating-point numbers expected, got torch.int32",
+            "bias: expected floating-point numbers, got torch.int32",
         ),
         (
             {"weight": torch.ones(3, CHANNELS), "bias": torch.tensor([0, torch.nan, 0])},
