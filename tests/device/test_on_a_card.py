@@ -21,10 +21,12 @@ from card import no_card, rehearsed
 from recipe import AttentionShape, attention_tensors, fill, wave
 from torch import Tensor
 
-from anyup import AnyUp
+from anyup import AnyUp, streaming
+from anyup.banded import Bands
 from anyup.kernels.config import backward_grid_configs, backward_key_value_configs
 from anyup.ops import explain_backends, window_attention
 from anyup.ops.kernel_device import target
+from anyup.planning import prediction
 from anyup.window import RatioWindow
 
 pytestmark = pytest.mark.gpu
@@ -67,9 +69,9 @@ def on_card(shape: AttentionShape, dtype: torch.dtype = torch.float32, seed: int
     return {name: tensor.cuda() for name, tensor in attention_tensors(shape, seed, dtype).items()}
 
 
-def model(dtype: torch.dtype = torch.float32) -> AnyUp:
+def model(dtype: torch.dtype = torch.float32, backend: str | None = None) -> AnyUp:
     widths = {"qk_dim": 32, "lfu_dim": 32, "num_heads": 2} if rehearsed else {}
-    return fill(AnyUp(**widths), 0).cuda().to(dtype).eval()
+    return fill(AnyUp(**widths, backend=backend), 0).cuda().to(dtype).eval()
 
 
 def model_inputs(dtype: torch.dtype = torch.float32, phase: int = 3) -> tuple[Tensor, Tensor]:
@@ -207,6 +209,35 @@ def test_the_upsampler_does_not_wait_for_the_device() -> None:
         upsampler(*inputs)
         with no_waiting():
             upsampler(*inputs)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_a_training_step_does_not_wait_for_the_device(backend: str | None) -> None:
+    upsampler, (image, features) = model(backend=backend), model_inputs()
+    leaves = [features.requires_grad_(), *upsampler.parameters()]
+
+    def step() -> None:
+        out = upsampler(image, features)
+        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+
+    step()  # the first call compiles, and brings tables to the card
+    with no_waiting():
+        step()
+
+
+def test_bands_and_a_context_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = Bands(SIDE // 2, SIDE // 2 - 2)
+    monkeypatch.setattr(streaming, "choose", lambda task, limit, **_: prediction.banded(task, bands, limit))
+    upsampler, (image, features) = model(), model_inputs()
+
+    def run() -> None:
+        upsampler(image, features)
+        upsampler(upsampler.encode_image(image), features)
+
+    with torch.inference_mode():
+        run()
+        with no_waiting():
+            run()
 
 
 def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
