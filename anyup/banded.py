@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anyup.layers import encoded_size
 from anyup.ops import memory, query_projection
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder, check_backend, problem_of
@@ -126,7 +127,7 @@ class BandedImage:
         needs_queries: bool = True,
     ) -> None:
         self._model, self._image, self._size, self._dtype = model, image, size, dtype
-        self._height, self._width = image.shape[1:]
+        self._height, self._width = encoded_size((image.shape[1], image.shape[2]), model.config["kernel_size"])
         self._work, self._needs_queries = workspace, needs_queries
         self._encoders = {
             name: BandedEncoder(

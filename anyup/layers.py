@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyup.gaussian_derivatives import gaussian_derivatives
+from anyup.ops.convolution import Convolution
 from anyup.ops.dispatch import Backend
 from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pixels
 from anyup.ops.pixel_encoder.problem import GROUPS, normalise
+from anyup.ops.precision import without_autocast, working_dtype
 
 
 class ResBlock(nn.Module):
@@ -58,56 +60,58 @@ class ResBlock(nn.Module):
 
 
 class BorderConv2d(nn.Conv2d):
-    """A convolution (B, in, H, W) -> (B, out, H, W) that pads by reflection.
+    """A convolution (B, in, H, W) -> (B, H, W, out) that pads by reflection, half a kernel on each side.
 
-    Along an axis too short to reflect (a grid of one row, say) it pads by replication.
+    Along an axis too short to reflect (a grid of one row, say) it pads by replication. An even kernel gives a row and a
+    column more (`encoded_size`).
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes in the dtype of `x`."""
-        size, (height, width) = self.kernel_size[0], x.shape[2:]
-        weight = self.weight.to(x.dtype)
-        if not torch.compiler.is_compiling():
-            return F.conv2d(_padded(x, size // 2), weight)
-        # By positions: the gradient of `F.pad`'s reflection does not compile for symbolic sizes (torch 2.13).
-        if size > 1:
-            rows, columns = (_border_positions(length, size // 2, x.device) for length in (height, width))
-            x = x.index_select(2, rows).index_select(3, columns)
-        # To choose an algorithm, a traced convolution compares its input's size with a constant, and compiles again
-        # on the other side of it. One product per tap does not.
-        x = x.permute(0, 2, 3, 1)
-        taps = [(row, column) for row in range(size) for column in range(size)]
-        products = [F.linear(x[:, i : i + height, j : j + width], weight[:, :, i, j]) for i, j in taps]
-        return sum(products[1:], products[0]).permute(0, 3, 1, 2)
+        """In the dtype of `x`."""
+        half = self.kernel_size[0] // 2
+        return self._convolved(_bordered(_bordered(x.permute(0, 2, 3, 1), 1, half), 2, half)).to(x.dtype)
 
     def part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """These rows and columns of the result, computed in a dtype."""
-        half = self.kernel_size[0] // 2
-        for dim, part in ((2, rows), (3, columns)):
-            positions = _border_positions(x.shape[dim], half, x.device)
-            x = x.index_select(dim, positions[part.start : part.stop + 2 * half])
-        return F.conv2d(x.to(dtype), self.weight.to(dtype))
+        """These rows and columns of the result, in a dtype."""
+        size = self.kernel_size[0]
+        half, x = size // 2, x.permute(0, 2, 3, 1)
+        for dim, part in ((1, rows), (2, columns)):
+            first, stop = part.start - half, part.stop - half + size - 1
+            x = _bordered(x, dim, half, first, stop)
+        return self._convolved(x.to(dtype)).to(dtype)
+
+    def _convolved(self, padded: Tensor) -> Tensor:
+        """Of pixels (B, H, W, in) with their border; half precision in float32."""
+        wide = working_dtype(padded.dtype)
+        with without_autocast(padded.device.type):
+            return Convolution(self.weight.to(padded.dtype).to(wide))(padded.to(wide))
 
 
-def _padded(x: Tensor, half: int) -> Tensor:
-    """(B, C, H, W) with `half` more on each side, reflected, or repeated on an axis too short for that."""
-    if not half:
-        return x
-    rows, columns = ("reflect" if length > half else "replicate" for length in x.shape[2:])
-    if rows == columns:
-        return F.pad(x, (half,) * 4, mode=rows)
-    return F.pad(F.pad(x, (0, 0, half, half), mode=rows), (half, half, 0, 0), mode=columns)
+def encoded_size(size: tuple[int, int], kernel_size: int) -> tuple[int, int]:
+    """(height, width) of an encoded image: a row and a column more than the image's where the kernel is even."""
+    height, width = size
+    more = 1 - kernel_size % 2
+    return height + more, width + more
 
 
-def _border_positions(length: int, half: int, device: torch.device) -> Tensor:
-    """Where an axis padded by `half` on both sides reads: reflected, or clamped where it is too short for that."""
-    position = torch.arange(-half, length + half, device=device)
-    if length <= half:
-        return position.clamp(0, length - 1)
-    return (length - 1) - ((length - 1) - position.abs()).abs()
+def _bordered(x: Tensor, dim: int, half: int, first: int | None = None, stop: int | None = None) -> Tensor:
+    """Some positions of an axis, of which up to `half` on both sides lie beyond it; None: all of these.
+
+    There the axis is reflected, or repeated where it is too short for that.
+    """
+    length = x.shape[dim]
+    before = half if first is None else max(-first, 0)
+    after = half if stop is None else max(stop - length, 0)
+    inside = x if first is None or stop is None else x.narrow(dim, max(first, 0), min(stop, length) - max(first, 0))
+    reflects = length > half
+    ends = [
+        [x.narrow(dim, step if reflects else 0, 1) for step in range(before, 0, -1)],
+        [x.narrow(dim, length - 1 - (step if reflects else 0), 1) for step in range(1, after + 1)],
+    ]
+    return torch.cat((*ends[0], inside, *ends[1]), dim=dim)
 
 
 class Encoder(nn.Sequential):
@@ -124,16 +128,14 @@ class Encoder(nn.Sequential):
         """
         conv, _, _ = self._layers()
         parameters = self.parameters_for_op(x.dtype)
-        if self.kernel_size > 1:
-            x = conv(x)
-        return x.permute(0, 2, 3, 1), parameters
+        return conv(x) if self.kernel_size > 1 else x.permute(0, 2, 3, 1), parameters
 
     def prepare_part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """The same pixels for a rectangle of one image (C, H, W), in a dtype: (rows, columns, C or D)."""
+        """The same for a rectangle of what one image (C, H, W) is encoded to, in a dtype: (rows, columns, C or D)."""
         conv, _, _ = self._layers()
         if self.kernel_size == 1:
             return x[:, rows, columns].permute(1, 2, 0).to(dtype)
-        return conv.part(x[None], rows, columns, dtype)[0].permute(1, 2, 0)
+        return conv.part(x[None], rows, columns, dtype)[0]
 
     def parameters_for_op(self, dtype: torch.dtype) -> EncoderParameters:
         """The encoder's tensors in a dtype, as the pixel encoder takes them."""
@@ -154,7 +156,7 @@ class Encoder(nn.Sequential):
         frequencies: Tensor | None = None,
         backend: Backend = None,
     ) -> Tensor:
-        """(B, in, H, W) -> (B, H, W, D), or pooled to `output_size`; as `encode_pixels` in the dtype of `x`."""
+        """(B, in, H, W) -> (B, h, w, D), of `encoded_size` or pooled to `output_size`; in the dtype of `x`."""
         pixels, parameters = self.prepare(x)
         return encode_pixels(pixels, parameters, frequencies=frequencies, output_size=output_size, backend=backend)
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from anyup.budget import check_room, is_plain
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, check_grids, weights_of
-from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE
+from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, encoded_size
 from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
 from anyup.ops.parallel import on_threads_for
-from anyup.ops.precision import autocasts, without_autocast, working_dtype
+from anyup.ops.precision import autocasts, key_dtype, without_autocast, working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.ops.window_attention import window_attention
 from anyup.problem import check_image, check_inputs
@@ -44,7 +44,7 @@ class AnyUp(nn.Module):
     Args:
         input_dim: channels of the image.
         qk_dim: width D of queries and keys, a multiple of 8 and of `num_heads`.
-        kernel_size: of the image encoder's first convolution, odd.
+        kernel_size: of the image encoder's first convolution; an even one makes the encoded image one larger.
         kernel_size_lfu: of the feature unification's filters, odd.
         window_ratio: half the window's size as a fraction of the grid; 0 or less means every key.
         num_heads: attention heads, averaged.
@@ -304,7 +304,8 @@ class AnyUp(nn.Module):
             return tensor.requires_grad_() if torch.is_grad_enabled() and self.rope.freqs.requires_grad else tensor
 
         dim, heads = self.config["qk_dim"], self.config["num_heads"]
-        encoded = stand_in((batch, *image.shape[2:], dim), dtype)
+        size = encoded_size((image.shape[2], image.shape[3]), self.config["kernel_size"])
+        encoded = stand_in((batch, *size, dim), dtype)
         wide = working_dtype(dtype)
         return ModelExplanation(
             (
@@ -365,7 +366,7 @@ class AnyUp(nn.Module):
         return self.cross_decode.split_heads(queries), image_keys
 
     def _guidance(self, image: Tensor) -> Tensor:
-        """(B, D, Hi, Wi): the encoded image, from which queries and keys are made."""
+        """The encoded image, from which queries and keys are made: D channels (B, D, ...) of `encoded_size`."""
         dtype = self._compute_dtype(image.device)
         encoded = self._encode(self.image_encoder, image.to(dtype), frequencies=self.rope.freqs.to(dtype))
         return encoded.permute(0, 3, 1, 2)
@@ -373,14 +374,15 @@ class AnyUp(nn.Module):
     def _keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
         """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).
 
-        In float32 at least: the grid is small, and in half precision the unified features' variance, small beside
-        their mean, would be lost.
+        In float32 at least, on a CPU in float64 but for the unification: the grid is small, and the unified features'
+        variance, small beside their mean, would be lost in half precision, and much of it in float32.
         """
-        wide = working_dtype(image_keys.dtype)
+        working = working_dtype(image_keys.dtype)
+        wide = key_dtype(image_keys.dtype, features.device)
         with without_autocast(features.device.type):
-            features = F.normalize(features.to(wide), dim=1)
+            features = F.normalize(features.to(working), dim=1)
             unified = feature_unification.unify_features(
-                features, self._basis(wide), backend=self._backends["feature_unification"]
+                features, self._basis(working), out_dtype=wide, backend=self._backends["feature_unification"]
             )
             keys = torch.cat((image_keys.to(wide), self._feature_keys(unified)), dim=3)
             return self.cross_decode.project_keys(self._encode(self.aggregation, keys.permute(0, 3, 1, 2)))
@@ -488,9 +490,10 @@ def _check_widths(
             raise ValueError(f"{name}: expected a positive multiple of 8 (the normalisations' groups), got {number}")
     if qk_dim % num_heads:
         raise ValueError(f"num_heads: expected a divisor of qk_dim = {qk_dim}, got {num_heads}")
-    for name, number in (("kernel_size", kernel_size), ("kernel_size_lfu", kernel_size_lfu)):
-        if number < 1 or number % 2 == 0:
-            raise ValueError(f"{name}: expected a positive odd integer, got {number}")
+    if kernel_size < 1:
+        raise ValueError(f"kernel_size: expected a positive integer, got {kernel_size}")
+    if kernel_size_lfu < 1 or kernel_size_lfu % 2 == 0:
+        raise ValueError(f"kernel_size_lfu: expected a positive odd integer, got {kernel_size_lfu}")
 
 
 def _backends_by_operation(backend: ModelBackend) -> dict[str, Backend]:

@@ -78,7 +78,8 @@ class _Noted(TorchDispatchMode):
         # What is on another device is of few numbers: tables of windows, made once and kept.
         here = made and made[0].device.type == self._device_type
         if func.namespace == "aten" and here and name not in _NO_KERNELS:
-            count = flop_registry.get(func.overloadpacket)
+            # In place or not, the products are the same.
+            count = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))
             self._steps.append(
                 Step(
                     self._stage(),

@@ -13,6 +13,8 @@ import torch
 from device_results import DeviceResults
 from interpreter import broken, leave_out_what_is_in_vain
 
+from anyup.ops.precision import working_dtype
+
 # For `benchmarks`, which is not installed; last, so that nothing here hides another package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -66,6 +68,13 @@ def precision_settings() -> Iterator[None]:
         for holder, precision in zip(holders, new, strict=True):
             holder.fp32_precision = precision
     assert (torch.get_float32_matmul_precision(), [holder.fp32_precision for holder in holders]) == (old, new)
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are made as on a GPU: in the dtype that the kernels take, their convolution by products."""
+    monkeypatch.setattr("anyup.model.key_dtype", lambda dtype, device: working_dtype(dtype))
+    monkeypatch.setattr("anyup.ops.convolution.goes_through_convolution", lambda weight: False)
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ def assert_one_graph(model: AnyUp, compiler: str) -> None:
     "arguments",
     [
         pytest.param({"window": "cell", "kernel_size": 3}, id="cell, kernel size 3"),
+        pytest.param({"kernel_size": 2}, id="even kernel"),
         pytest.param({"backend": "reference", "window_ratio": 0.0}, id="reference, every key"),
     ],
 )

@@ -36,7 +36,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [None, (24, 20), (31, 40), (9, 13)])
-@pytest.mark.parametrize("arguments", [{}, {"window": "cell"}, {"kernel_size": 3}, {"backend": "reference"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"window": "cell"}, {"kernel_size": 3}, {"kernel_size": 2}, {"backend": "reference"}], ids=str
+)
 def test_a_call_with_a_context_equals_the_call_with_the_image(
     arguments: dict[str, Any], size: tuple[int, int] | None
 ) -> None:

@@ -18,6 +18,7 @@ from recipe import fill, wave
 from torch import Tensor
 
 from anyup import AnyUp
+from anyup.bench.published import Published
 from anyup.model import OPERATIONS
 from anyup.window import CellWindow, RatioWindow
 
@@ -139,7 +140,6 @@ def test_known_arguments_warn_of_nothing() -> None:
         ({"num_heads": 3}, "num_heads: .*divisor of qk_dim = 32.*3"),
         ({"num_heads": 0}, "num_heads: .*0"),
         ({"input_dim": 0}, "input_dim: .*0"),
-        ({"kernel_size": 2}, "kernel_size: .*odd.*2"),
         ({"kernel_size_lfu": 4}, "kernel_size_lfu: .*odd.*4"),
         ({"kernel_size": -1}, "kernel_size: .*-1"),
         ({"window": "round"}, "window: .*'round'"),
@@ -200,6 +200,8 @@ def test_use_natten_is_the_cell_window() -> None:
         pytest.param((1, 1), (4, 3), None, {}, id="one pixel"),
         pytest.param((1, 9), (4, 3), None, {"kernel_size": 3}, id="one row of pixels"),
         pytest.param((24, 20), (6, 5), None, {"kernel_size": 3}, id="kernel size 3"),
+        pytest.param((24, 20), (6, 5), None, {"kernel_size": 4}, id="even kernel"),
+        pytest.param((1, 9), (4, 3), (3, 9), {"kernel_size": 2}, id="even kernel, one row of pixels"),
         pytest.param((24, 20), (6, 5), None, {"lfu_dim": 40}, id="more filters than width"),
         pytest.param((24, 20), (6, 5), None, {"window_ratio": 0.0}, id="every key"),
         pytest.param((24, 20), (12, 10), None, {"window_ratio": 0.01}, id="tiny window"),
@@ -222,6 +224,46 @@ def test_a_forward_obeys_the_error_rule(
             outs.append(model(image.to(wide), features.to(wide), output))
     assert outs[0].shape == (2, 7, *(output or size))
     assert_close_enough(*outs, name=str(dtype))
+
+
+@pytest.mark.parametrize("kernel_size", [2, 4, 6])
+@pytest.mark.parametrize(
+    ("size", "grid", "output", "arguments"),
+    [
+        ((24, 20), (6, 5), None, {}),
+        ((17, 23), (5, 6), (9, 30), {"window": "cell", "num_heads": 4}),
+        ((7, 12), (7, 12), (7, 12), {"window_ratio": 0.0, "input_dim": 5}),
+    ],
+    ids=str,
+)
+def test_an_even_kernel_gives_the_numbers_of_the_published_forward(
+    size: Any, grid: Any, output: Any, arguments: dict[str, Any], kernel_size: int
+) -> None:
+    """Whose encoded image is a row and a column larger than the image, with rotary coordinates of its own."""
+    model = small(kernel_size=kernel_size, **arguments).double()
+    image = wave((2, arguments.get("input_dim", 3), *size), 3, 0.8).double()
+    features = wave((2, 7, *grid), 7).double()
+    with torch.no_grad():
+        expected = Published(model)(image, features, None, output)
+        torch.testing.assert_close(model(image, features, output), expected, rtol=1e-9, atol=1e-9)
+        assert model._guidance(image).shape[2:] == (size[0] + 1, size[1] + 1)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 4])
+def test_an_even_kernel_s_gradients_are_those_of_the_published_forward(kernel_size: int) -> None:
+    found = []
+    for published in (False, True):
+        model = small(kernel_size=kernel_size).double()
+        image, features = (t.double().requires_grad_() for t in inputs((11, 9), (4, 3)))
+        out = (Published(model) if published else model)(image, features)
+        out.backward(wave(tuple(out.shape), 31).double())
+        leaves = dict(model.named_parameters(), image=image, features=features)
+        found.append({name: t.grad for name, t in leaves.items() if t.grad is not None and t.grad.any()})
+    assert found[0].keys() == found[1].keys() and "image_encoder.0.weight" in found[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(
+            gradient, found[1][name], rtol=1e-7, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("channels", [1, 7, 1537])
@@ -469,10 +511,11 @@ def test_a_padded_border_replicates_where_there_is_nothing_to_reflect() -> None:
     x = wave((1, 64, 1, 6), 4)
     padded = F.pad(x[:, :, [0, 0, 0]], (1, 1, 0, 0), mode="reflect")
     with torch.no_grad():
-        torch.testing.assert_close(convolution(x), F.conv2d(padded, convolution.weight))
+        torch.testing.assert_close(convolution(x).permute(0, 3, 1, 2), F.conv2d(padded, convolution.weight))
         x = wave((1, 64, 5, 6), 4)
         padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        torch.testing.assert_close(convolution(x), F.conv2d(padded, convolution.weight), rtol=1e-5, atol=1e-5)
+        expected = F.conv2d(padded, convolution.weight).permute(0, 2, 3, 1)
+        torch.testing.assert_close(convolution(x), expected, rtol=1e-5, atol=1e-5)
 
 
 # Backends.

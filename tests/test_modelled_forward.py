@@ -22,6 +22,8 @@ from benchmarks.model_steps import ENCODERS, STAGES, Step, noted, pretended_card
 
 Row = dict[str, Any]
 
+pytestmark = pytest.mark.usefixtures("as_on_a_card")
+
 SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
 AMPERE = Target("cuda", 80)
 
@@ -65,12 +67,15 @@ def test_torch_s_products_and_normalisations_are_those_of_a_real_forward() -> No
 
     def of_keys(steps: Sequence[Step]) -> tuple[int, Counter[str]]:
         own = [step for step in steps if step.stage == "keys"]
-        kinds = Counter(step.name for step in own if step.name in ("native_group_norm", "silu", "convolution", "cat"))
+        named = ("native_group_norm", "silu", "convolution", "cat", "bmm", "baddbmm_")
+        kinds = Counter(step.name for step in own if step.name in named)
         return sum(step.operations for step in own), kinds
 
     assert of_keys(planned) == of_keys(real)
-    # The blocks of the unified features, whose width changes, are torch's; those of the aggregation are kernels.
-    assert of_keys(planned)[1] == {"native_group_norm": 4, "silu": 4, "convolution": 1, "cat": 1}
+    # The blocks of the unified features, whose width changes, are torch's; those of the aggregation are kernels. Its
+    # convolution of 64 channels is products of two taps each, but the last; a border is joined along each axis.
+    products = {"bmm": 1, "baddbmm_": 4}
+    assert of_keys(planned)[1] == {"native_group_norm": 4, "silu": 4, "cat": 1 + 2 + 4, **products}
 
 
 def test_a_call_counts_with_what_it_reads_and_writes_and_a_view_does_not() -> None:

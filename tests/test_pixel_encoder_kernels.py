@@ -156,6 +156,7 @@ def model(**arguments: Any) -> AnyUp:
     return fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, **arguments), 0).eval()
 
 
+@pytest.mark.usefixtures("as_on_a_card")
 @pytest.mark.parametrize("size", [None, (7, 9)])
 def test_the_whole_upsampler_runs_on_kernels(size: tuple[int, int] | None) -> None:
     image, features = wave((1, 3, 14, 11), 3, 0.8), wave((1, 16, 4, 3), 7)

@@ -69,6 +69,18 @@ def test_whatever_is_kept_the_result_is_the_plain_call_s(
     assert_calls_exactly(arguments, size, torch.float64)
 
 
+@pytest.mark.parametrize(
+    "bands", [KEPT[1], Bands(24, 30, kept=24), Bands(5, 3, False, 24, 24, 24), Bands(1, 1, False, 20, 0, 3)], ids=str
+)
+@pytest.mark.parametrize("size", [None, (9, 13), (24, 18)], ids=str)
+def test_an_even_kernel_s_bands_are_of_the_encoded_image(
+    size: tuple[int, int] | None, bands: Bands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has a row and a column more than the image of 23 x 17."""
+    follow(monkeypatch, bands)
+    assert_calls_exactly({"kernel_size": 4}, size, torch.float64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bands", [KEPT[1], KEPT[6]], ids=str)
 def test_what_is_kept_obeys_the_error_rule_in_every_dtype(

@@ -65,7 +65,7 @@ SIZES = [None, (9, 13), (46, 34), (40, 11), (12, 40), (1, 1), (3, 17)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("arguments", [{}, {"window": "cell"}, {"kernel_size": 3}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"window": "cell"}, {"kernel_size": 3}, {"kernel_size": 2}], ids=str)
 def test_a_stream_is_the_plain_call(arguments: dict[str, Any], size: tuple[int, int] | None) -> None:
     assert_streams_exactly(arguments, size)
 
@@ -92,7 +92,7 @@ def test_tiles_of_any_size_give_the_same(tile: Any) -> None:
 @pytest.mark.parametrize(
     "region", [(0, 0, 4, 3), (0, 14, 5, 3), (20, 0, 3, 17), (22, 16, 1, 1), (7, 5, 9, 8), (0, 0, 23, 17)]
 )
-@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3, 4])
 def test_a_region_is_that_part_of_the_output(region: tuple[int, int, int, int], kernel_size: int) -> None:
     top, left, height, width = region
     assert_streams_exactly(

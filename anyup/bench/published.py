@@ -20,6 +20,7 @@ from anyup import AnyUp
 from anyup.bench.timing import Clock, host_clock
 from anyup.bench.workloads import Workload
 from anyup.layers import Encoder, ResBlock
+from anyup.ops.ieee import in_ieee
 from anyup.window import Window, axis_bounds
 
 KNOWN_SECONDS = {"224 from 16": 1.85, "448 from 32": 15.9, "1024 from 64": 186.0}
@@ -38,22 +39,30 @@ _SMALL_OUTPUT = 2**16
 class Published:
     """The published forward with a model's weights.
 
-    The last mask is kept, as the published code keeps its own.
+    The last mask is kept, as the published code keeps its own. Float32 is multiplied as float32: on a GPU torch's
+    convolutions would otherwise be of TF32, a thousand times less exact.
     """
 
     def __init__(self, model: AnyUp) -> None:
         self.model = model
         self._mask: tuple[tuple[int, ...], Tensor] | None = None
 
-    def __call__(self, image: Tensor, features: Tensor, q_chunk_size: int | None = None) -> Tensor:
-        """(B, 3, H, W), (B, C, h, w) -> (B, C, H, W), a permuted view as the published code returns it."""
+    @in_ieee
+    def __call__(
+        self,
+        image: Tensor,
+        features: Tensor,
+        q_chunk_size: int | None = None,
+        output_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """(B, 3, Hi, Wi), (B, C, h, w) -> (B, C, H, W), a permuted view as the published code returns it."""
         with image.device:
-            return self._run(image, features, q_chunk_size)
+            return self._run(image, features, q_chunk_size, output_size or (image.shape[2], image.shape[3]))
 
-    def _run(self, image: Tensor, features: Tensor, q_chunk_size: int | None) -> Tensor:
-        height, width = image.shape[2:]
-        mask = self.mask((height, width), (features.shape[2], features.shape[3]))
-        query, key = self.encode(image, features)
+    def _run(self, image: Tensor, features: Tensor, q_chunk_size: int | None, size: tuple[int, int]) -> Tensor:
+        height, width = size
+        mask = self.mask(size, (features.shape[2], features.shape[3]))
+        query, key = self.encode(image, features, size)
         out = self.attend(query, key, features, mask, q_chunk_size)
         return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
@@ -67,10 +76,10 @@ class Published:
             self._mask = (sizes, whole.reshape(size[0] * size[1], grid[0] * grid[1]))
         return self._mask[1]
 
-    def encode(self, image: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, image: Tensor, features: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Queries (B, H*W, D) and keys (B, h*w, D), normalised, not projected."""
         model = self.model
-        size, grid = (image.shape[2], image.shape[3]), (features.shape[2], features.shape[3])
+        grid = (features.shape[2], features.shape[3])
         encoded = rotate(run_encoder(model.image_encoder, image), model.rope.freqs)
         query = F.adaptive_avg_pool2d(run_encoder(model.query_encoder, encoded), size)
         image_key = F.adaptive_avg_pool2d(run_encoder(model.key_encoder, encoded), grid)
@@ -101,13 +110,14 @@ class Published:
             outputs.append(weights @ value)
         return torch.cat(outputs, dim=1)
 
+    @in_ieee
     def at(self, image: Tensor, features: Tensor, pixels: Tensor, chunk: int = 1024) -> Tensor:
         """The output (B, C, N) at N pixels (flat indices): all of the encoding, little attention."""
         size, grid = (image.shape[2], image.shape[3]), (features.shape[2], features.shape[3])
         with image.device:
             rows, columns = _outside(self.model.window, size, grid)
             mask = rows[pixels // size[1], :, None] | columns[pixels % size[1], None, :]
-            query, key = self.encode(image, features)
+            query, key = self.encode(image, features, size)
             return self.attend(query[:, pixels], key, features, mask.flatten(1), chunk).transpose(1, 2)
 
     def chunk_times(self, workload: Workload, clock: Clock = host_clock) -> dict[int | None, float]:

@@ -15,7 +15,7 @@ _MOST_SUMS = 64  # that are kept until they are added up
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for contiguous (n, Cin) pixels and a (Cout, Cin) weight."""
-    if not _goes_through_convolution(x):
+    if not goes_through_convolution(x):
         return F.linear(x, weight, bias)
     # With AVX-512 oneDNN, behind a convolution, is up to twice as fast as the BLAS behind F.linear; with AVX2 it is a
     # tenth slower. Dilation means nothing to a 1x1 kernel, but without it torch takes a slower way for a 1x1
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `x` (n, Cin) and of the weight (Cout, Cin), for a contiguous gradient (n, Cout)."""
     # Of narrow maps oneDNN sums the pixels one after the other, four times less exactly than the BLAS.
-    if not _goes_through_convolution(x) or min(weight.shape) < 128:
+    if not goes_through_convolution(x) or min(weight.shape) < 128:
         return grad @ weight, sum_of_outer_products(grad, x)
     image, outer = (t.view(1, 1, *t.shape).permute(0, 3, 1, 2) for t in (x, grad))
     one, two, none = (1, 1), (2, 2), (0, 0)
@@ -61,7 +61,7 @@ def grouped_product(
     like it, where the library takes any.
     """
     pixels, groups, width = x.shape
-    if not _goes_through_convolution(x):
+    if not goes_through_convolution(x):
         shape = groups, pixels, weight.shape[2]
         out = x.new_empty(shape) if empty is None else empty(shape, x)
         return torch.bmm(x.transpose(0, 1), weight, out=out).transpose(0, 1)
@@ -71,7 +71,8 @@ def grouped_product(
     return result.permute(0, 2, 3, 1).reshape(pixels, groups, -1)
 
 
-def _goes_through_convolution(x: Tensor) -> bool:
+def goes_through_convolution(x: Tensor) -> bool:
+    """Whether oneDNN's convolution is the fastest way to multiply this with something."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _convolution_is_faster()
 
 

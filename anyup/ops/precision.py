@@ -44,6 +44,11 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def key_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys are made in: float64 on a CPU, where that takes no time on so small a grid, else the working dtype."""
+    return torch.float64 if device.type == "cpu" else working_dtype(dtype)
+
+
 def float32_matmul_precision(device_type: str) -> str:
     """In torch's words, "highest", "high" or "medium", how products of float32 are made on a kind of device.
 

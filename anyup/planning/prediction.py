@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+
 from anyup.banded import HALO, Bands, band_rows
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import key_dtype, working_dtype
 from anyup.ops.window_attention.eager import scratch_bytes
 from anyup.planning.plans import Plan, Stage
 from anyup.planning.task import Size, Task, pixels_of
@@ -166,13 +168,14 @@ def _grid_bytes(task: Task, images: int) -> int:
 
 def _key_bytes(task: Task, images: int) -> int:
     """The most on the small grid, while the features' keys are made and joined with the image's."""
-    wide, cells, taps = working_dtype(task.dtype).itemsize, pixels_of(task.grid), task.filter_size**2
+    cells, taps = pixels_of(task.grid), task.filter_size**2
     features = images * cells * task.channels
     position = task.channels * (2 * task.filters + taps)
     most = max(1, (2**18 if task.device_type == "cpu" else 2**26) // (task.channels * task.filters))
     tile = task.workers * -(-cells // -(-cells // most)) * position
-    joining = images * cells * 12 * task.dim
-    return wide * max(2 * features + tile + cells * 2 * taps, joining)
+    unifying = (2 * features + tile + cells * 2 * taps) * working_dtype(task.dtype).itemsize
+    joining = images * cells * 12 * task.dim * key_dtype(task.dtype, torch.device(task.device_type)).itemsize
+    return max(unifying, joining)
 
 
 def _tile_bytes(task: Task, pixels: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anyup.budget import check_room
 from anyup.image_context import ImageContext
+from anyup.layers import encoded_size
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.window import Window, make_window
 
@@ -25,7 +26,7 @@ class Task:
     """What a call or a stream asks for, as far as memory and work depend on it.
 
     Attributes:
-        image, output, grid: sizes (height, width).
+        image, output, grid: sizes (height, width); the image's once it is encoded (`encoded_size`).
         batch: images.
         channels: of the features.
         carried: channels of the output.
@@ -150,9 +151,10 @@ def task_of(
     )
 
 
-def make_task(config: Mapping[str, Any], device_type: str, **asked: Any) -> Task:
-    """A task with what an upsampler's configuration says."""
+def make_task(config: Mapping[str, Any], device_type: str, *, image: Size, **asked: Any) -> Task:
+    """A task with what an upsampler's configuration says, for an image of a size."""
     return Task(
+        image=encoded_size(image, config["kernel_size"]),
         device_type=device_type,
         threads=torch.get_num_threads() if device_type == "cpu" else 1,
         window=make_window(config["window"], config["window_ratio"]),

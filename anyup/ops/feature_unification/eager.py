@@ -28,14 +28,17 @@ def unsupported(problem: object) -> list[str]:
     return []
 
 
-def forward(features: Tensor, basis: Tensor) -> Tensor:
+def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w); float32 inside for half precision."""
-    out = empty((features.shape[0], basis.shape[0], *features.shape[2:]), features)
+    out_dtype = out_dtype or features.dtype
+    out = empty((features.shape[0], basis.shape[0], *features.shape[2:]), features.new_empty(0, dtype=out_dtype))
+    summed = torch.promote_types(out_dtype, working_dtype(features.dtype))
     patches = _Patches(features, basis)
 
     def unify(tile: _Tile) -> None:
         image, positions = tile
-        out[image].flatten(1)[:, positions] = patches.weights(patches.take(tile)).mean(dim=2).T
+        weights = patches.weights(patches.take(tile))
+        out[image].flatten(1)[:, positions] = weights.mean(dim=2, dtype=summed).T
 
     map_tiles(unify, patches.tiles, features.device)
     return out

@@ -50,7 +50,7 @@ def unsupported(problem: FeatureUnificationProblem) -> list[str]:
     return reasons
 
 
-def forward(features: Tensor, basis: Tensor) -> Tensor:
+def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w); float32 inside for half precision.
 
     Beside the result it allocates a copy of the features, bordered by zeros.
@@ -66,7 +66,7 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
         forward_configs(arranged),
         kernel=_kernel("forward", features, basis),
     )
-    return out
+    return out if out_dtype is None else out.to(out_dtype)
 
 
 def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

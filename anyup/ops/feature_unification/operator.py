@@ -22,16 +22,20 @@ OPERATION = Operation(
 )
 
 
-def unify_features(features: Tensor, basis: Tensor, *, backend: Backend = None) -> Tensor:
+def unify_features(
+    features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = None, backend: Backend = None
+) -> Tensor:
     """Bring features of any number of channels to M channels.
 
     Args:
         features: (B, C, h, w), any C.
         basis: (M, 1, s, s) filters, s odd, in the features' dtype.
+        out_dtype: of the result; None: the features'. What tells one position from another is small beside the mean of
+            1 / M, so that a wider dtype keeps more of it than the arithmetic loses.
         backend: None, a name, or a sequence of names (see `anyup.ops.dispatch`).
 
     Returns:
-        (B, M, h, w), contiguous, in the features' dtype.
+        (B, M, h, w), contiguous.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
@@ -39,7 +43,7 @@ def unify_features(features: Tensor, basis: Tensor, *, backend: Backend = None) 
     """
     problems.check(features, basis)
     needs_gradient = wants_gradient(features, basis)
-    return _forward(features, basis, to_schema(backend), needs_gradient)
+    return _forward(features, basis, out_dtype or features.dtype, to_schema(backend), needs_gradient)
 
 
 def explain_backends(features: Tensor, basis: Tensor, *, backend: Backend = None) -> Explanation:
@@ -49,13 +53,14 @@ def explain_backends(features: Tensor, basis: Tensor, *, backend: Backend = None
     return OPERATION.explain(problems.describe(features, basis, needs_gradient), backend)
 
 
-def _run_forward(features: Tensor, basis: Tensor, backend: str, needs_gradient: bool) -> Tensor:
+def _run_forward(features: Tensor, basis: Tensor, out_dtype: torch.dtype, backend: str, needs_gradient: bool) -> Tensor:
     problem = problems.describe(features, basis, needs_gradient)
-    return OPERATION.run("forward", problem, from_schema(backend), features, basis).contiguous()
+    out = OPERATION.run("forward", problem, from_schema(backend), features, basis, out_dtype=out_dtype)
+    return out.contiguous()
 
 
-def _fake_forward(features, basis, backend, needs_gradient):  # type: ignore[no-untyped-def]
-    return features.new_empty(features.shape[0], basis.shape[0], *features.shape[2:])
+def _fake_forward(features, basis, out_dtype, backend, needs_gradient):  # type: ignore[no-untyped-def]
+    return features.new_empty(features.shape[0], basis.shape[0], *features.shape[2:], dtype=out_dtype)
 
 
 def _run_backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -69,12 +74,13 @@ def _fake_backward(grad, features, basis, backend):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, basis, ctx.backend, _ = inputs
+    features, basis, _, ctx.backend, _ = inputs
     ctx.save_for_backward(features, basis)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None, None)
+    features, basis = ctx.saved_tensors
+    return (*_backward(grad.to(features.dtype), features, basis, ctx.backend), None, None, None)
 
 
 _forward = register(

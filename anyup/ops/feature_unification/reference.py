@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from anyup.ops.ieee import in_ieee
 from anyup.ops.precision import working_dtype
 from anyup.ops.pullback import pullback
 
@@ -22,8 +23,10 @@ def unsupported(problem: object) -> list[str]:
     return []
 
 
-def forward(features: Tensor, basis: Tensor) -> Tensor:
+@in_ieee
+def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w). The softmax runs in float32 for half precision."""
+    out_dtype = out_dtype or features.dtype
     batch, channels, filters = *features.shape[:2], basis.shape[0]
     padding = basis.shape[2] // 2
     z = F.conv2d(features.flatten(0, 1)[:, None], basis, padding=padding)
@@ -31,9 +34,11 @@ def forward(features: Tensor, basis: Tensor) -> Tensor:
     z = rearrange(z / inside, "(b c) m h w -> b (c m) h w", b=batch, c=channels)
     z = rearrange(z, "b (m c) h w -> b m c h w", m=filters, c=channels)  # read again
     wide = working_dtype(z.dtype)
-    return torch.softmax(z, dim=1, dtype=wide).mean(dim=2).to(features.dtype)
+    summed = torch.promote_types(out_dtype, wide)
+    return torch.softmax(z, dim=1, dtype=wide).mean(dim=2, dtype=summed).to(out_dtype)
 
 
+@in_ieee
 def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
     """The gradients of features and basis, by autograd through `forward`."""
     return pullback(forward, (features, basis), grad)

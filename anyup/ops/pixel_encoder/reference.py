@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyup.ops.ieee import in_ieee
 from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters, normalise
 from anyup.ops.pullback import pullback
 
@@ -19,6 +20,7 @@ def unsupported(problem: object) -> list[str]:
     return []
 
 
+@in_ieee
 def forward(
     pixels: Tensor, parameters: EncoderParameters, *, frequencies: Tensor | None, output_size: tuple[int, int]
 ) -> Tensor:
@@ -35,6 +37,7 @@ def forward(
     return x.permute(0, 2, 3, 1)
 
 
+@in_ieee
 def backward(
     grad: Tensor,
     pixels: Tensor,

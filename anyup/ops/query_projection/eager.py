@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyup.ops.convolution import Convolution
 from anyup.ops.linear import linear, sum_of_outer_products
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
@@ -34,13 +35,13 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     dim, width = encoded.shape[3], encoded.shape[2]
     wide = working_dtype(encoded.dtype)
     convolution, norm, weight, bias = (p.to(wide) for p in parameters)
-    convolution = convolution.contiguous(memory_format=torch.channels_last)
+    convolve = Convolution(convolution)
     weight = weight * norm
     out = empty(tuple(encoded.shape), encoded)
 
     def go(band: Band) -> None:
         image, rows = band
-        x = _convolve(_with_halo(encoded, band).to(wide), convolution)
+        x = _convolve(_with_halo(encoded, band).to(wide), convolve)
         x *= _inverse_rms(x)
         out[image, rows] = linear(x, weight, bias).view(-1, width, dim)
 
@@ -59,14 +60,14 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
     dim, width = encoded.shape[3], encoded.shape[2]
     wide = working_dtype(encoded.dtype)
     convolution, norm, weight, _ = (p.to(wide) for p in parameters)
-    convolution = convolution.contiguous(memory_format=torch.channels_last)
+    convolve, turned = Convolution(convolution), Convolution(convolution.flip(2, 3).transpose(0, 1))
     back = (weight * norm).T.contiguous()
     grad_convolved = empty(tuple(encoded.shape), encoded.new_empty(0, dtype=wide))
 
     def parameters_of(band: Band) -> tuple[Tensor, Tensor, Tensor]:
         image, rows = band
         pixels = _with_halo(encoded, band).to(wide)
-        x = _convolve(pixels, convolution)
+        x = _convolve(pixels, convolve)
         inverse = _inverse_rms(x)
         x *= inverse
         outer = grad[image, rows].reshape(-1, dim).to(wide)
@@ -81,7 +82,6 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
     found = map_tiles(parameters_of, bands, encoded.device)
     taps, products, biases = (torch.stack(t).sum(dim=0) for t in zip(*found, strict=True))
     grad_encoded = empty(tuple(encoded.shape), encoded)
-    turned = convolution.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
     def image_of(band: Band) -> None:
         grad_encoded[band] = _convolve(_with_halo(grad_convolved, band), turned).view(-1, width, dim)
@@ -98,16 +98,15 @@ def _bands(encoded: Tensor) -> list[Band]:
 
 
 def _with_halo(maps: Tensor, band: Band) -> Tensor:
-    """A band's n rows and those above and below, zero beyond the image: (n + 2, W, D)."""
+    """A band's n rows and those above and below, zero beyond the image on all sides: (n + 2, W + 2, D)."""
     image, rows = band
     inside = maps[image, max(rows.start - 1, 0) : rows.stop + 1]
-    return F.pad(inside, (0, 0, 0, 0, rows.start == 0, rows.stop == maps.shape[1]))
+    return F.pad(inside, (0, 0, 1, 1, rows.start == 0, rows.stop == maps.shape[1]))
 
 
-def _convolve(rows: Tensor, weight: Tensor) -> Tensor:
-    """The 3x3 convolution of rows (n + 2, W, D): (n * W, D)."""
-    x = F.conv2d(rows.permute(2, 0, 1)[None], weight, padding=(0, 1))
-    return x.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+def _convolve(rows: Tensor, convolve: Convolution) -> Tensor:
+    """The 3x3 convolution of rows (n + 2, W + 2, D): (n * W, D)."""
+    return convolve(rows[None]).reshape(-1, rows.shape[2])
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
@@ -116,13 +115,13 @@ def _inverse_rms(x: Tensor) -> Tensor:
 
 
 def _taps(grad: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of the convolution's weights at each of its nine places: (n, W, D) and (n + 2, W, D) to (9, D, D).
+    """The gradient of the convolution's weights at its nine places: (n, W, D) and (n + 2, W + 2, D) to (9, D, D).
 
-    Nine products: for channels that lie side by side oneDNN's weight gradient takes up to five times as long. Both
-    maps get a border of zeros to the right and left, so that a shift of the one is a slice of its pixels.
+    Nine products: for channels that lie side by side oneDNN's weight gradient takes up to five times as long. The
+    gradient gets the border that the rows have, so that a shift of these is a slice of their pixels.
     """
     width = grad.shape[1]
     inner = F.pad(grad, (0, 0, 0, 2)).flatten(0, 1)[:-2]
-    outer = F.pad(rows, (0, 0, 1, 1)).flatten(0, 1)
+    outer = rows.flatten(0, 1)
     starts = (down * (width + 2) + right for down in range(3) for right in range(3))
     return torch.stack([inner.T @ outer[start : start + len(inner)] for start in starts])

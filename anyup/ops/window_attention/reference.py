@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from anyup.ops.ieee import in_ieee
 from anyup.ops.precision import working_dtype
 from anyup.ops.pullback import pullback
 from anyup.window import Part, Window, part_bounds
@@ -37,6 +38,7 @@ def window_mask(
     return mask.reshape(output_size[0] * output_size[1], grid_size[0] * grid_size[1])
 
 
+@in_ieee
 def forward(
     query: Tensor,
     key: Tensor,
@@ -75,6 +77,7 @@ def forward(
     return out, lse.contiguous()
 
 
+@in_ieee
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
 ) -> tuple[Tensor, ...]:
