@@ -257,9 +257,9 @@ def test_micro_batches_give_the_gradients_of_the_whole(folder: Path, backend: st
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_mosaics_in_micro_batches_give_the_gradients_of_the_whole(folder: Path) -> None:
-    extra = ("optimizer.batch=8", "variation.mosaic=1.0", "loss.place=0.5", "loss.self_consistency_share=0.5")
-    whole, parts = (trainer(folder, f"optimizer.micro_batch={size}", *extra) for size in (0, 4))
+def test_synthetic_micro_batches_give_the_gradients_of_the_whole(folder: Path) -> None:
+    extra = ("variation.synthetic=1.0", "loss.place=0.5", "loss.self_consistency_share=0.5")
+    whole, parts = (trainer(folder, f"optimizer.micro_batch={size}", *extra) for size in (0, 2))
     terms = [one.backward() for one in (whole, parts)]
     for name in ("loss", "place", "self"):
         assert terms[0][name] == pytest.approx(terms[1][name], rel=1e-4)

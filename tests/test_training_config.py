@@ -61,7 +61,7 @@ def test_an_integer_stands_for_a_number(tmp_path: Path) -> None:
         ("guidance.schedule=[[0, 112], [0, 224]]", "guidance.schedule: expected steps that increase"),
         ("data.crops_per_sample=4", "data.crops_per_sample: expected at most crops, 3, got 4"),
         ("data.held_out_every=1", "data.held_out_every: expected 0, or 2 and more, got 1"),
-        ("variation.mosaic=1.5", "variation.mosaic: expected a number in [0, 1], got 1.5"),
+        ("variation.synthetic=1.5", "variation.synthetic: expected a number in [0, 1], got 1.5"),
         ("loss.place=-1", "loss.place: expected 0 or more, got -1.0"),
         ("run.precision=half", "run.precision: expected one of float32, bfloat16, got 'half'"),
         ("data.photographs=", "data.photographs: expected a folder, got ''"),
@@ -72,12 +72,6 @@ def test_a_mistake_is_named_with_what_was_expected(tmp_path: Path, override: str
     with pytest.raises(ConfigError) as error:
         settings(tmp_path, override)
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("size", ["optimizer.batch=6", "optimizer.micro_batch=2"])
-def test_samples_that_make_no_whole_mosaics_are_refused(tmp_path: Path, size: str) -> None:
-    with pytest.raises(ConfigError, match=f"{size.split('=')[0]}: expected a multiple of 4, of which a mosaic is made"):
-        settings(tmp_path, "variation.mosaic=0.5", size)
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from small_training import TinyEncoder, make_photographs, settings
 
 from anyup.training import samples
 from anyup.training.feature_cache import FeatureCache, Recipe
-from anyup.training.losses import windows
-from anyup.training.variation import TILES, TURNS, draw_channels, mosaic, mosaic_places, recolour, turn, turn_places
+from anyup.training.variation import TURNS, draw_channels, recolour, turn, turn_places
 
 ALL = ("variation.turns=true", "variation.recolour=1.0", "variation.channels=0.5")
 
@@ -71,16 +70,6 @@ def test_channels_are_a_share_without_repetition() -> None:
         counts.add(len(chosen))
     assert counts == {5, 6, 7, 8, 9, 10}
     assert len(draw_channels(1, 0.1, random.Random(0))) == 1
-
-
-def test_a_mosaic_has_its_tiles_row_by_row_and_their_windows_where_they_were() -> None:
-    tiles = torch.rand(8, 2, 6, 6, generator=torch.Generator().manual_seed(1))
-    places = torch.randint(0, 4, (8, 3, 2), generator=torch.Generator().manual_seed(2))
-    whole = mosaic(tiles)
-    assert whole.shape == (2, 2, 12, 12)
-    assert torch.equal(whole[1, :, :6, 6:], tiles[5]) and torch.equal(whole[1, :, 6:, :6], tiles[6])
-    of_tiles = windows(tiles, places, (3, 3)).unflatten(0, (2, TILES)).flatten(1, 2)
-    assert torch.equal(windows(whole, mosaic_places(places, 6), (3, 3)), of_tiles)
 
 
 @pytest.fixture
@@ -151,24 +140,3 @@ def test_parts_of_a_varied_step_together_are_the_step(tmp_path: Path, source: Fe
     for name in ("guidance", "augmented", "low", "targets", "places"):
         together = torch.stack([getattr(parts[i % 2], name)[i // 2] for i in range(4)])
         torch.testing.assert_close(together, getattr(whole, name), rtol=0, atol=0)
-
-
-def test_a_step_of_mosaics_has_the_samples_of_a_plain_one_joined_by_fours(tmp_path: Path, source: FeatureCache) -> None:
-    shares = ("loss.self_consistency_share=0.5", "optimizer.batch=8", "loss.place=1.0")
-    _, plain = batch_of(tmp_path, source, *shares)
-    step, joined = batch_of(tmp_path, source, *shares, "variation.mosaic=1.0")
-    assert step.tiles == TILES and joined.side == 2 * plain.side
-    for name in ("guidance", "augmented", "low", "known"):
-        torch.testing.assert_close(getattr(joined, name), mosaic(getattr(plain, name)), rtol=0, atol=0, msg=name)
-    # What a crop is compared with lies where the crop is.
-    size = (plain.targets.shape[3], plain.targets.shape[4])
-    maps = torch.rand(8, 2, plain.side, plain.side, generator=torch.Generator().manual_seed(0))
-    near = windows(mosaic(maps), joined.places, size), windows(maps, plain.places, size)
-    assert torch.equal(near[0].flatten(0, 1), near[1].flatten(0, 1))
-    assert torch.equal(joined.targets.flatten(0, 1), plain.targets.flatten(0, 1))
-
-
-def test_the_share_of_steps_with_mosaics_is_what_was_asked_for(tmp_path: Path, source: FeatureCache) -> None:
-    asked = settings(tmp_path, "variation.mosaic=0.3")
-    tiles = [samples.plan(asked, source, 3, number, 4 * number).tiles for number in range(200)]
-    assert set(tiles) == {1, TILES} and 40 < tiles.count(TILES) < 80

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 from anyup.command_paths import Kept, Read, ReadEncoder, ReadWeights, Written
 from anyup.installing import pip_install
 from anyup.options import MOST_THREADS
-from anyup.training.variation import TILES
 
 CONFIGS = Path(__file__).parent / "configs"
 
 DECAYS = ("constant", "cosine")
 DRAWS = ("stride", "encoder")
+INITIALS = ("random", "bilateral")
 PRECISIONS = ("float32", "bfloat16")
 
 T = TypeVar("T")
@@ -60,6 +60,7 @@ class Model:
     """Arguments of `anyup.AnyUp`, and weights to start from."""
 
     weights: str = _path(ReadWeights)
+    initial: str = "random"  # without weights: torch's, or "bilateral"; see `anyup.training.initial`
     qk_dim: int = 128
     kernel_size: int = 1
     kernel_size_lfu: int = 5
@@ -123,7 +124,7 @@ class Variation:
     turns: bool = False  # views are turned by quarters and mirrored, their features with them
     recolour: float = 0.0  # share of the samples whose guidance has other colours
     channels: float = 1.0  # smallest share of the channels that a step takes, in a drawn order; 1: all as they are
-    mosaic: float = 0.0  # share of the steps in which four samples make one, of twice the side
+    synthetic: float = 0.0  # share of the steps whose features are made of the photographs themselves
 
 
 @dataclass(frozen=True)
@@ -343,6 +344,9 @@ def _check(settings: Settings) -> None:
     need("data.input_sizes", bool(data.input_sizes) and min(data.input_sizes) >= 1, "sizes of 1 or more")
     low, high = data.view_scales
     need("data.view_scales", 0 < low <= high <= 1, "two fractions, 0 < first <= second <= 1")
+    need("model.initial", settings.model.initial in INITIALS, f"one of {', '.join(INITIALS)}")
+    fresh = settings.model.initial == "random" or not settings.model.weights
+    need("model.initial", fresh, "random beside model.weights")
     need("optimizer.learning_rate", optimizer.learning_rate > 0, "more than 0")
     need("optimizer.betas", all(0 <= beta < 1 for beta in optimizer.betas), "two numbers in [0, 1)")
     need("optimizer.decay", optimizer.decay in DECAYS, f"one of {', '.join(DECAYS)}")
@@ -356,9 +360,6 @@ def _check(settings: Settings) -> None:
     need("loss.self_consistency_share", 0 < loss.self_consistency_share <= 1, "a number in (0, 1]")
     need("variation.recolour", 0 <= settings.variation.recolour <= 1, "a number in [0, 1]")
     need("variation.channels", 0 < settings.variation.channels <= 1, "a number in (0, 1]")
-    need("variation.mosaic", 0 <= settings.variation.mosaic <= 1, "a number in [0, 1]")
-    if settings.variation.mosaic:
-        for key in ("optimizer.batch", "optimizer.micro_batch"):
-            need(key, flat[key] % TILES == 0, f"a multiple of {TILES}, of which a mosaic is made")
+    need("variation.synthetic", 0 <= settings.variation.synthetic <= 1, "a number in [0, 1]")
     need("run.threads", run.threads <= MOST_THREADS, f"at most {MOST_THREADS}")
     need("run.precision", run.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")

@@ -19,7 +19,6 @@ from anyup.training.photographs import find_photographs
 from anyup.training.preparation import Prepared, prepare
 from anyup.training.reporting import Rate, Reporter, duration
 from anyup.training.trainer import Trainer, make_upsampler, require_backends
-from anyup.training.variation import TILES
 
 FINAL = "final.pth"
 
@@ -47,10 +46,8 @@ def train(
         upsampler = None if cache_only else make_upsampler(settings)
         found = find_photographs(settings.data.photographs)
         engine = stack.enter_context(distributed.start(choose_device(settings.run.device or None)))
-        images = settings.optimizer.batch // (TILES if settings.variation.mosaic else 1)
-        if images < engine.world:
-            what = "one mosaic" if settings.variation.mosaic else "one sample"
-            raise ValueError(f"optimizer.batch: expected {what} or more for each of {engine.world} processes")
+        if settings.optimizer.batch < engine.world:
+            raise ValueError(f"optimizer.batch: expected one sample or more for each of {engine.world} processes")
         if upsampler is not None:
             require_backends(upsampler.to(engine.device), settings)
         prepared = prepare(settings, found, engine, reporter)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.images import normalize_imagenet, resize
@@ -22,16 +23,11 @@ from anyup.training.config import Settings
 from anyup.training.feature_cache import Features, Grid, Recipe
 from anyup.training.known_maps import known_maps
 from anyup.training.randomness import drawer
-from anyup.training.variation import (
-    TILES,
-    TURNS,
-    draw_channels,
-    mosaic,
-    mosaic_places,
-    recolour,
-    turn,
-    turn_places,
-)
+from anyup.training.synthetic import draw_cells, draw_width, synthetic_features
+from anyup.training.variation import TURNS, draw_channels, recolour, turn, turn_places
+
+SYNTHETIC = "synthetic"
+"""In place of an encoder's name; see `anyup.training.synthetic`."""
 
 
 class FeatureSource(Protocol):
@@ -65,7 +61,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of the optimizer learns from."""
+    """What one step of the optimizer learns from.
+
+    Synthetic features have a cell for each pixel of the `input_size` and of the guidance.
+    """
 
     encoder: str
     input_size: int
@@ -74,12 +73,6 @@ class Step:
     number: int = 0
     smallest_share: float = 1.0  # of the encoder's channels that it takes
     known: bool = False  # whether maps known at every pixel are carried too
-    tiles: int = 1  # samples that are joined into one image
-
-    @property
-    def images(self) -> list[tuple[Sample, ...]]:
-        """The samples of each image."""
-        return [self.samples[first : first + self.tiles] for first in range(0, len(self.samples), self.tiles)]
 
 
 @dataclass(frozen=True)
@@ -102,18 +95,6 @@ class Batch:
         names = ("guidance", "augmented", "low", "targets", "known")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
-    def joined(self) -> Batch:
-        """The samples by fours as one image each; see `anyup.training.variation.mosaic`."""
-        return Batch(
-            mosaic(self.guidance),
-            mosaic(self.augmented),
-            mosaic(self.low),
-            self.targets.unflatten(0, (-1, TILES)).flatten(1, 2),
-            mosaic_places(self.places, self.side),
-            mosaic(self.known),
-            2 * self.side,
-        )
-
 
 def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:
     """Step number `number`, whose samples are counted from `first_sample`."""
@@ -124,19 +105,20 @@ def plan(settings: Settings, source: FeatureSource, photographs: int, number: in
         encoders = [name for name in encoders if source.grids[name].stride == stride]
     encoder = draw.choice(encoders)
     input_size = draw.choice(source.input_sizes[encoder])
-    tiles = TILES if draw.random() < settings.variation.mosaic else 1
+    guidance_size = settings.guidance.size(number)
+    if draw.random() < settings.variation.synthetic:
+        encoder, input_size = SYNTHETIC, draw_cells(guidance_size, settings.seed, number)
     batch = settings.optimizer.batch
     share = settings.loss.self_consistency_share if settings.loss.self_consistency else 0
-    consistent = math.ceil(batch * share / tiles) * tiles
+    consistent = math.ceil(batch * share)
     return Step(
         encoder,
         input_size,
-        settings.guidance.size(number),
+        guidance_size,
         tuple(_sample(settings, source, photographs, first_sample + i, i < consistent) for i in range(batch)),
         number,
         settings.variation.channels,
         settings.loss.place > 0,
-        tiles,
     )
 
 
@@ -168,12 +150,7 @@ def assemble(step: Step, samples: Sequence[Sample], source: FeatureSource, paths
     """The tensors of some of a step's samples; those to be augmented come first."""
     samples = sorted(samples, key=lambda sample: not sample.augmented)
     chosen = [_usable(source, paths, sample.photograph) for sample in samples]
-    grid = source.grids[step.encoder]
     pixels = [turn(source.guidance(path, s.view), s.turn) for path, s in zip(chosen, samples, strict=True)]
-    features = [
-        _turned(source.features(path, step.encoder, s.view, step.input_size, s.crops), s.turn, grid)
-        for path, s in zip(chosen, samples, strict=True)
-    ]
     size = (step.guidance_size, step.guidance_size)
     clean = resize(torch.stack(pixels).float() / 255, size)
     clean = torch.stack(
@@ -187,22 +164,45 @@ def assemble(step: Step, samples: Sequence[Sample], source: FeatureSource, paths
         for image, sample in zip(clean, samples, strict=True)
         if sample.augmented
     ]
-    low = torch.stack([f.low for f in features])
-    targets = torch.stack([f.targets for f in features])
+    guidance = normalize_imagenet(clean)
+    if step.encoder == SYNTHETIC:
+        features, side = _synthetic(step, samples, guidance, seed), step.guidance_size
+    else:
+        features, side = _encoded(step, samples, source, chosen, seed), source.grids[step.encoder].image
+    return Batch(
+        guidance,
+        normalize_imagenet(torch.stack(changed)) if changed else clean.new_empty(0, *clean.shape[1:]),
+        features.low,
+        features.targets,
+        features.places,
+        _known(step, samples, guidance, features.low.shape[2], side, seed),
+        side,
+    )
+
+
+def _encoded(
+    step: Step, samples: Sequence[Sample], source: FeatureSource, paths: Sequence[Path], seed: int
+) -> Features:
+    """The features of the samples by the step's encoder, each tensor with a first axis for the sample."""
+    grid = source.grids[step.encoder]
+    features = [
+        _turned(source.features(path, step.encoder, s.view, step.input_size, s.crops), s.turn, grid)
+        for path, s in zip(paths, samples, strict=True)
+    ]
+    low, targets, places = (torch.stack([getattr(f, name) for f in features]) for name in ("low", "targets", "places"))
     if step.smallest_share < 1:
         channels = draw_channels(low.shape[1], step.smallest_share, drawer(seed, "channels", step.number))
         low, targets = low[:, channels], targets[:, :, channels]
-    guidance = normalize_imagenet(clean)
-    batch = Batch(
-        guidance,
-        normalize_imagenet(torch.stack(changed)) if changed else clean.new_empty(0, *clean.shape[1:]),
-        low,
-        targets,
-        torch.stack([f.places for f in features]),
-        _known(step, samples, guidance, low.shape[2], grid.image, seed),
-        grid.image,
-    )
-    return batch.joined() if step.tiles > 1 else batch
+    return Features(low, targets, places)
+
+
+def _synthetic(step: Step, samples: Sequence[Sample], guidance: Tensor, seed: int) -> Features:
+    """The same of features made of the guidance: the whole map is the one crop."""
+    channels = draw_width(seed, step.number)
+    made = [synthetic_features(image, channels, seed, s.number) for image, s in zip(guidance, samples, strict=True)]
+    targets = torch.stack(made)
+    low = F.adaptive_avg_pool2d(targets, step.input_size)
+    return Features(low, targets[:, None], torch.zeros(len(samples), 1, 2, dtype=torch.long))
 
 
 def _known(step: Step, samples: Sequence[Sample], guidance: Tensor, cells: int, side: int, seed: int) -> Tensor:

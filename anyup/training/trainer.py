@@ -20,6 +20,7 @@ from anyup.model import AnyUp
 from anyup.training import samples, state
 from anyup.training.config import Optimizer, Settings
 from anyup.training.distributed import Engine
+from anyup.training.initial import start_as_bilateral
 from anyup.training.objective import Objective
 from anyup.training.randomness import number
 from anyup.training.samples import Batch, FeatureSource, Step
@@ -73,9 +74,9 @@ class Trainer:
         """The gradients of the next step's loss, in the parameters; its terms, over all processes."""
         engine = self.engine
         step, batches = self._take()
-        # A sum over a process's images, divided by these, has the whole step's mean as its mean over the processes.
-        whole = len(step.images) / engine.world
-        augmented = sum(image[0].augmented for image in step.images) / engine.world
+        # A sum over a process's samples, divided by these, has the whole step's mean as its mean over the processes.
+        whole = len(step.samples) / engine.world
+        augmented = sum(sample.augmented for sample in step.samples) / engine.world
         self._optimizer.zero_grad(set_to_none=True)
         # A process that has nothing to augment has the term all the same.
         sums = dict.fromkeys(self._terms, 0.0)
@@ -101,7 +102,7 @@ class Trainer:
     def _make(self, number: int, first_sample: int) -> tuple[Step, list[Batch]]:
         settings, engine = self.settings, self.engine
         step = samples.plan(settings, self.source, len(self.paths), number, first_sample)
-        mine = [sample for image in step.images[engine.rank :: engine.world] for sample in image]
+        mine = step.samples[engine.rank :: engine.world]
         size = settings.optimizer.micro_batch or len(mine)
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
         return step, [samples.assemble(step, part, self.source, self.paths, settings.seed) for part in parts]
@@ -171,7 +172,7 @@ class Trainer:
 def make_upsampler(settings: Settings) -> AnyUp:
     """A new upsampler with weights drawn for the seed, or those to start from; what has no influence is frozen."""
     arguments = dataclasses.asdict(settings.model)
-    weights = arguments.pop("weights")
+    weights, initial = arguments.pop("weights"), arguments.pop("initial")
     backend = settings.run.backend or None
     if weights:
         upsampler = anyup.load(weights, backend=backend, **arguments)
@@ -179,6 +180,8 @@ def make_upsampler(settings: Settings) -> AnyUp:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number(settings.seed, "weights"))
             upsampler = AnyUp(**arguments, backend=backend)
+            if initial == "bilateral":
+                start_as_bilateral(upsampler)
     upsampler.cross_decode.cross_attn.attention.out_proj.requires_grad_(False)
     return upsampler
 

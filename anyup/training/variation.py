@@ -9,16 +9,12 @@ from __future__ import annotations
 import random
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from anyup.training.randomness import Key, drawer
 
 TURNS = 8
 """Quarter turns, each of the view and of its mirror image."""
-
-TILES = 4
-"""Samples in a mosaic: two rows of two."""
 
 
 def turn(maps: Tensor, number: int) -> Tensor:
@@ -56,19 +52,3 @@ def draw_channels(channels: int, smallest: float, draw: random.Random) -> list[i
     """A share of the channels between `smallest` and all, in a drawn order."""
     count = max(1, round(channels * draw.uniform(smallest, 1.0)))
     return draw.sample(range(channels), count)
-
-
-def mosaic(maps: Tensor) -> Tensor:
-    """Maps (4 N, ..., S, S) joined by fours, row by row: (N, ..., 2 S, 2 S).
-
-    The window is a fraction of the map, so that on a mosaic it is twice as many cells wide as on its tiles: what the
-    upsampler has to meet on larger images, at the price of the small ones.
-    """
-    return rearrange(maps, "(n y x) ... h w -> n ... (y h) (x w)", y=2, x=2)
-
-
-def mosaic_places(places: Tensor, side: int) -> Tensor:
-    """Where windows with a first row and column `places` (4 N, K, 2) begin in mosaics of maps of `side` cells:
-    (N, 4 K, 2), in the order of the tiles."""
-    corners = torch.tensor([(0, 0), (0, side), (side, 0), (side, side)])
-    return rearrange(places, "(n t) k p -> n t k p", t=TILES).add(corners[:, None]).flatten(1, 2)
