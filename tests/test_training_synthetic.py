@@ -15,7 +15,6 @@ from small_training import TinyEncoder, make_photographs, settings
 from anyup.training import samples
 from anyup.training.feature_cache import FeatureCache, Recipe
 from anyup.training.synthetic import CHANNELS, draw_cells, draw_width, synthetic_features
-from anyup.training.variation import turn
 
 
 def guidance(side: int = 32) -> torch.Tensor:
@@ -61,7 +60,7 @@ def source(tmp_path: Path) -> FeatureCache:
 
 def test_a_synthetic_step_gives_the_mean_over_cells_and_wants_the_map(tmp_path: Path, source: FeatureCache) -> None:
     paths = sorted((tmp_path / "photographs").iterdir())
-    asked = settings(tmp_path, "variation.synthetic=1.0", "variation.turns=true", "loss.place=1.0")
+    asked = settings(tmp_path, "variation.synthetic=1.0", "loss.place=1.0")
     step = samples.plan(asked, source, 3, 3, 12)
     batch = samples.assemble(step, step.samples, source, paths, 0)
     side = step.guidance_size
@@ -72,7 +71,6 @@ def test_a_synthetic_step_gives_the_mean_over_cells_and_wants_the_map(tmp_path: 
     for index, sample in enumerate(step.samples):
         made = synthetic_features(batch.guidance[index], batch.low.shape[1], 0, sample.number)
         assert torch.equal(batch.targets[index, 0], made)
-        assert torch.equal(batch.guidance[index], turn(turn(batch.guidance[index], 2), 6))
 
 
 def test_the_share_of_synthetic_steps_is_what_was_asked_for(tmp_path: Path, source: FeatureCache) -> None:

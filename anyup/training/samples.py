@@ -63,7 +63,7 @@ class Sample:
 class Step:
     """What one step of the optimizer learns from.
 
-    Synthetic features have a cell for each pixel of the `input_size` and of the guidance.
+    The `input_size` of synthetic features is in cells; of others, in pixels.
     """
 
     encoder: str
