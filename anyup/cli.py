@@ -23,7 +23,7 @@ from anyup.bench import arguments as bench_arguments
 from anyup.command_paths import Paths, Read, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
-from anyup.options import UsageError, nonempty, number, whole_number
+from anyup.options import BACKENDS, UsageError, nonempty, number, whole_number
 from anyup.standard_streams import forgiving_streams
 from anyup.stopping import Stopped, on_request, stop
 from anyup.upsample_command import check_output
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_BACKENDS = ("triton", "flex", "torch", "reference")
 _DTYPES = ("bfloat16", "float32", "float16")
 _WEIGHTS = "anyup_mini"  # `anyup.checkpoints.MINI`, which is imported with torch
 
@@ -115,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         made.add_argument(
             "--backend",
-            choices=_BACKENDS,
+            choices=BACKENDS,
             help="run the window attention on this backend or fail, the rest where it can; by default the fastest "
             "that can, see `anyup info`",
         )

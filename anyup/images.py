@@ -68,7 +68,7 @@ def _pillow() -> Any:
 
 
 def check_readable(path: str | os.PathLike[str], what: str = "") -> Path:
-    """The path, if there is a regular file; else OSError that begins with `what` is read.
+    """The path, if there is a regular file; else OSError, which calls it `what`, by default by its path.
 
     A named pipe, a socket or a device is never opened: that might wait for ever.
     """

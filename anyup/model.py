@@ -152,8 +152,8 @@ class AnyUp(nn.Module):
 
         Raises:
             ValueError, TypeError: which argument, what was expected, what came; before any work. `max_memory`: the
-                smallest that can.
-            RuntimeError: a gradient is wanted within `max_memory`.
+                smallest that can. `output_size`: what such a result takes, where that is more than is free.
+            RuntimeError: a gradient is wanted within `max_memory`, or with `out`.
             NotImplementedError: no requested backend can; lists every reason. Or a forward-mode derivative is wanted.
         """
         size = self.check(image, features, output_size, q_chunk_size, values=values)

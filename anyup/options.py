@@ -15,6 +15,9 @@ class UsageError(Exception):
     """What was typed cannot be meant; exit status 2."""
 
 
+BACKENDS = ("triton", "flex", "torch", "reference")
+"""`anyup.ops.dispatch.BACKEND_NAMES`, which is imported with torch."""
+
 MOST_THREADS = 1024
 """Of a CPU; with many more, starting them ends the process."""
 

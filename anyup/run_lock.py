@@ -1,4 +1,4 @@
-"""One run at a time for an output: a lock that ends with its process, in whatever way that ends."""
+"""One run at a time for an output, by a lock that ends with its process in whatever way that ends; and its folder."""
 
 from __future__ import annotations
 

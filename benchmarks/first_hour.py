@@ -6,8 +6,9 @@ what the parts store as they go. It needs no more than a checkout, torch, triton
 
     PYTHONPATH=. python -m benchmarks.first_hour -o hour [--part NAME ...] [--minutes M] [--cache DIR]
 
-Exit status 0 where every part that ran is well, 1 otherwise. `--make-cache DIR` compiles the kernels of a forward on a
-machine without a card, for `--cache DIR` on one with the same triton.
+Exit status 0 where every part asked for is well, 1 otherwise; one for which no time is left is not, `tune` excepted.
+`--make-cache DIR` compiles the kernels of a forward on a machine without a card, for `--cache DIR` on one with the same
+triton.
 """
 
 from __future__ import annotations

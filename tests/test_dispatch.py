@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from anyup import options
 from anyup.model import OPERATIONS
 from anyup.ops import feature_unification, pixel_encoder, query_projection, window_attention
 from anyup.ops.dispatch import BACKEND_NAMES, BackendFailure, Operation, from_schema, parse_backend, to_schema
@@ -177,6 +178,10 @@ def test_every_operation_has_the_two_backends_that_take_anything(module: Any) ->
     assert [name for name in operation._backends if name in ("torch", "reference")] == ["torch", "reference"]
     for name in ("torch", "reference"):
         assert operation._backends[name]().unsupported(Problem(1)) == []
+
+
+def test_the_command_line_offers_every_backend() -> None:
+    assert options.BACKENDS == BACKEND_NAMES
 
 
 def test_backends_import_neither_each_other_nor_the_reference() -> None:

@@ -182,7 +182,7 @@ def test_resuming_needs_a_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
-        ("output={folder}/file", NotADirectoryError, "output: expected a folder"),
+        ("output={folder}/file", NotADirectoryError, "file: expected a folder"),
         ("output={folder}/file/run", OSError, "file"),
         ("data.cache={folder}/file", OSError, "file"),
         ("data.cache={folder}/file/cache", OSError, "file"),

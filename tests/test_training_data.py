@@ -211,7 +211,7 @@ def test_broken_and_small_photographs_are_told_once_and_left_out(tmp_path: Path,
     told: list[str] = []
     stored = cache(tmp_path)
     every = [*photographs, small / "photo_00.png"]
-    stored.fill("tiny:8", TinyEncoder(8), every, broken=lambda path, error: told.append(str(error)))
+    stored.fill("tiny:8", TinyEncoder(8), every, broken=lambda error: told.append(str(error)))
     assert [stored.usable(path) for path in every] == [False, True, True, False]
     assert len(told) == 2
     assert "photo_00.png" in told[0]
@@ -255,7 +255,7 @@ def test_input_sizes_off_the_grid_of_an_encoder_are_left_out(tmp_path: Path) -> 
 def test_live_features_are_those_of_the_cache(tmp_path: Path, photographs: list[Path]) -> None:
     stored = cache(tmp_path)
     stored.fill("tiny:8", TinyEncoder(8), photographs)
-    live = LiveFeatures(tmp_path / "photographs", RECIPE, {"tiny:8": TinyEncoder(8)}, lambda path, error: None)
+    live = LiveFeatures(tmp_path / "photographs", RECIPE, {"tiny:8": TinyEncoder(8)}, lambda error: None)
     for path in photographs:
         torch.testing.assert_close(live.guidance(path, 1), stored.guidance(path, 1), rtol=0, atol=0)
         ours, theirs = (source.features(path, "tiny:8", 1, 32, [1, 2]) for source in (live, stored))
@@ -266,15 +266,15 @@ def test_live_features_are_those_of_the_cache(tmp_path: Path, photographs: list[
 
 def test_a_live_photograph_that_breaks_is_replaced_and_told_once(tmp_path: Path, photographs: list[Path]) -> None:
     photographs[0].write_bytes(b"no picture")
-    told: list[Path] = []
+    told: list[str] = []
     live = LiveFeatures(
-        tmp_path / "photographs", RECIPE, {"tiny:8": TinyEncoder(8)}, lambda path, error: told.append(path)
+        tmp_path / "photographs", RECIPE, {"tiny:8": TinyEncoder(8)}, lambda error: told.append(str(error))
     )
     chosen = settings(tmp_path, "data.cache=", "optimizer.batch=9")
     step = samples.plan(chosen, live, 3, 0, 0)
     batch = samples.assemble(step, step.samples, live, photographs, 0)
     assert len(batch.low) == 9
-    assert told == [photographs[0]]
+    assert len(told) == 1 and told[0].startswith(f"{photographs[0]}: ")
 
 
 # Samples.

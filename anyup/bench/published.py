@@ -23,11 +23,8 @@ from anyup.layers import Encoder, ResBlock
 from anyup.ops.ieee import in_ieee
 from anyup.window import Window, axis_bounds
 
-KNOWN_SECONDS = {"224 from 16": 1.85, "448 from 32": 15.9, "1024 from 64": 186.0}
-"""The published code, float32, on a CPU whose square float32 product of 2048 ran at `KNOWN_RATES`."""
-
-KNOWN_RATES = (130e9, 187e9)
-"""Operations a second, the lowest and the highest seen."""
+_FITTED_RATES = (130e9, 187e9)
+"""Operations a second of a square float32 product of 2048 on the CPU of the fit, the lowest and the highest seen."""
 
 CHUNKS = (512, 1024, 2048, 4096, 8192, 16384)
 """Chunk sizes among which the best is looked for; the whole output at once is another where it is small."""
@@ -190,20 +187,10 @@ def best_chunk(times: dict[int | None, float]) -> int | None:
 def expected_seconds(workload: Workload, rate: float) -> float:
     """About what the baseline takes where a matrix product runs at `rate` operations a second.
 
-    A fit to `KNOWN_SECONDS`: a constant for each pixel's encoding and a constant for each query-key pair.
+    A constant for each pixel's encoding and one for each query-key pair, fitted to what the published code took in
+    float32 (1.85 s at 224 from 16, 15.9 s at 448 from 32, 186 s at 1024 from 64) where products ran at these rates.
     """
-    return workload.pixels * (33e-6 + 0.036e-6 * workload.keys) * (sum(KNOWN_RATES) / 2) / rate
-
-
-def credible_seconds(workload: Workload, rate: float) -> tuple[float, float] | None:
-    """How long the published code would take at `rate`: between these two; None where it was not timed.
-
-    A baseline is credible if it is no slower; the first is the stricter limit.
-    """
-    known = KNOWN_SECONDS.get(workload.name)
-    if known is None:
-        return None
-    return known * KNOWN_RATES[0] / rate, known * KNOWN_RATES[1] / rate
+    return workload.pixels * (33e-6 + 0.036e-6 * workload.keys) * (sum(_FITTED_RATES) / 2) / rate
 
 
 def least_bytes(workload: Workload, *, dim: int = 128) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
-from anyup.options import MOST_THREADS, nonempty, number, whole_number
+from anyup.options import BACKENDS, MOST_THREADS, nonempty, number, whole_number
 
 HELP = "how good the upsampling is: features, segmentation, pictures"
 
@@ -42,8 +42,7 @@ layouts of --data, and the splits trained and tested on:
 PUBLISHED_VIEW, PUBLISHED_CROP = 448, 224  # pixels
 
 _positive = whole_number(1)
-
-_BACKENDS = ("triton", "flex", "torch", "reference")
+_value = whole_number(0, 65535)  # of a mask's pixel, which has up to 16 bits
 
 
 def add_arguments(evaluate: argparse.ArgumentParser) -> None:
@@ -69,7 +68,7 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
             "--device", type=nonempty, help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu"
         )
         made.add_argument(
-            "--backend", choices=_BACKENDS, help="run on this backend or fail; by default the fastest that can"
+            "--backend", choices=BACKENDS, help="run on this backend or fail; by default the fastest that can"
         )
         made.add_argument(
             "--threads",
@@ -252,11 +251,3 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 def _classes(text: str) -> tuple[int, ...]:
     """One number of classes, or several values."""
     return tuple(map(_value, text.split(","))) if "," in text else (_positive(text),)
-
-
-def _value(text: str) -> int:
-    """Of a mask's pixel, which has up to 16 bits."""
-    found = whole_number(0)(text)
-    if found > 65535:
-        raise argparse.ArgumentTypeError(f"a value of 0 to 65535 expected, got {text!r}")
-    return found

@@ -27,9 +27,6 @@ from anyup.progress import human_bytes
 from anyup.tensor_files import read_torch
 from anyup.training.reporting import Rate, Reporter, duration
 
-ATTENTION = ("auto", "keep", "recompute")
-"""What to do with an image's attention weights between epochs."""
-
 _SHARE_OF_THE_DISK = 0.8
 
 

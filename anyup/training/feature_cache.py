@@ -112,12 +112,12 @@ class FeatureCache:
         paths: Sequence[Path],
         *,
         done: Callable[[int], None] = lambda count: None,
-        broken: Callable[[Path, Exception], None] = lambda path, error: None,
+        broken: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         """Write what is missing of an encoder's files and of the views'; `name` is what the encoder is asked for by.
 
-        `done` is told after each photograph how many are through; `broken` which cannot be read, or are smaller
-        than a view needs: they are passed over and have no file.
+        `done` is told after each photograph how many are through; `broken` why one cannot be read, or is smaller
+        than a view needs: it is passed over and has no file.
         """
         self.register(name, encoder)
         folder = self._encoders[name]
@@ -129,7 +129,7 @@ class FeatureCache:
                 there = self._file(folder, path).is_file() and self._file(self._views, path).is_file()
                 photo = None if there else read_large(path, self.recipe.min_side)
             except (OSError, ValueError) as error:
-                broken(path, error)
+                broken(error)
             else:
                 if photo is not None:
                     self._write(name, encoder, path, photo, device)

@@ -27,7 +27,7 @@ class LiveFeatures:
         root: str | os.PathLike[str],
         recipe: Recipe,
         encoders: Mapping[str, Encoder],
-        broken: Callable[[Path, Exception], None],
+        broken: Callable[[Exception], None],
     ) -> None:
         self.recipe = recipe
         self.views = 1 if recipe.views == 1 else _ENDLESS
@@ -48,7 +48,7 @@ class LiveFeatures:
             self._read(path)
         except (OSError, ValueError) as error:
             self._unreadable.add(path)
-            self._broken(path, error)
+            self._broken(error)
             return False
         return True
 

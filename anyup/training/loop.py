@@ -62,8 +62,6 @@ def train(
 
 def _claim(stack: ExitStack, output: Path, latest: Path, resume: bool, reporter: Reporter) -> None:
     """Make the output folder, for this run alone, with a checkpoint in it or none as is asked for."""
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output: expected a folder, {output} is a file")
     stack.enter_context(folder_for(output))
     if distributed.is_first():
         stack.enter_context(only_run(latest, reporter.note))

@@ -37,7 +37,7 @@ def prepare(settings: Settings, found: Sequence[Path], engine: Engine, reporter:
     recipe = Recipe.of(data, max(settings.guidance.largest, data.crop_size), settings.seed)
     once = dataclasses.replace(recipe, views=1)
 
-    def broken(path: Path, error: Exception) -> None:
+    def broken(error: Exception) -> None:
         reporter.note_once(f"left out: {error}")
 
     if not data.cache:
@@ -63,7 +63,7 @@ def _fill(
     encoder: Encoder,
     paths: Sequence[Path],
     what: str,
-    broken: Callable[[Path, Exception], None],
+    broken: Callable[[Exception], None],
     reporter: Reporter,
 ) -> None:
     rate, total = Rate(), len(paths)
