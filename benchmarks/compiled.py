@@ -119,7 +119,7 @@ class Case:
         value, out = empty(w.batch, *w.grid, w.channels), empty(w.batch, *w.size, w.channels)
         statistic = empty(w.batch, *w.size, self.heads, dtype=torch.float32)
         shared: dict[str, Any] = {
-            "window": window_rule(WINDOW, w.size, w.grid),
+            "window": window_rule(WINDOW, w.grid),
             "scale": self.head_dim**-0.5,
             "precision": self.precision,
             "config": cut,

@@ -334,7 +334,7 @@ if find_spec("triton") is not None:
 def bounds_in_a_kernel(window: Window, queries: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Start and stop (len(keys), queries) of every query of an axis, for several numbers of keys."""
     start, stop = (torch.full((len(keys), queries), -1, dtype=torch.int32) for _ in range(2))
-    rule = fused.window_rule(window, (queries, queries), (3, 3))
+    rule = fused.window_rule(window, (3, 3))
     cell = [window.size(n) if isinstance(window, CellWindow) else 0 for n in keys.tolist()]
     sizes = torch.tensor(cell, dtype=torch.int32)
     most = triton.next_power_of_2(queries)
@@ -382,7 +382,7 @@ def test_the_queries_of_a_range_of_keys_are_those_that_see_one(window: Window) -
     out = torch.empty(2, dtype=torch.int32)
     for queries, keys in ((35, 7), (9, 20), (1, 6), (30, 30), (64, 5)):
         start, stop = axis_bounds(window, queries, keys)
-        rule = fused.window_rule(window, (queries, queries), (keys, keys))
+        rule = fused.window_rule(window, (keys, keys))
         for first_key in range(0, keys, 3):
             last_key = min(first_key + 2, keys - 1)
             _write_queries[(1,)](out, first_key, last_key, queries, keys, rule.ratio, rule.cell_rows, WINDOW=rule.kind
@@ -397,7 +397,7 @@ def test_the_queries_of_a_range_of_keys_are_those_that_see_one(window: Window) -
 def test_a_tile_s_keys_are_numbered_once_each_and_those_that_all_pixels_see_first(window: Window, few: bool) -> None:
     for output, grid in (((35, 40), (9, 7)), ((9, 20), (14, 11)), ((6, 5), (12, 16)), ((64, 30), (1, 3))):
         axes = [axis_bounds(window, *each) for each in zip(output, grid, strict=True)]
-        rule = fused.window_rule(window, output, grid)
+        rule = fused.window_rule(window, grid)
         for top, left in ((0, 0), (output[0] // 8 * 8 - 8 if output[0] > 8 else 0, (output[1] - 1) // 8 * 8)):
             numbers = torch.full(grid, -1, dtype=torch.int32)
             arguments = ((*output, *grid), (rule.ratio, rule.cell_rows, rule.cell_columns))

@@ -143,7 +143,7 @@ class AttentionPasses:
 
         q, k, v = self.query, self.key, self.value
         shared: dict[str, Any] = {
-            "window": fused.window_rule(self.window, self.workload.size, self.workload.grid),
+            "window": fused.window_rule(self.window, self.workload.grid),
             "scale": self.scale,
             "precision": dot_precision(),
             "config": cut,
@@ -192,7 +192,7 @@ class AttentionPasses:
         q, k, v = self.query, self.key, self.value
         lse, share, delta = (q.new_empty(q.shape[:4], dtype=torch.float32) for _ in range(3))
         shared: dict[str, Any] = {
-            "window": fused.window_rule(self.window, self.workload.size, self.workload.grid),
+            "window": fused.window_rule(self.window, self.workload.grid),
             "scale": self.scale,
             "precision": dot_precision(),
         }

@@ -93,7 +93,7 @@ def run_passes(
     from anyup.kernels.window_attention_forward import plan_forward
 
     shared: dict[str, Any] = {
-        "window": window_rule(window, tuple(query.shape[1:3]), tuple(key.shape[1:3])),
+        "window": window_rule(window, tuple(key.shape[1:3])),
         "scale": query.shape[4] ** -0.5,
         "precision": dot_precision(),
     }
@@ -137,7 +137,7 @@ def run_forward_of_part(
     shape = (*query.shape[:3], value.shape[3])
     out = torch.full(shape, math.nan, dtype=value.dtype, device="cuda")
     lse = torch.full(tuple(query.shape[:4]), math.nan, dtype=torch.float32, device="cuda")
-    rule = window_rule(window, (part.height, part.width), tuple(key.shape[1:3]))
+    rule = window_rule(window, tuple(key.shape[1:3]))
     settings: dict[str, Any] = {"window": rule, "scale": query.shape[4] ** -0.5, "precision": dot_precision()}
     plan_forward(query, key, value, out, lse, **settings, config=cut, part=part)()
     return {"output": out, "log-sum-exp": lse}

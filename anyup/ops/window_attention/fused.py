@@ -178,7 +178,7 @@ def _backward_grid(
 
 def _shared_arguments(query: Tensor, key: Tensor, window: Window, scale: float) -> dict[str, Any]:
     """What every pass takes by name."""
-    rule = window_rule(window, (query.shape[1], query.shape[2]), (key.shape[1], key.shape[2]))
+    rule = window_rule(window, (key.shape[1], key.shape[2]))
     return {"window": rule, "scale": scale, "precision": dot_precision()}
 
 
@@ -258,8 +258,8 @@ def _measured_first(
     )
 
 
-def window_rule(window: Window, output_size: tuple[int, int], grid_size: tuple[int, int]) -> WindowRule:
-    """A window on given sizes, as kernels take it."""
+def window_rule(window: Window, grid_size: tuple[int, int]) -> WindowRule:
+    """A window on a grid (h, w), as kernels take it."""
     from anyup.kernels.window_bounds import CELL, EVERY_KEY, RATIO, WindowRule
 
     # A window that leaves no key out needs no bounds.
