@@ -24,7 +24,7 @@ from anyup.command_paths import Paths, Read, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
 from anyup.options import BACKENDS, UsageError, nonempty, number, whole_number
-from anyup.standard_streams import forgiving_streams
+from anyup.standard_streams import forgiving_streams, plain_warnings
 from anyup.stopping import Stopped, on_request, stop
 from anyup.upsample_command import check_output
 from anyup.upsample_inputs import naming_the_options
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 when all is done, 1 for a failure, 2 for a mistake of usage, 128 and the number of the signal for an
     interruption. What stdout or stderr cannot show is no failure, unless it is a result that is kept nowhere else.
     """
-    with forgiving_streams() as (out, err):
+    with forgiving_streams() as (out, err), plain_warnings():
         status, stored = _run(argv)
         out.flush()
         if out.failure is None:

@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 from anyup.options import UsageError, nonempty
@@ -54,7 +55,12 @@ class ReadEncoder(Read):
 
 
 class Written(_Named):
-    """A file that is written, or a folder that files are written into."""
+    """A file that is written, or a folder that files are written into.
+
+    `holds` are the patterns of the names that something written into such a folder has; a file has none.
+    """
+
+    holds: tuple[str, ...] = ()
 
 
 class Kept(_Named):
@@ -66,31 +72,31 @@ class Paths:
     """What is read and what is written, each beside what a person calls it."""
 
     read: list[tuple[str, Read]] = field(default_factory=list)
-    written: list[tuple[str, Path]] = field(default_factory=list)
+    written: list[tuple[str, Written]] = field(default_factory=list)
 
     def add(self, called: str, path: object) -> None:
         """Declare the value of an option or a setting; one that names no path is none."""
         if isinstance(path, Read):
             self.read.append((called, path))
         elif isinstance(path, Written):
-            self.written.append((called, Path(path)))
+            self.written.append((called, path))
 
     def require_apart(self) -> None:
         """Raise UsageError where something would be written over what is read, or over something else written."""
         for number, (called, path) in enumerate(self.written):
             for other, earlier in self.written[:number]:
-                if _same(path, earlier):
+                if _same(Path(path), Path(earlier)):
                     raise UsageError(f"{called} {path}: that is {other} {earlier}; a name of its own expected")
-        there = [(called, path) for called, path in self.written if path.exists()]
+        there = [(called, path) for called, path in self.written if Path(path).exists()]
         for other, named in self.read if there else ():
             for source in named.paths():
                 for called, path in there:
-                    if _same(path, source):
-                        raise UsageError(f"{called} {path}: that is what is read ({other}); it would be replaced")
-                    if path.is_dir() and _holds(path, source):
+                    if _same(Path(path), source):
+                        would = "a folder of its own expected" if path.holds else "it would be replaced"
+                        raise UsageError(f"{called} {path}: that is what is read ({other}); {would}")
+                    if any(fnmatch(name, pattern) for name in _names(Path(path), source) for pattern in path.holds):
                         raise UsageError(
-                            f"{called} {path}: that is what is read, or holds it ({other} {source}); a folder of its "
-                            "own expected"
+                            f"{called} {path}: that is where what is read lies ({other} {source}); it would be replaced"
                         )
 
 
@@ -120,11 +126,11 @@ def _same(one: Path, other: Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _holds(folder: Path, path: Path) -> bool:
-    """Whether a path, or what it is a link to, lies in a folder, at any depth."""
-    return any(_same(folder, parent) for parent in _above(path))
-
-
-def _above(path: Path) -> Iterator[Path]:
-    yield from Path(os.path.abspath(path)).parents
-    yield from Path(os.path.realpath(path)).parents
+def _names(folder: Path, path: Path) -> Iterator[str]:
+    """What a path, or what it is a link to, is called in a folder, where it or a folder around it lies there."""
+    for spelled in (os.path.abspath(path), os.path.realpath(path)):
+        inner = Path(spelled)
+        for outer in inner.parents:
+            if _same(folder, outer):
+                yield inner.name
+            inner = outer

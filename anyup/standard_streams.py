@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -82,6 +83,18 @@ def forgiving_streams() -> Iterator[tuple[Forgiving, Forgiving]]:
         out.flush()
         err.flush()
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within the block a warning is a line on `sys.stderr`, without the place in the code that Python shows."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"anyup: warning: {' '.join(str(message).split()).removeprefix('anyup: ')}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _occupy_closed_descriptors() -> None:

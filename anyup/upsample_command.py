@@ -132,7 +132,8 @@ def _implied(arguments: argparse.Namespace) -> Paths:
     output = Path(os.path.realpath(arguments.output))
     partial = f"{output.name}.part"
     beside = output.parent.iterdir() if output.parent.is_dir() else ()
-    return Paths(written=[(partial, path) for path in beside if f"{path.name}.".startswith(f"{partial}.")])
+    left = (path for path in beside if f"{path.name}.".startswith(f"{partial}."))
+    return Paths(written=[(partial, Written(str(path))) for path in left])
 
 
 def run(arguments: argparse.Namespace) -> None:

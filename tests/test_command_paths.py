@@ -17,7 +17,7 @@ from anyup import cli, options
 from anyup.bench import report_page
 from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
 from anyup.evaluation import arguments
-from anyup.training.config import Settings
+from anyup.training.config import RunFolder, Settings
 
 NO_PATHS = {"device", "workload", "train_split", "test_split", "settings"}
 """Options of every command whose text names no file."""
@@ -174,48 +174,85 @@ def test_what_is_read_is_not_replaced(
     assert set(before) <= set(Path().iterdir()) and not Path("run").exists()
 
 
-FOLDERS = [pair for pair in PAIRS if pair.values[2][0] in ("output=", "-o") and pair.values[0] != "upsample"]
+FOLDERS = [pair for pair in PAIRS if pair.values[2][1].holds]
+
+HELD = {
+    "train": ["latest.pth", "final.pth", "step-0000010.pth", "log.jsonl", "tensorboard"],
+    "evaluate pictures": ["index.json", "photo--encoder.png"],
+    "bench": ["results.json", "report.html"],
+}
+"""What each command that writes into a folder puts there."""
+
+
+def in_folder(inside: Path, linked: bool, command: str, read: tuple[str, type], written: tuple[str, type]) -> list[str]:
+    """What is typed to read what is called `inside` and to write into the folder "output"."""
+    name = "output"
+    if read[0] == "--config":
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        inside.write_text('encoders = ["some"]', encoding="utf-8")
+    else:
+        inside.mkdir(parents=True)
+    if linked:
+        Path("output link").symlink_to(name)
+        Path("inside link").symlink_to(inside)
+        inside, name = Path("inside link"), "output link"
+    text = f"transformers/{inside}" if issubclass(read[1], ReadEncoder) else str(inside)
+    if read[0] == "encoders=":
+        text = f'["{text}"]'
+    return typed(command, **{read[0]: text, written[0]: name})
+
+
+def test_every_command_that_writes_into_a_folder_is_tried() -> None:
+    assert HELD.keys() == {pair.values[0] for pair in FOLDERS}
 
 
 @pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("deeper", ["", "deeper"])
 @pytest.mark.parametrize(("command", "read", "written"), FOLDERS)
-def test_a_folder_that_is_or_holds_what_is_read_is_not_written_into(
+def test_what_is_read_in_a_folder_is_not_replaced_there(
     command: str,
     read: tuple[str, type],
     written: tuple[str, type],
-    depth: int,
+    deeper: str,
     linked: bool,
     source: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(cli._RUNNERS, command.split()[0], lambda _: pytest.fail("work began"))
-    output = Path("output")
-    inside = output.joinpath(*["deeper"] * depth)
-    inside.mkdir(parents=True)
-    if read[0] == "--config":
-        inside = inside / "settings.toml"
-        inside.write_text('encoders = ["some"]', encoding="utf-8")
-    if linked:
-        Path("output link").symlink_to(output)
-        Path("inside link").symlink_to(inside)
-        inside = Path("inside link")
-    text = f"transformers/{inside}" if issubclass(read[1], ReadEncoder) else str(inside)
-    if read[0] == "encoders=":
-        text = f'["{text}"]'
-    name = "output link" if linked else str(output)
-    assert cli.main(typed(command, **{read[0]: text, written[0]: name})) == 2
-    assert "that is what is read" in capsys.readouterr().err
+    for name in HELD[command]:
+        assert cli.main(in_folder(Path("output", name, deeper), linked, command, read, written)) == 2
+        assert "where what is read lies" in capsys.readouterr().err
+        shutil.rmtree("output")
+        for link in Path().glob("* link"):
+            link.unlink()
 
 
-def test_a_link_that_lies_in_the_folder_is_read_from_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("inside", ["of its own", "deeper/latest.pth"])
+@pytest.mark.parametrize(("command", "read", "written"), FOLDERS)
+def test_a_folder_that_is_written_into_may_hold_what_is_read_under_another_name(
+    command: str,
+    read: tuple[str, type],
+    written: tuple[str, type],
+    inside: str,
+    linked: bool,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run's folder with its own settings; a folder for pictures with the photographs in one below."""
+    begun = []
+    monkeypatch.setitem(cli._RUNNERS, command.split()[0], begun.append)
+    assert cli.main(in_folder(Path("output", inside), linked, command, read, written)) == 0 and begun
+
+
+def test_a_link_that_would_be_replaced_is_read_from_there(tmp_path: Path) -> None:
     (tmp_path / "output").mkdir()
-    (tmp_path / "photo.png").touch()
-    link = tmp_path / "output" / "photo.png"
-    link.symlink_to(tmp_path / "photo.png")
-    paths = Paths([("PHOTO", Read(str(link)))], [("output", tmp_path / "output")])
-    with pytest.raises(options.UsageError, match="holds it"):
+    (tmp_path / "weights.pth").touch()
+    link = tmp_path / "output" / "latest.pth"
+    link.symlink_to(tmp_path / "weights.pth")
+    paths = Paths([("weights", Read(str(link)))], [("output", RunFolder(str(tmp_path / "output")))])
+    with pytest.raises(options.UsageError, match="where what is read lies"):
         paths.require_apart()
 
 
@@ -226,13 +263,12 @@ def test_two_results_are_two_files(written: list[str], there: bool, source: Path
     if there:
         Path(written[0]).touch()
     with pytest.raises(options.UsageError, match="that is output"):
-        Paths(written=[("output", Path(written[0])), ("picture", Path(written[1]))]).require_apart()
+        Paths(written=[("output", Written(written[0])), ("picture", Written(written[1]))]).require_apart()
 
 
 def test_what_lies_apart_is_written() -> None:
-    Paths(
-        [("PHOTO", Read(__file__))], [("output", Path(__file__).with_name("other")), ("b", Path("b"))]
-    ).require_apart()
+    other = Written(str(Path(__file__).with_name("other")))
+    Paths([("PHOTO", Read(__file__))], [("output", other), ("b", Written("b"))]).require_apart()
 
 
 def test_names_mean_the_files_that_they_stand_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,20 @@ def test_a_mistake_keeps_its_status_where_it_cannot_be_told(monkeypatch: pytest.
     for stream in STREAMS.values():
         monkeypatch.setattr(sys, "stderr", stream())
         assert cli.main(["upsample"]) == 2
+
+
+def test_a_warning_is_a_line_without_its_place_in_the_code(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> None:
+        warnings.warn("anyup: left out:\n  a.png", stacklevel=1)
+        warnings.warn("of a library", RuntimeWarning, stacklevel=1)
+
+    monkeypatch.setitem(cli._RUNNERS, command[0], run)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().err == "anyup: warning: left out: a.png\nanyup: warning: of a library\n"
+    with pytest.warns(UserWarning, match="afterwards"):
+        warnings.warn("afterwards", stacklevel=1)
 
 
 def _shell(command: str) -> subprocess.CompletedProcess[str]:

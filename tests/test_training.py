@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from small_training import Told, make_photographs, records, settings
 
 import anyup
 from anyup.training import loop, preparation, state
-from anyup.training.config import Optimizer
+from anyup.training.config import Optimizer, RunFolder
 from anyup.training.distributed import AccelerateEngine, Engine
 from anyup.training.objective import Objective
 from anyup.training.preparation import prepare
@@ -120,6 +121,14 @@ def test_checkpoints_to_keep_stay(folder: Path) -> None:
     train(folder, "run.keep_every=2")
     for step in (2, 4):
         assert state.load(folder / "run" / f"step-{step:07}.pth")[0].step == step
+
+
+def test_a_run_puts_nothing_into_its_folder_that_is_not_declared(folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(folder, "run.keep_every=2", "run.tensorboard=true", "optimizer.steps=2")
+    names = {path.name for path in (folder / "run").iterdir()}
+    assert {pattern for pattern in RunFolder.holds if fnmatch.filter(names, pattern)} == set(RunFolder.holds)
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in RunFolder.holds) for name in names)
 
 
 def test_a_run_starts_from_given_weights(folder: Path) -> None:

@@ -11,10 +11,16 @@ GROUPS = ("model", "curve", "stages", "operation", "unification", "head", "dtype
 """What can be measured alone, in the order of the suite."""
 
 
+class _Measured(Written):
+    """The folder of a benchmark."""
+
+    holds = ("results.json", "report.html")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `anyup bench`."""
     parser.add_argument(
-        "-o", "--output", type=Written, required=True, metavar="DIR", help="folder of results.json and report.html"
+        "-o", "--output", type=_Measured, required=True, metavar="DIR", help="folder of results.json and report.html"
     )
     parser.add_argument(
         "--device", type=nonempty, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"

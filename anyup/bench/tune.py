@@ -27,7 +27,7 @@ from anyup.bench.parity import ParityError
 from anyup.bench.plots import require_matplotlib
 from anyup.bench.tune_page import FORMAT
 from anyup.bench.workloads import Workload, find, square
-from anyup.command_paths import Paths
+from anyup.command_paths import Paths, Written
 from anyup.images import complete_or_absent
 from anyup.installing import pip_install
 from anyup.ops.kernel_device import device_reasons
@@ -387,7 +387,7 @@ def run(
     name = torch.cuda.get_device_name(place)
     path = check_writable(table_path(name), (".json",), "table")
     if report:
-        Paths(written=[("table", path), ("report", report)]).require_apart()
+        Paths(written=[("table", Written(str(path))), ("report", Written(str(report)))]).require_apart()
     progress = Progress()
     progress.note(f"tuning on {name}; ctrl-C ends it and keeps what is found until then in {path}")
     clock = CudaClock(place, budget=0.03 if quick else 0.1)

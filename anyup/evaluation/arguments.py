@@ -117,7 +117,7 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="side of the photograph's central square (default: %(default)s)",
     )
-    pictures.add_argument("-o", "--output", type=Written, required=True, metavar="FOLDER", help="where the pictures go")
+    pictures.add_argument("-o", "--output", type=_Drawn, required=True, metavar="FOLDER", help="where the pictures go")
 
     _add_segmentation(command("segmentation", "a linear probe on upsampled features", _SEGMENTATION))
 
@@ -204,13 +204,19 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Written, required=True, metavar="OUT.json", help="the results to write")
 
 
+class _Drawn(Written):
+    """The folder of pictures."""
+
+    holds = ("*--*.png", "index.json")
+
+
 def checkpoint_of(arguments: argparse.Namespace) -> Path:
     """Where the state after each epoch is kept."""
     return Path(arguments.checkpoint or Path(arguments.output).with_suffix(".probes.pt"))
 
 
 def _implied(arguments: argparse.Namespace) -> Paths:
-    return Paths() if arguments.checkpoint else Paths(written=[("checkpoint", checkpoint_of(arguments))])
+    return Paths() if arguments.checkpoint else Paths(written=[("checkpoint", Written(str(checkpoint_of(arguments))))])
 
 
 def _add_photographs(parser: argparse.ArgumentParser) -> None:

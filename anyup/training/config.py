@@ -38,6 +38,12 @@ def _path(kind: type[Read | Written | Kept]) -> Any:
     return field(default="", metadata={_PATH: kind})
 
 
+class RunFolder(Written):
+    """The folder of a training's checkpoints and log."""
+
+    holds = ("latest.pth", "final.pth", "step-*.pth", "log.jsonl", "tensorboard")
+
+
 @dataclass(frozen=True)
 class Data:
     """Where the photographs are, and what is taken of them; sizes in pixels."""
@@ -147,7 +153,7 @@ class Run:
 class Settings:
     """Everything that `anyup train` is told."""
 
-    output: str = _path(Written)  # folder of the checkpoints and the log
+    output: str = _path(RunFolder)  # folder of the checkpoints and the log
     seed: int = 0
     encoders: tuple[str, ...] = field(default=(), metadata={_PATH: ReadEncoder})
     draw: str = "stride"  # what a step draws first: a stride, then an encoder of it; or any encoder alike
