@@ -22,7 +22,15 @@ from anyup.training.config import RunFolder, Settings
 NO_PATHS = {"device", "workload", "train_split", "test_split", "settings"}
 """Options of every command whose text names no file."""
 
-NO_PATHS_IN_SETTINGS = {"draw", "model.window", "optimizer.decay", "run.device", "run.precision", "run.backend"}
+NO_PATHS_IN_SETTINGS = {
+    "draw",
+    "model.initial",
+    "model.window",
+    "optimizer.decay",
+    "run.device",
+    "run.precision",
+    "run.backend",
+}
 
 OF_NUMBERS = (options.size, options.region, options.memory, arguments._classes, arguments._value)
 

@@ -12,6 +12,7 @@ pytest.importorskip("PIL")
 
 from small_training import settings
 
+import anyup
 from anyup.model import AnyUp
 from anyup.training.config import ConfigError
 from anyup.training.initial import start_as_bilateral
@@ -94,13 +95,16 @@ def test_a_run_starts_as_its_settings_say(tmp_path: Path) -> None:
     assert not torch.equal(started["rope.freqs"], random["rope.freqs"])
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("model.initial=bilinear",), "expected one of random, bilateral, got 'bilinear'"),
-        (("model.initial=bilateral", "model.weights=some.pth"), "expected random beside model.weights"),
-    ],
-)
-def test_a_start_that_there_is_not_is_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.initial: {message}"):
-        settings(tmp_path, *overrides)
+def test_weights_that_are_named_come_before_any_other_start(tmp_path: Path) -> None:
+    """As where `--config mini`, which starts as a filter, goes on from weights of one's own."""
+    wide = ("model.qk_dim=32", "model.num_heads=2")
+    stored = AnyUp(qk_dim=32, num_heads=2, lfu_dim=8, kernel_size_lfu=3)
+    anyup.save(stored, tmp_path / "own.pth")
+    weights = f"model.weights={(tmp_path / 'own.pth').as_posix()}"
+    started = make_upsampler(settings(tmp_path, "model.initial=bilateral", weights, *wide)).state_dict()
+    assert all(torch.equal(started[name], tensor) for name, tensor in stored.state_dict().items())
+
+
+def test_a_start_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.initial: expected one of random, bilateral, got 'bilinear'"):
+        settings(tmp_path, "model.initial=bilinear")

@@ -351,8 +351,6 @@ def _check(settings: Settings) -> None:
     low, high = data.view_scales
     need("data.view_scales", 0 < low <= high <= 1, "two fractions, 0 < first <= second <= 1")
     need("model.initial", settings.model.initial in INITIALS, f"one of {', '.join(INITIALS)}")
-    fresh = settings.model.initial == "random" or not settings.model.weights
-    need("model.initial", fresh, "random beside model.weights")
     need("optimizer.learning_rate", optimizer.learning_rate > 0, "more than 0")
     need("optimizer.betas", all(0 <= beta < 1 for beta in optimizer.betas), "two numbers in [0, 1)")
     need("optimizer.decay", optimizer.decay in DECAYS, f"one of {', '.join(DECAYS)}")
