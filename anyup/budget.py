@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
     if max_memory is None:
         return None
     expected = 'expected bytes or a text such as "2GB" or "1.5 GiB"'
-    if isinstance(max_memory, bool) or not isinstance(max_memory, (int, str)):
+    if isinstance(max_memory, bool) or not isinstance(max_memory, (Integral, str)):
         raise TypeError(f"{name}: {expected}, got {max_memory!r}")
     if isinstance(max_memory, str):
         # So many digits that no product of them is infinite.
@@ -40,7 +41,7 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
         max_memory = int(Decimal(match[1]) * _UNITS[match[2].lower()])
     if max_memory < 1:
         raise ValueError(f"{name}: expected a positive amount of memory, got {max_memory!r}")
-    return max_memory
+    return int(max_memory)
 
 
 def free_memory(device: torch.device) -> int | None:

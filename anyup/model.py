@@ -7,7 +7,6 @@ from the image and keys from the image and the features. What is heavy runs in `
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyup.budget import check_room, is_plain
+from anyup.caller_warning import warn
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, check_grids, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, encoded_size
@@ -77,7 +77,7 @@ class AnyUp(nn.Module):
     ) -> None:
         super().__init__()
         if ignored:
-            warnings.warn(f"AnyUp ignores unknown arguments: {', '.join(sorted(ignored))}", stacklevel=2)
+            warn(f"AnyUp ignores unknown arguments: {', '.join(sorted(ignored))}")
         lfu_dim = qk_dim if lfu_dim is None else lfu_dim
         _check_widths(input_dim, qk_dim, kernel_size, kernel_size_lfu, num_heads, lfu_dim)
         if isinstance(window_ratio, bool) or not isinstance(window_ratio, (int, float)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from anyup.caller_warning import warn
 from anyup.ops.precision import FLOATING, check_dense
 
 # ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
@@ -157,9 +157,7 @@ def _warn_unnormalised(image: Tensor) -> None:
     else:
         return
     _warned_unnormalised = True
-    warnings.warn(
-        f"image: {what}; expected colours in [0, 1] minus the ImageNet mean, over its standard deviation", stacklevel=4
-    )
+    warn(f"image: {what}; expected colours in [0, 1] minus the ImageNet mean, over its standard deviation")
 
 
 def _holds_levels(image: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from anyup.banded import BandedImage, Workspace, check_backends
 from anyup.budget import is_plain, limit_on
+from anyup.caller_warning import warn
 from anyup.finite import overflow
 from anyup.image_context import ImageContext
 from anyup.ops import memory
@@ -75,7 +75,7 @@ def stream(
     dtype = dtype or (carried.dtype if target is None else target.dtype)
     narrow = min((dtype, dtype if target is None else target.dtype), key=lambda each: torch.finfo(each).max)
     if carried.device.type == "cpu" and (why := overflow(carried, narrow)):
-        warnings.warn(f"{why}: a result beyond that becomes infinite", stacklevel=4)
+        warn(f"{why}: a result beyond that becomes infinite")
     task = task_of(model, image, features, size, values=values, region=where, tile=tile_size, dtype=dtype)
     task = replace(task, mapped=isinstance(target, MemoryMap))
     limit = limit_on(features.device, max_memory)

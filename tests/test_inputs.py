@@ -172,6 +172,23 @@ def test_an_unnormalised_image_warns_once_and_is_worked_on(model: AnyUp, image: 
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model(IMAGE + 128, FEATURES),
+        lambda model: model.encode_image(IMAGE + 128),
+        lambda model: model.stream(IMAGE + 128, FEATURES),
+        lambda model: model.stream(IMAGE, FEATURES * 1e9, dtype=torch.float16),
+        lambda model: model(IMAGE, FEATURES * 1e9, out=torch.empty(2, 5, 16, 12, dtype=torch.float16)),
+        lambda _: AnyUp(qk_dim=16, num_heads=2, misspelt=1),
+    ],
+)
+def test_a_warning_shows_the_line_of_the_caller(model: AnyUp, call: Callable[[AnyUp], object]) -> None:
+    with torch.no_grad(), pytest.warns(UserWarning, match="image|float16|misspelt") as caught:
+        call(model)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def levels(high: int = 255) -> Tensor:
     """A photograph of bytes, divided by 255."""
     generator = torch.Generator().manual_seed(0)

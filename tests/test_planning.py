@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_close_enough
@@ -386,7 +387,15 @@ def test_a_second_failure_is_an_error_with_the_plan(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(123, 123), ("2GB", 2 * 10**9), ("1.5 gb", 1_500_000_000), ("800 MiB", 800 * 2**20), ("5000", 5000), (None, None)],
+    [
+        (123, 123),
+        (np.int64(123), 123),
+        ("2GB", 2 * 10**9),
+        ("1.5 gb", 1_500_000_000),
+        ("800 MiB", 800 * 2**20),
+        ("5000", 5000),
+        (None, None),
+    ],
 )
 def test_amounts_are_read(text: Any, expected: int | None) -> None:
     assert budget.parse_memory(text) == expected

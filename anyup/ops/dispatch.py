@@ -8,7 +8,6 @@ it is chosen only where it is asked for by name, although it can.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from anyup.caller_warning import warn
 from anyup.ops.precision import without_autocast
 from anyup.ops.refusals import remember
 
@@ -139,7 +139,7 @@ class Operation:
             f"this or the like any more ({problem}): {failure}"
         )
         remember(text)
-        warnings.warn(f"anyup: {text}", stacklevel=3)
+        warn(f"anyup: {text}")
 
     def _warn_of_slow_path(self, name: str, problem: Any) -> None:
         """Say once why CUDA tensors end on a backend that is not made for them, where there is one that is."""
@@ -150,7 +150,7 @@ class Operation:
         reasons = "; ".join(f"{other}: {reason}" for other in faster for reason in self._reasons(other, problem))
         text = f"{self.name} runs on its slow backend {name!r} ({reasons})"
         remember(text)
-        warnings.warn(f"anyup: {text}", stacklevel=2)
+        warn(f"anyup: {text}")
 
     def _reasons(self, name: str, problem: Any) -> list[str]:
         if name not in self._backends:
