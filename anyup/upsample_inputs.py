@@ -21,7 +21,7 @@ ENCODER_LONGER_SIDE = 448
 
 @contextmanager
 def naming_the_options() -> Iterator[None]:
-    """Where weights cannot be downloaded, add to the error what can be typed instead."""
+    """An error of loading weights names the option, and where they cannot be downloaded what can be typed instead."""
     from anyup.checkpoints import DownloadError
 
     try:
@@ -29,6 +29,11 @@ def naming_the_options() -> Iterator[None]:
     except DownloadError as error:
         options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
         raise OSError(f"{error}\n  {options}") from error
+    except (ValueError, OSError) as error:
+        argument, colon, rest = str(error).partition(": ")
+        if argument not in ("name_or_path", "path"):
+            raise
+        raise type(error)(f"--weights{colon}{rest}") from error
 
 
 def load_model(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> AnyUp:

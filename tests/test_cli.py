@@ -496,6 +496,25 @@ def test_importing_the_package_and_the_command_imports_nothing_optional() -> Non
     assert _python("-c", program).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "upsample photo.png --features features.npy -o o.npy",
+        "demo",
+        "evaluate features --photographs . --encoder mobilenet_v2 --every 0 -o o.json",
+    ],
+)
+@pytest.mark.parametrize(
+    ("named", "said"), [("anyup_mni", "did you mean 'anyup_mini'?"), ("photo.png", "expected a file name that ends in")]
+)
+def test_errors_of_weights_name_the_option(
+    command: str, named: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command.split(), "--weights", named]) == 1
+    err = capsys.readouterr().err
+    assert "anyup: error: --weights: " in err and said in err, err
+
+
 @pytest.mark.parametrize("started_as", ["-m", "/usr/bin/anyup", "anyup.exe"])
 def test_help_of_the_command_does_not_wait_for_torch(started_as: str) -> None:
     program = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; from anyup.cli import main; main()"

@@ -212,11 +212,13 @@ def _start(arguments: argparse.Namespace) -> tuple[Reporter, torch.device, list[
     from anyup.demo import choose_device
     from anyup.evaluation.upsamplers import make_upsamplers
     from anyup.training.reporting import Reporter
+    from anyup.upsample_inputs import naming_the_options
 
     device = choose_device(arguments.device)
-    upsamplers = make_upsamplers(
-        arguments.weights, untrained=arguments.untrained, device=device, backend=arguments.backend
-    )
+    with naming_the_options():
+        upsamplers = make_upsamplers(
+            arguments.weights, untrained=arguments.untrained, device=device, backend=arguments.backend
+        )
     reporter = Reporter()
     if not (arguments.weights or arguments.untrained):
         reporter.note("no --weights: interpolation alone; --weights anyup_mini takes those that come with the package")
