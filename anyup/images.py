@@ -362,14 +362,22 @@ def read_features(path: str | os.PathLike[str], what: str = "features") -> Tenso
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file by name; nothing in the file is executed.
+    """The tensors of a .safetensors, .pt or .pth file by name, dotted where dicts lie in dicts; nothing is executed.
 
     Raises OSError where the file cannot be opened, and ValueError where it holds no such thing.
     """
     found = _read_checked(path, _TENSOR_SUFFIXES, str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path}: tensors by name expected, it holds a {type(found).__name__}")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return dict(_named_tensors(found))
+
+
+def _named_tensors(found: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in found.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, dict):
+            yield from _named_tensors(value, f"{prefix}{name}.")
 
 
 def _read_checked(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) -> object:

@@ -146,10 +146,12 @@ def test_a_dtype_is_that_of_the_file(capsys: pytest.CaptureFixture[str]) -> None
     assert "NumPy has no bfloat16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("of_a_training", [False, True])
 @pytest.mark.parametrize("shape", [(3, CHANNELS), (3, CHANNELS, 1, 1)])
-def test_a_head_is_applied(shape: tuple[int, ...]) -> None:
+def test_a_head_is_applied(shape: tuple[int, ...], of_a_training: bool) -> None:
     weight, bias = torch.randn(shape), torch.randn(3)
-    torch.save({"classifier.weight": weight, "classifier.bias": bias}, "head.pt")
+    head = {"classifier.weight": weight, "classifier.bias": bias}
+    torch.save({"state_dict": head, "epoch": 3} if of_a_training else head, "head.pt")
     assert upsample("-o", "out.npy", "--head", "head.pt") == 0
     logits = torch.einsum("kc,chw->khw", weight.view(3, CHANNELS), expected()) + bias[:, None, None]
     torch.testing.assert_close(array("out.npy"), logits, rtol=1e-4, atol=1e-4)
