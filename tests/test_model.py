@@ -216,13 +216,15 @@ def test_use_natten_is_the_cell_window() -> None:
 def test_a_forward_obeys_the_error_rule(
     size: Any, grid: Any, output: Any, arguments: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    image, features = (t.to(dtype) for t in inputs(size, grid, batch=2))
+    # One pixel has the largest error, and it is a matter of luck which backend's is larger there: many are compared.
+    batch = 48 if dtype == torch.float32 else 2
+    image, features = (t.to(dtype) for t in inputs(size, grid, batch=batch))
     outs = []
     for backend, wide in (("torch", dtype), ("reference", dtype), ("reference", torch.float64)):
         model = small(**arguments, backend=backend).to(dtype).to(wide)
         with torch.no_grad():
             outs.append(model(image.to(wide), features.to(wide), output))
-    assert outs[0].shape == (2, 7, *(output or size))
+    assert outs[0].shape == (batch, 7, *(output or size))
     assert_close_enough(*outs, name=str(dtype))
 
 
