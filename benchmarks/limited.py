@@ -32,7 +32,7 @@ def run(
     with tempfile.TemporaryFile() as output:  # a pipe would be held open by whatever it started
         child = subprocess.Popen(
             command, cwd=folder, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
+            stderr=subprocess.STDOUT, preexec_fn=_on_its_own,
         )  # fmt: skip
         status: int | None = None
         try:
@@ -46,6 +46,12 @@ def run(
             child.wait()
         output.seek(0)
         return output.read().decode(errors="replace"), status
+
+
+def _on_its_own() -> None:
+    """In a group of processes of its own, and not deaf to Ctrl-C, as what a shell starts in the background is."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(child: subprocess.Popen[bytes], number: int) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,9 +106,14 @@ def test_a_part_that_loses_the_card_goes_on_in_a_new_process(tmp_path: Path) -> 
     assert (found.status, found.exit_status, found.output.split()) == ("failed", 1, ["1", "2", "3"])
 
 
-def test_a_part_that_may_end_is_asked_to_first_and_is_well(tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["as started", "in background"])
+def test_a_part_that_may_end_is_asked_to_first_and_is_well(handler: Any, tmp_path: Path) -> None:
     told = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('kept what was found')"
-    (found,) = run(tmp_path, part("tune", told, seconds=10.0, may_end=True))
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        (found,) = run(tmp_path, part("tune", told, seconds=5.0, may_end=True))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (found.status, found.well, found.output) == ("out of time", True, "kept what was found\n")
     assert "All is well." in (tmp_path / "summary.md").read_text()
 
