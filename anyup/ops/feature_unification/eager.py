@@ -7,6 +7,8 @@ by the taps inside the map is applied to the patches, which hold M / (s*s) times
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,10 @@ from anyup.ops.precision import accumulator_dtype, working_dtype
 _BUDGET = {"cpu": 2**18}
 _BUDGET_ELSEWHERE = 2**26
 
+_FEW = 2**20
+"""Values in all, C * M * h * w, that are made in the result's wider dtype: over a handful of positions a channel may
+hardly vary, and the normalisation behind magnifies its roundings."""
+
 _Tile = tuple[int, slice]  # an image of the batch, and some of its positions
 
 
@@ -31,6 +37,9 @@ def unsupported(problem: object) -> list[str]:
 def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """(B, C, h, w), (M, 1, s, s) -> (B, M, h, w); float32 inside for half precision."""
     out_dtype = out_dtype or features.dtype
+    if math.prod(features.shape[1:]) * basis.shape[0] <= _FEW:
+        wider = torch.promote_types(out_dtype, features.dtype)
+        features, basis = features.to(wider), basis.to(wider)
     out = empty((features.shape[0], basis.shape[0], *features.shape[2:]), features.new_empty(0, dtype=out_dtype))
     summed = torch.promote_types(out_dtype, working_dtype(features.dtype))
     patches = _Patches(features, basis)
