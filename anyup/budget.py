@@ -70,12 +70,20 @@ def check_room(needed: int, what: str, device: torch.device, hint: str) -> None:
 
 def _free_host_memory() -> int | None:
     """Linux's estimate, the page cache and the swap included, or less where a control group has less."""
+    known = host_memory()
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kib = {name: int(number.split()[0]) for name, number in (line.split(":") for line in lines)}
-        return min([kib["MemAvailable"] * 1024, *_control_groups()]) + kib["SwapFree"] * 1024
-    except (OSError, KeyError, ValueError, IndexError):
+        return min([known["MemAvailable"], *_control_groups()]) + known["SwapFree"]
+    except (OSError, KeyError, ValueError):
         return None
+
+
+def host_memory() -> dict[str, int]:
+    """Bytes by the names that Linux gives them in /proc/meminfo; nothing where the system keeps no such account."""
+    try:
+        lines = [line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()]
+        return {name: int(number.split()[0]) * 1024 for name, number in lines}
+    except (OSError, ValueError, IndexError):
+        return {}
 
 
 def limit_on(device: torch.device, max_memory: int | str | None) -> int | None:

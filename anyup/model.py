@@ -374,8 +374,8 @@ class AnyUp(nn.Module):
     def _keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
         """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).
 
-        In float32 at least, on a CPU in float64 but for the unification: the grid is small, and the unified features'
-        variance, small beside their mean, would be lost in half precision, and much of it in float32.
+        In float32 at least, on a CPU in float64, but for most of the unification: the grid is small, and the unified
+        features' variance, small beside their mean, would be lost in half precision, and much of it in float32.
         """
         working = working_dtype(image_keys.dtype)
         wide = key_dtype(image_keys.dtype, features.device)

@@ -184,52 +184,40 @@ def call(
 ) -> Any:
     """The call of an `AnyUp` with checked arguments, within a budget: maps are whole where they may be."""
     with model._threads(image, size, features):
-        return _call(model, image, features, size, vis_attn, q_chunk_size, values, max_memory, out)
-
-
-def _call(
-    model: AnyUp,
-    image: Tensor | ImageContext,
-    features: Tensor,
-    size: tuple[int, int],
-    vis_attn: bool,
-    q_chunk_size: int | None,
-    values: Tensor | None,
-    max_memory: int | str | None,
-    out: Any,
-) -> Any:
-    carried = features if values is None else values
-    if out is not None:
-        if vis_attn:
-            raise ValueError("vis_attn: the picture is not drawn where the result goes to `out`")
-        if wants_gradients(model, image, features, carried):
-            raise RuntimeError("out does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
-        for _ in stream(
-            model, image, features, size,
-            tile=None, max_memory=max_memory, region=None, values=values, dtype=None,
-            out=out, keep=True, q_chunk_size=q_chunk_size,
-        ):  # fmt: skip
-            pass
-        return out
-    limit = limit_on(features.device, max_memory)
-    differentiates = wants_gradients(model, image, features, carried)
-    task = task_of(model, image, features, size, values=values)
-    _check_room(task, features, whole=differentiates or limit is None)
-    if differentiates:
-        if max_memory is not None:
-            raise RuntimeError(
-                "max_memory does not differentiate: call it under torch.no_grad() or torch.inference_mode()"
-            )
-        return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
-    rescue = Rescue(choose(task, limit))
-    if rescue.plan.order == "whole":
-        try:
+        carried = features if values is None else values
+        if out is not None:
+            if vis_attn:
+                raise ValueError("vis_attn: the picture is not drawn where the result goes to `out`")
+            if wants_gradients(model, image, features, carried):
+                raise RuntimeError(
+                    "out does not differentiate: call it under torch.no_grad() or torch.inference_mode()"
+                )
+            for _ in stream(
+                model, image, features, size,
+                tile=None, max_memory=max_memory, region=None, values=values, dtype=None,
+                out=out, keep=True, q_chunk_size=q_chunk_size,
+            ):  # fmt: skip
+                pass
+            return out
+        limit = limit_on(features.device, max_memory)
+        differentiates = wants_gradients(model, image, features, carried)
+        task = task_of(model, image, features, size, values=values)
+        _check_room(task, features, whole=differentiates or limit is None)
+        if differentiates:
+            if max_memory is not None:
+                raise RuntimeError(
+                    "max_memory does not differentiate: call it under torch.no_grad() or torch.inference_mode()"
+                )
             return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
-        except torch.OutOfMemoryError as error:
-            rescue.fail(error)
-    if vis_attn:
-        raise ValueError(f"vis_attn: the picture needs whole maps, which do not fit; the plan is\n{rescue.plan}")
-    return _upsample(model, image, features, size, rescue, values=values, q_chunk_size=q_chunk_size)
+        rescue = Rescue(choose(task, limit))
+        if rescue.plan.order == "whole":
+            try:
+                return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
+            except torch.OutOfMemoryError as error:
+                rescue.fail(error)
+        if vis_attn:
+            raise ValueError(f"vis_attn: the picture needs whole maps, which do not fit; the plan is\n{rescue.plan}")
+        return _upsample(model, image, features, size, rescue, values=values, q_chunk_size=q_chunk_size)
 
 
 def _check_room(task: Task, features: Tensor, *, whole: bool) -> None:
@@ -344,16 +332,13 @@ class _Source:
     def piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """(B, rows, columns, C)."""
         with self._model._threads(self._image, self._size, self._features):
-            return self._piece(rows, columns, dtype)
-
-    def _piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        self.prepare()
-        height, width, batch = rows.stop - rows.start, columns.stop - columns.start, len(self._features)
-        if batch == 1 and height <= rows_at_once(self._rescue.plan):
-            return self._rescue.attempt(lambda: self._attend(0, rows, columns).to(dtype), self._adopt)
-        out = self.new(batch, height, width, dtype)
-        self.fill(out, rows, columns)
-        return out
+            self.prepare()
+            height, width, batch = rows.stop - rows.start, columns.stop - columns.start, len(self._features)
+            if batch == 1 and height <= rows_at_once(self._rescue.plan):
+                return self._rescue.attempt(lambda: self._attend(0, rows, columns).to(dtype), self._adopt)
+            out = self.new(batch, height, width, dtype)
+            self.fill(out, rows, columns)
+            return out
 
     def fill(self, out: Tensor, rows: slice, columns: slice) -> None:
         """Write these rows and columns of the output into (B, rows, columns, C), a band at a time."""

@@ -145,6 +145,16 @@ def spell(source: Path, spelling: str) -> str:
     return str(source)
 
 
+SETTINGS = 'encoders = ["some"]'
+"""Of a `--config`, which is read before the other options are known."""
+
+
+def naming(path: Path, read: tuple[str, type]) -> str:
+    """How an option or a setting names what lies there."""
+    text = f"transformers/{path}" if issubclass(read[1], ReadEncoder) else str(path)
+    return f'["{text}"]' if read[0] == "encoders=" else text
+
+
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Something that is read, in a working directory of its own."""
@@ -167,15 +177,12 @@ def test_what_is_read_is_not_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(cli._RUNNERS, command.split()[0], lambda _: pytest.fail("work began"))
-    text = f"transformers/{source}" if issubclass(read[1], ReadEncoder) else str(source)
-    if read[0] == "encoders=":
-        text = f'["{text}"]'
-    elif read[0] == "--config":  # it is read before the others are known
-        source.write_text('encoders = ["some"]', encoding="utf-8")
+    if read[0] == "--config":
+        source.write_text(SETTINGS, encoding="utf-8")
     content = source.read_text(encoding="utf-8")
     before = sorted(Path().iterdir())
     name = spell(source, spelling)
-    assert cli.main(typed(command, **{read[0]: text, written[0]: name})) == 2
+    assert cli.main(typed(command, **{read[0]: naming(source, read), written[0]: name})) == 2
     error = capsys.readouterr().err
     assert "that is what is read" in error and error.count("\n") == 1
     assert source.read_text(encoding="utf-8") == content
@@ -197,17 +204,14 @@ def in_folder(inside: Path, linked: bool, command: str, read: tuple[str, type], 
     name = "output"
     if read[0] == "--config":
         inside.parent.mkdir(parents=True, exist_ok=True)
-        inside.write_text('encoders = ["some"]', encoding="utf-8")
+        inside.write_text(SETTINGS, encoding="utf-8")
     else:
         inside.mkdir(parents=True)
     if linked:
         Path("output link").symlink_to(name)
         Path("inside link").symlink_to(inside)
         inside, name = Path("inside link"), "output link"
-    text = f"transformers/{inside}" if issubclass(read[1], ReadEncoder) else str(inside)
-    if read[0] == "encoders=":
-        text = f'["{text}"]'
-    return typed(command, **{read[0]: text, written[0]: name})
+    return typed(command, **{read[0]: naming(inside, read), written[0]: name})
 
 
 def test_every_command_that_writes_into_a_folder_is_tried() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkouts import ROOT, run_python
 from recipe import INTERPRETED, fill, wave
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -122,14 +121,8 @@ OPERATORS = {
 }
 
 
-def in_a_new_process(script: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stderr
-    return done.stdout
-
-
-def test_eager_calls_and_gradients_do_not_import_the_compiler() -> None:
-    script = """
+def test_eager_calls_and_gradients_do_not_import_the_compiler(tmp_path: Path) -> None:
+    code = """
 import sys, torch, anyup
 upsampler = anyup.AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3)
 image, features = torch.rand(1, 3, 8, 8), torch.rand(1, 5, 2, 2)
@@ -138,22 +131,21 @@ with torch.inference_mode():
 upsampler(image, features).sum().backward()
 print("torch._dynamo" in sys.modules)
 """
-    assert in_a_new_process(script).strip() == "False"
+    assert run_python(code, cwd=tmp_path, path=(ROOT,)).strip() == "False"
 
 
 def test_an_exported_program_runs_where_anyup_alone_is_imported(tmp_path: Path) -> None:
     upsampler, (image, features) = model(), inputs((12, 10), (4, 3))
-    program, expected = tmp_path / "upsampler.pt2", tmp_path / "expected.pt"
     with torch.no_grad():
-        torch.export.save(torch.export.export(upsampler, (image, features), strict=False), program)
-        torch.save((image, features, upsampler(image, features)), expected)
-    script = """
-import sys, torch, anyup
-program = torch.export.load(sys.argv[1]).module()
-image, features, expected = torch.load(sys.argv[2])
+        torch.export.save(torch.export.export(upsampler, (image, features), strict=False), tmp_path / "upsampler.pt2")
+        torch.save((image, features, upsampler(image, features)), tmp_path / "expected.pt")
+    code = """
+import torch, anyup
+program = torch.export.load("upsampler.pt2").module()
+image, features, expected = torch.load("expected.pt")
 torch.testing.assert_close(program(image, features), expected)
 """
-    in_a_new_process(script, str(program), str(expected))
+    run_python(code, cwd=tmp_path, path=(ROOT,))
 
 
 def test_export_keeps_each_operator_as_one_node() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from anyup import __version__
 from anyup.bench.timing import Clock, host_clock
+from anyup.budget import host_memory
 from anyup.ops.precision import float32_matmul_precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,11 +99,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int | None:
     """Memory that can be had on the device, without swapping; None where the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return host_memory().get("MemAvailable")
 
 
 def _best(function: Callable[[], object], repeats: int, clock: Clock) -> float:

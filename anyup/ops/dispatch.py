@@ -134,12 +134,10 @@ class Operation:
             raise failure
         self._warned_of_slow_path = True  # the one warning is this one
         self._failures[_failing(name, problem)] = f"failed before on {problem.device}: {failure}"
-        text = (
+        _tell(
             f"{self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
             f"this or the like any more ({problem}): {failure}"
         )
-        remember(text)
-        warn(f"anyup: {text}")
 
     def _warn_of_slow_path(self, name: str, problem: Any) -> None:
         """Say once why CUDA tensors end on a backend that is not made for them, where there is one that is."""
@@ -148,9 +146,7 @@ class Operation:
             return
         self._warned_of_slow_path = True
         reasons = "; ".join(f"{other}: {reason}" for other in faster for reason in self._reasons(other, problem))
-        text = f"{self.name} runs on its slow backend {name!r} ({reasons})"
-        remember(text)
-        warn(f"anyup: {text}")
+        _tell(f"{self.name} runs on its slow backend {name!r} ({reasons})")
 
     def _reasons(self, name: str, problem: Any) -> list[str]:
         if name not in self._backends:
@@ -165,6 +161,11 @@ class Operation:
             return []
         discouraged = getattr(self._backends[name](), "discouraged", None)
         return [] if discouraged is None else discouraged(problem)
+
+
+def _tell(refusal: str) -> None:
+    remember(refusal)
+    warn(f"anyup: {refusal}")
 
 
 def _failing(name: str, problem: Any) -> tuple[str, torch.device, Hashable]:
