@@ -83,8 +83,6 @@ def print_model(workload: str, dtypes: Sequence[str], channels: int, file: Path 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    # Interpreted kernels have no code. This must be said before triton is imported.
-    os.environ.pop("TRITON_INTERPRET", None)
     from benchmarks import operation_kernels
     from benchmarks.compiled import ARCHITECTURES, CHANNELS, DTYPES, HEAD_DIM, HEADS, KERNELS, cases, measure
 
@@ -119,4 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Interpreted kernels have no code. This must be said before triton is imported, and not to a process that imports
+    # this module.
+    os.environ.pop("TRITON_INTERPRET", None)
     main()
