@@ -1,0 +1,49 @@
+"""What a call on a card asks of the host, counted without one; `pytest benchmarks -k host` times it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+COUNTS = """
+import json, sys
+import torch
+from benchmarks import host
+from standin_driver import stand_in
+stand_in()
+with torch.inference_mode(), host.decided_as_on_a_card():
+    upsampler, image, features = host.made(getattr(torch, sys.argv[1]), 448, 4, 48)
+    counts = host.count(lambda: upsampler(image, features))
+    chosen = upsampler.explain(image, features).chosen
+print(json.dumps({"chosen": chosen, **counts}))
+"""
+
+
+def in_a_process(program: str, *arguments: str) -> Any:
+    """What a program prints last, in a process whose kernels Triton compiles and does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS), environment.get("PYTHONPATH", "")))
+    command = [sys.executable, "-c", program, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("dtype", "operations"), [("bfloat16", 24), ("float32", 19)])
+def test_a_call_asks_a_card_for_no_more_than_it_did(dtype: str, operations: int) -> None:
+    found = in_a_process(COUNTS, dtype)
+    assert set(found["chosen"].values()) == {"triton"}, found["chosen"]
+    assert found["launches"] <= 62, found["kernels"]
+    assert found["operations"] <= operations, found["torch"]
+    assert found["allocations"] <= 66
+    assert found["waits"] == 0
