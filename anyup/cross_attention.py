@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyup.ops.dispatch import Backend
 from anyup.ops.precision import working_dtype
-from anyup.ops.query_projection import ProjectionParameters
+from anyup.ops.query_projection import ProjectionParameters, project_queries
+from anyup.ops.window_attention import window_attention
+from anyup.window import CellWindow, RatioWindow, check_ratio
 
 
 class CrossAttention(nn.Module):
@@ -25,13 +28,65 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """The 3x3 convolution of the queries, and how queries and keys are projected."""
+    """The 3x3 convolution of the queries, the projections of queries and keys, and the attention within a window.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    Attributes:
+        window: which keys a query attends to.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: RatioWindow | CellWindow) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.window = window
         self.cross_attn = CrossAttention(dim, num_heads)
         self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+
+    @property
+    def window_ratio(self) -> float:
+        """The window's ratio. Another one holds from the next call on."""
+        return self.window.ratio
+
+    @window_ratio.setter
+    def window_ratio(self, ratio: float) -> None:
+        self.window = type(self.window)(check_ratio(ratio))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, vis_attn: bool = False, q_chunk_size: int | None = None
+    ) -> Tensor:
+        """Queries (B, D, H, W), keys (B, D, h, w) and values (B, C, h, w) to (B, C, H, W).
+
+        Shows a picture of the attention as well with `vis_attn`. `q_chunk_size` as in the call of an `AnyUp`.
+        """
+        pixels = q.permute(0, 2, 3, 1)
+        queries = self.split_heads(project_queries(pixels, self.query_parameters(pixels.dtype)))
+        keys = self.project_keys(k.permute(0, 2, 3, 1)).to(queries.dtype)
+        if vis_attn:
+            self.show_attention(queries, keys, q_chunk_size)
+        return self.attend(queries, keys, v, q_chunk_size)
+
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, q_chunk_size: int | None, backend: Backend = None
+    ) -> Tensor:
+        """Projected queries (B, H, W, heads, head_dim) and keys (B, h, w, ...), values (B, C, h, w): (B, C, H, W)."""
+        out = window_attention(
+            queries,
+            keys,
+            # A pixel takes whole channels of a few keys: a copy of a small grid pays where they lie apart.
+            values.permute(0, 2, 3, 1).contiguous(),
+            window=self.window,
+            backend=backend,
+            max_queries=q_chunk_size,
+        )
+        return out.permute(0, 3, 1, 2)
+
+    def show_attention(self, queries: Tensor, keys: Tensor, q_chunk_size: int | None, backend: Backend = None) -> None:
+        """Show where the first image's pixels look, by the colours of the keys they attend to; arguments projected."""
+        from anyup import visualization
+
+        h, w = keys.shape[1:3]
+        colors = visualization.key_colors(h, w, device=keys.device)[None]
+        painted = self.attend(queries[:1].detach(), keys[:1].detach(), colors, q_chunk_size, backend)
+        visualization.show_attention((h, w), painted[0])
 
     def query_parameters(self, dtype: torch.dtype) -> ProjectionParameters:
         """The tensors that turn the encoded image into queries, in a dtype."""
@@ -58,3 +113,24 @@ class CrossAttentionBlock(nn.Module):
     def split_heads(self, projected: Tensor) -> Tensor:
         """(..., D) -> (..., heads, head_dim), a view."""
         return projected.unflatten(-1, (self.num_heads, -1))
+
+
+def setup_cross_attention_block(
+    use_natten: bool,
+    qk_dim: int,
+    num_heads: int,
+    window_ratio: float = 0.1,
+    use_params_from: nn.Module | None = None,
+) -> CrossAttentionBlock:
+    """A block to be put in place of an upsampler's `cross_decode`, by the published name and arguments.
+
+    Args:
+        use_natten: attend within the window of each query's cell; NATTEN is not needed.
+        qk_dim, num_heads, window_ratio: as of `AnyUp`.
+        use_params_from: a block whose weights it takes; None: new ones.
+    """
+    kind = CellWindow if use_natten else RatioWindow
+    block = CrossAttentionBlock(qk_dim, num_heads, kind(check_ratio(window_ratio)))
+    if use_params_from is not None:
+        block.load_state_dict(use_params_from.state_dict())
+    return block

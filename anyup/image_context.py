@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.problem import check_size
+from anyup.problem import check_output_size, check_size
 
 Weights = tuple[tuple[int, int | None], ...]
 """Which parameters, and how often each has been written to."""
@@ -58,9 +58,12 @@ class ImageContext:
 
     def check(self, output_size: Any, dtype: torch.dtype, device: torch.device, weights: Weights | None) -> None:
         """Raise a ValueError or TypeError unless this context serves such a call; any weights will do if None."""
-        if output_size is not None and tuple(check_size("output_size", output_size)) != self.output_size:
+        size = self.output_size
+        if output_size is not None:
+            size = check_output_size(output_size, (self.image.shape[2], self.image.shape[3]))
+        if size != self.output_size:
             raise ValueError(
-                f"output_size: the context was made for {self.output_size}, got {tuple(output_size)}; "
+                f"output_size: the context was made for {self.output_size}, got {size}; "
                 "encode_image takes the output_size, leave it out here"
             )
         if self.queries.device != device:

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyup.cross_attention import setup_cross_attention_block as setup_cross_attention_block  # the published place
 from anyup.gaussian_derivatives import gaussian_derivatives
 from anyup.ops.convolution import Convolution
 from anyup.ops.dispatch import Backend
+from anyup.ops.feature_unification import unify_features
 from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pixels
 from anyup.ops.pixel_encoder.problem import GROUPS, normalise
 from anyup.ops.precision import without_autocast, working_dtype
 
 
 class ResBlock(nn.Module):
-    """Two pre-activated 1x1 convolutions beside a shortcut: (B, H, W, in) -> (B, H, W, out)."""
+    """Two pre-activated 1x1 convolutions beside a shortcut: (B, in, H, W) -> (B, out, H, W), channels last."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -39,9 +41,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm1, conv1, norm2, conv2 = self._layers()
+        x = x.permute(0, 2, 3, 1)
         y = _pointwise(conv1, F.silu(_normalise(norm1, x)))
         y = _pointwise(conv2, F.silu(_normalise(norm2, y)))
-        return y + (_pointwise(self.shortcut, x) if isinstance(self.shortcut, nn.Conv2d) else x)
+        y = y + (_pointwise(self.shortcut, x) if isinstance(self.shortcut, nn.Conv2d) else x)
+        return y.permute(0, 3, 1, 2)
 
     @property
     def keeps_width(self) -> bool:
@@ -156,9 +160,13 @@ class Encoder(nn.Sequential):
         frequencies: Tensor | None = None,
         backend: Backend = None,
     ) -> Tensor:
-        """(B, in, H, W) -> (B, h, w, D), of `encoded_size` or pooled to `output_size`; in the dtype of `x`."""
+        """(B, in, H, W) -> (B, D, h, w), channels last in memory, in the dtype of `x`.
+
+        (h, w) is `encoded_size`, or the `output_size` that the map is pooled to; with `frequencies` it is rotated.
+        """
         pixels, parameters = self.prepare(x)
-        return encode_pixels(pixels, parameters, frequencies=frequencies, output_size=output_size, backend=backend)
+        encoded = encode_pixels(pixels, parameters, frequencies=frequencies, output_size=output_size, backend=backend)
+        return encoded.permute(0, 3, 1, 2)
 
     def _layers(self) -> tuple[BorderConv2d, ResBlock, ResBlock]:
         conv, block1, block2 = self
@@ -177,6 +185,12 @@ class RoPE(nn.Module):
         freqs[1, dim // 2 :] = both
         self.freqs = nn.Parameter(freqs * 2 * math.pi)
 
+    def forward(self, x: Tensor, coords: Tensor) -> Tensor:
+        """Rotate positions (B, N, D) by the angles of their coordinates (N, 2), rows and columns from 0 to 1."""
+        angle = coords @ self.freqs.to(coords.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return x * angle.cos() + torch.cat((-second, first), dim=-1) * angle.sin()
+
 
 class LearnedFeatureUnification(nn.Module):
     """The filters (M, 1, s, s) that bring features of any number of channels to M."""
@@ -188,6 +202,10 @@ class LearnedFeatureUnification(nn.Module):
         else:
             basis = torch.randn(filters, 1, kernel_size, kernel_size)
         self.basis = nn.Parameter(basis)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, M, h, w)."""
+        return unify_features(features, self.basis.to(features.dtype))
 
 
 def _normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ from anyup.caller_warning import warn
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, check_grids, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, encoded_size
+from anyup.namesakes import refuse_a_namesake
 from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend
 from anyup.ops.parallel import on_threads_for
 from anyup.ops.precision import autocasts, key_dtype, without_autocast, working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
-from anyup.ops.window_attention import window_attention
-from anyup.problem import check_image, check_inputs
-from anyup.window import WINDOW_KINDS, make_window
+from anyup.problem import OutputSize, check_image, check_inputs, integer
+from anyup.window import WINDOW_KINDS, CellWindow, RatioWindow, check_ratio
 
 if TYPE_CHECKING:
     from anyup.streaming import Stream
@@ -80,28 +80,21 @@ class AnyUp(nn.Module):
             warn(f"AnyUp ignores unknown arguments: {', '.join(sorted(ignored))}")
         lfu_dim = qk_dim if lfu_dim is None else lfu_dim
         _check_widths(input_dim, qk_dim, kernel_size, kernel_size_lfu, num_heads, lfu_dim)
-        if isinstance(window_ratio, bool) or not isinstance(window_ratio, (int, float)):
-            raise TypeError(f"window_ratio: expected a number, got {window_ratio!r}")
-        if not math.isfinite(window_ratio):
-            raise ValueError(f"window_ratio: expected a finite number, got {window_ratio}")
         if window not in (None, *WINDOW_KINDS):
             raise ValueError(f"window: expected one of {', '.join(WINDOW_KINDS)}, got {window!r}")
         if use_natten:
             if window not in (None, "cell"):
                 raise ValueError(f"window: use_natten=True means window='cell', got {window!r} beside it")
             window = "cell"
-        self.config: dict[str, Any] = {
+        refuse_a_namesake()
+        self._widths = {
             "input_dim": input_dim,
             "qk_dim": qk_dim,
             "kernel_size": kernel_size,
             "kernel_size_lfu": kernel_size_lfu,
-            "window_ratio": float(window_ratio),
-            "num_heads": num_heads,
             "init_gaussian_derivatives": init_gaussian_derivatives,
             "lfu_dim": lfu_dim,
-            "window": "ratio" if window is None else window,
         }
-        self.window = make_window(self.config["window"], self.config["window_ratio"])
         self.backend = backend
         self._backends = _backends_by_operation(backend)
 
@@ -114,14 +107,62 @@ class AnyUp(nn.Module):
             ResBlock(qk_dim, qk_dim),
         )
         self.aggregation = Encoder(2 * qk_dim, qk_dim, kernel_size=3)
-        self.cross_decode = CrossAttentionBlock(qk_dim, num_heads)
+        kind = CellWindow if window == "cell" else RatioWindow
+        self.cross_decode = CrossAttentionBlock(qk_dim, num_heads, kind(check_ratio(window_ratio)))
         self.rope = RoPE(qk_dim)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments for a model like this one."""
+        block = self.cross_decode
+        return {
+            **self._widths,
+            "window_ratio": block.window_ratio,
+            "num_heads": block.num_heads,
+            "window": block.window.kind,
+        }
+
+    @property
+    def window(self) -> RatioWindow | CellWindow:
+        """Which keys an output pixel attends to."""
+        return self.cross_decode.window
+
+    @property
+    def window_ratio(self) -> float:
+        """The window's ratio; it is changed at `cross_decode.window_ratio`, as in the published class."""
+        return self.cross_decode.window_ratio
+
+    @window_ratio.setter
+    def window_ratio(self, ratio: float) -> None:
+        # The published class keeps a copy here that changes nothing.
+        raise AttributeError(
+            f"window_ratio: expected to be set at `upsampler.cross_decode.window_ratio`, got {ratio!r} here"
+        )
+
+    @property
+    def qk_dim(self) -> int:
+        """Width D of queries and keys."""
+        return int(self._widths["qk_dim"])
+
+    @property
+    def lfu_dim(self) -> int:
+        """Number of the unification's filters."""
+        return int(self._widths["lfu_dim"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `pickle` kept, of an earlier version too, whose window was the model's."""
+        super().__setstate__(state)
+        if "config" in self.__dict__:
+            self._widths = self.__dict__.pop("config")
+            self.cross_decode.window = self.__dict__.pop("window")
+            for name in ("window_ratio", "num_heads", "window"):
+                del self._widths[name]
 
     def forward(
         self,
         image: Tensor | ImageContext,
         features: Tensor,
-        output_size: Sequence[int] | None = None,
+        output_size: OutputSize = None,
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
         *,
@@ -134,7 +175,8 @@ class AnyUp(nn.Module):
         Args:
             image: (B, input_dim, Hi, Wi), ImageNet-normalised, any floating dtype; or what `encode_image` made of it.
             features: (B, C, h, w), any encoder's, any C, any floating dtype.
-            output_size: (H, W); None means the image's size, or what its context was made for.
+            output_size: (H, W), or a number for both; None, or a None among the two, means the image's size, or what
+                its context was made for.
             vis_attn: show a picture of the attention as well (`anyup.visualization.show_attention`).
             q_chunk_size: the most output pixels the attention works on at a time, where a backend works in
                 chunks; the result does not depend on it.
@@ -157,6 +199,7 @@ class AnyUp(nn.Module):
             NotImplementedError: no requested backend can; lists every reason. Or a forward-mode derivative is wanted.
         """
         size = self.check(image, features, output_size, q_chunk_size, values=values)
+        q_chunk_size = integer(q_chunk_size)
         if torch.compiler.is_compiling() and max_memory is None and out is None:
             return self._upsample(image, features, size, vis_attn, q_chunk_size, values)
         from anyup import streaming
@@ -177,14 +220,42 @@ class AnyUp(nn.Module):
             self.explain(image, features, size, values=values).require()
         with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
             query, key = self._query_and_key(image, features, size)
-        if vis_attn:
-            self._show_attention(query, key, q_chunk_size)
-        return self._attend(query, key, features if values is None else values, q_chunk_size)
+        return self._attend(query, key, features if values is None else values, vis_attn, q_chunk_size)
+
+    def upsample(
+        self,
+        enc_img: Tensor,
+        feats: Tensor,
+        out_size: OutputSize,
+        vis_attn: bool = False,
+        q_chunk_size: int | None = None,
+    ) -> Tensor:
+        """The call's second half, by the published name and arguments.
+
+        It keeps whole maps; `encode_image` shares more of the work, and a call with its context keeps to a budget.
+
+        Args:
+            enc_img: (B, D, Hi, Wi), the image encoder's output after the rotation (`rope`).
+            feats: (B, C, h, w).
+            out_size, vis_attn, q_chunk_size: as in the call; None means the size of `enc_img`.
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came; before any work.
+        """
+        device = self.rope.freqs.device
+        size = check_inputs(
+            enc_img, feats, None, out_size, q_chunk_size, input_dim=self.qk_dim, device=device, name="enc_img"
+        )
+        grid = (feats.shape[2], feats.shape[3])
+        with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
+            queries, (image_keys,) = self._encode_image(enc_img, size, [grid], encoded=True)
+            keys = self._keys(image_keys, feats).to(queries.dtype)
+        return self._attend(queries, keys, feats, vis_attn, integer(q_chunk_size))
 
     def encode_image(
         self,
         image: Tensor,
-        output_size: Sequence[int] | None = None,
+        output_size: OutputSize = None,
         *,
         grids: Sequence[Sequence[int]] = (),
     ) -> ImageContext:
@@ -222,7 +293,7 @@ class AnyUp(nn.Module):
         self,
         image: Tensor | ImageContext,
         features: Tensor,
-        output_size: Sequence[int] | None = None,
+        output_size: OutputSize = None,
         *,
         tile: int | Sequence[int] | None = None,
         max_memory: int | str | None = None,
@@ -268,7 +339,7 @@ class AnyUp(nn.Module):
         self,
         image: Tensor | ImageContext,
         features: Tensor,
-        output_size: Sequence[int] | None = None,
+        output_size: OutputSize = None,
         q_chunk_size: int | None = None,
         *,
         values: Tensor | None = None,
@@ -287,7 +358,7 @@ class AnyUp(nn.Module):
         self,
         image: Tensor | ImageContext,
         features: Tensor,
-        output_size: Sequence[int] | None = None,
+        output_size: OutputSize = None,
         *,
         values: Tensor | None = None,
     ) -> ModelExplanation:
@@ -351,10 +422,13 @@ class AnyUp(nn.Module):
         return queries, self._keys(image_keys, features).to(queries.dtype)
 
     def _encode_image(
-        self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]
+        self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]], *, encoded: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Queries (B, H, W, heads, head_dim) of the image, and its keys (B, h, w, D) pooled to each grid."""
-        guidance = self._guidance(image)
+        """Queries (B, H, W, heads, head_dim) of the image, and its keys (B, h, w, D) pooled to each grid.
+
+        With `encoded` the image is one that went through the image encoder and the rotation before.
+        """
+        guidance = image.to(self._compute_dtype(image.device)) if encoded else self._guidance(image)
         image_keys = []
         for grid in grids:  # in a comprehension the map would be a closure's, which torch.compile cannot delete
             image_keys.append(self._encode(self.key_encoder, guidance, grid))
@@ -368,8 +442,10 @@ class AnyUp(nn.Module):
     def _guidance(self, image: Tensor) -> Tensor:
         """The encoded image, from which queries and keys are made: D channels (B, D, ...) of `encoded_size`."""
         dtype = self._compute_dtype(image.device)
-        encoded = self._encode(self.image_encoder, image.to(dtype), frequencies=self.rope.freqs.to(dtype))
-        return encoded.permute(0, 3, 1, 2)
+        encoded: Tensor = self.image_encoder(
+            image.to(dtype), frequencies=self.rope.freqs.to(dtype), backend=self._backends["pixel_encoder"]
+        )
+        return encoded
 
     def _keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
         """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).
@@ -391,9 +467,10 @@ class AnyUp(nn.Module):
         """(B, h, w, D) of the unified features (B, M, h, w)."""
         _, block1, block2 = self.key_features_encoder
         assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
-        pixels = unified.permute(0, 2, 3, 1)
         if not block1.keeps_width:
-            return block2(block1(pixels))
+            narrow: Tensor = block2(block1(unified))
+            return narrow.permute(0, 2, 3, 1)
+        pixels = unified.permute(0, 2, 3, 1)
         blocks = pixel_encoder.EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())
         return pixel_encoder.encode_pixels(pixels, blocks.to(pixels.dtype), backend=self._backends["pixel_encoder"])
 
@@ -407,30 +484,18 @@ class AnyUp(nn.Module):
         encoder: Encoder,
         x: Tensor,
         output_size: tuple[int, int] | None = None,
-        frequencies: Tensor | None = None,
     ) -> Tensor:
-        return encoder(x, output_size, frequencies, self._backends["pixel_encoder"])
+        """(B, in, H, W) -> (B, h, w, D)."""
+        encoded: Tensor = encoder(x, output_size, backend=self._backends["pixel_encoder"])
+        return encoded.permute(0, 2, 3, 1)
 
-    def _attend(self, query: Tensor, key: Tensor, values: Tensor, q_chunk_size: int | None) -> Tensor:
-        out = window_attention(
-            query,
-            key,
-            # A pixel takes whole channels of a few keys: a copy of a small grid pays where they lie apart.
-            values.permute(0, 2, 3, 1).contiguous(),
-            window=self.window,
-            backend=self._backends["window_attention"],
-            max_queries=q_chunk_size,
-        )
-        return out.permute(0, 3, 1, 2)
-
-    def _show_attention(self, query: Tensor, key: Tensor, q_chunk_size: int | None) -> None:
-        """Show where the first image's pixels look, by the colours of the keys they attend to."""
-        from anyup import visualization
-
-        h, w = key.shape[1:3]
-        colors = visualization.key_colors(h, w, device=key.device)[None]
-        painted = self._attend(query[:1].detach(), key[:1].detach(), colors, q_chunk_size)
-        visualization.show_attention((h, w), painted[0])
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, vis_attn: bool, q_chunk_size: int | None
+    ) -> Tensor:
+        backend = self._backends["window_attention"]
+        if vis_attn:
+            self.cross_decode.show_attention(queries, keys, q_chunk_size, backend)
+        return self.cross_decode.attend(queries, keys, values, q_chunk_size, backend)
 
     def _threads(
         self, image: Tensor | ImageContext, size: tuple[int, int], features: Tensor | None = None

@@ -23,55 +23,91 @@ _LEVELS_A_SIDE = 256
 _warned_unnormalised = False
 
 
+OutputSize = int | Sequence[int | None] | None
+"""As `torch.nn.functional.adaptive_avg_pool2d` takes it: a number is both lengths, None the image's."""
+
+
+def check_transforms() -> None:
+    """Raise a NotImplementedError inside of what neither the operators nor the choice of backends can be traced by."""
+    if torch.jit._trace.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace would keep one size's windows and one machine's backends: use torch.export.export"
+        )
+    functorch = torch._C._functorch
+    transform = functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() == functorch.TransformType.Grad:
+        raise NotImplementedError(
+            "anyup's operators have no derivatives by torch.func (grad, vjp, jacrev, hessian): use "
+            "torch.autograd.grad or torch.autograd.functional.jacobian"
+        )
+
+
 def check_inputs(
     image: Tensor,
     features: Tensor,
     values: Tensor | None,
-    output_size: Sequence[int] | None,
+    output_size: OutputSize,
     q_chunk_size: int | None,
     *,
     input_dim: int,
     device: torch.device,
+    name: str = "image",
 ) -> tuple[int, int]:
-    """The output's (height, width); raises a ValueError or TypeError that names the argument at fault."""
-    _check_map("image", image, input_dim, device)
+    """The output's (height, width); raises a ValueError or TypeError that names the argument at fault.
+
+    `name` is what the caller calls the image, of `input_dim` channels.
+    """
+    if not torch.compiler.is_compiling():
+        check_transforms()
+    _check_map(name, image, input_dim, device)
     others = {"features": features} if values is None else {"features": features, "values": values}
-    for name, tensor in others.items():
-        _check_map(name, tensor, None, device)
+    for other, tensor in others.items():
+        _check_map(other, tensor, None, device)
         if tensor.shape[0] != image.shape[0]:
-            raise ValueError(f"{name}: expected the image's batch of {image.shape[0]}, got {tensor.shape[0]}")
+            raise ValueError(f"{other}: expected the image's batch of {image.shape[0]}, got {tensor.shape[0]}")
     if values is not None and values.shape[2:] != features.shape[2:]:
         raise ValueError(
             f"values: expected the features' grid {tuple(features.shape[2:])}, got {tuple(values.shape[2:])}"
         )
     if q_chunk_size is not None:
-        _check_positive("q_chunk_size", q_chunk_size)
-    size = _output_size(image, output_size)
-    if image.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_positive("q_chunk_size", integer(q_chunk_size))
+    size = check_output_size(output_size, (image.shape[2], image.shape[3]))
+    if name == "image" and image.device.type == "cpu" and not torch.compiler.is_compiling():
         _warn_unnormalised(image)
     return size
 
 
-def check_image(
-    image: Tensor, output_size: Sequence[int] | None, *, input_dim: int, device: torch.device
-) -> tuple[int, int]:
+def check_image(image: Tensor, output_size: OutputSize, *, input_dim: int, device: torch.device) -> tuple[int, int]:
     """The same for an image without features."""
     _check_map("image", image, input_dim, device)
-    size = _output_size(image, output_size)
+    size = check_output_size(output_size, (image.shape[2], image.shape[3]))
     if image.device.type == "cpu" and not torch.compiler.is_compiling():
         _warn_unnormalised(image)
     return size
 
 
-def _output_size(image: Tensor, output_size: Sequence[int] | None) -> tuple[int, int]:
-    return (image.shape[2], image.shape[3]) if output_size is None else check_size("output_size", output_size)
+def check_output_size(output_size: Any, image: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an `OutputSize`, or of an array or tensor of two integers; `image` is the image's.
+
+    Raises a ValueError or TypeError for anything else.
+    """
+    if output_size is None:
+        return image
+    size = integer(output_size)
+    if isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool):
+        size = (size, size)
+    elif hasattr(size, "tolist"):
+        size = size.tolist()
+    if isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2:
+        size = [whole if length is None else length for length, whole in zip(size, image, strict=True)]
+    return check_size("output_size", size)
 
 
 def check_size(name: str, size: Any) -> tuple[int, int]:
     """(height, width); raises a ValueError or TypeError that names the argument unless it is one."""
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
         raise ValueError(f"{name}: expected two positive integers (height, width), got {size!r}")
-    height, width = (_integer(length) for length in size)
+    height, width = (integer(length) for length in size)
     for length in (height, width):
         _check_positive(name, length)
     return height, width
@@ -83,7 +119,7 @@ def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int
         return 0, 0, *size
     if not isinstance(region, Sequence) or len(region) != 4:
         raise ValueError(f"region: expected (top, left, height, width), got {region!r}")
-    numbers = [_integer(number) for number in region]
+    numbers = [integer(number) for number in region]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"region: expected integers, got {number!r}")
@@ -99,7 +135,7 @@ def check_tile(tile: Any, region: tuple[int, int]) -> tuple[int, int] | None:
     """(rows, columns) of a tile; a number is rows of the region's width."""
     if tile is None:
         return None
-    tile = _integer(tile)
+    tile = integer(tile)
     if isinstance(tile, int):
         tile = (tile, region[1])
     return check_size("tile", tile)
@@ -125,7 +161,7 @@ def _check_map(name: str, tensor: Any, channels: int | None, device: torch.devic
         raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; use torch.autograd.grad")
 
 
-def _integer(number: Any) -> Any:
+def integer(number: Any) -> Any:
     """An integer of another library's as Python's; what is none, and True and False, as it is."""
     if isinstance(number, (bool, int, torch.SymInt)) or not hasattr(number, "__index__"):
         return number

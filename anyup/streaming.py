@@ -23,7 +23,7 @@ from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
 from anyup.outputs import MemoryMap, Target, target_of
 from anyup.planning import BudgetError, Plan, Task, choose, rows_at_once, task_of
-from anyup.problem import check_region, check_tile
+from anyup.problem import OutputSize, check_region, check_tile
 from anyup.untraced import untraced
 from anyup.window import Part
 
@@ -44,7 +44,7 @@ def stream(
     model: AnyUp,
     image: Tensor | ImageContext,
     features: Tensor,
-    output_size: Sequence[int] | None,
+    output_size: OutputSize,
     *,
     tile: int | Sequence[int] | None,
     max_memory: int | str | None,

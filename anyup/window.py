@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,15 @@ Window = RatioWindow | CellWindow | None
 """A window; None means every key."""
 
 WINDOW_KINDS = ("ratio", "cell")
+
+
+def check_ratio(ratio: Any) -> float:
+    """A `window_ratio` as a float; raises a TypeError or ValueError unless it is a finite number."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"window_ratio: expected a number, got {ratio!r}")
+    if not math.isfinite(ratio):
+        raise ValueError(f"window_ratio: expected a finite number, got {ratio}")
+    return float(ratio)
 
 
 def make_window(kind: str, ratio: float) -> Window:

@@ -413,9 +413,9 @@ def test_a_smaller_output_pools_the_queries() -> None:
     with torch.no_grad():
         size = (9, 7)
         query, key = model._query_and_key(image, features, size)
-        encoded = model.image_encoder(image).permute(0, 3, 1, 2)
+        encoded = model.image_encoder(image)
         turned = _rotated(encoded, model.rope.freqs)
-        pooled = F.adaptive_avg_pool2d(model.query_encoder(turned).permute(0, 3, 1, 2), size)
+        pooled = F.adaptive_avg_pool2d(model.query_encoder(turned), size)
         x = model.cross_decode.conv2d(pooled).permute(0, 2, 3, 1)
         attention = model.cross_decode.cross_attn
         x = F.linear(

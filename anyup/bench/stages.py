@@ -87,7 +87,7 @@ class Stages:
         stage("feature unification", unify_features, normalised, basis, backend=backend)
         keys = stage("aggregation", model._keys, image_keys, features)
         queries = model.cross_decode.split_heads(queries)
-        out = stage("window attention", model._attend, queries, keys.to(queries.dtype), features, None)
+        out = stage("window attention", model._attend, queries, keys.to(queries.dtype), features, False, None)
         return times, out
 
 

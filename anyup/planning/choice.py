@@ -16,7 +16,7 @@ from anyup.ops.precision import FLOATING
 from anyup.planning.plans import Plan
 from anyup.planning.prediction import banded, default_rows, whole
 from anyup.planning.task import Task, make_task
-from anyup.problem import check_region, check_size, check_tile
+from anyup.problem import OutputSize, check_output_size, check_region, check_size, check_tile
 from anyup.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def plan(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     max_memory: int | str | None = None,
-    output_size: Sequence[int] | None = None,
+    output_size: OutputSize = None,
     *,
     values: int | None = None,
     batch: int = 1,
@@ -103,7 +103,7 @@ def plan(
         BudgetError: a ValueError that names the smallest budget that can be met.
     """
     image, grid = check_size("image_size", image_size), check_size("feature_size", feature_size)
-    output = image if output_size is None else check_size("output_size", output_size)
+    output = check_output_size(output_size, image)
     for name, number in (("channels", channels), ("batch", batch), ("values", channels if values is None else values)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}: expected a positive integer, got {number!r}")
