@@ -16,7 +16,7 @@ class Work:
         operations: of the matrix units: planes, padding and second products included.
         exact_exponentials, exponentials: the same.
         bytes_compulsory: each input once, each output once.
-        bytes_asked: what the programs load and store.
+        bytes_asked: what the programs load and store, but for what L1 keeps for them.
         turns: the kernel's loops as `machine_code.Code.weights` takes them.
         bytes_shared: of those asked for, weights and tables that all programs read: the caches hold them.
     """

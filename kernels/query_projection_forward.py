@@ -1,15 +1,17 @@
 """Query projection, forward: a 3x3 convolution with zero padding, an RMS normalisation over D channels, a projection.
 
 A program owns a rectangle of pixels and all D channels of its result: the convolution is nine products of the pixels,
-each time shifted by one, with D x D weights (an implicit matrix product: nothing is copied, and the shifted loads of a
-rectangle and its halo hit the caches). So the sum of squares that the normalisation needs is in the program's
-registers, and the projection is one more product. The map is read once and the queries are written once, where a
-convolution and separate passes read and write a map three times.
+each time shifted by one, with D x D weights (an implicit matrix product: nothing is copied). The nine shifted loads of
+a rectangle go through L1, which keeps a piece of its channels, with the halo, until the last of them: L2 sees each
+pixel little more than once, and the weights once for 256 pixels. So the sum of squares that the normalisation needs is
+in the program's registers, and the projection is one more product. The map is read once and the queries are written
+once, where a convolution and separate passes read and write a map three times. They are written as any result is: the
+window attention reads them next, from L2 as far as they fit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -29,13 +31,15 @@ class ProjectionConfig:
 
     Attributes:
         rows, columns: pixels of a rectangle.
-        piece: channels multiplied at once.
+        piece: channels of the map multiplied at once.
+        outputs: channels of the result projected at once, at most.
         num_warps, num_stages: Triton's.
     """
 
     rows: int
     columns: int
     piece: int
+    outputs: int
     num_warps: int
     num_stages: int
 
@@ -43,7 +47,8 @@ class ProjectionConfig:
         for name, number in vars(self).items():
             if name != "num_stages" and (number < 1 or number & (number - 1)):
                 raise ValueError(f"{name}: expected a power of two, got {number}")
-        for name, number in (("rows * columns", self.rows * self.columns), ("piece", self.piece)):
+        numbers = {"rows * columns": self.rows * self.columns, "piece": self.piece, "outputs": self.outputs}
+        for name, number in numbers.items():
             if number < 16:
                 raise ValueError(f"{name}: expected at least 16, got {number}")
         if self.num_stages < 1:
@@ -54,15 +59,25 @@ def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionC
     """Cuts, best first; what comes later asks less of a card.
 
     They were chosen by `python -m benchmarks.codegen --kernel query_projection_forward`: at 128 channels they spill
-    nothing on any target.
+    nothing on any target, at 256 nothing in half precision.
     """
-    if half:
-        best = ProjectionConfig(8, 16, 32 if dim >= 32 else 16, num_warps=8, num_stages=3)
+    wide = dim > 128
+    rows = 8 if wide else 16  # a pixel's sums take a warp's registers
+    if half and target.arch in (80, 90):
+        # Of their shared memory three stages of 48 KB are to be had, and leave L1 a rectangle with its halo.
+        best = ProjectionConfig(rows, 16, 64, 64, num_warps=8, num_stages=3)
+    elif half and target.arch == 100:  # on larger rectangles it spills
+        best = ProjectionConfig(8, 16, 64, 64, num_warps=8, num_stages=2 if wide else 3)
+    elif half:
+        best = ProjectionConfig(rows, 16, 32, 32, num_warps=8, num_stages=2 if wide or target.backend == "hip" else 3)
     elif target.arch in (90, 100):  # their products take an operand from shared memory, split once for all warps
-        best = ProjectionConfig(8, 16, 16, num_warps=8, num_stages=2)
+        best = ProjectionConfig(8, 16, 32, 16, num_warps=8, num_stages=2)
+    elif target.backend == "hip":
+        best = ProjectionConfig(8, rows, 16, 16, num_warps=rows // 2, num_stages=2)
     else:
-        best = ProjectionConfig(8, 8, 16, num_warps=4, num_stages=2)
-    return [best, ProjectionConfig(4, 8, 16, num_warps=4, num_stages=1)]
+        best = ProjectionConfig(8, 8, 16, 16, num_warps=4, num_stages=2)
+    best = replace(best, piece=min(best.piece, max(16, dim & -dim)))
+    return [best, ProjectionConfig(4, 8, 16, 16, num_warps=4, num_stages=1)]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -72,7 +87,7 @@ def _query_projection_forward_kernel(
     height, width, tile_rows, tile_columns, eps,
     encoded_image_stride, encoded_row_stride, encoded_column_stride, encoded_channel_stride,
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OUTPUTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One rectangle of ROWS x COLUMNS pixels; grid: the rectangles of all images."""
     tile = tl.program_id(0)
@@ -84,21 +99,25 @@ def _query_projection_forward_kernel(
     column = left + pixel % COLUMNS
     output = tl.arange(0, PADDED)
     encoded += image * encoded_image_stride
+    centre = encoded + row.to(tl.int64) * encoded_row_stride + column.to(tl.int64) * encoded_column_stride
     product = tl.zeros((ROWS * COLUMNS, PADDED), tl.float32)
     PIECES: tl.constexpr = (DIM + PIECE - 1) // PIECE
     for step in tl.range(0, 9 * PIECES):
-        tap = step // PIECES
-        channel = step % PIECES * PIECE + tl.arange(0, PIECE)
-        near_row = row + tap // 3 - 1
-        near_column = column + tap % 3 - 1
-        inside = (near_row >= 0) & (near_row < height) & (near_column >= 0) & (near_column < width)
-        place = near_row.to(tl.int64) * encoded_row_stride + near_column.to(tl.int64) * encoded_column_stride
-        place = encoded + place[:, None] + (channel.to(tl.int64) * encoded_channel_stride)[None, :]
+        # All taps of a piece of the channels, so that its pixels stay in L1 from the first of them to the last.
+        tap = step % 9
+        channel = step // 9 * PIECE + tl.arange(0, PIECE)
+        down = tap // 3 - 1
+        along = tap % 3 - 1
+        # Unsigned, what is before the first is beyond the last.
+        inside = ((row + down).to(tl.uint32) < height) & ((column + along).to(tl.uint32) < width)
+        shift = down.to(tl.int64) * encoded_row_stride + along.to(tl.int64) * encoded_column_stride
+        place = (centre + shift)[:, None] + (channel.to(tl.int64) * encoded_channel_stride)[None, :]
         part = convolution + (tap * DIM + channel)[:, None] * DIM + output[None, :]
         if DIM % PIECE:
-            pixels = tl.load(place, mask=inside[:, None] & (channel < DIM)[None, :], other=0.0)
+            here = inside[:, None] & (channel < DIM)[None, :]
+            pixels = tl.load(place, mask=here, other=0.0, cache_modifier=".ca")
         else:
-            pixels = tl.load(place, mask=inside[:, None], other=0.0)
+            pixels = tl.load(place, mask=inside[:, None], other=0.0, cache_modifier=".ca")
         if (DIM % PIECE) or (DIM < PADDED):
             weights = tl.load(part, mask=(channel < DIM)[:, None] & (output < DIM)[None, :], other=0.0)
         else:
@@ -110,9 +129,9 @@ def _query_projection_forward_kernel(
     normal = (product * inverse[:, None] * factor[None, :]).to(encoded.dtype.element_ty)
     exists = (row < height) & (column < width)
     place = out + (((image * height + row) * width + column) * DIM)[:, None]
-    for first in tl.range(0, PADDED, PIECE):
-        taken = first + tl.arange(0, PIECE)
-        part = weight + taken[:, None] * DIM + output[None, :]  # (PIECE, PADDED)
+    for first in tl.range(0, PADDED, OUTPUTS):
+        taken = first + tl.arange(0, OUTPUTS)
+        part = weight + taken[:, None] * DIM + output[None, :]  # (OUTPUTS, PADDED)
         if DIM < PADDED:
             weights = tl.load(part, mask=(taken < DIM)[:, None] & (output < DIM)[None, :], other=0.0)
         else:
@@ -149,6 +168,7 @@ def plan_forward(
         config: how to cut the work.
     """
     batch, height, width, dim = encoded.shape
+    padded = max(16, triton.next_power_of_2(dim))
     tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
     return Launch(
         kernel=_query_projection_forward_kernel,
@@ -169,10 +189,11 @@ def plan_forward(
         },
         constants={
             "DIM": dim,
-            "PADDED": max(16, triton.next_power_of_2(dim)),
+            "PADDED": padded,
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "PIECE": config.piece,
+            "OUTPUTS": min(config.outputs, padded),
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},

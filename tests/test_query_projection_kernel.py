@@ -25,6 +25,7 @@ SHAPES = {
     "empty batch": Shape((5, 7), batch=0),
     "a width that is no power of two": Shape((3, 5), dim=40),
     "fewer channels than a product takes": Shape((3, 5), dim=8),
+    "a width of a piece and a half": Shape((3, 5), dim=24),
     "default width": Shape((3, 4), dim=128),
 }
 
@@ -58,21 +59,22 @@ def test_strides_change_nothing(order: Any) -> None:
 def test_a_cut_changes_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from anyup.kernels import query_projection_forward as kernel
 
-    for cut in (kernel.ProjectionConfig(2, 8, 32, 4, 1), kernel.ProjectionConfig(16, 4, 16, 8, 3)):
+    for cut in (kernel.ProjectionConfig(2, 8, 32, 16, 4, 1), kernel.ProjectionConfig(16, 4, 16, 32, 8, 3)):
         monkeypatch.setattr(kernel, "forward_configs", lambda *_, cut=cut, **__: [cut])
         assert_backend_accurate(run, tensors_of(Shape((9, 7), dim=48)), backend="triton", gradients=False)
 
 
-@pytest.mark.parametrize("values", [{"rows": 3}, {"piece": 8}, {"num_warps": 0}, {"num_stages": 0}])
+@pytest.mark.parametrize("values", [{"rows": 3}, {"piece": 8}, {"outputs": 8}, {"num_warps": 0}, {"num_stages": 0}])
 def test_a_cut_that_cannot_be_is_refused(values: dict[str, int]) -> None:
     from anyup.kernels.query_projection_forward import ProjectionConfig
 
+    cut = {"rows": 8, "columns": 8, "piece": 16, "outputs": 16, "num_warps": 4, "num_stages": 1}
     with pytest.raises(ValueError, match=next(iter(values))):
-        ProjectionConfig(**{"rows": 8, "columns": 8, "piece": 16, "num_warps": 4, "num_stages": 1, **values})
+        ProjectionConfig(**{**cut, **values})
 
 
 MUTATIONS = {
-    "taps in columns": ("tap // 3 - 1", "tap % 3 - 1"),
+    "taps in columns": ("down = tap // 3 - 1", "down = tap % 3 - 1"),
     "a tap too few": ("9 * PIECES", "8 * PIECES"),
     "a border that is not zero": ("mask=inside[:, None], other=0.0", "mask=inside[:, None], other=1.0"),
     "a mean over too many": ("axis=1) / DIM + eps", "axis=1) / (2 * DIM) + eps"),
