@@ -7,6 +7,7 @@ each time from the image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder, check_backend,
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.precision import without_autocast, working_dtype
+from anyup.ops.query_projection.points import project_neighbourhoods
 
 if TYPE_CHECKING:
     from anyup.layers import Encoder
@@ -200,6 +202,38 @@ class BandedImage:
             for part, cells in zip((rows, columns), (row_cells, column_cells), strict=True)
         ]
         return self._model.cross_decode.split_heads(projected[:, within[0], within[1]])
+
+    def queries_at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(N, heads, head_dim) of single pixels of the output, (N,) on the CPU, once there are image keys."""
+        axes = [
+            Cells(0, count, count, length).around(position, HALO)
+            for position, count, length in zip((rows, columns), self._size, (self._height, self._width), strict=True)
+        ]
+        pixels_of_point = math.prod(pixel.shape[1] * pixel.shape[2] for pixel, _ in axes)
+        step = max(1, self._bands.rows * self._width // pixels_of_point)
+        parts = zip(*(each.split(step) for axis in axes for each in axis), strict=True)
+        parameters = self._model.cross_decode.query_parameters(self._dtype)
+        with without_autocast(self._image.device.type):
+            found = [project_neighbourhoods(self._neighbourhoods(*part), parameters) for part in parts]
+        return self._model.cross_decode.split_heads(torch.cat(found))
+
+    def _neighbourhoods(self, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor) -> Tensor:
+        """(n, 3, 3, D) of the query encoder's map, of the pixels (n, 3, m) that each cell averages along the axes."""
+        number = rows[:, :, None, :, None] * self._width + columns[:, None, :, None, :]
+        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]  # (n, 3, 3, m, m)
+        needed, place = torch.unique(number, return_inverse=True)
+        row, column = needed // self._width, needed % self._width
+        image, query = self._encoders["image"], self._encoders["query"]
+
+        def encoded() -> Tensor:
+            pixels = self._model.image_encoder.prepare_at(self._image, row, column, self._dtype)[:, None]
+            trunk, branch = (self._work.take(name, len(needed), 1) for name in ("trunk", "branch"))
+            image.encode(pixels, trunk, branch, self._rotation.at(row, column))
+            return query.encode(trunk, trunk, branch)[:, 0]
+
+        wide = working_dtype(self._dtype)
+        near = self._by_what_runs(encoded)[place.to(self._image.device)].to(wide)  # (n, 3, 3, m, m, D)
+        return (near * weights[..., None].to(near)).sum(dim=(3, 4)).to(self._dtype)
 
     def _by_what_runs(self, work: Callable[[], Tensor]) -> Tensor:
         """The work's result; where kernels fail, the rest of it by the next backend, with nothing of what they kept."""

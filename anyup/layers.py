@@ -17,6 +17,7 @@ from anyup.gaussian_derivatives import gaussian_derivatives
 from anyup.ops.convolution import Convolution
 from anyup.ops.dispatch import Backend
 from anyup.ops.feature_unification import unify_features
+from anyup.ops.linear import linear
 from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pixels
 from anyup.ops.pixel_encoder.problem import GROUPS, normalise
 from anyup.ops.precision import without_autocast, working_dtype
@@ -87,6 +88,18 @@ class BorderConv2d(nn.Conv2d):
             x = _bordered(x, dim, half, first, stop)
         return self._convolved(x.to(dtype)).to(dtype)
 
+    def at(self, x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        """The result (P, out) at single pixels (P,) of one image (in, H, W), in a dtype."""
+        size = self.kernel_size[0]
+        index = [
+            _bordered(torch.arange(length), 0, size // 2)[position[:, None] + torch.arange(size)]
+            for length, position in zip(x.shape[1:], (rows, columns), strict=True)
+        ]
+        patches = x[:, index[0][:, :, None], index[1][:, None, :]].to(dtype)  # (in, P, size, size)
+        wide = working_dtype(dtype)
+        weight = self.weight.to(dtype).to(wide).flatten(1)
+        return linear(patches.to(wide).transpose(0, 1).flatten(1), weight).to(dtype)
+
     def _convolved(self, padded: Tensor) -> Tensor:
         """Of pixels (B, H, W, in) with their border; half precision in float32."""
         wide = working_dtype(padded.dtype)
@@ -140,6 +153,13 @@ class Encoder(nn.Sequential):
         if self.kernel_size == 1:
             return x[:, rows, columns].permute(1, 2, 0).to(dtype)
         return conv.part(x[None], rows, columns, dtype)[0]
+
+    def prepare_at(self, x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same for single pixels (P,): (P, C or D)."""
+        conv, _, _ = self._layers()
+        if self.kernel_size == 1:
+            return x[:, rows, columns].T.to(dtype)
+        return conv.at(x, rows, columns, dtype)
 
     def parameters_for_op(self, dtype: torch.dtype) -> EncoderParameters:
         """The encoder's tensors in a dtype, as the pixel encoder takes them."""

@@ -335,6 +335,41 @@ class AnyUp(nn.Module):
             tile=tile, max_memory=max_memory, region=region, values=values, dtype=dtype, out=out,
         )  # fmt: skip
 
+    def at_points(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        points: Tensor,
+        output_size: OutputSize = None,
+        *,
+        values: Tensor | None = None,
+        max_memory: int | str | None = None,
+    ) -> Tensor:
+        """The upsampled features at some points: the values of the whole output there, without making it.
+
+        The statistics of the normalisations are still those of the whole image, which is most of the work. Gradients
+        flow to the features and the values; while the image or a weight wants one too, the queries of all pixels are
+        kept as in a call, so freeze the upsampler (`requires_grad_(False)`) where it is not trained.
+
+        Args:
+            image, features, output_size, values: as in the call.
+            points: (B, N, 2), rows and columns of the output, on any device (they are read on the CPU). Integers are
+                pixels. Floating-point numbers, 0 the first pixel's centre and H - 1 the last one's, are interpolated
+                bilinearly between four pixels, as `torch.nn.functional.grid_sample` would do it on the whole output.
+            max_memory: as for `stream`.
+
+        Returns:
+            (B, N, C or Cv), in the dtype of the features (or values).
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came; before any work.
+            RuntimeError: `max_memory` where the image or a weight wants a gradient.
+            NotImplementedError: no requested backend can; lists every reason.
+        """
+        from anyup.points import at_points
+
+        return at_points(self, image, features, points, output_size, values=values, max_memory=max_memory)
+
     def check(
         self,
         image: Tensor | ImageContext,

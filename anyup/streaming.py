@@ -21,6 +21,7 @@ from anyup.ops.dispatch import wants_gradient
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import FLOATING, autocasts
 from anyup.ops.window_attention import explain_backends, window_attention
+from anyup.ops.window_attention.points import attend_points
 from anyup.outputs import MemoryMap, Target, target_of
 from anyup.planning import BudgetError, Plan, Task, choose, rows_at_once, task_of
 from anyup.problem import OutputSize, check_region, check_tile
@@ -81,7 +82,7 @@ def stream(
     limit = limit_on(features.device, max_memory)
     _check_room(task, features, whole=keep and limit is None)
     plan = choose(task, limit, keep=keep)
-    source = _Source(model, image, features, carried, size, Rescue(plan), q_chunk_size)
+    source = Source(model, image, features, carried, size, Rescue(plan), q_chunk_size)
     rows, columns = tile_size or (rows_at_once(plan), width)
     if target is not None and tile_size is None:
         rows -= rows % target.multiple if rows > target.multiple else 0
@@ -118,7 +119,7 @@ class Stream(Iterator[Tile]):
 
     def __init__(
         self,
-        source: _Source,
+        source: Source,
         parts: Sequence[tuple[slice, slice]],
         dtype: torch.dtype,
         origin: tuple[int, int],
@@ -243,7 +244,7 @@ def _upsample(
     for index in range(len(features)):
         one = slice(index, index + 1)
         part = image.part(one) if isinstance(image, ImageContext) else image[one]
-        source = _Source(model, part, features[one], carried[one], size, rescue, q_chunk_size)
+        source = Source(model, part, features[one], carried[one], size, rescue, q_chunk_size)
         source.prepare()
         if out is None:
             out = source.new(len(features), *size)
@@ -289,7 +290,7 @@ class Rescue:
             self.plan = choose(self.plan.task, unmet.smallest)
 
 
-class _Source:
+class Source:
     """The queries and keys of a batch by a plan, made when first asked for, and what the pixels make of them."""
 
     def __init__(
@@ -353,6 +354,21 @@ class _Source:
 
         while done < rows.stop:
             done = self._rescue.attempt(step, self._adopt)
+
+    def at(self, index: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """(N, C) of one image at single pixels, (N,) on the CPU."""
+        return self._rescue.attempt(lambda: self._at(index, rows, columns), self._adopt)
+
+    def _at(self, index: int, rows: Tensor, columns: Tensor) -> Tensor:
+        self._prepare()
+        assert self._keys is not None and self._values is not None
+        if self._queries is not None:
+            queries = self._queries[index, rows, columns]
+        else:
+            queries = self._banded[index].queries_at(rows, columns)
+        return attend_points(
+            queries, self._keys[index], self._values[index], rows, columns, window=self._model.window, size=self._size
+        )
 
     def _attend(self, index: int, rows: slice, columns: slice) -> Tensor:
         """(1, rows, columns, C) of one image."""

@@ -20,6 +20,7 @@ from anyup.upsample_inputs import (
     load_model,
     read_guide,
     read_head,
+    read_points,
     read_values,
     resolve_size,
 )
@@ -86,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOP,LEFT,HEIGHT,WIDTH",
         help="only this part of the result, in its pixels; the rest is not computed",
     )
+    parser.add_argument(
+        "--points",
+        type=Read,
+        metavar="FILE.csv",
+        help="only at these points of the result, each a line with a row and a column of its pixels (whole numbers are "
+        "pixels, others are interpolated bilinearly); OUT, of shape (N, C), is .npy, .pt or .safetensors",
+    )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the result (default: that of the features)")
     parser.add_argument(
         "--max-memory",
@@ -140,6 +148,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what was typed; the written paths on stdout, progress on stderr."""
     if arguments.output is None and arguments.picture is None:
         raise UsageError("nothing to write: give -o OUT, --picture OUT.png, or both")
+    if arguments.points:
+        for option in ("picture", "region", "resume"):
+            if getattr(arguments, option):
+                raise UsageError(f"--points goes without --{option}")
     for option in ("encoder_size", "encoder_weights"):
         if getattr(arguments, option) is not None and arguments.encoder is None:
             raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
@@ -150,9 +162,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     progress = Progress()
     suffixes = (".npy", ".zarr", *(suffix for suffix in ARRAY_SUFFIXES if suffix != ".npy"))
+    suffixes = ARRAY_SUFFIXES if arguments.points else suffixes
     output = check_output(arguments.output, suffixes, "output") if arguments.output else None
     picture = check_output(arguments.picture, PICTURE_SUFFIXES, "picture") if arguments.picture else None
-    in_pieces = output is not None and output.suffix.lower() in array_files.SUFFIXES
+    in_pieces = output is not None and not arguments.points and output.suffix.lower() in array_files.SUFFIXES
     if arguments.resume and not in_pieces:
         raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")
     with ExitStack() as stack:
@@ -182,6 +195,7 @@ def _upsample(
         region = check_region(arguments.region, whole)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
+    points = read_points(arguments.points, whole) if arguments.points else None
     values = read_values(arguments.values) if arguments.values else None
     head = read_head(arguments.head) if arguments.head else None
 
@@ -206,7 +220,8 @@ def _upsample(
         channels = channels if head is None else head.weight.shape[0]
         itemsize = kept_as(features if values is None else values).itemsize
         there = array_files.bytes_there(output) if output is not None and arguments.resume else 0
-        _check_room((channels, *region[2:]), itemsize, output, there, None if in_pieces else device)
+        places = region[2:] if points is None else points.shape[:2]
+        _check_room((channels, *places), itemsize, output, there, None if in_pieces else device)
 
     if given is not None:
         features = given
@@ -242,6 +257,14 @@ def _upsample(
     what = f"upsampling {low.shape[1]} x {by(low)} to {whole[0]} x {whole[1]} on {device}"
     with torch.inference_mode():
         progress.note(f"backends: {_chosen(model.explain(image, features, whole, values=values).chosen)}")
+        if points is not None:
+            assert output is not None
+            with progress.stage(f"{what}, at {points.shape[1]} points"):
+                found = model.at_points(image, features, points, whole, values=values, max_memory=arguments.max_memory)
+            check_map(found.transpose(1, 2)[..., None], "the result")
+            _finish(None, found.to(dtype), low, output, None, progress)
+            print(output)
+            return
 
         def stream(result: Any, tile: tuple[int, ...] | None = None) -> Stream:
             from anyup import streaming

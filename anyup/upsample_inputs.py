@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -127,6 +128,37 @@ def read_values(path: str) -> Tensor:
     values = read_features(path, "values")
     check_map(values, path)
     return values
+
+
+def read_points(path: str, whole: tuple[int, int]) -> Tensor:
+    """Points (1, N, 2) from lines "row,column", after a line of names if there is one; int64 where all are whole."""
+    import torch
+
+    from anyup.images import check_readable
+
+    points: list[tuple[float, float]] = []
+    with open(check_readable(path, f"points {path}"), encoding="utf-8-sig", errors="replace", newline="") as file:
+        for number, line in enumerate(csv.reader(file), 1):
+            if not line:
+                continue
+            try:
+                row, column = (float(field) for field in line)
+            except ValueError as error:
+                if number == 1 and not any(character.isdigit() for character in "".join(line)):
+                    continue
+                raise ValueError(
+                    f"points {path}: a row and a column expected on line {number}, got {','.join(line)[:80]!r}"
+                ) from error
+            if not (0 <= row <= whole[0] - 1 and 0 <= column <= whole[1] - 1):
+                raise ValueError(
+                    f"points {path}: rows from 0 to {whole[0] - 1} and columns from 0 to {whole[1] - 1} expected, line "
+                    f"{number} has {','.join(line)[:80]!r}"
+                )
+            points.append((row, column))
+    if not points:
+        raise ValueError(f"points {path}: at least one line with a row and a column expected")
+    found = torch.tensor(points, dtype=torch.float64)[None]
+    return found.long() if bool((found == found.floor()).all()) else found
 
 
 def read_head(path: str) -> torch.nn.Conv2d:

@@ -16,6 +16,7 @@ from patience import PATIENCE, wait_until
 from torch import Tensor, nn
 
 from anyup import assets, budget, checkpoints, cli, demo, streaming
+from anyup.evaluation import upsamplers
 from anyup.images import normalize_imagenet, read_features, read_photo, resize, save_array, save_picture
 from anyup.model import AnyUp
 from anyup.ops import refusals
@@ -66,7 +67,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work began before the mistake was met")
 
-    for module in (checkpoints, demo):
+    for module in (checkpoints, demo, upsamplers):  # imported here, not first while this lasts
         monkeypatch.setattr(module, "load", work)
     monkeypatch.setattr(demo, "untrained_model", work)
     monkeypatch.setattr(streaming, "stream", work)
@@ -302,7 +303,7 @@ def test_an_interrupted_run_leaves_no_file_and_says_130(
         raise KeyboardInterrupt
 
     before = sorted(folder.iterdir())
-    monkeypatch.setattr(*((streaming._Source, "piece") if during == "model" else (torch, "save")), interrupt)
+    monkeypatch.setattr(*((streaming.Source, "piece") if during == "model" else (torch, "save")), interrupt)
     output = "o.npy" if during == "model" else "o.pt"
     assert upsample("--features", "features.npy", "--weights", weights, "-o", output) == 130
     assert sorted(folder.iterdir()) == before

@@ -221,7 +221,7 @@ def test_a_piece_of_a_card_is_handed_on_while_the_next_is_on_its_way() -> None:
 def test_a_wrong_out_is_named_before_any_work(
     out: Any, error: type[Exception], message: str, model: AnyUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_Source", None)
+    monkeypatch.setattr(streaming, "Source", None)
     with torch.no_grad(), pytest.raises(error, match=message):
         model(IMAGE, FEATURES, out=out)
 
@@ -278,7 +278,7 @@ def test_a_map_on_a_full_disk_is_refused_before_any_work(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(streaming, "_Source", None)
+    monkeypatch.setattr(streaming, "Source", None)
     with torch.no_grad(), pytest.raises(OSError, match=r"\d+ kB needed, .* free: No space left.*map\.npy"):
         model(IMAGE, FEATURES, out=out)
 
@@ -327,6 +327,6 @@ def test_neighbours_in_one_block_of_memory_are_apart(model: AnyUp) -> None:
 def test_a_tensor_that_cannot_be_written_to_is_refused_before_any_work(
     out: Any, error: type[Exception], message: str, model: AnyUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming._Source, "prepare", None)
+    monkeypatch.setattr(streaming.Source, "prepare", None)
     with torch.no_grad(), pytest.raises(error, match=message):
         model(IMAGE, FEATURES, out=out())

@@ -266,7 +266,7 @@ def test_a_mistake_is_named(options: tuple[str, ...], message: str, capsys: pyte
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseException | None = None) -> None:
     """Ctrl-C, or an error, in the piece after so many."""
-    piece = streaming._Source.piece
+    piece = streaming.Source.piece
     made: list[slice] = []
 
     def counted(self: Any, rows: slice, *arguments: Any) -> Tensor:
@@ -275,7 +275,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseExceptio
         made.append(rows)
         return piece(self, rows, *arguments)
 
-    monkeypatch.setattr(streaming._Source, "piece", counted)
+    monkeypatch.setattr(streaming.Source, "piece", counted)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a broken disk")])
@@ -300,7 +300,7 @@ def test_two_runs_never_write_one_file(
     name: str, pieces: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert upsample("-o", f"whole{name}") == 0
-    piece, made = streaming._Source.piece, []
+    piece, made = streaming.Source.piece, []
 
     def interrupted(self: Any, rows: slice, *arguments: Any) -> Tensor:
         made.append(rows)
@@ -309,7 +309,7 @@ def test_two_runs_never_write_one_file(
                 assert upsample("-o", name, *options) == 1
         return piece(self, rows, *arguments)
 
-    monkeypatch.setattr(streaming._Source, "piece", interrupted)
+    monkeypatch.setattr(streaming.Source, "piece", interrupted)
     assert upsample("-o", name) == 0
     assert "another run is writing it" in capsys.readouterr().err
     assert left() == {f"whole{name}", name}
@@ -462,13 +462,13 @@ for ended in (signal.SIGTERM, signal.SIGHUP):
 from anyup import cli, streaming
 from anyup.planning import prediction
 prediction.BAND_PIXELS = 4 * 32
-piece, begun = streaming._Source.piece, []
+piece, begun = streaming.Source.piece, []
 def halting(*arguments):
     begun.append(arguments)
     if len(begun) > 3:
         time.sleep(1e6)
     return piece(*arguments)
-streaming._Source.piece = halting
+streaming.Source.piece = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -515,6 +515,45 @@ def test_a_variable_of_the_shell_that_is_not_set_is_a_mistake(option: str, capsy
     assert cli.main(arguments) == 2
     assert "a name or a path expected, got nothing" in capsys.readouterr().err
     assert left() == set()
+
+
+@pytest.mark.parametrize("name", ["points.npy", "points.safetensors"])
+def test_points_of_the_result_are_written_alone(name: str) -> None:
+    Path("points.csv").write_text("row,column\n0,0\n23,31\n\n7, 12\n")
+    assert upsample("--points", "points.csv", "-o", name) == 0
+    found = array(name) if name.endswith(".npy") else images.read_tensors(name)["features"]
+    torch.testing.assert_close(found, expected()[:, [0, 23, 7], [0, 31, 12]].T, rtol=1e-4, atol=1e-5)
+
+
+def test_points_between_pixels_lie_on_the_size_that_was_asked_for() -> None:
+    Path("points.csv").write_text("10.5,3\n47,63\n")
+    assert upsample("--points", "points.csv", "--size", "48x64", "-o", "out.npy", "--dtype", "float16") == 0
+    whole = expected(output_size=(48, 64))
+    wanted = torch.stack([(whole[:, 10, 3] + whole[:, 11, 3]) / 2, whole[:, 47, 63]])
+    assert array("out.npy").dtype == torch.float16
+    torch.testing.assert_close(array("out.npy"), wanted.half(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "status", "told"),
+    [
+        ("0,0\n24,0\n", (), 1, "line 2 has '24,0'"),
+        ("0,0\n1;2\n", (), 1, "a row and a column expected on line 2, got '1;2'"),
+        ("0,nan\n", (), 1, "line 1 has '0,nan'"),
+        ("row,column\n", (), 1, "at least one line"),
+        ("0,0\n", ("--region", "0,0,2,2"), 2, "--points goes without --region"),
+        ("0,0\n", ("--picture", "p.png"), 2, "--points goes without --picture"),
+        ("0,0\n", ("--resume",), 2, "--points goes without --resume"),
+        ("0,0\n", ("-o", "out.zarr"), 2, ".npy, .pt"),
+    ],
+)
+def test_points_that_cannot_be_are_told(
+    text: str, more: tuple[str, ...], status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("points.csv").write_text(text)
+    assert upsample("-o", "out.npy", "--points", "points.csv", *more) == status
+    assert told in capsys.readouterr().err
+    assert left() == {"points.csv"}
 
 
 def test_what_is_read_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:

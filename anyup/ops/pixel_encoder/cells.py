@@ -40,6 +40,18 @@ class Cells:
         offset = self.pixels.start
         return slice(start - offset, stop - offset)
 
+    def around(self, cells: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """The pixels (n, 2 reach + 1, most) of each of some cells (n,) and those beside it, and each one's weight.
+
+        The weights of a cell that is beyond the axis are zero, as are those that fill up to the largest cell.
+        """
+        near = cells[:, None] + torch.arange(-reach, reach + 1)
+        start, stop = self._bounds(near)
+        number = (stop - start)[..., None]
+        pixel = start[..., None] + torch.arange(int(number.max()) if number.numel() else 1)
+        exists = (pixel < stop[..., None]) & ((near >= 0) & (near < self.count))[..., None]
+        return pixel.clamp(0, self.length - 1), exists / number
+
     def touching(self, pixels: slice) -> range:
         """The cells of the axis, all of which these must be, that average one of these pixels."""
         first = pixels.start * self.count // self.length

@@ -32,6 +32,15 @@ class Rotation:
         part.width = part._column_cos.shape[0]
         return part
 
+    def at(self, rows: Tensor, columns: Tensor) -> Rotation:
+        """The rotation of single pixels (P,) of the map, as of a map of one column."""
+        at = copy.copy(self)
+        across = self._column_cos[columns][:, None], self._column_sin[columns][:, None]
+        at._row_cos, at._row_sin = _of_sum(self._row_cos[rows], self._row_sin[rows], *across)  # (P, 1, D)
+        at._column_cos, at._column_sin = torch.ones_like(self._column_cos[:1]), torch.zeros_like(self._column_sin[:1])
+        at.width = 1
+        return at
+
     def tables(self) -> Tensor:
         """(H + W, 2, D): cosines and sines of each row's angles, then of each column's."""
         rows, columns = ((self._row_cos[:, 0], self._row_sin[:, 0]), (self._column_cos, self._column_sin))
@@ -58,10 +67,14 @@ class Rotation:
 
     def _cos_sin(self, pixels: slice) -> tuple[Tensor, Tensor]:
         rows = slice(pixels.start // self.width, pixels.stop // self.width)
-        row_cos, row_sin = self._row_cos[rows], self._row_sin[rows]
-        cos = (self._column_cos * row_cos).addcmul_(self._column_sin, row_sin, value=-1)
-        sin = (self._column_sin * row_cos).addcmul_(self._column_cos, row_sin)
+        cos, sin = _of_sum(self._row_cos[rows], self._row_sin[rows], self._column_cos, self._column_sin)
         return cos.flatten(0, 1), sin.flatten(0, 1)
+
+
+def _of_sum(row_cos: Tensor, row_sin: Tensor, column_cos: Tensor, column_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the sum of a row's and a column's angles."""
+    cos = (column_cos * row_cos).addcmul_(column_sin, row_sin, value=-1)
+    return cos, (column_sin * row_cos).addcmul_(column_cos, row_sin)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

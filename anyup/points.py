@@ -1,0 +1,89 @@
+"""The upsampled features at single pixels: nothing of the output's size is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anyup.budget import limit_on
+from anyup.image_context import ImageContext
+from anyup.ops.dispatch import wants_gradient
+from anyup.planning import choose, task_of
+from anyup.planning.prediction import whole
+from anyup.problem import OutputSize
+from anyup.streaming import Rescue, Source
+from anyup.untraced import untraced
+
+if TYPE_CHECKING:
+    from anyup.model import AnyUp
+
+
+@untraced
+def at_points(
+    model: AnyUp,
+    image: Tensor | ImageContext,
+    features: Tensor,
+    points: Tensor,
+    output_size: OutputSize,
+    *,
+    values: Tensor | None,
+    max_memory: int | str | None,
+) -> Tensor:
+    """`AnyUp.at_points`."""
+    size = model.check(image, features, output_size, values=values)
+    carried = features if values is None else values
+    pixels, weights = _pixels(_checked(points, len(features), size), size)
+    # As a stream of one pixel: statistics and keys, and no map of the output.
+    task = task_of(model, image, features, size, values=values, region=(0, 0, 1, 1), tile=(1, 1))
+    images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
+    if wants_gradient(*images, *model.parameters()):
+        if max_memory is not None:
+            raise RuntimeError("max_memory: the gradient of the image or the weights needs whole maps of the queries")
+        plan = whole(task, None)
+    else:
+        plan = choose(task, limit_on(features.device, max_memory))
+    with torch.no_grad():  # it asks for the backends of a stream, which has no gradients
+        source = Source(model, image, features, carried, size, Rescue(plan))
+    with model._threads(image, size, features):
+        found = [source.at(index, *places.unbind(1)) for index, places in enumerate(pixels)]
+    result = torch.stack(found) if found else carried.new_empty(0, pixels.shape[1], carried.shape[1])
+    if weights is None:
+        return result
+    corners = result.unflatten(1, (4, -1))
+    return (corners * weights[..., None].to(corners)).sum(dim=1)
+
+
+def _checked(points: Any, batch: int, size: tuple[int, int]) -> Tensor:
+    """The points on the CPU, in int64 or float64; raises a ValueError or TypeError unless all lie in the output."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points: expected a tensor, got {type(points).__name__}")
+    if points.dim() != 3 or points.shape[0] != batch or points.shape[2] != 2:
+        raise ValueError(
+            f"points: expected rows and columns ({batch}, N, 2) for a batch of {batch}, got {tuple(points.shape)}"
+        )
+    if points.dtype == torch.bool or points.is_complex():
+        raise TypeError(f"points: expected integers or floating-point numbers, got {points.dtype}")
+    points = points.detach().to("cpu", torch.float64 if points.is_floating_point() else torch.int64)
+    last = torch.tensor(size) - 1
+    if not bool(((points >= 0) & (points <= last)).all()):  # a NaN is neither
+        raise ValueError(
+            f"points: expected rows from 0 to {size[0] - 1} and columns from 0 to {size[1] - 1}, got "
+            f"{points.flatten(0, 1)[~((points >= 0) & (points <= last)).all(dim=2).flatten()][0].tolist()}"
+        )
+    return points
+
+
+def _pixels(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Integer points (B, N, 2) as they are; of others four pixels each, (B, 4 N, 2), and their weights (B, 4, N)."""
+    if not points.is_floating_point():
+        return points, None
+    first = points.floor()
+    share = points - first
+    corners, weights = [], []
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        step = torch.tensor((down, right))
+        corners.append(torch.minimum(first.long() + step, torch.tensor(size) - 1))
+        weights.append(torch.where(step.bool(), share, 1 - share).prod(dim=2))
+    return torch.cat(corners, dim=1), torch.stack(weights, dim=1)
