@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor
 
-from anyup import assets
+from anyup import assets, hugging_face
 from anyup.finite import not_finite
 from anyup.images import check_readable, complete_or_absent
 from anyup.model import AnyUp, ModelBackend
@@ -145,7 +145,9 @@ def load(
     Args:
         name_or_path: a name of ``PACKAGED``, which comes with the package (``"anyup_mini"``: the full
             architecture, little training), a name of ``NAMED``, downloaded once into torch.hub's cache, or the
-            path of a file. A string that is such a name always means the named checkpoint.
+            path of a file, or of a folder as `AnyUp.save_pretrained` writes it, or `"hf://owner/name"`, such a
+            folder on Hugging Face's hub (`"hf://owner/name@revision"`), downloaded once into its cache. A string
+            that is such a name always means the named checkpoint.
         device: where the model is put.
         backend: which implementation runs the heavy operations, see ``AnyUp``; None chooses.
         window: ``"ratio"`` or ``"cell"``; None means the stored window, and ``"ratio"`` where none is stored.
@@ -171,6 +173,8 @@ def load(
 
     path = _resolve(name_or_path)
     state_dict, stored = _read(path)
+    if path.name == hugging_face.WEIGHTS and hugging_face.is_stored(path.parent):
+        stored = hugging_face.read_config(path.parent)
     model = _build(state_dict, stored, arguments, backend, path)
     model.load_state_dict(state_dict, strict=True)
     if bad := not_finite(model.state_dict()):
@@ -214,6 +218,44 @@ def save(model: AnyUp, path: str | os.PathLike[str]) -> None:
             torch.save({"anyup": tensors, _CONFIG_KEY: dict(model.config)}, partial)
 
 
+def load_pretrained(
+    repository_or_folder: str | os.PathLike[str],
+    device: str | torch.device,
+    backend: ModelBackend,
+    revision: str | None,
+    arguments: Mapping[str, Any],
+) -> AnyUp:
+    """`AnyUp.from_pretrained`."""
+    options = {name: value for name, value in arguments.items() if name in hugging_face.DOWNLOAD_OPTIONS}
+    folder = Path(repository_or_folder)
+    if not folder.is_dir():
+        at = f"@{revision}" if revision else ""
+        folder = _downloaded(f"{hugging_face.SCHEME}{repository_or_folder}{at}", **options)
+    return load(folder, device, backend, **{name: arguments[name] for name in arguments.keys() - options.keys()})
+
+
+def save_pretrained(model: AnyUp, folder: str | os.PathLike[str]) -> None:
+    """`AnyUp.save_pretrained`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(model, folder / hugging_face.WEIGHTS)
+    with complete_or_absent(folder / hugging_face.CONFIG) as partial:
+        partial.write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
+
+
+def _downloaded(address: str, **options: Any) -> Path:
+    """The folder of weights on Hugging Face's hub."""
+    try:
+        return hugging_face.download(address, **options)
+    except OSError as error:
+        raise DownloadError(
+            f"the weights {address!r} are not cached and could not be downloaded: {error}\n"
+            f"  expected: a repository of Hugging Face's hub, as {hugging_face.SCHEME}owner/name, with "
+            f"{hugging_face.CONFIG} and {hugging_face.WEIGHTS}\n"
+            f"  alternatives: anyup.load(FOLDER) with these two files, or anyup.load({MINI!r})"
+        ) from error
+
+
 def _usable_device(device: str | torch.device) -> torch.device:
     """Return the device, or raise ValueError where this torch cannot put a tensor on it."""
     try:
@@ -232,12 +274,19 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
         return PACKAGED[name_or_path].path
     if isinstance(name_or_path, str) and name_or_path in NAMED:
         return _cached(name_or_path)
+    if isinstance(name_or_path, str) and name_or_path.startswith(hugging_face.SCHEME):
+        return _downloaded(name_or_path) / hugging_face.WEIGHTS
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"name_or_path: expected a name or a path, got {type(name_or_path).__name__}")
     path = Path(name_or_path)
     names = ", ".join(repr(name) for name in (*PACKAGED, *NAMED))
     if path.is_dir():
-        raise ValueError(f"name_or_path: expected one of the names {names} or a file, got the folder {str(path)!r}")
+        if hugging_face.is_stored(path):
+            return path / hugging_face.WEIGHTS
+        raise ValueError(
+            f"name_or_path: expected one of the names {names}, a file, or a folder with {hugging_face.CONFIG} and "
+            f"{hugging_face.WEIGHTS}, got the folder {str(path)!r}"
+        )
     if not path.exists():
         near = difflib.get_close_matches(str(path), (*PACKAGED, *NAMED), n=1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""

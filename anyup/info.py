@@ -35,6 +35,7 @@ _OPTIONAL = (
     ("timm", "timm", 'encoders "timm/<model>"'),
     ("transformers", "transformers", 'encoders "transformers/<model>"'),
     ("torchvision", "torchvision", 'encoders "torchvision/<model>:<layer>"'),
+    ("huggingface_hub", "huggingface_hub", 'weights "hf://owner/name"'),
 )
 
 _IMAGE = (1, 3, 448, 448)
@@ -128,7 +129,7 @@ def _cut_lines() -> Iterator[str]:
 def _optional_lines() -> Iterator[str]:
     for module, distribution, purpose in _OPTIONAL:
         found = _version(distribution) if find_spec(module) else None
-        yield f"{distribution:<13} {found or 'not found':<13} {purpose}"
+        yield f"{distribution:<15} {found or 'not found':<13} {purpose}"
 
 
 def _encoder_lines() -> Iterator[str]:

@@ -7,9 +7,11 @@ from the image and keys from the image and the features. What is heavy runs in `
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -369,6 +371,52 @@ class AnyUp(nn.Module):
         from anyup.points import at_points
 
         return at_points(self, image, features, points, output_size, values=values, max_memory=max_memory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository_or_folder: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        backend: ModelBackend = None,
+        revision: str | None = None,
+        **arguments: Any,
+    ) -> AnyUp:
+        """The upsampler of a folder that `save_pretrained` wrote, or of a repository of Hugging Face's hub.
+
+        Args:
+            repository_or_folder: a folder, or "owner/name".
+            device, backend: as of `anyup.load`.
+            revision: branch, tag or commit of the repository.
+            **arguments: of the constructor, see `anyup.load`; and of `huggingface_hub.hf_hub_download`, such as
+                `token`, `cache_dir` and `local_files_only`.
+
+        Raises as `anyup.load`.
+        """
+        from anyup import checkpoints
+
+        return checkpoints.load_pretrained(repository_or_folder, device, backend, revision, arguments)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors` into a folder, as Hugging Face's mixin for torch modules does."""
+        from anyup import checkpoints
+
+        checkpoints.save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        commit_message: str = "Push AnyUp",
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of Hugging Face's hub; the commit's address."""
+        from anyup import hugging_face
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hugging_face.upload(folder, repository, message=commit_message, private=private, token=token)
 
     def check(
         self,
