@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from anyup.progress import human_bytes
 SHARE = 0.9
 """Of what a GPU has free, where the caller sets no limit."""
 
-# Not worth asking the system about.
+# Not worth asking the system about: so many bytes, and of a GPU one part in so many.
 _ALWAYS_FREE = 2**26
+_SMALL_SHARE = 16
 
 _UNITS = {"": 1, "b": 1, **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}}
 _UNITS.update({f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)})
@@ -54,6 +56,32 @@ def free_memory(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+@cache
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU, which are asked for once; None where it is unknown."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def is_small(needed: int, device: torch.device) -> bool:
+    """Whether so many bytes are so few beside a GPU's that nobody asks it what is free.
+
+    That is a call to its driver, which may wait for what runs. Where they are not to be had after all, the call that
+    runs out of memory goes on with less.
+    """
+    total = total_memory(device)
+    return total is not None and _SMALL_SHARE * needed <= total
+
+
+def has_room(needed: int, device: torch.device) -> bool:
+    """Whether a call that sets no limit may take so many bytes, as far as is known."""
+    if device.type == "cpu" or is_small(needed, device):
+        return True
+    limit = limit_on(device, None)
+    return limit is None or needed <= limit
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether its operations take memory, as far as is known: those of a tracer's tensors, for one, take none."""
     return type(tensor) in (Tensor, nn.Parameter)
@@ -61,7 +89,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def check_room(needed: int, what: str, device: torch.device, hint: str) -> None:
     """Raise ValueError where so many bytes are not to be had on the device: Linux ends a process that takes them."""
-    free = free_memory(device) if needed >= _ALWAYS_FREE else None
+    free = free_memory(device) if needed >= _ALWAYS_FREE and not is_small(needed, device) else None
     if free is not None and needed > free:
         raise ValueError(
             f"{what} takes {human_bytes(needed)}, and {human_bytes(free)} of memory are free on {device}; {hint}"

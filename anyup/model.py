@@ -30,9 +30,11 @@ from anyup.ops.parallel import on_threads_for
 from anyup.ops.precision import autocasts, key_dtype, without_autocast, working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.problem import OutputSize, check_image, check_inputs, integer
+from anyup.repetition import seen_before
 from anyup.window import WINDOW_KINDS, CellWindow, RatioWindow, check_ratio
 
 if TYPE_CHECKING:
+    from anyup.capture import CapturedCall
     from anyup.streaming import Stream
 
 OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
@@ -200,13 +202,18 @@ class AnyUp(nn.Module):
             RuntimeError: a gradient is wanted within `max_memory`, or with `out`.
             NotImplementedError: no requested backend can; lists every reason. Or a forward-mode derivative is wanted.
         """
+        compiling, seen = torch.compiler.is_compiling(), None
+        if not compiling and max_memory is None and out is None and not vis_attn:
+            seen = seen_before(self, image, features, output_size, q_chunk_size, values)
+            if seen is not None and (result := seen.repeat()) is not None:
+                return result
         size = self.check(image, features, output_size, q_chunk_size, values=values)
         q_chunk_size = integer(q_chunk_size)
-        if torch.compiler.is_compiling() and max_memory is None and out is None:
+        if compiling and max_memory is None and out is None:
             return self._upsample(image, features, size, vis_attn, q_chunk_size, values)
         from anyup import streaming
 
-        return streaming.call(self, image, features, size, vis_attn, q_chunk_size, values, max_memory, out)
+        return streaming.call(self, image, features, size, vis_attn, q_chunk_size, values, max_memory, out, seen)
 
     def _upsample(
         self,
@@ -417,6 +424,75 @@ class AnyUp(nn.Module):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return hugging_face.upload(folder, repository, message=commit_message, private=private, token=token)
+
+    def warm_up(
+        self,
+        image_size: Sequence[int],
+        feature_size: Sequence[int],
+        channels: int,
+        *,
+        output_size: OutputSize = None,
+        values: int | None = None,
+        batch: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Do before the first request what the first calls of a size do: compile kernels, and decide how they run.
+
+        On a GPU the kernels compile side by side, on up to eight of the processor's cores. Call it under
+        `torch.inference_mode()` and autocast as the requests will be.
+
+        Args:
+            image_size, feature_size: (height, width).
+            channels: of the features.
+            output_size: (H, W); None means the image's size.
+            values: channels of `values=`, where that is used.
+            batch: images.
+            dtype: of the images and features; None means the upsampler's.
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came.
+            NotImplementedError: no requested backend can; lists every reason.
+        """
+        from anyup.warming import warm_up
+
+        warm_up(
+            self, image_size, feature_size, channels,
+            output_size=output_size, values=values, batch=batch, dtype=dtype,
+        )  # fmt: skip
+
+    def capture(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: OutputSize = None,
+        *,
+        values: Tensor | None = None,
+    ) -> CapturedCall:
+        """Capture a call as a CUDA graph, for calls of these shapes and dtypes that cost the host one launch.
+
+            upsample = upsampler.capture(image, features)
+            out = upsample(next_image, next_features)
+
+        Each call copies its tensors into the graph's (copies on the GPU), replays it and returns its result, the same
+        tensor each time: the next call writes it again, `clone()` what is to stay. A context of `encode_image` stands
+        for the image in the capture and in the calls, another one each time (video: one image's queries for several
+        feature maps, or one after the other). Autocast and the precision of products stay as they were; weights are
+        read where they are at each call. One thread may call it at a time.
+
+        Args:
+            image, features, output_size, values: as in the call.
+
+        Returns:
+            A callable `(image, features, values=None)`; its `nbytes` of GPU memory are kept as long as it lives.
+
+        Raises:
+            ValueError, TypeError: which argument, what was expected, what came. Or whole maps do not fit.
+            RuntimeError: on another device than a GPU; or a gradient is wanted, call it under `torch.no_grad()`.
+            NotImplementedError: no requested backend can, or what runs cannot be captured.
+        """
+        from anyup.capture import capture
+
+        return capture(self, image, features, output_size, values)
 
     def check(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyup.banded import BandedImage, Workspace, check_backends
-from anyup.budget import is_plain, limit_on
+from anyup.budget import is_plain, is_small, limit_on
 from anyup.caller_warning import warn
 from anyup.finite import overflow
 from anyup.image_context import ImageContext
@@ -30,6 +30,7 @@ from anyup.window import Part
 
 if TYPE_CHECKING:
     from anyup.model import AnyUp
+    from anyup.repetition import Seen
 
 Tile = tuple[slice, slice, Tensor]
 """Rows and columns of the output, and its values there (B, C, rows, columns)."""
@@ -182,6 +183,7 @@ def call(
     values: Tensor | None,
     max_memory: int | str | None,
     out: Any,
+    seen: Seen | None = None,
 ) -> Any:
     """The call of an `AnyUp` with checked arguments, within a budget: maps are whole where they may be."""
     with model._threads(image, size, features):
@@ -200,9 +202,9 @@ def call(
             ):  # fmt: skip
                 pass
             return out
-        limit = limit_on(features.device, max_memory)
-        differentiates = wants_gradients(model, image, features, carried)
         task = task_of(model, image, features, size, values=values)
+        limit = _limit(task, features.device, max_memory)
+        differentiates = wants_gradients(model, image, features, carried)
         _check_room(task, features, whole=differentiates or limit is None)
         if differentiates:
             if max_memory is not None:
@@ -213,12 +215,24 @@ def call(
         rescue = Rescue(choose(task, limit))
         if rescue.plan.order == "whole":
             try:
-                return model._upsample(image, features, size, vis_attn, q_chunk_size, values)
+                call = partial(model._upsample, image, features, size, vis_attn, q_chunk_size, values)
+                if seen is None or not seen.repetition.is_open:
+                    return call()
+                # What torch.compile makes of flex attention launches kernels that nobody sees.
+                chosen = model.explain(image, features, size, values=values).chosen.values()
+                return call() if "flex" in chosen else seen.record(rescue.plan.peak_bytes, call)
             except torch.OutOfMemoryError as error:
                 rescue.fail(error)
         if vis_attn:
             raise ValueError(f"vis_attn: the picture needs whole maps, which do not fit; the plan is\n{rescue.plan}")
         return _upsample(model, image, features, size, rescue, values=values, q_chunk_size=q_chunk_size)
+
+
+def _limit(task: Task, device: torch.device, max_memory: int | str | None) -> int | None:
+    """The bytes that a call may allocate; None where whole maps take so few that nobody asks."""
+    if max_memory is None and device.type == "cuda" and is_small(choose(task, None).peak_bytes, device):
+        return None
+    return limit_on(device, max_memory)
 
 
 def _check_room(task: Task, features: Tensor, *, whole: bool) -> None:

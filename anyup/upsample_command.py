@@ -275,6 +275,11 @@ def _upsample(
                 out=result, keep=True,
             )  # fmt: skip
 
+        if device.type == "cuda":
+            from anyup.warming import compile_ahead
+
+            with progress.stage(f"compiling kernels for {device}, which later runs find"):
+                compile_ahead(lambda: next(stream(None)), device)
         if in_pieces:
             assert output is not None
             begin = array_files.PartialArray.resume if arguments.resume else array_files.PartialArray

@@ -184,6 +184,7 @@ def measure(dtype: torch.dtype, output: int, grid: int, channels: int) -> dict[s
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.runtime.jit import JITFunction
 
+    from anyup import repetition
     from anyup.kernels.launch import Launch
 
     upsampler, image, features = made(dtype, output, grid, channels)
@@ -204,6 +205,7 @@ def measure(dtype: torch.dtype, output: int, grid: int, channels: int) -> dict[s
         return patch.object(type(upsampler), "__call__", upsample)
 
     changes: dict[str, Change] = {
+        "repeated": lambda: patch.object(repetition, "DEVICES", ("cpu",)),
         "call": nullcontext,
         "the C launcher": without(CudaLauncher, "__call__"),
         "Triton's JIT": without(JITFunction, "run"),
@@ -220,7 +222,7 @@ def measure(dtype: torch.dtype, output: int, grid: int, channels: int) -> dict[s
         repeated = Clock()
         repeated.alternate(lambda: [function(*args, **kwargs) for function, args, kwargs in asked], {"": nullcontext})
     whole = clock.microseconds("call")
-    parts = {name: whole - clock.microseconds(name) for name in changes if name != "call"}
+    parts = {name: whole - clock.microseconds(name) for name in changes if name not in ("call", "repeated")}
     parts["torch's operations"] = repeated.microseconds("")
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -229,6 +231,7 @@ def measure(dtype: torch.dtype, output: int, grid: int, channels: int) -> dict[s
         "channels": channels,
         "loop": clock.loop,
         "call": whole,
+        "repeated": clock.microseconds("repeated"),
         "parts": parts,
         "counts": counted,
     }
@@ -239,8 +242,9 @@ def told(result: dict[str, Any]) -> str:
     counts = result["counts"]
     lines = [
         f"{result['output']} from {result['grid']}, C = {result['channels']}, {result['dtype']}: "
-        f"{result['call']:.0f} microseconds of host time a call ({_ADDITIONS} additions: {result['loop']:.0f})",
-        *(f"  {name:<28}{value:8.0f}" for name, value in result["parts"].items()),
+        f"{result['repeated']:.0f} microseconds of host time a call ({_ADDITIONS} additions: {result['loop']:.0f})",
+        f"  {'a call in full':<28}{result['call']:8.0f}, of it",
+        *(f"    {name:<26}{value:8.0f}" for name, value in result["parts"].items()),
         f"  {counts['launches']} launches, {counts['operations']} operations of torch, "
         f"{counts['allocations']} allocations, {counts['views']} views, {counts['waits']} waits for the device",
     ]

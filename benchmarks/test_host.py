@@ -27,4 +27,4 @@ def test_host_time_of_a_call(dtype: str, benchmark: Any) -> None:
     benchmark.extra_info.update(result)
     benchmark.pedantic(json.loads, args=(run.stdout.splitlines()[-1],), rounds=1)
     parts = ", ".join(f"{name} {value:.0f}" for name, value in result["parts"].items())
-    print(f"\n{dtype}: {result['call']:.0f} us ({parts})")
+    print(f"\n{dtype}: {result['repeated']:.0f} us; in full {result['call']:.0f} us ({parts})")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 SIZES = (
     "height", "width", "grid_rows", "grid_columns", "tile_rows", "tile_columns", "cell_rows", "cell_columns", "again",
@@ -19,6 +23,20 @@ SIZES = (
 
 PART = ("part_row", "part_column", "whole_height", "whole_width")
 """Kernel arguments that say where in a larger output the pixels lie; all None where they are the whole output."""
+
+
+_MOST_COMPILERS = 8
+"""Threads that compile at a time: each may take hundreds of megabytes."""
+
+
+class _Heard(threading.local):
+    """Who is told of this thread's launches, and whether they are compiled alone."""
+
+    tell: Callable[[Launch, Any], None] | None = None
+    ahead: bool = False
+
+
+_heard = _Heard()
 
 
 @dataclass(frozen=True)
@@ -44,10 +62,91 @@ class Launch:
         if not all(self.grid):
             return
         device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
-        # Triton launches on torch's current device, whatever device the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # Triton launches on torch's current device, whatever device the tensors are on. And its interpreter works with
+        # operations of torch, which are nobody's to hear of.
+        unheard = contextlib.nullcontext() if _heard.tell is None else _disable_current_modes()
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), unheard:
             # Explicit, because Triton 3.10 changes the default.
-            self.kernel[self.grid](**self.arguments, **self.constants, **self.options, enable_fp_fusion=True)
+            settings = {**self.constants, **self.options, "enable_fp_fusion": True}
+            if _heard.ahead:
+                self.kernel.warmup(grid=self.grid, **self.arguments, **settings)
+                return
+            compiled = self.kernel[self.grid](**self.arguments, **settings)
+        if _heard.tell is not None:
+            _heard.tell(self, compiled)
+
+    @property
+    def values(self) -> list[Any]:
+        """All arguments in the kernel's order, as a compiled kernel takes them."""
+        given = {**self.arguments, **self.constants}
+        return [given.get(each.name, each.default) for each in self.kernel.params]
+
+
+@contextlib.contextmanager
+def told(tell: Callable[[Launch, Any], None]) -> Iterator[None]:
+    """Tell of each of this thread's launches in the block, with the compiled kernel that Triton has launched."""
+    before, _heard.tell = _heard.tell, tell
+    try:
+        yield
+    finally:
+        _heard.tell = before
+
+
+def compiles_ahead() -> bool:
+    """Whether this thread is in a block of `compiled_ahead`."""
+    return _heard.ahead
+
+
+@contextlib.contextmanager
+def compiled_ahead() -> Iterator[None]:
+    """Compile this thread's launches in the block, side by side on the processor's cores, and launch none of them.
+
+    What does not compile is left to the launch that meets it. Without Triton's `AsyncCompileMode`, one after the other.
+    """
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+    except ImportError:  # it is no promise of Triton's
+        beside: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        pool = None
+    else:
+        pool = ThreadPoolExecutor(min(_MOST_COMPILERS, os.cpu_count() or 1))
+        beside = AsyncCompileMode(pool)
+    _heard.ahead = True
+    try:
+        with beside:
+            yield
+            _heard.ahead = False
+    finally:
+        _heard.ahead = False
+        if pool is not None:
+            pool.shutdown()
+
+
+def is_direct(compiled: Any) -> bool:
+    """Whether what Triton has launched may be launched again as it does it, without what it does before.
+
+    That is the last statement of `JITFunction.run`, the same from triton 3.5 to 3.9. Not where someone else runs
+    kernels: the interpreter, or who has put himself in its place.
+    """
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(compiled, CompiledKernel) and JITFunction.run.__module__ == JITFunction.__module__
+
+
+def hooked() -> bool:
+    """Whether someone (a profiler) is to be told of launches, which takes Triton's own way."""
+    from triton import knobs
+
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def stream_of(device: int) -> int:
+    """Torch's current stream on a device, as Triton launches on it."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream(device)
 
 
 def strides_of(name: str, tensor: Tensor, axes: str) -> dict[str, int]:

@@ -21,13 +21,14 @@ from anyup.bench.clock import CardLost
 from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Entry, Speeds
 from anyup.bench.floors import BOTH
-from anyup.bench.graphs import Graph, by_stage
+from anyup.bench.graphs import by_stage
 from anyup.bench.published_code import PublishedCode
 from anyup.bench.results import MachineError, ResultsFile
 from anyup.bench.stages import STAGES, Stages
 from anyup.bench.suite import Comparison, Contender
 from anyup.bench.timing import Time, Timing, host_clock
 from anyup.bench.workloads import Workload, square
+from anyup.capture import Graph
 
 TINY = Workload((24, 20), (6, 5), channels=12)
 SPEEDS = Speeds(dict.fromkeys(cases.DTYPES, 1e11), 1e10)

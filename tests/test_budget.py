@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anyup
-from anyup import budget
+from anyup import budget, streaming
+from anyup.planning.task import make_task
 
 CPU = torch.device("cpu")
 OUT_OF_REACH = (10**9, 10**9)
@@ -141,3 +143,22 @@ def test_a_control_group_s_limit_counts_wherever_it_is_set(version: str, folder:
     assert list(budget._control_groups(tmp_path / "cgroup", tmp_path)) == [400]
     (group / limit).write_text("max\n")
     assert not list(budget._control_groups(tmp_path / "cgroup", tmp_path))
+
+
+def test_a_card_is_not_asked_for_its_free_memory_where_little_of_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(budget, "free_memory", lambda device: asked.append(device) or 2**33)
+    monkeypatch.setattr(budget, "total_memory", lambda device: 2**34 if device.type == "cuda" else None)
+    task = make_task(
+        anyup.AnyUp(qk_dim=16, num_heads=2, lfu_dim=8).config,
+        image=(448, 448), output=(448, 448), grid=(32, 32), batch=1, channels=384, carried=384, dtype=torch.bfloat16,
+        value_dtype=torch.bfloat16, out_dtype=torch.bfloat16, device_type="cuda", returned=True,
+        region=(0, 0, 448, 448),
+    )  # fmt: skip
+    assert streaming._limit(task, card, None) is None
+    task.check_room(card, whole=True)
+    assert budget.has_room(2**30, card) and not asked
+    assert streaming._limit(task, card, "1GB") == 10**9
+    assert streaming._limit(replace(task, batch=64), card, None) == int(budget.SHARE * 2**33)
+    assert budget.has_room(2**32, card) and not budget.has_room(2**33, card) and len(asked) == 3

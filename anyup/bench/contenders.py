@@ -9,11 +9,11 @@ import torch
 from anyup import AnyUp
 from anyup.bench import cases, memory, published
 from anyup.bench.cases import Sizes
-from anyup.bench.graphs import Graph, capture
 from anyup.bench.published_code import PublishedCode
 from anyup.bench.suite import CODE, GRAPH, NATTEN, WITH_CHUNKS, Contender
 from anyup.bench.timing import Clock
 from anyup.bench.workloads import Workload
+from anyup.capture import Graph, graph_of
 
 
 class Builder:
@@ -74,4 +74,4 @@ def _graph(sizes: Sizes) -> Graph:
     upsampler: AnyUp = cases.model(sizes.dtype, sizes.device)
     image, features = sizes.inputs()
     with torch.inference_mode():
-        return capture(lambda: upsampler(image, features), image.device)
+        return graph_of(lambda: upsampler(image, features), image.device)

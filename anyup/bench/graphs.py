@@ -1,9 +1,8 @@
-"""A call as a CUDA graph, and what a card does in a replay of one, kernel by kernel."""
+"""What a card does in a replay of a CUDA graph, kernel by kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,50 +10,10 @@ from torch import Tensor
 
 from anyup.bench.stages import Stages
 from anyup.bench.timing import Time
+from anyup.capture import graph_of
 
 _BETWEEN = "spin_kernel"
 """The kernel of `torch.cuda._sleep`, which nothing else launches: it stands before and after each stage."""
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A call as a CUDA graph that is replayed.
-
-    Attributes:
-        out: what a replay writes; it lies in the graph's memory.
-        held_bytes: the graph's memory, which it keeps from its capture on.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    out: Tensor
-    held_bytes: int
-
-    def __call__(self) -> Tensor:
-        self.graph.replay()
-        return self.out
-
-
-def capture(call: Callable[[], Tensor], device: torch.device) -> Graph:
-    """Capture a call; raises NotImplementedError where it cannot be."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled and memory is found before the capture
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        # A capture fills a pool of its own, whose blocks stay reserved: what is reserved more is the graph's.
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                out = call()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise NotImplementedError(f"the call cannot be captured: {str(error).splitlines()[0]}") from error
-        return Graph(graph, out, torch.cuda.memory_reserved() - before)
 
 
 class Kernel(NamedTuple):
@@ -83,7 +42,7 @@ def kernels_of(stages: Stages, device: torch.device) -> list[Kernel]:
         names[:] = times
         return out
 
-    replay = capture(run, device)
+    replay = graph_of(run, device)
     for _ in range(2):  # the first one makes the profiler ready
         events = _profiled(replay)
     return by_stage(events, names)

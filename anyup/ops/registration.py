@@ -13,6 +13,9 @@ import torch
 
 _LIBRARY = torch.library.Library("anyup", "FRAGMENT")
 
+BODIES: dict[Any, Callable[..., Any]] = {}
+"""What runs when an operator is called, by operator: for a dispatch mode that is to see what a body does."""
+
 
 def register(
     name: str,
@@ -39,4 +42,6 @@ def register(
         raise RuntimeError(f"anyup: {name} cannot be differentiated")
 
     torch.library.register_autograd(f"anyup::{name}", gradient or refuse, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(torch.ops.anyup, name).default
+    operator = getattr(torch.ops.anyup, name).default
+    BODIES[operator] = body
+    return operator

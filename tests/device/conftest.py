@@ -26,8 +26,11 @@ def _device_or_skip() -> Iterator[None]:
             from triton import knobs
 
             patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
-            # A card that is pretended has no memory to ask about.
+            # A card that is pretended has no memory to ask about, and its kernels are run by ttsem alone.
             patch.setattr("anyup.budget.free_memory", lambda device: None)
+            patch.setattr("anyup.budget.total_memory", lambda device: None)
+            patch.setattr("anyup.repetition.DEVICES", ())
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         yield
 
 

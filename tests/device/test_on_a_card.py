@@ -286,6 +286,55 @@ def test_the_upsampler_is_captured_in_a_graph_and_replayed_on_another_image(dtyp
     assert relative_error(replayed, expected.double()) < 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("with_context", [False, True])
+def test_a_captured_call_returns_what_the_call_returns(with_context: bool, measured: dict[str, Any]) -> None:
+    dtype = torch.bfloat16
+    upsampler = model(dtype)
+
+    def given(phase: int) -> tuple[Any, Tensor]:
+        image, features = model_inputs(dtype, phase)
+        return (upsampler.encode_image(image, grids=[(GRID, GRID)]) if with_context else image), features
+
+    with torch.inference_mode():
+        upsample = upsampler.capture(*given(3))
+        measured["nbytes"] = upsample.nbytes
+        others = given(13)
+        with no_waiting():
+            found = upsample(*others)
+        assert relative_error(found, upsampler(*others).double()) < 16 * torch.finfo(dtype).eps
+        for parameter in upsampler.parameters():
+            parameter.mul_(0.9)
+        if not with_context:
+            assert relative_error(upsample(*others), upsampler(*others).double()) < 16 * torch.finfo(dtype).eps
+
+
+def test_a_call_is_repeated_with_the_same_bits() -> None:
+    upsampler, inputs, others = model(torch.bfloat16), model_inputs(torch.bfloat16), model_inputs(torch.bfloat16, 13)
+    with torch.inference_mode():
+        expected = upsampler(*others)
+        for _ in range(4):
+            upsampler(*inputs)
+        with no_waiting():
+            found = upsampler(*others)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            beside = upsampler(*others)
+        torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(found, expected) and torch.equal(beside, expected)
+
+
+def test_a_compiled_upsampler_runs_in_graphs() -> None:
+    upsampler, inputs = model(torch.bfloat16), model_inputs(torch.bfloat16)
+    compiled = upsampler if rehearsed else torch.compile(upsampler, mode="reduce-overhead")
+    with torch.inference_mode():
+        expected = upsampler(*inputs)
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            found = compiled(*inputs).clone()
+    assert relative_error(found, expected.double()) < 16 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_upsampler_chooses_the_kernels_and_stays_near_float64(
     dtype: torch.dtype, launched: Any, measured: dict[str, Any]

@@ -1,0 +1,182 @@
+"""A call as a CUDA graph: the host launches one thing, whatever the call consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anyup.budget import limit_on
+from anyup.image_context import ImageContext, weights_of
+from anyup.planning import choose, task_of
+from anyup.problem import OutputSize
+from anyup.progress import human_bytes
+from anyup.repetition import Weights, read_by
+from anyup.streaming import wants_gradients
+from anyup.untraced import untraced
+
+if TYPE_CHECKING:
+    from anyup.model import AnyUp
+
+DEVICES = ("cuda",)
+"""Kinds of devices on which there are graphs."""
+
+_WARMING = 3
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A call as a CUDA graph that is replayed.
+
+    Attributes:
+        out: what a replay writes; it lies in the graph's memory.
+        held_bytes: the graph's memory, which it keeps from its capture on.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    out: Tensor
+    held_bytes: int
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.out
+
+
+def graph_of(call: Callable[[], Tensor], device: torch.device) -> Graph:
+    """Capture a call; raises NotImplementedError where it cannot be."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are compiled and memory is found before the capture
+            for _ in range(_WARMING):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        # A capture fills a pool of its own, whose blocks stay reserved: what is reserved more is the graph's.
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                out = call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotImplementedError(f"the call cannot be captured: {str(error).splitlines()[0]}") from error
+        return Graph(graph, out, torch.cuda.memory_reserved() - before)
+
+
+class CapturedCall:
+    """What `AnyUp.capture` returns: calls with tensors like those it was captured with, as replays of one CUDA graph.
+
+    Attributes:
+        output_size: (H, W).
+        nbytes: of GPU memory that it keeps: its inputs' copies, all maps in between, and the result.
+    """
+
+    def __init__(
+        self,
+        upsampler: AnyUp,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: tuple[int, int],
+        values: Tensor | None,
+    ) -> None:
+        self.output_size = output_size
+        self._upsampler, self._device = upsampler, features.device
+        self._reads_context = isinstance(image, ImageContext)
+        self._inputs = {name: tensor.clone() for name, tensor in read_by(image, features, values).items()}
+        self._weights = Weights(upsampler)
+        self._addresses = self._weights.addresses()
+        own = self._inputs
+        if isinstance(image, ImageContext):
+            grid = (features.shape[2], features.shape[3])
+            keys = {grid: own["image keys"]} if "image keys" in own else {}
+            image = ImageContext(own.get("image", image.image), own["queries"], keys, image.weights)
+        else:
+            image = own["image"]
+        call = partial(upsampler._upsample, image, own["features"], output_size, False, None, own.get("values"))
+        with torch.inference_mode(False), torch.no_grad():
+            self._graph = graph_of(call, self._device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of GPU memory that are kept."""
+        return self._graph.held_bytes + sum(each.numel() * each.element_size() for each in self._inputs.values())
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor | ImageContext, features: Tensor, values: Tensor | None = None) -> Tensor:
+        """The call for other numbers, of the shapes and dtypes that were captured.
+
+        Returns:
+            (B, C or Cv, H, W), the same tensor each time: the next call writes it again. `clone()` what is to stay.
+
+        Raises:
+            ValueError, TypeError: which argument is not like the one that was captured.
+            RuntimeError: the upsampler's weights lie elsewhere now (`to`, another parameter): capture again. What was
+                written into them (a training's step, `load_state_dict`) is followed.
+        """
+        weights = self._weights
+        if not weights.are_there() or weights.addresses() != self._addresses:
+            raise RuntimeError("the upsampler's weights have been replaced since the capture; capture the call again")
+        if not isinstance(image, ImageContext if self._reads_context else Tensor):
+            expected = "a context of encode_image" if self._reads_context else "an image"
+            raise TypeError(f"image: the call was captured with {expected}, got {type(image).__name__}")
+        if isinstance(image, ImageContext) and image.weights != weights_of(self._upsampler.parameters()):
+            raise ValueError("image: the context was made by another upsampler, or before its weights changed")
+        given = read_by(image, features, values)
+        if given.keys() != self._inputs.keys():
+            raise ValueError(
+                f"the call was captured with {', '.join(self._inputs)}, got {', '.join(given)}; capture another one"
+            )
+        for name, own in self._inputs.items():
+            _check_like(name, given[name], own)
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            for name, own in self._inputs.items():
+                own.copy_(given[name])
+            return self._graph()
+
+    def __repr__(self) -> str:
+        read = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self._inputs.items())
+        return f"CapturedCall({read} to {self.output_size}, {human_bytes(self.nbytes)} on {self._device})"
+
+
+@untraced
+def capture(
+    upsampler: AnyUp,
+    image: Tensor | ImageContext,
+    features: Tensor,
+    output_size: OutputSize,
+    values: Tensor | None,
+) -> CapturedCall:
+    """Check the arguments of `AnyUp.capture`, and capture the call."""
+    size = upsampler.check(image, features, output_size, values=values)
+    device = features.device
+    if device.type not in DEVICES:
+        raise RuntimeError(f"capture: a CUDA graph needs a GPU, and the upsampler is on {device}")
+    carried = features if values is None else values
+    if wants_gradients(upsampler, image, features, carried):
+        raise RuntimeError("capture does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("capture: a graph is being captured already; a plain call can be part of it")
+    task = task_of(upsampler, image, features, size, values=values)
+    plan = choose(task, limit_on(device, None))
+    if plan.order != "whole":
+        raise ValueError(f"capture: a graph holds whole maps, which do not fit; the plan of a call is\n{plan}")
+    return CapturedCall(upsampler, image, features, size, values)
+
+
+def _check_like(name: str, given: Any, own: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
+    if given.shape != own.shape or given.device != own.device:
+        raise ValueError(
+            f"{name}: the call was captured with {tuple(own.shape)} on {own.device}, "
+            f"got {tuple(given.shape)} on {given.device}"
+        )
+    if given.dtype != own.dtype:
+        raise TypeError(f"{name}: the call was captured in {own.dtype}, got {given.dtype}")

@@ -1,0 +1,454 @@
+"""A call like an earlier one, repeated without the Python that decides how: the same launches, the same operations.
+
+What a call on a card decides (backends, cuts, grids, strides, conversions) follows from its signature: shapes, strides,
+dtypes, alignment, settings, and where the weights lie. So the second and the third call of a signature are recorded, as
+a straight line of torch operations and launches of compiled kernels; where both are alike, later ones run that line.
+Weights are read where they are, at each call: nothing that is made of their numbers is kept, so that it does not matter
+who writes to them, and how.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from anyup.budget import has_room
+from anyup.image_context import ImageContext, weights_of
+from anyup.ops.precision import autocasts, float32_matmul_precision, without_autocast
+from anyup.ops.registration import BODIES
+
+if TYPE_CHECKING:
+    from anyup.kernels.launch import Launch
+    from anyup.model import AnyUp
+
+logger = logging.getLogger("anyup")
+
+DEVICES = ("cuda",)
+"""Kinds of devices on which calls are repeated."""
+
+_MOST_SIGNATURES = 32
+_MOST_STEPS = 600
+
+_MAKERS = ("anyup", "torch")
+
+Signature = tuple[Any, ...]
+
+
+class Unrecordable(Exception):
+    """A call that cannot be repeated as a straight line, and why."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A call as a straight line of Python.
+
+    Attributes:
+        source: a function `repeat(stream, ...)` of the call's tensors, that returns its result.
+        names: what else the source mentions: operations, compiled kernels, settings, tensors.
+        found: the tensors that the call has found and not made: weights, tables.
+    """
+
+    source: str
+    names: dict[str, Any]
+    found: list[Tensor]
+
+    def function(self) -> Callable[..., Tensor]:
+        """The compiled source."""
+        names = dict(self.names)
+        exec(compile(self.source, "<a repeated call of anyup>", "exec"), names)
+        return names["repeat"]
+
+    def is_like(self, other: Line) -> bool:
+        """Whether both do the same with the same tensors."""
+        return (
+            self.source == other.source
+            and len(self.found) == len(other.found)
+            and all(mine is its for mine, its in zip(self.found, other.found, strict=True))
+            and all(_same(value, other.names[name]) for name, value in self.names.items())
+        )
+
+
+def _same(mine: Any, its: Any) -> bool:
+    # Views of what was found are new ones each time.
+    return isinstance(mine, (Tensor, functools.partial)) or mine is its or mine == its
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down what torch and Triton are asked for on behalf of some tensors."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._names: dict[str, Any] = {}
+        self._found: list[Tensor] = []
+        self._steps: list[tuple[list[str], str, list[str]]] = []  # what is made, the statement, what is read
+        self._made = 0
+        self._inputs = [self._call(tensor, f"a{index}") for index, tensor in enumerate(tensors)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and write it down; an operator of ours by its body."""
+        kwargs = kwargs or {}
+        if func in BODIES:
+            with self:
+                return BODIES[func](*args, **kwargs)
+        if "as_strided" in func._schema.name and len(args) + len(kwargs) > 3:
+            raise Unrecordable("a place in memory")
+        used = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(self._known_as(tensor, "t") is None for tensor in _written(func, args, kwargs)):
+            raise Unrecordable(f"{func} writes to what the call has not made")
+        told = ", ".join(
+            [*(self._told(value) for value in args), *(f"{name}={self._told(kwargs[name])}" for name in kwargs)]
+        )
+        read = [self._told(tensor) for tensor in used]
+        result = func(*args, **kwargs)
+        if any(result is tensor for tensor in used) and not func._schema.is_mutable:
+            return result  # nothing was to do
+        if func._schema.is_mutable:
+            self._steps.append(([], f"{self._name('f', func)}({told})", read))
+            return result
+        if not used and not isinstance(result, Tensor):
+            return result  # of dtypes, say
+        results = [result] if isinstance(result, Tensor) else result
+        if not isinstance(results, (list, tuple)) or not all(isinstance(made, Tensor) for made in results):
+            raise Unrecordable(f"{func} reads numbers")
+        if read and _is_view(func) and all(name[0] == "c" for name in read):
+            for view in results:  # of a weight: it is where it is
+                self._call(view, self._name("c", view))
+            return result
+        names = [self._call(made, self._next()) for made in results]
+        target = f"[{', '.join(names)}]" if result is results else names[0]
+        self._steps.append((names, f"{target} = {self._name('f', func)}({told})", read))
+        return result
+
+    def launched(self, launch: Launch, compiled: Any) -> None:
+        """Write a launch down."""
+        from anyup.kernels import launch as launches
+        from anyup.ops.kernel_device import interprets
+
+        names = [name for name, value in launch.arguments.items() if isinstance(value, Tensor)]
+        read = [self._told(launch.arguments[name]) for name in names]
+        if launches.is_direct(compiled):
+            kernel = self._name("k", compiled)
+            values = ", ".join(self._told(value) for value in (*launch.grid, *(1, 1))[:3])
+            values += f", stream, {kernel}.function, {kernel}.packed_metadata, None, None, None, "
+            values += ", ".join(self._told(value) for value in launch.values)
+            self._steps.append(([], f"{self._name('r', compiled.run)}({values})", read))
+        elif interprets():
+            again = functools.partial(_launch_again, launch, names)
+            self._steps.append(([], f"{self._name('l', again)}({', '.join(read)})", read))
+        else:
+            raise Unrecordable("kernels are run by someone else than Triton")
+
+    def line(self, result: Tensor) -> Line:
+        """What was written down, that ends with the result."""
+        if len(self._steps) > _MOST_STEPS:
+            raise Unrecordable(f"{len(self._steps)} steps, at most {_MOST_STEPS}")
+        end = self._told(result)
+        needed, lines = {end}, [f"    return {end}"]
+        for made, statement, used in reversed(self._steps):
+            if made and needed.isdisjoint(made):
+                continue  # nobody reads it
+            if gone := sorted(name for name in {*made, *used} - needed if name[0] == "t"):
+                lines.append(f"    del {', '.join(gone)}")
+            lines.append(f"    {statement}")
+            needed.update(used)
+        lines.append(f"def repeat({', '.join(['stream', *self._inputs])}):")
+        return Line("\n".join([*reversed(lines), ""]), self._names, self._found)
+
+    def _next(self) -> str:
+        self._made += 1
+        return f"t{self._made}"
+
+    def _call(self, tensor: Tensor, name: str) -> str:
+        self._known[id(tensor)] = weakref.ref(tensor), name
+        return name
+
+    def _known_as(self, tensor: Tensor, kinds: str) -> str | None:
+        reference, name = self._known.get(id(tensor), (None, ""))
+        return name if reference is not None and reference() is tensor and name[0] in kinds else None
+
+    def _name(self, kind: str, value: Any) -> str:
+        """A name for a value in the source."""
+        for name, other in self._names.items():
+            if other is value and name[0] == kind:
+                return name
+        name = f"{kind}{len(self._names)}"
+        self._names[name] = value
+        return name
+
+    def _told(self, value: Any) -> str:
+        """A value in the source's words."""
+        if isinstance(value, Tensor):
+            known = self._known_as(value, "atc")
+            if known is None:
+                self._found.append(value)
+                known = self._call(value, self._name("c", value))
+            return known
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(self._told(each) for each in value)}]"
+        return self._name("v", value)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The arguments that an operation writes to."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and all(made.alias_info is not None and not made.alias_info.is_write for made in returns)
+
+
+def _launch_again(launch: Launch, names: Sequence[str], *tensors: Tensor) -> None:
+    replace(launch, arguments={**launch.arguments, **dict(zip(names, tensors, strict=True))})()
+
+
+class Repetition:
+    """A signature: how often it was called, and, once its line is known, what repeats it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._calls = 0
+        self._line: Line | None = None
+        self._lock = threading.Lock()
+        self._peak = 0
+        self._repeat: Callable[..., Tensor] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether calls are repeated."""
+        return self._repeat is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be seen if calls can be repeated."""
+        return self._calls <= 2
+
+    def run(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The result for these tensors; None where the call is to be made in full."""
+        from anyup.kernels.launch import hooked, stream_of
+        from anyup.ops.kernel_device import interprets
+
+        repeat, index = self._repeat, self._device.index or 0
+        if repeat is None or hooked() or not has_room(self._peak, self._device):
+            return None
+        elsewhere = self._device.type == "cuda" and torch.cuda.current_device() != index
+        try:
+            with torch.cuda.device(index) if elsewhere else nullcontext(), without_autocast(self._device.type):
+                return repeat(0 if interprets() else stream_of(index), *tensors)
+        except torch.OutOfMemoryError:
+            return None
+
+    def record(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Tensor]) -> Tensor:
+        """The result of the call, which is written down the second and the third time."""
+        from anyup.kernels.launch import compiles_ahead
+
+        if compiles_ahead() or self._calls > 2 or not self._lock.acquire(blocking=False):
+            return call()
+        try:
+            self._calls += 1
+            if self._calls == 1:  # kernels are compiled, tables are made, what a device refuses is found out
+                return call()
+            return self._written_down(tensors, peak, call)
+        finally:
+            self._lock.release()
+
+    def _written_down(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Tensor]) -> Tensor:
+        from anyup.kernels.launch import told
+
+        recorder = Recorder(tensors)
+        try:
+            # Outside of inference mode a dispatch mode sees operations in the parts that torch makes them of.
+            with torch.inference_mode(False), torch.no_grad(), told(recorder.launched), recorder:
+                result = call()
+            line = recorder.line(result)
+        except Unrecordable as reason:
+            logger.debug("calls like this one are made in full each time: %s", reason)
+            self._calls = 3
+            return call()
+        if self._line is None:
+            self._line = line
+        elif self._line.is_like(line):
+            self._line, self._peak, self._repeat = None, peak, line.function()
+        return result
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A call whose signature is known, and the tensors that it reads beside weights."""
+
+    repetition: Repetition
+    tensors: Sequence[Tensor]
+
+    def repeat(self) -> Tensor | None:
+        """The result; None where the call is to be made in full."""
+        return self.repetition.run(self.tensors)
+
+    def record(self, peak: int, call: Callable[[], Tensor]) -> Tensor:
+        """The result of the call in full, which takes so many bytes, and may be repeated from now on."""
+        return self.repetition.record(self.tensors, peak, call)
+
+
+class Weights:
+    """An upsampler's parameters and buffers, found once: to look for them takes longer than to see that they are there.
+
+    Attributes:
+        tensors: all of them.
+    """
+
+    def __init__(self, model: AnyUp) -> None:
+        parts = list(model.modules())
+        held: list[dict[str, Any]] = []
+        for part in parts:
+            held += (part._modules, part._parameters, part._buffers)
+        self._places = [(place, name, value) for place in held for name, value in place.items()]
+        self._hooks = [hooks for part in parts[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._parts = [part.__dict__ for part in parts[1:]]
+        self.tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
+        # A part of another's making may do another thing each time, and its weights may be nowhere.
+        self._is_known = all(type(part).__module__.partition(".")[0] in _MAKERS for part in parts) and all(
+            type(tensor) in (Tensor, nn.Parameter) for tensor in self.tensors
+        )
+
+    def are_there(self) -> bool:
+        """Whether each is where it was found."""
+        return all(place.get(name) is value for place, name, value in self._places)
+
+    def are_watched(self) -> bool:
+        """Whether someone is told when a part of the upsampler is called, or answers in its place."""
+        return not self._is_known or any(self._hooks) or any("forward" in part for part in self._parts)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where their numbers are."""
+        return tuple([tensor.data_ptr() for tensor in self.tensors])
+
+
+class Calls:
+    """The signatures that an upsampler was called with, while its weights are where they are."""
+
+    def __init__(self) -> None:
+        self._weights: Weights | None = None
+        self._addresses: tuple[int, ...] = ()
+        self._known: OrderedDict[Signature, Repetition] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def weights_of(self, model: AnyUp) -> Weights:
+        """The upsampler's weights as they are now."""
+        weights = self._weights
+        if weights is None or not weights.are_there():
+            weights = self._weights = Weights(model)
+        return weights
+
+    def find(self, addresses: tuple[int, ...], signature: Signature, device: torch.device) -> Repetition:
+        """A signature's, new where it is new."""
+        with self._lock:
+            if addresses != self._addresses:
+                self._known.clear()
+                self._addresses = addresses
+            known = self._known.get(signature)
+            if known is None:
+                known = self._known[signature] = Repetition(device)
+                if len(self._known) > _MOST_SIGNATURES:
+                    self._known.popitem(last=False)
+            else:
+                self._known.move_to_end(signature)
+            return known
+
+
+_calls: weakref.WeakKeyDictionary[AnyUp, Calls] = weakref.WeakKeyDictionary()
+
+
+def read_by(image: Tensor | ImageContext, features: Tensor, values: Tensor | None) -> dict[str, Tensor]:
+    """What a call reads, beside weights, by name."""
+    named = {"image": image} if isinstance(image, Tensor) else {}
+    if isinstance(image, ImageContext):
+        keys = image.image_keys.get((features.shape[2], features.shape[3]))
+        named = {"queries": image.queries, **({"image": image.image} if keys is None else {"image keys": keys})}
+    return {**named, "features": features, **({} if values is None else {"values": values})}
+
+
+def seen_before(
+    model: AnyUp,
+    image: Tensor | ImageContext,
+    features: Tensor,
+    output_size: Any,
+    q_chunk_size: int | None,
+    values: Tensor | None,
+) -> Seen | None:
+    """The call with its signature; None where it is to be made in full, each time."""
+    from anyup.model import AnyUp
+
+    # What else there may be has checks to meet, is traced, or is differentiated.
+    if type(features) is not Tensor or features.device.type not in DEVICES or type(model) is not AnyUp:
+        return None
+    if features.dim() != 4 or not isinstance(image, (Tensor, ImageContext)) or _is_watched(features.device):
+        return None
+    named = read_by(image, features, values)
+    tensors = list(named.values())
+    if not all(type(tensor) is Tensor and tensor.device == features.device for tensor in tensors):
+        return None
+    calls = _calls.get(model)
+    if calls is None:
+        calls = _calls.setdefault(model, Calls())
+    weights = calls.weights_of(model)
+    if weights.are_watched():
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *weights.tensors)):
+        return None
+    if isinstance(image, ImageContext) and image.weights != weights_of(model.parameters()):
+        return None
+    sizes = (q_chunk_size, *(output_size if isinstance(output_size, (list, tuple)) else (output_size,)))
+    if any(size is not None and type(size) is not int for size in sizes):
+        return None
+    kind = features.device.type
+    signature = (
+        sizes,
+        type(output_size),
+        model.window,
+        *named,
+        autocasts(kind) and torch.get_autocast_dtype(kind),
+        float32_matmul_precision(kind),
+        features.device,
+        *((t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors),
+    )
+    known = calls.find(weights.addresses(), signature, features.device)
+    return Seen(known, tensors)
+
+
+def _is_watched(device: torch.device) -> bool:
+    """Whether anyone sees operations as they are made: a tracer, a mode, a graph that is captured, a derivative."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and not _only_choose_devices())
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _only_choose_devices() -> bool:
+    """Whether modes are those of `torch.set_default_device` and of `with torch.device`."""
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())

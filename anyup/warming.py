@@ -1,0 +1,64 @@
+"""Compiling kernels before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from anyup.ops.cuts import is_refusal
+from anyup.ops.kernel_device import installed, interprets
+from anyup.problem import OutputSize, check_size
+
+if TYPE_CHECKING:
+    from anyup.model import AnyUp
+
+_CALLS = 3
+"""After so many a call is repeated (`anyup.repetition`)."""
+
+
+def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
+    """Compile the kernels that a call launches, side by side; it runs without them, and its result is worth nothing."""
+    if device.type != "cuda" or not installed() or interprets():
+        return
+    from anyup.kernels.launch import compiled_ahead
+
+    try:
+        with compiled_ahead():
+            call()
+    except Exception as error:
+        # What a device refuses is found out again, and told, by the call itself.
+        if not is_refusal(error):
+            raise
+
+
+@torch.no_grad()
+def warm_up(
+    upsampler: AnyUp,
+    image_size: Sequence[int],
+    feature_size: Sequence[int],
+    channels: int,
+    *,
+    output_size: OutputSize,
+    values: int | None,
+    batch: int,
+    dtype: torch.dtype | None,
+) -> None:
+    """See `AnyUp.warm_up`."""
+    image_size, feature_size = check_size("image_size", image_size), check_size("feature_size", feature_size)
+    for name, number in (("channels", channels), ("values", values), ("batch", batch)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+    device, dtype = upsampler.rope.freqs.device, dtype or upsampler.rope.freqs.dtype
+    # Not uniform: an image of one colour is warned about.
+    image = torch.rand(batch, upsampler.config["input_dim"], *image_size, device=device).mul(4).sub(2).to(dtype)
+    features = torch.rand(batch, channels, *feature_size, device=device).to(dtype)
+    carried = None if values is None else torch.rand(batch, values, *feature_size, device=device).to(dtype)
+
+    def call() -> object:
+        return upsampler(image, features, output_size, values=carried)
+
+    compile_ahead(call, device)
+    for _ in range(_CALLS):
+        call()

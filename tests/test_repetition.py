@@ -1,0 +1,316 @@
+"""Calls that are repeated as a recorded line, on the CPU: kernels run in Triton's interpreter, or are not launched."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreter import not_interpreted
+from recipe import fill, wave
+from test_host import in_a_process
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anyup import AnyUp, repetition
+from benchmarks.host import decided_as_on_a_card
+
+interpreted = pytest.mark.skipif(not_interpreted() is not None, reason=str(not_interpreted()))
+SMALL: dict[str, Any] = {"qk_dim": 16, "num_heads": 1, "lfu_dim": 16, "kernel_size_lfu": 3}
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(repetition, "DEVICES", ("cpu",))
+    with decided_as_on_a_card():
+        yield
+
+
+REFERENCES = ("pixel_encoder", "feature_unification", "query_projection")
+
+
+def small(*kernels: str) -> AnyUp:
+    """With the attention's kernel, which the interpreter runs in no time, and some operations' more."""
+    backends = {name: "triton" if name in kernels else "reference" for name in REFERENCES}
+    return fill(AnyUp(**SMALL, backend={**backends, "window_attention": "triton"}), 0).eval()
+
+
+def inputs(phase: int = 0, batch: int = 1) -> tuple[Tensor, Tensor]:
+    return wave((batch, 3, 6, 5), phase, 0.8), wave((batch, 4, 3, 2), phase + 4)
+
+
+def in_full(call: Callable[[], Tensor]) -> Tensor:
+    """The call without what it would repeat."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repetition, "DEVICES", ())
+        return call()
+
+
+def known(model: AnyUp) -> list[bool]:
+    """Of the signatures that a model was called with, whether they are repeated."""
+    return [each.is_known for each in repetition._calls[model]._known.values()]
+
+
+def repeated(model: AnyUp, call: Callable[[], Tensor]) -> Tensor:
+    """The call once it is repeated."""
+    for _ in range(3):
+        call()
+    assert any(known(model)), "the call is not repeated"
+    return repeated_once(call)
+
+
+def repeated_once(call: Callable[[], Tensor]) -> Tensor:
+    """The call; one that is made in full fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnyUp, "_upsample", None)
+        return call()
+
+
+@pytest.mark.slow
+@interpreted
+def test_launches_of_a_repeated_call_compute_what_those_in_full_compute() -> None:
+    model, now = small(*REFERENCES), inputs()
+    with torch.inference_mode():
+        repeated(model, lambda: model(*now))
+        for tensor in now:
+            tensor.mul_(-0.5)
+        assert torch.equal(repeated_once(lambda: model(*now)), in_full(lambda: model(*now)))
+
+
+@interpreted
+@pytest.mark.parametrize("what", ["image", "values", "batch", "output_size", "views"])
+def test_a_repeated_call_returns_what_the_call_in_full_returns(what: str) -> None:
+    model, arguments = small(), {}
+    now = list(inputs(batch=2 if what == "batch" else 1))
+    if what == "values":
+        arguments["values"] = wave((1, 2, 3, 2), 9)
+    elif what == "output_size":
+        arguments["output_size"] = (4, 7)
+    elif what == "views":
+        now = [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in now]
+
+    def call() -> Tensor:
+        return model(*now, **arguments)
+
+    with torch.inference_mode():
+        first = repeated(model, call)
+        assert torch.equal(first, in_full(call))
+        for tensor in now:
+            tensor.mul_(-0.5)
+        second = repeated(model, call)
+        assert torch.equal(second, in_full(call)) and not torch.equal(first, second)
+        assert second.stride() == in_full(call).stride()
+
+
+@interpreted
+@pytest.mark.parametrize("grids", [[], [(3, 2)]])
+def test_calls_with_a_context_are_repeated_with_the_next_one(grids: list[tuple[int, int]]) -> None:
+    model, (_, features) = small(), inputs()
+    with torch.no_grad():
+        contexts = [model.encode_image(inputs(phase)[0], grids=grids) for phase in range(5)]
+        for context in contexts[:4]:
+            out = model(context, features)
+        assert known(model) == [True]
+        assert torch.equal(out, in_full(lambda: model(contexts[3], features)))
+        model.rope.freqs.mul_(2)
+        with pytest.raises(ValueError, match="weights have changed"):
+            model(contexts[4], features)
+
+
+@interpreted
+def test_weights_are_read_where_they_are_whoever_writes_to_them() -> None:
+    model, now = small(), inputs()
+    weight = model.image_encoder[0].weight
+
+    def call() -> Tensor:
+        return model(*now)
+
+    with torch.no_grad():
+        before = repeated(model, call)
+        weight.data.mul_(2)  # of which torch's count of versions knows nothing
+        after = repeated(model, call)
+        assert torch.equal(after, in_full(call)) and not torch.equal(before, after)
+        weight.data = weight.data * 2
+        replaced = call()
+        assert known(model) == [False] and torch.equal(replaced, in_full(call)) and not torch.equal(after, replaced)
+        model.image_encoder[0].weight = torch.nn.Parameter(weight * 2)
+        assert torch.equal(repeated(model, call), in_full(call))
+
+
+@interpreted
+def test_who_watches_or_differentiates_gets_the_call_in_full() -> None:
+    class Mode(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    model, now = small(), inputs()
+    with torch.no_grad():
+        repeated(model, lambda: model(*now))
+        with Mode() as mode:
+            model(*now)
+        assert mode.seen
+        told: list[Any] = []
+        hook = model.query_encoder.register_forward_hook(lambda *_: told.append(None))
+        model(*now)
+        assert told
+        hook.remove()
+        before = repeated(model, lambda: model(*now))
+        model.cross_decode.window_ratio = 1.0
+        after = repeated(model, lambda: model(*now))
+        assert torch.equal(after, in_full(lambda: model(*now))) and not torch.equal(before, after)
+        forward = model.query_encoder.forward
+        model.query_encoder.forward = lambda *given, **named: told.clear() or forward(*given, **named)
+        model(*now)
+        assert not told
+    for _ in range(4):
+        assert fill(AnyUp(**SMALL), 0)(*now).requires_grad
+
+
+@interpreted
+def test_a_caller_s_mistake_is_met_after_any_number_of_calls() -> None:
+    model, (image, features) = small(), inputs()
+    with torch.no_grad():
+        repeated(model, lambda: model(image, features, (6, 5)))
+        for size in ((6.0, 5), (6,), (6, 5, 4)):
+            with pytest.raises((TypeError, ValueError), match="output_size"):
+                model(image, features, size)
+        with pytest.raises(ValueError, match="features: expected"):
+            model(image, features[0])
+        with pytest.raises(TypeError, match="q_chunk_size"):
+            model(image, features, (6, 5), q_chunk_size=True)
+
+
+def test_threads_repeat_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def light(self: AnyUp, image: Tensor, features: Tensor, *_: Any) -> Tensor:  # the interpreter is for one thread
+        return F.interpolate(features, image.shape[2:]) * image.mean() * self.image_encoder[0].weight.sum()
+
+    monkeypatch.setattr(AnyUp, "_upsample", light)
+    model = small()
+    with torch.no_grad():
+        expected = [in_full(lambda phase=phase: model(*inputs(phase))) for phase in range(3)]
+    found: dict[int, list[Tensor]] = {}
+
+    def work(phase: int) -> None:
+        with torch.no_grad():
+            found[phase] = [model(*inputs(phase)) for _ in range(50)]
+
+    threads = [threading.Thread(target=work, args=(phase,)) for phase in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert known(model) == [True]
+    assert all(torch.equal(out, expected[phase]) for phase in range(3) for out in found[phase])
+
+
+def test_a_call_that_reads_a_number_or_writes_to_an_input_is_no_line() -> None:
+    tensor = torch.ones(3)
+    with repetition.Recorder([tensor]), torch.no_grad():
+        with pytest.raises(repetition.Unrecordable, match="numbers"):
+            (tensor + 1).sum().item()
+        with pytest.raises(repetition.Unrecordable, match="writes"):
+            tensor.add_(1)
+
+
+def test_what_is_made_where_no_one_sees_it_is_no_line() -> None:
+    """A tensor that the call has found must be the same one the next time."""
+
+    def line() -> repetition.Line:
+        tensor = torch.ones(3)
+        unseen = torch.ones(3)
+        with torch.no_grad(), repetition.Recorder([tensor]) as recorder:
+            result = tensor + unseen
+        return recorder.line(result)
+
+    weight, tensor = torch.ones(3, 3), torch.ones(3)
+
+    def another() -> repetition.Line:
+        with torch.no_grad(), repetition.Recorder([tensor]) as recorder:
+            result = weight[1:2] * tensor + torch.zeros(1)
+            unread = result * 2
+            del unread
+        return recorder.line(result)
+
+    assert not line().is_like(line())
+    one, other = another(), another()
+    assert one.is_like(other)
+    assert torch.equal(one.function()(0, tensor * 3), torch.full((1, 3), 3.0))
+    # A view of a weight is there already, and what nobody reads is left out.
+    assert one.source.count("= f") == 3, one.source
+
+
+@interpreted
+def test_an_upsampler_that_repeats_is_copied_and_so_many_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repetition, "_MOST_SIGNATURES", 2)
+    model, now = small(), inputs()
+    with torch.no_grad():
+        out = repeated(model, lambda: model(*now))
+        other = copy.deepcopy(model)
+        assert torch.equal(other(*now), out) and known(other) == [False]
+        for columns in (3, 4, 5):
+            model(now[0][..., :columns], now[1])
+        assert len(known(model)) == 2
+
+
+LAUNCHES = """
+import json
+import torch
+import standin_driver
+from anyup import repetition
+from benchmarks import host, stand_in_card
+
+standin_driver.stand_in()
+stand_in_card.compile_nothing()
+repetition.DEVICES = ("cpu",)
+stream, seen = 0, []
+standin_driver._StandIn.get_current_stream = lambda self, device: stream
+
+def told(launcher, *given):
+    *start, metadata, enter, exit = given[:9]
+    seen.append([id(launcher), *start[:5], [describe(value) for value in given[9:]]])
+
+def describe(value):
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    lies = [index for index, tensor in enumerate(inputs) if tensor.data_ptr() == value.data_ptr()]
+    return [str(value.dtype), list(value.shape), list(value.stride()), value.data_ptr() % 16, lies]
+
+standin_driver._NoLaunch.__call__ = told
+model = host.AnyUp(qk_dim=16, num_heads=1, lfu_dim=16, kernel_size_lfu=3).bfloat16().eval()
+alike = []
+with torch.inference_mode(), host.decided_as_on_a_card():
+    for offset in (0, 1):
+        features = torch.zeros(1 + 4 * 4 * 4, dtype=torch.bfloat16)[offset:][: 4 * 4 * 4].view(1, 4, 4, 4)
+        inputs = [torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16), features]
+        for stream in (0, 7):
+            repetition.DEVICES = ()
+            model(*inputs)
+            seen.clear()
+            model(*inputs)
+            full = list(seen)
+            repetition.DEVICES = ("cpu",)
+            for _ in range(3):
+                model(*inputs)
+            seen.clear()
+            host.AnyUp._upsample, upsample = None, host.AnyUp._upsample
+            model(*inputs)
+            host.AnyUp._upsample = upsample
+            alike.append([len(full), seen == full, {launch[4] for launch in seen} == {stream}])
+print(json.dumps({"alike": alike, "signatures": len(repetition._calls[model]._known)}))
+"""
+
+
+@pytest.mark.slow
+@interpreted
+def test_a_repeated_call_launches_the_same_kernels_with_the_same_arguments() -> None:
+    """Misaligned features are another signature; a stream is none."""
+    found = in_a_process(LAUNCHES)
+    assert found["signatures"] == 2
+    assert all(count > 20 and same and stream for count, same, stream in found["alike"]), found
