@@ -90,6 +90,7 @@ class CapturedCall:
         self._upsampler, self._device = upsampler, features.device
         self._reads_context = isinstance(image, ImageContext)
         self._inputs = {name: tensor.clone() for name, tensor in read_by(image, features, values).items()}
+        self._window = upsampler.window
         self._weights = Weights(upsampler)
         self._addresses = self._weights.addresses()
         own = self._inputs
@@ -117,16 +118,18 @@ class CapturedCall:
 
         Raises:
             ValueError, TypeError: which argument is not like the one that was captured.
-            RuntimeError: the upsampler's weights lie elsewhere now (`to`, another parameter): capture again. What was
-                written into them (a training's step, `load_state_dict`) is followed.
+            RuntimeError: the upsampler's weights lie elsewhere now (`to`, another parameter), or its window is another:
+                capture again. What was written into weights (a training's step, `load_state_dict`) is followed.
         """
-        weights = self._weights
+        upsampler, weights = self._upsampler, self._weights
         if not weights.are_there() or weights.addresses() != self._addresses:
             raise RuntimeError("the upsampler's weights have been replaced since the capture; capture the call again")
+        if upsampler.window != self._window:
+            raise RuntimeError(f"the upsampler's window was {self._window} at the capture; capture the call again")
         if not isinstance(image, ImageContext if self._reads_context else Tensor):
             expected = "a context of encode_image" if self._reads_context else "an image"
             raise TypeError(f"image: the call was captured with {expected}, got {type(image).__name__}")
-        if isinstance(image, ImageContext) and image.weights != weights_of(self._upsampler.parameters()):
+        if isinstance(image, ImageContext) and image.weights != weights_of(upsampler.parameters()):
             raise ValueError("image: the context was made by another upsampler, or before its weights changed")
         given = read_by(image, features, values)
         if given.keys() != self._inputs.keys():

@@ -1,4 +1,4 @@
-"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate`, `bench`, `tune` and `info`.
+"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate`, `export`, `bench`, `tune` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
 exit status 1, an interruption 128 and the signal's number (130 for Ctrl-C). Results go to files and stdout, progress
@@ -23,7 +23,7 @@ from anyup.bench import arguments as bench_arguments
 from anyup.command_paths import Paths, Read, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
-from anyup.options import BACKENDS, UsageError, nonempty, number, whole_number
+from anyup.options import BACKENDS, UsageError, nonempty, number, size, whole_number
 from anyup.standard_streams import forgiving_streams, plain_warnings
 from anyup.stopping import Stopped, on_request, stop
 from anyup.upsample_command import check_output
@@ -44,6 +44,7 @@ examples:
   anyup upsample photo.jpg --features low.pt --size 512 -o high.safetensors
   anyup upsample photo.jpg --features low.pt --size 4096 --max-memory 2GB --dtype float16 -o high.npy
   anyup train --config mini data.photographs=photos output=runs/first
+  anyup export onnx --size 448 --grid 32 -o anyup.onnx
   anyup bench --quick -o benchmark
   anyup tune
   anyup info
@@ -62,6 +63,12 @@ file, or one of those that come with the package (mini, published), and changed 
 `data.photographs=photos optimizer.steps=2000`; docs/training.md explains each. The features are computed first and
 kept in the folder data.cache. Ctrl-C stops after the step at hand with a checkpoint. Several processes:
 `torchrun --nproc-per-node 4 -m anyup train ...`.
+"""
+
+_EXPORT = """\
+Write the upsampler as one ONNX file, of standard operators and float32, for an image, a grid and a result of fixed
+sizes. It takes `image` (B, 3, H, W), ImageNet-normalised, and `features` (B, C, h, w), and gives `upsampled`; B and C
+are any. The file's results, in onnxruntime, are compared with the package's before it gets its name.
 """
 
 _INFO = """\
@@ -152,6 +159,28 @@ def _parser() -> argparse.ArgumentParser:
         "settings", type=nonempty, nargs="*", metavar="key=value", help="settings that replace those of the file"
     )
     evaluation.add_arguments(commands.add_parser("evaluate", help=evaluation.HELP))
+
+    export = commands.add_parser(
+        "export",
+        help="the upsampler as a file for other runtimes",
+        description=_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("format", choices=["onnx"], help="of the file")
+    export.add_argument("--size", type=size, required=True, metavar="N|HxW", help="of the image, in pixels")
+    export.add_argument("--grid", type=size, required=True, metavar="N|HxW", help="of the features, in cells")
+    export.add_argument("--output-size", type=size, metavar="N|HxW", help="of the result (default: the image's)")
+    export.add_argument(
+        "--channels",
+        type=whole_number(1),
+        default=384,
+        metavar="C",
+        help="of the features that the file is checked with; it takes any number (default: %(default)s)",
+    )
+    export.add_argument("-o", "--output", type=Written, required=True, metavar="OUT.onnx", help="the file to write")
+    export.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
+    export.set_defaults(backend=None)
+    _add_weights(export)
 
     bench = commands.add_parser(
         "bench",
@@ -314,6 +343,29 @@ def _demo(arguments: argparse.Namespace) -> None:
         )
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from anyup.export import to_onnx
+    from anyup.progress import Progress
+    from anyup.upsample_inputs import load_model
+
+    output = check_output(arguments.output, (".onnx",), "output")
+    image, grid, whole = (
+        None if each is None else (each[0], each[-1])
+        for each in (arguments.size, arguments.grid, arguments.output_size)
+    )
+    assert image is not None and grid is not None
+    progress = Progress()
+    model = load_model(arguments, torch.device("cpu"), progress)
+    with progress.stage(f"exporting {image[0]} x {image[1]} from {grid[0]} x {grid[1]}"):
+        difference = to_onnx(
+            model, output, image_size=image, feature_size=grid, output_size=whole, channels=arguments.channels
+        )
+    progress.note(f"largest difference from the package: {difference:.1e} of the largest value")
+    print(output)
+
+
 def _info(arguments: argparse.Namespace) -> None:
     from anyup.info import report
 
@@ -375,6 +427,7 @@ _RUNNERS = {
     "upsample": upsampling.run,
     "train": _train,
     "evaluate": _evaluate,
+    "export": _export,
     "bench": _bench,
     "tune": _tune,
     "info": _info,

@@ -35,6 +35,9 @@ _OPTIONAL = (
     ("timm", "timm", 'encoders "timm/<model>"'),
     ("transformers", "transformers", 'encoders "transformers/<model>"'),
     ("torchvision", "torchvision", 'encoders "torchvision/<model>:<layer>"'),
+    ("onnx", "onnx", "export onnx"),
+    ("onnxscript", "onnxscript", "export onnx"),
+    ("onnxruntime", "onnxruntime", "export onnx"),
     ("huggingface_hub", "huggingface_hub", 'weights "hf://owner/name"'),
 )
 

@@ -76,6 +76,13 @@ def test_what_is_written_into_the_weights_is_followed_and_other_weights_are_refu
         call(*inputs())
 
 
+def test_another_window_is_refused(model: AnyUp) -> None:
+    call = model.capture(*inputs())
+    model.cross_decode.window_ratio = 0.4
+    with pytest.raises(RuntimeError, match=r"window was RatioWindow\(ratio=0.1\) at the capture"):
+        call(*inputs())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
