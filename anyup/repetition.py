@@ -44,6 +44,10 @@ DEVICES = ("cuda",)
 
 _MOST_SIGNATURES = 32
 _MOST_STEPS = 600
+_ALIGNMENT = 512
+"""Of each place in a buffer, in bytes, as torch's allocator aligns on a GPU."""
+
+_ALLOCATING = tuple(f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided"))
 
 _MAKERS = ("anyup", "torch")
 
@@ -89,6 +93,35 @@ def _same(mine: Any, its: Any) -> bool:
     return isinstance(mine, (Tensor, functools.partial)) or mine is its or mine == its
 
 
+@dataclass(frozen=True)
+class Step:
+    """A statement of a line.
+
+    Attributes:
+        made, read: names of tensors.
+        call: the name of what is called.
+        arguments: in the source's words.
+        launch: "" of an operation of torch; "direct" of a launch that takes addresses, or "again".
+        fresh: bytes, of an operation that allocates them and does nothing else.
+    """
+
+    made: list[str]
+    read: list[str]
+    call: str
+    arguments: list[str]
+    launch: str = ""
+    fresh: int = 0
+
+    def told(self, scratch: dict[str, int]) -> str:
+        """The statement, with the places in one allocation of what is there."""
+        words = [f"memory + {scratch[word]}" if word in scratch else word for word in self.arguments]
+        if self.launch == "again":
+            words = [str(scratch.get(word, word)) for word in self.arguments]
+            words = ["buffer", *words] if scratch else words
+        target = f"{', '.join(self.made)} = " if self.made else ""
+        return f"{target}{self.call}({', '.join(words)})"
+
+
 class Recorder(TorchDispatchMode):
     """Writes down what torch and Triton are asked for on behalf of some tensors."""
 
@@ -97,8 +130,10 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._names: dict[str, Any] = {}
         self._found: list[Tensor] = []
-        self._steps: list[tuple[list[str], str, list[str]]] = []  # what is made, the statement, what is read
+        self._steps: list[Step] = []
+        self._begins_with: dict[str, str] = {}  # a view, and what it is a view of from its first number on
         self._made = 0
+        self._device = tensors[0].device
         self._inputs = [self._call(tensor, f"a{index}") for index, tensor in enumerate(tensors)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,46 +147,56 @@ class Recorder(TorchDispatchMode):
         used = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(self._known_as(tensor, "t") is None for tensor in _written(func, args, kwargs)):
             raise Unrecordable(f"{func} writes to what the call has not made")
-        told = ", ".join(
-            [*(self._told(value) for value in args), *(f"{name}={self._told(kwargs[name])}" for name in kwargs)]
-        )
+        told = [*(self._told(value) for value in args), *(f"{name}={self._told(kwargs[name])}" for name in kwargs)]
         read = [self._told(tensor) for tensor in used]
         result = func(*args, **kwargs)
         if any(result is tensor for tensor in used) and not func._schema.is_mutable:
             return result  # nothing was to do
         if func._schema.is_mutable:
-            self._steps.append(([], f"{self._name('f', func)}({told})", read))
+            self._steps.append(Step([], read, self._name("f", func), told))
             return result
         if not used and not isinstance(result, Tensor):
             return result  # of dtypes, say
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, (list, tuple)) or not all(isinstance(made, Tensor) for made in results):
             raise Unrecordable(f"{func} reads numbers")
-        if read and _is_view(func) and all(name[0] == "c" for name in read):
+        # Not by its schema, that says "a view" of what may be a copy: `contiguous`, `to`, `reshape`.
+        is_view = bool(read) and all(_shares(view, used[0]) for view in results)
+        if is_view and all(name[0] == "c" for name in read):
             for view in results:  # of a weight: it is where it is
                 self._call(view, self._name("c", view))
             return result
         names = [self._call(made, self._next()) for made in results]
-        target = f"[{', '.join(names)}]" if result is results else names[0]
-        self._steps.append((names, f"{target} = {self._name('f', func)}({told})", read))
+        if is_view:
+            for name, view in zip(names, results, strict=True):
+                if view.data_ptr() == used[0].data_ptr():
+                    self._begins_with[name] = self._begins_with.get(read[0], read[0])
+        made = names if result is not results or len(names) > 1 else [f"[{names[0]}]"]
+        fresh = result.untyped_storage().nbytes() if func._schema.name in _ALLOCATING else 0
+        self._steps.append(Step(made, read, self._name("f", func), told, fresh=fresh))
         return result
 
     def launched(self, launch: Launch, compiled: Any) -> None:
-        """Write a launch down."""
+        """Write a launch down. It takes addresses: of a view that begins where its tensor does, the tensor's."""
         from anyup.kernels import launch as launches
         from anyup.ops.kernel_device import interprets
 
+        def told(value: Any) -> str:
+            name = self._told(value)
+            return self._begins_with.get(name, name)
+
         names = [name for name, value in launch.arguments.items() if isinstance(value, Tensor)]
-        read = [self._told(launch.arguments[name]) for name in names]
+        read = [told(launch.arguments[name]) for name in names]
         if launches.is_direct(compiled):
             kernel = self._name("k", compiled)
-            values = ", ".join(self._told(value) for value in (*launch.grid, *(1, 1))[:3])
-            values += f", stream, {kernel}.function, {kernel}.packed_metadata, None, None, None, "
-            values += ", ".join(self._told(value) for value in launch.values)
-            self._steps.append(([], f"{self._name('r', compiled.run)}({values})", read))
+            words = [*(self._told(value) for value in (*launch.grid, *(1, 1))[:3]), "stream", f"{kernel}.function"]
+            words += [f"{kernel}.packed_metadata", "None", "None", "None", *map(told, launch.values)]
+            # A weight's address is part of the signature, and a table stays.
+            words = [str(self._names[word].data_ptr()) if word in read and word[0] == "c" else word for word in words]
+            self._steps.append(Step([], read, self._name("r", compiled.run), words, "direct"))
         elif interprets():
             again = functools.partial(_launch_again, launch, names)
-            self._steps.append(([], f"{self._name('l', again)}({', '.join(read)})", read))
+            self._steps.append(Step([], read, self._name("l", again), read, "again"))
         else:
             raise Unrecordable("kernels are run by someone else than Triton")
 
@@ -160,14 +205,25 @@ class Recorder(TorchDispatchMode):
         if len(self._steps) > _MOST_STEPS:
             raise Unrecordable(f"{len(self._steps)} steps, at most {_MOST_STEPS}")
         end = self._told(result)
-        needed, lines = {end}, [f"    return {end}"]
-        for made, statement, used in reversed(self._steps):
-            if made and needed.isdisjoint(made):
-                continue  # nobody reads it
-            if gone := sorted(name for name in {*made, *used} - needed if name[0] == "t"):
+        needed, steps = {end}, []
+        for step in reversed(self._steps):
+            if not step.made or not needed.isdisjoint(_bare(step.made)):  # else nobody reads it
+                steps.append(step)
+                needed.update(step.read)
+        scratch, size = _scratch(steps[::-1], end)
+        needed, lines = {end, *scratch}, [f"    return {end}"]
+        for step in steps:
+            made = _bare(step.made)
+            if made and made[0] in scratch:
+                continue
+            if gone := sorted(name for name in {*made, *step.read} - needed if name[0] == "t"):
                 lines.append(f"    del {', '.join(gone)}")
-            lines.append(f"    {statement}")
-            needed.update(used)
+            lines.append(f"    {step.told(scratch)}")
+            needed.update(step.read)
+        if scratch:
+            allocate = functools.partial(torch.empty, size, dtype=torch.uint8, device=self._device)
+            lines.append("    memory = buffer.data_ptr()")
+            lines.append(f"    buffer = {self._name('f', allocate)}()")
         lines.append(f"def repeat({', '.join(['stream', *self._inputs])}):")
         return Line("\n".join([*reversed(lines), ""]), self._names, self._found)
 
@@ -207,6 +263,40 @@ class Recorder(TorchDispatchMode):
         return self._name("v", value)
 
 
+def _bare(names: Sequence[str]) -> list[str]:
+    """Names without the brackets of a list of one."""
+    return [name.strip("[]") for name in names]
+
+
+def _scratch(steps: Sequence[Step], end: str) -> tuple[dict[str, int], int]:
+    """Places in one allocation for what nothing but launches reads and writes, and how many bytes that is.
+
+    Two of these may have the same place where no launch of one lies between the first and the last of the other.
+    """
+    users: dict[str, list[int]] = {}
+    for index, step in enumerate(steps):
+        for name in step.read:
+            users.setdefault(name, []).append(index)
+    fresh = {step.made[0]: step.fresh for step in steps if step.fresh and step.made[0] != end}
+    fresh = {
+        name: -(-size // _ALIGNMENT) * _ALIGNMENT
+        for name, size in fresh.items()
+        if users.get(name) and all(steps[index].launch for index in users[name])
+    }
+    placed: list[tuple[int, int, int, int]] = []  # first and last user, first byte and the one after the last
+    places: dict[str, int] = {}
+    for name, size in sorted(fresh.items(), key=lambda item: -item[1]):
+        first, last = users[name][0], users[name][-1]
+        place = 0
+        for start, stop in sorted(each[2:] for each in placed if each[0] <= last and first <= each[1]):
+            if place + size <= start:
+                break
+            place = max(place, stop)
+        placed.append((first, last, place, place + size))
+        places[name] = place
+    return places, max((stop for _, _, _, stop in placed), default=0)
+
+
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The arguments that an operation writes to."""
     for index, argument in enumerate(func._schema.arguments):
@@ -215,13 +305,20 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
             yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return bool(returns) and all(made.alias_info is not None and not made.alias_info.is_write for made in returns)
+def _shares(view: Tensor, tensor: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
-def _launch_again(launch: Launch, names: Sequence[str], *tensors: Tensor) -> None:
-    replace(launch, arguments={**launch.arguments, **dict(zip(names, tensors, strict=True))})()
+def _launch_again(launch: Launch, names: Sequence[str], *given: Any) -> None:
+    """The launch with other tensors in its own's shapes; a number is a place in the buffer, which comes first."""
+    buffer, *places = given if len(given) > len(names) else (None, *given)
+    arguments = dict(launch.arguments)
+    for name, place in zip(names, places, strict=True):
+        own = arguments[name]
+        if isinstance(place, int):
+            place = buffer[place : place + own.untyped_storage().nbytes()].view(own.dtype)
+        arguments[name] = place.as_strided(own.shape, own.stride(), place.storage_offset())
+    replace(launch, arguments=arguments)()
 
 
 class Repetition:
