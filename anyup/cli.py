@@ -160,13 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_arguments(commands.add_parser("evaluate", help=evaluation.HELP))
 
-    export = commands.add_parser(
-        "export",
-        help="the upsampler as a file for other runtimes",
+    formats = commands.add_parser("export", help="the upsampler as a file for other runtimes").add_subparsers(
+        dest="format", metavar="FORMAT", required=True, parser_class=_Parser
+    )
+    export = formats.add_parser(
+        "onnx",
+        help="an ONNX file of standard operators",
         description=_EXPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("format", choices=["onnx"], help="of the file")
     export.add_argument("--size", type=size, required=True, metavar="N|HxW", help="of the image, in pixels")
     export.add_argument("--grid", type=size, required=True, metavar="N|HxW", help="of the features, in cells")
     export.add_argument("--output-size", type=size, metavar="N|HxW", help="of the result (default: the image's)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -47,7 +48,7 @@ class ReadEncoder(Read):
 
         package, _, model = self.partition("/")
         if package == "transformers":
-            folder = Path(model)
+            folder = Path(re.sub(":[0-9]+$", "", model))
             return [folder, *(folder.iterdir() if folder.is_dir() else ())]
         packaged = PACKAGED_WEIGHTS.get(self.partition(":")[0])
         installed = packaged.installed() if packaged else None

