@@ -6,8 +6,7 @@
 Every launch is planned by the package itself, with the config that it would choose, and compiled ahead of time.
 Registers, spills, shared memory and instructions are the compiler's; bytes, operations and times are *modelled*
 (`benchmarks.roofline`). A target with a device in the roofline's table gets that device's times. With `--model` the
-launches are those of a whole forward, on each of these devices, with the instructions of the stored rows; nothing is
-compiled (`benchmarks.model`).
+launches are those of whole forwards, on each of these devices (`benchmarks.model`).
 """
 
 from __future__ import annotations
@@ -67,16 +66,19 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     os.replace(partial, file)
 
 
-def print_model(workload: str, dtypes: Sequence[str], channels: int, file: Path | None) -> None:
-    """Print the whole forward on each device, and what it is to reach; store it in `file`, where there is one."""
+def print_model(workloads: Sequence[str], dtypes: Sequence[str], channels: int, file: Path | None) -> None:
+    """Print whole forwards on each device, and what they are to reach; store them in `file`, where there is one.
+
+    Of all but the first workload the stages are stored and not their launches.
+    """
     from benchmarks import model, roofline
 
-    stored = json.loads(RESULT.read_text())
-    asked = model.workload_of(workload, channels)
-    rows = [row for dtype in dtypes for row in model.rows(asked, dtype, stored, roofline.DEVICES)]
+    asked = [model.workload_of(workload, channels) for workload in workloads]
+    rows = [row for each in asked for dtype in dtypes for row in model.rows(each, dtype, roofline.DEVICES)]
     if file:
-        write(file, rows)
-    print(f"{asked.name}, C = {channels}: counted from launches and code; times modelled.\n")
+        levels = ("stage", "sum")
+        write(file, [row for row in rows if row["workload"] == asked[0].name or row["level"] in levels])
+    print(f"C = {channels}: counted from launches and code; times modelled.\n")
     print(model.table(rows))
     print("", *model.verdicts(rows), sep="\n")
 
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--merge", action="store_true", help="keep the file's rows of other cases")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     parser.add_argument("--model", action="store_true", help="the whole forward, stage by stage, modelled")
-    parser.add_argument("--workload", default="448 from 32", help="of --model: output and grid")
+    parser.add_argument("--workload", nargs="+", default=["448 from 32"], help="of --model: output and grid")
     chosen = parser.parse_args(arguments)
     if chosen.model:
         print_model(chosen.workload, chosen.dtype, chosen.channels[0], chosen.json)

@@ -92,7 +92,11 @@ def _compare_row(result: Comparison, before: Row, after: Row, was: Mapping[str, 
     if before["status"] != "ok":
         result.unchanged += 1
         return
-    changes = [_time_change(result, before, after, was, now), _memory_change(before, after, was, now)]
+    changes = [
+        _time_change(result, before, after, was, now),
+        _host_change(before, after, was, now),
+        _memory_change(before, after, was, now),
+    ]
     found = [change for change in changes if change is not None]
     for ratio, words in found:
         (result.regressions if ratio > 1 else result.gains).append(f"{name}: {words}")
@@ -125,6 +129,17 @@ def _time_change(
     if 1 / (1 + margin) <= ratio <= 1 + margin:
         return None
     return ratio, f"time {told[0]} before, {told[1]} now ({ratio - 1:+.0%}, spread {margin:.0%})"
+
+
+def _host_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Of what the launches take of the host, whose spread is not stored: that of a busy machine counts."""
+    if not before.get("host_seconds") or not after.get("host_seconds") or not _same_speed(was, now):
+        return None
+    ratio = after["host_seconds"] / before["host_seconds"]
+    if 1 / (1 + BUSY_SPREAD) <= ratio <= 1 + BUSY_SPREAD:
+        return None
+    told = [wording.seconds(row["host_seconds"]) for row in (before, after)]
+    return ratio, f"host time {told[0]} before, {told[1]} now ({ratio - 1:+.0%})"
 
 
 def _memory_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, str] | None:

@@ -158,17 +158,10 @@ def key_of(case: Case) -> str:
 def row_of(case: Case, code: Code) -> Row:
     """All that is known of a case."""
     work = case.work()
-    programs = work.programs * code.warps / case.workload.pixels
-    by_kind: dict[str, float] | None = None
-    instructions: float | None = None
-    try:
-        executed = code.executed(work.turns)
-        by_kind = {n: round(c * programs, 1) for n, c in executed.most_common(12)}
-        instructions = round(sum(executed.values()) * programs, 1)
-    except ValueError as error:
-        # The backward kernels' loops, and one over two heads, are modelled where the compiler leaves them as they are.
-        if case.kernel == KERNELS[0] and case.heads != 2:
-            raise ValueError(f"{case}: {error}") from error
+    execution = execution_of(code, case.arch, work.turns, programs=work.programs, units=case.workload.pixels)
+    # The backward kernels' loops, and one over two heads, are modelled where the compiler leaves them as they are.
+    if execution.uses is None and case.kernel == KERNELS[0] and case.heads != 2:
+        code.weights(work.turns)  # says which loops the code has
     row: Row = {
         "kernel": case.kernel,
         "target": case.arch,
@@ -179,8 +172,7 @@ def row_of(case: Case, code: Code) -> Row:
         "head_dim": case.head_dim,
         "config": asdict(case.configs[0]),
         **code_facts(code, case.arch, code.warps),
-        "instructions_per_pixel": instructions,
-        "instructions_by_kind": by_kind,
+        **told_execution(execution),
         "bytes_per_pixel": round(work.bytes_compulsory, 1),
         "bytes_asked_per_pixel": round(work.bytes_asked, 1),
         "operations_per_pixel": round(work.logit_operations + work.value_operations),
@@ -189,9 +181,35 @@ def row_of(case: Case, code: Code) -> Row:
         "logit_slots_ratio": round(work.logit_slots / work.window, 3),
         "value_slots_ratio": round(work.value_slots / work.window, 3),
         "keys_loaded_ratio": round(work.tile_keys / work.window, 3),
-        **times_of(case, work, instructions),
+        **times_of(case, work, execution),
     }
     return row
+
+
+def execution_of(code: Code, arch: str, turns: Sequence[Any], *, programs: int, units: int) -> roofline.Execution:
+    """How a launch of so many programs runs, its work given for one of so many units; `turns`: as `Code.weights`."""
+    ahead = False
+    try:
+        uses = {name: count * programs * code.warps / units for name, count in code.uses(turns).items()}
+        ahead = code.loads_ahead(turns)
+    except ValueError:  # the compiler has unrolled or peeled a loop
+        uses = None
+    running = occupancy(arch, registers=code.registers, shared=code.shared_bytes, warps=code.warps)
+    rounded = {name: float(f"{count:.5g}") for name, count in uses.items()} if uses else None
+    return roofline.Execution(rounded, ahead, code.products_by_warp, running.programs, programs)
+
+
+def told_execution(execution: roofline.Execution) -> Row:
+    """How a launch runs, as rows have it."""
+    uses = execution.uses
+    return {
+        "programs": execution.programs,
+        "programs_together": execution.together,
+        "products_by_warp": execution.by_warp,
+        "loads_ahead": execution.ahead,
+        "instructions_per_pixel": None if uses is None else round(uses["issue"], 1),
+        "uses_per_pixel": uses,
+    }
 
 
 def code_facts(code: Code, arch: str, warps: int) -> Row:
@@ -228,19 +246,16 @@ def told_times(device: roofline.Device, floor: roofline.Times, modelled: rooflin
     }
 
 
-def times_of(case: Case, work: Work, instructions: float | None) -> Row:
-    """Floor and modelled time on the device of the case's target; None without one.
-
-    Where instructions are not known the modelled time leaves them out.
-    """
+def times_of(case: Case, work: Work, execution: roofline.Execution) -> Row:
+    """Floor and modelled time on the device of the case's target; None without one."""
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(TIMES)
-    return told_times(device, *roofs_of(case, work, instructions, device))
+    return told_times(device, *roofs_of(case, work, execution, device))
 
 
 def roofs_of(
-    case: Case, work: Work, instructions: float | None, device: roofline.Device
+    case: Case, work: Work, execution: roofline.Execution, device: roofline.Device
 ) -> tuple[roofline.Times, roofline.Times]:
     """Floor and modelled time on a device."""
     pixels = case.workload.pixels
@@ -255,11 +270,11 @@ def roofs_of(
     modelled = roofline.modelled(
         device,
         pixels,
+        execution,
         bytes_compulsory=work.bytes_compulsory,
         bytes_asked=work.bytes_asked,
         operations=(work.logit_operations + work.value_operations) * (1 if case.half else 3),
         exponentials=work.exponentials,
-        instructions=instructions or 0.0,
         half=case.half,
     )
     return floor, modelled

@@ -19,6 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _TENSOR = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
+
+# Units of a multiprocessor beside its schedulers and matrix units, and the instructions that they execute. The lanes
+# of each in a cycle are the device's (`benchmarks.roofline`).
+_UNITS = {
+    "special": re.compile(r"MUFU"),
+    "float64": re.compile(r"D(ADD|FMA|MUL|SETP|MNMX)|F2F\S*F64|I2F\S*F64"),
+    "float32": re.compile(r"FADD|FFMA|FMUL|IMAD|H(ADD|FMA|MUL)2"),
+    "integer": re.compile(r"V?I(ADD|MNMX)|LOP3|SEL|FSEL|[IF]SETP|FMNMX|SHF\.|PRMT|LEA|PLOP3|F2FP|I2FP|P2R|R2P|MOV"),
+    "L1": re.compile(r"SHFL|LD[SG](?!DEP)|ST[SG]|LD\.|ST\.|LDL|STL|ATOM|RED"),
+}
 _NVIDIA_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"^\s*\.?(L_x_\d+|LBB\d+_\d+):")
 
@@ -137,6 +147,38 @@ class Code:
             for instruction in block.instructions:
                 counts[instruction.name.split(".")[0]] += weight  # type: ignore[assignment]
         return counts
+
+    def uses(self, turns: Sequence[Any]) -> dict[str, float]:
+        """How often a warp uses each unit, "issue" being all its instructions.
+
+        One use is of 32 lanes of 4 bytes: a shuffle is one of the path to the L1 cache and shared memory, a load of 16
+        bytes a thread is four. What bank conflicts add is not seen.
+        """
+        counts = dict.fromkeys(("issue", *_UNITS), 0.0)
+        for weight, block in zip(self.weights(turns), self.blocks, strict=True):
+            for instruction in block.instructions:
+                counts["issue"] += weight
+                for unit, names in _UNITS.items():
+                    if names.match(instruction.name):
+                        counts[unit] += weight * (_words(instruction.name) if unit == "L1" else 1)
+        return counts
+
+    def loads_ahead(self, turns: Sequence[Any]) -> bool:
+        """Whether most of what is loaded is copied to shared memory while the program works on something else."""
+        ahead = others = 0.0
+        for weight, block in zip(self.weights(turns), self.blocks, strict=True):
+            for instruction in block.instructions:
+                if re.match(r"UTMALDG|UBLKCP", instruction.name):
+                    return True
+                if re.match(r"LDGSTS|LDG\.", instruction.name):
+                    words = weight * _words(instruction.name)
+                    ahead, others = (ahead + words, others) if "STS" in instruction.name else (ahead, others + words)
+        return ahead > others
+
+    @property
+    def products_by_warp(self) -> bool:
+        """Whether products are a warp's own (HMMA), not four warps' together from shared memory (HGMMA)."""
+        return self.count("HMMA") > self.count("HGMMA")
 
     @property
     def tensor_instructions(self) -> int:
@@ -355,6 +397,14 @@ def _bits(name: str, kind: str) -> int:
         match = re.search(r"dwordx(\d)", name)
         return 32 * int(match[1]) if match else 32 if "dword" in name else 16
     return 0
+
+
+def _words(name: str) -> int:
+    """Words of 4 bytes of a thread that an instruction moves, at least one; of LDSM and STSM their matrices."""
+    if name.startswith(("LDSM", "STSM")):
+        return int(name[-1]) if name[-2:] in (".2", ".4") else 1
+    match = re.search(r"\.(64|128)\b", name)
+    return int(match[1]) // 32 if match else 1
 
 
 def _amd_number(text: str, name: str) -> int:

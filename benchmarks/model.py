@@ -1,19 +1,21 @@
 """The whole forward on the devices of the roofline's table, stage by stage: `python -m benchmarks.codegen --model`.
 
 Every time here is *modelled*. The steps are those that the model's own forward makes (`benchmarks.model_steps`). The
-work of a launch is counted from it; its instructions are those of the stored row of `benchmarks.codegen` of the same
-kernel (by name, target, constants and warps), or are left out where there is none, as the row says. What stays torch's
-is counted: each tensor read and written once, products at the float32 rate outside of the matrix units (torch's matmul
-precision "highest"), and 3 microseconds for each kernel. What a Python process takes to issue the launches is left out.
+work of a launch is counted from it and from its machine code: it is compiled here, and the rows keep what was counted.
+Where the compiler has made other loops than are expected, instructions are left out, as the row says. What stays
+torch's is counted: each tensor read and written once, products at the float32 rate outside of the matrix units (torch's
+matmul precision "highest"), and 3 microseconds for each kernel. The host's time stands beside: an eager call takes the
+longer of the two.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ from benchmarks.model_steps import STAGES, Step, steps_of
 RESULT = Path(__file__).parent / "results" / "model.json"
 
 TARGETS_MS = {
-    ("A100 SXM 80GB", "bfloat16"): 2.5,
-    ("H100 SXM", "bfloat16"): 1.5,
-    ("A100 SXM 80GB", "float32"): 8.0,
+    ("A100 SXM 80GB", "bfloat16"): 1.1,
+    ("H100 SXM", "bfloat16"): 0.55,
+    ("H200", "bfloat16"): 0.5,
+    ("RTX 4090", "bfloat16"): 1.5,
 }
-"""The most that the whole forward is to take at 448 from 32, C = 384."""
+"""What the whole forward is to take at 448 from 32, C = 384."""
 
 Row = dict[str, Any]
 
@@ -48,6 +51,7 @@ class Cost:
         operations: of the matrix units, each product of `tf32x3` counted; or of torch's products.
         floor, modelled: microseconds by term.
         source: "code" where the compiler's instructions are among the terms, "count" where they are not, "torch".
+        execution: of a launch.
     """
 
     moved: float
@@ -57,29 +61,61 @@ class Cost:
     floor: roofline.Times
     modelled: roofline.Times
     source: str
+    execution: roofline.Execution | None = None
 
 
-def rows(workload: Workload, dtype: str, stored: Sequence[Row], devices: Sequence[roofline.Device]) -> list[Row]:
-    """For each device: of each stage a row for each launch, for torch's calls together and for all; then the sum.
+class Executions:
+    """How launches run, by their machine code: of the rows of an earlier run, or compiled."""
 
-    `stored` are the rows of `benchmarks.codegen`.
-    """
+    def __init__(self, stored: Sequence[Row] = ()) -> None:
+        self._known = {row["key"]: row["execution"] for row in stored if row["level"] == "launch"}
+
+    def __call__(self, launch: Launch, arch: str, turns: Sequence[Any], units: int) -> roofline.Execution:
+        """Of a launch for a compute capability; `turns` and `units` as `compiled.execution_of` takes them."""
+        programs = math.prod(launch.grid)
+        known = self._known.get(key_of(launch, arch))
+        if known is not None:
+            return roofline.Execution(**known, programs=programs)
+        code = operation_kernels.code_of(launch, arch)
+        return compiled.execution_of(code, arch, turns, programs=programs, units=units)
+
+
+def key_of(launch: Launch, arch: str) -> str:
+    """Launches with equal keys run the same code as often on a compute capability."""
+    arguments = {
+        name: f"{value.dtype}{tuple(value.shape)}" if isinstance(value, Tensor) else value
+        for name, value in launch.arguments.items()
+    }
+    text = repr((arch, launch.kernel.__name__, launch.grid, arguments, dict(launch.constants), dict(launch.options)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def rows(
+    workload: Workload, dtype: str, devices: Sequence[roofline.Device], executions: Executions | None = None
+) -> list[Row]:
+    """For each device: of each stage a row for each launch, for torch's calls together and for all; then the sum."""
+    executions = executions or Executions()
     found: list[Row] = []
     for device in devices:
         steps = steps_of(workload, compiled.DTYPES[dtype], Target("cuda", device.arch))
-        costs = [(step, cost_of(step, workload, dtype, device, stored)) for step in steps]
+        costs = [(step, cost_of(step, workload, dtype, device, executions)) for step in steps]
         common = {"device": device.name, "dtype": dtype, "channels": workload.channels, "workload": workload.name}
         for stage in STAGES:
             own = [entry for entry in costs if entry[0].stage == stage]
-            for entry in own:
-                if entry[0].launch is not None:
-                    found.append(
-                        {**common, "stage": stage, "level": "launch", **_told([entry]), "kernel": kernel_of(entry[0])}
-                    )
+            for step, cost in own:
+                if step.launch is not None and cost.execution is not None:
+                    execution = asdict(cost.execution)
+                    execution.pop("programs")
+                    of_launch = {
+                        "kernel": kernel_of(step), "key": key_of(step.launch, str(device.arch)), "execution": execution
+                    }  # fmt: skip
+                    found.append({**common, "stage": stage, "level": "launch", **_told([(step, cost)]), **of_launch})
             for level, part in (("torch", [e for e in own if e[0].launch is None]), ("stage", own)):
                 if part:
                     found.append({**common, "stage": stage, "level": level, **_told(part)})
-        found.append({**common, "stage": "sum", "level": "sum", **_told(costs)})
+        ours = sum(step.launch is not None for step in steps)
+        host = roofline.HOST_US["launch"] * ours + roofline.HOST_US["torch"] * (len(steps) - ours)
+        found.append({**common, "stage": "sum", "level": "sum", **_told(costs), "host_us": round(host)})
     return found
 
 
@@ -111,26 +147,26 @@ def kernel_of(step: Step) -> str:
     return step.name
 
 
-def cost_of(step: Step, workload: Workload, dtype: str, device: roofline.Device, stored: Sequence[Row]) -> Cost:
-    """The cost of a step of a forward of `workload` in a dtype on a device; `stored` as `rows` takes it."""
+def cost_of(step: Step, workload: Workload, dtype: str, device: roofline.Device, executions: Executions) -> Cost:
+    """The cost of a step of a forward of `workload` in a dtype on a device."""
     if step.launch is None:
         return _torch_cost(step, device)
-    launch, kernel = step.launch, kernel_of(step)
+    launch, kernel, arch = step.launch, kernel_of(step), str(device.arch)
     if kernel in compiled.KERNELS:
-        attention = compiled.Case(workload, str(device.arch), _dtype_of(launch, dtype), kernel=kernel)
-        instructions = _instructions(launch, attention.launch(), attention, stored)
+        attention = compiled.Case(workload, arch, _dtype_of(launch, dtype), kernel=kernel)
         work = compiled.forward_work(workload, compiled.WINDOW, launch)
+        execution = executions(launch, arch, work.turns, workload.pixels)
         operations = (work.logit_operations + work.value_operations) * (1 if attention.half else 3)
-        floor, modelled = compiled.roofs_of(attention, work, instructions, device)
+        floor, modelled = compiled.roofs_of(attention, work, execution, device)
         units, moved, asked, shared = workload.pixels, work.bytes_compulsory, work.bytes_asked, 0.0
     else:
         seen = operation_kernels.on_the_grid(workload) if step.stage == "keys" else workload
-        case = operation_kernels.Case(kernel, seen, str(device.arch), _dtype_of(launch, dtype))
-        instructions = _instructions(launch, case.plan()[0], case, stored)
+        case = operation_kernels.Case(kernel, seen, arch, _dtype_of(launch, dtype))
         counted = case.work(launch)
+        execution = executions(launch, arch, counted.turns, counted.units)
         operations, units = counted.operations, counted.units
         moved, asked, shared = counted.bytes_compulsory, counted.bytes_asked, counted.bytes_shared
-        floor, modelled = operation_kernels.roofs_of(case, counted, instructions, device, math.prod(launch.grid))
+        floor, modelled = operation_kernels.roofs_of(case, counted, execution, device)
     return Cost(
         units * moved,
         units * asked,
@@ -138,7 +174,8 @@ def cost_of(step: Step, workload: Workload, dtype: str, device: roofline.Device,
         units * operations,
         floor,
         modelled,
-        "count" if instructions is None else "code",
+        "count" if execution.uses is None else "code",
+        execution,
     )
 
 
@@ -163,24 +200,6 @@ def _dtype_of(launch: Launch, dtype: str) -> str:
     tensors = (launch.arguments[name] for name in names if isinstance(launch.arguments.get(name), Tensor))
     tensor = next(tensors, None)
     return dtype if tensor is None else str(tensor.dtype).removeprefix("torch.")
-
-
-def _instructions(launch: Launch, planned: Launch, case: Any, stored: Sequence[Row]) -> float | None:
-    """A warp's instructions for each unit, where a stored row is of this launch's kernel; None otherwise."""
-    if (launch.constants, launch.options, launch.grid) != (planned.constants, planned.options, planned.grid):
-        return None
-    wanted = {
-        "kernel": case.kernel,
-        "target": case.arch,
-        "dtype": case.dtype,
-        "workload": f"{case.workload.size[0]} from {case.workload.grid[0]}",
-        "channels": case.workload.channels,
-    }
-    heads = {None, compiled.HEADS}
-    for row in stored:
-        if all(row[name] == value for name, value in wanted.items()) and row["heads"] in heads:
-            return row["instructions_per_pixel"]
-    return None
 
 
 def workload_of(text: str, channels: int) -> Workload:

@@ -41,11 +41,18 @@ class Occupancy:
     by_registers: int
     by_shared: int
     by_warps: int
+    program: int
+    """Warps of a program."""
 
     @property
     def warps(self) -> int:
         """Together."""
         return min(self.by_registers, self.by_shared, self.by_warps)
+
+    @property
+    def programs(self) -> int:
+        """Programs that a multiprocessor runs at a time."""
+        return self.warps // self.program
 
 
 def occupancy(target: str, *, registers: int, shared: int, warps: int) -> Occupancy:
@@ -58,4 +65,4 @@ def occupancy(target: str, *, registers: int, shared: int, warps: int) -> Occupa
         waves = 65536 // (-(-registers * 32 // 256) * 256)
         by_shared = limits.shared_total // (shared + KB)
     most = min(limits.programs, limits.warps // warps)
-    return Occupancy(waves // warps * warps, min(by_shared, most) * warps, most * warps)
+    return Occupancy(waves // warps * warps, min(by_shared, most) * warps, most * warps, warps)

@@ -23,7 +23,7 @@ from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_a
 from anyup.kernels.launch import Launch
 from benchmarks import pixel_encoder_work, roofline
 from benchmarks.ahead_of_time import compilation_of, target_of
-from benchmarks.compiled import TIMES, code_facts, told_times
+from benchmarks.compiled import TIMES, code_facts, execution_of, told_execution, told_times
 from benchmarks.machine_code import Code, read
 from benchmarks.operation_work import Work
 
@@ -211,15 +211,7 @@ def row_of(case: Case) -> Row:
     warps = launch.options["num_warps"]
     code = code_of(launch, case.arch)
     work = case.work(launch)
-    programs = math.prod(launch.grid) * warps / work.units
-    instructions: float | None = None
-    by_kind: dict[str, float] | None = None
-    try:
-        executed = code.executed(work.turns)
-        by_kind = {n: round(c * programs, 1) for n, c in executed.most_common(12)}
-        instructions = round(sum(executed.values()) * programs, 1)
-    except ValueError:  # the compiler has unrolled or peeled a loop: the modelled time leaves instructions out
-        pass
+    execution = execution_of(code, case.arch, work.turns, programs=math.prod(launch.grid), units=work.units)
     return {
         "kernel": case.kernel,
         "target": case.arch,
@@ -233,29 +225,28 @@ def row_of(case: Case) -> Row:
         "tensor_core_instructions": code.tensor_instructions if work.operations else None,
         "widest_load_bits": max(code.widest("load"), code.widest("copy")),
         "units": work.units,
-        "instructions_per_pixel": instructions,
-        "instructions_by_kind": by_kind,
+        **told_execution(execution),
         "bytes_per_pixel": round(work.bytes_compulsory, 1),
         "bytes_asked_per_pixel": round(work.bytes_asked, 1),
         "operations_per_pixel": round(work.operations),
         "exact_operations_per_pixel": round(work.exact_operations),
         "exponentials_per_pixel": round(work.exponentials),
-        **times_of(case, work, instructions),
+        **times_of(case, work, execution),
     }
 
 
-def times_of(case: Case, work: Work, instructions: float | None) -> Row:
+def times_of(case: Case, work: Work, execution: roofline.Execution) -> Row:
     """Floor and modelled time on the device of the case's target; None without one."""
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(TIMES)
-    return told_times(device, *roofs_of(case, work, instructions, device))
+    return told_times(device, *roofs_of(case, work, execution, device))
 
 
 def roofs_of(
-    case: Case, work: Work, instructions: float | None, device: roofline.Device, programs: int | None = None
+    case: Case, work: Work, execution: roofline.Execution, device: roofline.Device
 ) -> tuple[roofline.Times, roofline.Times]:
-    """Floor and modelled time on a device, of a launch of so many programs; None: of enough."""
+    """Floor and modelled time on a device."""
     floor = roofline.floor(
         device, work.units, bytes_compulsory=work.bytes_compulsory, operations=work.exact_operations,
         exponentials=work.exact_exponentials, half=case.half,
@@ -263,10 +254,9 @@ def roofs_of(
     # The unification multiplies planes of 16 bits whatever the dtype is; what moves numbers moves all it asks for.
     moves = case.kernel in WITHOUT_PRODUCTS
     modelled = roofline.modelled(
-        device, work.units, bytes_compulsory=work.bytes_asked if moves else work.bytes_compulsory,
+        device, work.units, execution, bytes_compulsory=work.bytes_asked if moves else work.bytes_compulsory,
         bytes_asked=work.bytes_asked, operations=work.operations, exponentials=work.exponentials,
-        instructions=instructions or 0.0, half=case.half or case.kernel.startswith("feature_unification"),
-        programs=programs,
+        half=case.half or case.kernel.startswith("feature_unification"),
     )  # fmt: skip
     return floor, modelled
 

@@ -43,10 +43,10 @@ def made(file: str, name: str, folder: Path = RESULTS) -> str:
     if not path.exists():
         raise ValueError(f"benchmarks: {file}/{name}: there is no {path}")
     if file in MODELLED:
-        known, table = MODELLED[file]
-        if name != known:
-            raise ValueError(f"benchmarks: {file}/{name}: expected {file}/{known}")
-        return f"\n{table(path)}\n"
+        tables = MODELLED[file]
+        if name not in tables:
+            raise ValueError(f"benchmarks: {file}/{name}: expected one of {', '.join(tables)}")
+        return f"\n{tables[name](path)}\n"
     results = stored.read(path)
     if name in PHRASES:
         return PHRASES[name](results)
@@ -181,22 +181,45 @@ def _modelled(path: Path) -> str:
 
 
 def _forward(path: Path) -> str:
-    """The modelled time of a whole forward on each device, and of its stages."""
-    rows: list[Row] = stored.read_json(path, "rows of benchmarks.codegen --model")
+    """The modelled time of a whole forward at 448 from 32 on each device, and of its stages."""
+    found: list[Row] = stored.read_json(path, "rows of benchmarks.codegen --model")
+    rows = [row for row in found if row["workload"] == "448 from 32"]
     stages = list(dict.fromkeys(row["stage"] for row in rows if row["level"] == "stage"))
     lines = []
     for whole in (row for row in rows if row["level"] == "sum"):
-        of_run = [row for row in rows if all(row[name] == whole[name] for name in ("device", "dtype", "workload"))]
+        of_run = [row for row in rows if all(row[name] == whole[name] for name in ("device", "dtype"))]
         parts = {row["stage"]: row["modelled_us"] for row in of_run if row["level"] == "stage"}
         lines.append(
             (
                 f"{whole['device']}, {whole['dtype']}", f"**{whole['modelled_us'] / 1e3:.2f} ms**",
                 f"{whole['floor_us'] / 1e3:.2f} ms", *(f"{parts[name] / 1e3:.2f}" for name in stages),
-                str(whole["passes"]),
+                str(whole["passes"]), f"{whole['host_us'] / 1e3:.1f} ms",
             )
         )  # fmt: skip
     sizes = " / ".join(dict.fromkeys(f"{row['workload']}, C = {row['channels']}" for row in rows))
-    return table((f"modelled, {sizes}", "whole forward", "floor", *stages, "launches"), lines)
+    return table((f"modelled, {sizes}", "whole forward", "floor", *stages, "launches", "host"), lines)
+
+
+def _sizes(path: Path) -> str:
+    """The modelled time of whole forwards by size, after what the kernels of an earlier commit are modelled at."""
+
+    def read(file: Path) -> dict[tuple[str, str, str], Row]:
+        rows: list[Row] = stored.read_json(file, "rows of benchmarks.codegen --model")
+        return {(row["device"], row["dtype"], row["workload"]): row for row in rows if row["level"] == "sum"}
+
+    now, before = read(path), read(path.with_name("model_before.json"))
+    workloads = sorted({workload for *_, workload in now}, key=lambda name: int(name.split()[0]))
+    lines = [
+        (
+            f"{device}, {dtype}",
+            *(
+                " -> ".join(f"{rows[device, dtype, name]['modelled_us'] / 1e3:.2f}" for rows in (before, now))
+                for name in workloads
+            ),
+        )
+        for device, dtype in dict.fromkeys(key[:2] for key in now)
+    ]
+    return table(("modelled, ms, C = 384", *workloads), lines)
 
 
 def _machine(results: Results) -> str:
@@ -235,11 +258,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "machine": _machine,
 }
 
-MODELLED: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "codegen": ("modelled", _modelled),
-    "model": ("forward", _forward),
+MODELLED: dict[str, dict[str, Callable[[Path], str]]] = {
+    "codegen": {"modelled": _modelled},
+    "model": {"forward": _forward, "sizes": _sizes},
 }
-"""Of files that hold rows alone: the name of their table, and what makes it."""
+"""Of files that hold rows alone: the names of their tables, and what makes them."""
 
 PHRASES: dict[str, Callable[[Results], str]] = {
     "speed-up-448": functools.partial(_speed_up, "448 from 32"),

