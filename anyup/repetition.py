@@ -47,6 +47,9 @@ _MOST_STEPS = 600
 _ALIGNMENT = 512
 """Of each place in a buffer, in bytes, as torch's allocator aligns on a GPU."""
 
+_LARGE = 2**24
+"""Bytes from which on what launches alone read and write is let go when the last one has, and lies by itself."""
+
 _ALLOCATING = tuple(f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided"))
 
 _MAKERS = ("anyup", "torch")
@@ -167,13 +170,18 @@ class Recorder(TorchDispatchMode):
                 self._call(view, self._name("c", view))
             return result
         names = [self._call(made, self._next()) for made in results]
+        if isinstance(result, Tensor) and func._schema.name in _ALLOCATING:
+            told = [str(list(result.shape)), str(list(result.stride()))]
+            told += [f"dtype={self._told(result.dtype)}", f"device={self._told(result.device)}"]
+            fresh = result.untyped_storage().nbytes()
+            self._steps.append(Step(names, [], self._name("f", torch.empty_strided), told, fresh=fresh))
+            return result
         if is_view:
             for name, view in zip(names, results, strict=True):
                 if view.data_ptr() == used[0].data_ptr():
                     self._begins_with[name] = self._begins_with.get(read[0], read[0])
         made = names if result is not results or len(names) > 1 else [f"[{names[0]}]"]
-        fresh = result.untyped_storage().nbytes() if func._schema.name in _ALLOCATING else 0
-        self._steps.append(Step(made, read, self._name("f", func), told, fresh=fresh))
+        self._steps.append(Step(made, read, self._name("f", func), told))
         return result
 
     def launched(self, launch: Launch, compiled: Any) -> None:
@@ -242,7 +250,7 @@ class Recorder(TorchDispatchMode):
     def _name(self, kind: str, value: Any) -> str:
         """A name for a value in the source."""
         for name, other in self._names.items():
-            if other is value and name[0] == kind:
+            if name[0] == kind and (other is value or (type(value) is torch.device and other == value)):
                 return name
         name = f"{kind}{len(self._names)}"
         self._names[name] = value
@@ -269,7 +277,7 @@ def _bare(names: Sequence[str]) -> list[str]:
 
 
 def _scratch(steps: Sequence[Step], end: str) -> tuple[dict[str, int], int]:
-    """Places in one allocation for what nothing but launches reads and writes, and how many bytes that is.
+    """Places in one allocation for the small of what launches alone read and write, and how many bytes that is.
 
     Two of these may have the same place where no launch of one lies between the first and the last of the other.
     """
@@ -277,7 +285,7 @@ def _scratch(steps: Sequence[Step], end: str) -> tuple[dict[str, int], int]:
     for index, step in enumerate(steps):
         for name in step.read:
             users.setdefault(name, []).append(index)
-    fresh = {step.made[0]: step.fresh for step in steps if step.fresh and step.made[0] != end}
+    fresh = {step.made[0]: step.fresh for step in steps if 0 < step.fresh < _LARGE and step.made[0] != end}
     fresh = {
         name: -(-size // _ALIGNMENT) * _ALIGNMENT
         for name, size in fresh.items()

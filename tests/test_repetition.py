@@ -257,6 +257,28 @@ def test_what_is_made_where_no_one_sees_it_is_no_line() -> None:
     assert one.source.count("= f") == 3, one.source
 
 
+def test_what_is_read_at_the_same_time_lies_in_different_places() -> None:
+    def step(made: str, *read: str, launch: str = "direct", fresh: int = 0) -> repetition.Step:
+        return repetition.Step([made] if made else [], list(read), "f", [], "" if made else launch, fresh)
+
+    large = repetition._LARGE
+    sizes = {"t1": 1000, "t2": 500, "t3": 1000, "t4": large, "t5": 8, "t6": 8, "t7": 8}
+    steps = [
+        *(step(name, fresh=size) for name, size in sizes.items()),
+        step("", "t1", "t2", "t5"),
+        step("", "t2", "t3"),
+        step("", "t3", "t4", "t6"),
+        step("t8", "t6"),  # torch wants a tensor
+        step("", "t7"),
+    ]
+    places, size = repetition._scratch(steps, end="t7")
+    assert places.keys() == {"t1", "t2", "t3", "t5"} and size == 2048, places
+    assert places["t1"] == places["t3"] and len({places[name] for name in ("t1", "t2", "t5")}) == 3
+    ends = {name: places[name] + (1024 if name in ("t1", "t3") else 512) for name in places}
+    for one, other in (("t1", "t2"), ("t1", "t5"), ("t2", "t5"), ("t2", "t3")):
+        assert ends[one] <= places[other] or ends[other] <= places[one], places
+
+
 @interpreted
 def test_an_upsampler_that_repeats_is_copied_and_so_many_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repetition, "_MOST_SIGNATURES", 2)
