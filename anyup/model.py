@@ -30,7 +30,7 @@ from anyup.ops.parallel import on_threads_for
 from anyup.ops.precision import autocasts, key_dtype, without_autocast, working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.problem import OutputSize, check_image, check_inputs, integer
-from anyup.repetition import seen_before
+from anyup.repetition import encoding_seen_before, seen_before
 from anyup.window import WINDOW_KINDS, CellWindow, RatioWindow, check_ratio
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ class AnyUp(nn.Module):
         compiling, seen = torch.compiler.is_compiling(), None
         if not compiling and max_memory is None and out is None and not vis_attn:
             seen = seen_before(self, image, features, output_size, q_chunk_size, values)
-            if seen is not None and (result := seen.repeat()) is not None:
-                return result
+            if seen is not None and (repeated := seen.repeat()) is not None:
+                return repeated[0]
         size = self.check(image, features, output_size, q_chunk_size, values=values)
         q_chunk_size = integer(q_chunk_size)
         if compiling and max_memory is None and out is None:
@@ -291,8 +291,15 @@ class AnyUp(nn.Module):
             needed = math.prod(shape) * self._compute_dtype(device).itemsize
             told = " x ".join(map(str, shape))
             check_room(needed, f"output_size: the queries, {told},", device, "`stream` keeps none")
-        with nullcontext() if compiling else memory.reuse(), nullcontext() if compiling else self._threads(image, size):
+
+        def encode() -> tuple[Tensor, ...]:
             queries, image_keys = self._encode_image(image, size, names)
+            return queries, *image_keys
+
+        seen = None if compiling else encoding_seen_before(self, image, size, names)
+        with nullcontext() if compiling else memory.reuse(), nullcontext() if compiling else self._threads(image, size):
+            # Three maps like the queries: the encoded image, and an encoder's own.
+            queries, *image_keys = encode() if seen is None else seen.repeat() or seen.record(3 * needed, encode)
         # The caller may write the next frame into the image.
         return ImageContext(
             image.clone(), queries, dict(zip(names, image_keys, strict=True)), weights_of(self.parameters())

@@ -55,6 +55,7 @@ _ALLOCATING = tuple(f"aten::{name}" for name in ("empty", "new_empty", "empty_li
 _MAKERS = ("anyup", "torch")
 
 Signature = tuple[Any, ...]
+Results = tuple[Tensor, ...]
 
 
 class Unrecordable(Exception):
@@ -66,7 +67,7 @@ class Line:
     """A call as a straight line of Python.
 
     Attributes:
-        source: a function `repeat(stream, ...)` of the call's tensors, that returns its result.
+        source: a function `repeat(stream, ...)` of the call's tensors, that returns its results.
         names: what else the source mentions: operations, compiled kernels, settings, tensors.
         found: the tensors that the call has found and not made: weights, tables.
     """
@@ -75,7 +76,7 @@ class Line:
     names: dict[str, Any]
     found: list[Tensor]
 
-    def function(self) -> Callable[..., Tensor]:
+    def function(self) -> Callable[..., Results]:
         """The compiled source."""
         names = dict(self.names)
         exec(compile(self.source, "<a repeated call of anyup>", "exec"), names)
@@ -208,18 +209,18 @@ class Recorder(TorchDispatchMode):
         else:
             raise Unrecordable("kernels are run by someone else than Triton")
 
-    def line(self, result: Tensor) -> Line:
-        """What was written down, that ends with the result."""
+    def line(self, results: Results) -> Line:
+        """What was written down, that ends with the results."""
         if len(self._steps) > _MOST_STEPS:
             raise Unrecordable(f"{len(self._steps)} steps, at most {_MOST_STEPS}")
-        end = self._told(result)
-        needed, steps = {end}, []
+        ends = [self._told(result) for result in results]
+        needed, steps = set(ends), []
         for step in reversed(self._steps):
             if not step.made or not needed.isdisjoint(_bare(step.made)):  # else nobody reads it
                 steps.append(step)
                 needed.update(step.read)
-        scratch, size = _scratch(steps[::-1], end)
-        needed, lines = {end, *scratch}, [f"    return {end}"]
+        scratch, size = _scratch(steps[::-1], ends)
+        needed, lines = {*ends, *scratch}, [f"    return ({', '.join(ends)},)"]
         for step in steps:
             made = _bare(step.made)
             if made and made[0] in scratch:
@@ -276,7 +277,7 @@ def _bare(names: Sequence[str]) -> list[str]:
     return [name.strip("[]") for name in names]
 
 
-def _scratch(steps: Sequence[Step], end: str) -> tuple[dict[str, int], int]:
+def _scratch(steps: Sequence[Step], ends: Sequence[str]) -> tuple[dict[str, int], int]:
     """Places in one allocation for the small of what launches alone read and write, and how many bytes that is.
 
     Two of these may have the same place where no launch of one lies between the first and the last of the other.
@@ -285,7 +286,7 @@ def _scratch(steps: Sequence[Step], end: str) -> tuple[dict[str, int], int]:
     for index, step in enumerate(steps):
         for name in step.read:
             users.setdefault(name, []).append(index)
-    fresh = {step.made[0]: step.fresh for step in steps if 0 < step.fresh < _LARGE and step.made[0] != end}
+    fresh = {step.made[0]: step.fresh for step in steps if 0 < step.fresh < _LARGE and step.made[0] not in ends}
     fresh = {
         name: -(-size // _ALIGNMENT) * _ALIGNMENT
         for name, size in fresh.items()
@@ -338,7 +339,7 @@ class Repetition:
         self._line: Line | None = None
         self._lock = threading.Lock()
         self._peak = 0
-        self._repeat: Callable[..., Tensor] | None = None
+        self._repeat: Callable[..., Results] | None = None
 
     @property
     def is_known(self) -> bool:
@@ -350,8 +351,8 @@ class Repetition:
         """Whether it is still to be seen if calls can be repeated."""
         return self._calls <= 2
 
-    def run(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """The result for these tensors; None where the call is to be made in full."""
+    def run(self, tensors: Sequence[Tensor]) -> Results | None:
+        """The results for these tensors; None where the call is to be made in full."""
         from anyup.kernels.launch import hooked, stream_of
         from anyup.ops.kernel_device import interprets
 
@@ -365,8 +366,8 @@ class Repetition:
         except torch.OutOfMemoryError:
             return None
 
-    def record(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Tensor]) -> Tensor:
-        """The result of the call, which is written down the second and the third time."""
+    def record(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Results]) -> Results:
+        """The results of the call, which is written down the second and the third time."""
         from anyup.kernels.launch import compiles_ahead
 
         if compiles_ahead() or self._calls > 2 or not self._lock.acquire(blocking=False):
@@ -379,15 +380,15 @@ class Repetition:
         finally:
             self._lock.release()
 
-    def _written_down(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Tensor]) -> Tensor:
+    def _written_down(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Results]) -> Results:
         from anyup.kernels.launch import told
 
         recorder = Recorder(tensors)
         try:
             # Outside of inference mode a dispatch mode sees operations in the parts that torch makes them of.
             with torch.inference_mode(False), torch.no_grad(), told(recorder.launched), recorder:
-                result = call()
-            line = recorder.line(result)
+                results = call()
+            line = recorder.line(results)
         except Unrecordable as reason:
             logger.debug("calls like this one are made in full each time: %s", reason)
             self._calls = 3
@@ -396,7 +397,7 @@ class Repetition:
             self._line = line
         elif self._line.is_like(line):
             self._line, self._peak, self._repeat = None, peak, line.function()
-        return result
+        return results
 
 
 @dataclass(frozen=True)
@@ -406,12 +407,12 @@ class Seen:
     repetition: Repetition
     tensors: Sequence[Tensor]
 
-    def repeat(self) -> Tensor | None:
-        """The result; None where the call is to be made in full."""
+    def repeat(self) -> Results | None:
+        """The results; None where the call is to be made in full."""
         return self.repetition.run(self.tensors)
 
-    def record(self, peak: int, call: Callable[[], Tensor]) -> Tensor:
-        """The result of the call in full, which takes so many bytes, and may be repeated from now on."""
+    def record(self, peak: int, call: Callable[[], Results]) -> Results:
+        """The results of the call in full, which takes so many bytes, and may be repeated from now on."""
         return self.repetition.record(self.tensors, peak, call)
 
 
@@ -498,47 +499,57 @@ def seen_before(
     image: Tensor | ImageContext,
     features: Tensor,
     output_size: Any,
-    q_chunk_size: int | None,
+    q_chunk_size: Any,
     values: Tensor | None,
 ) -> Seen | None:
     """The call with its signature; None where it is to be made in full, each time."""
+    # What else there may be has checks to meet.
+    if type(features) is not Tensor or features.device.type not in DEVICES or features.dim() != 4:
+        return None
+    sizes = (q_chunk_size, *(output_size if isinstance(output_size, (list, tuple)) else (output_size,)))
+    if any(size is not None and type(size) is not int for size in sizes):
+        return None
+    weights = image.weights if isinstance(image, ImageContext) else None
+    return _seen(model, read_by(image, features, values), (sizes, type(output_size)), weights)
+
+
+def encoding_seen_before(
+    model: AnyUp, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]
+) -> Seen | None:
+    """The same for `AnyUp.encode_image`, with checked arguments."""
+    return _seen(model, {"image": image}, ("encode_image", size, tuple(grids)), None)
+
+
+def _seen(model: AnyUp, named: dict[str, Tensor], settings: Any, made_with: Any) -> Seen | None:
+    """What was seen of these tensors and settings, and of weights with which a context was made."""
     from anyup.model import AnyUp
 
-    # What else there may be has checks to meet, is traced, or is differentiated.
-    if type(features) is not Tensor or features.device.type not in DEVICES or type(model) is not AnyUp:
-        return None
-    if features.dim() != 4 or not isinstance(image, (Tensor, ImageContext)) or _is_watched(features.device):
-        return None
-    named = read_by(image, features, values)
     tensors = list(named.values())
-    if not all(type(tensor) is Tensor and tensor.device == features.device for tensor in tensors):
+    if type(model) is not AnyUp or getattr(model, "_is_replica", False):  # of nn.DataParallel, made for each call
+        return None
+    if not all(type(each) is Tensor and each.device == tensors[0].device for each in tensors):
+        return None
+    device = tensors[0].device
+    if device.type not in DEVICES or _is_watched(device):
         return None
     calls = _calls.get(model)
     if calls is None:
         calls = _calls.setdefault(model, Calls())
     weights = calls.weights_of(model)
-    if weights.are_watched():
+    if weights.are_watched() or (made_with is not None and made_with != weights_of(weights.tensors)):
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *weights.tensors)):
         return None
-    if isinstance(image, ImageContext) and image.weights != weights_of(model.parameters()):
-        return None
-    sizes = (q_chunk_size, *(output_size if isinstance(output_size, (list, tuple)) else (output_size,)))
-    if any(size is not None and type(size) is not int for size in sizes):
-        return None
-    kind = features.device.type
     signature = (
-        sizes,
-        type(output_size),
+        settings,
         model.window,
         *named,
-        autocasts(kind) and torch.get_autocast_dtype(kind),
-        float32_matmul_precision(kind),
-        features.device,
+        autocasts(device.type) and torch.get_autocast_dtype(device.type),
+        float32_matmul_precision(device.type),
+        device,
         *((t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors),
     )
-    known = calls.find(weights.addresses(), signature, features.device)
-    return Seen(known, tensors)
+    return Seen(calls.find(weights.addresses(), signature, device), tensors)
 
 
 def _is_watched(device: torch.device) -> bool:

@@ -220,7 +220,7 @@ def call(
                     return call()
                 # What torch.compile makes of flex attention launches kernels that nobody sees.
                 chosen = model.explain(image, features, size, values=values).chosen.values()
-                return call() if "flex" in chosen else seen.record(rescue.plan.peak_bytes, call)
+                return call() if "flex" in chosen else seen.record(rescue.plan.peak_bytes, lambda: (call(),))[0]
             except torch.OutOfMemoryError as error:
                 rescue.fail(error)
         if vis_attn:

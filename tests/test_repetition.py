@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,9 +114,16 @@ def test_calls_with_a_context_are_repeated_with_the_next_one(grids: list[tuple[i
     model, (_, features) = small(), inputs()
     with torch.no_grad():
         contexts = [model.encode_image(inputs(phase)[0], grids=grids) for phase in range(5)]
+        assert known(model) == [True]  # encode_image is repeated
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AnyUp, "_encode_image", None)
+            again = model.encode_image(inputs(0)[0], grids=grids)
+        for one, other in zip((contexts[0].queries, *contexts[0].image_keys.values()),
+                              (again.queries, *again.image_keys.values()), strict=True):  # fmt: skip
+            assert torch.equal(one, other)
         for context in contexts[:4]:
             out = model(context, features)
-        assert known(model) == [True]
+        assert known(model) == [True, True]
         assert torch.equal(out, in_full(lambda: model(contexts[3], features)))
         model.rope.freqs.mul_(2)
         with pytest.raises(ValueError, match="weights have changed"):
@@ -174,6 +183,51 @@ def test_who_watches_or_differentiates_gets_the_call_in_full() -> None:
 
 
 @interpreted
+def test_who_profiles_launches_or_lacks_memory_gets_the_call_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    model, now = small(), inputs()
+
+    def is_made_in_full() -> bool:
+        with pytest.raises(TypeError):  # nothing to call
+            repeated_once(lambda: model(*now))
+        return True
+
+    with torch.no_grad():
+        expected = repeated(model, lambda: model(*now))
+        hook = lambda *_: None  # noqa: E731
+        knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            assert is_made_in_full()
+        finally:
+            knobs.runtime.launch_enter_hook.remove(hook)
+        assert torch.equal(repeated_once(lambda: model(*now)), expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(repetition, "has_room", lambda needed, device: False)
+            assert is_made_in_full()
+
+        def fails(*_: Any) -> Tensor:
+            raise torch.OutOfMemoryError("made up")
+
+        for each in repetition._calls[model]._known.values():
+            monkeypatch.setattr(each, "_repeat", fails)
+        assert is_made_in_full() and torch.equal(model(*now), expected)
+
+
+@interpreted
+def test_what_is_kept_goes_with_the_upsampler() -> None:
+    def repeats() -> weakref.ref[AnyUp]:
+        model, now = small(), inputs()
+        with torch.no_grad():
+            repeated(model, lambda: model(*now))
+        return weakref.ref(model)
+
+    gone = repeats()
+    gc.collect()
+    assert gone() is None
+
+
+@interpreted
 def test_a_caller_s_mistake_is_met_after_any_number_of_calls() -> None:
     model, (image, features) = small(), inputs()
     with torch.no_grad():
@@ -185,6 +239,9 @@ def test_a_caller_s_mistake_is_met_after_any_number_of_calls() -> None:
             model(image, features[0])
         with pytest.raises(TypeError, match="q_chunk_size"):
             model(image, features, (6, 5), q_chunk_size=True)
+        for wrong in ({"image": None}, {"values": [1]}, {"features": None}):
+            with pytest.raises(TypeError, match=next(iter(wrong))):
+                model(**{"image": image, "features": features, **wrong})
 
 
 def test_threads_repeat_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +284,7 @@ def test_what_is_made_where_no_one_sees_it_is_no_line() -> None:
         unseen = torch.ones(3)
         with torch.no_grad(), repetition.Recorder([tensor]) as recorder:
             result = tensor + unseen
-        return recorder.line(result)
+        return recorder.line((result,))
 
     weight, tensor = torch.ones(3, 3), torch.ones(3)
 
@@ -236,23 +293,23 @@ def test_what_is_made_where_no_one_sees_it_is_no_line() -> None:
             result = weight[1:2] * tensor + torch.zeros(1)
             unread = result * 2
             del unread
-        return recorder.line(result)
+        return recorder.line((result,))
 
     def of_copies() -> repetition.Line:
         below_autograd = torch._C._AutoDispatchBelowAutograd()  # as an operator's body runs
         with below_autograd, repetition.Recorder([tensor]) as recorder:
             result = weight.t().contiguous().to(torch.float64) * tensor
-        return recorder.line(result)
+        return recorder.line((result,))
 
     copied = of_copies().function()
-    before = copied(0, tensor)
+    (before,) = copied(0, tensor)
     weight.mul_(2)
-    assert torch.equal(copied(0, tensor), before * 2)  # what is made of a weight is made again
+    assert torch.equal(copied(0, tensor)[0], before * 2)  # what is made of a weight is made again
     weight.div_(2)
     assert not line().is_like(line())
     one, other = another(), another()
     assert one.is_like(other)
-    assert torch.equal(one.function()(0, tensor * 3), torch.full((1, 3), 3.0))
+    assert torch.equal(one.function()(0, tensor * 3)[0], torch.full((1, 3), 3.0))
     # A view of a weight is there already, and what nobody reads is left out.
     assert one.source.count("= f") == 3, one.source
 
@@ -271,7 +328,7 @@ def test_what_is_read_at_the_same_time_lies_in_different_places() -> None:
         step("t8", "t6"),  # torch wants a tensor
         step("", "t7"),
     ]
-    places, size = repetition._scratch(steps, end="t7")
+    places, size = repetition._scratch(steps, ["t7"])
     assert places.keys() == {"t1", "t2", "t3", "t5"} and size == 2048, places
     assert places["t1"] == places["t3"] and len({places[name] for name in ("t1", "t2", "t5")}) == 3
     ends = {name: places[name] + (1024 if name in ("t1", "t3") else 512) for name in places}
