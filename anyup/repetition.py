@@ -174,7 +174,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor) and func._schema.name in _ALLOCATING:
             told = [str(list(result.shape)), str(list(result.stride()))]
             told += [f"dtype={self._told(result.dtype)}", f"device={self._told(result.device)}"]
-            fresh = result.untyped_storage().nbytes()
+            fresh = result.untyped_storage().nbytes() if result.device == self._device else 0
             self._steps.append(Step(names, [], self._name("f", torch.empty_strided), told, fresh=fresh))
             return result
         if is_view:
@@ -528,6 +528,8 @@ def _seen(model: AnyUp, named: dict[str, Tensor], settings: Any, made_with: Any)
     if type(model) is not AnyUp or getattr(model, "_is_replica", False):  # of nn.DataParallel, made for each call
         return None
     if not all(type(each) is Tensor and each.device == tensors[0].device for each in tensors):
+        return None
+    if len({id(each) for each in tensors}) < len(tensors):  # written down as one
         return None
     device = tensors[0].device
     if device.type not in DEVICES or _is_watched(device):

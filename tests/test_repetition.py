@@ -109,6 +109,27 @@ def test_a_repeated_call_returns_what_the_call_in_full_returns(what: str) -> Non
 
 
 @interpreted
+def test_one_tensor_in_two_places_is_not_taken_for_two() -> None:
+    model, (image, features) = small(), inputs()
+    with torch.no_grad():
+        for _ in range(4):
+            model(image, features, values=features)
+        other = features * 2
+        assert torch.equal(model(image, features, values=other), in_full(lambda: model(image, features, values=other)))
+
+
+@interpreted
+def test_a_call_under_autocast_is_another_one() -> None:
+    model, now = small(), inputs()
+    with torch.no_grad():
+        plain = repeated(model, lambda: model(*now))
+        with torch.autocast("cpu", dtype=torch.float16):
+            half = repeated(model, lambda: model(*now))
+            assert torch.equal(half, in_full(lambda: model(*now))) and not torch.equal(half, plain)
+        assert torch.equal(repeated_once(lambda: model(*now)), plain) and known(model) == [True, True]
+
+
+@interpreted
 @pytest.mark.parametrize("grids", [[], [(3, 2)]])
 def test_calls_with_a_context_are_repeated_with_the_next_one(grids: list[tuple[int, int]]) -> None:
     model, (_, features) = small(), inputs()

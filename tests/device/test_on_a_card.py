@@ -308,6 +308,18 @@ def test_a_captured_call_returns_what_the_call_returns(with_context: bool, measu
             assert relative_error(upsample(*others), upsampler(*others).double()) < 16 * torch.finfo(dtype).eps
 
 
+def test_a_repeated_call_takes_no_more_memory(measured: dict[str, Any]) -> None:
+    """But for what is small, which lies in one allocation."""
+    upsampler, inputs = model(torch.bfloat16), model_inputs(torch.bfloat16)
+    with torch.inference_mode():
+        upsampler(*inputs)
+        full, _ = peak_of(lambda: upsampler(*inputs))
+        upsampler(*inputs)
+        repeated, _ = peak_of(lambda: upsampler(*inputs))
+    measured.update(peak_bytes=full, repeated_bytes=repeated)
+    assert_within(0, repeated, full + 2**25)
+
+
 def test_a_call_is_repeated_with_the_same_bits() -> None:
     upsampler, inputs, others = model(torch.bfloat16), model_inputs(torch.bfloat16), model_inputs(torch.bfloat16, 13)
     with torch.inference_mode():
