@@ -58,8 +58,9 @@ def section(rows: Sequence[Mapping[str, Any]]) -> str:
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     parts = [
         "<p><strong>Modelled, not measured.</strong> Registers, spills and instructions are the compiler's, for each "
-        "target ahead of time. Times are a roofline's: the longest of memory, matrix units, exponentials, instruction "
-        "issue and L2 at the device's published rates, plus the launch. The floor counts what any kernel must do.</p>"
+        "target ahead of time. Times are a roofline's: the longest of memory, L2, matrix units, instruction issue and "
+        "the other units of a multiprocessor at the device's rates, or the sum of its phases where a program is alone "
+        "on one, plus the launch. The floor counts what any kernel must do.</p>"
     ]
     dtypes = {row["dtype"] for row in rows}
     for dtype in ("bfloat16", "float32"):
