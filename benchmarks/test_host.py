@@ -8,9 +8,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from benchmarks.host import told
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,13 +19,11 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("cc")), reason="Triton's launcher needs a C compiler")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_host_time_of_a_call(dtype: str, benchmark: Any) -> None:
+def test_host_time_of_a_call(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "benchmarks.host", "--json", "--dtype", dtype]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
-    benchmark.group = "host time of a call, in microseconds (see extra_info); timed here: reading it"
-    benchmark.extra_info.update(result)
-    benchmark.pedantic(json.loads, args=(run.stdout.splitlines()[-1],), rounds=1)
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in result["parts"].items())
-    print(f"\n{dtype}: {result['repeated']:.0f} us; in full {result['call']:.0f} us ({parts})")
+    with capsys.disabled():
+        print(f"\n{told(result)}")
+    assert result["repeated"] < result["call"] and result["counts"]["waits"] == 0

@@ -10,7 +10,7 @@ import torch
 from recipe import fill
 from test_host import in_a_process
 
-from anyup import AnyUp
+from anyup import AnyUp, warming
 
 AHEAD = """
 import json, threading, time
@@ -77,3 +77,25 @@ def test_an_upsampler_warms_up_on_a_cpu_by_calls(monkeypatch: pytest.MonkeyPatch
     for wrong in ({"channels": 0}, {"channels": 4, "batch": True}, {"channels": 4, "image_size": (6,)}):
         with pytest.raises(ValueError, match=next(reversed(wrong))):
             model.warm_up(**{"image_size": (6, 5), "feature_size": (3, 2), **wrong})
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_what_a_card_refuses_is_left_to_the_call_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyup.kernels import launch
+
+    card, said = torch.device("cuda"), []
+    monkeypatch.setattr(warming, "interprets", lambda: False)
+
+    def refused() -> None:
+        said.append("called")
+        raise RuntimeError("PassManager::run failed")
+
+    def lost() -> None:
+        raise torch.OutOfMemoryError("made up")
+
+    warming.compile_ahead(refused, card)
+    assert said == ["called"] and not launch.compiles_ahead()
+    with pytest.raises(torch.OutOfMemoryError):
+        warming.compile_ahead(lost, card)
+    assert not launch.compiles_ahead()
+    warming.compile_ahead(lost, torch.device("cpu"))  # where nothing is compiled
