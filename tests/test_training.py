@@ -24,7 +24,7 @@ from small_training import Told, make_photographs, records, settings
 
 import anyup
 from anyup.training import loop, preparation, state
-from anyup.training.config import Optimizer, RunFolder
+from anyup.training.config import ConfigError, Optimizer, RunFolder
 from anyup.training.distributed import AccelerateEngine, Engine
 from anyup.training.objective import Objective
 from anyup.training.preparation import prepare
@@ -137,6 +137,29 @@ def test_a_run_starts_from_given_weights(folder: Path) -> None:
     made = make_upsampler(settings(folder, f"model.weights={weights}"))
     for name, tensor in anyup.load(weights).state_dict().items():
         assert torch.equal(made.state_dict()[name], tensor)
+
+
+def test_frozen_modules_stay_as_they_are_and_the_others_learn(folder: Path) -> None:
+    frozen = ("image_encoder", "key_encoder", "query_encoder.1", "rope")
+    chosen = settings(folder, f"model.frozen={list(frozen)}")
+    before = make_upsampler(chosen).state_dict()
+    train(folder, f"model.frozen={list(frozen)}")
+    still = ("cross_decode.cross_attn.attention.out_proj", *frozen)
+    for name, tensor in state.load(folder / "run" / "latest.pth")[0].weights.items():
+        assert torch.equal(tensor, before[name]) == name.startswith(still), name
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (["image"], "expected modules of the upsampler .image_encoder, .* got 'image'"),
+        ([""], "got ''"),
+        ([name for name, _ in anyup.AnyUp().named_children()], "expected a module to be left that learns"),
+    ],
+)
+def test_what_cannot_be_frozen_is_told(folder: Path, frozen: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_upsampler(settings(folder, f"model.frozen={frozen}"))
 
 
 def test_a_run_without_a_cache_encodes_as_it_goes(folder: Path) -> None:

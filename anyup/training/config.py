@@ -67,6 +67,7 @@ class Model:
 
     weights: str = _path(ReadWeights)
     initial: str = "random"  # without weights: torch's, or "bilateral"; see `anyup.training.initial`
+    frozen: tuple[str, ...] = ()  # modules of it, whose weights stay as they are
     qk_dim: int = 128
     kernel_size: int = 1
     kernel_size_lfu: int = 5

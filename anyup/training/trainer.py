@@ -18,7 +18,7 @@ from torch import Tensor
 import anyup
 from anyup.model import AnyUp
 from anyup.training import samples, state
-from anyup.training.config import Optimizer, Settings
+from anyup.training.config import ConfigError, Optimizer, Settings
 from anyup.training.distributed import Engine
 from anyup.training.initial import start_as_bilateral
 from anyup.training.objective import Objective
@@ -170,9 +170,13 @@ class Trainer:
 
 
 def make_upsampler(settings: Settings) -> AnyUp:
-    """A new upsampler with weights drawn for the seed, or those to start from; what has no influence is frozen."""
+    """A new upsampler with weights drawn for the seed, or those to start from.
+
+    Frozen are what has no influence and what the settings name. Raises ConfigError where there is no such module, or
+    none would be left to train.
+    """
     arguments = dataclasses.asdict(settings.model)
-    weights, initial = arguments.pop("weights"), arguments.pop("initial")
+    weights, initial, frozen = (arguments.pop(name) for name in ("weights", "initial", "frozen"))
     backend = settings.run.backend or None
     if weights:
         upsampler = anyup.load(weights, backend=backend, **arguments)
@@ -183,6 +187,14 @@ def make_upsampler(settings: Settings) -> AnyUp:
             if initial == "bilateral":
                 start_as_bilateral(upsampler)
     upsampler.cross_decode.cross_attn.attention.out_proj.requires_grad_(False)
+    modules = dict(upsampler.named_modules())
+    for name in frozen:
+        if not name or name not in modules:
+            there = ", ".join(child for child, _ in upsampler.named_children())
+            raise ConfigError(f"model.frozen: expected modules of the upsampler ({there}, or in them), got {name!r}")
+        modules[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in upsampler.parameters()):
+        raise ConfigError("model.frozen: expected a module to be left that learns, got all of them")
     return upsampler
 
 
