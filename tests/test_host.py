@@ -17,14 +17,24 @@ TESTS = Path(__file__).parent
 COUNTS = """
 import json, sys
 import torch
-from benchmarks import host
+from anyup import repetition
+from benchmarks import host, stand_in_card
 from standin_driver import stand_in
+
 stand_in()
+stand_in_card.compile_nothing()
+lines, function = [], repetition.Line.function
+repetition.Line.function = lambda self: lines.append(self.source) or function(self)
 with torch.inference_mode(), host.decided_as_on_a_card():
     upsampler, image, features = host.made(getattr(torch, sys.argv[1]), 448, 4, 48)
     counts = host.count(lambda: upsampler(image, features))
     chosen = upsampler.explain(image, features).chosen
-print(json.dumps({"chosen": chosen, **counts}))
+    repetition.DEVICES = ("cpu",)
+    for _ in range(3):
+        upsampler(image, features)
+(line,) = lines
+repeated = {"launches": line.count(".packed_metadata"), "statements": line.count("\\n") - line.count("    del ")}
+print(json.dumps({"chosen": chosen, **counts, "repeated": repeated}))
 """
 
 
@@ -39,11 +49,14 @@ def in_a_process(program: str, *arguments: str) -> Any:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("dtype", "operations"), [("bfloat16", 24), ("float32", 19)])
-def test_a_call_asks_a_card_for_no_more_than_it_did(dtype: str, operations: int) -> None:
+@pytest.mark.parametrize(("dtype", "operations", "statements"), [("bfloat16", 24, 181), ("float32", 19, 137)])
+def test_a_call_asks_a_card_for_no_more_than_it_did(dtype: str, operations: int, statements: int) -> None:
     found = in_a_process(COUNTS, dtype)
     assert set(found["chosen"].values()) == {"triton"}, found["chosen"]
     assert found["launches"] <= 62, found["kernels"]
     assert found["operations"] <= operations, found["torch"]
     assert found["allocations"] <= 66
     assert found["waits"] == 0
+    # Of a call that is repeated, line for line.
+    assert found["repeated"]["launches"] == found["launches"]
+    assert found["repeated"]["statements"] <= statements, found["repeated"]
