@@ -46,6 +46,9 @@ NOT_RUN = {
     "anyup train --config mini data.photographs=photographs output=runs/first": "hours",
     "anyup train --config mini data.photographs=photographs run.precision=bfloat16 optimizer.batch=32 "
     "optimizer.steps=4000 guidance.schedule=[[0, 224]] loss.self_consistency=0.1": "a GPU",
+    "anyup train --config mini data.photographs=photographs output=runs/on model.weights=anyup_mini "
+    "guidance.schedule=[[0, 112]] optimizer.steps=400 "
+    'model.frozen=["image_encoder", "key_encoder", "query_encoder", "rope"]': "minutes, and encoders",
     "torchrun --nproc-per-node 4 -m anyup train --config published data.photographs=photographs": "days",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint host:29500 "
     "-m anyup train --config published data.photographs=photographs": "days, on two machines",
