@@ -417,37 +417,39 @@ class Seen:
 
 
 class Weights:
-    """An upsampler's parameters and buffers, found once: to look for them takes longer than to see that they are there.
-
-    Attributes:
-        tensors: all of them.
-    """
+    """Where an upsampler's parameters and buffers are found: to look for the places takes longer than to look there."""
 
     def __init__(self, model: AnyUp) -> None:
         parts = list(model.modules())
-        held: list[dict[str, Any]] = []
-        for part in parts:
-            held += (part._modules, part._parameters, part._buffers)
-        self._places = [(place, name, value) for place in held for name, value in place.items()]
+        self._children = [part._modules for part in parts if part._modules]
+        self._identities = self._identified()
+        self._held = [held for part in parts for held in (part._parameters, part._buffers) if held]
         self._hooks = [hooks for part in parts[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._parts = [part.__dict__ for part in parts[1:]]
-        self.tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
         # A part of another's making may do another thing each time, and its weights may be nowhere.
         self._is_known = all(type(part).__module__.partition(".")[0] in _MAKERS for part in parts) and all(
             type(tensor) in (Tensor, nn.Parameter) for tensor in self.tensors
         )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [tensor for held in self._held for tensor in held.values() if tensor is not None]
+
     def are_there(self) -> bool:
-        """Whether each is where it was found."""
-        return all(place.get(name) is value for place, name, value in self._places)
+        """Whether the upsampler has the parts that it had."""
+        return self._identified() == self._identities
 
     def are_watched(self) -> bool:
         """Whether someone is told when a part of the upsampler is called, or answers in its place."""
-        return not self._is_known or any(self._hooks) or any("forward" in part for part in self._parts)
+        return not self._is_known or any(self._hooks) or any(["forward" in part for part in self._parts])  # noqa: C419
 
-    def addresses(self) -> tuple[int, ...]:
+    def addresses(self) -> list[int]:
         """Where their numbers are."""
-        return tuple([tensor.data_ptr() for tensor in self.tensors])
+        return [tensor.data_ptr() for held in self._held for tensor in held.values() if tensor is not None]
+
+    def _identified(self) -> list[int]:
+        return [id(part) for children in self._children for part in children.values()]
 
 
 class Calls:
@@ -455,23 +457,23 @@ class Calls:
 
     def __init__(self) -> None:
         self._weights: Weights | None = None
-        self._addresses: tuple[int, ...] = ()
+        self._addresses: list[int] = []
         self._known: OrderedDict[Signature, Repetition] = OrderedDict()
         self._lock = threading.Lock()
 
     def weights_of(self, model: AnyUp) -> Weights:
-        """The upsampler's weights as they are now."""
+        """The upsampler's weights as they are now; signatures go where these have gone."""
         weights = self._weights
-        if weights is None or not weights.are_there():
-            weights = self._weights = Weights(model)
+        if weights is None or not weights.are_there() or weights.addresses() != self._addresses:
+            with self._lock:
+                weights = self._weights = Weights(model)
+                self._known.clear()
+                self._addresses = weights.addresses()
         return weights
 
-    def find(self, addresses: tuple[int, ...], signature: Signature, device: torch.device) -> Repetition:
+    def find(self, signature: Signature, device: torch.device) -> Repetition:
         """A signature's, new where it is new."""
         with self._lock:
-            if addresses != self._addresses:
-                self._known.clear()
-                self._addresses = addresses
             known = self._known.get(signature)
             if known is None:
                 known = self._known[signature] = Repetition(device)
@@ -551,7 +553,7 @@ def _seen(model: AnyUp, named: dict[str, Tensor], settings: Any, made_with: Any)
         device,
         *((t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors),
     )
-    return Seen(calls.find(weights.addresses(), signature, device), tensors)
+    return Seen(calls.find(signature, device), tensors)
 
 
 def _is_watched(device: torch.device) -> bool:
