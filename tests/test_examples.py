@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from checkouts import ROOT
+from test_capture import Graph
 from tiny_encoder import make_encoder
 from torch import nn
 
 import anyup
-from anyup import cli
+from anyup import capture, cli
 from anyup.checkpoints import NAMED
 from anyup.images import normalize_imagenet, save_picture
 
@@ -165,7 +166,7 @@ def every_option(parser: argparse.ArgumentParser) -> set[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with what the examples read; encoders and downloads are stand-ins."""
+    """A working directory with what the examples read; encoders, downloads and CUDA graphs are stand-ins."""
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
@@ -193,6 +194,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return make_encoder(stride=14).to(device)
 
     monkeypatch.setattr(anyup.encoders, "load_encoder", load_encoder)
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    monkeypatch.setattr(capture, "graph_of", Graph)
     return tmp_path
 
 
@@ -218,6 +221,7 @@ def stand_ins(page: str) -> dict[str, Any]:
         "model": upsampler,
         "context": upsampler.encode_image(image),
         "output_size": (400, 200),
+        "requests": [(image, features), (image * 0.5, features)],
         "image_size": (64, 48),
         "feature_size": (8, 6),
         "channels": 5,
