@@ -40,6 +40,8 @@ LANGUAGES = {"python", "sh", "bibtex", "text"}
 
 NOT_RUN = {
     'torch.hub.load(repo, "anyup_multi_backbone")': "asks GitHub",
+    'upsampler.push_to_hub("owner/name")': "asks Hugging Face",
+    'anyup.load("hf://owner/name")': "asks Hugging Face",
     'torch.hub.load("...", "anyup")': "asks GitHub",
     "anyup upsample photo.jpg --features low.pt --size 4096 --max-memory 2GB --dtype float16 -o features.npy": (
         "minutes"
@@ -207,6 +209,8 @@ def stand_ins(page: str) -> dict[str, Any]:
         "features": features,
         "maps": [torch.randn(1, 4, 32, 32), torch.randn(1, 6, 16, 16)],
         "head": nn.Conv2d(5, 3, 1),
+        "points": torch.tensor([[[0, 0], [3, 5]]]),
+        "folder": "pretrained",
         "C": 5,
         "H": 56,
         "W": 84,
