@@ -97,7 +97,8 @@ def rows(
     executions = executions or Executions()
     found: list[Row] = []
     for device in devices:
-        steps = steps_of(workload, compiled.DTYPES[dtype], Target("cuda", device.arch))
+        card = Target("cuda", device.arch)
+        steps = steps_of(workload, compiled.DTYPES[dtype], card, multiprocessors=device.sms)
         costs = [(step, cost_of(step, workload, dtype, device, executions)) for step in steps]
         common = {"device": device.name, "dtype": dtype, "channels": workload.channels, "workload": workload.name}
         for stage in STAGES:

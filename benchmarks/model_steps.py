@@ -139,7 +139,7 @@ def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
 
 
 @contextmanager
-def pretended_card(card: Target | None) -> Iterator[None]:
+def pretended_card(card: Target | None, multiprocessors: int | None = None) -> Iterator[None]:
     """Kernels take tensors on "meta", compiled for a card; None: as Triton's interpreter would be given them."""
     unification = importlib.import_module("anyup.ops.feature_unification.fused")
     with ExitStack() as stack:
@@ -148,17 +148,25 @@ def pretended_card(card: Target | None) -> Iterator[None]:
             stack.enter_context(patch.object(kernel_device, "_target", lambda device, interpreted: card))
             for module in (kernel_device, unification):
                 stack.enter_context(patch.object(module, "interprets", lambda: False))
+        if multiprocessors is not None:
+            number = multiprocessors
+            stack.enter_context(patch.object(kernel_device, "_multiprocessors", lambda device, interpreted: number))
         yield
 
 
 def steps_of(
-    workload: Workload, dtype: torch.dtype, card: Target | None, *, arguments: dict[str, Any] | None = None
+    workload: Workload,
+    dtype: torch.dtype,
+    card: Target | None,
+    *,
+    arguments: dict[str, Any] | None = None,
+    multiprocessors: int | None = None,
 ) -> list[Step]:
-    """The steps of a forward of `AnyUp(**arguments, backend="triton")` in a dtype."""
+    """The steps of a forward of `AnyUp(**arguments, backend="triton")` in a dtype, on so many multiprocessors."""
     with torch.device("meta"):
         model = AnyUp(**(arguments or {}), backend="triton").to(dtype).eval()
         image = torch.empty(workload.batch, model.config["input_dim"], *workload.size, dtype=dtype)
         features = torch.empty(workload.batch, workload.channels, *workload.grid, dtype=dtype)
-    with torch.no_grad(), pretended_card(card), noted("meta", launches=False) as steps:
+    with torch.no_grad(), pretended_card(card, multiprocessors), noted("meta", launches=False) as steps:
         model(image, features)
     return steps

@@ -44,8 +44,6 @@ KERNELS = (
 WITHOUT_PRODUCTS = (
     "feature_unification_arrange",
     "feature_unification_fold",
-    "pixel_encoder_join",
-    "pixel_encoder_statistics",
     "pixel_encoder_angles",
 )
 """Kernels that move numbers: nothing for the matrix units."""

@@ -17,17 +17,21 @@ from torch import Tensor
 from anyup.bench.workloads import Workload
 from anyup.kernels.config import Target
 from anyup.kernels.launch import Launch
-from anyup.kernels.pixel_encoder_config import encoder_configs
+from anyup.kernels.pixel_encoder_config import encoder_configs, kind_of, silu_form
 from anyup.kernels.pixel_encoder_passes import (
     HalfBlock,
+    Join,
     Source,
+    allocate_norms,
     allocate_parts,
     map_source,
     plan_angles,
     plan_pass,
-    plan_pool,
 )
-from anyup.kernels.pixel_encoder_statistics import plan_statistics
+from anyup.kernels.pixel_encoder_pool import plan_pool
+from anyup.ops.kernel_device import multiprocessors
+from benchmarks import roofline
+from benchmarks.machine_code import Branch
 from benchmarks.operation_work import Work
 
 DIM = 128
@@ -55,14 +59,9 @@ _PASSES = {
 KERNELS = (
     *_PASSES,
     "pixel_encoder_pool",
-    "pixel_encoder_join",
-    "pixel_encoder_statistics",
     "pixel_encoder_angles",
 )
-ON_THE_GRID = (
-    *(f"pixel_encoder_{name}" for name in ("measure_1", "measure_2", "measure_3", "apply")),
-    "pixel_encoder_statistics",
-)
+ON_THE_GRID = tuple(f"pixel_encoder_{name}" for name in ("measure_1", "measure_2", "measure_3", "apply"))
 """What the blocks of the keys need, in float32 whatever the model's dtype is."""
 
 
@@ -75,36 +74,49 @@ def plan(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    norm = empty(batch, 3, DIM, dtype=torch.float32)
-    half = HalfBlock(norm, empty(DIM, DIM))
-    stored = empty(batch, count, DIM)
     if kernel == "pixel_encoder_angles":
-        tables = empty(sum(workload.size), 2, DIM, dtype=torch.float32)
-        return plan_angles(empty(2, DIM), tables, size=workload.size), {}
-    kinds = {"pixel_encoder_rotate": "rotate", "pixel_encoder_pool": "pool"}
-    config = encoder_configs(kinds.get(kernel, "pass"), dtype, target)[0]
-    parts = allocate_parts(batch, count, DIM, config, torch.device("meta"))
-    if kernel in ("pixel_encoder_join", "pixel_encoder_statistics"):
-        scale = empty(DIM)
-        statistics = plan_statistics(parts, scale, scale, norm, count=count, pixels=config.pixels, eps=1e-5)
-        return next(launch for launch in statistics if name_of(launch) == kernel), {}
-    if kernel == "pixel_encoder_pool":
+        return plan_angles(
+            empty(2, DIM), empty(sum(workload.size), 2, DIM, dtype=torch.float32), size=workload.size
+        ), {}
+    inputs, halves, measures, stores, rotates = _PASSES.get(kernel, (0, 2, False, False, False))
+    pools = kernel == "pixel_encoder_pool"
+    config = encoder_configs("pool" if pools else kind_of(halves, measures=measures, rotates=rotates), dtype, target)[0]
+    device = torch.device("meta")
+    turns = workload.keys if pools else -(-count // config.pixels)
+    card = roofline.device_of(str(target.arch))
+    programs = config.programs(turns, batch, multiprocessors(device) if card is None else card.sms)
+    parts = allocate_parts(batch, programs, device)
+    norms = allocate_norms(batch, programs, DIM, dtype, device)
+    join = Join(parts, empty(DIM), empty(DIM), 1e-5)
+    half = HalfBlock(norms[0], empty(DIM, DIM))
+    stored = empty(batch, count, DIM)
+    shared: dict[str, Any] = {
+        "norms": norms,
+        "programs": programs,
+        "form": silu_form(dtype, target),
+        "precision": precision,
+        "config": config,
+    }
+    if pools:
         means = empty(batch, workload.keys, 2, DIM, dtype=torch.float32)
         launch = plan_pool(
-            map_source(stored), half, norm, means,
-            size=workload.size, cells=workload.grid, precision=precision, config=config,
+            map_source(stored), half, join, means, size=workload.size, cells=workload.grid, **shared
         )  # fmt: skip
         return launch, asdict(config)
-    inputs, halves, measures, stores, rotates = _PASSES[kernel]
     if inputs == IMAGE_CHANNELS:  # an image as it comes has its pixels innermost
         source = Source(empty(batch, inputs, count).transpose(1, 2), empty(DIM, inputs))
     else:
         source = Source(stored, empty(DIM, DIM)) if inputs else map_source(stored)
+    blocks = (half,) * halves
+    if halves and "store" not in kernel:  # of bands, where the statistics are known already
+        blocks = (*blocks[:-1], half._replace(norm=join))
+    else:
+        shared["norms"] = None
     launch = plan_pass(
-        source, (half,) * halves,
+        source, blocks,
         parts=parts if measures else None, out=stored if stores else None,
         tables=empty(sum(workload.size), 2, DIM, dtype=torch.float32) if rotates else None,
-        size=workload.size, precision=precision, config=config,
+        size=workload.size, **shared,
     )  # fmt: skip
     return launch, asdict(config)
 
@@ -112,8 +124,7 @@ def plan(
 def name_of(launch: Launch) -> str:
     """The pass that a launch of these kernels is.
 
-    In half precision a map is brought in by a product with the identity, so that "measure_2" is the kernel "map_2", and
-    "store_map" is "apply".
+    In half precision a map is brought in by a product with the identity, so that "measure_2" is the kernel "map_2".
     """
     kernel = str(launch.kernel.__name__).strip("_").removesuffix("_kernel")
     if kernel != "pixel_encoder_pass":
@@ -126,8 +137,7 @@ def name_of(launch: Launch) -> str:
     if not constant["MEASURES"]:
         if constant["HALVES"] < 2:
             return "pixel_encoder_store_half"
-        as_it_is = not projected or (source == "map" and launch.arguments["pixels"].element_size() == 2)
-        return "pixel_encoder_apply" if as_it_is else f"pixel_encoder_store_{source}"
+        return "pixel_encoder_apply" if constant["JOINS"] else f"pixel_encoder_store_{source}"
     return f"pixel_encoder_{source if projected else 'measure'}_{constant['HALVES'] + 1}"
 
 
@@ -136,10 +146,6 @@ def work(launch: Launch) -> Work:
     kernel = name_of(launch)
     if kernel == "pixel_encoder_angles":
         return _angles_work(launch)
-    if kernel == "pixel_encoder_statistics":
-        return _statistics_work(launch)
-    if kernel == "pixel_encoder_join":
-        return _join_work(launch)
     return _pool_work(launch) if kernel == "pixel_encoder_pool" else _pass_work(launch)
 
 
@@ -149,39 +155,63 @@ def _pass_work(launch: Launch) -> Work:
     split = 1 if size == 2 else 3
     channels, inputs, dim = constant["CHANNELS"], constant["INPUTS"], constant["DIM"]
     units = len(argument["pixels"]) * argument["count"]
-    programs = math.prod(launch.grid)
-    padded = programs * constant["PIXELS"] / units
-    again = constant["ROTATES"] and not constant["SWAPS"]  # made twice, the second time as its partners
-    products = constant["HALVES"] + again
+    tiles = -(-argument["count"] // constant["PIXELS"])
+    turns = tiles * launch.grid[1]
+    padded = turns * constant["PIXELS"] / units
+    halves = constant["HALVES"]
     read = (inputs or channels) * size
     written = channels * size if constant["STORES"] else 0
-    # For each program: weights, centre, scale and shift of each normalisation. For each pixel that is rotated: cosines
-    # and sines of its row and of its column.
-    weights = (products * channels * channels + inputs * channels) * size + constant["HALVES"] * 3 * dim * 4
-    shared = programs * weights / units + constant["ROTATES"] * 2 * 2 * dim * 4
-    # What is not kept for the residual is read again, or stored and read; a pixel is read again as its partners; each
-    # tile has statistics.
-    fetched = channels * size * (2 if inputs else 1) if constant["FETCHES"] and constant["HALVES"] > 1 else 0
-    asked = read + written + fetched + again * channels * size + constant["MEASURES"] * programs * 2 * dim * 4 / units
-    exponentials = constant["HALVES"] * channels
+    # In half precision what was projected is projected again for the residual, unless it waits for it.
+    projections = 2 if size == 2 and halves > 1 and not constant["KEEPS"] else 1
+    # Weights for each program or turn, scale, shift and, in float32, centre for each turn. For each pixel that is
+    # rotated: cosines and sines of its row and of its column.
+    weights = (halves * channels * channels + inputs * channels) * size
+    norms = halves * (2 if size == 2 else 3) * dim * 4
+    resident = size == 2 and constant["RESIDENT"]
+    shared = ((launch.grid[0] * launch.grid[1] if resident else turns) * weights + turns * norms) / units
+    shared += constant["ROTATES"] * 2 * 2 * channels * 4 + _join_bytes(launch) / units
+    # In float32 what does not wait for the residual is read again, or stored and read.
+    fetched = channels * size * (2 if inputs else 1) if constant["FETCHES"] and halves > 1 else 0
+    asked = read + written + fetched + constant["MEASURES"] * launch.grid[0] * launch.grid[1] * 3 * 8 * 4 / units
+    exponentials = halves * channels
+    # Each piece's pivot is taken in a program's first turn.
+    trips = tiles / launch.grid[0]
+    firsts = [Branch(1 / trips)] * (dim // constant["PIECE"]) if constant["MEASURES"] else []
     return Work(
         units=units,
-        exact_operations=2 * channels * (products * channels + inputs),
-        operations=split * padded * 2 * dim * (products * dim + constant["INPUT_DIM"]),
+        exact_operations=2 * channels * (halves * channels + inputs),
+        operations=split * padded * 2 * dim * (halves * dim + projections * constant["INPUT_DIM"]),
         exact_exponentials=exponentials,
-        exponentials=padded * constant["HALVES"] * dim,
+        exponentials=padded * halves * dim,
         bytes_compulsory=read + written,
         bytes_asked=asked + shared,
-        turns=[],
+        turns=[*_join_turns(launch), (trips, firsts)],
         bytes_shared=shared,
     )
+
+
+def _joins(launch: Launch) -> bool:
+    return bool(launch.constants.get("JOINS", True))
+
+
+def _join_turns(launch: Launch) -> list[Any]:
+    """The loops in which a program joins what others have measured: for the mean, and for the deviation."""
+    return [(-(-launch.arguments["joined"] // launch.constants["AT_ONCE"]), [])] * 2 * _joins(launch)
+
+
+def _join_bytes(launch: Launch) -> int:
+    """What the programs read and write for that: counts and means twice, deviations, their copy of the norm."""
+    rows = 2 if launch.arguments["pixels"].element_size() == 2 else 3
+    each = 5 * launch.arguments["joined"] * 8 * 4 + rows * launch.constants["DIM"] * 4
+    return math.prod(launch.grid) * each * _joins(launch)
 
 
 def _pool_work(launch: Launch) -> Work:
     constant, argument = launch.constants, launch.arguments
     size = argument["pixels"].element_size()
-    split = 1 if size == 2 else 3
-    channels, dim, inputs = constant["CHANNELS"], constant["DIM"], constant["INPUT_DIM"]
+    half = size == 2
+    split = 1 if half else 3
+    channels, dim = constant["CHANNELS"], constant["DIM"]
     batch = len(argument["pixels"])
     units = batch * argument["count"]
     cells = [
@@ -191,17 +221,22 @@ def _pool_work(launch: Launch) -> Work:
     turns = [-(-rows * columns // constant["PIXELS"]) for rows in cells[0] for columns in cells[1]]
     seen = batch * sum(cells[0]) * sum(cells[1]) / units
     padded = batch * sum(turns) * constant["PIXELS"] / units
-    shared = batch * sum(turns) * (channels * channels + (channels * channels if inputs else 0)) * size / units
-    written = 2 * dim * 4 * math.prod(launch.grid) / units
+    # In half precision there are products with the identity, and with 16 rows of ones for each of the sums.
+    products = (2 if half else 1) * dim + (2 * 16 if half else 0)
+    weights = (2 if half else 1) * channels * channels * size
+    loads = math.prod(launch.grid) if half and constant["RESIDENT"] else batch * sum(turns)
+    norms = batch * sum(turns) * 2 * (2 if half else 3) * dim * 4
+    shared = (loads * weights + norms + _join_bytes(launch)) / units
+    written = 2 * channels * 4 * batch * len(turns) / units
     return Work(
         units=units,
-        exact_operations=2 * channels * (channels + (channels if inputs else 0)),
-        operations=split * padded * 2 * dim * (dim + inputs),
+        exact_operations=2 * channels * channels * (2 if half else 1),
+        operations=split * padded * 2 * dim * products,
         exact_exponentials=2 * channels,
         exponentials=padded * 2 * dim,
         bytes_compulsory=channels * size + written,
         bytes_asked=seen * channels * size + written + shared,
-        turns=[(sum(turns) / len(turns), [])],
+        turns=[*_join_turns(launch), (len(turns) / launch.grid[0], [(sum(turns) / len(turns), [])])],
         bytes_shared=shared,
     )
 
@@ -209,23 +244,6 @@ def _pool_work(launch: Launch) -> Work:
 def _cells(length: int, number: int) -> list[int]:
     """The pixels along an axis of each cell of adaptive average pooling."""
     return [-((cell + 1) * length // -number) - cell * length // number for cell in range(number)]
-
-
-def _statistics_work(launch: Launch) -> Work:
-    argument = launch.arguments
-    batch, tiles = argument["parts"].shape[:2]
-    units = batch * argument["count"]
-    parts = argument["parts"].numel() * argument["parts"].element_size() / units
-    rounds = -(-tiles // launch.constants["TILES"])
-    # The tiles' means are read for the mean, and again with the deviations.
-    return Work(units, 0, 0, 0, 0, parts, 1.5 * parts, [(rounds, []), (rounds, [])])
-
-
-def _join_work(launch: Launch) -> Work:
-    argument = launch.arguments
-    units = len(argument["parts"]) * argument["count"]
-    moved = sum(argument[name].numel() * argument[name].element_size() for name in ("parts", "joined")) / units
-    return Work(units, 0, 0, 0, 0, moved, moved, [])
 
 
 def _angles_work(launch: Launch) -> Work:

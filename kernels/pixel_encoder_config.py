@@ -19,21 +19,33 @@ class EncoderConfig:
     Attributes:
         pixels: that a program takes together, a power of two.
         num_warps, num_stages: Triton's.
-        piece: channels that a product takes at a time, a power of two.
+        piece: channels that a product of float32 takes at a time, a power of two.
+        resident: whether weights of half precision are loaded once, and not for each `pixels`.
+        keeps: whether x of half precision, which was projected, waits for the residual in registers; else it is
+            projected again.
+        blocks: programs that a multiprocessor runs at a time.
     """
 
     pixels: int
     num_warps: int
     num_stages: int = 1
     piece: int = MOST_CHANNELS
+    resident: bool = False
+    keeps: bool = False
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("pixels", 16), ("num_warps", 1), ("piece", 16)):
             number = getattr(self, name)
             if number < least or number & (number - 1):
                 raise ValueError(f"{name}: expected a power of two, at least {least}, got {number}")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
+        for name in ("num_stages", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def programs(self, turns: int, batch: int, multiprocessors: int) -> int:
+        """Programs of each of so many images, whose work is so many turns: as many as run at a time."""
+        return max(1, min(turns, self.blocks * multiprocessors // max(batch, 1)))
 
 
 def padded(channels: int) -> int:
@@ -41,33 +53,57 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def silu_form(dtype: torch.dtype, target: Target) -> str:
+    """How silu is computed, as the kernels' FORM.
+
+    "tanh": of bfloat16 on CUDA, in two instructions, to 2^-11 of the tanh (PTX ISA, tanh.approx), an eighth of what
+    the storage rounds off. "exp2": of float16 on CUDA, which stores three more bits. "plain": elsewhere.
+    """
+    if target.backend != "cuda" or dtype.itemsize > 2:
+        return "plain"
+    return "tanh" if dtype == torch.bfloat16 else "exp2"
+
+
+def kind_of(halves: int, *, measures: bool, rotates: bool) -> str:
+    """The kind of a pass for `encoder_configs`."""
+    if halves < 2:
+        return "pass"
+    return "rotate" if rotates else "block" if measures else "apply"
+
+
 def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[EncoderConfig]:
     """Cuts, best first; what comes later asks less of a card. They were chosen by compiling each pass for each target.
 
-    `kind` is "pass", or one of the passes that need more registers, "rotate" and "pool". At 128 channels none spills a
-    register on any target, in half precision and in float32, where the products take 32 channels at a time for that;
-    but for the pooling in float32 on sm_90, 56 bytes of a thread's, and the rotation on sm_100, 16.
+    `kind` is that of a pass, or "pool". At 128 channels none spills a register in half precision. In float32, where the
+    products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's, of which a turn of
+    some 5000 instructions reads at most 17 numbers back; four warps spill nothing and take a fifth more instructions.
     """
     if target.backend == "hip":
-        return [EncoderConfig(16, num_warps=4), EncoderConfig(16, num_warps=8)]
+        return [EncoderConfig(16, num_warps=4, keeps=True, blocks=2), EncoderConfig(16, num_warps=8, keeps=True)]
     if dtype.itemsize > 2:
-        thin = EncoderConfig(16, num_warps=4, piece=32)
-        if (kind, target.arch) == ("pool", 100):  # in pieces of 32 it would take more tensor memory than there is
-            return [EncoderConfig(64, num_warps=8, piece=64), thin]
-        if target.arch == 100:
-            return [EncoderConfig(64, num_warps=4, piece=32), thin]
-        # The pooling on sm_90 reads 9 registers back from memory in each turn; four warps would take 1.4 times as long.
-        if kind != "pass" and target.arch != 80 and (kind, target.arch) != ("pool", 90):
-            return [thin]
-        return [EncoderConfig(16, num_warps=2, piece=32), thin]
-    least = EncoderConfig(16, num_warps=8)
-    narrow = EncoderConfig(32, num_warps=8)
-    if kind == "rotate":  # in two pieces, which change places
-        narrow = EncoderConfig(32, num_warps=8, piece=64)
-    first = narrow
-    if kind == "pass":
-        # The matrix units of two targets take 64 pixels for each four warps.
-        first = EncoderConfig(128 if target.arch in (90, 100) else 64, num_warps=8)
-    elif (kind, target.arch) == ("rotate", 100):
-        first = EncoderConfig(64, num_warps=8, piece=64)
-    return [first, narrow, least] if first != narrow else [narrow, least]
+        return _float32_configs(kind, target)
+    # One program alone on a multiprocessor would load, multiply and activate one after the other: there are two, where
+    # registers and shared memory allow it. Three weights and the pixels are 112 KB.
+    least = EncoderConfig(16, num_warps=4)
+    streamed = EncoderConfig(64, num_warps=8, keeps=True, blocks=2)
+    if target.arch in (90, 100):
+        warps = 8 if target.arch == 100 and kind in ("rotate", "pool") else 4
+        return [EncoderConfig(64, num_warps=warps, resident=True, blocks=2), streamed, least]
+    if kind == "block":
+        return [EncoderConfig(32, num_warps=4, keeps=True, blocks=2), least]
+    if kind == "pool":
+        return [EncoderConfig(64 if target.arch == 80 else 32, num_warps=4, blocks=2), least]
+    if (kind, target.arch) == ("pass", 80):
+        return [EncoderConfig(64, num_warps=4, resident=True, blocks=2), streamed, least]
+    return [streamed, least]
+
+
+def _float32_configs(kind: str, target: Target) -> list[EncoderConfig]:
+    thin = EncoderConfig(16, num_warps=4, piece=32, blocks=2)
+    if (kind, target.arch) == ("pool", 100):  # in pieces of 32 it would take more tensor memory than there is
+        return [EncoderConfig(64, num_warps=8, piece=64), thin]
+    if target.arch == 100:
+        return [EncoderConfig(64, num_warps=4, piece=32, blocks=2), thin]
+    if kind in ("rotate", "pool") and target.arch != 80 and (kind, target.arch) != ("pool", 90):
+        return [thin]
+    return [EncoderConfig(16, num_warps=2, piece=32, blocks=4), thin]

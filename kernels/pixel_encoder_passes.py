@@ -12,9 +12,13 @@ passes, and their bytes a pixel in half precision at D = 128, for an input of 3 
     statistics of y2       read x1             256
     x2                     read and write      512, or read x1 and write the small grid: 256
 
-One map is alive beside the input: x2 replaces x1 where it is. In float32 x0 waits in x1's place for the residual, and a
-map is read again for it: registers do not hold both. A pass leaves mean and squared deviation of each channel
-over each of its tiles; `pixel_encoder_statistics.py` joins them. The last product commutes with the pooling.
+One map is alive beside the input: x2 replaces x1 where it is. As many programs as a card holds at a time walk over the
+tiles of an image, with the weights on the chip. What a pass leaves for the next normalisation, and how the next pass
+makes it of that, is in `pixel_encoder_statistics.py`. The last product commutes with the pooling:
+`pixel_encoder_pool.py`.
+
+In half precision a program multiplies its pixels with P once more for the residual, where registers do not hold x0.
+In float32 it holds them in pieces of their channels, and reads them again: x0 waits in x1's place for that.
 """
 
 from __future__ import annotations
@@ -22,20 +26,32 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
 from .pixel_encoder_config import EncoderConfig, padded
+from .pixel_encoder_statistics import (
+    GROUPS,
+    away_from,
+    group_sums,
+    joined_threads,
+    make_norm,
+    no_sums,
+    slot_channel,
+    slot_exists,
+    store_sums,
+)
 from .products import matmul
 
 SIZES = (
     "count",
-    "tiles",
     "width",
     "height",
     "again",
+    "joined",
     "cells_high",
     "cells_wide",
     "image_stride",
@@ -44,10 +60,19 @@ SIZES = (
 )
 
 
+class Join(NamedTuple):
+    """The statistics that a pass left, and the group normalisation that follows from them."""
+
+    parts: Tensor  # (B, 3, programs, 8) float32: count, mean, squared deviation
+    weight: Tensor  # (D,)
+    bias: Tensor  # (D,)
+    eps: float
+
+
 class HalfBlock(NamedTuple):
     """y = weight silu(norm(x))."""
 
-    norm: Tensor  # (B, 3, D padded) float32: centre, scale and shift of each channel
+    norm: Tensor | Join  # (B, rows, D padded) float32, see `norm_rows`; of a pass's last half block it may be a join
     weight: Tensor  # (D, D)
 
 
@@ -62,90 +87,122 @@ def map_source(pixels: Tensor) -> Source:
     """A contiguous map (B, n, D) as a source.
 
     In half precision a product with the identity, which is exact, brings it into the layout that the other products'
-    results have. Otherwise the compiler moves the change of layout to the front and lets several warps activate the
-    same pixels: two to three times the instructions.
+    results have: otherwise the compiler would change its layout, and the residual's, by way of shared memory.
     """
     if pixels.element_size() > 2:
         return Source(pixels, None)
     return Source(pixels, torch.eye(pixels.shape[2], dtype=pixels.dtype, device=pixels.device))
 
 
-@triton.jit
-def load_matrix(weight, row, rows: tl.constexpr, columns: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS columns from FIRST of some rows of a contiguous (rows, columns) matrix, zero beyond it, transposed."""
-    column = FIRST + tl.arange(0, COLUMNS)
-    exists = (row < rows)[None, :] & (column < columns)[:, None]
-    return tl.load(weight + row[None, :] * columns + column[:, None], mask=exists, other=0.0)
+def norm_rows(dtype: torch.dtype) -> int:
+    """Numbers of a channel in a normalisation: scale and shift, and a centre that is subtracted before, in float32.
+
+    In half precision a map is further off than what the centre saves.
+    """
+    return 2 if dtype.itemsize == 2 else 3
 
 
 @triton.jit
-def partner_of(channel, CHANNELS: tl.constexpr):
-    """The channel that rotate_half brings to a channel."""
-    return tl.where(channel < CHANNELS // 2, channel + CHANNELS // 2, channel - CHANNELS // 2)
+def load_matrix(weight, OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, INPUTS: tl.constexpr,
+                DIM: tl.constexpr, OUTPUT: tl.constexpr, INPUT: tl.constexpr, PLAIN: tl.constexpr):  # fmt: skip
+    """A piece of a contiguous (CHANNELS, INPUTS) matrix, transposed: (INPUT, OUTPUT), zero where there is nothing.
+
+    Its outputs are OUTPUT slots from OUTER * OUTPUT, its inputs INPUT slots from INNER * INPUT; PLAIN: channels.
+    """
+    output = OUTER * OUTPUT + tl.arange(0, OUTPUT)
+    input = INNER * INPUT + tl.arange(0, INPUT)
+    exists = slot_exists(output, CHANNELS, DIM)[None, :]
+    row = slot_channel(output, CHANNELS, DIM)
+    if PLAIN:
+        exists &= (input < INPUTS)[:, None]
+        column = input
+    else:
+        exists &= slot_exists(input, CHANNELS, DIM)[:, None]
+        column = slot_channel(input, CHANNELS, DIM)
+    return tl.load(weight + row[None, :] * INPUTS + column[:, None], mask=exists, other=0.0)
 
 
 @triton.jit
-def multiplied(totals, x, weight, rows: tl.constexpr, columns: tl.constexpr, NUMBER: tl.constexpr,
-               DIM: tl.constexpr, PIECE: tl.constexpr, PARTNERS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def multiplied(totals, x, weight, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.constexpr,
+               PIECE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """`totals`, pieces (n, PIECE) of a product, and what piece NUMBER of the other factor, x, adds to each.
 
-    The weight is a contiguous (rows, columns) matrix; of its transpose only a piece's rows and columns are in
-    registers, where a product of float32 takes them apart into two numbers each. PARTNERS: its rows in their
-    partners' places.
+    Of the weight only a piece's rows and columns are in registers, where a product of float32 takes them apart into two
+    numbers each.
     """
-    WIDTH: tl.constexpr = x.shape[1]
     updated = ()
     for outer in tl.static_range(DIM // PIECE):
-        row = outer * PIECE + tl.arange(0, PIECE)
-        if PARTNERS:
-            row = tl.where(row < rows, partner_of(row, rows), row)
-        matrix = load_matrix(weight, row, rows, columns, NUMBER * WIDTH, WIDTH)
+        matrix = load_matrix(weight, outer, NUMBER, CHANNELS, CHANNELS, DIM, PIECE, PIECE, False)
         updated = updated + (matmul(x, matrix, None if NUMBER == 0 else totals[outer], PRECISION),)
     return updated
 
 
+SILU_OF_HALF = tl.constexpr("{ .reg .f32 t; tanh.approx.f32 t, $1; fma.rn.f32 $0, $1, t, $1; }")
+"""PTX: from x / 2 to x sigmoid(x) = x / 2 + x / 2 tanh(x / 2)."""
+
+SILU = tl.constexpr(
+    "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+    "rcp.approx.ftz.f32 t, t; mul.f32 $0, $1, t; }"
+)
+"""PTX: from x to x / (1 + 2^(-log2(e) x))."""
+
+
 @triton.jit
-def activated(x, norm, dtype: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.constexpr):
-    """silu of piece NUMBER of pixels, (n, PIECE), in float32, normalised by centre, scale and shift (3, DIM)."""
-    channel = NUMBER * x.shape[1] + tl.arange(0, x.shape[1])
-    center, scale, shift = tl.load(norm + channel), tl.load(norm + DIM + channel), tl.load(norm + 2 * DIM + channel)
-    normed = (x - center[None, :]) * scale[None, :] + shift[None, :]
-    return (normed / (1.0 + tl.exp(-normed))).to(dtype)
+def silu(x, FORM: tl.constexpr):
+    """x sigmoid(x), with FORM "tanh" of x / 2; see `pixel_encoder_config.silu_form`."""
+    if FORM == "tanh":
+        return tl.inline_asm_elementwise(SILU_OF_HALF, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    elif FORM == "exp2":
+        return tl.inline_asm_elementwise(SILU, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activated(x, norm, dtype: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.constexpr, CENTERED: tl.constexpr,
+              FORM: tl.constexpr):  # fmt: skip
+    """silu of piece NUMBER of pixels, (n, PIECE) float32, normalised by a norm (2 or 3, DIM), in a dtype."""
+    slot = NUMBER * x.shape[1] + tl.arange(0, x.shape[1])
+    scale, shift = tl.load(norm + slot), tl.load(norm + DIM + slot)
+    if CENTERED:
+        x = x - tl.load(norm + 2 * DIM + slot)[None, :]
+    return silu(x * scale[None, :] + shift[None, :], FORM).to(dtype)
 
 
 @triton.jit
 def half_block(
-    x, norm, weight, dtype: tl.constexpr, CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
-    PARTNERS: tl.constexpr, PRECISION: tl.constexpr,
+    x, norm, weight, CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weight silu(norm(x)) of pixels, both in pieces (n, PIECE), in float32."""
+    """weight silu(norm(x)) of pixels of float32, both in pieces (n, PIECE)."""
     totals = ()
     for number in tl.static_range(len(x)):
-        active = activated(x[number], norm, dtype, number, DIM)
-        totals = multiplied(totals, active, weight, CHANNELS, CHANNELS, number, DIM, PIECE, PARTNERS, PRECISION)
+        active = activated(x[number], norm, tl.float32, number, DIM, True, FORM)
+        totals = multiplied(totals, active, weight, CHANNELS, number, DIM, PIECE, PRECISION)
     return totals
 
 
 @triton.jit
 def half_block_of_map(
     pixels, number, exists, norm, weight,
-    CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`half_block` of pixels of a contiguous map, each piece of them loaded when it is needed."""
     totals = ()
     for piece in tl.static_range(DIM // PIECE):
-        x = load_piece(pixels, number, exists, CHANNELS, piece, PIECE)
-        active = activated(x.to(tl.float32), norm, x.dtype, piece, DIM)
-        totals = multiplied(totals, active, weight, CHANNELS, CHANNELS, piece, DIM, PIECE, False, PRECISION)
+        x = load_piece(pixels, number, exists, CHANNELS, DIM, piece, PIECE)
+        active = activated(x, norm, tl.float32, piece, DIM, True, FORM)
+        totals = multiplied(totals, active, weight, CHANNELS, piece, DIM, PIECE, PRECISION)
     return totals
 
 
 @triton.jit
-def load_piece(pixels, number, exists, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, PIECE: tl.constexpr):
-    """A piece of pixels of a contiguous map, (n, PIECE), as it is stored; zero where none exist."""
-    channel = NUMBER * PIECE + tl.arange(0, PIECE)
-    place = pixels + number.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    return tl.load(place, mask=exists[:, None] & (channel < CHANNELS)[None, :], other=0.0)
+def load_piece(pixels, number, exists, CHANNELS: tl.constexpr, DIM: tl.constexpr, NUMBER: tl.constexpr,
+               PIECE: tl.constexpr):  # fmt: skip
+    """A piece of the slots of some pixels of a contiguous map, (n, PIECE), as it is stored; zero where none exist."""
+    slot = NUMBER * PIECE + tl.arange(0, PIECE)
+    place = pixels + number.to(tl.int64)[:, None] * CHANNELS + slot_channel(slot, CHANNELS, DIM)[None, :]
+    return tl.load(place, mask=exists[:, None] & slot_exists(slot, CHANNELS, DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -153,262 +210,266 @@ def load_map(pixels, number, exists, CHANNELS: tl.constexpr, DIM: tl.constexpr, 
     """Pixels of a contiguous map in pieces (n, PIECE), as they are stored; zero where none exist."""
     pieces = ()
     for piece in tl.static_range(DIM // PIECE):
-        pieces = pieces + (load_piece(pixels, number, exists, CHANNELS, piece, PIECE),)
+        pieces = pieces + (load_piece(pixels, number, exists, CHANNELS, DIM, piece, PIECE),)
     return pieces
 
 
 @triton.jit
-def store_map(out, y, number, exists, CHANNELS: tl.constexpr):
+def store_map(out, y, number, exists, CHANNELS: tl.constexpr, DIM: tl.constexpr):
     """The inverse of `load_map`."""
     for piece in tl.static_range(len(y)):
-        channel = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
-        place = out + number.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        mask = exists[:, None] & (channel < CHANNELS)[None, :]
+        slot = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
+        place = out + number.to(tl.int64)[:, None] * CHANNELS + slot_channel(slot, CHANNELS, DIM)[None, :]
+        mask = exists[:, None] & slot_exists(slot, CHANNELS, DIM)[None, :]
         tl.store(place, y[piece].to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_input(pixels, number, exists, pixel_stride, channel_stride, INPUTS: tl.constexpr, NUMBER: tl.constexpr,
+               WIDTH: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """Piece NUMBER, of WIDTH channels, of some pixels of an input; zero where none exist. PACKED: it is contiguous."""
+    channel = NUMBER * WIDTH + tl.arange(0, WIDTH)
+    if PACKED:
+        place = pixels + number.to(tl.int64)[:, None] * INPUTS + channel[None, :]
+    else:
+        place = pixels + number.to(tl.int64)[:, None] * pixel_stride
+        place = place + channel[None, :].to(tl.int64) * channel_stride
+    return tl.load(place, mask=exists[:, None] & (channel < INPUTS)[None, :], other=0.0)
 
 
 @triton.jit
 def load_pixels(
     pixels, projection, number, exists, pixel_stride, channel_stride,
-    CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, PIECE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, PACKED: tl.constexpr,
+    PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x0 of an input's pixels (with INPUT_DIM), or a map's, in pieces (n, PIECE) float32; zero where none exist."""
     if INPUT_DIM > 0:
         WIDTH: tl.constexpr = min(INPUT_DIM, PIECE)
         totals = ()
         for piece in tl.static_range(INPUT_DIM // WIDTH):
-            channel = piece * WIDTH + tl.arange(0, WIDTH)
-            place = pixels + number.to(tl.int64)[:, None] * pixel_stride
-            place = place + channel[None, :].to(tl.int64) * channel_stride
-            values = tl.load(place, mask=exists[:, None] & (channel < INPUTS)[None, :], other=0.0)
-            totals = multiplied(totals, values, projection, CHANNELS, INPUTS, piece, DIM, PIECE, False, PRECISION)
+            x = load_input(pixels, number, exists, pixel_stride, channel_stride, INPUTS, piece, WIDTH, PACKED)
+            updated = ()
+            for outer in tl.static_range(DIM // PIECE):
+                matrix = load_matrix(projection, outer, piece, CHANNELS, INPUTS, DIM, PIECE, WIDTH, True)
+                updated = updated + (matmul(x, matrix, None if piece == 0 else totals[outer], PRECISION),)
+            totals = updated
         return totals
     else:
-        pieces = ()
-        stored = load_map(pixels, number, exists, CHANNELS, DIM, PIECE)
-        for piece in tl.static_range(DIM // PIECE):
-            pieces = pieces + (stored[piece].to(tl.float32),)
-        return pieces
+        return load_map(pixels, number, exists, CHANNELS, DIM, PIECE)
 
 
 @triton.jit
-def sum_of(x, y):
-    """The sums of two tuples of pieces, in float32."""
-    pieces = ()
-    for piece in tl.static_range(len(x)):
-        pieces = pieces + (x[piece].to(tl.float32) + y[piece],)
-    return pieces
-
-
-@triton.jit
-def partners(
-    x, y, norm, pixels, weight, number, exists, CHANNELS: tl.constexpr,
-    DIM: tl.constexpr, PIECE: tl.constexpr, SWAPS: tl.constexpr, PRECISION: tl.constexpr,
+def encoded_pixels(
+    mine, projection, norm1, weight1, norm2, weight2, result, number, exists, again, pixel_stride, channel_stride,
+    CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
+    PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """rotate_half(y) of pixels y in pieces, the sum of those of a map and of weight silu(norm(x)).
+    """Some pixels of float32 through HALVES half blocks, with the residual after two, in pieces (n, PIECE).
 
-    SWAPS: half the channels are whole pieces, which change places. Else it is made as y is, with the map's channels and
-    the rows of the weight in the order that it asks for: nothing changes places between threads.
+    FETCHES: x does not wait in registers for the residual: it is loaded again, and what was projected is stored for
+    that in `result`.
     """
-    pieces = ()
-    if SWAPS:
-        HALF: tl.constexpr = len(y) // 2
-        for piece in tl.static_range(HALF):
-            pieces = pieces + (-y[HALF + piece],)
-        for piece in tl.static_range(HALF):
-            pieces = pieces + (y[piece],)
+    if FETCHES and INPUT_DIM == 0:
+        y = half_block_of_map(mine, number, exists, norm1, weight1, CHANNELS, DIM, PIECE, FORM, PRECISION)
     else:
-        others = half_block(x, norm, weight, pixels.dtype.element_ty, CHANNELS, DIM, PIECE, True, PRECISION)
+        x = load_pixels(
+            mine, projection, number, exists, pixel_stride, channel_stride, CHANNELS, INPUTS, DIM, INPUT_DIM, PACKED,
+            PIECE, PRECISION,
+        )  # fmt: skip
+        if FETCHES:
+            store_map(result, x, number, exists, CHANNELS, DIM)
+        y = half_block(x, norm1, weight1, CHANNELS, DIM, PIECE, FORM, PRECISION) if HALVES > 0 else x
+    if HALVES > 1:
+        y = half_block(y, norm2, weight2, CHANNELS, DIM, PIECE, FORM, PRECISION)
+        if FETCHES:
+            if INPUT_DIM > 0:
+                tl.debug_barrier()  # other threads have stored it
+            x = load_map((result if INPUT_DIM > 0 else mine) + again, number, exists, CHANNELS, DIM, PIECE)
+            tl.debug_barrier()  # other threads have read what is replaced
+        total = ()
+        for piece in tl.static_range(len(x)):
+            total = total + (x[piece] + y[piece],)
+        y = total
+    return y
+
+
+@triton.jit
+def rotated(y, tables, number, width, height, CHANNELS: tl.constexpr, DIM: tl.constexpr):
+    """y cos(angle) + rotate_half(y) sin(angle), in pieces. The angle is the sum of a row's and a column's.
+
+    A piece that is all slots is taken apart for that: a thread holds both halves of what it holds of a product.
+    """
+    PIXELS: tl.constexpr = y[0].shape[0]
+    if len(y) == 1:
+        halves = tl.split(tl.permute(tl.reshape(y[0], (PIXELS, 2, DIM // 2)), (0, 2, 1)))
+        first, second = rotated(halves, tables, number, width, height, CHANNELS, DIM)
+        return (tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (PIXELS, DIM)),)
+    else:
+        HALF: tl.constexpr = len(y) // 2
+        down = tables + (number // width)[:, None] * (2 * CHANNELS)
+        across = tables + (height + number % width)[:, None] * (2 * CHANNELS)
+        pieces = ()
         for piece in tl.static_range(len(y)):
-            channel = piece * PIECE + tl.arange(0, PIECE)
-            place = pixels + number.to(tl.int64)[:, None] * CHANNELS + partner_of(channel, CHANNELS)[None, :]
-            mask = exists[:, None] & (channel < CHANNELS)[None, :]
-            other = others[piece] + tl.load(place, mask=mask, other=0.0).to(tl.float32)
-            pieces = pieces + (tl.where((channel < CHANNELS // 2)[None, :], -other, other),)
-    return pieces
-
-
-@triton.jit
-def rotated(y, others, tables, number, width, height, DIM: tl.constexpr):
-    """y cos(angle) + rotate_half(y) sin(angle), in pieces. The angle is the sum of a row's and a column's."""
-    pieces = ()
-    for piece in tl.static_range(len(y)):
-        channel = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
-        down = tables + (number // width)[:, None] * (2 * DIM) + channel[None, :]
-        across = tables + (height + number % width)[:, None] * (2 * DIM) + channel[None, :]
-        row_cos, row_sin = tl.load(down), tl.load(down + DIM)
-        column_cos, column_sin = tl.load(across), tl.load(across + DIM)
-        turned = y[piece] * (row_cos * column_cos - row_sin * column_sin)
-        pieces = pieces + (turned + others[piece] * (row_sin * column_cos + row_cos * column_sin),)
-    return pieces
-
-
-@triton.jit
-def store_part(part, y, exists, existing, DIM: tl.constexpr):
-    """Mean and summed squared deviation of each channel over a tile's pixels, (2, DIM), in two passes over them."""
-    for piece in tl.static_range(len(y)):
-        channel = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
-        mean = tl.sum(tl.where(exists[:, None], y[piece], 0.0), axis=0) / existing
-        deviation = tl.where(exists[:, None], y[piece] - mean[None, :], 0.0)
-        tl.store(part + channel, mean)
-        tl.store(part + DIM + channel, tl.sum(deviation * deviation, axis=0))
+            slot = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
+            channel = slot_channel(slot, CHANNELS, DIM)[None, :]
+            mask = None if CHANNELS == DIM else slot_exists(slot, CHANNELS, DIM)[None, :]
+            row_cos = tl.load(down + channel, mask=mask)
+            row_sin = tl.load(down + CHANNELS + channel, mask=mask)
+            column_cos = tl.load(across + channel, mask=mask)
+            column_sin = tl.load(across + CHANNELS + channel, mask=mask)
+            turned = y[piece] * (row_cos * column_cos - row_sin * column_sin)
+            sine = row_sin * column_cos + row_cos * column_sin
+            if piece < HALF:
+                pieces = pieces + (turned - y[HALF + piece] * sine,)
+            else:
+                pieces = pieces + (turned + y[piece - HALF] * sine,)
+        return pieces
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pass_kernel(
-    pixels, projection, norm1, weight1, norm2, weight2, tables, out, parts,
-    # input or map, (D, Cin), (B, 3, DIM), (D, D), (B, 3, DIM), (D, D), (H + W, 2, DIM), (B, n, D), (B, tiles, 2, DIM)
-    count, tiles, width, height, again, image_stride, pixel_stride, channel_stride,
+    pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, tables, out, parts,
+    # input or map, (D, Cin), a norm (B, rows, DIM), (D, D), a norm, (D, D),
+    # (B, 3, joined, 8), (D,), (D,), (H + W, 2, D), (B, n, D), (B, 3, programs, 8)
+    count, width, height, again, joined, image_stride, pixel_stride, channel_stride, eps,
     CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
-    PIXELS: tl.constexpr, MEASURES: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr, SWAPS: tl.constexpr,
-    FETCHES: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, MEASURES: tl.constexpr, JOINS: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr,
+    PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr, RESIDENT: tl.constexpr,
+    KEEPS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PIXELS pixels of an image through HALVES half blocks, with the residual after two; grid: the tiles of all images.
+    """An image's pixels through HALVES half blocks, with the residual after two; grid: programs of an image, images.
 
-    MEASURES: leave the tile's statistics in `parts`. STORES: put the result into `out`, ROTATES: rotated.
-    FETCHES: x is loaded a piece at a time and does not wait in registers for the residual: it is loaded again, and what
-    was projected is stored for that in `out`. `again` is a 0 that the compiler knows nothing of, or it would load once.
+    A program takes every so many'th PIXELS pixels. JOINS: it makes the last normalisation of the statistics that the
+    pass before has `found`, in its own of the norms (programs, B, rows, DIM). MEASURES: it leaves those of its result
+    in `parts`. STORES: put the result into `out`, ROTATES: rotated. RESIDENT: the weights are loaded once. KEEPS: what
+    was projected waits for the residual, or it is projected again. `again` is a 0 that the compiler knows nothing of,
+    or it would load the normalisations once, into registers.
     A width is a constant of the code: as a number, it would take registers for all the places in the weights.
     """
-    image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    number = tile * PIXELS + tl.arange(0, PIXELS)
-    exists = number < count
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    image = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = pixels.dtype.element_ty
+    HALF: tl.constexpr = dtype != tl.float32
+    ROWS: tl.constexpr = 2 if HALF else 3
+    GROUP: tl.constexpr = DIM // 8
+    norm1 += image * ROWS * DIM
+    norm2 += image * ROWS * DIM
+    if JOINS:
+        mine = program.to(tl.int64) * tl.num_programs(1) * (ROWS * DIM)
+        if HALVES > 1:
+            norm2 += mine
+        else:
+            norm1 += mine
+        make_norm(
+            norm2 if HALVES > 1 else norm1, found + image * 3 * joined * 8, gain, bias, joined, eps,
+            CHANNELS, DIM, FORM == "tanh", not HALF, AT_ONCE,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads have stored it
     result = out + image * count * CHANNELS
-    mine = pixels + image * (image_stride if INPUT_DIM > 0 else count * CHANNELS)
-    if FETCHES and INPUT_DIM == 0:
-        first = half_block_of_map(
-            mine, number, exists, norm1 + image * 3 * DIM, weight1, CHANNELS, DIM, PIECE, PRECISION
-        )  # fmt: skip
-    else:
-        x = load_pixels(
-            mine, projection, number, exists, pixel_stride, channel_stride, CHANNELS, INPUTS,
-            DIM, INPUT_DIM, PIECE, PRECISION,
-        )  # fmt: skip
-        if FETCHES and HALVES > 1:
-            store_map(result, x, number, exists, CHANNELS)
+    mine = pixels + image * (count * (INPUTS if INPUT_DIM > 0 else CHANNELS) if PACKED else image_stride)
+    if HALF and RESIDENT:
+        projected = load_matrix(projection, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True)
         if HALVES > 0:
-            first = half_block(x, norm1 + image * 3 * DIM, weight1, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
-    if HALVES > 1:
-        norm2 += image * 3 * DIM
-        y = half_block(first, norm2, weight2, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
-        if FETCHES:
-            if INPUT_DIM > 0:
-                tl.debug_barrier()  # other threads have stored it
-            stored = result if INPUT_DIM > 0 else mine
-            x = load_map(stored + again, number, exists, CHANNELS, DIM, PIECE)
-        y = sum_of(x, y)
-        if ROTATES:
-            others = partners(
-                first, y, norm2, mine, weight2, number, exists, CHANNELS, DIM, PIECE, SWAPS, PRECISION
-            )  # fmt: skip
-            # Past an image's last pixel the tables end.
-            y = rotated(y, others, tables, tl.minimum(number, count - 1), width, height, DIM)
-    elif HALVES > 0:
-        y = first
-    else:
-        y = x
+            matrix1 = load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+        if HALVES > 1:
+            matrix2 = load_matrix(weight2, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+    sums, squares, pivots = (), (), ()
     if MEASURES:
-        existing = tl.minimum(count - tile * PIXELS, PIXELS).to(tl.float32)
-        store_part(parts + (image * tiles + tile) * 2 * DIM, y, exists, existing, DIM)
-    if STORES:
-        if (ROTATES and not SWAPS) or (FETCHES and HALVES > 1):
-            tl.debug_barrier()  # other threads have read what is replaced, as partners or for the residual
-        store_map(result, y, number, exists, CHANNELS)
+        for _piece in tl.static_range(DIM // PIECE):
+            sums = sums + (no_sums(PIXELS, PIECE // GROUP, GROUP),)
+            squares = squares + (no_sums(PIXELS, PIECE // GROUP, GROUP),)
+            pivots = pivots + (tl.zeros((PIECE // GROUP,), tl.float32),)
+    existing = 0
+    for tile in tl.range(program, tl.cdiv(count, PIXELS), programs):
+        number = tile * PIXELS + tl.arange(0, PIXELS)
+        exists = number < count
+        fresh = tl.multiple_of(tile * again, 16)
+        if HALF:
+            x = load_input(mine, number, exists, pixel_stride, channel_stride, INPUTS, 0, INPUT_DIM, PACKED)
+            if not RESIDENT:
+                projected = load_matrix(projection + fresh, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True)
+            total = tl.dot(x, projected)
+            x0 = total
+            if HALVES > 0:
+                active = activated(total, norm1 + fresh, dtype, 0, DIM, False, FORM)
+                if not RESIDENT:
+                    matrix1 = load_matrix(weight1 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+                total = tl.dot(active, matrix1)
+            if HALVES > 1:
+                active = activated(total, norm2 + fresh, dtype, 0, DIM, False, FORM)
+                if not RESIDENT:
+                    matrix2 = load_matrix(weight2 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+                total = tl.dot(active, matrix2, x0) if KEEPS else tl.dot(x, projected, tl.dot(active, matrix2))
+            y = (total,)
+        else:
+            y = encoded_pixels(
+                mine, projection + fresh, norm1 + fresh, weight1 + fresh, norm2 + fresh, weight2 + fresh, result,
+                number, exists, fresh, pixel_stride, channel_stride,
+                CHANNELS, INPUTS, DIM, INPUT_DIM, HALVES, PACKED, FETCHES, PIECE, FORM, PRECISION,
+            )  # fmt: skip
+        if ROTATES:
+            # Past an image's last pixel the tables end.
+            y = rotated(y, tables, tl.minimum(number, count - 1), width, height, CHANNELS, DIM)
+        if MEASURES:
+            here = tl.minimum(count - tile * PIXELS, PIXELS)
+            existing += here
+            new_sums, new_squares, new_pivots = (), (), ()
+            for piece in tl.static_range(DIM // PIECE):
+                pivot = pivots[piece]
+                if tile == program:
+                    some = tl.where(exists[:, None], y[piece], 0.0)
+                    values = here.to(tl.float32) * (CHANNELS // 8)
+                    pivot = joined_threads(group_sums(some, GROUP)) / values
+                away = away_from(y[piece], pivot, exists, GROUP)
+                if CHANNELS < DIM:
+                    slot = piece * PIECE + tl.arange(0, PIECE)
+                    away = tl.where(slot_exists(slot, CHANNELS, DIM)[None, :], away, 0.0)
+                new_sums = new_sums + (sums[piece] + group_sums(away, GROUP),)
+                new_squares = new_squares + (squares[piece] + group_sums(away * away, GROUP),)
+                new_pivots = new_pivots + (pivot,)
+            sums, squares, pivots = new_sums, new_squares, new_pivots
+        if STORES:
+            store_map(result, y, number, exists, CHANNELS, DIM)
+    if MEASURES:
+        values = existing.to(tl.float32) * (CHANNELS // 8)
+        for piece in tl.static_range(DIM // PIECE):
+            group = piece * (PIECE // GROUP) + tl.arange(0, PIECE // GROUP)
+            place = parts + image * 3 * programs * 8 + program * 8 + group
+            store_sums(
+                place, programs * 8, joined_threads(sums[piece]), joined_threads(squares[piece]), pivots[piece],
+                values, existing.to(tl.float32),
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _pixel_encoder_angles_kernel(frequencies, tables, height, width, channels, DIM: tl.constexpr):
-    """Cosines and sines (2, DIM) of a row's or a column's angles, coordinates from 0 to 1 times (2, D); grid: H + W."""
+def _pixel_encoder_angles_kernel(frequencies, tables, height, width, CHANNELS: tl.constexpr, DIM: tl.constexpr):
+    """Cosines and sines (2, D) of a row's or a column's angles, coordinates from 0 to 1 times (2, D); grid: H + W."""
     number = tl.program_id(0)
     channel = tl.arange(0, DIM)
+    exists = channel < CHANNELS
     if number < height:
         coordinate = tl.div_rn(number.to(tl.float32), tl.maximum(height - 1, 1).to(tl.float32))
     else:
         coordinate = tl.div_rn((number - height).to(tl.float32), tl.maximum(width - 1, 1).to(tl.float32))
-    axis = tl.where(number < height, 0, channels)
-    angle = coordinate * tl.load(frequencies + axis + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    place = tables + number * (2 * DIM) + channel
-    tl.store(place, tl.cos(angle))
-    tl.store(place + DIM, tl.sin(angle))
-
-
-@triton.jit
-def _cell(program, width, height, cells_high, cells_wide):
-    """A program's image (int64) and cell, and the cell's first row and column, its rows and columns."""
-    cells = cells_high * cells_wide
-    image, cell = (program // cells).to(tl.int64), program % cells
-    row, column = cell // cells_wide, cell % cells_wide
-    top, left = row * height // cells_high, column * width // cells_wide
-    rows = ((row + 1) * height + cells_high - 1) // cells_high - top
-    columns = ((column + 1) * width + cells_wide - 1) // cells_wide - left
-    return image, cell, top, left, rows, columns
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _pixel_encoder_pool_kernel(
-    pixels, projection, norm1, weight1, norm2, out,
-    # (B, n, D), (D, D), (B, 3, DIM), (D, D), (B, 3, DIM), (B, cells, 2, DIM) float32
-    count, width, height, cells_high, cells_wide, again,
-    CHANNELS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The means over one cell of x and of silu(norm2(weight1 silu(norm1(x)))); grid: the cells of all images.
-
-    The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h). `again` is a 0 that the
-    compiler knows nothing of, or it would keep the weight, taken apart, from pixels to pixels.
-    """
-    image, cell, top, left, rows, columns = _cell(tl.program_id(0), width, height, cells_high, cells_wide)
-    dtype: tl.constexpr = pixels.dtype.element_ty
-    norm1 += image * 3 * DIM
-    norm2 += image * 3 * DIM
-    mine = pixels + image * count * CHANNELS
-    sums = ()
-    for _piece in tl.static_range(2 * (DIM // PIECE)):
-        sums = sums + (tl.zeros((PIECE,), tl.float32),)
-    for first in tl.range(0, rows * columns, PIXELS):
-        index = first + tl.arange(0, PIXELS)
-        exists = index < rows * columns
-        number = (top + index // columns) * width + left + index % columns
-        updated = ()
-        y = ()
-        if INPUT_DIM > 0:
-            x = load_pixels(
-                mine, projection, number, exists, CHANNELS, 1, CHANNELS, CHANNELS, DIM, INPUT_DIM, PIECE, PRECISION
-            )
-            for piece in tl.static_range(DIM // PIECE):
-                updated = updated + (sums[piece] + tl.sum(x[piece], axis=0),)
-            y = half_block(x, norm1, weight1, dtype, CHANNELS, DIM, PIECE, False, PRECISION)
-        else:
-            weight = weight1 + first * again
-            for piece in tl.static_range(DIM // PIECE):
-                x = load_piece(mine, number, exists, CHANNELS, piece, PIECE)
-                updated = updated + (sums[piece] + tl.sum(x, axis=0),)
-                active = activated(x, norm1 + first * again, dtype, piece, DIM)
-                y = multiplied(y, active, weight, CHANNELS, CHANNELS, piece, DIM, PIECE, False, PRECISION)
-        for piece in tl.static_range(DIM // PIECE):
-            active = activated(y[piece], norm2 + first * again, tl.float32, piece, DIM)
-            more = tl.sum(tl.where(exists[:, None], active, 0.0), axis=0)
-            updated = updated + (sums[DIM // PIECE + piece] + more,)
-        sums = updated
-    if dtype == tl.float32:
-        # Registers are short: worked out anew because of `again`, so that nothing of it waits for the loop's end.
-        image, cell, _, _, rows, columns = _cell(tl.program_id(0) + again, width, height, cells_high, cells_wide)
-    pixels_of_cell = (rows * columns).to(tl.float32)
-    place = out + (image * cells_high * cells_wide + cell) * 2 * DIM + tl.arange(0, PIECE)
-    for piece in tl.static_range(2 * (DIM // PIECE)):
-        tl.store(place + piece * PIECE, sums[piece] / pixels_of_cell)
+    axis = tl.where(number < height, 0, CHANNELS)
+    angle = coordinate * tl.load(frequencies + axis + channel, mask=exists, other=0.0).to(tl.float32)
+    place = tables + number * (2 * CHANNELS) + channel
+    tl.store(place, tl.cos(angle), mask=exists)
+    tl.store(place + CHANNELS, tl.sin(angle), mask=exists)
 
 
 def plan_pass(
     source: Source,
     halves: tuple[HalfBlock, ...],
     *,
+    norms: Tensor | None = None,
     parts: Tensor | None,
     out: Tensor | None,
     tables: Tensor | None = None,
     size: tuple[int, int],
+    programs: int,
+    form: str,
     precision: str,
     config: EncoderConfig,
 ) -> Launch:
@@ -417,9 +478,12 @@ def plan_pass(
     Args:
         source: what is read, of the dtype that is worked and stored in.
         halves: none, one or two half blocks; two make a block, with its residual.
-        parts: (B, tiles, 2, D padded) float32, takes the statistics of the result, as many tiles as the config makes.
+        norms: (programs, B, rows, D padded) of `allocate_norms`: where each program makes the norm of a join.
+        parts: (B, 3, programs, 8) float32, takes the statistics of the result.
         out: (B, n, D), contiguous, takes the result; it may be the map that is read.
-        tables: (H + W, 2, D padded) of `plan_angles`: rotate what is stored; after two half blocks of a map.
+        tables: (H + W, 2, D) of `plan_angles`: rotate what is stored; after two half blocks of a map.
+        programs: of an image, see `EncoderConfig.programs`.
+        form: of silu, see `silu_form`.
         precision: of products of float32; Triton's `input_precision`.
         config: how to cut the work.
     """
@@ -427,30 +491,36 @@ def plan_pass(
     batch, count, _ = pixels.shape
     channels = (pixels if projection is None else projection).shape[2 if projection is None else 0]
     dim = padded(channels)
-    piece = min(config.piece, dim)
     inputs = 0 if projection is None else pixels.shape[2]
+    half = pixels.element_size() == 2
     nothing = pixels  # for pointers that are not followed
-    weights: list[Tensor] = []
-    for number in range(2):
-        weights += halves[number] if number < len(halves) else (nothing, nothing)
-    tiles = triton.cdiv(count, config.pixels)
+    join = halves[-1].norm if halves and isinstance(halves[-1].norm, Join) else None
+    weights: list[Tensor | Join | None] = []
+    for norm, weight in halves:
+        weights += (norms if norm is join else norm, weight)
+    weights += [nothing] * (4 - len(weights))
     waits = len(halves) > 0 if projection is None else len(halves) > 1 and out is not None
+    found, gain, bias, eps = (nothing, nothing, nothing, 0.0) if join is None else join
     return Launch(
         kernel=_pixel_encoder_pass_kernel,
-        grid=(batch * tiles,),
+        grid=(programs, batch),
         arguments={
             "pixels": pixels,
             "projection": nothing if projection is None else projection,
             **dict(zip(("norm1", "weight1", "norm2", "weight2"), weights, strict=True)),
+            "found": found,
+            "gain": gain,
+            "bias": bias,
             "tables": nothing if tables is None else tables,
             "out": nothing if out is None else out,
             "parts": nothing if parts is None else parts,
             "count": count,
-            "tiles": tiles,
             "width": size[1],
             "height": size[0],
             "again": 0,
+            "joined": 0 if join is None else found.shape[2],
             **dict(zip(("image_stride", "pixel_stride", "channel_stride"), pixels.stride(), strict=True)),
+            "eps": eps,
         },
         constants={
             "CHANNELS": channels,
@@ -459,63 +529,17 @@ def plan_pass(
             "INPUT_DIM": padded(inputs) if inputs else 0,
             "HALVES": len(halves),
             "PIXELS": config.pixels,
-            "PIECE": piece,
             "MEASURES": parts is not None,
+            "JOINS": join is not None,
             "STORES": out is not None,
             "ROTATES": tables is not None,
-            "SWAPS": tables is not None and channels == dim and piece <= dim // 2,
-            "FETCHES": waits and pixels.element_size() > 2,
-            "PRECISION": precision,
-        },
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
-
-
-def plan_pool(
-    source: Source,
-    half: HalfBlock,
-    norm: Tensor,
-    out: Tensor,
-    *,
-    size: tuple[int, int],
-    cells: tuple[int, int],
-    precision: str,
-    config: EncoderConfig,
-) -> Launch:
-    """The launch that fills `out` (B, cells, 2, D padded) with the means over cells of maps (B, n, D) of `size`.
-
-    Args:
-        source: x, a map.
-        half: of the last block's first half.
-        norm: of the second, (B, 3, D padded).
-        out: float32: means of x, and of the second half's activations, which its weight is still to be applied to.
-        size, cells: (H, W) of the map and (h, w) of the pooled one.
-    """
-    pixels, projection = source
-    batch, count, channels = pixels.shape
-    return Launch(
-        kernel=_pixel_encoder_pool_kernel,
-        grid=(batch * cells[0] * cells[1],),
-        arguments={
-            "pixels": pixels,
-            "projection": pixels if projection is None else projection,
-            "norm1": half.norm,
-            "weight1": half.weight,
-            "norm2": norm,
-            "out": out,
-            "count": count,
-            "width": size[1],
-            "height": size[0],
-            "cells_high": cells[0],
-            "cells_wide": cells[1],
-            "again": 0,
-        },
-        constants={
-            "CHANNELS": channels,
-            "DIM": padded(channels),
-            "INPUT_DIM": 0 if projection is None else padded(channels),
-            "PIXELS": config.pixels,
-            "PIECE": min(config.piece, padded(channels)),
+            "PACKED": pixels.is_contiguous(),
+            "FETCHES": waits and not half,
+            "PIECE": dim if half else min(config.piece, dim),
+            "FORM": form,
+            "RESIDENT": config.resident,
+            "KEEPS": config.keeps,
+            "AT_ONCE": 32 * config.num_warps,
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -523,23 +547,35 @@ def plan_pool(
 
 
 def plan_angles(frequencies: Tensor, tables: Tensor, *, size: tuple[int, int]) -> Launch:
-    """The launch that fills `tables` (H + W, 2, D padded) float32 for `frequencies` (2, D), contiguous."""
+    """The launch that fills `tables` (H + W, 2, D) float32 for `frequencies` (2, D), contiguous."""
+    channels = frequencies.shape[1]
     return Launch(
         kernel=_pixel_encoder_angles_kernel,
         grid=(sum(size),),
-        arguments={
-            "frequencies": frequencies,
-            "tables": tables,
-            "height": size[0],
-            "width": size[1],
-            "channels": frequencies.shape[1],
-        },
-        constants={"DIM": padded(frequencies.shape[1])},
+        arguments={"frequencies": frequencies, "tables": tables, "height": size[0], "width": size[1]},
+        constants={"CHANNELS": channels, "DIM": padded(channels)},
         options={"num_warps": 1, "num_stages": 1},
     )
 
 
-def allocate_parts(batch: int, count: int, channels: int, config: EncoderConfig, device: torch.device) -> Tensor:
-    """Room for the statistics of each tile: (B, tiles, 2, D padded)."""
-    tiles = triton.cdiv(count, config.pixels)
-    return torch.empty(batch, tiles, 2, padded(channels), dtype=torch.float32, device=device)
+def allocate_parts(batch: int, programs: int, device: torch.device) -> Tensor:
+    """Room for the statistics of each program: (B, 3, programs, 8)."""
+    return torch.empty(batch, 3, programs, GROUPS, dtype=torch.float32, device=device)
+
+
+def allocate_norms(batch: int, programs: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for the norm that each program makes: (programs, B, rows, D padded)."""
+    shape = (programs, batch, norm_rows(dtype), padded(channels))
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def known_norm(center: Tensor, scale: Tensor, shift: Tensor, *, dtype: torch.dtype, form: str) -> Tensor:
+    """(x - center) * scale + shift, each (D,) float32, as a norm (1, rows, D padded) of maps of a dtype."""
+    rows = [scale, shift, center] if norm_rows(dtype) == 3 else [scale, torch.addcmul(shift, center, scale, value=-1)]
+    if form == "tanh":
+        rows[:2] = (row / 2 for row in rows[:2])
+    norm = torch.stack(rows)[None]
+    dim = padded(len(scale))
+    if dim == len(scale):
+        return norm
+    return F.pad(norm.unflatten(2, (GROUPS, -1)), (0, (dim - len(scale)) // GROUPS)).flatten(2)

@@ -1,151 +1,151 @@
-"""From the statistics of tiles to a normalisation: one centre, scale and shift for each channel.
+"""The statistics between two passes of the pixel encoder: what a pass leaves, and what the next one makes of it.
 
-A tile has left mean and summed squared deviation of each channel. The mean of a group of channels is their weighted
-mean, and the group's deviation the sum of theirs and of count * (mean - group's mean)^2 (Chan, Golub and LeVeque 1983),
-which subtracts no squares: in float64, in a fixed order, one program for each group of each image.
+A program leaves count, mean and summed squared deviation of the eight groups of channels over its pixels. It sums what
+a group lies away from a pivot, the group's mean over its first pixels, and the squares of that: numbers as small as the
+deviation, whatever the mean is. A thread adds up those that it holds of a product, and threads join their sums once, at
+the program's end.
 
-Eight programs would take long over many tiles. So where there are more than `_MOST_TILES`, they are first joined 64 at
-a time, by the same formula for each channel, into parts that are as those of larger tiles.
+The next pass joins the programs' statistics: the mean is their weighted mean, the deviation the sum of theirs and of
+count * (mean - common mean)^2 (Chan, Golub and LeVeque 1983), which subtracts no squares. Each of its programs does so
+for itself, in the same fixed order, and keeps the normalisation that follows in a copy of its own in memory: registers
+do not hold it, and no program waits for another.
+
+A group's channels are slots of a tile, padded to a power of two: `slot_channel`.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .launch import Launch
-
-SIZES = ("count", "tiles", "joined_tiles")
 GROUPS = 8
-_TILES_AT_ONCE = 64
-_CHANNELS_AT_ONCE = 32
-_MOST_TILES = 256
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _pixel_encoder_join_kernel(
-    parts, joined,
-    # (B, tiles, 2, DIM) float32, (B, joined tiles, 2, DIM) float64
-    count, tiles, joined_tiles,
-    DIM: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """CHANNELS of TILES tiles of PIXELS pixels, as of one tile; grid: the joined tiles of all images, channels."""
-    image, number = (tl.program_id(0) // joined_tiles).to(tl.int64), tl.program_id(0) % joined_tiles
-    tile = number * TILES + tl.arange(0, TILES)
-    exists = (tile < tiles)[:, None]
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    place = parts + (image * tiles + tile)[:, None] * (2 * DIM) + channel[None, :]
-    means = tl.load(place, mask=exists, other=0.0).to(tl.float64)
-    within = tl.load(place + DIM, mask=exists, other=0.0).to(tl.float64)
-    pixels = tl.where(exists, tl.minimum(count - tile * PIXELS, PIXELS).to(tl.float64)[:, None], 0.0)
-    existing = tl.minimum(count - number * (TILES * PIXELS), TILES * PIXELS).to(tl.float64)
-    mean = tl.sum(means * pixels, axis=0) / existing
-    means -= mean[None, :]
-    place = joined + (image * joined_tiles + number) * (2 * DIM) + channel
-    tl.store(place, mean)
-    tl.store(place + DIM, tl.sum(within + means * means * pixels, axis=0))
+@triton.jit
+def slot_channel(slot, CHANNELS: tl.constexpr, DIM: tl.constexpr):
+    """The channel of a slot of DIM that pad each of eight groups to a power of two."""
+    if CHANNELS == DIM:
+        return slot
+    else:
+        return slot // (DIM // 8) * (CHANNELS // 8) + slot % (DIM // 8)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _pixel_encoder_statistics_kernel(
-    parts, weight, bias, norm,
-    # (B, tiles, 2, DIM), (D,), (D,), (B, 3, DIM)
-    count, tiles, channels, eps,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """One group of an image's channels, at most WIDTH of them; grid: images, groups.
+@triton.jit
+def slot_exists(slot, CHANNELS: tl.constexpr, DIM: tl.constexpr):
+    """Whether a slot holds a channel."""
+    if CHANNELS == DIM:
+        return slot < DIM
+    else:
+        return slot % (DIM // 8) < CHANNELS // 8
 
-    PIXELS are those of a tile, of which only an image's last may have fewer. Beyond the channels `norm` becomes zero.
+
+@triton.jit
+def group_sums(y, GROUP: tl.constexpr):
+    """Of pixels (n, groups of GROUP slots): what a thread that holds some of a product can add up of each group.
+
+    The result's axis 2 is the groups'; the others are what is still to be joined.
     """
-    image = tl.program_id(0).to(tl.int64)
-    group = channels // 8
-    within = tl.arange(0, WIDTH)
-    channel = tl.program_id(1) * group + within
-    mine = within < group
-    parts += image * tiles * 2 * DIM
-    values = (count * group).to(tl.float64)
-    total = tl.zeros((WIDTH,), tl.float64)
-    for first in tl.range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        exists = (tile < tiles)[:, None] & mine[None, :]
-        means = tl.load(parts + tile[:, None] * (2 * DIM) + channel[None, :], mask=exists, other=0.0)
-        pixels = tl.minimum(count - tile * PIXELS, PIXELS).to(tl.float64)[:, None]
-        total += tl.sum(tl.where(exists, means.to(tl.float64) * pixels, 0.0), axis=0)
-    mean = tl.sum(total) / values
-    deviation = tl.zeros((WIDTH,), tl.float64)
-    for first in tl.range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        exists = (tile < tiles)[:, None] & mine[None, :]
-        place = parts + tile[:, None] * (2 * DIM) + channel[None, :]
-        means = tl.load(place, mask=exists, other=0.0).to(tl.float64) - mean
-        within_tile = tl.load(place + DIM, mask=exists, other=0.0).to(tl.float64)
-        pixels = tl.minimum(count - tile * PIXELS, PIXELS).to(tl.float64)[:, None]
-        deviation += tl.sum(tl.where(exists, within_tile + means * means * pixels, 0.0), axis=0)
-    variance = tl.sum(deviation) / values
-    scale = tl.load(weight + channel, mask=mine, other=0.0).to(tl.float64) / tl.sqrt(variance + eps)
+    PIXELS: tl.constexpr = y.shape[0]
+    if GROUP < 8:
+        return tl.sum(tl.reshape(y, (PIXELS // 16, 16, y.shape[1] // GROUP, 1, GROUP)), axis=4)
+    else:
+        # A thread holds two neighbours of each eight channels of a row and of the row eight below; four share a row.
+        parts = tl.reshape(y, (PIXELS // 16, 2, 8, y.shape[1] // GROUP, GROUP // 8, 4, 2))
+        return tl.sum(tl.sum(tl.sum(parts, axis=6), axis=4), axis=1)
+
+
+@triton.jit
+def joined_threads(sums):
+    """Of what `group_sums` leaves: the groups' sums."""
+    return tl.sum(tl.sum(tl.sum(sums, axis=3), axis=1), axis=0)
+
+
+@triton.jit
+def no_sums(PIXELS: tl.constexpr, GROUPS_HERE: tl.constexpr, GROUP: tl.constexpr):
+    """Zeros of the shape that `group_sums` makes."""
+    if GROUP < 8:
+        return tl.zeros((PIXELS // 16, 16, GROUPS_HERE, 1), tl.float32)
+    else:
+        return tl.zeros((PIXELS // 16, 8, GROUPS_HERE, 4), tl.float32)
+
+
+@triton.jit
+def away_from(y, pivot, exists, GROUP: tl.constexpr):
+    """y - pivot, of pixels (n, groups of GROUP slots) and a pivot of each group; zero where no pixel exists.
+
+    By one multiplication and addition each, where choosing would take another instruction.
+    """
+    factor = tl.where(exists, 1.0, 0.0)
+    parts = tl.reshape(y, (y.shape[0], y.shape[1] // GROUP, GROUP))
+    parts = parts * factor[:, None, None] - (pivot[None, :] * factor[:, None])[:, :, None]
+    return tl.reshape(parts, y.shape)
+
+
+@triton.jit
+def store_sums(place, plane, sums, squares, pivot, values, existing):
+    """Count, mean and squared deviation, `plane` numbers apart, of groups of so many values each, of pixels existing.
+
+    Of their sums about a pivot, and those of the squares.
+    """
+    offset = sums / values
+    tl.store(place, tl.zeros_like(pivot) + existing)
+    tl.store(place + plane, pivot + offset)
+    tl.store(place + 2 * plane, squares - sums * offset)
+
+
+@triton.jit
+def make_norm(
+    norm, parts, gain, bias, programs, eps,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, HALVED: tl.constexpr, CENTERED: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Fill a normalisation, (2, DIM) scale and shift, with CENTERED (3, DIM) and a centre, from partial statistics.
+
+    `parts` are (3, programs, 8). HALVED: scale and shift are halved. Without a centre it goes into the shift.
+    """
+    group = tl.arange(0, 8)
+    plane = programs * 8
+    pivot = tl.load(parts + plane + group)
+    count = tl.zeros((AT_ONCE, 8), tl.float32)
+    offset = tl.zeros((AT_ONCE, 8), tl.float32)
+    for first in tl.range(0, programs, AT_ONCE):
+        program = first + tl.arange(0, AT_ONCE)
+        place = parts + program[:, None] * 8 + group[None, :]
+        exists = (program < programs)[:, None]
+        pixels = tl.load(place, mask=exists, other=0.0)
+        count += pixels
+        offset += pixels * (tl.load(place + plane, mask=exists, other=0.0) - pivot[None, :])
+    total = tl.sum(count, axis=0)
+    mean = tl.sum(offset, axis=0) / total
+    deviation = tl.zeros((AT_ONCE, 8), tl.float32)
+    for first in tl.range(0, programs, AT_ONCE):
+        program = first + tl.arange(0, AT_ONCE)
+        place = parts + program[:, None] * 8 + group[None, :]
+        exists = (program < programs)[:, None]
+        between = tl.load(place + plane, mask=exists, other=0.0) - pivot[None, :] - mean[None, :]
+        within = tl.load(place + 2 * plane, mask=exists, other=0.0)
+        values = tl.load(place, mask=exists, other=0.0) * (CHANNELS // 8)
+        deviation += within + values * between * between
+    variance = tl.sum(deviation, axis=0) / (total * (CHANNELS // 8))
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     # The centre is rounded; what that leaves of the mean goes into the shift.
-    center = mean.to(tl.float32)
-    shift = tl.load(bias + channel, mask=mine, other=0.0).to(tl.float64) + (center.to(tl.float64) - mean) * scale
-    place = norm + image * 3 * DIM + channel
-    tl.store(place, tl.zeros((WIDTH,), tl.float32) + center, mask=mine)
-    tl.store(place + DIM, scale.to(tl.float32), mask=mine)
-    tl.store(place + 2 * DIM, shift.to(tl.float32), mask=mine)
-    beyond = tl.arange(0, DIM)
-    nobody_s = beyond >= tl.where(tl.program_id(1) == 0, channels, DIM)
-    for row in tl.static_range(3):
-        tl.store(norm + image * 3 * DIM + row * DIM + beyond, 0.0, mask=nobody_s)
+    center = pivot + mean
+    rest = mean - (center - pivot)
+    slot = tl.arange(0, DIM)
+    exists = slot_exists(slot, CHANNELS, DIM)
+    channel = slot_channel(slot, CHANNELS, DIM)
+    factor = 0.5 if HALVED else 1.0
+    weight = tl.load(gain + channel, mask=exists, other=0.0).to(tl.float32) * factor
+    scale = weight * in_slots(inverse, DIM)
+    shift = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32) * factor - in_slots(rest, DIM) * scale
+    if CENTERED:
+        tl.store(norm + 2 * DIM + slot, in_slots(center, DIM))
+    else:
+        shift -= in_slots(center, DIM) * scale
+    tl.store(norm + slot, scale)
+    tl.store(norm + DIM + slot, shift)
 
 
-def plan_statistics(
-    parts: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, *, count: int, pixels: int, eps: float
-) -> list[Launch]:
-    """The launches that fill `norm` (B, 3, D padded) float32, one or two.
-
-    Args:
-        parts: (B, tiles, 2, D padded), of tiles of `pixels` pixels.
-        weight, bias: (D,) of the group normalisation with 8 groups.
-        count: pixels of an image.
-    """
-    if parts.shape[1] <= _MOST_TILES:
-        return [_plan_last(parts, weight, bias, norm, count=count, pixels=pixels, eps=eps)]
-    batch, tiles, _, dim = parts.shape
-    joined = parts.new_empty(batch, triton.cdiv(tiles, _TILES_AT_ONCE), 2, dim, dtype=torch.float64)
-    channels = min(dim, _CHANNELS_AT_ONCE)
-    join = Launch(
-        kernel=_pixel_encoder_join_kernel,
-        grid=(batch * joined.shape[1], dim // channels),
-        arguments={"parts": parts, "joined": joined, "count": count, "tiles": tiles, "joined_tiles": joined.shape[1]},
-        constants={"DIM": dim, "CHANNELS": channels, "PIXELS": pixels, "TILES": _TILES_AT_ONCE},
-        options={"num_warps": 4, "num_stages": 1},
-    )
-    return [join, _plan_last(joined, weight, bias, norm, count=count, pixels=pixels * _TILES_AT_ONCE, eps=eps)]
-
-
-def _plan_last(
-    parts: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, *, count: int, pixels: int, eps: float
-) -> Launch:
-    batch, tiles, _, dim = parts.shape
-    channels = weight.shape[0]
-    return Launch(
-        kernel=_pixel_encoder_statistics_kernel,
-        grid=(batch, GROUPS),
-        arguments={
-            "parts": parts,
-            "weight": weight,
-            "bias": bias,
-            "norm": norm,
-            "count": count,
-            "tiles": tiles,
-            "channels": channels,
-            "eps": eps,
-        },
-        constants={
-            "DIM": dim,
-            "WIDTH": triton.next_power_of_2(channels // GROUPS),
-            "PIXELS": pixels,
-            "TILES": _TILES_AT_ONCE,
-        },
-        options={"num_warps": 4, "num_stages": 1},
-    )
+@triton.jit
+def in_slots(of_groups, DIM: tl.constexpr):
+    """A number of each group, (8,), for each slot: (DIM,)."""
+    return tl.reshape(tl.broadcast_to(of_groups[:, None], (8, DIM // 8)), (DIM,))

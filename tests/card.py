@@ -88,6 +88,30 @@ def first_stage_only(
     return None
 
 
+def know_silu() -> None:
+    """Tell ttsem, which knows instructions of PTX by their text, what those of the pixel encoder's activation are.
+
+    Approximately, as a card makes them: a hyperbolic tangent to eleven bits (PTX ISA, tanh.approx).
+    """
+    import numpy
+    from ttsem import ops
+
+    from anyup.kernels import pixel_encoder_passes as passes
+
+    def tanh(half: Any) -> list[Any]:
+        half = numpy.asarray(half, numpy.float32)
+        bits = numpy.tanh(half.astype(numpy.float64)).astype(numpy.float32).view(numpy.uint32)
+        return [half + half * (bits & numpy.uint32(0xFFFF_E000)).view(numpy.float32)]
+
+    def exp2(x: Any) -> list[Any]:
+        x = numpy.asarray(x, numpy.float32)
+        with numpy.errstate(over="ignore"):
+            return [x * (1 / (1 + numpy.exp2(x * numpy.float32(-1.4426950408889634))))]
+
+    for text, meaning in ((passes.SILU_OF_HALF, tanh), (passes.SILU, exp2)):
+        ops.PTX_FRAGMENTS[ops._norm_asm(text.value)] = (meaning, "div")
+
+
 def _no_binary(module: Any, metadata: dict[str, Any]) -> bytes:
     metadata.update(name="", shared=0)  # what a compiled kernel is asked for
     return b""

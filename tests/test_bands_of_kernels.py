@@ -160,7 +160,7 @@ def test_kernels_that_were_asked_for_by_name_fail_for_good(monkeypatch: pytest.M
 
 MUTATIONS = {
     "what is kept is not copied": ("            self._trunk.copy_(self._x1)", "            pass"),
-    "the last tile counts as a whole one": ("([count % pixels] if", "([pixels] if"),
+    "groups' deviations for their channels'": ("deviations / (self._dim // GROUPS)", "deviations"),
     "a normalisation too early": ("self._norms[number + 1]", "self._norms[max(number, first + 1)]"),
     "not rotated": ("tables=tables, size=size)", "size=size)"),
 }

@@ -28,10 +28,10 @@ SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_si
 AMPERE = Target("cuda", 80)
 
 REACHED_MS = {
-    ("A100 SXM 80GB", "bfloat16"): 2.85,
-    ("H100 SXM", "bfloat16"): 1.9,
-    ("H200", "bfloat16"): 1.75,
-    ("RTX 4090", "bfloat16"): 3.2,
+    ("A100 SXM 80GB", "bfloat16"): 2.4,
+    ("H100 SXM", "bfloat16"): 0.85,
+    ("H200", "bfloat16"): 0.75,
+    ("RTX 4090", "bfloat16"): 2.9,
 }
 """The most that the whole forward may take at 448 from 32, C = 384, by device and dtype."""
 
@@ -60,7 +60,7 @@ def test_the_steps_are_what_a_real_forward_launches() -> None:
         upsampler(image, features)
     steps = steps_of(workload, torch.float32, None, arguments=SMALL)
     assert [described(step.launch) for step in steps if step.launch is not None] == launched
-    assert len(launched) == 9 + 1 + 9 + 9 + 1 + 2 + 9 + 1
+    assert len(launched) == 5 + 1 + 5 + 5 + 1 + 2 + 5 + 1
     assert {step.stage for step in steps} == set(STAGES)
 
 
@@ -156,11 +156,8 @@ def test_the_encoders_move_at_most_6_kb_a_pixel_and_ask_for_little_more(device: 
     """Asked for without the weights and tables that all programs read, which the caches hold."""
     chosen = {"device": device, "dtype": "bfloat16", "workload": "448 from 32"}
     rows = [r for stage in ENCODERS for r in part(stored, "launch", stage=stage, **chosen)]
-    small = Counter(row["kernel"] for row in rows)
-    small = {f"pixel_encoder_{name}": small[f"pixel_encoder_{name}"] for name in ("join", "statistics", "angles")}
-    assert list(small.values()) == [12, 12, 1]
-    passes = [row for row in rows if row["kernel"] not in small]
-    assert len(passes) == 15
+    passes = [row for row in rows if row["kernel"] != "pixel_encoder_angles"]
+    assert (len(passes), len(rows)) == (15, 16)
     pixels = 448 * 448
     moved = sum(row["bytes"] for row in passes) / pixels
     assert 4096 < moved <= 6144

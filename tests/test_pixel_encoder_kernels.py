@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -15,7 +14,9 @@ from test_pixel_encoder import Shape, encoder, parameters_of, tensors_of
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.ops.pixel_encoder import encode_pixels, explain_backends
+from anyup.ops.pixel_encoder import encode_pixels, explain_backends, fused
+from anyup.ops.pixel_encoder.problem import EPS
+from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 
 pytestmark = INTERPRETED
 
@@ -73,48 +74,83 @@ def test_the_same_bits_come_from_run_to_run(name: str) -> None:
 
 
 def assert_statistics_lose_nothing(count: int, dim: int, batch: int, offset: float, device: str = "cpu") -> None:
-    """Raise an AssertionError unless normalisations from tiles of 16 pixels, joined first, are those of float64."""
-    from anyup.kernels.pixel_encoder_statistics import plan_statistics
+    """Raise an AssertionError unless five programs' statistics give the normalisation of float64."""
+    from anyup.kernels.pixel_encoder_config import EncoderConfig
+    from anyup.kernels.pixel_encoder_passes import (
+        HalfBlock,
+        Join,
+        allocate_norms,
+        allocate_parts,
+        map_source,
+        plan_pass,
+    )
 
-    pixels = 16
     values = torch.randn(batch, count, dim, generator=torch.Generator().manual_seed(0)) * 0.1 + offset
-    tiles = [tile.double() for tile in values.split(pixels, dim=1)]
-    parts = [torch.stack((t.mean(1), (t - t.mean(1, keepdim=True)).square().sum(1)), dim=1) for t in tiles]
-    weight, bias, norm = torch.full((dim,), 2.0), torch.full((dim,), 0.5), torch.full((batch, 3, dim), torch.nan)
-    norm = norm.to(device)
-    launches = plan_statistics(
-        torch.stack(parts, dim=1).float().to(device), weight.to(device), bias.to(device), norm,
-        count=count, pixels=pixels, eps=1e-5,
-    )  # fmt: skip
-    assert len(launches) == 2  # tiles are joined first
-    for launch in launches:
-        launch()
-    center, scale, shift = norm.cpu().double()[:, :, None].unbind(1)
+    weight, bias = torch.full((dim,), 2.0), torch.full((dim,), 0.5)
+    source, programs = map_source(values.to(device)), 5
+    parts, nobody_s = (allocate_parts(batch, programs, source.pixels.device) for _ in range(2))
+    norms = allocate_norms(batch, 2, dim, torch.float32, source.pixels.device)
+    join = Join(parts, weight.to(device), bias.to(device), 1e-5)
+    known: dict[str, Any] = {"out": None, "size": (1, count), "form": "plain", "precision": "ieee"}
+    config = EncoderConfig(128, num_warps=4, piece=32)
+    plan_pass(source, (), parts=parts, programs=programs, config=config, **known)()
+    half = HalfBlock(join, torch.eye(dim, device=device))
+    plan_pass(source, (half,), norms=norms, parts=nobody_s, programs=2, config=config, **known)()
+    assert torch.equal(norms[0], norms[1])  # each program makes it for itself
+    scale, shift, center = norms[0].cpu().double()[:, :, None].unbind(1)
     wide = values.double().transpose(1, 2)
     exact = torch.nn.functional.group_norm(wide, 8, weight.double(), bias.double()).transpose(1, 2)
     found = (values.double() - center) * scale + shift
-    # A tile's mean is rounded to float32.
+    # A program's mean is rounded to float32.
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5 + offset * 1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_statistics_of_many_tiles_lose_nothing(offset: float) -> None:
-    """As many pixels as 4096 x 4096 are more tiles than the interpreter is patient with: 100,000 pixels in 16s."""
-    assert_statistics_lose_nothing(100_003, 16, 1, offset)
+def test_statistics_of_many_pixels_lose_nothing(offset: float) -> None:
+    assert_statistics_lose_nothing(5_003, 16, 1, offset)
 
 
-def test_statistics_of_several_images_and_slices_of_channels_lose_nothing() -> None:
-    assert_statistics_lose_nothing(4_120, 64, 2, 10.0)
+def test_statistics_of_several_images_and_pieces_of_channels_lose_nothing() -> None:
+    assert_statistics_lose_nothing(1_120, 64, 2, 10.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [16, 24])
+def test_a_norm_that_is_known_is_one_that_a_pass_makes(dim: int, dtype: torch.dtype) -> None:
+    from anyup.kernels.pixel_encoder_passes import HalfBlock, Join, known_norm, map_source
+
+    pixels = wave((1, 37, dim), 3, shift=5.0).to(dtype)
+    weight, bias, identity = wave((dim,), 5, 0.2, 1.0), wave((dim,), 7), torch.eye(dim, dtype=dtype)
+    kernels = fused.Kernels(dtype, pixels.device, dim, 0)
+    join = Join(kernels.measure(map_source(pixels), ())[0], weight.to(dtype), bias.to(dtype), EPS)
+    made = kernels.measure(map_source(pixels), (HalfBlock(join, identity),))[1]
+    statistics = Statistics(37, *(f(pixels[0].double()) for f in (_mean, _deviation)))
+    affine = Affine.of(statistics, join.weight, join.bias, torch.float32)
+    known = known_norm(*affine.stacked, dtype=dtype, form=kernels.form)
+    torch.testing.assert_close(_applied(pixels, made, dim), _applied(pixels, known, dim), rtol=1e-5, atol=1e-5)
+
+
+def _mean(pixels: Tensor) -> Tensor:
+    return pixels.mean(dim=0)
+
+
+def _deviation(pixels: Tensor) -> Tensor:
+    return (pixels - pixels.mean(dim=0)).square().sum(dim=0)
+
+
+def _applied(pixels: Tensor, norm: Tensor | None, dim: int) -> Tensor:
+    """Pixels (1, n, D) normalised by (1, rows, D padded), of which each group has as many channels as it needs."""
+    assert norm is not None
+    scale, shift, *center = (row.view(8, -1)[:, : dim // 8].flatten() for row in norm[0])
+    return (pixels.float() - center[0] if center else pixels.float()) * scale + shift
 
 
 def test_only_one_map_is_allocated_beside_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     from test_window_attention import LargestTensor
 
-    from anyup.ops.pixel_encoder import fused
-
     shape = Shape((40, 40))
     tensors = tensors_of(shape)
-    monkeypatch.setattr(fused, "run_first", lambda run, configs, kernel: None)  # what is launched allocates nothing
+    monkeypatch.setattr("anyup.kernels.launch.Launch.__call__", lambda self: None)  # what is launched allocates nothing
     with torch.no_grad(), LargestTensor() as seen:
         out = fused.forward(tensors["pixels"], parameters_of(tensors), frequencies=None, output_size=(40, 40))
     assert seen.largest == out.numel() == 40 * 40 * 16
@@ -209,17 +245,18 @@ def test_a_model_that_asks_for_kernels_trains() -> None:
 
 
 MUTATIONS = {
-    "no residual": ("passes", "_pixel_encoder_pass_kernel", "y = sum_of(x, y)", "y = y"),
-    "the same piece of a weight again": ("passes", "multiplied", "NUMBER * WIDTH, WIDTH", "0 * WIDTH, WIDTH"),
-    "a sign of the rotation": ("passes", "partners", "-other, other)", "other, other)"),
-    "a sign of the rotation of pieces": ("passes", "partners", "(-y[HALF + piece],)", "(y[HALF + piece],)"),
-    "a cell too high": ("passes", "_cell", "cells_high - top", "cells_high - top + 1"),
+    "no residual": ("passes", "encoded_pixels", "(x[piece] + y[piece],)", "(y[piece],)"),
+    "the same piece of a weight again": ("passes", "load_matrix", "INNER * INPUT", "0 * INPUT"),
+    "a sign of the rotation": ("passes", "rotated", "turned - y[HALF", "turned + y[HALF"),
+    "a sign of the rotation of pieces": ("passes", "rotated", "turned - y[HALF", "turned + y[HALF"),
+    "a cell too high": ("pool", "_cell", "cells_high - top", "cells_high - top + 1"),
     "pixels that do not exist": (
-        "passes", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], active", "tl.where(True, active",
+        "pool", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], active", "tl.where(True, active",
     ),
-    "tiles' means for the map's": ("statistics", "_pixel_encoder_statistics_kernel", "+ means * means * pixels", ""),
-    "joined tiles' means for the map's": ("statistics", "_pixel_encoder_join_kernel", "+ means * means * pixels", ""),
-    "a centre forgotten": ("passes", "activated", "(x - center[None, :])", "x"),
+    "pixels that do not exist in the statistics": ("passes", "away_from", "exists, 1.0, 0.0", "exists, 1.0, 1.0"),
+    "programs' means for the map's": ("passes", "make_norm", "+ values * between * between", ""),
+    "a pivot forgotten": ("passes", "store_sums", "pivot + offset", "offset"),
+    "a centre forgotten": ("passes", "activated", "x - tl.load(norm + 2 * DIM + slot)[None, :]", "x"),
 }  # fmt: skip
 
 
@@ -227,9 +264,9 @@ MUTATIONS = {
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, right, wrong = MUTATIONS[mutation]
     mutate(monkeypatch, f"pixel_encoder_{module}", name, right, wrong)
-    name = "pooled to overlapping cells" if "cell" in mutation or "pixels" in mutation else "image"
+    name = "pooled to overlapping cells" if module == "pool" else "several tiles, batch 2"
     shape = SHAPES["channels in pieces" if "piece" in mutation else name]
-    # As if the tiles of a small map were many.
-    monkeypatch.setattr(importlib.import_module("anyup.kernels.pixel_encoder_statistics"), "_MOST_TILES", 1)
+    # More programs than walk over a small map in the interpreter.
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 4)
     with pytest.raises(AssertionError, match="result: error"):
         assert_kernels_accurate(shape, tensors_of(shape))

@@ -95,6 +95,18 @@ def _target(device: torch.device, interpreted: bool) -> Target:
     return Target(active.backend, active.arch)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a card; in Triton's interpreter, where programs run one after the other, 1; of what is no card 132."""
+    return _multiprocessors(device, interprets())
+
+
+@cache
+def _multiprocessors(device: torch.device, interpreted: bool) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if interpreted else 132
+
+
 @cache
 def device_name(device: torch.device) -> str:
     """A card's name, as a table of measured cuts belongs to it; another device's type."""

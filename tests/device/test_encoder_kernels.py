@@ -10,7 +10,7 @@ from accuracy import assert_close_enough
 from test_pixel_encoder import Shape, encoder, parameters_of, tensors_of
 from test_pixel_encoder_kernels import assert_statistics_lose_nothing
 
-from anyup.ops.pixel_encoder import explain_backends
+from anyup.ops.pixel_encoder import explain_backends, fused
 
 pytestmark = pytest.mark.gpu
 
@@ -26,21 +26,24 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_encoder_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+def test_the_encoder_obeys_the_error_rule(
+    name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 2)  # programs walk over several tiles
     shape = SHAPES[name]
     tensors = {key: tensor.to("cuda") for key, tensor in tensors_of(shape, dtype).items()}
     run = encoder(shape)
     with torch.no_grad():
         assert explain_backends(tensors["pixels"], parameters_of(tensors), output_size=shape.output).chosen == "triton"
         actual = run(backend=None, **tensors)
-        assert launched.total() == 9 + shape.rotates, launched
+        assert launched.total() == 5 + shape.rotates, launched
         reference = run(backend="reference", **{key: tensor.cpu() for key, tensor in tensors.items()})
         exact = run(backend="reference", **{key: tensor.cpu().double() for key, tensor in tensors.items()})
     assert_close_enough(actual.cpu(), reference, exact)
 
 
-def test_statistics_of_many_tiles_lose_nothing(launched: Counter[str]) -> None:
-    assert_statistics_lose_nothing(4_120, 64, 2, 10.0, "cuda")
+def test_statistics_lose_nothing(launched: Counter[str]) -> None:
+    assert_statistics_lose_nothing(1_120, 64, 2, 10.0, "cuda")
     assert launched.total() == 2
 
 

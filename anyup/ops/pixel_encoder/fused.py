@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,20 @@ from torch import Tensor
 
 from anyup.ops.cuts import run_first
 from anyup.ops.dispatch import WITHOUT_GRADIENT
-from anyup.ops.kernel_device import device_reasons, discouraged, dot_precision, dtype_reasons, installed, target
+from anyup.ops.kernel_device import (
+    device_reasons,
+    discouraged,
+    dot_precision,
+    dtype_reasons,
+    installed,
+    multiprocessors,
+    target,
+)
 from anyup.ops.pixel_encoder.problem import EPS, EncoderParameters, PixelEncoderProblem
 
 if TYPE_CHECKING:
-    from anyup.kernels.pixel_encoder_passes import HalfBlock, Source
+    from anyup.kernels.pixel_encoder_config import EncoderConfig
+    from anyup.kernels.pixel_encoder_passes import HalfBlock, Join, Source
 
 __all__ = ["discouraged", "forward", "unsupported"]
 
@@ -68,7 +78,14 @@ class Kernels:
     inputs: int
     precision: str = field(default_factory=dot_precision)
 
-    def run(self, name: str, run: Callable[[Any], Result], *, kind: str = "pass", **known: Hashable) -> Result:
+    @cached_property
+    def form(self) -> str:
+        """Of silu."""
+        from anyup.kernels.pixel_encoder_config import silu_form
+
+        return silu_form(self.dtype, target(self.device))
+
+    def run(self, name: str, run: Callable[[EncoderConfig], Result], *, kind: str, **known: Hashable) -> Result:
         """What `run` gives with the first cut that the device takes; `known` is what else it is compiled for."""
         from anyup.kernels.pixel_encoder_config import encoder_configs
 
@@ -77,31 +94,25 @@ class Kernels:
         return run_first(run, configs, kernel=(*kernel, kind, *known.items()))
 
     def measure(
-        self,
-        source: Source,
-        halves: tuple[HalfBlock, ...],
-        use: Callable[[Tensor, int], Result],
-        *,
-        out: Tensor | None = None,
-    ) -> Result:
-        """A pass's statistics, of each tile as (B, tiles, 2, D padded), and a tile's pixels, as `use` takes them.
+        self, source: Source, halves: tuple[HalfBlock, ...], *, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A pass's statistics, of each program as (B, 3, programs, 8), and the norm that it made of the last's.
 
-        What the pass makes goes to `out`. Where `use` launches what a device refuses, another cut of the pass is tried.
+        What the pass makes goes to `out`.
         """
         from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
 
         batch, count = source.pixels.shape[:2]
 
-        def run(config: Any) -> Result:
-            parts = allocate_parts(batch, count, self.dim, config, self.device)
+        def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            parts = allocate_parts(batch, programs, self.device)
             plan_pass(
-                source, halves,
-                parts=parts, out=out, size=(1, count), precision=self.precision, config=config,
+                source, halves, norms=norms, parts=parts, out=out, size=(1, count), programs=programs,
+                form=self.form, precision=self.precision, config=config,
             )()  # fmt: skip
-            return use(parts, config.pixels)
+            return parts, None if norms is None else norms[0]
 
-        projects = source.projection is not None
-        return self.run("measure", run, halves=len(halves), projects=projects, stores=out is not None)
+        return self._run_pass("measure", run, source, halves, stores=out is not None)
 
     def store(
         self,
@@ -117,15 +128,65 @@ class Kernels:
 
         shape = (1, source.pixels.shape[1]) if size is None else size
 
-        def run(config: Any) -> None:
+        def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> None:
             plan_pass(
-                source, halves,
-                parts=None, out=out, tables=tables, size=shape, precision=self.precision, config=config,
+                source, halves, norms=norms, parts=None, out=out, tables=tables, size=shape, programs=programs,
+                form=self.form, precision=self.precision, config=config,
             )()  # fmt: skip
 
         # A launch that fails has written nothing: the next cut finds the map as it was.
-        kind = "pass" if tables is None else "rotate"
-        self.run("store", run, kind=kind, halves=len(halves), projects=source.projection is not None)
+        self._run_pass("store", run, source, halves, rotates=tables is not None)
+
+    def pool(
+        self,
+        source: Source,
+        halves: tuple[HalfBlock, HalfBlock],
+        out: Tensor,
+        *,
+        size: tuple[int, int],
+        cells: tuple[int, int],
+    ) -> None:
+        """The means over cells of a map of that size, into `out` (B, cells, 2, D) float32; see `plan_pool`."""
+        from anyup.kernels.pixel_encoder_passes import allocate_norms
+        from anyup.kernels.pixel_encoder_pool import plan_pool
+
+        batch = len(source.pixels)
+
+        def run(config: EncoderConfig) -> None:
+            programs = config.programs(cells[0] * cells[1], batch, multiprocessors(self.device))
+            plan_pool(
+                source, halves[0], halves[1].norm, out,
+                norms=allocate_norms(batch, programs, self.dim, self.dtype, self.device), size=size, cells=cells,
+                programs=programs, form=self.form, precision=self.precision, config=config,
+            )()  # fmt: skip
+
+        self.run("pool", run, kind="pool")
+
+    def _run_pass(
+        self,
+        name: str,
+        run: Callable[[EncoderConfig, int, Tensor | None], Result],
+        source: Source,
+        halves: tuple[HalfBlock, ...],
+        *,
+        rotates: bool = False,
+        **known: Hashable,
+    ) -> Result:
+        """What `run` gives for a cut, its programs of an image, and room for the norm that they make, if they do."""
+        from anyup.kernels.pixel_encoder_config import kind_of
+        from anyup.kernels.pixel_encoder_passes import Join, allocate_norms
+
+        batch, count = source.pixels.shape[:2]
+        joins = bool(halves) and isinstance(halves[-1].norm, Join)
+
+        def with_room(config: EncoderConfig) -> Result:
+            programs = config.programs(-(-count // config.pixels), batch, multiprocessors(self.device))
+            norms = allocate_norms(batch, programs, self.dim, self.dtype, self.device) if joins else None
+            return run(config, programs, norms)
+
+        projects = source.projection is not None
+        kind = kind_of(len(halves), measures=name == "measure", rotates=rotates)
+        return self.run(name, with_room, kind=kind, halves=len(halves), projects=projects, joins=joins, **known)
 
 
 def source_of(pixels: Tensor, projection: Tensor | None) -> Source:
@@ -149,32 +210,32 @@ class _Encoder:
         self._kernels = Kernels(self._dtype, self._device, self._dim, inputs)
         block1, block2 = parameters.block1, parameters.block2
         source = source_of(pixels.flatten(1, 2), parameters.projection)  # a view where rows follow each other
-        norm1 = self._measure(source, (), *block1[:2])
-        first = HalfBlock(norm1, block1.weight1.contiguous())
-        norm2 = self._measure(source, (first,), *block1[3:5])
+        measure = self._kernels.measure
+        parts, _ = measure(source, ())
+        first = HalfBlock(_join(parts, *block1[:2]), block1.weight1.contiguous())
+        parts, norm = measure(source, (first,))
+        first = first._replace(norm=norm)
+        second = HalfBlock(_join(parts, *block1[3:5]), block1.weight2.contiguous())
         self._map = pixels.new_empty(batch, height * width, self._dim)
-        second = HalfBlock(norm2, block1.weight2.contiguous())
-        norm3 = self._measure(source, (first, second), *block2[:2], out=self._map)
-        self._third = HalfBlock(norm3, block2.weight1.contiguous())
+        parts, _ = measure(source, (first, second), out=self._map)
+        third = HalfBlock(_join(parts, *block2[:2]), block2.weight1.contiguous())
         self._stored = map_source(self._map)
-        self._norm4 = self._measure(self._stored, (self._third,), *block2[3:5])
-        self._weight4 = block2.weight2.contiguous()
+        parts, norm = measure(self._stored, (third,))
+        self._halves = (
+            third._replace(norm=norm),
+            HalfBlock(_join(parts, *block2[3:5]), block2.weight2.contiguous()),
+        )
 
     def whole(self, frequencies: Tensor | None) -> Tensor:
         """(B, H, W, D), rotated where there are frequencies."""
-        from anyup.kernels.pixel_encoder_passes import HalfBlock
-
-        halves = (self._third, HalfBlock(self._norm4, self._weight4))
         tables = None if frequencies is None else self._angles(frequencies)
-        self._kernels.store(self._stored, halves, self._map, tables=tables, size=self._size)
+        self._kernels.store(self._stored, self._halves, self._map, tables=tables, size=self._size)
         return self._map.unflatten(1, self._size)
 
     def _angles(self, frequencies: Tensor) -> Tensor:
-        from anyup.kernels.pixel_encoder_config import padded
         from anyup.kernels.pixel_encoder_passes import plan_angles
 
-        shape = (sum(self._size), 2, padded(self._dim))
-        tables = torch.empty(shape, dtype=torch.float32, device=self._device)
+        tables = torch.empty(sum(self._size), 2, self._dim, dtype=torch.float32, device=self._device)
         run_first(
             lambda _: plan_angles(frequencies.contiguous(), tables, size=self._size)(),
             [None],
@@ -184,43 +245,15 @@ class _Encoder:
 
     def pooled(self, cells: tuple[int, int]) -> Tensor:
         """(B, h, w, D), averaged over cells."""
-        from anyup.kernels.pixel_encoder_config import padded
-        from anyup.kernels.pixel_encoder_passes import plan_pool
+        shape = (len(self._map), cells[0] * cells[1], 2, self._dim)
+        means = torch.empty(shape, dtype=torch.float32, device=self._device)
+        self._kernels.pool(self._stored, self._halves, means, size=self._size, cells=cells)
+        passed, activated = means.unbind(2)
+        return (passed + activated @ self._halves[1].weight.float().T).to(self._dtype).unflatten(1, cells)
 
-        means = torch.empty(
-            len(self._map), cells[0] * cells[1], 2, padded(self._dim), dtype=torch.float32, device=self._device
-        )
 
-        def run(config: Any) -> None:
-            plan_pool(
-                self._stored, self._third, self._norm4, means,
-                size=self._size, cells=cells, precision=self._kernels.precision, config=config,
-            )()  # fmt: skip
+def _join(parts: Tensor, weight: Tensor, bias: Tensor) -> Join:
+    """The group normalisation with these parameters of what a pass has measured."""
+    from anyup.kernels.pixel_encoder_passes import Join
 
-        self._kernels.run("pool", run, kind="pool")
-        passed, activated = means[..., : self._dim].unbind(2)
-        return (passed + activated @ self._weight4.float().T).to(self._dtype).unflatten(1, cells)
-
-    def _measure(
-        self,
-        source: Source,
-        halves: tuple[HalfBlock, ...],
-        weight: Tensor,
-        bias: Tensor,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """The normalisation (B, 3, D padded) of what a pass makes, which goes to `out`."""
-        from anyup.kernels.pixel_encoder_config import padded
-        from anyup.kernels.pixel_encoder_statistics import plan_statistics
-
-        batch, count = source.pixels.shape[:2]
-        norm = torch.empty(batch, 3, padded(self._dim), dtype=torch.float32, device=self._device)
-
-        def join(parts: Tensor, pixels: int) -> None:
-            for launch in plan_statistics(
-                parts, weight.contiguous(), bias.contiguous(), norm, count=count, pixels=pixels, eps=EPS
-            ):
-                launch()
-
-        self._kernels.measure(source, halves, join, out=out)
-        return norm
+    return Join(parts, weight.contiguous(), bias.contiguous(), EPS)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.pixel_encoder import eager
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.fused import Kernels, source_of
-from anyup.ops.pixel_encoder.problem import EncoderParameters
+from anyup.ops.pixel_encoder.problem import GROUPS, EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 from anyup.ops.precision import accumulator_dtype
@@ -65,10 +64,10 @@ class Band:
         step = self._take(norm)
         out = self._x1[None] if keep and step == _STORED - 1 else None
         source = self._stored() if step == _STORED else self._source
-        statistics = self._kernels.measure(source, self._halves(step), self._joined, out=out)
+        parts, _ = self._kernels.measure(source, self._halves(step), out=out)
         if keep:
             self.keep()
-        return statistics
+        return self._joined(parts)
 
     def pass_on(self, norm: Affine | None) -> None:
         """The same where the next one's statistics are known already."""
@@ -84,7 +83,7 @@ class Band:
         self._take(norm)
         size = tables = None
         if rotation is not None:
-            size, tables = (len(self._trunk) // rotation.width, rotation.width), self._padded(rotation.tables())
+            size, tables = (len(self._trunk) // rotation.width, rotation.width), rotation.tables()
         self._kernels.store(self._stored(), self._halves(_STORED + 1), self._trunk[None], tables=tables, size=size)
         return self._trunk
 
@@ -104,12 +103,11 @@ class Band:
         self._kernels.store(self._stored(), self._halves(_STORED), self._other[None])
         return eager.Band(self._pixels, self._parameters, self._x1, self._other, _STORED + 1)
 
-    def _joined(self, parts: Tensor, pixels: int) -> Statistics:
-        """Of the band, from those of its tiles of so many pixels, (1, tiles, 2, D padded)."""
-        count = len(self._trunk)
-        counts = [pixels] * (count // pixels) + ([count % pixels] if count % pixels else [])
-        wide = parts[0, ..., : self._dim].to(accumulator_dtype(parts.device))
-        return Statistics.joined(counts, *wide.unbind(1))
+    def _joined(self, parts: Tensor) -> Statistics:
+        """Of the band's groups, from those of a pass's programs (1, 3, programs, 8)."""
+        counts, means, deviations = parts[0].to(accumulator_dtype(parts.device)).unbind()
+        # As of eight channels: a deviation is shared by the channels of its group.
+        return Statistics.weighted(len(self._trunk), counts, means, deviations / (self._dim // GROUPS))
 
     def _take(self, norm: Affine | None) -> int:
         """Note the normalisation of the next step; its number."""
@@ -143,12 +141,7 @@ class Band:
         )
 
     def _prepared(self, norm: Affine) -> Tensor:
-        """(1, 3, D padded): centre, scale and shift, as the kernels take them."""
-        return self._padded(norm.stacked)[None]
+        """As the kernels take it."""
+        from anyup.kernels.pixel_encoder_passes import known_norm
 
-    def _padded(self, channels: Tensor) -> Tensor:
-        """With zeros for the channels (..., D) that fill a tile up."""
-        from anyup.kernels.pixel_encoder_config import padded
-
-        more = padded(self._dim) - self._dim
-        return F.pad(channels, (0, more)) if more else channels
+        return known_norm(*norm.stacked, dtype=self._trunk.dtype, form=self._kernels.form)

@@ -75,6 +75,8 @@ class Parts:
 class Statistics:
     """Count, mean (D,) and summed squared deviation from the mean (D,) of each channel over some pixels.
 
+    Or of each group of channels, as if it were one channel: (8,), the deviation divided by the group's channels.
+
     Kept in float64 (float32 where the device has no float64), so that merging many bands loses nothing.
     """
 
@@ -100,7 +102,11 @@ class Statistics:
         """Of several, stacked as (several, D), with `counts` pixels each (Chan, Golub and LeVeque 1983)."""
         if len(counts) == 1:
             return Statistics(counts[0], means[0], deviations[0])
-        count, each = sum(counts), _column(counts, means)
+        return Statistics.weighted(sum(counts), _column(counts, means), means, deviations)
+
+    @staticmethod
+    def weighted(count: int, each: Tensor, means: Tensor, deviations: Tensor) -> Statistics:
+        """The same of `count` pixels in all, with those of each as a tensor (several, 1), or (several, D)."""
         mean = (each * means).sum(dim=0) / count
         return Statistics(count, mean, (deviations + each * (means - mean).square()).sum(dim=0))
 

@@ -1,0 +1,182 @@
+"""The pixel encoder's last pass where its result is pooled: the last product commutes with the means over cells.
+
+What is left of a map are, for each cell of the small grid, the means of x and of silu(n4(W3 silu(n3(x)))). In half
+precision their sums over a cell's pixels are products with ones, which add up what threads hold of many pixels without
+moving it between them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .pixel_encoder_config import EncoderConfig, padded
+from .pixel_encoder_passes import (
+    SIZES,
+    HalfBlock,
+    Join,
+    Source,
+    activated,
+    load_input,
+    load_matrix,
+    load_piece,
+    multiplied,
+)
+from .pixel_encoder_statistics import make_norm, slot_channel, slot_exists
+
+
+@triton.jit
+def _cell(cell, width, height, cells_high, cells_wide):
+    """A cell's first row and column, its rows and columns."""
+    row, column = cell // cells_wide, cell % cells_wide
+    top, left = row * height // cells_high, column * width // cells_wide
+    rows = ((row + 1) * height + cells_high - 1) // cells_high - top
+    columns = ((column + 1) * width + cells_wide - 1) // cells_wide - left
+    return top, left, rows, columns
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_encoder_pool_kernel(
+    pixels, projection, norm1, weight1, norm2, found, gain, bias, out,
+    # (B, n, D), (D, D), a norm (B, rows, DIM), (D, D), norms (programs, B, rows, DIM), (B, 3, joined, 8), (D,), (D,),
+    # (B, cells, 2, D) float32
+    count, width, height, cells_high, cells_wide, again, joined, eps,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
+    RESIDENT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The means over cells of x and of silu(norm2(weight1 silu(norm1(x)))); grid: programs of an image, images.
+
+    The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h); a program takes every so
+    many'th. The second norm is made as in `_pixel_encoder_pass_kernel`, and `again` is what it is there.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    image = tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = pixels.dtype.element_ty
+    HALF: tl.constexpr = dtype != tl.float32
+    ROWS: tl.constexpr = 2 if HALF else 3
+    norm1 += image * ROWS * DIM
+    norm2 += (program.to(tl.int64) * tl.num_programs(1) + image) * ROWS * DIM
+    make_norm(
+        norm2, found + image * 3 * joined * 8, gain, bias, joined, eps, CHANNELS, DIM, FORM == "tanh", not HALF, AT_ONCE
+    )
+    tl.debug_barrier()  # other threads have stored it
+    mine = pixels + image * count * CHANNELS
+    if HALF and RESIDENT:
+        projected = load_matrix(projection, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, True)
+        matrix = load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+    for cell in tl.range(program, cells_high * cells_wide, programs):
+        top, left, rows, columns = _cell(cell, width, height, cells_high, cells_wide)
+        place = out + (image * cells_high * cells_wide + cell) * 2 * CHANNELS
+        if HALF:
+            passed = tl.zeros((16, DIM), tl.float32)
+            activations = tl.zeros((16, DIM), tl.float32)
+        else:
+            sums = ()
+            for _piece in tl.static_range(2 * (DIM // PIECE)):
+                sums = sums + (tl.zeros((PIECE,), tl.float32),)
+        for first in tl.range(0, rows * columns, PIXELS):
+            index = first + tl.arange(0, PIXELS)
+            exists = index < rows * columns
+            number = (top + index // columns) * width + left + index % columns
+            fresh = tl.multiple_of((cell + first) * again, 16)
+            if HALF:
+                x = load_input(mine, number, exists, CHANNELS, 1, CHANNELS, 0, DIM, True)
+                if not RESIDENT:
+                    projected = load_matrix(projection + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, True)
+                    matrix = load_matrix(weight1 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+                active = activated(tl.dot(x, projected), norm1 + fresh, dtype, 0, DIM, False, FORM)
+                active = activated(tl.dot(active, matrix), norm2 + fresh, dtype, 0, DIM, False, FORM)
+                ones = tl.broadcast_to(exists[None, :], (16, PIXELS)).to(dtype)
+                passed = tl.dot(ones, x, passed)
+                activations = tl.dot(ones, active, activations)
+            else:
+                updated = ()
+                y = ()
+                for piece in tl.static_range(DIM // PIECE):
+                    x = load_piece(mine, number, exists, CHANNELS, DIM, piece, PIECE)
+                    updated = updated + (sums[piece] + tl.sum(x, axis=0),)
+                    active = activated(x, norm1 + fresh, dtype, piece, DIM, True, FORM)
+                    y = multiplied(y, active, weight1 + fresh, CHANNELS, piece, DIM, PIECE, PRECISION)
+                for piece in tl.static_range(DIM // PIECE):
+                    active = activated(y[piece], norm2 + fresh, dtype, piece, DIM, True, FORM)
+                    more = tl.sum(tl.where(exists[:, None], active, 0.0), axis=0)
+                    updated = updated + (sums[DIM // PIECE + piece] + more,)
+                sums = updated
+        pixels_of_cell = (rows * columns).to(tl.float32)
+        if HALF:
+            # Every row of the sums is the same.
+            row, slot = tl.arange(0, 16)[:, None], tl.arange(0, DIM)[None, :]
+            tl.store(place + row * 0 + slot, passed / pixels_of_cell, mask=(row == 0) & (slot < CHANNELS))
+            mask = (row == 0) & slot_exists(slot, CHANNELS, DIM)
+            place = place + CHANNELS + row * 0 + slot_channel(slot, CHANNELS, DIM)
+            tl.store(place, activations / pixels_of_cell, mask=mask)
+        else:
+            for piece in tl.static_range(2 * (DIM // PIECE)):
+                slot = piece % (DIM // PIECE) * PIECE + tl.arange(0, PIECE)
+                mean = piece // (DIM // PIECE) * CHANNELS + slot_channel(slot, CHANNELS, DIM)
+                tl.store(place + mean, sums[piece] / pixels_of_cell, mask=slot_exists(slot, CHANNELS, DIM))
+
+
+def plan_pool(
+    source: Source,
+    half: HalfBlock,
+    join: Join,
+    out: Tensor,
+    *,
+    norms: Tensor,
+    size: tuple[int, int],
+    cells: tuple[int, int],
+    programs: int,
+    form: str,
+    precision: str,
+    config: EncoderConfig,
+) -> Launch:
+    """The launch that fills `out` (B, cells, 2, D) with the means over cells of maps (B, n, D) of `size`.
+
+    Args:
+        source: x, a map.
+        half: of the last block's first half.
+        join: what the second half's norm is made of.
+        out: float32: means of x, and of the second half's activations, which its weight is still to be applied to.
+        size, cells: (H, W) of the map and (h, w) of the pooled one.
+        norms, programs, form, precision, config: as of `plan_pass`.
+    """
+    pixels, projection = source
+    batch, count, channels = pixels.shape
+    dim = padded(channels)
+    return Launch(
+        kernel=_pixel_encoder_pool_kernel,
+        grid=(programs, batch),
+        arguments={
+            "pixels": pixels,
+            "projection": pixels if projection is None else projection,
+            "norm1": half.norm,
+            "weight1": half.weight,
+            "norm2": norms,
+            "found": join.parts,
+            "gain": join.weight,
+            "bias": join.bias,
+            "out": out,
+            "count": count,
+            "width": size[1],
+            "height": size[0],
+            "cells_high": cells[0],
+            "cells_wide": cells[1],
+            "again": 0,
+            "joined": join.parts.shape[2],
+            "eps": join.eps,
+        },
+        constants={
+            "CHANNELS": channels,
+            "DIM": dim,
+            "PIXELS": config.pixels,
+            "PIECE": dim if pixels.element_size() == 2 else min(config.piece, dim),
+            "FORM": form,
+            "RESIDENT": config.resident,
+            "AT_ONCE": 32 * config.num_warps,
+            "PRECISION": precision,
+        },
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
