@@ -156,7 +156,8 @@ def _pass_work(launch: Launch) -> Work:
     channels, inputs, dim = constant["CHANNELS"], constant["INPUTS"], constant["DIM"]
     units = len(argument["pixels"]) * argument["count"]
     tiles = -(-argument["count"] // constant["PIXELS"])
-    turns = tiles * launch.grid[1]
+    trips = -(-tiles // launch.grid[0])  # of the program with the most
+    turns = trips * launch.grid[0] * launch.grid[1]
     padded = turns * constant["PIXELS"] / units
     halves = constant["HALVES"]
     read = (inputs or channels) * size
@@ -164,18 +165,17 @@ def _pass_work(launch: Launch) -> Work:
     # In half precision what was projected is projected again for the residual, unless it waits for it.
     projections = 2 if size == 2 and halves > 1 and not constant["KEEPS"] else 1
     # Weights for each program or turn, scale, shift and, in float32, centre for each turn. For each pixel that is
-    # rotated: cosines and sines of its row and of its column.
+    # rotated: cosines and sines of its column, and for each turn those of its row, which L1 keeps.
     weights = (halves * channels * channels + inputs * channels) * size
     norms = halves * (2 if size == 2 else 3) * dim * 4
     resident = size == 2 and constant["RESIDENT"]
     shared = ((launch.grid[0] * launch.grid[1] if resident else turns) * weights + turns * norms) / units
-    shared += constant["ROTATES"] * 2 * 2 * channels * 4 + _join_bytes(launch) / units
+    shared += constant["ROTATES"] * 2 * channels * 4 * (1 + 1 / constant["PIXELS"]) + _join_bytes(launch) / units
     # In float32 what does not wait for the residual is read again, or stored and read.
     fetched = channels * size * (2 if inputs else 1) if constant["FETCHES"] and halves > 1 else 0
     asked = read + written + fetched + constant["MEASURES"] * launch.grid[0] * launch.grid[1] * 3 * 8 * 4 / units
     exponentials = halves * channels
     # Each piece's pivot is taken in a program's first turn.
-    trips = tiles / launch.grid[0]
     firsts = [Branch(1 / trips)] * (dim // constant["PIECE"]) if constant["MEASURES"] else []
     return Work(
         units=units,
@@ -220,7 +220,8 @@ def _pool_work(launch: Launch) -> Work:
     ]
     turns = [-(-rows * columns // constant["PIXELS"]) for rows in cells[0] for columns in cells[1]]
     seen = batch * sum(cells[0]) * sum(cells[1]) / units
-    padded = batch * sum(turns) * constant["PIXELS"] / units
+    trips = -(-len(turns) // launch.grid[0])  # of the program with the most
+    padded = math.prod(launch.grid) * trips * sum(turns) / len(turns) * constant["PIXELS"] / units
     # In half precision there are products with the identity, and with 16 rows of ones for each of the sums.
     products = (2 if half else 1) * dim + (2 * 16 if half else 0)
     weights = (2 if half else 1) * channels * channels * size
@@ -236,7 +237,7 @@ def _pool_work(launch: Launch) -> Work:
         exponentials=padded * 2 * dim,
         bytes_compulsory=channels * size + written,
         bytes_asked=seen * channels * size + written + shared,
-        turns=[*_join_turns(launch), (len(turns) / launch.grid[0], [(sum(turns) / len(turns), [])])],
+        turns=[*_join_turns(launch), (trips, [(sum(turns) / len(turns), [])])],
         bytes_shared=shared,
     )
 
