@@ -114,9 +114,7 @@ def rows(
             for level, part in (("torch", [e for e in own if e[0].launch is None]), ("stage", own)):
                 if part:
                     found.append({**common, "stage": stage, "level": level, **_told(part)})
-        ours = sum(step.launch is not None for step in steps)
-        host = roofline.HOST_US["launch"] * ours + roofline.HOST_US["torch"] * (len(steps) - ours)
-        found.append({**common, "stage": "sum", "level": "sum", **_told(costs), "host_us": round(host)})
+        found.append({**common, "stage": "sum", "level": "sum", **_told(costs), "host_us": roofline.HOST_US})
     return found
 
 
