@@ -22,7 +22,7 @@ from anyup.kernels.launch import Launch
 from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
 from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
 from anyup.kernels.window_attention_backward_query import plan_backward_query
-from anyup.kernels.window_attention_forward import plan_forward
+from anyup.kernels.window_attention_forward import allocate_kept, plan_forward
 from anyup.ops.window_attention.fused import window_rule
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import RatioWindow
@@ -37,6 +37,9 @@ HEADS, HEAD_DIM = 4, 32
 CHANNELS = (384, 768, 1024)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ARCHITECTURES = (*map(str, CUDA_ARCHITECTURES), "gfx942")
+
+MULTIPROCESSORS = 132
+"""Of a target with no device in the roofline's table."""
 
 KERNELS = tuple(
     f"window_attention_{name}"
@@ -83,18 +86,18 @@ class Case:
             "head_dim": self.head_dim,
         }
 
-        def keys(rows: int, columns: int) -> int:
-            return most_keys(WINDOW, w.size, w.grid, (rows, columns))
-
         if self.kernel == KERNELS[0]:
-            return config.forward_configs(keys, **known, channels=w.channels)
+            return config.forward_configs(self._most_keys, **known, channels=w.channels)
         if self.kernel == KERNELS[1]:
-            return config.backward_query_configs(keys, **known)
+            return config.backward_query_configs(self._most_keys, **known)
         of_values = self.kernel == KERNELS[3]
         pixels = math.prod(w.size)
         if self.kernel == KERNELS[4]:
             return config.backward_key_value_configs(pixels, w.batch * w.keys, w.channels, **known)
         return config.backward_grid_configs(pixels, w.batch * w.keys, w.channels, of_values=of_values, **known)
+
+    def _most_keys(self, rows: int, columns: int) -> int:
+        return most_keys(WINDOW, self.workload.size, self.workload.grid, (rows, columns))
 
     @property
     def half(self) -> bool:
@@ -126,7 +129,10 @@ class Case:
         }
         if self.kernel == KERNELS[0]:
             lse = statistic if self.save_lse else empty(0, dtype=torch.float32)
-            return plan_forward(query, key, value, out, lse, **shared, part=self.part)
+            device = roofline.device_of(self.arch)
+            on = device.sms if device else MULTIPROCESSORS
+            kept = allocate_kept(value, most_keys=self._most_keys, multiprocessors=on, config=cut)
+            return plan_forward(query, key, value, out, lse, **shared, part=self.part, kept=kept)
         if self.kernel == KERNELS[1]:
             return plan_backward_query(out, query, key, value, statistic, query, statistic, statistic, **shared)
         sums = torch.float32 if cut.parts > 1 else dtype

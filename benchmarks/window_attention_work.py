@@ -56,7 +56,8 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
     """The work of a launch that `kernels.window_attention_forward.plan_forward` made."""
     constant, argument = launch.constants, launch.arguments
     rows, columns, block = constant["ROWS"], constant["COLUMNS"], constant["BLOCK"]
-    resident, piece = constant["RESIDENT_BLOCKS"], constant["SLICE"]
+    kept_in_memory = "kept" in argument
+    resident, piece = 0 if kept_in_memory else constant["RESIDENT_BLOCKS"], constant["SLICE"]
     heads, dim = constant["HEADS"], constant["WIDTH"]
     channels = workload.channels
     tiles = _Tiles.of(workload, window, rows, columns)
@@ -67,7 +68,7 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
     if resident:
         kept = _kept(constant)
         slots = tiles.padded * sum(size for _, size in kept)
-    passes = 1 if resident else 1 + runs
+    passes = 1 if resident else 2 if kept_in_memory else 1 + runs
     exact = workload.mean_window(window)
     query_bytes = heads * dim * argument["query"].element_size()
     key_bytes = heads * dim * argument["key"].element_size()
@@ -83,7 +84,10 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
     else:
         in_core = tiles.mean(lambda _, core: core // block)
         turns = [(blocks, [Branch(1 - in_core / blocks)])]
-        turns.append((runs, list(turns)))
+        if kept_in_memory:
+            turns = [(tiles.number * workload.batch / math.prod(launch.grid), [*turns, *turns, (runs, [(blocks, [])])])]
+        else:
+            turns.append((runs, list(turns)))
     return Work(
         window=exact,
         tile_keys=tiles.padded * tiles.keys,
@@ -97,6 +101,7 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
         bytes_compulsory=once + (key_bytes + value_bytes) * workload.batch * workload.keys / workload.pixels,
         bytes_asked=once
         + (query_loads - 1) * query_bytes
+        + (kept_in_memory and (1 + runs) * slots * argument["kept"].element_size())
         + (passes * key_bytes + value_bytes) * slots / (rows * columns),
         programs=math.prod(launch.grid),
         turns=turns,
@@ -126,6 +131,11 @@ class _Tiles:
     def mean(self, of: Callable[[int, int], float]) -> float:
         """The mean over the tiles of something of a tile's two numbers."""
         return sum(of(*tile) * times for tile, times in self.counts.items()) / self.counts.total()
+
+    @property
+    def number(self) -> int:
+        """Of an image's tiles."""
+        return self.counts.total()
 
     @property
     def keys(self) -> float:

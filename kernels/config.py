@@ -29,6 +29,8 @@ class ForwardConfig:
         piece: channels of a head multiplied at once where queries are not kept.
         group_blocks: resident blocks whose logits are in registers at once.
         tail_keys: of a last, smaller block that stays in registers too; 0: there is none.
+        kept_programs: programs of a multiprocessor that keep a tile's weights in memory, where none stay in registers;
+            0: they are made anew for each run of `slices`.
     """
 
     rows: int
@@ -44,6 +46,7 @@ class ForwardConfig:
     piece: int = 32
     tail_keys: int = 0
     group_blocks: int = 4
+    kept_programs: int = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -62,6 +65,8 @@ class Target:
 
 # Queries of more channels, all heads' together, do not stay in registers.
 _KEPT_CHANNELS = 128
+# Weights of more keys are made anew: a program would keep more than half a megabyte.
+_MOST_KEPT_KEYS = 2048
 
 
 def _resident_keys(target: Target, half: bool, heads: int, head_dim: int) -> int:
@@ -91,6 +96,10 @@ def forward_configs(
     128 on sm_86 and sm_89 (8 bytes). Wider ones in float32 were seen to spill, and the last cuts up to 160 bytes.
     """
     cuts = _forward_configs(most_keys(8, 8), target, half, heads, head_dim, channels % 16 == 0)
+    if not cuts[0].resident_blocks and channels > cuts[0].slices * cuts[0].channel_slice:
+        kept = _kept_in_memory(target, half, heads, head_dim, channels)
+        if kept is not None and most_keys(kept.rows, kept.columns) <= _MOST_KEPT_KEYS:
+            cuts = (kept, cuts[1])
     # Slices beyond the last channel would be multiplied too.
     return [replace(cut, slices=min(cut.slices, max(1, -(-channels // cut.channel_slice)))) for cut in cuts]
 
@@ -142,6 +151,34 @@ def _forward_configs(
         )
     rows = 4 if target.arch == 100 else 8
     return best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)
+
+
+def _kept_in_memory(target: Target, half: bool, heads: int, head_dim: int, channels: int) -> ForwardConfig | None:
+    """The cut that keeps weights in memory; None where those that were tried spill.
+
+    128 pixels at a time ask the L2 cache for half as many keys and values. But one program then takes all registers of
+    a multiprocessor, whose units wait for each other: worth it where the matrix units are fast.
+    """
+    shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    if heads > 4 or head_dim > 32 or channels % 16:
+        return None
+    if not half:
+        if target.arch == 100:
+            return ForwardConfig(8, 16, 32, 0, 32, 4, 8, 1, shares, keep=False, piece=32, kept_programs=1)
+        stay = target.arch in (80, 90, 120)
+        programs = 1 if target.arch == 120 else 2
+        block = 32 if target.arch == 90 else 16
+        return ForwardConfig(8, 8, block, 0, 32, 4, 4, 1, shares, keep=stay, piece=16, kept_programs=programs)
+    if target.arch == 90:
+        # Where the last run is not full 64 keys at a time spill.
+        run = (64, 64, 3) if channels % 192 == 0 else (64, 128, 2) if channels % 256 == 0 else (32, 64, 3)
+        return ForwardConfig(8, 16, run[0], 0, *run[1:], 8, 2, shares, kept_programs=1)
+    if target.arch == 100:
+        return ForwardConfig(8, 16, 32, 0, 64, 3, 8, 1, shares, kept_programs=1)
+    if target.backend == "hip":
+        return ForwardConfig(8, 16, 64, 0, 64, 3, 8, 2, shares, kept_programs=1)
+    run = (32, 4) if target.arch == 120 else (64, 2)
+    return ForwardConfig(8, 8, 32, 0, *run, 4, 2, shares, kept_programs=2)
 
 
 def _streamed_float32(target: Target, heads: int, head_dim: int, shares: int, even: bool) -> ForwardConfig:
@@ -258,7 +295,7 @@ def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None
     for least, names in (
         (16, ("rows * columns", "block_keys", "block_pixels", "channel_slice", "piece")),
         (1, ("slices", "parts", "num_stages", "group_blocks")),
-        (0, ("resident_blocks", "heads")),
+        (0, ("resident_blocks", "kept_programs", "heads")),
     ):
         for name in names:
             if numbers.get(name, least) < least:
@@ -275,6 +312,8 @@ def _check_forward(cut: ForwardConfig) -> None:
     # `side_by_side` makes runs of up to 8 blocks.
     if cut.resident_blocks > 15:
         raise ValueError(f"resident_blocks: expected at most 15, got {cut.resident_blocks}")
+    if cut.resident_blocks and cut.kept_programs:
+        raise ValueError(f"kept_programs: expected 0 with resident_blocks, got {cut.kept_programs}")
     # What a thread's share of a block holds is told by the bits of an integer.
     if cut.resident_blocks and cut.block_keys > 32 * cut.shares:
         raise ValueError(f"block_keys: expected at most 32 for each of {cut.shares} shares, got {cut.block_keys}")

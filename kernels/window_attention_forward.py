@@ -6,8 +6,8 @@ with the values. The idea that makes it fast: neighbouring pixels see nearly the
 and no mask, table or copied key is read from memory.
 
 Where the keys are few, all weights of a tile stay in registers (`window_attention_resident.py`), and the channels go
-by slice by slice. Where they are many, the weights are made anew for each run of channel slices, a block of keys at a
-time.
+by slice by slice. Where they are many, they are kept in memory (`window_attention_kept.py`), or, where one run of
+channel slices is all there is or the keys are too many for that, made anew for each run, a block of keys at a time.
 """
 
 from __future__ import annotations
@@ -16,93 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ForwardConfig
+from .config import ForwardConfig, MostKeys
 from .launch import PART, SIZES, Launch, part_arguments, size_arguments, strides_of
 from .products import matmul
-from .window_attention_resident import LOWEST, resident_weights, run_offsets, side_by_side
+from .window_attention_kept import _window_attention_kept_kernel
+from .window_attention_resident import resident_weights, run_offsets, side_by_side
 from .window_attention_tile import (
     LOG2_E,
-    core_keys,
     grid_offsets,
-    head_product,
-    in_shares,
+    head_statistics,
     key_block,
     load_channels,
-    of_shares,
-    open_keys,
+    mean_weights,
     open_queries,
     pixel_windows,
+    store_channels,
     tile_keys,
     tile_pixels,
-    visibility,
 )
 from .window_bounds import WindowRule
-
-
-@triton.jit
-def _head_statistics(
-    queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
-):  # fmt: skip
-    """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,).
-
-    Until the end each of SHARES shares of a block's keys has a pivot and a sum of its own: where a share is what one
-    thread holds of a product, no thread asks another in the loop.
-    """
-    base = ()
-    total = ()
-    for _head in tl.static_range(HEADS):
-        base = base + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
-        total = total + (tl.zeros((PIXELS, SHARES), tl.float32),)
-    for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
-        row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
-        near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
-        limit = tl.full((PIXELS, BLOCK), float("inf"), tl.float32)
-        if block * BLOCK + BLOCK > core_keys(rectangle):
-            limit = visibility(windows, row, column, exists)
-        now_base = ()
-        now_total = ()
-        for head in tl.static_range(HEADS):
-            raw = head_product(
-                queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
-            )
-            # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
-            raw = in_shares(tl.minimum(raw, limit), SHARES)
-            now = tl.maximum(base[head], of_shares(raw, "max") * exponent_scale)
-            powers = tl.math.exp2(raw * exponent_scale - now[:, None, :, None])
-            now_base = now_base + (now,)
-            now_total = now_total + (total[head] * tl.math.exp2(base[head] - now) + of_shares(powers, "sum"),)
-        base = now_base
-        total = now_total
-    all_base = ()
-    all_total = ()
-    for head in tl.static_range(HEADS):
-        now = tl.max(base[head], axis=1)
-        all_base = all_base + (now,)
-        all_total = all_total + (tl.sum(total[head] * tl.math.exp2(base[head] - now[:, None]), axis=1),)
-    return all_base, all_total
-
-
-@triton.jit
-def _mean_weights(
-    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share, again,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
-    row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
-    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
-    weights = tl.zeros((PIXELS, BLOCK), tl.float32)
-    for head in tl.static_range(HEADS):
-        raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
-        )
-        weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
-    if block * BLOCK + BLOCK > core_keys(rectangle):
-        # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.
-        weights = tl.where(visibility(windows, row, column, exists) > 0, weights, 0.0)
-    return weights
 
 
 @triton.jit(do_not_specialize=(*SIZES, *PART))
@@ -158,10 +90,10 @@ def _window_attention_forward_kernel(
             for run in tl.static_range(len(near)):
                 carried = load_channels(value, near[run], first, channels, value_channel_stride, SLICE, WHOLE)
                 product = matmul(weights[run], carried, product, PRECISION)
-            _store(out, product, pixel, pixel_exists, first, channels, SLICE, WHOLE)
+            store_channels(out, product, pixel, pixel_exists, first, channels, SLICE, WHOLE)
     else:
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
-        base, total = _head_statistics(
+        base, total = head_statistics(
             queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
             HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
         )  # fmt: skip
@@ -176,7 +108,7 @@ def _window_attention_forward_kernel(
             for _slice in tl.static_range(SLICES):
                 products = products + (tl.zeros((PIXELS, SLICE), tl.float32),)
             for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
-                part = _mean_weights(
+                part = mean_weights(
                     queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
                     again, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
                 ).to(value.dtype.element_ty)  # fmt: skip
@@ -190,18 +122,7 @@ def _window_attention_forward_kernel(
                     updated = updated + (matmul(part, carried, products[piece], PRECISION),)
                 products = updated
             for piece in tl.static_range(SLICES):
-                _store(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE, WHOLE)
-
-
-@triton.jit
-def _store(out, product, pixel, exists, first, channels, SLICE: tl.constexpr, WHOLE: tl.constexpr):
-    """Write (pixels, SLICE) to the channels from `first` on."""
-    channel = first + tl.arange(0, SLICE)
-    place = out + pixel[:, None] * channels + channel[None, :]
-    if WHOLE:
-        tl.store(place, product, mask=exists[:, None])
-    else:
-        tl.store(place, product, mask=exists[:, None] & (channel < channels)[None, :])
+                store_channels(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE, WHOLE)
 
 
 def plan_forward(
@@ -216,6 +137,7 @@ def plan_forward(
     precision: str,
     config: ForwardConfig,
     part: tuple[int, int, int, int] | None = None,
+    kept: Tensor | None = None,
 ) -> Launch:
     """The launch that fills `out` (B, H, W, C) and, unless it is empty, `lse` (B, H, W, heads).
 
@@ -228,46 +150,64 @@ def plan_forward(
         config: how to cut the work; its resident blocks, if any, must hold the keys of every tile.
         part: where the pixels lie in a larger output, whose windows they have: first row, first column, the larger
             output's height and width. None: they are all of it.
+        kept: memory for the programs' weights, of `allocate_kept`, with a cut that keeps them there.
     """
     batch, height, width, heads, head_dim = query.shape
     tiles = (-(-height // config.rows), -(-width // config.columns))  # triton.cdiv takes as long as all else here
-    return Launch(
-        kernel=_window_attention_forward_kernel,
-        grid=(batch * tiles[0] * tiles[1],),
-        arguments={
-            "query": query,
-            "key": key,
-            "value": value,
-            "out": out,
-            "lse": lse,
-            **size_arguments(query, key, tiles),
-            "channels": value.shape[3],
-            **window.arguments(),
-            **strides_of("query", query, "image row column head channel"),
-            **strides_of("key", key, "image row column head channel"),
-            **strides_of("value", value, "image row column channel"),
-            "exponent_scale": scale * LOG2_E.value,
-            "again": 0,
-            **part_arguments(part),
-        },
-        constants={
-            "WINDOW": window.kind,
-            "HEADS": heads,
-            "WIDTH": head_dim,
-            "SAVE_LSE": lse.numel() > 0,
-            "PRECISION": precision,
-            "PIECE": head_dim if config.keep else min(head_dim, config.piece),
-            "ROWS": config.rows,
-            "COLUMNS": config.columns,
-            "BLOCK": config.block_keys,
-            "SLICE": config.channel_slice,
-            "RESIDENT_BLOCKS": config.resident_blocks,
-            "SLICES": config.slices,
-            "KEEP": config.keep,
-            "SHARES": config.shares,
-            "TAIL": config.tail_keys,
-            "GROUP": config.group_blocks,
-            "WHOLE": value.shape[3] % (config.channel_slice * (1 if config.resident_blocks else config.slices)) == 0,
-        },
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
+    number = batch * tiles[0] * tiles[1]
+    if (kept is None) != (config.kept_programs == 0):
+        raise ValueError(f"kept: expected memory just where a cut keeps weights there, got {kept} with {config}")
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "out": out,
+        "lse": lse,
+        **size_arguments(query, key, tiles),
+        "channels": value.shape[3],
+        **window.arguments(),
+        **strides_of("query", query, "image row column head channel"),
+        **strides_of("key", key, "image row column head channel"),
+        **strides_of("value", value, "image row column channel"),
+        "exponent_scale": scale * LOG2_E.value,
+        "again": 0,
+        **part_arguments(part),
+    }
+    constants = {
+        "WINDOW": window.kind,
+        "HEADS": heads,
+        "WIDTH": head_dim,
+        "SAVE_LSE": lse.numel() > 0,
+        "PRECISION": precision,
+        "PIECE": head_dim if config.keep else min(head_dim, config.piece),
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "BLOCK": config.block_keys,
+        "SLICE": config.channel_slice,
+        "RESIDENT_BLOCKS": config.resident_blocks,
+        "SLICES": config.slices,
+        "KEEP": config.keep,
+        "SHARES": config.shares,
+        "TAIL": config.tail_keys,
+        "GROUP": config.group_blocks,
+        "WHOLE": value.shape[3] % (config.channel_slice * (1 if config.resident_blocks else config.slices)) == 0,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if kept is not None:
+        arguments |= {"kept": kept, "most_blocks": kept.shape[1], "tiles": number}
+        for of_resident_weights in ("RESIDENT_BLOCKS", "TAIL", "GROUP"):
+            del constants[of_resident_weights]
+        return Launch(_window_attention_kept_kernel, (min(number, kept.shape[0]),), arguments, constants, options)
+    return Launch(_window_attention_forward_kernel, (number,), arguments, constants, options)
+
+
+def allocate_kept(value: Tensor, *, most_keys: MostKeys, multiprocessors: int, config: ForwardConfig) -> Tensor | None:
+    """Memory for the weights of the tiles that are worked on at a time, (programs, blocks, pixels, keys of a block).
+
+    None with a cut that keeps them elsewhere.
+    """
+    if not config.kept_programs:
+        return None
+    blocks = -(-most_keys(config.rows, config.columns) // config.block_keys)
+    programs = config.kept_programs * multiprocessors
+    return value.new_empty(programs, blocks, config.rows * config.columns, config.block_keys)

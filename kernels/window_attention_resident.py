@@ -14,10 +14,7 @@ import triton
 import triton.language as tl
 
 from .products import matmul
-from .window_attention_tile import LOG2_E, core_keys, grid_offsets, in_shares, key_block, of_shares, visibility
-
-# A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
-LOWEST = tl.constexpr(-3.4e38)
+from .window_attention_tile import LOG2_E, LOWEST, core_keys, grid_offsets, in_shares, key_block, of_shares, visibility
 
 
 @triton.jit

@@ -26,6 +26,9 @@ from .window_bounds import axis_bounds
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
+LOWEST = tl.constexpr(-3.4e38)
+
 
 @triton.jit
 def tile_pixels(tile, tile_rows, tile_columns, sizes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -284,3 +287,80 @@ def key_piece(
         place, head_stride = near
         place += tl.full((), head, tl.int64) * head_stride + tl.full((), piece * PIECE, tl.int64) * key_channel_stride
         return tl.load(place)
+
+
+@triton.jit
+def head_statistics(
+    queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,).
+
+    Until the end each of SHARES shares of a block's keys has a pivot and a sum of its own: where a share is what one
+    thread holds of a product, no thread asks another in the loop.
+    """
+    base = ()
+    total = ()
+    for _head in tl.static_range(HEADS):
+        base = base + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
+        total = total + (tl.zeros((PIXELS, SHARES), tl.float32),)
+    for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
+        row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
+        near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
+        limit = tl.full((PIXELS, BLOCK), float("inf"), tl.float32)
+        if block * BLOCK + BLOCK > core_keys(rectangle):
+            limit = visibility(windows, row, column, exists)
+        now_base = ()
+        now_total = ()
+        for head in tl.static_range(HEADS):
+            raw = head_product(
+                queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
+            )
+            # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
+            raw = in_shares(tl.minimum(raw, limit), SHARES)
+            now = tl.maximum(base[head], of_shares(raw, "max") * exponent_scale)
+            powers = tl.math.exp2(raw * exponent_scale - now[:, None, :, None])
+            now_base = now_base + (now,)
+            now_total = now_total + (total[head] * tl.math.exp2(base[head] - now) + of_shares(powers, "sum"),)
+        base = now_base
+        total = now_total
+    all_base = ()
+    all_total = ()
+    for head in tl.static_range(HEADS):
+        now = tl.max(base[head], axis=1)
+        all_base = all_base + (now,)
+        all_total = all_total + (tl.sum(total[head] * tl.math.exp2(base[head] - now[:, None]), axis=1),)
+    return all_base, all_total
+
+
+@triton.jit
+def mean_weights(
+    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share, again,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
+    row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
+    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
+    weights = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for head in tl.static_range(HEADS):
+        raw = head_product(
+            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
+        )
+        weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
+    if block * BLOCK + BLOCK > core_keys(rectangle):
+        # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.
+        weights = tl.where(visibility(windows, row, column, exists) > 0, weights, 0.0)
+    return weights
+
+
+@triton.jit
+def store_channels(out, product, pixel, exists, first, channels, SLICE: tl.constexpr, WHOLE: tl.constexpr):
+    """Write (pixels, SLICE) to the result's channels from `first` on, which nobody here reads: L2 may drop it first."""
+    channel = first + tl.arange(0, SLICE)
+    place = out + pixel[:, None] * channels + channel[None, :]
+    if WHOLE:
+        tl.store(place, product, mask=exists[:, None], cache_modifier=".cs")
+    else:
+        tl.store(place, product, mask=exists[:, None] & (channel < channels)[None, :], cache_modifier=".cs")

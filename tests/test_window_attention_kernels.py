@@ -38,9 +38,9 @@ def attention(shape: AttentionShape) -> Any:
     return run
 
 
-@pytest.fixture(params=["resident", "streamed"])
+@pytest.fixture(params=["resident", "streamed", "kept"])
 def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Cuts with few programs, in each of the kernels' two ways."""
+    """Cuts with few programs, in each of the kernels' ways to have weights."""
     from anyup.kernels import config
 
     def forward(most_keys: Any, **_: Any) -> list[Any]:
@@ -48,7 +48,10 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         if request.param == "resident":
             blocks = max(1, -(-(most_keys(8, 16) - 16) // 32))
             tail = 16 if most_keys(8, 16) > 32 * blocks else 0
-        return [config.ForwardConfig(8, 16, 32, blocks, 32, 2, 4, 1, tail_keys=tail, group_blocks=2)]
+        programs = 1 if request.param == "kept" else 0
+        return [
+            config.ForwardConfig(8, 16, 32, blocks, 32, 2, 4, 1, tail_keys=tail, group_blocks=2, kept_programs=programs)
+        ]
 
     def backward_query(most_keys: Any, **_: Any) -> list[Any]:
         blocks, tail = 0, 0
@@ -81,7 +84,7 @@ def test_kernels_obey_the_error_rule(name: str, weights_live: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["odd", "no window", "cell", "keys finer than pixels", "batch 2", "eight heads"])
-def test_both_ways_obey_the_error_rule_in_both_dtypes(name: str, dtype: torch.dtype, weights_live: str) -> None:
+def test_all_ways_obey_the_error_rule_in_both_dtypes(name: str, dtype: torch.dtype, weights_live: str) -> None:
     shape = KERNEL_SHAPES[name]
     assert_backend_accurate_over_draws(
         attention(shape), lambda seed: attention_tensors(shape, seed, dtype), backend="triton"
@@ -452,7 +455,8 @@ def test_no_slice_of_channels_is_multiplied_that_holds_none(arch: int, half: boo
 # Mutations: what the error rule must notice. Each is a change of a kernel's source.
 
 
-FORWARD, RESIDENT = "window_attention_forward", "window_attention_resident"
+TILE, RESIDENT = "window_attention_tile", "window_attention_resident"
+FORWARD, KEPT = "window_attention_forward", "window_attention_kept"
 BACKWARD, BACKWARD_RESIDENT = "window_attention_backward_query", "window_attention_backward_resident"
 
 # By the way that weights are kept where the change is in a function of one of them.
@@ -462,15 +466,15 @@ MUTATIONS = {
     "no mask": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
     "a head too many in the mean": {
         "resident": ("resident_weights", "(total * HEADS)", "(total * (HEADS + 1))"),
-        "streamed": ("_mean_weights", "* share[head]", "* 1.5 * share[head]"),
+        "otherwise": ("mean_weights", "* share[head]", "* 1.5 * share[head]"),
     },
     "one head's pivot for all": {
         "resident": ("resident_weights", "- pivot[:, None, :, None]", "- head"),
-        "streamed": ("_mean_weights", "base[head]", "base[0]"),
+        "otherwise": ("mean_weights", "base[head]", "base[0]"),
     },
     "shares that keep their pivots": {
         "resident": ("resident_weights", "tl.math.exp2(pivots[group] - base[:, None])", "pivots[group] * 0 + 1"),
-        "streamed": ("_head_statistics", "tl.math.exp2(base[head] - now[:, None])", "1"),
+        "otherwise": ("head_statistics", "tl.math.exp2(base[head] - now[:, None])", "1"),
     },
 }
 PART_MUTATIONS = {
@@ -507,8 +511,8 @@ def test_a_mutated_forward_kernel_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
 ) -> None:
     change: Any = MUTATIONS[mutation]
-    change = change if isinstance(change, tuple) else change[weights_live]
-    for module in (RESIDENT, FORWARD):
+    change = change if isinstance(change, tuple) else change.get(weights_live, change["otherwise"])
+    for module in (RESIDENT, FORWARD, KEPT, TILE):
         if hasattr(importlib.import_module(f"anyup.kernels.{module}"), change[0]):
             mutate(monkeypatch, module, *change)
     with pytest.raises(AssertionError, match="output: error"):
@@ -519,7 +523,7 @@ def test_a_core_that_is_too_large_fails_the_error_rule(monkeypatch: pytest.Monke
     shape = AttentionShape((24, 16), (12, 12), window=RatioWindow(0.5), heads=1, head_dim=16)
     tensors = attention_tensors(shape)
     assert_backend_accurate(attention(shape), tensors, backend="triton")
-    module = RESIDENT if weights_live == "resident" else FORWARD
+    module = RESIDENT if weights_live == "resident" else TILE
     mutate(monkeypatch, module, "core_keys", "core_rows * core_columns", "2 * core_rows * core_columns")
     with pytest.raises(AssertionError, match="output: error"):
         assert_backend_accurate(attention(shape), tensors, backend="triton")
@@ -529,11 +533,13 @@ def test_a_core_that_is_too_large_fails_the_error_rule(monkeypatch: pytest.Monke
 def test_a_mutated_window_of_a_part_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
 ) -> None:
-    mutate(monkeypatch, FORWARD, "pixel_windows", *PART_MUTATIONS[mutation])
+    for module in (FORWARD, KEPT):
+        mutate(monkeypatch, module, "pixel_windows", *PART_MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="output: error"):
         assert_parts_are_accurate(KERNEL_SHAPES["odd"])
 
 
+@pytest.mark.parametrize("weights_live", ["resident", "streamed"], indirect=True)
 @pytest.mark.parametrize("mutation", BACKWARD_MUTATIONS)
 def test_a_mutated_backward_kernel_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str

@@ -14,7 +14,7 @@ from torch import Tensor
 from anyup.bench.parity import ParityError
 from anyup.bench.workloads import Workload
 from anyup.ops.cuts import run_first
-from anyup.ops.kernel_device import dot_precision, target
+from anyup.ops.kernel_device import dot_precision, multiprocessors, target
 from anyup.ops.window_attention import fused
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import RatioWindow, Window, axis_bounds
@@ -150,7 +150,7 @@ class AttentionPasses:
         }
         if given is None:
             out, no_lse = v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(0, dtype=torch.float32)
-            return plan_forward(q, k, v, out, no_lse, **shared), (out,)
+            return plan_forward(q, k, v, out, no_lse, **shared, kept=self._kept(cut)), (out,)
         grad, lse, share, delta = (given[name] for name in ("grad", "lse", "share", "delta"))
         if kernel == "backward_query":
             result, *statistics = torch.empty_like(q), torch.empty_like(share), torch.empty_like(delta)
@@ -164,6 +164,13 @@ class AttentionPasses:
             return plan_backward_value(grad, q, k, lse, share, *results, **shared), results
         plan = plan_backward_key if kernel == "backward_key" else plan_backward_key_value
         return plan(grad, q, k, v, lse, share, delta, *results, **shared), results
+
+    def _kept(self, cut: Any) -> Tensor | None:
+        """Memory for the weights of the forward pass, where its cut keeps them there."""
+        from anyup.kernels.window_attention_forward import allocate_kept
+
+        on = multiprocessors(self.value.device)
+        return allocate_kept(self.value, most_keys=self.most_keys, multiprocessors=on, config=cut)
 
     # What the backward passes are given: a gradient of noise for the clock, since arithmetic on zeros takes less power
     # than it takes in earnest, and one that is zero but for the crops for the eye.
@@ -197,7 +204,9 @@ class AttentionPasses:
             "precision": dot_precision(),
         }
         out, grad_query = v.new_empty(grad.shape), torch.empty_like(q)
-        run_first(lambda c: plan_forward(q, k, v, out, lse, **shared, config=c)(), self.rule("forward"))
+        run_first(
+            lambda c: plan_forward(q, k, v, out, lse, **shared, config=c, kept=self._kept(c))(), self.rule("forward")
+        )
         run_first(
             lambda c: plan_backward_query(grad, q, k, v, lse, grad_query, share, delta, **shared, config=c)(),
             self.rule("backward_query"),

@@ -14,7 +14,8 @@ QUICK_ASPECTS = ("tile", "block", "num_warps", "num_stages")
 """Where most of the gain is to be expected."""
 
 ASPECTS = (
-    *QUICK_ASPECTS, "residence", "tail_keys", "group_blocks", "channel_slice", "slices", "keep", "shares", "heads"
+    *QUICK_ASPECTS, "residence", "tail_keys", "group_blocks", "channel_slice", "slices", "kept_programs", "keep",
+    "shares", "heads",
 )  # fmt: skip
 """What cuts differ in, in the order in which they are tried."""
 
@@ -28,12 +29,13 @@ _VALUES = {
     "num_stages": (1, 2, 3, 4),
     "channel_slice": (16, 32, 64, 128),
     "slices": (1, 2, 3, 4, 6),
+    "kept_programs": (0, 1, 2),
     "shares": (1, 2, 4),
     "tail_keys": (0, 16, 32),
     "group_blocks": (1, 2, 4, 8),
 }
 _OF_RESIDENT_WEIGHTS = ("tail_keys", "group_blocks")
-_OF_STREAMED_WEIGHTS = ("slices",)
+_OF_STREAMED_WEIGHTS = ("slices", "kept_programs")
 
 # Beyond these a program's code or its registers are such that compiling takes minutes and running fails.
 _MOST_PRODUCT = 128 * 128
@@ -69,8 +71,8 @@ def _changes(cut: Any, aspect: str, heads: int) -> Iterator[dict[str, Any]]:
             yield {block: number, **({"tail_keys": 0} if getattr(cut, "tail_keys", 0) >= number else {})}
     elif aspect == "residence":
         if hasattr(cut, "resident_blocks"):
-            no_tail = {"tail_keys": 0} if hasattr(cut, "tail_keys") else {}
-            yield {"resident_blocks": 0, **no_tail} if cut.resident_blocks else {"resident_blocks": 1}
+            other_ways = {name: 0 for name in ("tail_keys", "kept_programs") if hasattr(cut, name)}
+            yield {**other_ways, "resident_blocks": 0 if cut.resident_blocks else 1}
     elif aspect == "keep":
         yield {"keep": True}
         yield from ({"keep": False, "piece": piece} for piece in (16, 32))

@@ -83,7 +83,7 @@ def plan(
 ) -> Plan:
     """What a call or a stream would keep, compute again, take and cost; nothing is computed, no such device is needed.
 
-    Predicted for the `torch` backend, which takes the most memory; a Triton kernel needs no scratch for the attention.
+    Predicted for the `torch` backend, which takes the most memory; a kernel needs little scratch for the attention.
 
     Args:
         image_size, feature_size: (height, width).

@@ -57,6 +57,8 @@ def _described(launch: Launch) -> str:
     name = launch.kernel.__name__.removeprefix("_window_attention_").removesuffix("_kernel")
     if "RESIDENT_BLOCKS" in launch.constants:
         name += " resident" if launch.constants["RESIDENT_BLOCKS"] else " streamed"
+    if "kept" in launch.arguments:
+        name = "forward kept"
     if "PARTS" in launch.constants:
         name += " in parts" if launch.constants["PARTS"] > 1 else " whole"
     if "query" not in launch.arguments:  # of another operation

@@ -22,7 +22,7 @@ from anyup.kernels.config import (
 )
 from anyup.ops.kernel_device import dot_precision, target
 from anyup.ops.window_attention import reference
-from anyup.ops.window_attention.fused import window_rule
+from anyup.ops.window_attention.fused import _tile_keys, window_rule
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import Part, Window
 
@@ -103,7 +103,8 @@ def run_passes(
 
     out = unwritten((*query.shape[:3], value.shape[3]), value.dtype)
     lse, share, delta = (unwritten(query.shape[:4], torch.float32) for _ in range(3))
-    plan_forward(query, key, value, out, lse, **shared, config=cuts.forward)()
+    kept = _unwritten_weights(query, key, value, window, cuts.forward)
+    plan_forward(query, key, value, out, lse, **shared, config=cuts.forward, kept=kept)()
     grad_query = unwritten(query.shape, query.dtype)
     plan_backward_query(grad, query, key, value, lse, grad_query, share, delta, **shared, config=cuts.query)()
 
@@ -139,8 +140,19 @@ def run_forward_of_part(
     lse = torch.full(tuple(query.shape[:4]), math.nan, dtype=torch.float32, device="cuda")
     rule = window_rule(window, tuple(key.shape[1:3]))
     settings: dict[str, Any] = {"window": rule, "scale": query.shape[4] ** -0.5, "precision": dot_precision()}
-    plan_forward(query, key, value, out, lse, **settings, config=cut, part=part)()
+    kept = _unwritten_weights(query, key, value, window, cut, part)
+    plan_forward(query, key, value, out, lse, **settings, config=cut, part=part, kept=kept)()
     return {"output": out, "log-sum-exp": lse}
+
+
+def _unwritten_weights(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, cut: ForwardConfig, part: Part | None = None
+) -> Tensor | None:
+    """Memory for the weights of a card of two multiprocessors, each with several tiles to work on."""
+    from anyup.kernels.window_attention_forward import allocate_kept
+
+    kept = allocate_kept(value, most_keys=_tile_keys(query, key, window, part), multiprocessors=2, config=cut)
+    return None if kept is None else kept.fill_(math.nan)
 
 
 def reference_passes(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, window: Window) -> dict[str, Tensor]:

@@ -55,6 +55,11 @@ ODD_CUTS = {
         BackwardQueryConfig(16, 2, 32, 2, 32, num_warps=4, num_stages=1, tail_keys=16, waiting_blocks=1),
         BackwardGridConfig(2, 8, 32, 16, 1, 1, num_warps=4, num_stages=1, tall=True, refetch=True),
     ),
+    "weights in memory": Cuts(
+        ForwardConfig(4, 4, 16, 0, 16, 2, num_warps=4, num_stages=2, kept_programs=1),
+        BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=4, num_stages=1),
+        BackwardGridConfig(4, 4, 16, 16, 2, 1, num_warps=4, num_stages=1),
+    ),
     "one tile for everything": Cuts(
         ForwardConfig(8, 16, 64, 1, 128, 1, num_warps=8, num_stages=1),
         BackwardQueryConfig(8, 16, 64, 1, 64, num_warps=8, num_stages=1),

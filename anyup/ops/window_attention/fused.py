@@ -18,6 +18,7 @@ from anyup.ops.kernel_device import (
     dot_precision,
     dtype_reasons,
     installed,
+    multiprocessors,
     target,
 )
 from anyup.ops.window_attention.problem import WindowAttentionProblem
@@ -72,20 +73,27 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits.
 
-    `max_queries` is not needed: beyond its results the kernel allocates nothing. The queries may be a part of a map.
+    `max_queries` is not needed: beyond its results the kernel allocates nothing, or where a tile sees many keys the
+    weights of the tiles that a card works on at a time, some tens of megabytes. The queries may be a part of a map.
     """
-    from anyup.kernels.config import forward_configs
-    from anyup.kernels.window_attention_forward import plan_forward
+    from anyup.kernels.config import ForwardConfig, forward_configs
+    from anyup.kernels.window_attention_forward import allocate_kept, plan_forward
 
     query, scale = _positive_scale(query, scale)
     batch, height, width, heads, _ = query.shape
     out = value.new_empty(batch, height, width, value.shape[3])
     lse = query.new_empty((batch, height, width, heads) if save_lse else (0,), dtype=torch.float32)
     arguments = _shared_arguments(query, key, window, scale)
+    tile_keys = _tile_keys(query, key, window, part)
+
+    def run(cut: ForwardConfig) -> None:
+        kept = allocate_kept(value, most_keys=tile_keys, multiprocessors=multiprocessors(value.device), config=cut)
+        plan_forward(query, key, value, out, lse, **arguments, config=cut, part=part, kept=kept)()
+
     _run_first(
         "forward",
-        lambda c: plan_forward(query, key, value, out, lse, **arguments, config=c, part=part)(),
-        forward_configs(_tile_keys(query, key, window, part), **_known(query, value), channels=value.shape[3]),
+        run,
+        forward_configs(tile_keys, **_known(query, value), channels=value.shape[3]),
         query, key, value, window, part,
     )  # fmt: skip
     return out, lse
