@@ -177,6 +177,8 @@ def _kept_in_memory(target: Target, half: bool, heads: int, head_dim: int, chann
         return ForwardConfig(8, 16, 32, 0, 64, 3, 8, 1, shares, kept_programs=1)
     if target.backend == "hip":
         return ForwardConfig(8, 16, 64, 0, 64, 3, 8, 2, shares, kept_programs=1)
+    if target.arch == 120 and heads * head_dim < 128:
+        return None
     run = (32, 4) if target.arch == 120 else (64, 2)
     return ForwardConfig(8, 8, 32, 0, *run, 4, 2, shares, kept_programs=2)
 
