@@ -75,8 +75,9 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
     """Cuts, best first; what comes later asks less of a card. They were chosen by compiling each pass for each target.
 
     `kind` is that of a pass, or "pool". At 128 channels none spills a register in half precision. In float32, where the
-    products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's, of which a turn of
-    some 5000 instructions reads at most 17 numbers back; four warps spill nothing and take a fifth more instructions.
+    products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's (128 on sm_120), of
+    which a turn of some 5000 instructions reads few numbers back; four warps spill nothing, but for the pooling (24
+    bytes on sm_86 and sm_89, 40 on sm_120), and take a fifth more instructions.
     """
     if target.backend == "hip":
         return [EncoderConfig(16, num_warps=4, keeps=True, blocks=2), EncoderConfig(16, num_warps=8, keeps=True)]

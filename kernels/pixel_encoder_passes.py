@@ -13,8 +13,8 @@ passes, and their bytes a pixel in half precision at D = 128, for an input of 3 
     x2                     read and write      512, or read x1 and write the small grid: 256
 
 One map is alive beside the input: x2 replaces x1 where it is. As many programs as a card holds at a time walk over the
-tiles of an image, with the weights on the chip. What a pass leaves for the next normalisation, and how the next pass
-makes it of that, is in `pixel_encoder_statistics.py`. The last product commutes with the pooling:
+tiles of an image, with the weights on the chip where they fit. What a pass leaves for the next normalisation, and how
+the next pass makes it of that, is in `pixel_encoder_statistics.py`. The last product commutes with the pooling:
 `pixel_encoder_pool.py`.
 
 In half precision a program multiplies its pixels with P once more for the residual, where registers do not hold x0.

@@ -69,7 +69,7 @@ def forward(
 class Kernels:
     """What the kernels are compiled for: maps of so many channels, of an input of so many (0: a map).
 
-    Torch's precision of products is read once, not at each of some forty launches of a forward.
+    Torch's precision of products is read once, not at each launch of a forward.
     """
 
     dtype: torch.dtype
