@@ -89,7 +89,8 @@ class CapturedCall:
         self.output_size = output_size
         self._upsampler, self._device = upsampler, features.device
         self._reads_context = isinstance(image, ImageContext)
-        self._inputs = {name: tensor.clone() for name, tensor in read_by(image, features, values).items()}
+        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+            self._inputs = {name: tensor.clone() for name, tensor in read_by(image, features, values).items()}
         self._window = upsampler.window
         self._weights = Weights(upsampler)
         self._addresses = self._weights.addresses()

@@ -88,6 +88,18 @@ def first_stage_only(
     return None
 
 
+def as_pretended(patch: Any) -> None:
+    """Patch what a card that ttsem pretends has no answer to: memory, captures, calls repeated by Triton's launcher."""
+    from triton import knobs
+
+    know_silu()
+    patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
+    patch.setattr("anyup.budget.free_memory", lambda device: None)
+    patch.setattr("anyup.budget.total_memory", lambda device: None)
+    patch.setattr("anyup.repetition.DEVICES", ())
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
 def know_silu() -> None:
     """Tell ttsem, which knows instructions of PTX by their text, what those of the pixel encoder's activation are.
 

@@ -9,7 +9,6 @@ from typing import Any
 import card
 import torch
 from rehearsal import pretended_card
-from triton import knobs
 from ttsem.sanitize import session
 
 from anyup import AnyUp
@@ -39,8 +38,7 @@ def main() -> int:
     with session(90, "hour"), pretended_card() as made_up:
         from benchmarks import hour_work
 
-        made_up.setattr(knobs.runtime, "add_stages_inspection_hook", card.first_stage_only)
-        made_up.setattr("anyup.budget.free_memory", lambda device: None)
+        card.as_pretended(made_up)
         made_up.setattr(machine, "matmul_rate", lambda **_: 1e13)
         made_up.setattr(machine, "copy_bandwidth", lambda **_: 1e12)
         made_up.setattr(machine, "clocks", lambda device: None)

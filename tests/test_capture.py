@@ -76,6 +76,12 @@ def test_what_is_written_into_the_weights_is_followed_and_other_weights_are_refu
         call(*inputs())
 
 
+def test_a_call_captured_in_inference_mode_is_made_outside_of_it(model: AnyUp) -> None:
+    with torch.inference_mode():
+        call = model.capture(*inputs())
+    assert torch.equal(call(*inputs(1)), model(*inputs(1)))
+
+
 def test_another_window_is_refused(model: AnyUp) -> None:
     call = model.capture(*inputs())
     model.cross_decode.window_ratio = 0.4

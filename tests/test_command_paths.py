@@ -24,6 +24,7 @@ NO_PATHS = {"device", "workload", "train_split", "test_split", "settings"}
 
 NO_PATHS_IN_SETTINGS = {
     "draw",
+    "model.frozen",
     "model.initial",
     "model.window",
     "optimizer.decay",

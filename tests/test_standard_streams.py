@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ["--config", "mini"],
     "evaluate": ["pictures", "--photographs", "photographs", "--encoder", "some", "-o", "pictures"],
     "bench": ["-o", "benchmark"],
+    "export": ["onnx", "--size", "8", "--grid", "2", "-o", "anyup.onnx"],
     "tune": [],
     "info": [],
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from card import first_stage_only, know_silu, no_device, pretended
+from card import as_pretended, no_device, pretended
 
 if TYPE_CHECKING:
     from anyup.kernels.launch import Launch
@@ -23,15 +23,7 @@ def _device_or_skip() -> Iterator[None]:
         pytest.skip(f"no GPU: {reason}; on a CPU run `python -m ttsem.sanitize pytest tests/device`")
     with pytest.MonkeyPatch.context() as patch:
         if pretended():
-            from triton import knobs
-
-            patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
-            know_silu()
-            # A card that is pretended has no memory to ask about, and its kernels are run by ttsem alone.
-            patch.setattr("anyup.budget.free_memory", lambda device: None)
-            patch.setattr("anyup.budget.total_memory", lambda device: None)
-            patch.setattr("anyup.repetition.DEVICES", ())
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            as_pretended(patch)
         yield
 
 

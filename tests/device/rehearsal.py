@@ -31,8 +31,9 @@ class _Graph:
 
     def replay(self) -> None:
         """Make them again."""
-        for old, new in zip(tree_leaves(self.results), tree_leaves(self._function()), strict=True):
-            old.copy_(new)
+        with torch.inference_mode():  # a real one writes whatever the tensors' mode
+            for old, new in zip(tree_leaves(self.results), tree_leaves(self._function()), strict=True):
+                old.copy_(new)
 
     def __call__(self) -> Any:
         self.replay()
