@@ -33,9 +33,9 @@ OPSET = 20
 # its products not too small.
 _SHORTEST, _LONGEST = 4, 32
 
-# Of the largest output, the difference from the package that a file may have when it is checked: all of it is float32,
-# where the package makes the keys in float64 on a CPU.
-_TOLERANCE = 1e-4
+# Of the largest output: what tells a broken file from float32. All of it is float32 there, where the package makes the
+# keys in float64 on a CPU: 2e-4 was seen at 448 from 32, 7e-5 of the same graph in PyTorch.
+_TOLERANCE = 1e-3
 
 
 def to_onnx(
@@ -51,7 +51,8 @@ def to_onnx(
 
     The graph takes `image` (B, input_dim, *image_size), normalised as for the call, and `features` (B, C,
     *feature_size), and gives `upsampled` (B, C, *output_size), all float32; B and C are any. It holds standard
-    operators of opset 20 alone, and its weights. The file is complete or absent. It is as exact as the published code.
+    operators of opset 20 alone, and its weights. The file is complete or absent. All of it is float32, the
+    keys too, which the package makes in float64 on a CPU.
 
     Args:
         upsampler: on any device; it is not changed.
