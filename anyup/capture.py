@@ -61,7 +61,8 @@ def graph_of(call: Callable[[], Tensor], device: torch.device) -> Graph:
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # The stream that torch captures on by itself lies on the device of its first capture.
+            with torch.cuda.graph(graph, stream=side):
                 out = call()
         except torch.OutOfMemoryError:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from anyup import AnyUp, capture
 
 GRID = (3, 2)
+graph_of = capture.graph_of
 
 
 class Graph:
@@ -135,3 +137,14 @@ def test_there_is_no_capture_on_a_cpu_nor_of_gradients_nor_in_too_little_memory(
     monkeypatch.setattr(capture, "DEVICES", ("cuda",))
     with pytest.raises(RuntimeError, match="a CUDA graph needs a GPU, and the upsampler is on cpu"):
         model.capture(image, features)
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own stream for captures lies on the device of its first capture, and another's launches are not there."""
+    cuda, streams = MagicMock(), list[MagicMock]()
+    cuda.memory_reserved.return_value, cuda.OutOfMemoryError = 0, torch.OutOfMemoryError
+    cuda.Stream.side_effect = lambda: streams.append(MagicMock()) or streams[-1]
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graph_of(lambda: torch.ones(1), torch.device("cuda", 1))
+    assert cuda.device.call_args.args == (torch.device("cuda", 1),)
+    assert cuda.graph.call_args.kwargs["stream"] is streams[0]
