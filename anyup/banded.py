@@ -286,7 +286,7 @@ class BandedImage:
         h, w = grid
         cells = Cells(0, h, h, self._height), Cells(0, w, w, self._width)
         encoder = self._encoders["key"]
-        shape = (*grid, self._model.config["qk_dim"])
+        shape = (*grid, self._model.qk_dim)
         wide = working_dtype(self._dtype)
         sums = self._image.new_zeros(shape, dtype=wide), self._image.new_zeros(shape, dtype=wide)
         for rows in self._cut():

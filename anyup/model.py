@@ -287,7 +287,7 @@ class AnyUp(nn.Module):
         names = check_grids(grids)
         compiling = torch.compiler.is_compiling()
         if not compiling and is_plain(image):
-            shape = (image.shape[0], *size, self.config["qk_dim"])
+            shape = (image.shape[0], *size, self.qk_dim)
             needed = math.prod(shape) * self._compute_dtype(device).itemsize
             told = " x ".join(map(str, shape))
             check_room(needed, f"output_size: the queries, {told},", device, "`stream` keeps none")
@@ -540,7 +540,7 @@ class AnyUp(nn.Module):
             tensor = torch.empty((), dtype=dtype, device=image.device).expand(shape)
             return tensor.requires_grad_() if torch.is_grad_enabled() and self.rope.freqs.requires_grad else tensor
 
-        dim, heads = self.config["qk_dim"], self.config["num_heads"]
+        dim, heads = self.qk_dim, self.cross_decode.num_heads
         size = encoded_size((image.shape[2], image.shape[3]), self.config["kernel_size"])
         encoded = stand_in((batch, *size, dim), dtype)
         wide = working_dtype(dtype)
@@ -669,7 +669,7 @@ class AnyUp(nn.Module):
         """As many as the largest map of a call takes."""
         image = image.image if isinstance(image, ImageContext) else image
         pixels = image.shape[0] * max(math.prod(image.shape[2:]), math.prod(size))
-        largest = max(pixels * self.config["qk_dim"], 0 if features is None else features.numel())
+        largest = max(pixels * self.qk_dim, 0 if features is None else features.numel())
         return on_threads_for(largest, image.device)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from anyup.budget import limit_on
 from anyup.image_context import ImageContext
-from anyup.ops.dispatch import wants_gradient
 from anyup.planning import choose, task_of
 from anyup.planning.prediction import whole
 from anyup.problem import OutputSize
-from anyup.streaming import Rescue, Source
+from anyup.streaming import Rescue, Source, wants_gradients
 from anyup.untraced import untraced
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ def at_points(
     pixels, weights = _pixels(_checked(points, len(features), size), size)
     # As a stream of one pixel: statistics and keys, and no map of the output.
     task = task_of(model, image, features, size, values=values, region=(0, 0, 1, 1), tile=(1, 1))
-    images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
-    if wants_gradient(*images, *model.parameters()):
+    if wants_gradients(model, image):
         if max_memory is not None:
             raise RuntimeError("max_memory: the gradient of the image or the weights needs whole maps of the queries")
         plan = whole(task, None)
@@ -66,11 +64,11 @@ def _checked(points: Any, batch: int, size: tuple[int, int]) -> Tensor:
     if points.dtype == torch.bool or points.is_complex():
         raise TypeError(f"points: expected integers or floating-point numbers, got {points.dtype}")
     points = points.detach().to("cpu", torch.float64 if points.is_floating_point() else torch.int64)
-    last = torch.tensor(size) - 1
-    if not bool(((points >= 0) & (points <= last)).all()):  # a NaN is neither
+    inside = ((points >= 0) & (points <= torch.tensor(size) - 1)).all(dim=2)  # a NaN is not
+    if not bool(inside.all()):
         raise ValueError(
             f"points: expected rows from 0 to {size[0] - 1} and columns from 0 to {size[1] - 1}, got "
-            f"{points.flatten(0, 1)[~((points >= 0) & (points <= last)).all(dim=2).flatten()][0].tolist()}"
+            f"{points[~inside][0].tolist()}"
         )
     return points
 

@@ -42,6 +42,9 @@ logger = logging.getLogger("anyup")
 DEVICES = ("cuda",)
 """Kinds of devices on which calls are repeated."""
 
+FULL_CALLS = 3
+"""Of a signature: one that compiles, and two that are recorded."""
+
 _MOST_SIGNATURES = 32
 _MOST_STEPS = 600
 _ALIGNMENT = 512
@@ -349,7 +352,7 @@ class Repetition:
     @property
     def is_open(self) -> bool:
         """Whether it is still to be seen if calls can be repeated."""
-        return self._calls <= 2
+        return self._calls < FULL_CALLS
 
     def run(self, tensors: Sequence[Tensor]) -> Results | None:
         """The results for these tensors; None where the call is to be made in full."""
@@ -370,7 +373,7 @@ class Repetition:
         """The results of the call, which is written down the second and the third time."""
         from anyup.kernels.launch import compiles_ahead
 
-        if compiles_ahead() or self._calls > 2 or not self._lock.acquire(blocking=False):
+        if compiles_ahead() or not self.is_open or not self._lock.acquire(blocking=False):
             return call()
         try:
             self._calls += 1
@@ -391,7 +394,7 @@ class Repetition:
             line = recorder.line(results)
         except Unrecordable as reason:
             logger.debug("calls like this one are made in full each time: %s", reason)
-            self._calls = 3
+            self._calls = FULL_CALLS
             return call()
         if self._line is None:
             self._line = line

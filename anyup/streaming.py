@@ -426,7 +426,7 @@ class Source:
             if isinstance(image, ImageContext):
                 queries, image = image.queries, image.image
             if not self._banded:
-                work = Workspace(image.new_empty(0, dtype=self._dtype), self._model.config["qk_dim"])
+                work = Workspace(image.new_empty(0, dtype=self._dtype), self._model.qk_dim)
                 make = partial(BandedImage, needs_queries=queries is None)
                 self._banded = [make(self._model, one, self._size, self._dtype, bands, work) for one in image]
             with self._threads():
@@ -460,9 +460,9 @@ class Source:
         model, plan = self._model, self._rescue.plan
         if plan.bands is not None and plan.task.context != "all":
             check_backends(model, plan.task.image, self._dtype, self._features.device)
-        heads, (h, w) = model.config["num_heads"], self._features.shape[2:]
+        heads, (h, w) = model.cross_decode.num_heads, self._features.shape[2:]
         stand_in = torch.empty((), dtype=self._dtype, device=self._features.device)
-        head_dim = model.config["qk_dim"] // heads
+        head_dim = model.qk_dim // heads
         empty = self._carried.new_empty(1, self._carried.shape[1], h, w)
         explanation = explain_backends(
             stand_in.expand(1, 1, 1, heads, head_dim),

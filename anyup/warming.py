@@ -10,12 +10,10 @@ import torch
 from anyup.ops.cuts import is_refusal
 from anyup.ops.kernel_device import installed, interprets
 from anyup.problem import OutputSize, check_size
+from anyup.repetition import FULL_CALLS
 
 if TYPE_CHECKING:
     from anyup.model import AnyUp
-
-_CALLS = 3
-"""After so many a call is repeated (`anyup.repetition`)."""
 
 
 def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
@@ -60,5 +58,5 @@ def warm_up(
         return upsampler(image, features, output_size, values=carried)
 
     compile_ahead(call, device)
-    for _ in range(_CALLS):
+    for _ in range(FULL_CALLS):
         call()
