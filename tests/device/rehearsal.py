@@ -90,7 +90,7 @@ def pretended_card() -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(torch.cuda, name, _Stream)
         patch.setattr(torch.cuda, "CUDAGraph", _EmptyGraph)
         for name in ("graph", "stream"):
-            patch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+            patch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
         patch.setattr("anyup.bench.clock.CudaClock", _Clock)
         pinned = (lambda size, dtype: torch.empty(size, dtype=dtype), lambda device: _Happened())
         patch.setattr(outputs._Pinned.__init__, "__defaults__", pinned)
