@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from anyup.command_paths import Paths, Read, ReadEncoder, Written
 from anyup.options import UsageError, memory, region, size
 from anyup.upsample_inputs import (
     ENCODER_LONGER_SIDE,
     by,
+    carried_by,
+    check_features,
+    check_head,
+    encode,
     guidance,
-    load_and_encode,
     load_model,
+    load_named_encoder,
     read_guide,
     read_head,
     read_points,
     read_values,
-    resolve_size,
+    resolve_region,
 )
+from anyup.upsample_result import Files, in_words, told_backends, write_result
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from anyup.progress import Progress
-    from anyup.streaming import Stream
 
 DESCRIPTION = """\
 Upsample a feature map, guided by the photograph it belongs to, and write the result, of shape (C, H, W).
@@ -171,204 +172,72 @@ def run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         if output is not None and in_pieces:
             stack.enter_context(array_files.begun(output, resume=arguments.resume, tell=progress.note))
-        _upsample(arguments, output, picture, in_pieces, progress)
+        _upsample(arguments, Files(output, picture, in_pieces), progress)
 
 
-def _upsample(
-    arguments: argparse.Namespace, output: Path | None, picture: Path | None, in_pieces: bool, progress: Progress
-) -> None:
+def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -> None:
     import torch
 
-    from anyup import __version__, array_files
     from anyup.demo import choose_device
-    from anyup.fingerprint import file_fingerprint, module_fingerprint, tensor_fingerprint
-    from anyup.finite import check_map, overflow
+    from anyup.fingerprint import file_fingerprint, module_fingerprint
+    from anyup.finite import check_map
     from anyup.images import read_features
-    from anyup.problem import check_region
 
     device = choose_device(arguments.device)
     given = read_features(arguments.features) if arguments.features else None
     photo = read_guide(arguments.photo, given, progress)
-    native = (int(photo.shape[2]), int(photo.shape[3]))
-    whole = resolve_size(arguments.size, native) if arguments.size else native
-    try:
-        region = check_region(arguments.region, whole)
-    except ValueError as error:
-        raise UsageError(f"--{error}") from error
+    whole, region = resolve_region(arguments.size, arguments.region, photo)
     points = read_points(arguments.points, whole) if arguments.points else None
     values = read_values(arguments.values) if arguments.values else None
     head = read_head(arguments.head) if arguments.head else None
 
-    def kept_as(low: Tensor) -> torch.dtype:
-        dtype = getattr(torch, arguments.dtype) if arguments.dtype else low.dtype
-        return array_files.stored_dtype(dtype) if in_pieces else dtype
-
     def check(features: Tensor, name: str) -> None:
-        check_map(features, name)
-        # Their norm, a sum of squares in float32, is what the model divides by.
-        check_map(features.float().norm(dim=1, keepdim=True), f"the norm in float32 of {name}")
+        check_features(features, name)
         if values is not None and values.shape[2:] != features.shape[2:]:
             raise ValueError(
                 f"{arguments.values}: values on the grid of the features, {by(features)}, expected, got {by(values)}"
             )
-        if head is not None and head.weight.shape[1] != features.shape[1]:
-            raise ValueError(
-                f"{arguments.head}: a head for {features.shape[1]} channels expected, got one for "
-                f"{head.weight.shape[1]}"
-            )
+        if head is not None:
+            check_head(head, features, arguments.head)
         channels = features.shape[1] if values is None else values.shape[1]
         channels = channels if head is None else head.weight.shape[0]
-        itemsize = kept_as(features if values is None else values).itemsize
-        there = array_files.bytes_there(output) if output is not None and arguments.resume else 0
+        itemsize = files.kept_as(arguments.dtype, features if values is None else values).itemsize
         places = region[2:] if points is None else points.shape[:2]
-        _check_room((channels, *places), itemsize, output, there, None if in_pieces else device)
+        files.check_room((channels, *places), itemsize, device, resume=arguments.resume)
 
     if given is not None:
         features = given
         check(features, arguments.features)
     model = load_model(arguments, device, progress)
     if arguments.encoder:
-        features = load_and_encode(arguments, photo, device, progress)
+        encoder = load_named_encoder(arguments, device, progress)
+        features = encode(encoder, photo, arguments.encoder_size, device, progress)
         check(features, f"features of {arguments.encoder}")
     if head is not None:
+        values = carried_by(head, features, arguments.head)
+
+    if points is None:
+        asked = {
+            "photograph": file_fingerprint(arguments.photo),
+            "weights": module_fingerprint(model),
+            "size": list(whole),
+            "region": list(region),
+        }
+        write_result(arguments, model, photo, features, values, files, whole, region, progress, asked)
+    else:
+        low = features if values is None else values
+        dtype = files.fitting(arguments.dtype, low)
+        image = guidance(photo, whole, progress).to(device)
+        features, values = features.to(device), None if values is None else values.to(device)
         with torch.inference_mode():
-            values = head(features.float().cpu())
-        check_map(values, f"what {arguments.head} makes of the features")
-
-    low = features if values is None else values
-    dtype = kept_as(low)
-    if why := overflow(low, dtype):
-        raise ValueError(f"--dtype {arguments.dtype}: {why}; take a wider one")
-    image = guidance(photo, whole, progress).to(device)
-    features, values = features.to(device), None if values is None else values.to(device)
-    if in_pieces and "bfloat16" in (arguments.dtype or str(low.dtype)):
-        progress.note(f"NumPy has no bfloat16: {output} is float32")
-    shape = (low.shape[1], *region[2:])
-    asked = {
-        "photograph": file_fingerprint(arguments.photo),
-        "features": tensor_fingerprint(features),
-        "values": None if values is None else tensor_fingerprint(values),
-        "weights": module_fingerprint(model),
-        "size": list(whole),
-        "region": list(region),
-        "dtype": str(dtype),
-        "version": __version__,
-    }
-    what = f"upsampling {low.shape[1]} x {by(low)} to {whole[0]} x {whole[1]} on {device}"
-    with torch.inference_mode():
-        progress.note(f"backends: {_chosen(model.explain(image, features, whole, values=values).chosen)}")
-        if points is not None:
-            assert output is not None
-            with progress.stage(f"{what}, at {points.shape[1]} points"):
+            told_backends(model, image, features, whole, values, progress)
+            with progress.stage(f"{in_words(low, whole, device)}, at {points.shape[1]} points"):
                 found = model.at_points(image, features, points, whole, values=values, max_memory=arguments.max_memory)
-            check_map(found.transpose(1, 2)[..., None], "the result")
-            _finish(None, found.to(dtype), low, output, None, progress)
-            print(output)
-            return
-
-        def stream(result: Any, tile: tuple[int, ...] | None = None) -> Stream:
-            from anyup import streaming
-
-            return streaming.stream(
-                model, image, features, whole,
-                tile=tile, max_memory=arguments.max_memory, region=region, values=values, dtype=dtype,
-                out=result, keep=True,
-            )  # fmt: skip
-
-        if device.type == "cuda":
-            from anyup.warming import compile_ahead
-
-            with progress.stage(f"compiling kernels for {device}, which later runs find"):
-                compile_ahead(lambda: next(stream(None)), device)
-        if in_pieces:
-            assert output is not None
-            begin = array_files.PartialArray.resume if arguments.resume else array_files.PartialArray
-            rows, _ = _tile(stream(None))  # computes nothing
-            partial = begin(output, shape, dtype, asked, rows)
-            result = partial.out
-        else:
-            partial, result = None, torch.empty(1, *shape, dtype=dtype, device=device)
-        if partial is None:
-            with progress.stage(what) as share:
-                pieces = stream(result)
-                for number in _numbers(pieces, 1):
-                    share(number / len(pieces))
-        else:
-            _write_pieces(partial, stream, what, progress, behind=2 if device.type == "cuda" else 0)
-    _finish(partial, result, low, output, picture, progress)
-    for written in (output, picture):
+        check_map(found.transpose(1, 2)[..., None], "the result")
+        files.save(found[0].to(dtype), progress)
+    for written in (files.output, files.picture):
         if written:
             print(written)
-
-
-def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, behind: int) -> None:
-    """All pieces that are not there, each told of when it is; `behind` of them may still be on their way."""
-    pieces = None
-    try:
-        pieces = make(partial.out)
-        tile = _tile(pieces)
-        if partial.tile not in (None, tile):
-            tile = partial.tile
-            pieces = make(partial.out, tile)
-        if partial.pieces:
-            progress.note(f"going on after {partial.pieces} of {len(pieces)} pieces")
-        pieces.skip(partial.pieces)
-        with progress.stage(what) as share, partial.telling_what_is_needed():
-            for number in _numbers(pieces, partial.pieces + 1):
-                share(number / len(pieces))
-                if number > behind:
-                    partial.keep(number - behind, tile)
-    except BaseException:
-        if pieces is not None:
-            pieces.close()
-        if partial.close() and pieces is not None:
-            progress.note(f"{partial.pieces} of {len(pieces)} pieces are kept; --resume goes on")
-        raise
-
-
-def _numbers(pieces: Stream, first: int) -> Iterator[int]:
-    """The number of each piece, counted from the first to come, once it is there.
-
-    Raises ValueError where that one holds a NaN or an infinity. What is finite when it is read, and in range, gives
-    neither but for absurd weights or a fault of ours; the normalisations spread either to nearly every pixel.
-    """
-    from anyup.finite import check_map
-
-    for number, (_, _, piece) in enumerate(pieces, first):
-        if number == first:
-            check_map(piece, "the result")
-        yield number
-
-
-def _tile(pieces: Stream) -> tuple[int, int]:
-    rows, columns = pieces.parts[0]
-    return rows.stop - rows.start, columns.stop - columns.start
-
-
-def _finish(
-    partial: Any, result: Any, low: Tensor, output: Path | None, picture: Path | None, progress: Progress
-) -> None:
-    """Draw the picture and give the files their names."""
-    import torch
-
-    from anyup.images import save_array, save_picture
-    from anyup.outputs import no_room
-    from anyup.visualization import pca_picture
-
-    if output is not None and partial is None:
-        with progress.stage(f"writing {output}"):
-            try:
-                save_array(output, result[0])
-            except Exception as error:  # each format has its own for a full disk
-                if shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free < result.nbytes:
-                    raise no_room(output, result.nbytes) from error
-                raise
-    if picture is not None:
-        with progress.stage(f"drawing {picture}"):
-            high = result if isinstance(result, torch.Tensor) else torch.from_numpy(result[...])
-            save_picture(picture, pca_picture(low.to(high.device), high)[1])
-    if partial is not None:
-        partial.complete()
 
 
 def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
@@ -379,30 +248,3 @@ def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
         return check_writable(path, suffixes, what)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _chosen(chosen: dict[str, str | None]) -> str:
-    return ", ".join(f"{operation} {name}" for operation, name in chosen.items())
-
-
-def _check_room(
-    shape: tuple[int, ...], itemsize: int, output: Path | None, there: int, device: torch.device | None
-) -> None:
-    """Raise ValueError where the result alone exceeds the free space of its folder, or the free memory.
-
-    `there` are bytes that it has on the disk already; `device` is where the whole result will lie, None: nowhere.
-    """
-    from anyup.budget import check_room
-    from anyup.progress import human_bytes
-
-    needed = shape[0] * shape[1] * shape[2] * itemsize
-    what, hint = f"the result, {shape[0]} x {shape[1]} x {shape[2]},", "--size makes it smaller"
-    if device is not None:
-        check_room(needed, what, device, hint)
-    if output is not None:
-        free = shutil.disk_usage(os.path.dirname(os.path.realpath(output))).free
-        if needed - there > free:
-            raise ValueError(
-                f"{what} takes {human_bytes(needed)}, and {human_bytes(free)} are free where {output} is to be "
-                f"written; {hint}"
-            )

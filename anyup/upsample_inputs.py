@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from anyup.options import UsageError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -78,17 +80,16 @@ def _proportions_of(size: tuple[int, int], features: Tensor) -> bool:
     return abs(rows * width - columns * height) <= width + height
 
 
-def load_and_encode(arguments: argparse.Namespace, photo: Tensor, device: torch.device, progress: Progress) -> Tensor:
-    """Features (1, C, h, w) of the photograph by the encoder that was named."""
+def load_named_encoder(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> Encoder:
+    """The encoder that was named."""
     from anyup.encoders import load_encoder
 
     extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
     with progress.stage(f"loading encoder {arguments.encoder}"):
-        encoder = load_encoder(arguments.encoder, device=device, **extra)
-    return _encode(encoder, photo, arguments.encoder_size, device, progress)
+        return load_encoder(arguments.encoder, device=device, **extra)
 
 
-def _encode(
+def encode(
     encoder: Encoder, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
 ) -> Tensor:
     """Features (1, C, h, w) of the photograph, brought to a size that the encoder's patches divide."""
@@ -118,6 +119,15 @@ def guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tenso
     if guide != native:
         progress.note(f"photograph of {native[0]} x {native[1]} reduced to {guide[0]} x {guide[1]}")
     return normalize_imagenet(resize(photo, guide))
+
+
+def check_features(features: Tensor, name: str) -> None:
+    """Raise ValueError, which calls them by this name, where features (1, C, h, w) or their norm are not finite."""
+    from anyup.finite import check_map
+
+    check_map(features, name)
+    # Their norm, a sum of squares in float32, is what the model divides by.
+    check_map(features.float().norm(dim=1, keepdim=True), f"the norm in float32 of {name}")
 
 
 def read_values(path: str) -> Tensor:
@@ -200,11 +210,45 @@ def read_head(path: str) -> torch.nn.Conv2d:
     return head
 
 
+def check_head(head: torch.nn.Conv2d, features: Tensor, path: str) -> None:
+    """Raise ValueError where the head of this file is one for another number of channels."""
+    if head.weight.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"{path}: a head for {features.shape[1]} channels expected, got one for {head.weight.shape[1]}"
+        )
+
+
+def carried_by(head: torch.nn.Conv2d, features: Tensor, path: str) -> Tensor:
+    """What the head of this file makes of the features, (1, K, h, w) on the CPU, all finite."""
+    import torch
+
+    from anyup.finite import check_map
+
+    with torch.inference_mode():
+        values: Tensor = head(features.float().cpu())
+    check_map(values, f"what {path} makes of the features")
+    return values
+
+
 def resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of an option N or HxW for a photograph of the size `native`."""
     from anyup.images import fit_within
 
     return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
+
+
+def resolve_region(
+    wanted: tuple[int, ...] | None, region: tuple[int, int, int, int] | None, photo: Tensor
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """(height, width) of the whole result for a photograph, and the (top, left, height, width) of it that is wanted."""
+    from anyup.problem import check_region
+
+    native = (int(photo.shape[2]), int(photo.shape[3]))
+    whole = resolve_size(wanted, native) if wanted else native
+    try:
+        return whole, check_region(region, whole)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
 
 
 def by(features: Tensor) -> str:

@@ -1,0 +1,257 @@
+"""What `anyup upsample` does for each photograph: from it and its features to one result in files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anyup.upsample_inputs import by, guidance
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from anyup.model import AnyUp
+    from anyup.progress import Progress
+    from anyup.streaming import Stream
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a result goes.
+
+    Attributes:
+        output: the features' file, or None.
+        picture: the picture's, or None.
+        in_pieces: whether the output is an array on the disk that is written piece by piece.
+    """
+
+    output: Path | None
+    picture: Path | None
+    in_pieces: bool
+
+    def kept_as(self, name: str | None, low: Tensor) -> torch.dtype:
+        """The dtype of what is made of `low`: of this name, by default its own, as far as the file has it."""
+        import torch
+
+        from anyup.array_files import stored_dtype
+
+        dtype = getattr(torch, name) if name else low.dtype
+        return stored_dtype(dtype) if self.in_pieces else dtype
+
+    def fitting(self, name: str | None, low: Tensor) -> torch.dtype:
+        """The same; raises ValueError where it may not hold the result."""
+        from anyup.finite import overflow
+
+        dtype = self.kept_as(name, low)
+        if why := overflow(low, dtype):
+            raise ValueError(f"--dtype {name}: {why}; take a wider one")
+        return dtype
+
+    def check_room(self, shape: tuple[int, ...], itemsize: int, device: torch.device, *, resume: bool) -> None:
+        """Raise ValueError where a result of this shape exceeds the free space of its folder, or the free memory.
+
+        To `resume` takes less by what an interrupted run has left on the disk.
+        """
+        from anyup.array_files import bytes_there
+        from anyup.budget import check_room
+        from anyup.progress import human_bytes
+
+        needed = shape[0] * shape[1] * shape[2] * itemsize
+        what, hint = f"the result, {shape[0]} x {shape[1]} x {shape[2]},", "--size makes it smaller"
+        if not self.in_pieces:
+            check_room(needed, what, device, hint)
+        if self.output is not None:
+            free = free_space(self.output)
+            if needed - (bytes_there(self.output) if resume else 0) > free:
+                raise ValueError(
+                    f"{what} takes {human_bytes(needed)}, and {human_bytes(free)} are free where {self.output} is to "
+                    f"be written; {hint}"
+                )
+
+    def save(self, result: Tensor, progress: Progress) -> None:
+        """Write the features, (C, H, W) or (N, C), that are written whole. Raises OSError where the disk is full."""
+        from anyup.images import save_array
+        from anyup.outputs import no_room
+
+        assert self.output is not None
+        with progress.stage(f"writing {self.output}"):
+            try:
+                save_array(self.output, result)
+            except Exception as error:  # each format has its own for a full disk
+                if free_space(self.output) < result.nbytes:
+                    raise no_room(self.output, result.nbytes) from error
+                raise
+
+
+def free_space(path: Path) -> int:
+    """Bytes, in the folder that a file is in."""
+    return shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
+
+
+def write_result(
+    arguments: argparse.Namespace,
+    model: AnyUp,
+    photo: Tensor,
+    features: Tensor,
+    values: Tensor | None,
+    files: Files,
+    whole: tuple[int, int],
+    region: tuple[int, int, int, int],
+    progress: Progress,
+    asked: Mapping[str, Any] | None,
+) -> tuple[tuple[int, ...], str]:
+    """Upsample the features, or the values, of a photograph (1, 3, H, W) in 0..1; the files are complete or absent.
+
+    Args:
+        arguments: the options `dtype`, `max_memory` and `resume`.
+        whole, region: as `resolve_region` gives them.
+        asked: what, beside the features and the values, a resumed run must agree in with the interrupted one; None:
+            nothing is left that could be resumed.
+
+    Returns:
+        Shape and dtype of the result.
+
+    Raises:
+        ValueError: numbers that are not finite or too large for the dtype, or no room in memory or a budget.
+        OSError: the disk is full, or does not let a file be written.
+    """
+    import torch
+
+    from anyup import __version__, array_files
+    from anyup.fingerprint import tensor_fingerprint
+
+    device = model.rope.freqs.device
+    low = features if values is None else values
+    dtype = files.fitting(arguments.dtype, low)
+    image = guidance(photo, whole, progress).to(device)
+    features, values = features.to(device), None if values is None else values.to(device)
+    if files.in_pieces and "bfloat16" in (arguments.dtype or str(low.dtype)):
+        progress.note(f"NumPy has no bfloat16: {files.output} is float32")
+    shape = (low.shape[1], *region[2:])
+    what = in_words(low, whole, device)
+    with torch.inference_mode():
+        told_backends(model, image, features, whole, values, progress)
+
+        def stream(result: Any, tile: tuple[int, ...] | None = None) -> Stream:
+            from anyup import streaming
+
+            return streaming.stream(
+                model, image, features, whole,
+                tile=tile, max_memory=arguments.max_memory, region=region, values=values, dtype=dtype,
+                out=result, keep=True,
+            )  # fmt: skip
+
+        if device.type == "cuda":
+            from anyup.warming import compile_ahead
+
+            with progress.stage(f"compiling kernels for {device}, which later runs find"):
+                compile_ahead(lambda: next(stream(None)), device)
+        partial, result = None, None
+        if files.in_pieces:
+            assert files.output is not None
+            asked_of_all = {
+                **(asked or {}),
+                "features": tensor_fingerprint(features),
+                "values": None if values is None else tensor_fingerprint(values),
+                "dtype": str(dtype),
+                "version": __version__,
+            }
+            begin = array_files.PartialArray.resume if asked and arguments.resume else array_files.PartialArray
+            rows, _ = _tile(stream(None))  # computes nothing
+            partial = begin(files.output, shape, dtype, asked_of_all, rows)
+            result = partial.out
+            _write_pieces(
+                partial, stream, what, progress, behind=2 if device.type == "cuda" else 0, resumable=asked is not None
+            )
+        else:
+            result = torch.empty(1, *shape, dtype=dtype, device=device)
+            with progress.stage(what) as share:
+                pieces = stream(result)
+                for number in _numbers(pieces, 1):
+                    share(number / len(pieces))
+    if files.output is not None and partial is None:
+        files.save(result[0], progress)
+    if files.picture is not None:
+        _draw(files.picture, low, result, progress)
+    if partial is not None:
+        partial.complete()
+    return shape, str(dtype).removeprefix("torch.")
+
+
+def told_backends(
+    model: AnyUp,
+    image: Tensor,
+    features: Tensor,
+    whole: tuple[int, int],
+    values: Tensor | None,
+    progress: Progress,
+) -> None:
+    """Tell which backend runs each operation of the call."""
+    chosen = model.explain(image, features, whole, values=values).chosen
+    progress.note("backends: " + ", ".join(f"{operation} {name}" for operation, name in chosen.items()))
+
+
+def in_words(low: Tensor, whole: tuple[int, int], device: torch.device) -> str:
+    """What is going to be done."""
+    return f"upsampling {low.shape[1]} x {by(low)} to {whole[0]} x {whole[1]} on {device}"
+
+
+def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, *, behind: int, resumable: bool) -> None:
+    """All pieces that are not there, each told of when it is; `behind` of them may still be on their way."""
+    pieces = None
+    try:
+        pieces = make(partial.out)
+        tile = _tile(pieces)
+        if partial.tile not in (None, tile):
+            tile = partial.tile
+            pieces = make(partial.out, tile)
+        if partial.pieces:
+            progress.note(f"going on after {partial.pieces} of {len(pieces)} pieces")
+        pieces.skip(partial.pieces)
+        with progress.stage(what) as share, partial.telling_what_is_needed():
+            for number in _numbers(pieces, partial.pieces + 1):
+                share(number / len(pieces))
+                if resumable and number > behind:
+                    partial.keep(number - behind, tile)
+    except BaseException:
+        if pieces is not None:
+            pieces.close()
+        if partial.close() and pieces is not None:
+            progress.note(f"{partial.pieces} of {len(pieces)} pieces are kept; --resume goes on")
+        raise
+
+
+def _numbers(pieces: Stream, first: int) -> Iterator[int]:
+    """The number of each piece, counted from the first to come, once it is there.
+
+    Raises ValueError where that one holds a NaN or an infinity. What is finite when it is read, and in range, gives
+    neither but for absurd weights or a fault of ours; the normalisations spread either to nearly every pixel.
+    """
+    from anyup.finite import check_map
+
+    for number, (_, _, piece) in enumerate(pieces, first):
+        if number == first:
+            check_map(piece, "the result")
+        yield number
+
+
+def _tile(pieces: Stream) -> tuple[int, int]:
+    rows, columns = pieces.parts[0]
+    return rows.stop - rows.start, columns.stop - columns.start
+
+
+def _draw(picture: Path, low: Tensor, result: Any, progress: Progress) -> None:
+    import torch
+
+    from anyup.images import save_picture
+    from anyup.visualization import pca_picture
+
+    with progress.stage(f"drawing {picture}"):
+        high = result if isinstance(result, torch.Tensor) else torch.from_numpy(result[...])
+        save_picture(picture, pca_picture(low.to(high.device), high)[1])
