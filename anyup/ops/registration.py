@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from anyup.ops import flop_formulas
+
 _LIBRARY = torch.library.Library("anyup", "FRAGMENT")
 
 BODIES: dict[Any, Callable[..., Any]] = {}
@@ -22,6 +24,7 @@ def register(
     body: Callable[..., Any],
     fake: Callable[..., Any],
     *,
+    flops: Callable[..., Any],
     gradient: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
@@ -31,6 +34,7 @@ def register(
         name: the operator is `torch.ops.anyup.<name>`.
         body: what runs, on any device, below autograd; its annotations are the schema.
         fake: what returns empty tensors of the result's exact shapes, dtypes and strides.
+        flops: what a call costs, of its arguments, with shapes for tensors (see `anyup.ops.flop_formulas`).
         gradient: of the results, as `torch.library.register_autograd` takes it; None: to differentiate is an error.
         setup_context: what saves for the gradient.
     """
@@ -42,6 +46,7 @@ def register(
         raise RuntimeError(f"anyup: {name} cannot be differentiated")
 
     torch.library.register_autograd(f"anyup::{name}", gradient or refuse, setup_context=setup_context, lib=_LIBRARY)
-    operator = getattr(torch.ops.anyup, name).default
-    BODIES[operator] = body
-    return operator
+    packet = getattr(torch.ops.anyup, name)
+    flop_formulas.count(packet, flops)
+    BODIES[packet.default] = body
+    return packet.default

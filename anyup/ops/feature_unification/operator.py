@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -83,7 +84,22 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad.to(features.dtype), features, basis, ctx.backend), None, None, None)
 
 
+def _flops(features, basis, *_):  # type: ignore[no-untyped-def]
+    batch, channels, h, w = features
+    filters, taps = basis[0], basis[2] * basis[3]
+    return 2 * h * w * taps * (batch * channels * filters + 1)  # and 1: how many taps lie inside
+
+
+def _flops_backward(_grad, features, basis, *_):  # type: ignore[no-untyped-def]
+    return 4 * math.prod(features) * math.prod(basis)
+
+
 _forward = register(
-    "feature_unification", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context
+    "feature_unification",
+    _run_forward,
+    _fake_forward,
+    flops=_flops,
+    gradient=_gradient,
+    setup_context=_setup_context,
 )
-_backward = register("feature_unification_backward", _run_backward, _fake_backward)
+_backward = register("feature_unification_backward", _run_backward, _fake_backward, flops=_flops_backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -163,5 +164,20 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(next(grads) if present else None for present in ctx.present), None, None, None, None)
 
 
-_forward = register("pixel_encoder", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context)
-_backward = register("pixel_encoder_backward", _run_backward, _fake_backward)
+def _flops(pixels, projection, *arguments):  # type: ignore[no-untyped-def]
+    weight1, frequencies = arguments[2], arguments[12]
+    products = 4 * math.prod(weight1) + (0 if projection is None else math.prod(projection))
+    angles = 0 if frequencies is None else 2 * pixels[1] * pixels[2] * math.prod(frequencies)
+    return 2 * pixels[0] * pixels[1] * pixels[2] * products + angles
+
+
+def _flops_backward(_grad, *arguments):  # type: ignore[no-untyped-def]
+    without_angles = (*arguments[:14], None)
+    # A gradient of the angles' frequencies, none of the coordinates that they multiply.
+    return _flops(*arguments) + _flops(*without_angles)
+
+
+_forward = register(
+    "pixel_encoder", _run_forward, _fake_forward, flops=_flops, gradient=_gradient, setup_context=_setup_context
+)
+_backward = register("pixel_encoder_backward", _run_backward, _fake_backward, flops=_flops_backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -96,5 +97,15 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.backend), None, None)
 
 
-_forward = register("query_projection", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context)
-_backward = register("query_projection_backward", _run_backward, _fake_backward)
+def _flops(encoded, convolution, _norm, weight, *_):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(encoded[:3]) * (math.prod(convolution) + math.prod(weight))
+
+
+def _flops_backward(_grad, *arguments):  # type: ignore[no-untyped-def]
+    return 2 * _flops(*arguments)
+
+
+_forward = register(
+    "query_projection", _run_forward, _fake_forward, flops=_flops, gradient=_gradient, setup_context=_setup_context
+)
+_backward = register("query_projection_backward", _run_backward, _fake_backward, flops=_flops_backward)

@@ -15,7 +15,7 @@ from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_
 from anyup.ops.precision import working_dtype
 from anyup.ops.registration import register
 from anyup.ops.window_attention import problem as problems
-from anyup.window import Part, Window, describe_window, make_window
+from anyup.window import Part, Window, describe_window, make_window, part_bounds
 
 OPERATION = Operation(
     "window_attention",
@@ -173,5 +173,24 @@ def _gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None,
     return (*grads, *(None,) * len(ctx.settings))
 
 
-_forward = register("window_attention", _run_forward, _fake_forward, gradient=_gradient, setup_context=_setup_context)
-_backward = register("window_attention_backward", _run_backward, _fake_backward)
+def _flops(query, key, value, kind, ratio, scale, backend, max_queries=0, save_lse=False, *part):  # type: ignore[no-untyped-def]
+    batch, height, width, heads, head_dim = query
+    top, left, full_height, full_width = part if part and part[2] else (0, 0, height, width)
+    pairs = batch
+    for axis in ((height, key[1], top, full_height), (width, key[2], left, full_width)):
+        if all(type(number) is int for number in axis):
+            start, stop = part_bounds(make_window(kind, ratio), *axis)
+            pairs *= sum(stop) - sum(start)
+        else:  # a size is symbolic, and must stay so: as many as there can be
+            pairs *= axis[0] * axis[1]
+    return 2 * pairs * (heads * head_dim + value[3])
+
+
+def _flops_backward(_grad, query, key, value, _lse, *settings):  # type: ignore[no-untyped-def]
+    return 2 * _flops(query, key, value, *settings)
+
+
+_forward = register(
+    "window_attention", _run_forward, _fake_forward, flops=_flops, gradient=_gradient, setup_context=_setup_context
+)
+_backward = register("window_attention_backward", _run_backward, _fake_backward, flops=_flops_backward)
