@@ -1,4 +1,4 @@
-"""The command `anyup`: `demo`, `upsample`, `train`, `evaluate`, `export`, `bench`, `tune` and `info`.
+"""The command `anyup`: `demo`, `upsample`, `encoders`, `train`, `evaluate`, `export`, `bench`, `tune` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
 exit status 1, an interruption 128 and the signal's number (130 for Ctrl-C). Results go to files and stdout, progress
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from anyup import upsample_command as upsampling
 from anyup._version import __version__
 from anyup.bench import arguments as bench_arguments
-from anyup.command_paths import Paths, Read, ReadWeights, Written, settle_paths
+from anyup.command_paths import Paths, Read, ReadEncoder, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
 from anyup.options import BACKENDS, UsageError, nonempty, number, size, whole_number
@@ -43,6 +43,7 @@ examples:
   anyup upsample photo.jpg --encoder dinov2_s_derived -o features.npy --picture features.png
   anyup upsample photo.jpg --features low.pt --size 512 -o high.safetensors
   anyup upsample photo.jpg --features low.pt --size 4096 --max-memory 2GB --dtype float16 -o high.npy
+  anyup encoders timm/resnet50
   anyup train --config mini data.photographs=photos output=runs/first
   anyup export onnx --size 448 --grid 32 -o anyup.onnx
   anyup bench --quick -o benchmark
@@ -55,6 +56,12 @@ Upsample stored features of a real encoder to the resolution of the photograph t
 write one picture with four panels side by side: the photograph, the features, bilinear interpolation, and
 AnyUp. Features are shown by their first three principal components, the same basis and colours in all
 panels. Time, memory, backend and why this backend are told in the terminal and, in brief, on the picture.
+"""
+
+_ENCODERS = """\
+List the encoders that --encoder takes: their layers, which are named as in mobilenet_v2:6, the channels and the stride
+of each, where the weights come from and whether they are at hand. Of a model of another package (timm/resnet50) the
+layers that it has; no weights are downloaded for that.
 """
 
 _TRAIN = """\
@@ -143,6 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     upsample = command("upsample", "a photograph and its features to high-resolution features", upsampling.DESCRIPTION)
     upsampling.add_arguments(upsample)
     _add_weights(upsample)
+
+    encoders = commands.add_parser(
+        "encoders",
+        help="which encoders there are, and their layers",
+        description=_ENCODERS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    encoders.add_argument("name", type=ReadEncoder, nargs="?", metavar="NAME", help="one encoder (default: all)")
+    encoders.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
 
     train = commands.add_parser(
         "train",
@@ -300,7 +316,7 @@ def _run(argv: Sequence[str] | None) -> tuple[int, bool]:
                 arguments = _parse(argv)
             except SystemExit as wanted:  # --help and --version
                 return (wanted.code if isinstance(wanted.code, int) else 0), stored
-            debug, stored = arguments.debug, arguments.command != "info"
+            debug, stored = arguments.debug, arguments.command not in ("info", "encoders")
             settle_paths(arguments)
             _RUNNERS[arguments.command](arguments)
     except KeyboardInterrupt as asked:
@@ -374,6 +390,12 @@ def _info(arguments: argparse.Namespace) -> None:
     print(report(arguments.device, arguments.backend))
 
 
+def _encoders(arguments: argparse.Namespace) -> None:
+    from anyup.encoders.listing import describe
+
+    print(describe(arguments.name))
+
+
 def _train(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -427,6 +449,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 _RUNNERS = {
     "demo": _demo,
     "upsample": upsampling.run,
+    "encoders": _encoders,
     "train": _train,
     "evaluate": _evaluate,
     "export": _export,

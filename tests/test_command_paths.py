@@ -45,6 +45,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "export onnx": {"--size": "448", "--grid": "32", "-o": "anyup.onnx"},
     "bench": {"-o": "benchmark"},
     "tune": {},
+    "encoders": {},
     "info": {},
 }
 """What each command must be told."""

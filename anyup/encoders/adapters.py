@@ -5,19 +5,23 @@ Building one from its name imports the package then, and no earlier; an ImportEr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from math import isqrt
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from anyup.installing import pip_install
 
-from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, Layer
+
+_T = TypeVar("_T")
 
 _PROBE_SIZE = 224
 
@@ -63,15 +67,31 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int], name: str) -> Tensor:
     return tokens[:, extra:].mT.unflatten(2, (height, width)).contiguous()
 
 
-def _probe(encoder: Encoder, size: int) -> tuple[int, int]:
-    """(channels, stride) of a network, seen by running it once on an empty square image."""
+def _on_empty_image(encoder: Encoder, size: int, run: Callable[[Tensor], _T]) -> _T:
+    """What a function of the network makes of an empty square image; nothing of the network changes."""
     like = next(encoder.parameters())
     training = encoder.training
     encoder.eval()  # or the empty image would enter the running statistics of BatchNorm
-    with torch.no_grad():
-        result = encoder.features(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
-    encoder.train(training)
-    return result.shape[1], round(size / result.shape[2])
+    try:
+        with torch.no_grad():
+            return run(torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
+    finally:
+        encoder.train(training)
+
+
+def _channels_and_stride(features: Tensor, size: int) -> tuple[int, int]:
+    """Of a map (1, C, h, w) of a square image."""
+    return features.shape[1], round(size / features.shape[2])
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    """Whether a map of a square image is (B, h, w, C), as of a Swin's layers: otherwise its last sides are equal."""
+    return features.shape[2] != features.shape[3]
+
+
+def _channels_first(features: Tensor) -> Tensor:
+    """A map of a square image, either way, as (B, C, h, w)."""
+    return features.permute(0, 3, 1, 2) if _is_channels_last(features) else features
 
 
 class TimmEncoder(Encoder):
@@ -98,6 +118,7 @@ class TimmEncoder(Encoder):
             patch_size=_square(getattr(embed, "patch_size", None)),
             mean=_triple(config.get("mean"), IMAGENET_MEAN),
             std=_triple(config.get("std"), IMAGENET_STD),
+            layers=[(int(row["num_chs"]), int(row["reduction"])) for row in table],
         )
         self.module = module
         self.layer = layer
@@ -146,35 +167,57 @@ class TransformersEncoder(Encoder):
         if layer is not None or hasattr(config, "depths"):
             self.options["output_hidden_states"] = True
         if patch is None or "output_hidden_states" in self.options:
-            self.channels, self.stride = _probe(self, _PROBE_SIZE)
+            features = _on_empty_image(self, _PROBE_SIZE, self.features)
+            self.channels, self.stride = _channels_and_stride(features, _PROBE_SIZE)
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, h, w)."""
-        options: dict[str, Any] = dict(self.options)
-        grid = None if self.patch_size is None else [length // self.patch_size for length in image.shape[-2:]]
-        if self._shuffles and grid is not None:  # by the order of this noise, masked or not
-            options["noise"] = torch.arange(grid[0] * grid[1], device=image.device).expand(len(image), -1)
-        output = self.module(pixel_values=image, **options)
-        maps = getattr(output, "reshaped_hidden_states", None)  # (B, C, h, w), where stages have tokens
-        hidden: Tensor = output.last_hidden_state
-        if self.layer is not None:
-            states = maps or output.hidden_states
-            if not 0 <= self.layer < len(states):
-                raise ValueError(f"layer: {self.name} has the hidden states 0 to {len(states) - 1}, got {self.layer}")
-            hidden = states[self.layer]
+        output = self._run(image, **self.options)
+        if self.layer is None:
+            return self._as_map(output.last_hidden_state, output, image)
+        states = _hidden_states(output)
+        if not 0 <= self.layer < len(states):
+            raise ValueError(f"layer: {self.name} has the hidden states 0 to {len(states) - 1}, got {self.layer}")
+        return self._as_map(states[self.layer], output, image)
+
+    def list_layers(self) -> list[Layer]:
+        """The hidden states, as the model gives them for an empty square image."""
+
+        def run(image: Tensor) -> list[Tensor]:
+            output = self._run(image, **{**self.options, "output_hidden_states": True})
+            return [self._as_map(state, output, image) for state in _hidden_states(output)]
+
+        states = _on_empty_image(self, _PROBE_SIZE, run)
+        return [Layer(str(i), *_channels_and_stride(state, _PROBE_SIZE)) for i, state in enumerate(states)]
+
+    def _run(self, image: Tensor, **options: Any) -> Any:
+        if self._shuffles and self.patch_size:  # by the order of this noise, masked or not
+            rows, columns = (length // self.patch_size for length in image.shape[-2:])
+            options["noise"] = torch.arange(rows * columns, device=image.device).expand(len(image), -1)
+        return self.module(pixel_values=image, **options)
+
+    def _as_map(self, hidden: Tensor, output: Any, image: Tensor) -> Tensor:
         if hidden.ndim == 4:
             return hidden
-        if maps:
-            grid = list(maps[-1].shape[2:])
-        if grid is None:
+        if maps := getattr(output, "reshaped_hidden_states", None):
+            rows, columns = maps[-1].shape[2:]
+        elif self.patch_size is not None:
+            rows, columns = (length // self.patch_size for length in image.shape[-2:])
+        else:
             raise ValueError(f"{self.name}: gives tokens, but its configuration names no patch size and width")
-        return tokens_to_map(hidden, (grid[0], grid[1]), self.name)
+        return tokens_to_map(hidden, (rows, columns), self.name)
+
+
+def _hidden_states(output: Any) -> Sequence[Tensor]:
+    """As maps (B, C, h, w) where the model's stages have tokens and it lays them out itself."""
+    states: Sequence[Tensor] = getattr(output, "reshaped_hidden_states", None) or output.hidden_states
+    return states
 
 
 class TorchvisionEncoder(Encoder):
     """Output of one submodule of a torchvision model, by its dotted name: ``layer4``, ``features.13``.
 
-    The layer gives a map (B, C, h, w), or tokens (B, N, C) of a square image. Layers behind it run too, for a
+    The layer gives a map (B, C, h, w) or (B, h, w, C), or tokens (B, N, C) of a square image. Layers behind it run too, for a
     model can only be run as a whole.
     """
 
@@ -195,21 +238,50 @@ class TorchvisionEncoder(Encoder):
         super().__init__(name, channels=0, stride=0, patch_size=patch, mean=mean, std=std)
         self.module = module
         self.layer = layer
-        self.channels, self.stride = _probe(self, int(getattr(module, "image_size", _PROBE_SIZE)))
+        self._probe_size = int(getattr(module, "image_size", _PROBE_SIZE))
+        self._channels_last = False
+        features = _on_empty_image(self, self._probe_size, self.features)
+        self._channels_last = _is_channels_last(features)
+        self.channels, self.stride = _channels_and_stride(_channels_first(features), self._probe_size)
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, h, w)."""
-        caught: list[Any] = []
-        target = self.module.get_submodule(self.layer)
-        handle = target.register_forward_hook(lambda module, inputs, output: caught.append(output))
-        try:
-            self.module(image)
-        finally:
-            handle.remove()
-        output = caught[-1] if caught else None
+        output = self._outputs(image, [self.layer]).get(self.layer)
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"layer: {self.name} gives {shape}; expected a map (B, C, h, w) or tokens (B, N, C)")
+        features = self._as_map(output, image)
+        return features.permute(0, 3, 1, 2) if self._channels_last else features
+
+    def list_layers(self) -> list[Layer]:
+        """The outer layers (names with one dot at most) that give more than one cell of an empty square image."""
+        names = [path for path, _ in self.module.named_modules() if path and path.count(".") < 2]
+
+        def run(image: Tensor) -> dict[str, Tensor]:
+            outputs = self._outputs(image, names)
+            tensors = {name: out for name, out in outputs.items() if isinstance(out, Tensor) and out.ndim in (3, 4)}
+            return {name: self._as_map(out, image) for name, out in tensors.items()}
+
+        size = self._probe_size
+        found = _on_empty_image(self, size, run)
+        maps = {name: _channels_first(output) for name, output in found.items()}
+        return [Layer(name, *_channels_and_stride(m, size)) for name, m in maps.items() if m[0, 0].numel() > 1]
+
+    def _outputs(self, image: Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """What these layers give, those alone that run; of one that runs several times, the last."""
+        caught: dict[str, Any] = {}
+        handles = []
+        for name in names:
+            note = functools.partial(lambda name, module, inputs, output: caught.update({name: output}), name)
+            handles.append(self.module.get_submodule(name).register_forward_hook(note))
+        try:
+            self.module(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return caught
+
+    def _as_map(self, output: Tensor, image: Tensor) -> Tensor:
         if output.ndim == 4:
             return output
         side = image.shape[-2] // self.patch_size if self.patch_size else isqrt(output.shape[1])
@@ -226,16 +298,22 @@ def timm_encoder(model: str, *, pretrained: bool = True, layer: int | None = Non
         if "dynamic_img_size" not in str(error):
             raise
         module = timm.create_model(model, **arguments)  # a network without a position embedding
-    return TimmEncoder(module, layer=layer, name=f"timm/{model}")
+    return TimmEncoder(module, layer=layer, name=f"timm/{model}" + ("" if layer is None else f":{layer}"))
 
 
-def transformers_encoder(model: str, *, layer: int | None = None, **arguments: Any) -> TransformersEncoder:
+def transformers_encoder(
+    model: str, *, pretrained: bool = True, layer: int | None = None, **arguments: Any
+) -> TransformersEncoder:
     """Build ``transformers/<model>``, by hub name or folder; arguments go to ``AutoModel.from_pretrained``.
 
-    The normalisation is that of the model's ``preprocessor_config.json``, ImageNet's where it has none.
+    Not ``pretrained``, it has random weights, and the configuration alone is read. The normalisation is that of
+    the model's ``preprocessor_config.json``, ImageNet's where it has none.
     """
     transformers = _require("transformers")
-    module = transformers.AutoModel.from_pretrained(model, **arguments)
+    if pretrained:
+        module = transformers.AutoModel.from_pretrained(model, **arguments)
+    else:
+        module = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(model, **arguments))
     config = _preprocessor_config(model)
     return TransformersEncoder(
         module,
@@ -257,10 +335,16 @@ def _preprocessor_config(model: str) -> dict[str, Any]:
     return config
 
 
-def torchvision_encoder(model: str, layer: str, *, weights: Any = "DEFAULT", **arguments: Any) -> TorchvisionEncoder:
-    """Build ``torchvision/<model>:<layer>``; ``weights`` as ``torchvision.models.get_model`` takes them."""
+def torchvision_encoder(
+    model: str, layer: str | None, *, weights: Any = "DEFAULT", **arguments: Any
+) -> TorchvisionEncoder:
+    """Build ``torchvision/<model>:<layer>``; ``weights`` as ``torchvision.models.get_model`` takes them.
+
+    Without a layer it is the first one: for who wants to list them.
+    """
     models = _require("torchvision").models
     module = models.get_model(model, weights=weights, **arguments)
+    layer = layer or next(path for path, _ in module.named_modules() if path)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if weights is not None:
         chosen = models.get_model_weights(model)[weights] if isinstance(weights, str) else weights

@@ -86,28 +86,33 @@ class LiteBlock(nn.Module):
 class EfficientNetLite0(Encoder):
     """Output of block ``block``, from 0: 4: 40 channels at stride 8; 10: 112 at 16; 15: 320 at 32.
 
-    Blocks behind it are not built. Any image size; a side that is no multiple of the stride rounds up.
+    Blocks behind it are not kept. Any image size; a side that is no multiple of the stride rounds up.
     """
 
     def __init__(self, block: int = 10, name: str | None = None) -> None:
         if not 0 <= block < _DEPTH:
             raise ValueError(f"block: expected one of the blocks 0 to {_DEPTH - 1}, got {block}")
-        channels, stride = _STEM_CHANNELS, 2
+        channels, stride, table = _STEM_CHANNELS, 2, []
         blocks: list[nn.Module] = []
         for expansion, outputs, repeats, first_stride, kernel in _STAGES:
             for repeat in range(repeats):
-                if len(blocks) > block:
-                    break
                 step = first_stride if repeat == 0 else 1
                 blocks.append(LiteBlock(channels, outputs, kernel, step, expansion))
                 channels, stride = outputs, stride * step
+                table.append((channels, stride))
+        channels, stride = table[block]
         super().__init__(
-            name or f"efficientnet_lite0:{block}", channels=channels, stride=stride, mean=(_MEAN,) * 3, std=(_STD,) * 3
+            name or f"efficientnet_lite0:{block}",
+            channels=channels,
+            stride=stride,
+            mean=(_MEAN,) * 3,
+            std=(_STD,) * 3,
+            layers=table,
         )
         self.block = block
         self.conv_stem = SameConv2d(3, _STEM_CHANNELS, kernel=3, stride=2)
         self.bn0 = _norm(_STEM_CHANNELS)
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*blocks[: block + 1])
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, channels, H / stride, W / stride), rounded up."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,21 @@ def require_finite(tensor: Tensor, name: str) -> None:
         check_map(tensor, name)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose output an encoder can give.
+
+    Attributes:
+        name: what stands behind the colon of the encoder's name.
+        channels: of its features.
+        stride: pixels of one of its cells.
+    """
+
+    name: str
+    channels: int
+    stride: int
+
+
 class Encoder(nn.Module):
     """A network that turns a normalised image (B, 3, H, W) into features (B, C, h, w).
 
@@ -40,6 +58,7 @@ class Encoder(nn.Module):
         patch_size: int | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
+        layers: Sequence[tuple[int, int]] = (),  # channels and stride of each, counted from 0
     ) -> None:
         super().__init__()
         self.name = name
@@ -48,6 +67,11 @@ class Encoder(nn.Module):
         self.patch_size = patch_size
         self.mean = mean
         self.std = std
+        self._layers = [Layer(str(number), *size) for number, size in enumerate(layers)]
+
+    def list_layers(self) -> list[Layer]:
+        """The layers among which its name, or an argument of what builds it, chooses; empty where it has one alone."""
+        return list(self._layers)
 
     def normalize(self, rgb01: Tensor) -> Tensor:
         """Normalise an RGB image (B, 3, H, W) with values in 0..1 as this network wants it.

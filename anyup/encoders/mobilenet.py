@@ -65,7 +65,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(Encoder):
     """Output of ``features[index]``: 6: 32 channels at stride 8; 13: 96 at 16; 17: 320 at 32; 18: 1280 at 32.
 
-    Layers behind the index are not built. Any image size; a side that is no multiple of the stride rounds up.
+    Layers behind the index are not kept. Any image size; a side that is no multiple of the stride rounds up.
     """
 
     def __init__(self, index: int = 13, name: str | None = None) -> None:
@@ -81,7 +81,8 @@ class MobileNetV2(Encoder):
                 table.append((channels, stride))
         layers.append(_convolution(channels, _LAST_CHANNELS))
         table.append((_LAST_CHANNELS, stride))
-        super().__init__(name or f"mobilenet_v2:{index}", channels=table[index][0], stride=table[index][1])
+        channels, stride = table[index]
+        super().__init__(name or f"mobilenet_v2:{index}", channels=channels, stride=stride, layers=table)
         self.index = index
         self.layers = nn.Sequential(*layers[: index + 1])
 

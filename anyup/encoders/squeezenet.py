@@ -53,7 +53,7 @@ class Fire(nn.Module):
 class SqueezeNet(Encoder):
     """Output of ``features[index]`` of SqueezeNet 1.1: 7: 256 channels at stride 8; 12: 512 at 16.
 
-    Layers behind the index are not built. The network's strided layers do not pad: by themselves they give fewer
+    Layers behind the index are not kept. The network's strided layers do not pad: by themselves they give fewer
     cells than the image has strides, drawn together towards its middle. So the image's border is repeated by half a
     cell on each side, and cell i lies in the middle (to half a pixel) of its pixels stride * i to stride * (i + 1).
     Any image size; a side that is no multiple of the stride rounds up.
@@ -75,7 +75,12 @@ class SqueezeNet(Encoder):
             table.append((channels, stride))
         channels, stride = table[index]
         super().__init__(
-            name or f"squeezenet1_1:{index}", channels=channels, stride=stride, mean=_MEAN, std=(_STD,) * 3
+            name or f"squeezenet1_1:{index}",
+            channels=channels,
+            stride=stride,
+            mean=_MEAN,
+            std=(_STD,) * 3,
+            layers=table,
         )
         self.index = index
         self.layers = nn.Sequential(*layers[: index + 1])

