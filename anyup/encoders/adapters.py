@@ -217,8 +217,8 @@ def _hidden_states(output: Any) -> Sequence[Tensor]:
 class TorchvisionEncoder(Encoder):
     """Output of one submodule of a torchvision model, by its dotted name: ``layer4``, ``features.13``.
 
-    The layer gives a map (B, C, h, w) or (B, h, w, C), or tokens (B, N, C) of a square image. Layers behind it run too, for a
-    model can only be run as a whole.
+    The layer gives a map (B, C, h, w) or (B, h, w, C), or tokens (B, N, C) of a square image. Layers behind it run
+    too, for a model can only be run as a whole.
     """
 
     def __init__(
