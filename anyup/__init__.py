@@ -13,12 +13,18 @@ if TYPE_CHECKING:
     from anyup import encoders, visualization
     from anyup.checkpoints import load, save
     from anyup.head import with_head
+    from anyup.limited_memory import plan
     from anyup.model import AnyUp
-    from anyup.planning import plan
 
 __all__ = ["AnyUp", "__version__", "encoders", "load", "plan", "save", "visualization", "with_head"]
 
-_MODULES = {"AnyUp": "model", "load": "checkpoints", "save": "checkpoints", "with_head": "head", "plan": "planning"}
+_MODULES = {
+    "AnyUp": "model",
+    "load": "checkpoints",
+    "save": "checkpoints",
+    "with_head": "head",
+    "plan": "limited_memory",
+}
 _SUBMODULES = ("encoders", "visualization")
 _OPERATIONS = ("feature_unification", "pixel_encoder", "query_projection", "window_attention")
 

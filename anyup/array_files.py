@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from anyup.installing import pip_install
-from anyup.outputs import no_room, reserve
+from anyup.limited_memory.destinations import no_room, reserve
 from anyup.run_lock import only_run
 
 SUFFIXES = (".npy", ".zarr")

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anyup.argument_checks import OutputSize
 from anyup.budget import limit_on
 from anyup.image_context import ImageContext, weights_of
-from anyup.planning import choose, task_of
-from anyup.problem import OutputSize
+from anyup.limited_memory import choice
+from anyup.limited_memory.request import Request
 from anyup.progress import human_bytes
 from anyup.repetition import Weights, read_by
-from anyup.streaming import wants_gradients
 from anyup.untraced import untraced
 
 if TYPE_CHECKING:
-    from anyup.model import AnyUp
+    from anyup.network import Network
 
 DEVICES = ("cuda",)
 """Kinds of devices on which there are graphs."""
@@ -81,7 +81,7 @@ class CapturedCall:
 
     def __init__(
         self,
-        upsampler: AnyUp,
+        upsampler: Network,
         image: Tensor | ImageContext,
         features: Tensor,
         output_size: tuple[int, int],
@@ -102,7 +102,7 @@ class CapturedCall:
             image = ImageContext(own.get("image", image.image), own["queries"], keys, image.weights)
         else:
             image = own["image"]
-        call = partial(upsampler._upsample, image, own["features"], output_size, False, None, own.get("values"))
+        call = partial(upsampler.upsample_whole, image, own["features"], output_size, values=own.get("values"))
         with torch.inference_mode(False), torch.no_grad():
             self._graph = graph_of(call, self._device)
 
@@ -152,27 +152,25 @@ class CapturedCall:
 
 @untraced
 def capture(
-    upsampler: AnyUp,
+    upsampler: Network,
     image: Tensor | ImageContext,
     features: Tensor,
     output_size: OutputSize,
     values: Tensor | None,
 ) -> CapturedCall:
     """Check the arguments of `AnyUp.capture`, and capture the call."""
-    size = upsampler.check(image, features, output_size, values=values)
-    device = features.device
+    request = Request.of(upsampler, image, features, output_size, values=values)
+    device = request.device
     if device.type not in DEVICES:
         raise RuntimeError(f"capture: a CUDA graph needs a GPU, and the upsampler is on {device}")
-    carried = features if values is None else values
-    if wants_gradients(upsampler, image, features, carried):
+    if request.wants_gradient:
         raise RuntimeError("capture does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("capture: a graph is being captured already; a plain call can be part of it")
-    task = task_of(upsampler, image, features, size, values=values)
-    plan = choose(task, limit_on(device, None))
+    plan = choice.choose(request.task(), limit_on(device, None))
     if plan.order != "whole":
         raise ValueError(f"capture: a graph holds whole maps, which do not fit; the plan of a call is\n{plan}")
-    return CapturedCall(upsampler, image, features, size, values)
+    return CapturedCall(upsampler, image, features, request.size, values)
 
 
 def _check_like(name: str, given: Any, own: Tensor) -> None:

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anyup.argument_checks import OutputSize, check_output_size, check_size
 from anyup.bench.published import rotate, run_block, run_encoder, unify
 from anyup.images import complete_or_absent
 from anyup.installing import pip_install
 from anyup.model import AnyUp
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.problem import OutputSize, check_output_size, check_size
 from anyup.window import Window, axis_bounds
 
 OPSET = 20

@@ -13,7 +13,7 @@ from anyup.model import AnyUp
 from anyup.ops.precision import FLOATING
 
 if TYPE_CHECKING:
-    from anyup.streaming import Stream
+    from anyup.limited_memory.stream import Stream
 
 
 class WithHead(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.problem import check_output_size, check_size
+from anyup.argument_checks import check_output_size, check_size
 
 Weights = tuple[tuple[int, int | None], ...]
 """Which parameters, and how often each has been written to."""

@@ -35,7 +35,7 @@ from anyup.ops.registration import BODIES
 
 if TYPE_CHECKING:
     from anyup.kernels.launch import Launch
-    from anyup.model import AnyUp
+    from anyup.network import Network
 
 logger = logging.getLogger("anyup")
 
@@ -422,8 +422,8 @@ class Seen:
 class Weights:
     """Where an upsampler's parameters and buffers are found: to look for the places takes longer than to look there."""
 
-    def __init__(self, model: AnyUp) -> None:
-        parts = list(model.modules())
+    def __init__(self, network: Network) -> None:
+        parts = list(network.modules())
         self._children = [part._modules for part in parts if part._modules]
         self._identities = self._identified()
         self._held = [held for part in parts for held in (part._parameters, part._buffers) if held]
@@ -464,12 +464,12 @@ class Calls:
         self._known: OrderedDict[Signature, Repetition] = OrderedDict()
         self._lock = threading.Lock()
 
-    def weights_of(self, model: AnyUp) -> Weights:
+    def weights_of(self, network: Network) -> Weights:
         """The upsampler's weights as they are now; signatures go where these have gone."""
         weights = self._weights
         if weights is None or not weights.are_there() or weights.addresses() != self._addresses:
             with self._lock:
-                weights = self._weights = Weights(model)
+                weights = self._weights = Weights(network)
                 self._known.clear()
                 self._addresses = weights.addresses()
         return weights
@@ -487,7 +487,7 @@ class Calls:
             return known
 
 
-_calls: weakref.WeakKeyDictionary[AnyUp, Calls] = weakref.WeakKeyDictionary()
+_calls: weakref.WeakKeyDictionary[Network, Calls] = weakref.WeakKeyDictionary()
 
 
 def read_by(image: Tensor | ImageContext, features: Tensor, values: Tensor | None) -> dict[str, Tensor]:
@@ -500,7 +500,7 @@ def read_by(image: Tensor | ImageContext, features: Tensor, values: Tensor | Non
 
 
 def seen_before(
-    model: AnyUp,
+    network: Network,
     image: Tensor | ImageContext,
     features: Tensor,
     output_size: Any,
@@ -515,22 +515,20 @@ def seen_before(
     if any(size is not None and type(size) is not int for size in sizes):
         return None
     weights = image.weights if isinstance(image, ImageContext) else None
-    return _seen(model, read_by(image, features, values), (sizes, type(output_size)), weights)
+    return _seen(network, read_by(image, features, values), (sizes, type(output_size)), weights)
 
 
 def encoding_seen_before(
-    model: AnyUp, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]
+    network: Network, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]
 ) -> Seen | None:
     """The same for `AnyUp.encode_image`, with checked arguments."""
-    return _seen(model, {"image": image}, ("encode_image", size, tuple(grids)), None)
+    return _seen(network, {"image": image}, ("encode_image", size, tuple(grids)), None)
 
 
-def _seen(model: AnyUp, named: dict[str, Tensor], settings: Any, made_with: Any) -> Seen | None:
+def _seen(network: Network, named: dict[str, Tensor], settings: Any, made_with: Any) -> Seen | None:
     """What was seen of these tensors and settings, and of weights with which a context was made."""
-    from anyup.model import AnyUp
-
     tensors = list(named.values())
-    if type(model) is not AnyUp or getattr(model, "_is_replica", False):  # of nn.DataParallel, made for each call
+    if getattr(network, "_is_replica", False):  # of nn.DataParallel, made for each call
         return None
     if not all(type(each) is Tensor and each.device == tensors[0].device for each in tensors):
         return None
@@ -539,17 +537,17 @@ def _seen(model: AnyUp, named: dict[str, Tensor], settings: Any, made_with: Any)
     device = tensors[0].device
     if device.type not in DEVICES or _is_watched(device):
         return None
-    calls = _calls.get(model)
+    calls = _calls.get(network)
     if calls is None:
-        calls = _calls.setdefault(model, Calls())
-    weights = calls.weights_of(model)
+        calls = _calls.setdefault(network, Calls())
+    weights = calls.weights_of(network)
     if weights.are_watched() or (made_with is not None and made_with != weights_of(weights.tensors)):
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *weights.tensors)):
         return None
     signature = (
         settings,
-        model.window,
+        network.window,
         *named,
         autocasts(device.type) and torch.get_autocast_dtype(device.type),
         float32_matmul_precision(device.type),

@@ -241,7 +241,7 @@ def resolve_region(
     wanted: tuple[int, ...] | None, region: tuple[int, int, int, int] | None, photo: Tensor
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """(height, width) of the whole result for a photograph, and the (top, left, height, width) of it that is wanted."""
-    from anyup.problem import check_region
+    from anyup.argument_checks import check_region
 
     native = (int(photo.shape[2]), int(photo.shape[3]))
     whole = resolve_size(wanted, native) if wanted else native

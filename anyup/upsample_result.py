@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from anyup.limited_memory.stream import Stream
     from anyup.model import AnyUp
     from anyup.progress import Progress
-    from anyup.streaming import Stream
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Files:
     def save(self, result: Tensor, progress: Progress) -> None:
         """Write the features, (C, H, W) or (N, C), that are written whole. Raises OSError where the disk is full."""
         from anyup.images import save_array
-        from anyup.outputs import no_room
+        from anyup.limited_memory.destinations import no_room
 
         assert self.output is not None
         with progress.stage(f"writing {self.output}"):
@@ -138,20 +138,20 @@ def write_result(
     with torch.inference_mode():
         told_backends(model, image, features, whole, values, progress)
 
-        def stream(result: Any, tile: tuple[int, ...] | None = None) -> Stream:
-            from anyup import streaming
+        def pieces_of(result: Any, tile: tuple[int, ...] | None = None) -> Stream:
+            from anyup.limited_memory.request import Request
+            from anyup.limited_memory.stream import stream
 
-            return streaming.stream(
-                model, image, features, whole,
-                tile=tile, max_memory=arguments.max_memory, region=region, values=values, dtype=dtype,
-                out=result, keep=True,
+            return stream(
+                Request.of(model, image, features, whole, values=values),
+                tile=tile, max_memory=arguments.max_memory, region=region, dtype=dtype, out=result, keep=True,
             )  # fmt: skip
 
         if device.type == "cuda":
             from anyup.warming import compile_ahead
 
             with progress.stage(f"compiling kernels for {device}, which later runs find"):
-                compile_ahead(lambda: next(stream(None)), device)
+                compile_ahead(lambda: next(pieces_of(None)), device)
         partial, result = None, None
         if files.in_pieces:
             assert files.output is not None
@@ -163,16 +163,21 @@ def write_result(
                 "version": __version__,
             }
             begin = array_files.PartialArray.resume if asked and arguments.resume else array_files.PartialArray
-            rows, _ = _tile(stream(None))  # computes nothing
+            rows, _ = _tile(pieces_of(None))  # computes nothing
             partial = begin(files.output, shape, dtype, asked_of_all, rows)
             result = partial.out
             _write_pieces(
-                partial, stream, what, progress, behind=2 if device.type == "cuda" else 0, resumable=asked is not None
+                partial,
+                pieces_of,
+                what,
+                progress,
+                behind=2 if device.type == "cuda" else 0,
+                resumable=asked is not None,
             )
         else:
             result = torch.empty(1, *shape, dtype=dtype, device=device)
             with progress.stage(what) as share:
-                pieces = stream(result)
+                pieces = pieces_of(result)
                 for number in _numbers(pieces, 1):
                     share(number / len(pieces))
     if files.output is not None and partial is None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from anyup.argument_checks import OutputSize, check_size
 from anyup.ops.cuts import is_refusal
 from anyup.ops.kernel_device import installed, interprets
-from anyup.problem import OutputSize, check_size
 from anyup.repetition import FULL_CALLS
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 
 import anyup
 from anyup.budget import SHARE
-from anyup.planning import BudgetError
+from anyup.limited_memory import BudgetError
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cards.md"
 

@@ -111,7 +111,7 @@ def decided_as_on_a_card() -> Iterator[None]:
             ("anyup.model", "key_dtype", lambda dtype, device: working_dtype(dtype)),
             ("anyup.ops.convolution", "goes_through_convolution", lambda x: False),
             ("anyup.model", "on_threads_for", lambda largest, device: nullcontext()),
-            ("anyup.problem", "_warned_unnormalised", True),
+            ("anyup.argument_checks", "_warned_unnormalised", True),
         ):
             stack.enter_context(patch.object(importlib.import_module(where), attribute, instead))
         yield
@@ -199,7 +199,7 @@ def measure(dtype: torch.dtype, output: int, grid: int, channels: int) -> dict[s
         return lambda: patch.object(owner, attribute, nothing)
 
     def upsample(*_: object) -> object:
-        return upsampler._upsample(image, features, (output, output), False, None, None)
+        return upsampler.upsample_whole(image, features, (output, output))
 
     def unchecked() -> AbstractContextManager[object]:
         return patch.object(type(upsampler), "__call__", upsample)

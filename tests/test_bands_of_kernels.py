@@ -14,7 +14,7 @@ from accuracy import assert_close_enough
 from recipe import INTERPRETED, wave
 from test_planning import follow, upsampler
 
-from anyup.banded import Bands
+from anyup.limited_memory.plans import Bands
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.pixel_encoder import fused_band
 from anyup.ops.pixel_encoder.operator import OPERATION

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anyup
-from anyup import budget, streaming
-from anyup.planning.task import make_task
+from anyup import budget
+from anyup.limited_memory.call import _limit
+from anyup.limited_memory.task import make_task
 
 CPU = torch.device("cpu")
 OUT_OF_REACH = (10**9, 10**9)
@@ -152,13 +153,13 @@ def test_a_card_is_not_asked_for_its_free_memory_where_little_of_it_is_taken(mon
     monkeypatch.setattr(budget, "total_memory", lambda device: 2**34 if device.type == "cuda" else None)
     task = make_task(
         anyup.AnyUp(qk_dim=16, num_heads=2, lfu_dim=8).config,
-        image=(448, 448), output=(448, 448), grid=(32, 32), batch=1, channels=384, carried=384, dtype=torch.bfloat16,
-        value_dtype=torch.bfloat16, out_dtype=torch.bfloat16, device_type="cuda", returned=True,
+        image=(448, 448), output=(448, 448), grid=(32, 32), batch=1, channels=384, value_channels=384,
+        dtype=torch.bfloat16, value_dtype=torch.bfloat16, out_dtype=torch.bfloat16, device_type="cuda", returned=True,
         region=(0, 0, 448, 448),
     )  # fmt: skip
-    assert streaming._limit(task, card, None) is None
+    assert _limit(task, card, None) is None
     task.check_room(card, whole=True)
     assert budget.has_room(2**30, card) and not asked
-    assert streaming._limit(task, card, "1GB") == 10**9
-    assert streaming._limit(replace(task, batch=64), card, None) == int(budget.SHARE * 2**33)
+    assert _limit(task, card, "1GB") == 10**9
+    assert _limit(replace(task, batch=64), card, None) == int(budget.SHARE * 2**33)
     assert budget.has_room(2**32, card) and not budget.has_room(2**33, card) and len(asked) == 3

@@ -15,9 +15,10 @@ import torch
 from patience import PATIENCE, wait_until
 from torch import Tensor, nn
 
-from anyup import assets, budget, checkpoints, cli, demo, streaming
+from anyup import assets, budget, checkpoints, cli, demo
 from anyup.evaluation import upsamplers
 from anyup.images import normalize_imagenet, read_features, read_photo, resize, save_array, save_picture
+from anyup.limited_memory import executor
 from anyup.model import AnyUp
 from anyup.ops import refusals
 from anyup.progress import Progress, human_bytes
@@ -70,7 +71,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (checkpoints, demo, upsamplers):  # imported here, not first while this lasts
         monkeypatch.setattr(module, "load", work)
     monkeypatch.setattr(demo, "untrained_model", work)
-    monkeypatch.setattr(streaming, "stream", work)
+    monkeypatch.setattr("anyup.limited_memory.stream.stream", work)
 
 
 @pytest.fixture
@@ -303,7 +304,7 @@ def test_an_interrupted_run_leaves_no_file_and_says_130(
         raise KeyboardInterrupt
 
     before = sorted(folder.iterdir())
-    monkeypatch.setattr(*((streaming.Source, "piece") if during == "model" else (torch, "save")), interrupt)
+    monkeypatch.setattr(*((executor.Executor, "piece") if during == "model" else (torch, "save")), interrupt)
     output = "o.npy" if during == "model" else "o.pt"
     assert upsample("--features", "features.npy", "--weights", weights, "-o", output) == 130
     assert sorted(folder.iterdir()) == before
@@ -339,7 +340,7 @@ def test_an_unforeseen_error_is_one_line_and_with_debug_a_traceback(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck\nand more")
 
-    monkeypatch.setattr(streaming, "stream", fail)
+    monkeypatch.setattr("anyup.limited_memory.stream.stream", fail)
     options = ("--features", "features.npy", "--weights", weights, "-o", "o.npy")
     assert upsample(*options) == 1
     assert _errors(capsys.readouterr().err) == ["anyup: error: RuntimeError: out of luck (--debug shows more)"]

@@ -117,7 +117,7 @@ def test_off_the_cpu_no_library_s_convolution_runs(kernel_size: int, monkeypatch
         F.conv2d(image, torch.empty(4, 3, 1, 1, device="meta"))
         assert seen.count == 1
         with torch.no_grad():
-            model._upsample(image, features, (24, 20), False, None, None)
+            model.upsample_whole(image, features, (24, 20))
     assert seen.count == 1
 
 

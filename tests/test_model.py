@@ -248,7 +248,7 @@ def test_an_even_kernel_gives_the_numbers_of_the_published_forward(
     with torch.no_grad():
         expected = Published(model)(image, features, None, output)
         torch.testing.assert_close(model(image, features, output), expected, rtol=1e-9, atol=1e-9)
-        assert model._guidance(image).shape[2:] == (size[0] + 1, size[1] + 1)
+        assert model.guidance(image).shape[2:] == (size[0] + 1, size[1] + 1)
 
 
 @pytest.mark.parametrize("kernel_size", [2, 4])
@@ -412,7 +412,7 @@ def test_a_smaller_output_pools_the_queries() -> None:
     model = small(backend="reference")
     with torch.no_grad():
         size = (9, 7)
-        query, key = model._query_and_key(image, features, size)
+        query, key = model.queries_and_keys(image, features, size)
         encoded = model.image_encoder(image)
         turned = _rotated(encoded, model.rope.freqs)
         pooled = F.adaptive_avg_pool2d(model.query_encoder(turned), size)

@@ -15,7 +15,8 @@ from recipe import fill, wave
 from test_window_attention import LargestTensor
 from torch import Tensor
 
-from anyup import AnyUp, outputs, streaming
+from anyup import AnyUp
+from anyup.limited_memory import destinations, executor
 
 IMAGE, FEATURES = wave((2, 3, 23, 17), 3, 0.8), wave((2, 9, 6, 5), 7)
 SHAPE = (2, 9, 23, 17)
@@ -30,7 +31,7 @@ def model() -> AnyUp:
 
 @pytest.fixture(autouse=True)
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyup.planning import prediction
+    from anyup.limited_memory import prediction
 
     monkeypatch.setattr(prediction, "BAND_PIXELS", 5 * 17)
 
@@ -110,13 +111,13 @@ def test_pages_of_a_map_are_let_go_after_each_piece(
     model: AnyUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_go = []
-    write = outputs.MemoryMap.write
+    write = destinations.MemoryMap.write
 
-    def watched(self: outputs.MemoryMap, *piece: Any) -> None:
+    def watched(self: destinations.MemoryMap, *piece: Any) -> None:
         write(self, *piece)
         let_go.append(resident())
 
-    monkeypatch.setattr(outputs.MemoryMap, "write", watched)
+    monkeypatch.setattr(destinations.MemoryMap, "write", watched)
     # Large enough that a piece is many pages.
     wide = file_map(tmp_path, shape=(1, 900, 60, 64))
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_a_piece_of_a_card_is_handed_on_while_the_next_is_on_its_way() -> None:
         made.append(size)
         return torch.empty(size, dtype=dtype)
 
-    target = outputs._Pinned(outputs._Memory(out), buffer, clock.event)
+    target = destinations._Pinned(destinations._Memory(out), buffer, clock.event)
     pieces = torch.randn(1, 2, 10, 3)
     arrived = []
     for first, last in ((0, 4), (4, 7), (7, 10)):
@@ -221,7 +222,7 @@ def test_a_piece_of_a_card_is_handed_on_while_the_next_is_on_its_way() -> None:
 def test_a_wrong_out_is_named_before_any_work(
     out: Any, error: type[Exception], message: str, model: AnyUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "Source", None)
+    monkeypatch.setattr(executor, "Executor", None)
     with torch.no_grad(), pytest.raises(error, match=message):
         model(IMAGE, FEATURES, out=out)
 
@@ -278,7 +279,7 @@ def test_a_map_on_a_full_disk_is_refused_before_any_work(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(streaming, "Source", None)
+    monkeypatch.setattr(executor, "Executor", None)
     with torch.no_grad(), pytest.raises(OSError, match=r"\d+ kB needed, .* free: No space left.*map\.npy"):
         model(IMAGE, FEATURES, out=out)
 
@@ -289,7 +290,7 @@ def test_a_file_with_holes_gets_its_blocks_first(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 20)
     before = path.stat().st_blocks
-    outputs.reserve(path)
+    destinations.reserve(path)
     assert before * 512 < 1 << 20 <= path.stat().st_blocks * 512
 
 
@@ -327,6 +328,6 @@ def test_neighbours_in_one_block_of_memory_are_apart(model: AnyUp) -> None:
 def test_a_tensor_that_cannot_be_written_to_is_refused_before_any_work(
     out: Any, error: type[Exception], message: str, model: AnyUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming.Source, "prepare", None)
+    monkeypatch.setattr(executor.Executor, "prepare", None)
     with torch.no_grad(), pytest.raises(error, match=message):
         model(IMAGE, FEATURES, out=out())

@@ -223,8 +223,8 @@ def test_the_blocks_of_the_keys_run_on_kernels_where_they_keep_their_width(
         upsampler = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=filters, backend=backend), 0).to(dtype)
         with torch.no_grad():
             return [
-                upsampler._feature_keys(unified.to(dtype)),
-                upsampler._encode(upsampler.aggregation, joined.to(dtype)),
+                upsampler.feature_keys(unified.to(dtype)),
+                upsampler.encode(upsampler.aggregation, joined.to(dtype)),
             ]
 
     found = blocks("triton")

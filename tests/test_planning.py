@@ -14,11 +14,15 @@ from recipe import fill, wave
 from torch import Tensor, nn
 
 import anyup
-from anyup import AnyUp, banded, budget, planning, streaming, with_head
-from anyup.banded import Bands
+from anyup import AnyUp, budget, with_head
+from anyup.limited_memory import BudgetError, Plan, Task, choice, executor, prediction
+from anyup.limited_memory.bands import BandedImage
+from anyup.limited_memory.plans import Bands
+from anyup.ops.feature_unification import eager as feature_unification
 from anyup.ops.pixel_encoder import banded as banded_encoder
 from anyup.ops.pixel_encoder import eager
-from anyup.planning import BudgetError, Plan, Task, prediction
+from anyup.ops.pixel_encoder import tiles as pixel_encoder_tiles
+from anyup.ops.window_attention import eager as window_attention
 
 IMAGE, FEATURES = wave((2, 3, 23, 17), 3, 0.8), wave((2, 9, 6, 5), 7)
 
@@ -35,15 +39,15 @@ def follow(monkeypatch: pytest.MonkeyPatch, bands: Bands | None, one_by_one: boo
             return prediction.whole(task, limit, one_by_one)
         return prediction.banded(task, bands, limit)
 
-    monkeypatch.setattr(streaming, "choose", chosen)
+    monkeypatch.setattr(choice, "choose", chosen)
 
 
 def assert_calls_exactly(arguments: dict[str, Any], size: tuple[int, int] | None, dtype: torch.dtype) -> None:
     image, features = IMAGE.to(dtype), FEATURES.to(dtype)
     with torch.no_grad():
         reference = upsampler(**arguments, backend="reference").to(dtype)
-        expected = reference._upsample(image, features, size or (23, 17), False, None, None)
-        exact = reference.double()._upsample(image.double(), features.double(), size or (23, 17), False, None, None)
+        expected = reference.upsample_whole(image, features, size or (23, 17))
+        exact = reference.double().upsample_whole(image.double(), features.double(), size or (23, 17))
         assert_close_enough(upsampler(**arguments).to(dtype)(image, features, size), expected, exact)
 
 
@@ -113,7 +117,7 @@ def test_a_context_for_another_grid_is_pooled_in_bands(monkeypatch: pytest.Monke
         follow(monkeypatch, KEPT[5])
         torch.testing.assert_close(model(context, features), expected, rtol=1e-10, atol=1e-10)
         with monkeypatch.context() as patch:
-            patch.setattr(banded.BandedImage, "queries", None)  # they come from the context
+            patch.setattr(BandedImage, "queries", None)  # they come from the context
             torch.testing.assert_close(model(context, features), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -150,7 +154,7 @@ def work_done(bands: Bands, monkeypatch: pytest.MonkeyPatch, stream: bool = Fals
         done[0] += band._count
         return finish(band, *arguments)
 
-    keys = AnyUp._keys
+    keys = AnyUp.keys
 
     def uncounted(model: AnyUp, *arguments: Any) -> Tensor:
         """The keys' blocks on the small grid are a stage of their own."""
@@ -164,8 +168,8 @@ def work_done(bands: Bands, monkeypatch: pytest.MonkeyPatch, stream: bool = Fals
         return plans[-1]
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(AnyUp, "_keys", uncounted)
-        patch.setattr(streaming, "choose", chosen)
+        patch.setattr(AnyUp, "keys", uncounted)
+        patch.setattr(choice, "choose", chosen)
         patch.setattr(eager.Band, "_step", counted)
         patch.setattr(eager.Band, "finish", finished)
         upsampler()(IMAGE[:1], FEATURES[:1])
@@ -224,6 +228,26 @@ PEAKS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("module", "constant"),
+    [(pixel_encoder_tiles, "_TILE_PIXELS"), (feature_unification, "_BUDGET"), (window_attention, "_BUDGET")],
+    ids=str,
+)
+def test_a_plan_knows_what_a_backend_works_in(module: Any, constant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peaks(plan: Plan) -> list[int]:
+        return [stage.peak_bytes for stage in plan.stages]
+
+    def planned() -> Plan:
+        window_attention.scratch_bytes.cache_clear()
+        return anyup.plan((448, 448), (32, 32), 384, max_memory="2GB")
+
+    before = peaks(planned())
+    monkeypatch.setattr(module, constant, {"cpu": 16 * getattr(module, constant)["cpu"]})
+    after = peaks(planned())
+    window_attention.scratch_bytes.cache_clear()
+    assert after > before
+
+
 @pytest.mark.parametrize(("bands", "sizes"), PEAKS, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_peak_is_predicted_within_15_percent(
@@ -237,7 +261,7 @@ def test_the_peak_is_predicted_within_15_percent(
         plans.append(prediction.whole(task, None) if bands is None else prediction.banded(task, bands, None))
         return plans[-1]
 
-    monkeypatch.setattr(streaming, "choose", chosen)
+    monkeypatch.setattr(choice, "choose", chosen)
 
     def make(model: AnyUp, image: Tensor, features: Tensor) -> None:
         if not stream:
@@ -308,13 +332,14 @@ def test_a_plan_says_what_is_kept_and_what_it_costs(threads: None) -> None:
 
 def test_the_call_follows_the_plan_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Plan] = []
-    choose = planning.choose
-    monkeypatch.setattr(streaming, "choose", lambda *args, **more: plans.append(choose(*args, **more)) or plans[-1])
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda *args, **more: plans.append(choose(*args, **more)) or plans[-1])
     model = upsampler()
+    anyup.plan((23, 17), (6, 5), 9, batch=2, max_memory="400MB", upsampler=model)
     with torch.no_grad():
         model(IMAGE, FEATURES, max_memory="400MB")
-    expected = anyup.plan((23, 17), (6, 5), 9, batch=2, max_memory="400MB", upsampler=model)
-    assert plans == [expected]
+    expected, used = plans
+    assert used == expected
 
 
 # A GPU that runs out of memory all the same.
@@ -345,9 +370,9 @@ def test_an_allocation_that_fails_halves_the_budget_and_goes_on(failure: int, mo
             limits.append(limit)
             return prediction.banded(task, plans[len(limits) - 1], limit)
 
-        monkeypatch.setattr(streaming, "choose", chosen)
-        attend = Failing(streaming.window_attention, failure)
-        monkeypatch.setattr(streaming, "window_attention", attend)
+        monkeypatch.setattr(choice, "choose", chosen)
+        attend = Failing(executor.window_attention, failure)
+        monkeypatch.setattr(executor, "window_attention", attend)
         actual = model(image, features, max_memory="1GB")
     assert limits == [10**9, 5 * 10**8]
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -360,7 +385,7 @@ def test_work_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
         banded_encoder.BandedEncoder, "close_pass", lambda self: (passes.append(self.passes), close(self))[1]
     )
     follow(monkeypatch, KEPT[1])
-    monkeypatch.setattr(streaming, "window_attention", Failing(streaming.window_attention, 2))
+    monkeypatch.setattr(executor, "window_attention", Failing(executor.window_attention, 2))
     with torch.no_grad():
         pieces = list(upsampler().stream(IMAGE[:1], FEATURES[:1]))
     assert len(passes) == 3 * 4, "no pass is repeated"
@@ -371,13 +396,13 @@ def test_a_whole_call_that_fails_goes_on_in_bands(monkeypatch: pytest.MonkeyPatc
     model = upsampler().double()
     with torch.no_grad():
         expected = model(IMAGE.double(), FEATURES.double())
-        monkeypatch.setattr(AnyUp, "_upsample", Failing(AnyUp._upsample, 1))
+        monkeypatch.setattr(AnyUp, "upsample_whole", Failing(AnyUp.upsample_whole, 1))
         torch.testing.assert_close(model(IMAGE.double(), FEATURES.double()), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_second_failure_is_an_error_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     follow(monkeypatch, KEPT[0])
-    monkeypatch.setattr(streaming, "window_attention", Failing(streaming.window_attention, 2, 4))
+    monkeypatch.setattr(executor, "window_attention", Failing(executor.window_attention, 2, 4))
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match=r"again, with half the budget: planted\n.*plan"):
         upsampler()(IMAGE, FEATURES)
 

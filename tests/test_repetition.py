@@ -68,7 +68,7 @@ def repeated(model: AnyUp, call: Callable[[], Tensor]) -> Tensor:
 def repeated_once(call: Callable[[], Tensor]) -> Tensor:
     """The call; one that is made in full fails."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AnyUp, "_upsample", None)
+        patch.setattr(AnyUp, "upsample_whole", None)
         return call()
 
 
@@ -137,7 +137,7 @@ def test_calls_with_a_context_are_repeated_with_the_next_one(grids: list[tuple[i
         contexts = [model.encode_image(inputs(phase)[0], grids=grids) for phase in range(5)]
         assert known(model) == [True]  # encode_image is repeated
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(AnyUp, "_encode_image", None)
+            patch.setattr(AnyUp, "queries_and_image_keys", None)
             again = model.encode_image(inputs(0)[0], grids=grids)
         for one, other in zip((contexts[0].queries, *contexts[0].image_keys.values()),
                               (again.queries, *again.image_keys.values()), strict=True):  # fmt: skip
@@ -266,10 +266,12 @@ def test_a_caller_s_mistake_is_met_after_any_number_of_calls() -> None:
 
 
 def test_threads_repeat_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def light(self: AnyUp, image: Tensor, features: Tensor, *_: Any) -> Tensor:  # the interpreter is for one thread
+    def light(
+        self: AnyUp, image: Tensor, features: Tensor, *_: Any, **__: Any
+    ) -> Tensor:  # the interpreter is for one thread
         return F.interpolate(features, image.shape[2:]) * image.mean() * self.image_encoder[0].weight.sum()
 
-    monkeypatch.setattr(AnyUp, "_upsample", light)
+    monkeypatch.setattr(AnyUp, "upsample_whole", light)
     model = small()
     with torch.no_grad():
         expected = [in_full(lambda phase=phase: model(*inputs(phase))) for phase in range(3)]
@@ -412,9 +414,9 @@ with torch.inference_mode(), host.decided_as_on_a_card():
             for _ in range(3):
                 model(*inputs)
             seen.clear()
-            host.AnyUp._upsample, upsample = None, host.AnyUp._upsample
+            host.AnyUp.upsample_whole, upsample = None, host.AnyUp.upsample_whole
             model(*inputs)
-            host.AnyUp._upsample = upsample
+            host.AnyUp.upsample_whole = upsample
             known = {tensor.data_ptr() for tensor in (*inputs, *model.parameters())}
             alike.append([
                 len(full),

@@ -11,12 +11,12 @@ from accuracy import assert_close_enough
 from recipe import fill, wave
 from torch import Tensor
 
-from anyup import AnyUp, banded, streaming
+from anyup import AnyUp
+from anyup.limited_memory import bands, executor, prediction
 from anyup.ops.dispatch import Operation
 from anyup.ops.pixel_encoder import eager
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.statistics import Statistics
-from anyup.planning import prediction
 
 IMAGE, FEATURES = wave((2, 3, 23, 17), 3, 0.8), wave((2, 9, 6, 5), 7)
 
@@ -165,7 +165,7 @@ def test_no_map_of_the_image_s_size_is_ever_made(monkeypatch: pytest.MonkeyPatch
 def test_nothing_is_computed_before_a_piece_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         stream = upsampler().stream(IMAGE, FEATURES)
-    monkeypatch.setattr(banded, "BandedEncoder", None)
+    monkeypatch.setattr(bands, "BandedEncoder", None)
     with pytest.raises(TypeError):
         next(stream)
 
@@ -186,7 +186,7 @@ def test_an_empty_batch_gives_empty_pieces() -> None:
 
 
 def test_a_halo_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(banded, "HALO", 0)
+    monkeypatch.setattr(bands, "HALO", 0)
     with pytest.raises(AssertionError, match="exceeds"):
         assert_streams_exactly({})
 
@@ -198,8 +198,8 @@ def test_statistics_of_one_band_alone_are_noticed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_windows_of_a_band_as_if_it_were_the_map_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = streaming.window_attention
-    monkeypatch.setattr(streaming, "window_attention", lambda *args, part, **kwargs: attend(*args, **kwargs))
+    attend = executor.window_attention
+    monkeypatch.setattr(executor, "window_attention", lambda *args, part, **kwargs: attend(*args, **kwargs))
     with pytest.raises(AssertionError, match="exceeds"):
         assert_streams_exactly({})
 

@@ -20,10 +20,10 @@ import torch
 from patience import PATIENCE, wait_until
 from torch import Tensor
 
-from anyup import checkpoints, cli, images, outputs, streaming
+from anyup import checkpoints, cli, images
 from anyup.images import normalize_imagenet, read_features, read_photo, save_array, save_picture
+from anyup.limited_memory import destinations, executor, prediction
 from anyup.model import AnyUp
-from anyup.planning import prediction
 
 pytest.importorskip("PIL")
 
@@ -196,7 +196,7 @@ def test_a_result_that_its_dtype_cannot_hold_is_refused_before_the_work(
     torch.save({"weight": torch.full((3, CHANNELS), 2e4)}, "head.pt")
     save_array("small.npy", torch.ones(CHANNELS, *GRID))
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "stream", None)
+        patch.setattr("anyup.limited_memory.stream.stream", None)
         for options in ((), ("--features", "small.npy", "--head", "head.pt"), ("--values", "features.npy")):
             assert upsample("-o", name, "--dtype", "float16", *options) == 1
             message = "--dtype float16: float16 holds numbers up to 65504, and what is upsampled reaches 1e+05"
@@ -266,7 +266,7 @@ def test_a_mistake_is_named(options: tuple[str, ...], message: str, capsys: pyte
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseException | None = None) -> None:
     """Ctrl-C, or an error, in the piece after so many."""
-    piece = streaming.Source.piece
+    piece = executor.Executor.piece
     made: list[slice] = []
 
     def counted(self: Any, rows: slice, *arguments: Any) -> Tensor:
@@ -275,7 +275,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, pieces: int, error: BaseExceptio
         made.append(rows)
         return piece(self, rows, *arguments)
 
-    monkeypatch.setattr(streaming.Source, "piece", counted)
+    monkeypatch.setattr(executor.Executor, "piece", counted)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a broken disk")])
@@ -300,7 +300,7 @@ def test_two_runs_never_write_one_file(
     name: str, pieces: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert upsample("-o", f"whole{name}") == 0
-    piece, made = streaming.Source.piece, []
+    piece, made = executor.Executor.piece, []
 
     def interrupted(self: Any, rows: slice, *arguments: Any) -> Tensor:
         made.append(rows)
@@ -309,7 +309,7 @@ def test_two_runs_never_write_one_file(
                 assert upsample("-o", name, *options) == 1
         return piece(self, rows, *arguments)
 
-    monkeypatch.setattr(streaming.Source, "piece", interrupted)
+    monkeypatch.setattr(executor.Executor, "piece", interrupted)
     assert upsample("-o", name) == 0
     assert "another run is writing it" in capsys.readouterr().err
     assert left() == {f"whole{name}", name}
@@ -446,7 +446,7 @@ def test_a_disk_that_fills_leaves_nothing_and_says_what_was_needed(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(outputs.os, "posix_fallocate", full)
+    monkeypatch.setattr(destinations.os, "posix_fallocate", full)
     assert upsample("-o", "out.npy") == 1
     error = capsys.readouterr().err
     assert "kB needed" in error and "free" in error
@@ -459,16 +459,17 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for ended in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(ended, signal.SIG_DFL)
-from anyup import cli, streaming
-from anyup.planning import prediction
+from anyup import cli
+from anyup.limited_memory import executor
+from anyup.limited_memory import prediction
 prediction.BAND_PIXELS = 4 * 32
-piece, begun = streaming.Source.piece, []
+piece, begun = executor.Executor.piece, []
 def halting(*arguments):
     begun.append(arguments)
     if len(begun) > 3:
         time.sleep(1e6)
     return piece(*arguments)
-streaming.Source.piece = halting
+executor.Executor.piece = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 

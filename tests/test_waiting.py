@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anyup import AnyUp, streaming
-from anyup.banded import Bands
+from anyup import AnyUp
 from anyup.kernels.config import Target
 from anyup.kernels.launch import Launch
-from anyup.planning import prediction
+from anyup.limited_memory import choice, prediction
+from anyup.limited_memory.plans import Bands
 from benchmarks.model_steps import pretended_card
 
 SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
@@ -125,7 +125,7 @@ def test_inference_copies_nothing_from_the_host(way: str, dtype: torch.dtype, mo
 @pytest.mark.parametrize("size", [None, (35, 41)], ids=["", "larger than the image"])
 @pytest.mark.parametrize("bands", BANDS)
 def test_bands_copy_nothing_from_the_host(bands: str, size: Size, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "choose", lambda task, limit, **_: prediction.banded(task, BANDS[bands], limit))
+    monkeypatch.setattr(choice, "choose", lambda task, limit, **_: prediction.banded(task, BANDS[bands], limit))
     upsampler, tensors = model(), inputs()
     with torch.inference_mode(), copies(monkeypatch) as found:
         WAYS[way](upsampler, *tensors, size)

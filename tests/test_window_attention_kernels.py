@@ -180,8 +180,8 @@ def test_a_stream_runs_on_the_kernels(window: str, monkeypatch: pytest.MonkeyPat
     from recipe import fill, wave
 
     from anyup import AnyUp
+    from anyup.limited_memory import prediction
     from anyup.ops.window_attention import eager
-    from anyup.planning import prediction
 
     monkeypatch.setattr(prediction, "BAND_PIXELS", 7 * 28)
     image, features = wave((1, 3, 20, 28), 3, 0.8), wave((1, 20, 5, 7), 7)

@@ -26,7 +26,7 @@ from anyup.bench.floors import CLASSES
 from anyup.bench.results import Row
 from anyup.bench.workloads import Workload, square
 from anyup.budget import parse_memory
-from anyup.planning import Plan
+from anyup.limited_memory import Plan
 
 
 @dataclass(frozen=True)

@@ -73,21 +73,21 @@ class Stages:
             times[name] = clock(run).seconds
             return made.pop()
 
-        guidance = stage("image encoder", model._guidance, self._image)
-        image_keys = stage("key encoder", model._encode, model.key_encoder, guidance, grid)
-        encoded = stage("query encoder", model._encode, model.query_encoder, guidance, size)
+        guidance = stage("image encoder", model.guidance, self._image)
+        image_keys = stage("key encoder", model.encode, model.key_encoder, guidance, grid)
+        encoded = stage("query encoder", model.encode, model.query_encoder, guidance, size)
         del guidance  # as the model does: a map of D channels at full resolution
         projection = model.cross_decode.query_parameters(encoded.dtype)
-        backend = model._backends["query_projection"]
+        backend = model.backends["query_projection"]
         queries = stage("3x3 and query projection", project_queries, encoded, projection, backend=backend)
         del encoded
         wide = torch.promote_types(features.dtype, torch.float32)
-        normalised, basis = F.normalize(features.to(wide), dim=1), model._basis(wide)
-        backend = model._backends["feature_unification"]
+        normalised, basis = F.normalize(features.to(wide), dim=1), model.unification_basis(wide)
+        backend = model.backends["feature_unification"]
         stage("feature unification", unify_features, normalised, basis, backend=backend)
-        keys = stage("aggregation", model._keys, image_keys, features)
+        keys = stage("aggregation", model.keys, image_keys, features)
         queries = model.cross_decode.split_heads(queries)
-        out = stage("window attention", model._attend, queries, keys.to(queries.dtype), features, False, None)
+        out = stage("window attention", model.attend, queries, keys.to(queries.dtype), features)
         return times, out
 
 

@@ -136,9 +136,14 @@ def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device:
     return results  # type: ignore[return-value]
 
 
+def workers_of(threads: int) -> int:
+    """Workers that each take tiles, of so many threads of a CPU."""
+    return max(1, min(threads, _MOST_WORKERS))
+
+
 def _workers(device: torch.device) -> int:
-    """Threads that each take tiles; one where each would use as many threads as all of them together should."""
-    return min(torch.get_num_threads(), _MOST_WORKERS) if device.type == "cpu" and _runtime() else 1
+    """One where each would use as many threads as all of them together should."""
+    return workers_of(torch.get_num_threads()) if device.type == "cpu" and _runtime() else 1
 
 
 class _Runtime:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from anyup import outputs
 from anyup.bench.timing import Time
+from anyup.limited_memory import destinations
 
 card.rehearsed = True
 
@@ -93,7 +93,7 @@ def pretended_card() -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
         patch.setattr("anyup.bench.clock.CudaClock", _Clock)
         pinned = (lambda size, dtype: torch.empty(size, dtype=dtype), lambda device: _Happened())
-        patch.setattr(outputs._Pinned.__init__, "__defaults__", pinned)
+        patch.setattr(destinations._Pinned.__init__, "__defaults__", pinned)
         yield patch
 
 

@@ -21,12 +21,12 @@ from card import no_card, rehearsed
 from recipe import AttentionShape, attention_tensors, fill, wave
 from torch import Tensor
 
-from anyup import AnyUp, streaming
-from anyup.banded import Bands
+from anyup import AnyUp
 from anyup.kernels.config import backward_grid_configs, backward_key_value_configs
+from anyup.limited_memory import choice, prediction
+from anyup.limited_memory.plans import Bands
 from anyup.ops import explain_backends, window_attention
 from anyup.ops.kernel_device import target
-from anyup.planning import prediction
 from anyup.window import RatioWindow
 
 pytestmark = pytest.mark.gpu
@@ -227,7 +227,7 @@ def test_a_training_step_does_not_wait_for_the_device(backend: str | None) -> No
 
 def test_bands_and_a_context_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     bands = Bands(SIDE // 2, SIDE // 2 - 2)
-    monkeypatch.setattr(streaming, "choose", lambda task, limit, **_: prediction.banded(task, bands, limit))
+    monkeypatch.setattr(choice, "choose", lambda task, limit, **_: prediction.banded(task, bands, limit))
     upsampler, (image, features) = model(), model_inputs()
 
     def run() -> None:

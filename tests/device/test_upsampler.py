@@ -11,9 +11,9 @@ from accuracy import assert_close_enough
 from recipe import fill, wave
 from torch import Tensor
 
-from anyup import AnyUp, streaming
-from anyup.banded import Bands
-from anyup.planning import prediction
+from anyup import AnyUp
+from anyup.limited_memory import choice, prediction
+from anyup.limited_memory.plans import Bands
 
 pytestmark = pytest.mark.gpu
 
@@ -105,7 +105,7 @@ def test_a_stream_on_a_card_gives_what_the_plain_call_gives(wide_output: Tensor,
 def test_bands_of_an_image_go_through_the_kernels(
     bands: Bands, dtype: torch.dtype, wide_output: Tensor, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "choose", lambda task, limit, **_: prediction.banded(task, bands, limit))
+    monkeypatch.setattr(choice, "choose", lambda task, limit, **_: prediction.banded(task, bands, limit))
     upsampler = model("cuda", dtype).eval()
     image, features = (tensor[:1].to("cuda", dtype) for tensor in inputs())
     with torch.inference_mode():

@@ -74,6 +74,21 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     return grad_features.to(features.dtype), grad_filters.view_as(basis).to(basis.dtype)
 
 
+def scratch_bytes(
+    shape: tuple[int, int, int], filters: int, taps: int, dtype: torch.dtype, device_type: str, workers: int
+) -> int:
+    """Bytes that `forward` takes for features (batch, channels, cells), its result left out; an estimate."""
+    batch, channels, cells = shape
+    tiles = -(-cells // _positions(channels, filters, device_type))  # of about one size
+    tile = workers * -(-cells // tiles) * channels * (2 * filters + taps)
+    return (2 * batch * cells * channels + tile + 2 * cells * taps) * working_dtype(dtype).itemsize
+
+
+def _positions(channels: int, filters: int, device_type: str) -> int:
+    """The most positions of a tile."""
+    return max(1, _BUDGET.get(device_type, _BUDGET_ELSEWHERE) // (channels * filters))
+
+
 class _Patches:
     """The patches of some features, divided by the taps inside the map, a tile of positions at a time.
 
@@ -94,8 +109,7 @@ class _Patches:
         taps = tap[:, None] * self.padded.shape[2] + tap
         self._rows = corner.flatten()[:, None] + taps.flatten()  # (h*w, s*s), rows of a flattened padded map
         self._inside = _taps_inside((h, w), size, self.padded)[:, None, None]
-        most = max(1, _BUDGET.get(features.device.type, _BUDGET_ELSEWHERE) // (channels * filters))
-        positions = cut(h * w, most, features.device)
+        positions = cut(h * w, _positions(channels, filters, features.device.type), features.device)
         self.tiles: list[_Tile] = [(image, tile) for image in range(batch) for tile in positions]
 
     def take(self, tile: _Tile) -> Tensor:

@@ -47,5 +47,11 @@ def tile_pixels(device: torch.device) -> int:
     return _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
 
 
+def scratch_bytes(pixels: int, pixel_bytes: int, device_type: str, workers: int) -> int:
+    """Bytes of one map, of so many for a pixel, of the tiles that the workers hold at a time."""
+    tiles = max(1, -(-pixels // _TILE_PIXELS.get(device_type, _TILE_PIXELS_ELSEWHERE)))  # of about one size
+    return workers * -(-pixels // tiles) * pixel_bytes
+
+
 def _tiles(count: int, device: torch.device, multiple: int) -> list[slice]:
     return cut(count, tile_pixels(device), device, multiple)

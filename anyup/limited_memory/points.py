@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyup.budget import limit_on
-from anyup.image_context import ImageContext
-from anyup.planning import choose, task_of
-from anyup.planning.prediction import whole
-from anyup.problem import OutputSize
-from anyup.streaming import Rescue, Source, wants_gradients
+from anyup.limited_memory import choice
+from anyup.limited_memory.executor import Executor
+from anyup.limited_memory.prediction import whole
+from anyup.limited_memory.request import Request
 from anyup.untraced import untraced
-
-if TYPE_CHECKING:
-    from anyup.model import AnyUp
 
 
 @untraced
-def at_points(
-    model: AnyUp,
-    image: Tensor | ImageContext,
-    features: Tensor,
-    points: Tensor,
-    output_size: OutputSize,
-    *,
-    values: Tensor | None,
-    max_memory: int | str | None,
-) -> Tensor:
-    """`AnyUp.at_points`."""
-    size = model.check(image, features, output_size, values=values)
-    carried = features if values is None else values
-    pixels, weights = _pixels(_checked(points, len(features), size), size)
+def at_points(request: Request, points: Tensor, *, max_memory: int | str | None) -> Tensor:
+    """`AnyUp.at_points`: (B, N, C)."""
+    values = request.values
+    pixels, weights = _pixels(_checked(points, len(request), request.size), request.size)
     # As a stream of one pixel: statistics and keys, and no map of the output.
-    task = task_of(model, image, features, size, values=values, region=(0, 0, 1, 1), tile=(1, 1))
-    if wants_gradients(model, image):
+    task = request.task(region=(0, 0, 1, 1), tile=(1, 1))
+    if request.network.wants_gradient(request.image):
         if max_memory is not None:
             raise RuntimeError("max_memory: the gradient of the image or the weights needs whole maps of the queries")
         plan = whole(task, None)
     else:
-        plan = choose(task, limit_on(features.device, max_memory))
+        plan = choice.choose(task, limit_on(request.device, max_memory))
     with torch.no_grad():  # it asks for the backends of a stream, which has no gradients
-        source = Source(model, image, features, carried, size, Rescue(plan))
-    with model._threads(image, size, features):
-        found = [source.at(index, *places.unbind(1)) for index, places in enumerate(pixels)]
-    result = torch.stack(found) if found else carried.new_empty(0, pixels.shape[1], carried.shape[1])
+        executor = Executor(request, plan)
+    with request.network.threads_for(request.image, request.size, request.features):
+        found = [executor.at(index, *places.unbind(1)) for index, places in enumerate(pixels)]
+    result = torch.stack(found) if found else values.new_empty(0, pixels.shape[1], values.shape[1])
     if weights is None:
         return result
     corners = result.unflatten(1, (4, -1))

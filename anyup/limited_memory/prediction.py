@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import torch
 
-from anyup.banded import HALO, Bands, band_rows
+from anyup.limited_memory.plans import HALO, Bands, Plan, Stage, band_rows
+from anyup.limited_memory.task import Size, Task, pixels_of
+from anyup.ops.feature_unification import eager as feature_unification
+from anyup.ops.pixel_encoder import tiles as pixel_encoder
 from anyup.ops.precision import key_dtype, working_dtype
-from anyup.ops.window_attention.eager import scratch_bytes
-from anyup.planning.plans import Plan, Stage
-from anyup.planning.task import Size, Task, pixels_of
+from anyup.ops.window_attention import eager as window_attention
 from anyup.window import axis_bounds
 
 BAND_PIXELS = 2**16
@@ -39,7 +40,7 @@ def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     image, output = (pixels_of(size) for size in (task.image, task.output))
     one, queries = image * task.pixel_bytes, images * output * task.pixel_bytes
     shrinks = task.output != task.image and task.output[0] <= task.image[0] and task.output[1] <= task.image[1]
-    out = task.batch * output * task.carried * task.value_dtype.itemsize if task.returned else 0
+    out = task.batch * output * task.value_channels * task.value_dtype.itemsize if task.returned else 0
     before = out if one_by_one and task.batch > 1 else 0
     keys = _key_bytes(task, images)
     tile = _tile_bytes(task, image)
@@ -82,7 +83,7 @@ def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
     kept, later, encoded = (rows / height for rows in (bands.kept, bands.kept_for_output, bands.encoded))
     row = images * width * task.pixel_bytes
     # What is allocated the whole time: of a batch, the output from the first image on.
-    out = task.batch * pixels_of(task.output) * task.carried * task.value_dtype.itemsize if task.returned else 0
+    out = task.batch * pixels_of(task.output) * task.value_channels * task.value_dtype.itemsize if task.returned else 0
     always = _overhead(task) + (out if task.batch > 1 else 0)
     scratch = 4 * _tile_bytes(task, bands.rows * width) + bands.rows * width * task.input_dim * 8
     rest = kept < 1
@@ -140,48 +141,45 @@ def _piece_bytes(task: Task, step: int) -> tuple[int, int, int]:
     _, _, height, width = task.region
     columns = min(task.tile[1], width) if task.tile else width
     step = min(step, height)
-    made = step * columns * task.carried * task.value_dtype.itemsize
+    made = step * columns * task.value_channels * task.value_dtype.itemsize
     held = 0
     if not task.returned:
         rows = min(task.tile[0], height) if task.tile else step
-        held = 2 * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
+        held = 2 * task.batch * rows * columns * task.value_channels * task.out_dtype.itemsize
         if rows == step and task.batch == 1 and task.value_dtype == task.out_dtype:
             held //= 2  # what is made is the piece; the caller still holds the last one
         if task.mapped:
-            held += _PAGES * task.batch * rows * columns * task.carried * task.out_dtype.itemsize
-    shape = (task.heads, task.dim, task.carried)
-    scratch = scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
+            held += _PAGES * task.batch * rows * columns * task.value_channels * task.out_dtype.itemsize
+    shape = (task.heads, task.dim, task.value_channels)
+    scratch = window_attention.scratch_bytes(task.window, step, task.output, task.grid, shape, task.device_type)
     return held, made, task.workers * scratch
 
 
 def _attention_products(task: Task) -> float:
     pixels = task.batch * pixels_of(task.region[2:])
-    return pixels * _mean_window(task) * (task.dim + task.carried) / task.dim**2
+    return pixels * _mean_window(task) * (task.dim + task.value_channels) / task.dim**2
 
 
 def _grid_bytes(task: Task, images: int) -> int:
     """Keys, values, and the copies that the attention makes of one image's."""
     cells, wide = pixels_of(task.grid), working_dtype(task.dtype).itemsize
-    own = images * (task.pixel_bytes + task.carried * task.value_dtype.itemsize)
-    return cells * (own + wide * task.dim + task.carried * working_dtype(task.value_dtype).itemsize)
+    own = images * (task.pixel_bytes + task.value_channels * task.value_dtype.itemsize)
+    return cells * (own + wide * task.dim + task.value_channels * working_dtype(task.value_dtype).itemsize)
 
 
 def _key_bytes(task: Task, images: int) -> int:
     """The most on the small grid, while the features' keys are made and joined with the image's."""
     cells, taps = pixels_of(task.grid), task.filter_size**2
-    features = images * cells * task.channels
-    position = task.channels * (2 * task.filters + taps)
-    most = max(1, (2**18 if task.device_type == "cpu" else 2**26) // (task.channels * task.filters))
-    tile = task.workers * -(-cells // -(-cells // most)) * position
-    unifying = (2 * features + tile + cells * 2 * taps) * working_dtype(task.dtype).itemsize
+    shape = (images, task.channels, cells)
+    unifying = feature_unification.scratch_bytes(shape, task.filters, taps, task.dtype, task.device_type, task.workers)
     joining = images * cells * 12 * task.dim * key_dtype(task.dtype, torch.device(task.device_type)).itemsize
     return max(unifying, joining)
 
 
 def _tile_bytes(task: Task, pixels: int) -> int:
     """Of a map of the tiles that the pixels of a map are worked on in."""
-    tiles = max(1, -(-pixels // (4096 if task.device_type == "cpu" else 2**18)))  # of about one size
-    return task.workers * -(-pixels // tiles) * task.dim * working_dtype(task.dtype).itemsize
+    pixel_bytes = task.dim * working_dtype(task.dtype).itemsize
+    return pixel_encoder.scratch_bytes(pixels, pixel_bytes, task.device_type, task.workers)
 
 
 def _overhead(task: Task) -> int:

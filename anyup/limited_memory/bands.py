@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anyup.layers import encoded_size
+from anyup.limited_memory.plans import HALO, Bands
 from anyup.ops import memory, query_projection
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder, check_backend, problem_of
@@ -27,42 +27,7 @@ from anyup.ops.query_projection.points import project_neighbourhoods
 
 if TYPE_CHECKING:
     from anyup.layers import Encoder
-    from anyup.model import AnyUp
-
-HALO = 1
-"""Pixels that the queries' 3x3 convolution sees beyond."""
-
-
-@dataclass(frozen=True)
-class Bands:
-    """How an image is cut, and which of its rows (the first so many, in whole bands) keep a map between the passes.
-
-    Attributes:
-        rows: of the image, in a band.
-        output_rows: rows of the output that are worked on at a time.
-        together: the key and the query encoder's passes go side by side, and what is kept is the encoded image;
-            otherwise one follows the other, and each keeps its own trunk.
-        kept: rows that keep a map while statistics are taken.
-        kept_for_output: rows that still keep it afterwards.
-        encoded: rows that keep the encoded image beside it (not where they go together).
-    """
-
-    rows: int
-    output_rows: int
-    together: bool = True
-    kept: int = 0
-    kept_for_output: int = 0
-    encoded: int = 0
-
-
-def band_rows(width: int, pixels: int) -> int:
-    """Rows of an image of this width in a band of so many pixels, at least one."""
-    return max(1, pixels // width)
-
-
-def output_rows(rows: int, image_height: int, output_height: int) -> int:
-    """Rows of the output whose image rows, with those that the convolution sees beyond them, make a band of `rows`."""
-    return max(1, rows * output_height // image_height - 2 * HALO)
+    from anyup.network import Network
 
 
 def reach(part: slice, count: int, length: int) -> Cells:
@@ -94,21 +59,21 @@ class Workspace:
         self._maps.clear()
 
 
-def check_backends(model: AnyUp, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def check_backends(network: Network, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     """Raise NotImplementedError where no backend that the model asks for can encode an image of a size in bands."""
-    for encoder in _encoders(model).values():
-        check_backend(problem_of(*encoder.channels_of_op, size, dtype, device), model._backends["pixel_encoder"])
+    for encoder in _encoders(network).values():
+        check_backend(problem_of(*encoder.channels_of_op, size, dtype, device), network.backends["pixel_encoder"])
 
 
-def _encoders(model: AnyUp) -> dict[str, Encoder]:
-    return {"image": model.image_encoder, "key": model.key_encoder, "query": model.query_encoder}
+def _encoders(network: Network) -> dict[str, Encoder]:
+    return {"image": network.image_encoder, "key": network.key_encoder, "query": network.query_encoder}
 
 
 class BandedImage:
     """The queries and pooled keys of one image, computed for the part that is asked for.
 
     Args:
-        model: whose weights are used, without gradients.
+        network: whose weights are used, without gradients.
         image: (input_dim, Hi, Wi).
         size: (H, W) of the output.
         dtype: that queries and keys are computed in.
@@ -119,7 +84,7 @@ class BandedImage:
 
     def __init__(
         self,
-        model: AnyUp,
+        network: Network,
         image: Tensor,
         size: tuple[int, int],
         dtype: torch.dtype,
@@ -128,18 +93,18 @@ class BandedImage:
         *,
         needs_queries: bool = True,
     ) -> None:
-        self._model, self._image, self._size, self._dtype = model, image, size, dtype
-        self._height, self._width = encoded_size((image.shape[1], image.shape[2]), model.config["kernel_size"])
+        self._network, self._image, self._size, self._dtype = network, image, size, dtype
+        self._height, self._width = encoded_size((image.shape[1], image.shape[2]), network.config["kernel_size"])
         self._work, self._needs_queries = workspace, needs_queries
         self._encoders = {
             name: BandedEncoder(
                 encoder.parameters_for_op(dtype),
                 problem_of(*encoder.channels_of_op, (self._height, self._width), dtype, image.device),
-                model._backends["pixel_encoder"],
+                network.backends["pixel_encoder"],
             )
-            for name, encoder in _encoders(model).items()
+            for name, encoder in _encoders(network).items()
         }
-        self._rotation = Rotation((self._height, self._width), model.rope.freqs.to(dtype))
+        self._rotation = Rotation((self._height, self._width), network.rope.freqs.to(dtype))
         self._pooled: Tensor | None = None
         self.recut(bands)
 
@@ -193,15 +158,15 @@ class BandedImage:
 
         with without_autocast(self._image.device.type):
             encoded = self._by_what_runs(encoded_part)
-            parameters = self._model.cross_decode.query_parameters(self._dtype)
+            parameters = self._network.cross_decode.query_parameters(self._dtype)
             projected = query_projection.project_queries(
-                encoded[None], parameters, backend=self._model._backends["query_projection"]
+                encoded[None], parameters, backend=self._network.backends["query_projection"]
             )
         within = [
             slice(part.start - cells.first, part.stop - cells.first)
             for part, cells in zip((rows, columns), (row_cells, column_cells), strict=True)
         ]
-        return self._model.cross_decode.split_heads(projected[:, within[0], within[1]])
+        return self._network.cross_decode.split_heads(projected[:, within[0], within[1]])
 
     def queries_at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(N, heads, head_dim) of single pixels of the output, (N,) on the CPU, once there are image keys."""
@@ -212,10 +177,10 @@ class BandedImage:
         pixels_of_point = math.prod(pixel.shape[1] * pixel.shape[2] for pixel, _ in axes)
         step = max(1, self._bands.rows * self._width // pixels_of_point)
         parts = zip(*(each.split(step) for axis in axes for each in axis), strict=True)
-        parameters = self._model.cross_decode.query_parameters(self._dtype)
+        parameters = self._network.cross_decode.query_parameters(self._dtype)
         with without_autocast(self._image.device.type):
             found = [project_neighbourhoods(self._neighbourhoods(*part), parameters) for part in parts]
-        return self._model.cross_decode.split_heads(torch.cat(found))
+        return self._network.cross_decode.split_heads(torch.cat(found))
 
     def _neighbourhoods(self, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor) -> Tensor:
         """(n, 3, 3, D) of the query encoder's map, of the pixels (n, 3, m) that each cell averages along the axes."""
@@ -226,7 +191,7 @@ class BandedImage:
         image, query = self._encoders["image"], self._encoders["query"]
 
         def encoded() -> Tensor:
-            pixels = self._model.image_encoder.prepare_at(self._image, row, column, self._dtype)[:, None]
+            pixels = self._network.image_encoder.prepare_at(self._image, row, column, self._dtype)[:, None]
             trunk, branch = (self._work.take(name, len(needed), 1) for name in ("trunk", "branch"))
             image.encode(pixels, trunk, branch, self._rotation.at(row, column))
             return query.encode(trunk, trunk, branch)[:, 0]
@@ -286,7 +251,7 @@ class BandedImage:
         h, w = grid
         cells = Cells(0, h, h, self._height), Cells(0, w, w, self._width)
         encoder = self._encoders["key"]
-        shape = (*grid, self._model.qk_dim)
+        shape = (*grid, self._network.qk_dim)
         wide = working_dtype(self._dtype)
         sums = self._image.new_zeros(shape, dtype=wide), self._image.new_zeros(shape, dtype=wide)
         for rows in self._cut():
@@ -353,7 +318,7 @@ class BandedImage:
     def _pixels(self, rows: slice, columns: slice | None = None) -> Tensor:
         """(rows, columns, C): what the image encoder takes; None: all columns."""
         columns = slice(0, self._width) if columns is None else columns
-        return self._model.image_encoder.prepare_part(self._image, rows, columns, self._dtype)
+        return self._network.image_encoder.prepare_part(self._image, rows, columns, self._dtype)
 
     def _cut(self) -> Iterator[slice]:
         for first in range(0, self._height, self._bands.rows):

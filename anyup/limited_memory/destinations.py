@@ -26,7 +26,7 @@ Shape = tuple[int, int, int, int]
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
-class Target(Protocol):
+class Destination(Protocol):
     """What takes the pieces of a map.
 
     Attributes:
@@ -44,7 +44,7 @@ class Target(Protocol):
         """Wait until all that was taken has arrived."""
 
 
-def target_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
+def destination_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Destination:
     """How pieces are written into `out`, of the shape (B, C, H, W); `inputs` are what they are made of, by name.
 
     Raises:
@@ -54,7 +54,7 @@ def target_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
     """
     device = next(iter(inputs.values())).device
     if isinstance(out, Tensor):
-        return _tensor_target(out, shape, inputs, device)
+        return _tensor_destination(out, shape, inputs, device)
     if not all(hasattr(out, name) for name in ("shape", "dtype", "__setitem__")):
         raise TypeError(f"out: expected a tensor, a NumPy or a zarr array, got {type(out).__name__}")
     _check_shape(out.shape, shape)
@@ -63,11 +63,11 @@ def target_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Target:
         raise TypeError(f"out: expected floating-point numbers of {', '.join(_DTYPES)}, got {out.dtype}")
     if getattr(out, "read_only", False):
         raise ValueError("out: expected an array that can be written, got a read-only one")
-    host = _array_target(out, dtype, inputs)
+    host = _array_destination(out, dtype, inputs)
     return _Pinned(host) if device.type == "cuda" else host
 
 
-def _tensor_target(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor], device: torch.device) -> Target:
+def _tensor_destination(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor], device: torch.device) -> Destination:
     check_dense("out", out)
     _check_shape(out.shape, shape)
     if out.dtype not in FLOATING:
@@ -81,8 +81,8 @@ def _tensor_target(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor], devi
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("out: a tensor of inference mode can be written to within torch.inference_mode() alone")
     _check_apart(out, inputs)
-    target = _Memory(out)
-    return _Pinned(target) if device.type == "cuda" and out.device.type == "cpu" else target
+    memory = _Memory(out)
+    return _Pinned(memory) if device.type == "cuda" and out.device.type == "cpu" else memory
 
 
 def _check_apart(out: Tensor, inputs: Mapping[str, Tensor]) -> None:
@@ -99,7 +99,7 @@ def _check_apart(out: Tensor, inputs: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"out: shares memory with {name}, which is read while it is written")
 
 
-def _array_target(out: Any, dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> Target:
+def _array_destination(out: Any, dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> Destination:
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(out, numpy.ndarray):
         return _Chunked(out, dtype)
@@ -234,7 +234,7 @@ class _Pinned:
 
     def __init__(
         self,
-        host: Target,
+        host: Destination,
         make_buffer: Callable[[int, torch.dtype], Tensor] = _pinned,
         make_event: Callable[[torch.device], Any] = _recorded,
     ) -> None:

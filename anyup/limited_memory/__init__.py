@@ -6,8 +6,8 @@ the rows have room, the encoded image (their passes side by side, because what k
 often).
 """
 
-from anyup.planning.choice import BudgetError, choose, plan, rows_at_once
-from anyup.planning.plans import Plan, Stage
-from anyup.planning.task import Task, task_of
+from anyup.limited_memory.choice import BudgetError, choose, plan, rows_at_once
+from anyup.limited_memory.plans import Plan, Stage
+from anyup.limited_memory.task import Task
 
-__all__ = ["BudgetError", "Plan", "Stage", "Task", "choose", "plan", "rows_at_once", "task_of"]
+__all__ = ["BudgetError", "Plan", "Stage", "Task", "choose", "plan", "rows_at_once"]

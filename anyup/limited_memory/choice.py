@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anyup.banded import Bands, band_rows, output_rows
+from anyup.argument_checks import OutputSize, check_output_size, check_region, check_size, check_tile
 from anyup.budget import check_room, limit_on
+from anyup.limited_memory.plans import Bands, Plan, band_rows, output_rows
+from anyup.limited_memory.prediction import banded, default_rows, whole
+from anyup.limited_memory.task import Task, make_task
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.ops.precision import FLOATING
-from anyup.planning.plans import Plan
-from anyup.planning.prediction import banded, default_rows, whole
-from anyup.planning.task import Task, make_task
-from anyup.problem import OutputSize, check_output_size, check_region, check_size, check_tile
 from anyup.progress import human_bytes
 
 if TYPE_CHECKING:
-    from anyup.model import AnyUp
+    from anyup.network import Network
 
 # Of the published architecture, as `AnyUp.config` has them.
 _DEFAULTS = {
@@ -79,7 +78,7 @@ def plan(
     region: Sequence[int] | None = None,
     tile: int | Sequence[int] | None = None,
     out_dtype: torch.dtype | None = None,
-    upsampler: AnyUp | None = None,
+    upsampler: Network | None = None,
 ) -> Plan:
     """What a call or a stream would keep, compute again, take and cost; nothing is computed, no such device is needed.
 
@@ -122,7 +121,7 @@ def plan(
         grid=grid,
         batch=batch,
         channels=channels,
-        carried=channels if values is None else values,
+        value_channels=channels if values is None else values,
         dtype=dtype,
         value_dtype=dtype,
         out_dtype=out_dtype or dtype,

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from anyup.budget import check_room
-from anyup.image_context import ImageContext
 from anyup.layers import encoded_size
+from anyup.ops.parallel import workers_of
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.window import Window, make_window
-
-if TYPE_CHECKING:
-    from anyup.model import AnyUp
 
 Size = tuple[int, int]
 
@@ -29,9 +25,9 @@ class Task:
         image, output, grid: sizes (height, width); the image's once it is encoded (`encoded_size`).
         batch: images.
         channels: of the features.
-        carried: channels of the output.
+        value_channels: of the output.
         dtype: that queries and keys are computed in.
-        value_dtype, out_dtype: of what is carried, and of the output.
+        value_dtype, out_dtype: of the values, and of the output.
         device_type: "cpu", "cuda", ...
         threads: of a CPU.
         returned: whether the call allocates the output; otherwise pieces are handed over.
@@ -46,7 +42,7 @@ class Task:
     grid: Size
     batch: int
     channels: int
-    carried: int
+    value_channels: int
     dtype: torch.dtype
     value_dtype: torch.dtype
     out_dtype: torch.dtype
@@ -83,7 +79,7 @@ class Task:
     @property
     def workers(self) -> int:
         """Threads that each work on a tile."""
-        return max(1, min(self.threads, 8)) if self.device_type == "cpu" else 1
+        return workers_of(self.threads) if self.device_type == "cpu" else 1
 
     @property
     def piece(self) -> Size:
@@ -105,50 +101,15 @@ class Task:
         `whole`: queries are kept for all of the output.
         """
         height, width = self.piece
-        shape = f"{self.batch} x {self.carried} x {height} x {width}"
+        shape = f"{self.batch} x {self.value_channels} x {height} x {width}"
         told, hint = f"output_size: the result, {shape},", "`stream` makes it in pieces, out= can be a file"
         if not self.returned:
             told, hint = f"tile: a piece, {shape},", "smaller ones take less"
-        needed = self.batch * self.carried * height * width * self.out_dtype.itemsize
+        needed = self.batch * self.value_channels * height * width * self.out_dtype.itemsize
         check_room(needed, told, device, hint)
         if whole and self.needs_queries:
             needed += self.batch * pixels_of(self.output) * self.pixel_bytes
             check_room(needed, f"{told} with the queries of all pixels", device, "max_memory= keeps less")
-
-
-def task_of(
-    model: AnyUp,
-    image: Tensor | ImageContext,
-    features: Tensor,
-    size: Size,
-    *,
-    values: Tensor | None,
-    region: tuple[int, int, int, int] | None = None,
-    tile: Size | None = None,
-    dtype: torch.dtype | None = None,
-) -> Task:
-    """What these (checked) arguments of a call ask for, or, with a region, of a stream."""
-    carried = features if values is None else values
-    grid, context = (features.shape[2], features.shape[3]), "nothing"
-    if isinstance(image, ImageContext):
-        context, image = "all" if grid in image.image_keys else "queries", image.image
-    return make_task(
-        model.config,
-        image=(image.shape[2], image.shape[3]),
-        output=size,
-        grid=grid,
-        batch=image.shape[0],
-        channels=features.shape[1],
-        carried=carried.shape[1],
-        dtype=model._compute_dtype(image.device),
-        value_dtype=carried.dtype,
-        out_dtype=dtype or carried.dtype,
-        device_type=image.device.type,
-        returned=region is None,
-        region=region or (0, 0, *size),
-        tile=tile,
-        context=context,
-    )
 
 
 def make_task(config: Mapping[str, Any], device_type: str, *, image: Size, **asked: Any) -> Task:

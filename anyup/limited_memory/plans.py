@@ -1,12 +1,46 @@
-"""What a call will keep and compute again, stage by stage."""
+"""What a call keeps and computes again: how an image is cut into bands, and the work and memory of each stage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyup.banded import Bands
-from anyup.planning.task import Task
+from anyup.limited_memory.task import Task
 from anyup.progress import human_bytes
+
+HALO = 1
+"""Pixels that the queries' 3x3 convolution sees beyond."""
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How an image is cut, and which of its rows (the first so many, in whole bands) keep a map between the passes.
+
+    Attributes:
+        rows: of the image, in a band.
+        output_rows: rows of the output that are worked on at a time.
+        together: the key and the query encoder's passes go side by side, and what is kept is the encoded image;
+            otherwise one follows the other, and each keeps its own trunk.
+        kept: rows that keep a map while statistics are taken.
+        kept_for_output: rows that still keep it afterwards.
+        encoded: rows that keep the encoded image beside it (not where they go together).
+    """
+
+    rows: int
+    output_rows: int
+    together: bool = True
+    kept: int = 0
+    kept_for_output: int = 0
+    encoded: int = 0
+
+
+def band_rows(width: int, pixels: int) -> int:
+    """Rows of an image of this width in a band of so many pixels, at least one."""
+    return max(1, pixels // width)
+
+
+def output_rows(rows: int, image_height: int, output_height: int) -> int:
+    """Rows of the output whose image rows, with those that the convolution sees beyond them, make a band of `rows`."""
+    return max(1, rows * output_height // image_height - 2 * HALO)
 
 
 @dataclass(frozen=True)
@@ -76,7 +110,7 @@ class Plan:
         dtype = str(task.dtype).removeprefix("torch.")
         limit = "" if self.limit is None else f" of {human_bytes(self.limit)}"
         lines = [
-            f"{size} from {task.grid[0]} x {task.grid[1]}{batch}, {task.carried} channels, {dtype}, "
+            f"{size} from {task.grid[0]} x {task.grid[1]}{batch}, {task.value_channels} channels, {dtype}, "
             f"{task.device_type}: {human_bytes(self.peak_bytes)}{limit}, {self.cost:.2f} times the work",
             f"kept: {self.kept()}" + ("" if self.bands is None else f"; bands of {self.bands.rows} rows"),
         ]

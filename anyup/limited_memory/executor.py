@@ -1,0 +1,239 @@
+"""The work of a plan: queries and keys, whole or in bands, and what each piece of the output makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from anyup.image_context import ImageContext
+from anyup.limited_memory import choice
+from anyup.limited_memory.bands import BandedImage, Workspace, check_backends
+from anyup.limited_memory.choice import BudgetError, rows_at_once
+from anyup.limited_memory.plans import Plan
+from anyup.limited_memory.request import Request
+from anyup.ops import memory
+from anyup.ops.parallel import on_one_thread
+from anyup.ops.precision import autocasts
+from anyup.ops.window_attention import explain_backends, window_attention
+from anyup.ops.window_attention.points import attend_points
+from anyup.window import Part
+
+SMALL_BAND = 4096
+"""Pixels that the tiles of a CPU's threads do not share."""
+
+Result = TypeVar("Result")
+
+
+class OutOfMemoryRetry:
+    """Runs the steps of a plan; when a GPU's memory does not suffice, the rest of them with half the budget, once.
+
+    Attributes:
+        plan: the one in use.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._happened = False
+
+    def attempt(self, step: Callable[[], Result], apply_plan: Callable[[], None]) -> Result:
+        """The step's result; where it fails for memory, `apply_plan` and take it again by the smaller plan.
+
+        Raises torch.OutOfMemoryError, with the plan, where it has failed before.
+        """
+        while True:
+            try:
+                return step()
+            except torch.OutOfMemoryError as error:
+                self.take_less(error)
+            apply_plan()  # outside of the handler: the error holds the frames that hold what is to be freed
+
+    def take_less(self, error: torch.OutOfMemoryError) -> None:
+        """Take half the budget, once."""
+        if self._happened:
+            raise torch.OutOfMemoryError(
+                f"out of memory again, with half the budget: {error}\nThe plan was\n{self.plan}"
+            ) from error
+        self._happened = True
+        half = (self.plan.limit or self.plan.peak_bytes) // 2
+        try:
+            self.plan = choice.choose(self.plan.task, half)
+        except BudgetError as unmet:
+            self.plan = choice.choose(self.plan.task, unmet.smallest)
+
+
+class Executor:
+    """The queries and keys of a request by a plan, made when first asked for, and what the pixels make of them.
+
+    Args:
+        request: what is asked for.
+        plan: what is kept; or the retry that holds the plan, which executors of a batch's images share.
+    """
+
+    def __init__(self, request: Request, plan: Plan | OutOfMemoryRetry) -> None:
+        self._request, self._network = request, request.network
+        self._retry = OutOfMemoryRetry(plan) if isinstance(plan, Plan) else plan
+        self._dtype = self._network.compute_dtype(request.device)
+        # What makes whole maps runs as the caller called it, whenever it runs.
+        self._autocasts = autocasts(request.device.type)
+        self._banded: list[BandedImage] = []
+        self._queries: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._check_backends()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in use."""
+        return self._retry.plan
+
+    def prepare(self) -> None:
+        """Make keys, and all of the queries that the plan keeps."""
+        self._retry.attempt(self._prepare, self._apply_plan)
+
+    def new(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(batch, height, width, C), in the dtype of the values if None."""
+        like = self._request.values if dtype is None else self._request.values.new_empty(0, dtype=dtype)
+        shape = (batch, height, width, self._request.values.shape[1])
+        return self._retry.attempt(lambda: memory.empty(shape, like), self._apply_plan)
+
+    def piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """(B, rows, columns, C)."""
+        with self._network.threads_for(self._request.image, self._request.size, self._request.features):
+            self.prepare()
+            height, width, batch = rows.stop - rows.start, columns.stop - columns.start, len(self._request)
+            if batch == 1 and height <= rows_at_once(self._retry.plan):
+                return self._retry.attempt(lambda: self._attend(0, rows, columns).to(dtype), self._apply_plan)
+            out = self.new(batch, height, width, dtype)
+            self.fill(out, rows, columns)
+            return out
+
+    def fill(self, out: Tensor, rows: slice, columns: slice) -> None:
+        """Write these rows and columns of the output into (B, rows, columns, C), a band at a time."""
+        done = rows.start
+
+        def step() -> int:
+            stop = min(done + rows_at_once(self._retry.plan), rows.stop)
+            for index in range(len(out)):
+                part = self._attend(index, slice(done, stop), columns)
+                out[index, done - rows.start : stop - rows.start] = part[0]
+            return stop
+
+        while done < rows.stop:
+            done = self._retry.attempt(step, self._apply_plan)
+
+    def at(self, index: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """(N, C) of one image at single pixels, (N,) on the CPU."""
+        return self._retry.attempt(lambda: self._at(index, rows, columns), self._apply_plan)
+
+    def _at(self, index: int, rows: Tensor, columns: Tensor) -> Tensor:
+        self._prepare()
+        assert self._keys is not None and self._values is not None
+        if self._queries is not None:
+            queries = self._queries[index, rows, columns]
+        else:
+            queries = self._banded[index].queries_at(rows, columns)
+        return attend_points(
+            queries,
+            self._keys[index],
+            self._values[index],
+            rows,
+            columns,
+            window=self._network.window,
+            size=self._request.size,
+        )
+
+    def _attend(self, index: int, rows: slice, columns: slice) -> Tensor:
+        """(1, rows, columns, C) of one image."""
+        self._prepare()
+        with self._threads():
+            return self._attended(index, rows, columns)
+
+    def _threads(self) -> AbstractContextManager[object]:
+        """One thread where a band is so small that several would wait for each other at each step."""
+        plan = self._retry.plan
+        small = plan.bands is not None and plan.bands.rows * plan.task.image[1] <= SMALL_BAND
+        return on_one_thread() if small and self._request.device.type == "cpu" else nullcontext()
+
+    def _attended(self, index: int, rows: slice, columns: slice) -> Tensor:
+        one = slice(index, index + 1)
+        assert self._keys is not None and self._values is not None
+        if self._queries is not None:
+            queries = self._queries[one, rows, columns]
+        else:
+            queries = self._banded[index].queries(rows, columns)
+        return window_attention(
+            queries,
+            self._keys[one],
+            self._values[one],
+            window=self._network.window,
+            backend=self._network.backends["window_attention"],
+            max_queries=self._request.q_chunk_size,
+            part=Part(rows.start, columns.start, *self._request.size),
+        )
+
+    def _prepare(self) -> None:
+        """Called again after an error it goes on with the pass that failed."""
+        if self._keys is not None or not len(self._request):
+            return
+        request, bands = self._request, self._retry.plan.bands
+        image, grid = request.image, request.grid
+        queries: Tensor | None = None
+        if bands is None or (isinstance(image, ImageContext) and grid in image.image_keys):
+            with self._as_called(), memory.reuse():
+                queries, keys = self._network.queries_and_keys(image, request.features, request.size)
+        else:
+            if isinstance(image, ImageContext):
+                queries, image = image.queries, image.image
+            if not self._banded:
+                work = Workspace(image.new_empty(0, dtype=self._dtype), self._network.qk_dim)
+                make = partial(BandedImage, needs_queries=queries is None)
+                self._banded = [make(self._network, one, self._request.size, self._dtype, bands, work) for one in image]
+            with self._threads():
+                image_keys = torch.cat([one.image_keys(grid) for one in self._banded])
+            keys = self._network.keys(image_keys, request.features).to(self._dtype)
+            if queries is not None:
+                self._banded.clear()
+        self._queries, self._keys = queries, keys
+        self._values = self._request.values.permute(0, 2, 3, 1).contiguous()
+
+    def _apply_plan(self) -> None:
+        """Go on by the plan as it is now."""
+        bands = self._retry.plan.bands
+        if bands is None:
+            self._banded.clear()
+        if not self._banded:
+            self._queries = self._keys = self._values = None
+        elif bands is not None:
+            for one in self._banded:
+                one.recut(bands)
+
+    def _as_called(self) -> AbstractContextManager[object]:
+        """Autocast as it was when this was made."""
+        kind = self._request.device.type
+        if self._autocasts == autocasts(kind) and self._dtype == self._network.compute_dtype(self._request.device):
+            return nullcontext()
+        return torch.autocast(kind, dtype=self._dtype if self._autocasts else None, enabled=self._autocasts)
+
+    def _check_backends(self) -> None:
+        """Raise NotImplementedError where the backends that were asked for cannot work on a part."""
+        network, request, plan = self._network, self._request, self._retry.plan
+        if plan.bands is not None and plan.task.context != "all":
+            check_backends(network, plan.task.image, self._dtype, request.device)
+        heads, (h, w), values = network.cross_decode.num_heads, request.grid, request.values[:1]
+        stand_in = torch.empty((), dtype=self._dtype, device=request.device)
+        head_dim = network.qk_dim // heads
+        explanation = explain_backends(
+            stand_in.expand(1, 1, 1, heads, head_dim),
+            stand_in.expand(1, h, w, heads, head_dim),
+            (values if len(values) else values.new_empty(1, *values.shape[1:])).permute(0, 2, 3, 1),
+            window=network.window,
+            backend=network.backends["window_attention"],
+            part=Part(0, 0, *request.size),
+        )
+        if explanation.chosen is None:
+            raise NotImplementedError(f"no backend can run this:\n{explanation}")

@@ -1,0 +1,127 @@
+"""What a call asks for: its checked arguments, together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.argument_checks import OutputSize, integer
+from anyup.budget import is_plain
+from anyup.image_context import ImageContext
+from anyup.limited_memory.task import Size, Task, make_task
+from anyup.network import ModelExplanation, Network
+from anyup.untraced import untraced
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The checked arguments of a call, a stream or points.
+
+    Attributes:
+        network: that upsamples.
+        image: (B, C, Hi, Wi), or what `encode_image` made of it.
+        features: (B, C, h, w).
+        values: (B, Cv, h, w), what is upsampled: the features, or what the caller gives instead.
+        size: (H, W) of the output.
+        q_chunk_size: the most output pixels that the attention works on at a time; None: as the backend chooses.
+    """
+
+    network: Network
+    image: Tensor | ImageContext
+    features: Tensor
+    values: Tensor
+    size: Size
+    q_chunk_size: int | None = None
+
+    @classmethod
+    @untraced
+    def of(
+        cls,
+        network: Network,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: OutputSize,
+        *,
+        values: Tensor | None,
+        q_chunk_size: int | None = None,
+    ) -> Request:
+        """Check these arguments of a call; raises the ValueError or TypeError that the call raises."""
+        size = network.check(image, features, output_size, q_chunk_size, values=values)
+        return cls(network, image, features, features if values is None else values, size, integer(q_chunk_size))
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.features)
+
+    @property
+    def device(self) -> torch.device:
+        """Of all of it."""
+        return self.features.device
+
+    @property
+    def grid(self) -> Size:
+        """(h, w) of the features."""
+        return self.features.shape[2], self.features.shape[3]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors that are read, by the names of the arguments."""
+        image = self.image.image if isinstance(self.image, ImageContext) else self.image
+        return {"image": image, "features": self.features, "values": self.values}
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether autograd would record it."""
+        return self.network.wants_gradient(self.image, self.features, self.values)
+
+    def one(self, index: int) -> Request:
+        """The request of one image of the batch; it shares the memory."""
+        one = slice(index, index + 1)
+        image = self.image.part(one) if isinstance(self.image, ImageContext) else self.image[one]
+        return Request(self.network, image, self.features[one], self.values[one], self.size, self.q_chunk_size)
+
+    def upsample_whole(self, vis_attn: bool = False) -> Tensor:
+        """The result with whole maps of the whole batch: (B, Cv, H, W)."""
+        return self.network.upsample_whole(
+            self.image,
+            self.features,
+            self.size,
+            values=self.values,
+            vis_attn=vis_attn,
+            q_chunk_size=self.q_chunk_size,
+        )
+
+    def explain(self) -> ModelExplanation:
+        """Which backend runs each operation, with whole maps."""
+        return self.network.explain(self.image, self.features, self.size, values=self.values)
+
+    def task(self, *, region: tuple[int, int, int, int] | None = None, **settings: Any) -> Task:
+        """What it asks of memory and of work; with a region, as a stream. `settings` are the task's own."""
+        image, context = self.image, "nothing"
+        if isinstance(image, ImageContext):
+            context, image = "all" if self.grid in image.image_keys else "queries", image.image
+        settings = {"out_dtype": self.values.dtype, **settings}
+        return make_task(
+            self.network.config,
+            image=(image.shape[2], image.shape[3]),
+            output=self.size,
+            grid=self.grid,
+            batch=image.shape[0],
+            channels=self.features.shape[1],
+            value_channels=self.values.shape[1],
+            dtype=self.network.compute_dtype(image.device),
+            value_dtype=self.values.dtype,
+            device_type=image.device.type,
+            returned=region is None,
+            region=region or (0, 0, *self.size),
+            context=context,
+            **settings,
+        )
+
+    def check_room(self, task: Task, *, whole: bool) -> None:
+        """Raise ValueError where the device has no room for what the task keeps at once."""
+        if is_plain(self.features):
+            task.check_room(self.device, whole=whole)

@@ -1,0 +1,145 @@
+"""An upsampled map piece by piece, for outputs that nobody wants to hold whole."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.argument_checks import check_region, check_tile
+from anyup.budget import limit_on
+from anyup.caller_warning import warn
+from anyup.finite import overflow
+from anyup.limited_memory import choice
+from anyup.limited_memory.choice import rows_at_once
+from anyup.limited_memory.destinations import Destination, MemoryMap, destination_of
+from anyup.limited_memory.executor import Executor
+from anyup.limited_memory.plans import Plan
+from anyup.limited_memory.request import Request
+from anyup.ops.precision import FLOATING
+from anyup.untraced import untraced
+
+Tile = tuple[slice, slice, Tensor]
+"""Rows and columns of the output, and its values there (B, C, rows, columns)."""
+
+
+@untraced
+def stream(
+    request: Request,
+    *,
+    tile: int | Sequence[int] | None = None,
+    max_memory: int | str | None,
+    region: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    out: Any = None,
+    keep: bool = False,
+) -> Stream:
+    """Check the arguments of `AnyUp.stream` now; compute as tiles are taken.
+
+    Without a limit it keeps nothing, or, with `keep`, whole maps of all but the output.
+    """
+    top, left, height, width = where = check_region(region, request.size)
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"dtype: expected a floating-point dtype of 16, 32 or 64 bits, got {dtype!r}")
+    tile_size = check_tile(tile, (height, width))
+    if request.wants_gradient:
+        raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
+    values, destination = request.values, None
+    if out is not None:
+        destination = destination_of(out, (len(request), values.shape[1], height, width), request.inputs)
+    dtype = dtype or (values.dtype if destination is None else destination.dtype)
+    narrow = min((dtype, dtype if destination is None else destination.dtype), key=lambda each: torch.finfo(each).max)
+    if values.device.type == "cpu" and (why := overflow(values, narrow)):
+        warn(f"{why}: a result beyond that becomes infinite")
+    task = request.task(region=where, tile=tile_size, out_dtype=dtype, mapped=isinstance(destination, MemoryMap))
+    limit = limit_on(request.device, max_memory)
+    request.check_room(task, whole=keep and limit is None)
+    plan = choice.choose(task, limit, keep=keep)
+    rows, columns = tile_size or (rows_at_once(plan), width)
+    if destination is not None and tile_size is None:
+        rows -= rows % destination.multiple if rows > destination.multiple else 0
+    parts = Parts(range(top, top + height, rows), range(left, left + width, columns), (top + height, left + width))
+    return Stream(Executor(request, plan), parts, dtype, (top, left), destination)
+
+
+class Parts(Sequence[tuple[slice, slice]]):
+    """Rows and columns of each piece, from left to right and from top to bottom; they may be more than memory holds."""
+
+    def __init__(self, rows: range, columns: range, end: tuple[int, int]) -> None:
+        self._rows, self._columns, self._end = rows, columns, end
+
+    def __len__(self) -> int:
+        return len(self._rows) * len(self._columns)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected a piece of {len(self)}, got {index}")
+        row, column = divmod(index % len(self), len(self._columns))
+        first, left = self._rows[row], self._columns[column]
+        bottom, right = self._end
+        return slice(first, min(first + self._rows.step, bottom)), slice(left, min(left + self._columns.step, right))
+
+
+class Stream(Iterator[Tile]):
+    """The pieces of an upsampled map, each computed when it is taken; `len` tells how many there are in all.
+
+    Attributes:
+        parts: rows and columns of each piece, in their order.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        parts: Sequence[tuple[slice, slice]],
+        dtype: torch.dtype,
+        origin: tuple[int, int],
+        destination: Destination | None,
+    ) -> None:
+        self.parts = parts
+        self._executor, self._dtype, self._origin, self._destination = executor, dtype, origin, destination
+        self._first = 0
+        self._tiles = self._make()
+
+    @property
+    def plan(self) -> Plan:
+        """What is kept and what is computed again; `print` it."""
+        return self._executor.plan
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @untraced
+    def __next__(self) -> Tile:
+        return next(self._tiles)
+
+    def skip(self, count: int) -> None:
+        """Leave out the next pieces, which are not computed then."""
+        self._first += count
+
+    def close(self) -> None:
+        """Stop here; what was written into `out` has arrived there."""
+        self._tiles.close()
+
+    @torch.no_grad()  # of each step: what the caller does between two tiles is his own
+    def _make(self) -> Generator[Tile, None, None]:
+        destination, (top, left) = self._destination, self._origin
+        try:
+            while self._first < len(self.parts):
+                rows, columns = self.parts[self._first]
+                self._first += 1
+                piece = self._executor.piece(rows, columns, self._dtype).permute(0, 3, 1, 2)
+                if destination is not None:
+                    destination.write(_less(rows, top), _less(columns, left), piece)
+                yield rows, columns, piece
+                del piece  # before the next one is made
+        finally:
+            if destination is not None:
+                destination.finish()
+
+
+def _less(part: slice, origin: int) -> slice:
+    return slice(part.start - origin, part.stop - origin)

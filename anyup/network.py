@@ -1,0 +1,408 @@
+"""AnyUp's network: its parameters under their published names, and the stages of its forward over whole maps.
+
+The AnyUp paper (arXiv 2510.12764): each output pixel attends to the features in a window around it, with queries
+from the image and keys from the image and the features. What is heavy runs in `anyup.ops`; how much memory a call may
+take is not decided here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyup.argument_checks import OutputSize, check_inputs
+from anyup.caller_warning import warn
+from anyup.cross_attention import CrossAttentionBlock
+from anyup.image_context import ImageContext, weights_of
+from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, encoded_size
+from anyup.namesakes import refuse_a_namesake
+from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
+from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend, wants_gradient
+from anyup.ops.parallel import on_threads_for
+from anyup.ops.precision import autocasts, key_dtype, without_autocast, working_dtype
+from anyup.ops.window_attention import explain_backends as explain_window_attention
+from anyup.window import WINDOW_KINDS, CellWindow, RatioWindow, check_ratio
+
+OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
+
+ModelBackend = Backend | Mapping[str, Backend]
+
+
+class Network(nn.Module):
+    """The network behind `AnyUp`, whose arguments it takes: `upsample_whole` is its forward."""
+
+    def __init__(
+        self,
+        input_dim: int = 3,
+        qk_dim: int = 128,
+        kernel_size: int = 1,
+        kernel_size_lfu: int = 5,
+        window_ratio: float = 0.1,
+        num_heads: int = 4,
+        init_gaussian_derivatives: bool = False,
+        use_natten: bool = False,
+        lfu_dim: int | None = None,
+        *,
+        backend: ModelBackend = None,
+        window: str | None = None,
+        **ignored: Any,
+    ) -> None:
+        super().__init__()
+        if ignored:
+            warn(f"AnyUp ignores unknown arguments: {', '.join(sorted(ignored))}")
+        lfu_dim = qk_dim if lfu_dim is None else lfu_dim
+        _check_widths(input_dim, qk_dim, kernel_size, kernel_size_lfu, num_heads, lfu_dim)
+        if window not in (None, *WINDOW_KINDS):
+            raise ValueError(f"window: expected one of {', '.join(WINDOW_KINDS)}, got {window!r}")
+        if use_natten:
+            if window not in (None, "cell"):
+                raise ValueError(f"window: use_natten=True means window='cell', got {window!r} beside it")
+            window = "cell"
+        refuse_a_namesake()
+        self._widths = {
+            "input_dim": input_dim,
+            "qk_dim": qk_dim,
+            "kernel_size": kernel_size,
+            "kernel_size_lfu": kernel_size_lfu,
+            "init_gaussian_derivatives": init_gaussian_derivatives,
+            "lfu_dim": lfu_dim,
+        }
+        self.backend = backend
+        self._backends = _backends_by_operation(backend)
+
+        self.image_encoder = Encoder(input_dim, qk_dim, kernel_size)
+        self.key_encoder = Encoder(qk_dim, qk_dim)
+        self.query_encoder = Encoder(qk_dim, qk_dim)
+        self.key_features_encoder = nn.Sequential(
+            LearnedFeatureUnification(lfu_dim, kernel_size_lfu, init_gaussian_derivatives),
+            ResBlock(lfu_dim, qk_dim),
+            ResBlock(qk_dim, qk_dim),
+        )
+        self.aggregation = Encoder(2 * qk_dim, qk_dim, kernel_size=3)
+        kind = CellWindow if window == "cell" else RatioWindow
+        self.cross_decode = CrossAttentionBlock(qk_dim, num_heads, kind(check_ratio(window_ratio)))
+        self.rope = RoPE(qk_dim)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments for a model like this one."""
+        block = self.cross_decode
+        return {
+            **self._widths,
+            "window_ratio": block.window_ratio,
+            "num_heads": block.num_heads,
+            "window": block.window.kind,
+        }
+
+    @property
+    def window(self) -> RatioWindow | CellWindow:
+        """Which keys an output pixel attends to."""
+        return self.cross_decode.window
+
+    @property
+    def window_ratio(self) -> float:
+        """The window's ratio; it is changed at `cross_decode.window_ratio`, as in the published class."""
+        return self.cross_decode.window_ratio
+
+    @window_ratio.setter
+    def window_ratio(self, ratio: float) -> None:
+        # The published class keeps a copy here that changes nothing.
+        raise AttributeError(
+            f"window_ratio: expected to be set at `upsampler.cross_decode.window_ratio`, got {ratio!r} here"
+        )
+
+    @property
+    def backends(self) -> Mapping[str, Backend]:
+        """The backend that is asked for, by operation (`OPERATIONS`)."""
+        return self._backends
+
+    @property
+    def qk_dim(self) -> int:
+        """Width D of queries and keys."""
+        return int(self._widths["qk_dim"])
+
+    @property
+    def lfu_dim(self) -> int:
+        """Number of the unification's filters."""
+        return int(self._widths["lfu_dim"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `pickle` kept, of an earlier version too, whose window was the model's."""
+        super().__setstate__(state)
+        if "config" in self.__dict__:
+            self._widths = self.__dict__.pop("config")
+            self.cross_decode.window = self.__dict__.pop("window")
+            for name in ("window_ratio", "num_heads", "window"):
+                del self._widths[name]
+
+    def check(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: OutputSize = None,
+        q_chunk_size: int | None = None,
+        *,
+        values: Tensor | None = None,
+    ) -> tuple[int, int]:
+        """The size of the output of this call; raises the ValueError or TypeError that the call would raise."""
+        device, input_dim = self.rope.freqs.device, self.config["input_dim"]
+        if isinstance(image, ImageContext):
+            # A tracer cannot ask whether a tensor is one of inference mode, which has no version.
+            weights = None if torch.compiler.is_compiling() else weights_of(self.parameters())
+            image.check(output_size, self.compute_dtype(device), device, weights)
+            output_size = image.output_size
+            image = image.image
+        return check_inputs(image, features, values, output_size, q_chunk_size, input_dim=input_dim, device=device)
+
+    def explain(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        output_size: OutputSize = None,
+        *,
+        values: Tensor | None = None,
+    ) -> ModelExplanation:
+        """Which backend would run each operation of this call, and why not the others; nothing is computed."""
+        height, width = self.check(image, features, output_size, values=values)
+        image = image.image if isinstance(image, ImageContext) else image
+        dtype = self.compute_dtype(image.device)
+        batch, _, h, w = features.shape
+        values = features if values is None else values
+
+        def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            """A tensor that has every property a backend asks about, but no memory."""
+            tensor = torch.empty((), dtype=dtype, device=image.device).expand(shape)
+            return tensor.requires_grad_() if torch.is_grad_enabled() and self.rope.freqs.requires_grad else tensor
+
+        dim, heads = self.qk_dim, self.cross_decode.num_heads
+        size = encoded_size((image.shape[2], image.shape[3]), self.config["kernel_size"])
+        encoded = stand_in((batch, *size, dim), dtype)
+        wide = working_dtype(dtype)
+        return ModelExplanation(
+            (
+                pixel_encoder.explain_backends(
+                    encoded,
+                    self.query_encoder.prepare(encoded.permute(0, 3, 1, 2))[1],
+                    output_size=(height, width),
+                    backend=self.backends["pixel_encoder"],
+                ),
+                feature_unification.explain_backends(
+                    stand_in(tuple(features.shape), wide),
+                    self.unification_basis(wide),
+                    backend=self.backends["feature_unification"],
+                ),
+                query_projection.explain_backends(
+                    stand_in((batch, height, width, dim), dtype),
+                    self.cross_decode.query_parameters(dtype),
+                    backend=self.backends["query_projection"],
+                ),
+                explain_window_attention(
+                    stand_in((batch, height, width, heads, dim // heads), dtype),
+                    stand_in((batch, h, w, heads, dim // heads), dtype),
+                    values.permute(0, 2, 3, 1),
+                    window=self.window,
+                    backend=self.backends["window_attention"],
+                ),
+            )
+        )
+
+    def upsample_whole(
+        self,
+        image: Tensor | ImageContext,
+        features: Tensor,
+        size: tuple[int, int],
+        *,
+        values: Tensor | None = None,
+        vis_attn: bool = False,
+        q_chunk_size: int | None = None,
+    ) -> Tensor:
+        """(B, C or Cv, H, W) of checked arguments, with whole maps of the whole batch."""
+        if self.backend is not None and not torch.compiler.is_compiling():
+            self.explain(image, features, size, values=values).require()
+        with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
+            query, key = self.queries_and_keys(image, features, size)
+        return self.attend(query, key, features if values is None else values, vis_attn, q_chunk_size)
+
+    def wants_gradient(self, image: Tensor | ImageContext, *maps: Tensor) -> bool:
+        """Whether autograd would record work with these."""
+        images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
+        return wants_gradient(*images, *maps, *self.parameters())
+
+    def queries_and_keys(
+        self, image: Tensor | ImageContext, features: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, W, heads, head_dim) and keys (B, h, w, heads, head_dim)."""
+        grid = (features.shape[2], features.shape[3])
+        if not isinstance(image, ImageContext):
+            queries, (image_keys,) = self.queries_and_image_keys(image, size, [grid])
+        else:
+            queries = image.queries
+            if grid in image.image_keys:
+                image_keys = image.image_keys[grid]
+            else:
+                image_keys = self.encode(self.key_encoder, self.guidance(image.image), grid)
+        return queries, self.keys(image_keys, features).to(queries.dtype)
+
+    def queries_and_image_keys(
+        self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]], *, encoded: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Queries (B, H, W, heads, head_dim) of the image, and its keys (B, h, w, D) pooled to each grid.
+
+        With `encoded` the image is one that went through the image encoder and the rotation before.
+        """
+        guidance = image.to(self.compute_dtype(image.device)) if encoded else self.guidance(image)
+        image_keys = []
+        for grid in grids:  # in a comprehension the map would be a closure's, which torch.compile cannot delete
+            image_keys.append(self.encode(self.key_encoder, guidance, grid))
+        queries = self.encode(self.query_encoder, guidance, size)
+        del guidance  # a map of D channels at full resolution
+        queries = query_projection.project_queries(
+            queries, self.cross_decode.query_parameters(queries.dtype), backend=self.backends["query_projection"]
+        )
+        return self.cross_decode.split_heads(queries), image_keys
+
+    def guidance(self, image: Tensor) -> Tensor:
+        """The encoded image, from which queries and keys are made: D channels (B, D, ...) of `encoded_size`."""
+        dtype = self.compute_dtype(image.device)
+        encoded: Tensor = self.image_encoder(
+            image.to(dtype), frequencies=self.rope.freqs.to(dtype), backend=self.backends["pixel_encoder"]
+        )
+        return encoded
+
+    def keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
+        """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).
+
+        In float32 at least, on a CPU in float64, but for most of the unification: the grid is small, and the unified
+        features' variance, small beside their mean, would be lost in half precision, and much of it in float32.
+        """
+        working = working_dtype(image_keys.dtype)
+        wide = key_dtype(image_keys.dtype, features.device)
+        with without_autocast(features.device.type):
+            features = F.normalize(features.to(working), dim=1)
+            unified = feature_unification.unify_features(
+                features, self.unification_basis(working), out_dtype=wide, backend=self.backends["feature_unification"]
+            )
+            keys = torch.cat((image_keys.to(wide), self.feature_keys(unified)), dim=3)
+            return self.cross_decode.project_keys(self.encode(self.aggregation, keys.permute(0, 3, 1, 2)))
+
+    def feature_keys(self, unified: Tensor) -> Tensor:
+        """(B, h, w, D) of the unified features (B, M, h, w)."""
+        _, block1, block2 = self.key_features_encoder
+        assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
+        if not block1.keeps_width:
+            narrow: Tensor = block2(block1(unified))
+            return narrow.permute(0, 2, 3, 1)
+        pixels = unified.permute(0, 2, 3, 1)
+        blocks = pixel_encoder.EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())
+        return pixel_encoder.encode_pixels(pixels, blocks.to(pixels.dtype), backend=self.backends["pixel_encoder"])
+
+    def unification_basis(self, dtype: torch.dtype) -> Tensor:
+        unification = self.key_features_encoder[0]
+        assert isinstance(unification, LearnedFeatureUnification)
+        return unification.basis.to(dtype)
+
+    def encode(
+        self,
+        encoder: Encoder,
+        x: Tensor,
+        output_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """(B, in, H, W) -> (B, h, w, D)."""
+        encoded: Tensor = encoder(x, output_size, backend=self.backends["pixel_encoder"])
+        return encoded.permute(0, 2, 3, 1)
+
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, vis_attn: bool = False, q_chunk_size: int | None = None
+    ) -> Tensor:
+        """(B, C, H, W) of queries (B, H, W, heads, head_dim), keys (B, h, w, heads, head_dim), values (B, C, h, w)."""
+        backend = self.backends["window_attention"]
+        if vis_attn:
+            self.cross_decode.show_attention(queries, keys, q_chunk_size, backend)
+        return self.cross_decode.attend(queries, keys, values, q_chunk_size, backend)
+
+    def threads_for(
+        self, image: Tensor | ImageContext, size: tuple[int, int], features: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """As many as the largest map of a call takes."""
+        image = image.image if isinstance(image, ImageContext) else image
+        pixels = image.shape[0] * max(math.prod(image.shape[2:]), math.prod(size))
+        largest = max(pixels * self.qk_dim, 0 if features is None else features.numel())
+        return on_threads_for(largest, image.device)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What queries and keys are computed in: autocast's dtype where it is on, else the parameters'."""
+        if autocasts(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.rope.freqs.dtype
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """What would run each operation of a call, and why not the other backends; `print` it."""
+
+    explanations: tuple[Explanation, ...]
+
+    @property
+    def chosen(self) -> dict[str, str | None]:
+        """The backend of each operation, None where none can."""
+        return {e.operation: e.chosen for e in self.explanations}
+
+    def require(self) -> None:
+        """Raise NotImplementedError, with every reason, if some operation has no backend."""
+        impossible = [str(e) for e in self.explanations if e.chosen is None]
+        if impossible:
+            raise NotImplementedError("no backend can run this:\n" + "\n".join(impossible))
+
+    def __str__(self) -> str:
+        return "\n".join(str(e) for e in self.explanations)
+
+
+def _check_widths(
+    input_dim: int, qk_dim: int, kernel_size: int, kernel_size_lfu: int, num_heads: int, lfu_dim: int
+) -> None:
+    for name, number in (
+        ("input_dim", input_dim),
+        ("qk_dim", qk_dim),
+        ("kernel_size", kernel_size),
+        ("kernel_size_lfu", kernel_size_lfu),
+        ("num_heads", num_heads),
+        ("lfu_dim", lfu_dim),
+    ):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name}: expected an integer, got {number!r}")
+    for name, number in (("input_dim", input_dim), ("num_heads", num_heads)):
+        if number < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {number}")
+    for name, number in (("qk_dim", qk_dim), ("lfu_dim", lfu_dim)):
+        if number < 8 or number % 8:
+            raise ValueError(f"{name}: expected a positive multiple of 8 (the normalisations' groups), got {number}")
+    if qk_dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of qk_dim = {qk_dim}, got {num_heads}")
+    if kernel_size < 1:
+        raise ValueError(f"kernel_size: expected a positive integer, got {kernel_size}")
+    if kernel_size_lfu < 1 or kernel_size_lfu % 2 == 0:
+        raise ValueError(f"kernel_size_lfu: expected a positive odd integer, got {kernel_size_lfu}")
+
+
+def _backends_by_operation(backend: ModelBackend) -> dict[str, Backend]:
+    """The request for each operation that a model's `backend` makes; raises ValueError for unknown names."""
+    if isinstance(backend, Mapping):
+        unknown = set(backend) - set(OPERATIONS)
+        if unknown:
+            raise ValueError(f"backend: expected operations among {', '.join(OPERATIONS)}, got {sorted(unknown)}")
+        requests = {name: backend.get(name) for name in OPERATIONS}
+    else:
+        names = parse_backend(backend)
+        rest = tuple(name for name in BACKEND_NAMES if name not in names)
+        requests = dict.fromkeys(OPERATIONS, (*names, *rest) if names else None)
+        requests["window_attention"] = names or None
+    for request in requests.values():
+        parse_backend(request)
+    return requests
