@@ -1,30 +1,38 @@
-"""The upsampler as one ONNX file of standard operators, for runtimes that know no PyTorch.
+"""The upsampler, alone or behind an encoder, as one ONNX file of standard operators, for runtimes without PyTorch.
 
-Sizes are fixed when the file is written, so each rectangle of output pixels has its own few keys: products of one shape
-for a row of rectangles, and a bias that hides what a pixel's window does not hold. No mask of all pixels by all keys.
+What is heavy runs as the references of `anyup.ops` define it, but for the attention, which is dense there: sizes are
+fixed when the file is written, so each rectangle of output pixels has its own few keys: products of one shape for a row
+of rectangles, and a bias that hides what a pixel's window does not hold. No mask of all pixels by all keys.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyup.argument_checks import OutputSize, check_output_size, check_size
-from anyup.bench.published import rotate, run_block, run_encoder, unify
-from anyup.images import complete_or_absent
+from anyup.encoders import Encoder
+from anyup.images import complete_or_absent, normalize_imagenet, resize, resizing_of_axis, round_to_multiple
 from anyup.installing import pip_install
+from anyup.layers import BorderConv2d, LearnedFeatureUnification
+from anyup.layers import Encoder as PixelEncoder
 from anyup.model import AnyUp
+from anyup.ops.feature_unification import reference as feature_unification
+from anyup.ops.pixel_encoder import reference as pixel_encoder
 from anyup.ops.pixel_encoder.cells import Cells
+from anyup.ops.query_projection import reference as query_projection
 from anyup.window import Window, axis_bounds
 
 OPSET = 20
@@ -43,9 +51,11 @@ def to_onnx(
     path: str | os.PathLike[str],
     *,
     image_size: Sequence[int],
-    feature_size: Sequence[int],
+    feature_size: Sequence[int] | None = None,
     output_size: OutputSize = None,
     channels: int = 384,
+    encoder: Encoder | None = None,
+    encoder_size: Sequence[int] | None = None,
 ) -> float:
     """Write an upsampler, in float32, as an ONNX file, and check the file against it.
 
@@ -54,12 +64,18 @@ def to_onnx(
     operators of opset 20 alone, and its weights. The file is complete or absent. All of it is float32, the
     keys too, which the package makes in float64 on a CPU.
 
+    With an encoder it takes `photograph` (B, 3, *image_size), RGB in 0..1, alone: resizing it for the encoder, both
+    normalisations and the encoder are in the graph.
+
     Args:
         upsampler: on any device; it is not changed.
         path: ends in .onnx.
-        image_size, feature_size: (height, width).
+        image_size, feature_size: (height, width). With an encoder the features have the size that it gives them.
         output_size: as in the call.
-        channels: of the features that the file is checked with.
+        channels: of the features that the file is checked with; not with an encoder.
+        encoder: on any device; it is not changed.
+        encoder_size: (height, width) of the photograph that the encoder sees, rounded to its patches; None: the
+            image's.
 
     Returns:
         The largest difference between the file's result, in onnxruntime on a CPU, and the package's, on random inputs,
@@ -67,6 +83,7 @@ def to_onnx(
 
     Raises:
         ValueError, TypeError: which argument, what was expected, what came; before any work.
+        torch.onnx.OnnxExporterError: the exporter has no standard operators for what the encoder does.
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         RuntimeError: the file's results are not the package's; nothing is written.
     """
@@ -76,23 +93,54 @@ def to_onnx(
         raise ValueError(f"path: expected a file name that ends in .onnx, got {str(path)!r}")
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise ValueError(f"channels: expected a positive integer, got {channels!r}")
-    image, grid = check_size("image_size", image_size), check_size("feature_size", feature_size)
+    image = check_size("image_size", image_size)
     size = check_output_size(output_size, image)
+    if encoder is None:
+        if encoder_size is not None:
+            raise ValueError("encoder_size: expected with an encoder alone")
+        grid = check_size("feature_size", feature_size)
+    else:
+        seen = _check_encoder(encoder, upsampler, feature_size, encoder_size or image)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _need(package)
     model = copy.deepcopy(upsampler).cpu().float().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(2, depth, *each, generator=generator)
-        for depth, each in ((model.config["input_dim"], image), (channels, grid))
-    ]
     with complete_or_absent(path) as partial, torch.no_grad():
-        _write(_Graph(model, image, grid, size), inputs, partial)
-        expected = model(*inputs, size)
+        if encoder is None:
+            normalised = torch.randn(2, model.config["input_dim"], *image, generator=generator)
+            inputs = {"image": normalised, "features": torch.randn(2, channels, *grid, generator=generator)}
+            expected = model(*inputs.values(), size)
+            graph: nn.Module = _Graph(model, image, grid, size)
+        else:
+            encoder = copy.deepcopy(encoder).cpu().float().eval().requires_grad_(False)
+            photograph = torch.rand(2, 3, *image, generator=generator)
+            inputs = {"photograph": photograph}
+            features = encoder(encoder.normalize(resize(photograph, seen)))
+            expected = model(normalize_imagenet(photograph), features, size)
+            graph = _GraphWithEncoder(
+                encoder, seen, image, _Graph(model, image, (features.shape[2], features.shape[3]), size)
+            )
+        _write(graph, inputs, partial)
         difference = float((_run(partial, inputs) - expected).abs().max() / expected.abs().max())
         if not difference <= _TOLERANCE:
             raise RuntimeError(f"{path}: the file's results differ from the package's by {difference:.1e}, relative")
     return difference
+
+
+def _check_encoder(
+    encoder: Any, upsampler: AnyUp, feature_size: object, encoder_size: Sequence[int]
+) -> tuple[int, int]:
+    """(height, width) of what the encoder sees; raises a ValueError or TypeError unless it fits the upsampler."""
+    if not isinstance(encoder, Encoder):
+        raise TypeError(f"encoder: expected an Encoder of anyup.encoders, got {type(encoder).__name__}")
+    if feature_size is not None:
+        raise ValueError(f"feature_size: expected None beside an encoder, which gives the features, got {feature_size}")
+    if upsampler.config["input_dim"] != 3:
+        raise ValueError(f"upsampler: expected one of RGB images, got one of {upsampler.config['input_dim']} channels")
+    nbytes = 4 * sum(parameter.numel() for parameter in encoder.parameters())
+    if nbytes >= 2**31:
+        raise ValueError(f"encoder: expected less than 2 GB of weights, as one file holds, got {nbytes / 1e9:.1f} GB")
+    return round_to_multiple(check_size("encoder_size", encoder_size), encoder.patch_size or 1)
 
 
 @dataclass(frozen=True)
@@ -136,21 +184,19 @@ class _Graph(nn.Module):
 
     def forward(self, image: Tensor, features: Tensor) -> Tensor:
         model = self.model
-        encoded = rotate(run_encoder(model.image_encoder, image), model.rope.freqs)
-        query = _pooled(run_encoder(model.query_encoder, encoded), self.size)
-        image_keys = _pooled(run_encoder(model.key_encoder, encoded), self.grid)
-        unification, *blocks = cast(Any, model.key_features_encoder)
-        feature_keys = unify(F.normalize(features, dim=1), unification.basis)
+        encoded = _encode(model.image_encoder, image, model.rope.freqs)
+        query = _pooled(_encode(model.query_encoder, encoded), self.size)
+        image_keys = _pooled(_encode(model.key_encoder, encoded), self.grid)
+        unification, *blocks = model.key_features_encoder
+        assert isinstance(unification, LearnedFeatureUnification)
+        feature_keys = feature_unification.forward(F.normalize(features, dim=1), unification.basis)
         for block in blocks:
-            feature_keys = run_block(block, feature_keys)
-        key = run_encoder(model.aggregation, torch.cat((image_keys, feature_keys), dim=1))
-        attention = model.cross_decode.cross_attn
-        dim, heads = model.qk_dim, model.cross_decode.num_heads
-        weight, bias = attention.attention.in_proj_weight, attention.attention.in_proj_bias
-        query = attention.norm_q(model.cross_decode.conv2d(query).permute(0, 2, 3, 1))
-        query = F.linear(query, weight[:dim], bias[:dim]) * (dim // heads) ** -0.5
-        key = F.linear(attention.norm_k(key.permute(0, 2, 3, 1)), weight[dim : 2 * dim], bias[dim : 2 * dim])
-        out = self._attend(query.unflatten(3, (heads, -1)), key.unflatten(3, (heads, -1)), features.permute(0, 2, 3, 1))
+            feature_keys = block(feature_keys)
+        key = _encode(model.aggregation, torch.cat((image_keys, feature_keys), dim=1))
+        decode = model.cross_decode
+        query = query_projection.forward(query.permute(0, 2, 3, 1), decode.query_parameters(query.dtype))
+        query = decode.split_heads(query) * (model.qk_dim // decode.num_heads) ** -0.5
+        out = self._attend(query, decode.project_keys(key.permute(0, 2, 3, 1)), features.permute(0, 2, 3, 1))
         return out[:, : self.size[0], : self.size[1]].permute(0, 3, 1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -172,6 +218,37 @@ class _Graph(nn.Module):
         return torch.cat(parts, dim=1)
 
 
+class _GraphWithEncoder(nn.Module):
+    """From a photograph in 0..1 to the upsampled features of an encoder that sees it at a size."""
+
+    def __init__(self, encoder: Encoder, seen: tuple[int, int], image: tuple[int, int], graph: _Graph) -> None:
+        super().__init__()
+        self.encoder, self.upsampling = encoder, graph  # `graph` is a name that the exporter takes
+        self.rows, self.columns = (
+            None if length == count else resizing_of_axis(length, count)
+            for length, count in zip(image, seen, strict=True)
+        )
+
+    def forward(self, photograph: Tensor) -> Tensor:
+        seen = photograph
+        if self.rows is not None:
+            seen = self.rows @ seen
+        if self.columns is not None:
+            seen = seen @ self.columns.T
+        features = self.encoder.features(self.encoder.normalize(seen.clamp(0, 1)))
+        return self.upsampling(normalize_imagenet(photograph), features)
+
+
+def _encode(encoder: PixelEncoder, x: Tensor, frequencies: Tensor | None = None) -> Tensor:
+    """(B, in, H, W) to (B, D, H, W)."""
+    convolution, *_ = encoder
+    assert isinstance(convolution, BorderConv2d)
+    pixels = F.conv2d(convolution.bordered(x).permute(0, 3, 1, 2), convolution.weight).permute(0, 2, 3, 1)
+    parameters = encoder.parameters_for_op(x.dtype)._replace(projection=None)  # which is this convolution
+    size = (pixels.shape[1], pixels.shape[2])
+    return pixel_encoder.forward(pixels, parameters, frequencies=frequencies, output_size=size).permute(0, 3, 1, 2)
+
+
 def _pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Adaptive average pooling as two products: its own operator exports for some sizes alone."""
     for axis, count in zip((2, 3), size, strict=True):
@@ -183,28 +260,41 @@ def _pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x
 
 
-def _write(graph: nn.Module, inputs: list[Tensor], path: Path) -> None:
+def _write(graph: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
     batch, channels = torch.export.Dim("batch"), torch.export.Dim("channels")
-    with warnings.catch_warnings():
+    sizes = {"image": {0: batch}, "photograph": {0: batch}, "features": {0: batch, 1: channels}}
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")  # of the exporter's own making
         program: Any = torch.onnx.export(
             graph,
-            tuple(inputs),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
-            input_names=["image", "features"],
+            input_names=list(inputs),
             output_names=["upsampled"],
-            dynamic_shapes=({0: batch}, {0: batch, 1: channels}),
+            dynamic_shapes=tuple(sizes[name] for name in inputs),
         )
         program.save(str(path), external_data=False)
 
 
-def _run(path: Path, inputs: list[Tensor]) -> Tensor:
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Of packages that it knows of and does not find, and we do not need."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _run(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {name: t.numpy() for name, t in zip(("image", "features"), inputs, strict=True)})
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     return torch.from_numpy(found)
 
 

@@ -217,7 +217,16 @@ def resize(rgb01: Tensor, size: tuple[int, int]) -> Tensor:
     """A photograph (B, 3, H, W) in 0..1 at size (height, width): bicubic, antialiased, clamped to 0..1."""
     if tuple(rgb01.shape[-2:]) == tuple(size):
         return rgb01
-    return F.interpolate(rgb01, size=size, mode="bicubic", align_corners=False, antialias=True).clamp_(0, 1)
+    return _interpolated(rgb01, size).clamp_(0, 1)
+
+
+def resizing_of_axis(length: int, count: int) -> Tensor:
+    """(count, length): what `resize` multiplies an axis by, before it clamps."""
+    return _interpolated(torch.eye(length)[None, None], (count, length))[0, 0]
+
+
+def _interpolated(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
 def fit_within(size: tuple[int, int], max_side: int) -> tuple[int, int]:

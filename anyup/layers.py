@@ -76,8 +76,12 @@ class BorderConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """In the dtype of `x`."""
+        return self._convolved(self.bordered(x)).to(x.dtype)
+
+    def bordered(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) with its border, as pixels (B, H + s - 1, W + s - 1, in); a row and a column more if even."""
         half = self.kernel_size[0] // 2
-        return self._convolved(_bordered(_bordered(x.permute(0, 2, 3, 1), 1, half), 2, half)).to(x.dtype)
+        return _bordered(_bordered(x.permute(0, 2, 3, 1), 1, half), 2, half)
 
     def part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """These rows and columns of the result, in a dtype."""

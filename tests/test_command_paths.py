@@ -50,7 +50,11 @@ COMMANDS: dict[str, dict[str, str]] = {
 }
 """What each command must be told."""
 
-EXCLUDED = {"--features": "--encoder", "--encoder": "--features"}  # of `upsample`
+EXCLUDED = {
+    "upsample": {"--features": "--encoder", "--encoder": "--features"},
+    "export onnx": {"--encoder": "--grid"},
+}
+"""What an option cannot stand beside."""
 
 
 def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -115,8 +119,7 @@ def typed(command: str, **replaced: str) -> list[str]:
     """What is typed for a command, with some options replaced or added."""
     given = {**COMMANDS[command], **replaced}
     for option in replaced:
-        if command == "upsample" and option in EXCLUDED:
-            given.pop(EXCLUDED[option], None)
+        given.pop(EXCLUDED.get(command, {}).get(option, ""), None)
     words = command.split()
     for option, value in given.items():
         words += [value] if option == "PHOTO" else [f"{option}{value}"] if option.endswith("=") else [option, value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from accuracy import assert_close_enough
 from recipe import fill, wave
+from tiny_encoder import make_encoder
 from torch import Tensor
 
-from anyup import AnyUp, cli, export
+from anyup import AnyUp, cli, encoders, export, save
 from anyup.bench.published import Published
 from anyup.export import to_onnx
+from anyup.images import normalize_imagenet, resize
 
 SMALL: dict[str, Any] = {"qk_dim": 16, "num_heads": 2, "lfu_dim": 8, "kernel_size_lfu": 3}
 
@@ -97,13 +100,17 @@ def test_the_file_takes_any_batch_and_channels(file: Path, batch: int, channels:
     exact.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = exact(*(t.double() for t in inputs))
-        assert_close_enough(export._run(file, list(inputs)), Published(model)(*inputs), expected)
+        assert_close_enough(
+            export._run(file, dict(zip(("image", "features"), inputs, strict=True))),
+            Published(model)(*inputs),
+            expected,
+        )
 
 
 def test_a_file_with_other_results_is_not_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = export._run
 
-    def wrong(path: Path, inputs: list[Tensor]) -> Tensor:
+    def wrong(path: Path, inputs: Mapping[str, Tensor]) -> Tensor:
         return run(file, inputs) * 1.01
 
     monkeypatch.setattr(export, "_run", wrong)
@@ -113,14 +120,35 @@ def test_a_file_with_other_results_is_not_written(file: Path, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_a_file(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_file_with_an_encoder_that_takes_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    encoder = make_encoder()
+    encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    save(small(), tmp_path / "weights.safetensors")
+    monkeypatch.setattr(encoders, "load_encoder", lambda name, device: encoder)
     output = tmp_path / "out.onnx"
-    arguments = ["--size", "16x12", "--grid", "4x3", "--output-size", "8", "--channels", "5", "-o", str(output)]
-    assert cli.main(["export", "onnx", *arguments]) == 0
+    # The encoder sees 20 x 16: multiples of its patch, smaller along one axis and larger along the other.
+    sizes = ["--size", "24x15", "--encoder-size", "19x17", "--output-size", "8", "--encoder", "tiny"]
+    weights = ["--weights", str(tmp_path / "weights.safetensors")]
+    assert cli.main(["export", "onnx", *sizes, *weights, "-o", str(output)]) == 0
     told = capsys.readouterr()
     assert told.out.strip() == str(output) and "largest difference from the package" in told.err
-    found = export._run(output, [wave((1, 3, 16, 12), 3, 0.8), wave((1, 9, 4, 3), 7)])
-    assert found.shape == (1, 9, 8, 8)
+    photographs = wave((3, 3, 24, 15), 3, 0.3, 0.5).clamp(0, 1)
+    with torch.no_grad():
+        features = encoder(encoder.normalize(resize(photographs, (20, 16))))
+        expected = small()(normalize_imagenet(photographs), features, (8, 8))
+    found = export._run(output, {"photograph": photographs})
+    assert found.shape == (3, 6, 8, 8)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_options_that_need_another_one_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["export", "onnx", "--size", "16", "--grid", "4", "-o", str(tmp_path / "out.onnx")]
+    assert cli.main([*given, "--encoder-size", "8"]) == 2
+    assert "--encoder-size goes with --encoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +159,10 @@ def test_the_command_writes_a_file(file: Path, tmp_path: Path, capsys: pytest.Ca
         ({"feature_size": (0, 5)}, ValueError, "feature_size: expected positive integers"),
         ({"output_size": "x"}, ValueError, "output_size: expected two positive integers"),
         ({"channels": 0}, ValueError, "channels: expected a positive integer, got 0"),
+        ({"encoder": torch.nn.Identity()}, TypeError, "encoder: expected an Encoder of anyup.encoders, got Identity"),
+        ({"encoder": make_encoder()}, ValueError, r"feature_size: expected None beside an encoder, .* got \(6, 5\)"),
+        ({"encoder_size": (8, 8)}, ValueError, "encoder_size: expected with an encoder alone"),
+        ({"feature_size": None}, ValueError, "feature_size: expected two positive integers"),
         ({"upsampler": torch.nn.Identity()}, TypeError, "upsampler: expected an AnyUp, got Identity"),
     ],
 )

@@ -90,7 +90,7 @@ class VisionTransformer(Encoder):
         """(B, 3, H, W) to (B, width, H / patch, W / patch); blocks behind ``block`` do not run."""
         patches = self.patch_projection(image)  # (B, width, h, w)
         height, width = patches.shape[-2:]
-        tokens = torch.cat([self.class_token.expand(len(image), -1, -1), patches.flatten(2).mT], dim=1)
+        tokens = torch.cat([self.class_token.expand(image.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
         tokens = tokens + self._positions(height, width).to(tokens.dtype)
         for block in self.blocks[: self.block + 1]:
             tokens = block(tokens)
