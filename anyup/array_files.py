@@ -173,7 +173,7 @@ class PartialArray:
             array = numpy.lib.format.open_memmap(self._partial, "w+", dtype=self._dtype, shape=self._shape)
             reserve(self._partial)
             return array[None]
-        zarr = _zarr()
+        zarr = zarr_package()
         # No chunk lies in two pieces: the second would read and write it again.
         most = (_CHUNK[0], min(_CHUNK[1], rows), _CHUNK[2])
         chunks = (1, *(min(pair) for pair in zip(most, self._shape, strict=True)))
@@ -184,7 +184,7 @@ class PartialArray:
             import numpy
 
             return numpy.load(self._partial, mmap_mode="r+")[None]
-        return _zarr().open_array(str(self._partial), mode="r+")
+        return zarr_package().open_array(str(self._partial), mode="r+")
 
 
 def _size(shape: tuple[int, int, int], dtype: str) -> int:
@@ -198,7 +198,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _zarr() -> Any:
+def make_groups(root: Path, folder: Path) -> None:
+    """Make groups of zarr of a folder and of those that it lies in, up to the root."""
+    for each in (folder, *folder.parents):
+        zarr_package().open_group(str(each), mode="a")
+        if each == root:
+            return
+
+
+def zarr_package() -> Any:
+    """The package zarr; ImportError, which says how to install it, where it is missing."""
     try:
         import zarr
     except ImportError as error:

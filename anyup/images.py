@@ -38,6 +38,7 @@ __all__ = [
     "complete_or_absent",
     "fit_within",
     "normalize_imagenet",
+    "picture_size",
     "read_features",
     "read_photo",
     "read_picture",
@@ -128,6 +129,15 @@ def read_picture(path: str | os.PathLike[str]) -> StoredPicture:
         except Exception as error:  # each format raises kinds of its own for damaged files
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path}: the picture cannot be decoded ({reason})") from error
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """(height, width) that a picture's file tells, as it is stored; None where it tells nothing. Nothing is decoded."""
+    PIL = _pillow()
+    # Each format raises kinds of its own.
+    with suppress(Exception), PIL.Image.open(check_readable(path)) as opened:
+        return opened.height, opened.width
+    return None
 
 
 def _decode(opened: Any) -> StoredPicture:

@@ -27,6 +27,7 @@ _OPTIONAL = (
     ("safetensors", "safetensors", ".safetensors files"),
     ("matplotlib", "matplotlib", "vis_attn=True, and the plots of bench and tune"),
     ("zarr", "zarr", ".zarr files"),
+    ("av", "av", "upsample the frames of a video"),
     ("h5py", "h5py", 'encoder "squeezenet1_1"'),
     ("torchmetrics", "torchmetrics", "evaluate segmentation"),
     ("accelerate", "accelerate", "training in several processes"),

@@ -26,6 +26,8 @@ from anyup.upsample_inputs import (
     read_values,
     resolve_region,
 )
+from anyup.upsample_many import FORMATS, are_many
+from anyup.upsample_many import run as run_many
 from anyup.upsample_result import Files, in_words, told_backends, write_result
 
 if TYPE_CHECKING:
@@ -43,15 +45,27 @@ where features from a file have its proportions only so.
 
 A .npy or .zarr file is written piece by piece and may be larger than the memory; interrupted, it leaves
 OUT.part, which the same command completes with --resume.
+
+Of many photographs, or the frames of a video, each has a file in the folder OUT that is called like it, and a line in
+OUT/manifest.jsonl. One that cannot be read is told of and left out, and the exit status is 1. --resume goes on with
+what has no result.
 """
 
+_ONE_FILE = (".jpeg", ".jpg", ".npy", ".png", ".pt", ".safetensors", ".webp", ".zarr")
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be typed, beside the device, the backend and the weights."""
     parser.set_defaults(implied=_implied)
-    parser.add_argument("photo", type=Read, metavar="PHOTO", help="the photograph: any format that Pillow reads")
+    parser.add_argument(
+        "photo",
+        type=Read,
+        nargs="+",
+        metavar="PHOTO",
+        help="the photograph: any format that Pillow reads; or several, a folder of them (and the folders in it), a "
+        "pattern as 'photos/**/*.jpg', or a video",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--encoder",
@@ -67,13 +81,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Written,
         metavar="OUT",
-        help="the features to write: .npy, .zarr (of shape (1, C, H, W)), .pt or .safetensors; complete or not at all",
+        help="the features to write: .npy, .zarr (of shape (1, C, H, W)), .pt or .safetensors; complete or not at all; "
+        "of many photographs a folder",
     )
     parser.add_argument(
         "--picture",
         type=Written,
         metavar="OUT.png",
-        help="also (or only) a picture of the result by its principal components",
+        help="also (or only) a picture of the result by its principal components; of many photographs a folder",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="of the features of many photographs (default: npy); zarr: one group, features.zarr, of arrays",
     )
     parser.add_argument(
         "--size",
@@ -149,14 +169,26 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what was typed; the written paths on stdout, progress on stderr."""
     if arguments.output is None and arguments.picture is None:
         raise UsageError("nothing to write: give -o OUT, --picture OUT.png, or both")
+    for option in ("encoder_size", "encoder_weights"):
+        if getattr(arguments, option) is not None and arguments.encoder is None:
+            raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
+    if are_many(arguments.photo):
+        for option in ("features", "points", "values"):
+            if getattr(arguments, option):
+                raise UsageError(f"--{option} goes with one photograph")
+        for option in ("output", "picture"):
+            if Path(getattr(arguments, option) or "").suffix.lower() in _ONE_FILE:
+                raise UsageError(f"{option} {getattr(arguments, option)}: of many photographs a folder expected")
+        arguments.format = arguments.format or "npy"
+        run_many(arguments)
+        return
+    if arguments.format:
+        raise UsageError("--format goes with many photographs; the name of one's output tells its format")
+    (arguments.photo,) = arguments.photo
     if arguments.points:
         for option in ("picture", "region", "resume"):
             if getattr(arguments, option):
                 raise UsageError(f"--points goes without --{option}")
-    for option in ("encoder_size", "encoder_weights"):
-        if getattr(arguments, option) is not None and arguments.encoder is None:
-            raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
-
     from anyup import array_files
     from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES
     from anyup.progress import Progress
@@ -203,7 +235,8 @@ def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -
         channels = channels if head is None else head.weight.shape[0]
         itemsize = files.kept_as(arguments.dtype, features if values is None else values).itemsize
         places = region[2:] if points is None else points.shape[:2]
-        files.check_room((channels, *places), itemsize, device, resume=arguments.resume)
+        files.check_memory((channels, *places), itemsize, device)
+        files.check_room((channels, *places), itemsize, resume=arguments.resume)
 
     if given is not None:
         features = given

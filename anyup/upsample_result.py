@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -53,25 +54,28 @@ class Files:
             raise ValueError(f"--dtype {name}: {why}; take a wider one")
         return dtype
 
-    def check_room(self, shape: tuple[int, ...], itemsize: int, device: torch.device, *, resume: bool) -> None:
-        """Raise ValueError where a result of this shape exceeds the free space of its folder, or the free memory.
+    def check_memory(self, shape: tuple[int, ...], itemsize: int, device: torch.device) -> None:
+        """Raise ValueError where a result of this shape is made whole and exceeds the free memory."""
+        from anyup.budget import check_room
+
+        if not self.in_pieces:
+            check_room(math.prod(shape) * itemsize, _the_result(shape), device, _SMALLER)
+
+    def check_room(self, shape: tuple[int, ...], itemsize: int, *, resume: bool) -> None:
+        """Raise ValueError where a result of this shape exceeds the free space of its folder.
 
         To `resume` takes less by what an interrupted run has left on the disk.
         """
         from anyup.array_files import bytes_there
-        from anyup.budget import check_room
         from anyup.progress import human_bytes
 
-        needed = shape[0] * shape[1] * shape[2] * itemsize
-        what, hint = f"the result, {shape[0]} x {shape[1]} x {shape[2]},", "--size makes it smaller"
-        if not self.in_pieces:
-            check_room(needed, what, device, hint)
+        needed = math.prod(shape) * itemsize
         if self.output is not None:
             free = free_space(self.output)
             if needed - (bytes_there(self.output) if resume else 0) > free:
                 raise ValueError(
-                    f"{what} takes {human_bytes(needed)}, and {human_bytes(free)} are free where {self.output} is to "
-                    f"be written; {hint}"
+                    f"{_the_result(shape)} takes {human_bytes(needed)}, and {human_bytes(free)} are free where "
+                    f"{self.output} is to be written; {_SMALLER}"
                 )
 
     def save(self, result: Tensor, progress: Progress) -> None:
@@ -87,6 +91,13 @@ class Files:
                 if free_space(self.output) < result.nbytes:
                     raise no_room(self.output, result.nbytes) from error
                 raise
+
+
+_SMALLER = "--size makes it smaller"
+
+
+def _the_result(shape: tuple[int, ...]) -> str:
+    return f"the result, {' x '.join(map(str, shape))},"
 
 
 def free_space(path: Path) -> int:

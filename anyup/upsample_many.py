@@ -1,0 +1,451 @@
+"""`anyup upsample` for many photographs, or a video's frames: one model, for each a result and a line of the manifest.
+
+A photograph's result depends on nothing but the photograph and what is asked for, and is called like it. So a run goes
+on where an earlier one stopped, and a run may be shared by processes that take some of the photographs each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anyup.options import UsageError
+from anyup.upsample_inputs import (
+    carried_by,
+    check_features,
+    check_head,
+    encode,
+    load_model,
+    load_named_encoder,
+    read_head,
+    resolve_region,
+    resolve_size,
+)
+from anyup.upsample_result import Files, free_space, write_result
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from anyup.encoders import Encoder
+    from anyup.model import AnyUp
+    from anyup.video import Video
+
+FORMATS = ("npy", "safetensors", "zarr")
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+
+_IN_PIECES = ("npy", "zarr")
+_GROUP = "features.zarr"
+_UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph, or a frame, as it was found.
+
+    Attributes:
+        name: of no other one; "/" stands between folders.
+        sha256: of the file, or of the frame's pixels; "" where they cannot be read.
+        pixels: (1, 3, H, W) in 0..1; None where they are not needed, or cannot be had.
+        error: why they cannot be had.
+    """
+
+    name: str
+    sha256: str
+    pixels: Tensor | None = None
+    error: str = ""
+
+
+IsDone = Callable[[str, str], bool]
+"""Whether there is the result of the photograph of a name and a hash."""
+
+
+class Source(Protocol):
+    """Where photographs come from.
+
+    Attributes:
+        count: how many there are; 0 where nobody knows.
+    """
+
+    count: int
+
+    def read(self, is_done: IsDone) -> Iterator[Photograph]:
+        """Each one, in the order of their names; without pixels where it is done."""
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Names and sizes (height, width), as far as they are known before anything is decoded."""
+
+
+def are_many(paths: Sequence[str]) -> bool:
+    """Whether what was named is anything else than one photograph."""
+    return len(paths) > 1 or Path(paths[0]).is_dir() or _is_pattern(paths[0]) or _is_video(paths[0])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what was typed; the written folders on stdout, progress on stderr.
+
+    Raises ValueError at the end where a photograph has no result.
+    """
+    from anyup.demo import choose_device
+    from anyup.manifest import NAME, Manifest
+    from anyup.progress import Progress
+    from anyup.run_lock import folder_for, only_run
+
+    device = choose_device(arguments.device)
+    progress = Progress()
+    folders = [Path(folder) for folder in (arguments.output, arguments.picture) if folder]
+    manifest_path = folders[0] / NAME
+    head = read_head(arguments.head) if arguments.head else None
+    with ExitStack() as stack:
+        source = _find(arguments.photo, folders, stack)
+        _check_folders(folders, manifest_path, resume=arguments.resume)
+        for folder in folders:
+            stack.enter_context(folder_for(folder))
+        stack.enter_context(only_run(folders[0], progress.note))
+        _check_package(arguments.format)
+        model = load_model(arguments, device, progress)
+        work = Work(arguments, model, load_named_encoder(arguments, device, progress), head)
+        work.check_room(source)
+        with Manifest(manifest_path, work.asked()) as manifest:
+            before = dict(manifest.entries)
+
+            def is_done(name: str, sha256: str) -> bool:
+                entry = before.get(name, {"error": "not begun"})
+                return "error" not in entry and entry["sha256"] == sha256 and work.has(name)
+
+            try:
+                failed = _work_through(work, source, is_done, manifest.add)
+            except BaseException:
+                there = sum("error" not in entry for entry in manifest.entries.values())
+                progress.note(f"\n{there} of {source.count or '?'} results are there; --resume goes on")
+                raise
+            manifest.complete()
+    for folder in folders:
+        print(folder)
+    if failed:
+        raise ValueError(f"{failed} left out; {manifest_path} says why")
+
+
+def _work_through(work: Work, source: Source, is_done: IsDone, add: Callable[[str, Mapping[str, Any]], None]) -> int:
+    """Upsample what is not done, and `add` what becomes of it; how many have no result."""
+    from anyup.training.reporting import Rate, Reporter
+
+    reporter, rate = Reporter(), Rate()
+    failed = made = 0
+    with work.unfinished():
+        for seen, photograph in enumerate(_ahead(source.read(is_done)), 1):
+            entry: dict[str, Any] = {"error": photograph.error} if photograph.error else {}
+            if photograph.pixels is not None:
+                entry = work.upsample(photograph.name, photograph.pixels)
+                made += 1
+                rate.count(made)
+            if entry:
+                add(photograph.name, {"sha256": photograph.sha256, **entry})
+            if "error" in entry:
+                failed += 1
+                reporter.note(f"left out: {photograph.name}: {entry['error']}")
+            of = f" of {source.count}" if source.count else ""
+            left = f", {rate.left(source.count - seen)} left" if made and seen < source.count else ""
+            reporter.tick(f"{seen}{of}{left}", last=seen == source.count)
+    return failed
+
+
+def _ahead(photographs: Iterator[Photograph]) -> Iterator[Photograph]:
+    """Each one, read while the one before is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, photographs, None)
+        while (photograph := coming.result()) is not None:
+            coming = reader.submit(next, photographs, None)
+            yield photograph
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done for each photograph, whatever becomes of the others."""
+
+    arguments: argparse.Namespace
+    model: AnyUp
+    encoder: Encoder
+    head: torch.nn.Conv2d | None
+
+    def asked(self) -> dict[str, Any]:
+        """What results depend on, beside their photographs."""
+        from anyup import __version__
+        from anyup.fingerprint import file_fingerprint, module_fingerprint
+
+        given = self.arguments
+        return {
+            "encoder": given.encoder,
+            "encoder's weights": module_fingerprint(self.encoder),
+            "encoder size": given.encoder_size,
+            "weights": module_fingerprint(self.model),
+            "head": file_fingerprint(given.head) if given.head else None,
+            "size": given.size,
+            "region": given.region,
+            "dtype": given.dtype,
+            "format": given.format if given.output else None,
+            "pictures": os.path.relpath(given.picture, given.output or given.picture) if given.picture else None,
+            "version": __version__,
+        }
+
+    def result(self, name: str) -> Path | None:
+        """Where the features of a photograph go."""
+        given = self.arguments
+        if given.output is None:
+            return None
+        return (
+            Path(given.output, _GROUP, name) if given.format == "zarr" else Path(given.output, f"{name}.{given.format}")
+        )
+
+    def picture(self, name: str) -> Path | None:
+        """Where the picture of a photograph's result goes."""
+        return None if self.arguments.picture is None else Path(self.arguments.picture, f"{name}.png")
+
+    def has(self, name: str) -> bool:
+        """Whether the files of a photograph are there."""
+        return all(path is None or path.exists() for path in (self.result(name), self.picture(name)))
+
+    def check_room(self, source: Source) -> None:
+        """Raise ValueError where the results that are not there exceed the free space of their folder."""
+        import torch
+
+        from anyup.progress import human_bytes
+
+        given = self.arguments
+        if given.output is None:
+            return
+        like = torch.empty(0) if self.head is not None else next(self.encoder.parameters(), torch.empty(0))
+        channels = self.encoder.channels if self.head is None else self.head.weight.shape[0]
+        itemsize = Files(None, None, given.format in _IN_PIECES).kept_as(given.dtype, like).itemsize
+        needed = missing = 0
+        for name, native in source.sizes():
+            result = self.result(name)
+            if result is not None and not result.exists():
+                height, width = given.region[2:] if given.region else resolve_size(given.size or native, native)
+                needed += channels * height * width * itemsize
+                missing += 1
+        free = free_space(Path(given.output, "any"))
+        if needed > free:
+            raise ValueError(
+                f"{missing} results take {human_bytes(needed)}, and {human_bytes(free)} are free where {given.output} "
+                "is; --size makes them smaller, --dtype float16 halves them"
+            )
+
+    @contextmanager
+    def unfinished(self) -> Iterator[None]:
+        """The folders for what is being written, within the block; what a killed run has left in them goes."""
+        folders = [Path(each, _UNFINISHED) for each in (self.arguments.output, self.arguments.picture) if each]
+        try:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            yield
+        finally:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def upsample(self, name: str, photo: Tensor) -> dict[str, Any]:
+        """Write the files of a photograph (1, 3, H, W) in 0..1; what the manifest says of it, an error if it has one.
+
+        Raises OSError where a file cannot be written: neither could the next.
+        """
+        import torch
+
+        try:
+            return self._upsample(name, photo)
+        except (ValueError, UsageError) as error:
+            return {"error": str(error)}
+        except (MemoryError, RuntimeError) as error:
+            lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+            if not lacks:
+                raise
+            return {"error": "there is not enough memory"}
+
+    def _upsample(self, name: str, photo: Tensor) -> dict[str, Any]:
+        from anyup.progress import Progress
+
+        given, device, silent = self.arguments, self.model.rope.freqs.device, Progress(io.StringIO())
+        whole, region = resolve_region(given.size, given.region, photo)
+        features = encode(self.encoder, photo, given.encoder_size, device, silent)
+        check_features(features, f"features of {given.encoder}")
+        values = None
+        if self.head is not None:
+            check_head(self.head, features, given.head)
+            values = carried_by(self.head, features, given.head)
+        result, picture = self.result(name), self.picture(name)
+        files = Files(
+            Path(given.output, _UNFINISHED, f"{Path(name).name}.{given.format}") if result else None,
+            Path(given.picture, _UNFINISHED, picture.name) if picture else None,
+            result is not None and given.format in _IN_PIECES,
+        )
+        low = features if values is None else values
+        files.check_memory((low.shape[1], *region[2:]), files.kept_as(given.dtype, low).itemsize, device)
+        shape, dtype = write_result(
+            given, self.model, photo, features, values, files, whole, region, silent, asked=None
+        )
+        entry: dict[str, Any] = {"shape": shape, "dtype": dtype}
+        for kind, made, path in (("features", files.output, result), ("picture", files.picture, picture)):
+            if made is not None and path is not None:
+                self._put(made, path)
+                entry[kind] = path.relative_to(given.output if kind == "features" else given.picture).as_posix()
+        return entry
+
+    def _put(self, made: Path, path: Path) -> None:
+        """Give a file its name in the folder, or an array its in the group."""
+        if made.suffix == ".zarr":
+            from anyup.array_files import make_groups
+
+            make_groups(Path(self.arguments.output, _GROUP), path.parent)
+            if path.exists():
+                shutil.rmtree(path)  # a folder replaces no other that holds something
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(made, path)
+
+
+class Photographs:
+    """Files, by the names of the photographs."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = {name: files[name] for name in sorted(files)}
+        self.count = len(files)
+
+    def read(self, is_done: IsDone) -> Iterator[Photograph]:
+        """See `Source`."""
+        from anyup.fingerprint import file_fingerprint
+        from anyup.images import check_readable, read_photo
+
+        for name, path in self._files.items():
+            sha256 = ""
+            try:
+                sha256 = file_fingerprint(check_readable(path))
+                photograph = Photograph(name, sha256, None if is_done(name, sha256) else read_photo(path))
+            except (ValueError, OSError, MemoryError) as error:
+                reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
+                photograph = Photograph(name, sha256, error=reason.removeprefix(f"{path}: "))
+            yield photograph
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """See `Source`."""
+        from anyup.images import picture_size
+
+        for name, path in self._files.items():
+            if (size := picture_size(path)) is not None:
+                yield name, size
+
+
+class Frames:
+    """The frames of a video, called by their numbers, from 0 on."""
+
+    def __init__(self, video: Video) -> None:
+        self._video = video
+        self.count = video.count
+
+    def read(self, is_done: IsDone) -> Iterator[Photograph]:
+        """See `Source`."""
+        from anyup.fingerprint import tensor_fingerprint
+
+        number = 0
+        try:
+            for pixels in self._video:
+                name, sha256 = self._name(number), tensor_fingerprint(pixels)
+                yield Photograph(name, sha256, None if is_done(name, sha256) else pixels.float().div_(255))
+                number += 1
+        except ValueError as error:
+            yield Photograph(self._name(number), "", error=str(error))
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """See `Source`."""
+        for number in range(self.count):
+            yield self._name(number), self._video.size
+
+    def _name(self, number: int) -> str:
+        return f"{number:06d}"
+
+
+def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack) -> Source:
+    """What was named: a video, or photographs, folders and patterns; what lies in the folders `outside` is none."""
+    if len(named) == 1 and _is_video(named[0]):
+        from anyup.video import Video
+
+        return Frames(stack.enter_context(Video(named[0])))
+    away = [os.path.realpath(folder) for folder in outside]
+
+    @cache
+    def is_outside(folder: Path) -> bool:
+        return not any(Path(os.path.realpath(folder)).is_relative_to(each) for each in away)
+
+    found: dict[str, Path] = {}
+    for text in named:
+        root, paths = _matches(text)
+        for path in paths:
+            name = path.relative_to(root).as_posix()
+            if is_outside(path.parent) and not os.path.samefile(found.setdefault(name, path), path):
+                raise UsageError(f"{found[name]} and {path} would have one result, {name}: name a folder above both")
+    if not found:
+        raise ValueError(f"{' '.join(named)}: photographs expected, there are none")
+    return Photographs(found)
+
+
+def _matches(text: str) -> tuple[Path, list[Path]]:
+    """What an argument names, and the folder that names are taken from."""
+    from anyup.training.photographs import find_photographs
+
+    path = Path(text)
+    if path.is_dir():
+        return path, find_photographs(path)
+    if not _is_pattern(text):
+        return path.parent, [path]
+    fixed = 0
+    while not _MAGIC.search(path.parts[fixed]):
+        fixed += 1
+    found = sorted(Path(each) for each in glob.glob(text, recursive=True))
+    return Path(*path.parts[:fixed]), [each for each in found if not each.is_dir()]
+
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+def _is_pattern(text: str) -> bool:
+    return _MAGIC.search(text) is not None and not os.path.lexists(text)
+
+
+def _is_video(text: str) -> bool:
+    return Path(text).suffix.lower() in VIDEO_SUFFIXES
+
+
+def _check_folders(folders: Sequence[Path], manifest: Path, *, resume: bool) -> None:
+    """Raise FileExistsError where a folder holds what this run, or the one that it resumes, has not put there."""
+    if manifest.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{manifest.parent}: holds results of an earlier run; --resume goes on, a new folder begins anew"
+            )
+        return
+    for folder in folders:
+        there = os.listdir(folder) if folder.is_dir() else []
+        if other := sorted({*there} - {_UNFINISHED, f"{manifest.name}.new"}):
+            raise FileExistsError(f"{folder}: a new or an empty folder expected, this one holds {other[0]}")
+
+
+def _check_package(kind: str) -> None:
+    """Raise ImportError where what writes a format is missing."""
+    from anyup.array_files import zarr_package
+    from anyup.tensor_files import safetensors_package
+
+    if kind == "zarr":
+        zarr_package()
+    elif kind == "safetensors":
+        safetensors_package()
