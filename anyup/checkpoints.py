@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from anyup import assets, hugging_face
+from anyup.devices import usable_device
 from anyup.finite import not_finite
 from anyup.images import check_readable, complete_or_absent
 from anyup.model import AnyUp, ModelBackend
 from anyup.ops.parallel import on_one_thread
-from anyup.tensor_files import read_safetensors, read_torch, safetensors_package, unfit
+from anyup.tensor_files import TORCH_SUFFIXES, read_safetensors, read_torch, safetensors_package, unfit
 
 __all__ = [
     "MINI",
@@ -38,18 +39,21 @@ __all__ = [
     "PackagedCheckpoint",
     "load",
     "save",
+    "untrained_model",
 ]
 
 _logger = logging.getLogger(__name__)
 
-_TORCH_SUFFIXES = (".pth", ".pt")
-_SUFFIXES = (*_TORCH_SUFFIXES, ".safetensors")
+_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 _CONFIG_KEY = "config"
 _SAFETENSORS_CONFIG_KEY = "anyup_config"
 # Where a training checkpoint keeps its weights; the first of these that it has.
 _STATE_DICT_KEYS = ("anyup", "state_dict")
 # Seconds without a byte from the server; without a limit, a network that drops packets holds a call for long.
 _DOWNLOAD_TIMEOUT = 20.0
+
+UNTRAINED_SEED = 0
+"""Of random weights."""
 
 
 class CheckpointNotFoundError(FileNotFoundError, ValueError):
@@ -169,7 +173,7 @@ def load(
     arguments.pop("use_natten", None)
     if window is not None:
         arguments["window"] = window
-    device = _usable_device(device)
+    device = usable_device(device)
 
     path = _resolve(name_or_path)
     state_dict, stored = _read(path)
@@ -180,6 +184,14 @@ def load(
     if bad := not_finite(model.state_dict()):
         raise ValueError(f"{str(path)!r} holds weights that are not finite: {bad}")
     return model.to(device).eval()
+
+
+def untrained_model(device: torch.device, backend: str | None = None, **arguments: Any) -> AnyUp:
+    """A model with random weights, the same on every call; torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED)
+        model = AnyUp(init_gaussian_derivatives=True, backend=backend, **arguments)
+    return model.eval().to(device)
 
 
 def save(model: AnyUp, path: str | os.PathLike[str]) -> None:
@@ -254,18 +266,6 @@ def _downloaded(address: str, **options: Any) -> Path:
             f"{hugging_face.CONFIG} and {hugging_face.WEIGHTS}\n"
             f"  alternatives: anyup.load(FOLDER) with these two files, or anyup.load({MINI!r})"
         ) from error
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    """Return the device, or raise ValueError where this torch cannot put a tensor on it."""
-    try:
-        usable = torch.device(device)
-        torch.empty(1, device=usable)
-    # A build without CUDA answers with an AssertionError, a driver that fails with a RuntimeError.
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"device: expected one that torch can use here, got {device!r} ({reason})") from error
-    return usable
 
 
 def _resolve(name_or_path: str | os.PathLike[str]) -> Path:

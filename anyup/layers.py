@@ -19,7 +19,7 @@ from anyup.ops.dispatch import Backend
 from anyup.ops.feature_unification import unify_features
 from anyup.ops.linear import linear
 from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pixels
-from anyup.ops.pixel_encoder.problem import GROUPS, normalise
+from anyup.ops.pixel_encoder.arguments import GROUPS, normalise
 from anyup.ops.precision import without_autocast, working_dtype
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -90,3 +92,30 @@ def nonempty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("a name or a path expected, got nothing")
     return text
+
+
+def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
+    """The path of an output file, checked; a wrong suffix is a mistake of usage."""
+    from anyup.images import check_writable
+
+    try:
+        return check_writable(path, suffixes, what)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+@contextmanager
+def naming_the_options() -> Iterator[None]:
+    """An error of loading weights names the option, and where they cannot be downloaded what can be typed instead."""
+    from anyup.checkpoints import DownloadError
+
+    try:
+        yield
+    except DownloadError as error:
+        options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
+        raise OSError(f"{error}\n  {options}") from error
+    except (ValueError, OSError) as error:
+        argument, colon, rest = str(error).partition(": ")
+        if argument not in ("name_or_path", "path"):
+            raise
+        raise type(error)(f"--weights{colon}{rest}") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from anyup.installing import pip_install
 from anyup.ops.precision import check_dense
 
-_TORCH_SUFFIXES = (".pt", ".pth")
+TORCH_SUFFIXES = (".pt", ".pth")
 
 # What a file begins with, and what it is then; the longest first where one begins with another.
 _BEGINNINGS = (
@@ -34,7 +34,7 @@ _BEGINNINGS = (
     (b"<", "a web page, or XML"),
 )
 _NUMPY, _SAFETENSORS, _TORCH, _NPZ = "a NumPy .npy file", "a .safetensors file", "a file of torch.save", "an .npz file"
-_OWN = {".npy": _NUMPY, ".npz": _NPZ, ".safetensors": _SAFETENSORS, **dict.fromkeys(_TORCH_SUFFIXES, _TORCH)}
+_OWN = {".npy": _NUMPY, ".npz": _NPZ, ".safetensors": _SAFETENSORS, **dict.fromkeys(TORCH_SUFFIXES, _TORCH)}
 _PICKLED = "it holds pickled objects{}, which are never loaded: only tensors and plain containers of them are"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from anyup.bench import stored, wording
 from anyup.bench.stored import Row, machine_of
 from anyup.bench.timing import BUSY_SPREAD
+from anyup.progress import human_bytes
 
 _LEAST = 0.05
 """A smaller change of a time is none, however quiet the machine."""
@@ -150,7 +151,7 @@ def _memory_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping
     ratio = after["peak_bytes"] / before["peak_bytes"]
     if 1 / (1 + _LEAST_MEMORY) <= ratio <= 1 + _LEAST_MEMORY:
         return None
-    told = [wording.size(row["peak_bytes"]) for row in (before, after)]
+    told = [human_bytes(row["peak_bytes"]) for row in (before, after)]
     return ratio, f"peak memory {told[0]} before, {told[1]} now ({ratio - 1:+.0%})"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anyup.bench import stored, wording
+from anyup.progress import human_bytes
 from benchmarks.report import table
 
 _MOST = 20
@@ -104,7 +105,7 @@ def _row(row: stored.Row) -> tuple[str, ...]:
     return (
         _named(row), row["backend"], wording.seconds(row["seconds"]), host,
         f"{row['times_floor']:.2f}" if row.get("times_floor") else "",
-        wording.size(row["peak_bytes"]) if row.get("peak_bytes") else "",
+        human_bytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
         wording.times(row["speed_up"]) if row.get("speed_up") else "",
         f"{row['difference']:.0e}" if row.get("difference") is not None else "",
     )  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from anyup import AnyUp, info
+from anyup import AnyUp
 from anyup.bench import command as bench
 from anyup.bench import machine
 from anyup.bench.clock import CardLost, CudaClock
@@ -27,6 +27,7 @@ from anyup.bench.engine import Speeds
 from anyup.bench.results import ResultsFile
 from anyup.bench.suite import essential
 from anyup.bench.workloads import Workload
+from anyup.cli import info
 from anyup.images import complete_or_absent
 from anyup.ops.refusals import remembered
 from benchmarks import limited

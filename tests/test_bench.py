@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from anyup import cli
 from anyup.bench import cases, command, floors, machine, memory, parity, published_code, suite
 from anyup.bench.cases import OPERATIONS, Sizes
 from anyup.bench.clock import CardLost
@@ -29,6 +28,7 @@ from anyup.bench.suite import Comparison, Contender
 from anyup.bench.timing import Time, Timing, host_clock
 from anyup.bench.workloads import Workload, square
 from anyup.capture import Graph
+from anyup.cli import command as cli
 
 TINY = Workload((24, 20), (6, 5), channels=12)
 SPEEDS = Speeds(dict.fromkeys(cases.DTYPES, 1e11), 1e10)
@@ -196,7 +196,7 @@ def test_what_takes_too_long_is_a_result() -> None:
 
 
 def test_what_needs_more_memory_than_there_is_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 10)
+    monkeypatch.setattr("anyup.bench.engine.free_memory", lambda device: 10)
     ours, theirs = engine().run(model("anyup", "published"))
     assert ours["status"] == "ok" and "speed_up" not in ours
     assert theirs["status"] == "out of memory" and theirs["reason"].endswith("0.0 GB are free")
@@ -341,7 +341,7 @@ def test_a_call_whose_kernels_are_compiled_for_minutes_is_repeated_all_the_same(
         function()
         return took
 
-    monkeypatch.setattr(machine, "available_bytes", lambda device: None)
+    monkeypatch.setattr("anyup.bench.engine.free_memory", lambda device: None)
     head = Contender("head_before", "anyup", "head_before", has_memory=False, work="model_of_classes")
     comparison = Comparison("head", Sizes(TINY, device="cuda"), (head,))
     (row,) = engine(clock=timed, builder=Compiles(timed)).run(comparison)

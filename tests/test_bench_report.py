@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from anyup.bench import modelled, plots, report_page, stored, tune_page, wording
+from anyup.bench import modelled, plots, report_page, stored, wording
+from anyup.tuning import page as tune_page
 from benchmarks import compare, report
 
 MACHINE = {
@@ -124,7 +125,7 @@ def test_the_page_s_numbers_are_the_stored_ones(written: tuple[str, Page]) -> No
 
 def test_what_people_read_is_the_stored_number_rounded(written: tuple[str, Page]) -> None:
     cells = dict(written[1].rows["model/model/448 from 32/anyup/forward"])
-    assert (cells["0.705"], cells["304852992"], cells["8.0609"]) == ("0.705 s", "0.30 GB", "8.1x")
+    assert (cells["0.705"], cells["304852992"], cells["8.0609"]) == ("0.705 s", "305 MB", "8.1x")
     assert cells["0.3"] == "30 %"
 
 
@@ -405,9 +406,7 @@ def test_the_wider_spread_of_the_two_runs_counts() -> None:
 
 def test_peak_memory_regresses_where_it_is_exact() -> None:
     found = compare.compare(planted(), changed(0, peak_bytes=304_852_992 * 1.2))
-    assert found.regressions == [
-        "model/model/224 from 16/anyup/forward: peak memory 0.30 GB before, 0.37 GB now (+20%)"
-    ]
+    assert found.regressions == ["model/model/224 from 16/anyup/forward: peak memory 305 MB before, 366 MB now (+20%)"]
     assert compare.compare(planted(), changed(0, peak_bytes=304_852_992 * 1.04)).regressions == []
     assert compare.compare(planted(), changed(2, peak_bytes=9e9)).regressions == []  # an upper bound
 

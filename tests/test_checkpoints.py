@@ -220,9 +220,9 @@ def test_path_argument_never_means_a_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_other_suffix_is_refused(small: AnyUp, tmp_path: Path) -> None:
     (tmp_path / "weights.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"\.pth, \.pt, \.safetensors"):
+    with pytest.raises(ValueError, match=r"\.pt, \.pth, \.safetensors"):
         load(tmp_path / "weights.onnx")
-    with pytest.raises(ValueError, match=r"\.pth, \.pt, \.safetensors"):
+    with pytest.raises(ValueError, match=r"\.pt, \.pth, \.safetensors"):
         save(small, tmp_path / "weights.onnx")
 
 

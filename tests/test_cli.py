@@ -15,7 +15,9 @@ import torch
 from patience import PATIENCE, wait_until
 from torch import Tensor, nn
 
-from anyup import assets, budget, checkpoints, cli, demo
+from anyup import assets, budget, checkpoints, panels
+from anyup.cli import command as cli
+from anyup.cli import demo
 from anyup.evaluation import upsamplers
 from anyup.images import normalize_imagenet, read_features, read_photo, resize, save_array, save_picture
 from anyup.limited_memory import executor
@@ -228,7 +230,7 @@ def _errors(captured: str) -> list[str]:
         (
             ["upsample", "photo.png", "--features", "features.npy", "-o", "o.npy", "--device", "cuda:77"],
             1,
-            "device 'cuda:77'",
+            "got 'cuda:77'",
         ),
         (["demo", "-o", "demo.npy"], 2, "must end in .png"),
         (["demo", "-o", "none/demo.png"], 1, "no directory"),
@@ -387,8 +389,8 @@ def test_a_mistake_after_evaluate_is_one_of_usage(
 
 def _reddish(path: Path) -> int:
     """Pixels of the alarm's colour above the panels."""
-    title = (read_photo(path)[0, :, : demo._MARGIN + demo._TITLE_POINTS] * 255).round()
-    alarm = torch.tensor(demo._ALARM)[:, None, None]
+    title = (read_photo(path)[0, :, : panels._MARGIN + panels._TITLE_POINTS] * 255).round()
+    alarm = torch.tensor(panels._ALARM)[:, None, None]
     return int(((title - alarm).abs().amax(dim=0) < 8).sum())
 
 
@@ -399,9 +401,9 @@ def test_demo_draws_four_panels_side_by_side(
     save_picture("photo.png", resize(read_photo("photo.png"), (120, 400))[0])
     assert cli.main(["demo", "-o", "demo.png", "--weights", str(weights)]) == 0
     picture = read_photo("demo.png")[0]
-    margin, width = demo._MARGIN, 400
+    margin, width = panels._MARGIN, 400
     assert picture.shape[2] == 4 * (width + margin) + margin
-    top = margin + round(demo._TITLE_POINTS * 1.3) + margin // 2
+    top = margin + round(panels._TITLE_POINTS * 1.3) + margin // 2
     first = picture[:, top : top + 120, margin : margin + width]
     torch.testing.assert_close(first, read_photo("photo.png")[0], atol=1e-6, rtol=0)
     second = picture[:, top : top + 120, 2 * margin + width : 2 * margin + 2 * width]
@@ -451,12 +453,12 @@ def test_the_bundled_photograph_and_features_belong_together() -> None:
 
 
 def test_text_on_a_picture_is_wrapped_and_never_cut() -> None:
-    panels = [torch.zeros(3, 40, 150)] * 2
-    short = demo.draw_panels(panels, ["a", "b"], ["c"])
-    long = demo.draw_panels(panels, ["a title of many words that is longer than its panel", "b"], ["c " * 100])
+    pictures = [torch.zeros(3, 40, 150)] * 2
+    short = panels.draw_panels(pictures, ["a", "b"], ["c"])
+    long = panels.draw_panels(pictures, ["a title of many words that is longer than its panel", "b"], ["c " * 100])
     assert long.width == short.width and long.height > short.height + 100
-    font = demo._font(20)
-    lines = demo._wrap("some words " * 9, font, 120)
+    font = panels._font(20)
+    lines = panels._wrap("some words " * 9, font, 120)
     assert " ".join(lines).split() == ("some words " * 9).split()
     assert all(font.getlength(line) <= 120 for line in lines)
 

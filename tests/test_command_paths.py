@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from anyup import cli, options
+from anyup import options
 from anyup.bench import report_page
+from anyup.cli import command as cli
 from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
 from anyup.evaluation import arguments
 from anyup.training.config import RunFolder, Settings

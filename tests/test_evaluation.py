@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anyup.encoders
-from anyup import checkpoints, cli
+from anyup import checkpoints
+from anyup.cli import command as cli
 from anyup.evaluation import pictures, reconstruction
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.reconstruction import CROPS, WHOLE, Measured, Task, Truth, View, measure, plan, summarise

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anyup.encoders
-from anyup import checkpoints, cli
+from anyup import checkpoints
+from anyup.cli import command as cli
 from anyup.evaluation import datasets, segmentation
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, NearestCarrier, averaged_weights, tile

@@ -22,8 +22,9 @@ from tiny_encoder import make_encoder
 from torch import nn
 
 import anyup
-from anyup import capture, cli
+from anyup import capture
 from anyup.checkpoints import NAMED
+from anyup.cli import command as cli
 from anyup.images import normalize_imagenet, save_picture
 
 pytest.importorskip("PIL")

@@ -20,7 +20,7 @@ import pytest
 from checkouts import ROOT
 from patience import PATIENCE, wait_until
 
-from anyup import cli
+from anyup.cli import command as cli
 from benchmarks import first_hour, hour_cache, hour_summary, hour_work
 from benchmarks.first_hour import PARTS, Part
 

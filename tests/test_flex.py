@@ -22,8 +22,8 @@ from torch._dynamo.utils import counters
 from anyup.ops import window_attention
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.window_attention import blocks, flex, reference
+from anyup.ops.window_attention.arguments import WindowAttentionProblem
 from anyup.ops.window_attention.operator import OPERATION
-from anyup.ops.window_attention.problem import WindowAttentionProblem
 from anyup.window import CellWindow, Part, RatioWindow, axis_bounds, part_bounds
 
 FOUR = {"heads": 4, "head_dim": 16}

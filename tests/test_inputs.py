@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anyup import AnyUp, problem, with_head
+from anyup import AnyUp, argument_checks, with_head
 from anyup.ops import window_attention
 from anyup.ops.dispatch import Operation
 from anyup.window import RatioWindow
@@ -29,7 +29,7 @@ def model() -> AnyUp:
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warning about an image comes once per process: each test starts without it."""
-    monkeypatch.setattr(problem, "_warned_unnormalised", False)
+    monkeypatch.setattr(argument_checks, "_warned_unnormalised", False)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from checkouts import ROOT
 
-from anyup import info
+from anyup.cli import info
 from anyup.installing import pip_install
 from anyup.training.config import _toml
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import backends
 
-from anyup.bench import machine, tune
+from anyup.bench import machine
 from anyup.ops import kernel_device
 from anyup.ops.feature_unification import fused
 from anyup.ops.kernel_device import device_reasons, dot_precision, target
 from anyup.ops.precision import float32_matmul_precision
+from anyup.tuning import tune
 
 driver = pytest.importorskip("triton.runtime").driver
 

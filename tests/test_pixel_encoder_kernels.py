@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyup import AnyUp
 from anyup.ops.pixel_encoder import encode_pixels, explain_backends, fused
-from anyup.ops.pixel_encoder.problem import EPS
+from anyup.ops.pixel_encoder.arguments import EPS
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 
 pytestmark = INTERPRETED

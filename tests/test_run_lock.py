@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from patience import PATIENCE, wait_until
 
-from anyup import cli
+from anyup.cli import command as cli
 from anyup.run_lock import folder_for, only_run
 
 HOLD = """

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE
 
-from anyup import cli
+from anyup.cli import command as cli
 
 COMMANDS = {
     "demo": [],

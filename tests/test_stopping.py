@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from anyup import cli, stopping
+from anyup import stopping
+from anyup.cli import command as cli
 from anyup.training import config, loop
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from anyup import cli
 from anyup.checkpoints import load
+from anyup.cli import command as cli
+from anyup.cli.upsample_inputs import read_head
 from anyup.images import read_features, read_tensors, save_picture
 from anyup.tensor_files import read_numpy, read_safetensors, read_torch
 from anyup.training import state
-from anyup.upsample_inputs import read_head
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

@@ -10,7 +10,7 @@ import pytest
 from checkouts import ROOT
 from small_training import settings
 
-from anyup import cli
+from anyup.cli import command as cli
 from anyup.training import config
 from anyup.training.config import ConfigError, Guidance, Settings
 

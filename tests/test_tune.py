@@ -16,20 +16,20 @@ import torch
 from recipe import INTERPRETED
 from small_passes import SMALL, assert_check_finds_a_wider_window, small_passes
 
-from anyup import cli
 from anyup.bench import clock as clocks
-from anyup.bench import tune as tuning
-from anyup.bench import tune_page
 from anyup.bench.attention_passes import AttentionPasses
-from anyup.bench.candidates import ASPECTS, variations
 from anyup.bench.parity import ParityError
 from anyup.bench.workloads import Workload, square
+from anyup.cli import command as cli
 from anyup.kernels import config_tables
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.kernels.config_tables import KINDS, Case
 from anyup.kernels.launch import Launch
 from anyup.ops import kernel_device, window_attention
 from anyup.ops.precision import float32_matmul_precision
+from anyup.tuning import page as tune_page
+from anyup.tuning import tune as tuning
+from anyup.tuning.candidates import ASPECTS, variations
 from anyup.window import CellWindow, RatioWindow, Window
 
 CPU = torch.device("cpu")
@@ -611,7 +611,7 @@ def test_with_tables_off_there_is_nothing_to_write(
 def test_info_tells_which_table_is_in_force(
     card: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from anyup import info
+    from anyup.cli import info
 
     assert cli.main(["tune", "--quick"]) == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

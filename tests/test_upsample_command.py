@@ -20,7 +20,8 @@ import torch
 from patience import PATIENCE, wait_until
 from torch import Tensor
 
-from anyup import checkpoints, cli, images
+from anyup import checkpoints, images
+from anyup.cli import command as cli
 from anyup.images import normalize_imagenet, read_features, read_photo, save_array, save_picture
 from anyup.limited_memory import destinations, executor, prediction
 from anyup.model import AnyUp
@@ -459,7 +460,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for ended in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(ended, signal.SIG_DFL)
-from anyup import cli
+from anyup.cli import command as cli
 from anyup.limited_memory import executor
 from anyup.limited_memory import prediction
 prediction.BAND_PIXELS = 4 * 32

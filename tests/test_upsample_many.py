@@ -17,9 +17,11 @@ import torch
 from tiny_encoder import make_encoder
 
 import anyup
-from anyup import cli, images, upsample_many
+from anyup import images
+from anyup.cli import command as cli
+from anyup.cli import upsample_many
+from anyup.cli.upsample_many import Work
 from anyup.images import read_photo, save_picture
-from anyup.upsample_many import Work
 
 pytest.importorskip("PIL")
 

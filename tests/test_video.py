@@ -14,7 +14,7 @@ from tiny_encoder import make_encoder
 from torch import Tensor
 
 import anyup
-from anyup import cli
+from anyup.cli import command as cli
 from anyup.images import normalize_imagenet, resize
 from anyup.video import Video
 

@@ -20,6 +20,7 @@ from anyup.bench.results import Row
 from anyup.bench.stages import STAGES, Stages, apart
 from anyup.bench.suite import CODE, NATTEN, OURS, PUBLISHED, UNCHUNKED, Comparison, Contender
 from anyup.bench.timing import Clock, Time, Timing, interleave
+from anyup.budget import free_memory
 
 _TIMES_THE_FLOOR = {"reference": 12.0, OURS: 3.0, "torch": 3.0}
 """What a backend takes, roughly: to say beforehand what would take too long."""
@@ -216,7 +217,7 @@ class Engine:
         if contender.backend in (PUBLISHED, UNCHUNKED, CODE):
             needed = published.least_bytes(workload)
             needed += published.unchunked_bytes(workload) if contender.backend == UNCHUNKED else 0
-        available = machine.available_bytes(entry.sizes.device)
+        available = free_memory(torch.device(entry.sizes.device))
         if available is not None and needed > available:
             told = f"needs more than {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
             entry.mark("out of memory", told)

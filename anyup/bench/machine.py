@@ -14,7 +14,6 @@ import torch
 
 from anyup import __version__
 from anyup.bench.timing import Clock, host_clock
-from anyup.budget import host_memory
 from anyup.ops.precision import float32_matmul_precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,13 +92,6 @@ def copy_bandwidth(
     """Bytes a second, read and written, of a copy of `size` bytes, best of `repeats`; on a CPU on torch's threads."""
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     return 2 * size / _best(lambda: target.copy_(source), repeats, clock)
-
-
-def available_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Memory that can be had on the device, without swapping; None where the system does not say."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return host_memory().get("MemAvailable")
 
 
 def _best(function: Callable[[], object], repeats: int, clock: Clock) -> float:

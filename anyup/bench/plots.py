@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from anyup.bench import wording
 from anyup.bench.stored import Row, rows_of
 from anyup.installing import pip_install
+from anyup.progress import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +136,7 @@ def memory_figure(results: Mapping[str, Any]) -> Figure | None:
     for number, (backend, rows) in enumerate(series.items()):
         _line(axes, number, backend, rows, "peak_bytes")
     _floor(axes, next(iter(series.values())), "output_bytes", "floor: the output alone")
-    _finish_curve(axes, series, "peak memory above the model", wording.size)
+    _finish_curve(axes, series, "peak memory above the model", human_bytes)
     return figure
 
 

@@ -15,10 +15,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import modelled, plots, stored, tables, tune_page, wording
+from anyup.bench import modelled, plots, stored, tables, wording
 from anyup.command_paths import Read, Written, settle_paths
 from anyup.images import complete_or_absent
 from anyup.options import UsageError
+from anyup.tuning import page as tune_page
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1c20; --soft: #5a606b; --grid: #d9dce1; --shade: #f4f5f7;

@@ -10,6 +10,7 @@ from typing import Any
 
 from anyup.bench import wording
 from anyup.bench.stored import Row, machine_of
+from anyup.progress import human_bytes
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ COLUMNS = (
     Column("host_seconds", "host time (median)", wording.seconds),
     Column("floor_seconds", "floor", wording.seconds),
     Column("times_floor", "times the floor", lambda value: f"{value:.2f}"),
-    Column("peak_bytes", "peak memory", wording.size),
-    Column("output_bytes", "of which output", wording.size),
+    Column("peak_bytes", "peak memory", human_bytes),
+    Column("output_bytes", "of which output", human_bytes),
     Column("speed_up", "speed-up", wording.times),
     Column("difference", "difference", lambda value: f"{value:.0e}" if value else "0"),
 )

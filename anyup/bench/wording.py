@@ -18,13 +18,6 @@ def seconds(value: float) -> str:
     raise ValueError(f"seconds: expected a time, got {value!r}")
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units, as in "1.08 GB", "83 MB"."""
-    if count >= 1e8:
-        return f"{count / 1e9:.2f} GB"
-    return f"{digits(count / 1e6)} MB" if count >= 1e5 else f"{digits(count / 1e3)} kB"
-
-
 def digits(value: float, count: int = 3) -> str:
     """So many significant digits, or all before the point; never an exponent."""
     rounded = float(f"{value:.{count}g}")

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW, checkpoint_of
-from anyup.options import UsageError
+from anyup.options import UsageError, check_output, naming_the_options
 from anyup.run_lock import folder_for, only_run
-from anyup.upsample_command import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -209,10 +208,9 @@ def _held_out(folder: str, every: int) -> dict[str, Path]:
 
 
 def _start(arguments: argparse.Namespace) -> tuple[Reporter, torch.device, list[Upsampler]]:
-    from anyup.demo import choose_device
+    from anyup.devices import choose_device
     from anyup.evaluation.upsamplers import make_upsamplers
     from anyup.training.reporting import Reporter
-    from anyup.upsample_inputs import naming_the_options
 
     device = choose_device(arguments.device)
     with naming_the_options():

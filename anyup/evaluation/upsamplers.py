@@ -80,7 +80,7 @@ def make_upsamplers(
     ]
     learned = [Learned(n, load(s, device=device, backend=backend)) for n, s in zip(names, weights, strict=True)]
     if untrained:
-        from anyup.demo import untrained_model
+        from anyup.checkpoints import untrained_model
 
         learned.append(Learned("untrained", untrained_model(device, backend), trained=False))
     return [Interpolation("nearest"), Interpolation(REFERENCE), *learned]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.model import AnyUp
-from anyup.ops.pixel_encoder.problem import GROUPS
+from anyup.ops.pixel_encoder.arguments import GROUPS
 
 FREQUENCIES = (15.0, 7.0, 1.0)
 """Of the place channels, in turns along the image."""

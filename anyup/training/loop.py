@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyup
-from anyup.demo import choose_device
+from anyup.devices import choose_device
 from anyup.run_lock import folder_for, only_run
 from anyup.stopping import on_request
 from anyup.training import distributed, state, validation

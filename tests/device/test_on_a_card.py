@@ -382,10 +382,10 @@ def test_a_problem_that_the_kernels_do_not_take_is_warned_about_once() -> None:
 def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from anyup.bench.attention_passes import AttentionPasses
     from anyup.bench.clock import CudaClock
-    from anyup.bench.tune import tune
     from anyup.bench.workloads import Workload, square
     from anyup.kernels import config_tables
     from anyup.kernels.launch import Launch
+    from anyup.tuning.tune import tune
 
     place = torch.device("cuda", torch.cuda.current_device())
     workload = Workload(REAL.output, REAL.grid, CHANNELS) if rehearsed else square(224, 16)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyup.ops.cuts import run_first
 from anyup.ops.dispatch import WITHOUT_GRADIENT
-from anyup.ops.feature_unification.problem import FeatureUnificationProblem
+from anyup.ops.feature_unification.arguments import FeatureUnificationProblem
 from anyup.ops.kernel_device import device_reasons, discouraged, dtype_reasons, installed, interprets, target
 from anyup.ops.precision import float32_matmul_precision
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
-from anyup.ops.feature_unification import problem as problems
+from anyup.ops.feature_unification import arguments as problems
 from anyup.ops.registration import register
 
 OPERATION = Operation(

@@ -14,10 +14,10 @@ from anyup.ops.dispatch import Backend, BackendFailure, parse_backend
 from anyup.ops.memory import empty
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.pixel_encoder import eager, fused_band
+from anyup.ops.pixel_encoder.arguments import EncoderParameters, PixelEncoderProblem
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.eager import is_thin, norm_parameters, pooled
 from anyup.ops.pixel_encoder.operator import OPERATION
-from anyup.ops.pixel_encoder.problem import EncoderParameters, PixelEncoderProblem
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 from anyup.ops.precision import working_dtype

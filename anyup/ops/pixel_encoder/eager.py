@@ -21,9 +21,9 @@ from torch import Tensor
 from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
+from anyup.ops.pixel_encoder.arguments import EncoderParameters
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.gradients import backward, dtype_of_work
-from anyup.ops.pixel_encoder.problem import EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection

@@ -22,7 +22,7 @@ from anyup.ops.kernel_device import (
     multiprocessors,
     target,
 )
-from anyup.ops.pixel_encoder.problem import EPS, EncoderParameters, PixelEncoderProblem
+from anyup.ops.pixel_encoder.arguments import EPS, EncoderParameters, PixelEncoderProblem
 
 if TYPE_CHECKING:
     from anyup.kernels.pixel_encoder_config import EncoderConfig

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from anyup.ops.pixel_encoder import eager
+from anyup.ops.pixel_encoder.arguments import GROUPS, EncoderParameters
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.fused import Kernels, source_of
-from anyup.ops.pixel_encoder.problem import GROUPS, EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 from anyup.ops.precision import accumulator_dtype

@@ -20,8 +20,8 @@ from torch import Tensor
 from anyup.ops.linear import linear, linear_backward, sum_of_outer_products
 from anyup.ops.memory import empty
 from anyup.ops.parallel import on_one_thread
+from anyup.ops.pixel_encoder.arguments import EPS, GROUPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.problem import EPS, GROUPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
-from anyup.ops.pixel_encoder import problem as problems
-from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters
+from anyup.ops.pixel_encoder import arguments as problems
+from anyup.ops.pixel_encoder.arguments import BlockParameters, EncoderParameters
 from anyup.ops.registration import register
 
 OPERATION = Operation(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.ieee import in_ieee
-from anyup.ops.pixel_encoder.problem import BlockParameters, EncoderParameters, normalise
+from anyup.ops.pixel_encoder.arguments import BlockParameters, EncoderParameters, normalise
 from anyup.ops.pullback import pullback
 
 

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from anyup.ops.pixel_encoder.problem import EPS, GROUPS
+from anyup.ops.pixel_encoder.arguments import EPS, GROUPS
 from anyup.ops.precision import accumulator_dtype
 
 SUBSETS = 16

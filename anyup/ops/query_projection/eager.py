@@ -15,7 +15,7 @@ from anyup.ops.linear import linear, sum_of_outer_products
 from anyup.ops.memory import empty
 from anyup.ops.parallel import cut, map_tiles
 from anyup.ops.precision import working_dtype
-from anyup.ops.query_projection.problem import ProjectionParameters
+from anyup.ops.query_projection.arguments import ProjectionParameters
 
 Band = tuple[int, slice]
 """An image of the batch and some of its rows."""

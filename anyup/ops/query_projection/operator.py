@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
-from anyup.ops.query_projection import problem as problems
-from anyup.ops.query_projection.problem import ProjectionParameters
+from anyup.ops.query_projection import arguments as problems
+from anyup.ops.query_projection.arguments import ProjectionParameters
 from anyup.ops.registration import register
 
 OPERATION = Operation(

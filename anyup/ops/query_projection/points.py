@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anyup.ops.linear import linear
 from anyup.ops.precision import working_dtype
-from anyup.ops.query_projection.problem import ProjectionParameters
+from anyup.ops.query_projection.arguments import ProjectionParameters
 
 
 def project_neighbourhoods(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:

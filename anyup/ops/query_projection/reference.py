@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyup.ops.ieee import in_ieee
 from anyup.ops.pullback import pullback
-from anyup.ops.query_projection.problem import ProjectionParameters
+from anyup.ops.query_projection.arguments import ProjectionParameters
 
 
 def unsupported(problem: object) -> list[str]:

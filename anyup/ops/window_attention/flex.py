@@ -31,7 +31,7 @@ from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TI
 from anyup.window import Part, Window, part_bounds
 
 if TYPE_CHECKING:
-    from anyup.ops.window_attention.problem import WindowAttentionProblem
+    from anyup.ops.window_attention.arguments import WindowAttentionProblem
 
 # The widest slice of channels. Each slice computes the logits again, and wider ones spill registers.
 _SLICE = 128

@@ -21,7 +21,7 @@ from anyup.ops.kernel_device import (
     multiprocessors,
     target,
 )
-from anyup.ops.window_attention.problem import WindowAttentionProblem
+from anyup.ops.window_attention.arguments import WindowAttentionProblem
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Part, Window
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from anyup.ops.dispatch import Backend, Explanation, Operation, from_schema, to_schema, wants_gradient
 from anyup.ops.precision import working_dtype
 from anyup.ops.registration import register
-from anyup.ops.window_attention import problem as problems
+from anyup.ops.window_attention import arguments as problems
 from anyup.window import Part, Window, describe_window, make_window, part_bounds
 
 OPERATION = Operation(

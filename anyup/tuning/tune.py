@@ -21,20 +21,20 @@ import torch
 
 from anyup._version import __version__
 from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses
-from anyup.bench.candidates import ASPECTS, QUICK_ASPECTS, variations
 from anyup.bench.clock import require_a_living_card
 from anyup.bench.parity import ParityError
 from anyup.bench.plots import require_matplotlib
-from anyup.bench.tune_page import FORMAT
 from anyup.bench.workloads import Workload, find, square
 from anyup.command_paths import Paths, Written
 from anyup.images import complete_or_absent
 from anyup.installing import pip_install
 from anyup.ops.kernel_device import device_reasons
 from anyup.ops.window_attention import fused
-from anyup.ops.window_attention.problem import WindowAttentionProblem
+from anyup.ops.window_attention.arguments import WindowAttentionProblem
 from anyup.progress import Progress
 from anyup.run_lock import only_run
+from anyup.tuning.candidates import ASPECTS, QUICK_ASPECTS, variations
+from anyup.tuning.page import FORMAT
 from anyup.window import Window
 
 if TYPE_CHECKING:

@@ -8,9 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anyup.command_paths import Paths, Read, ReadEncoder, Written
-from anyup.options import UsageError, memory, region, size
-from anyup.upsample_inputs import (
+from anyup.cli.upsample_inputs import (
     ENCODER_LONGER_SIDE,
     by,
     carried_by,
@@ -26,9 +24,11 @@ from anyup.upsample_inputs import (
     read_values,
     resolve_region,
 )
-from anyup.upsample_many import FORMATS, are_many
-from anyup.upsample_many import run as run_many
-from anyup.upsample_result import Files, in_words, told_backends, write_result
+from anyup.cli.upsample_many import FORMATS, are_many
+from anyup.cli.upsample_many import run as run_many
+from anyup.cli.upsample_result import Files, in_words, told_backends, write_result
+from anyup.command_paths import Paths, Read, ReadEncoder, Written
+from anyup.options import UsageError, check_output, memory, region, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,7 +210,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -> None:
     import torch
 
-    from anyup.demo import choose_device
+    from anyup.devices import choose_device
     from anyup.fingerprint import file_fingerprint, module_fingerprint
     from anyup.finite import check_map
     from anyup.images import read_features
@@ -271,13 +271,3 @@ def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -
     for written in (files.output, files.picture):
         if written:
             print(written)
-
-
-def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
-    """The path of an output file, checked; a wrong suffix is a mistake of usage."""
-    from anyup.images import check_writable
-
-    try:
-        return check_writable(path, suffixes, what)
-    except ValueError as error:
-        raise UsageError(str(error)) from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyup.upsample_inputs import by, guidance
+from anyup.cli.upsample_inputs import by, guidance
 
 if TYPE_CHECKING:
     import torch

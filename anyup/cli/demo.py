@@ -8,35 +8,28 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyup.checkpoints import MINI, NAMED, PACKAGED, load
-from anyup.images import check_writable, normalize_imagenet, read_photo, save_picture, to_pil
+from anyup.checkpoints import MINI, NAMED, PACKAGED, UNTRAINED_SEED, load, untrained_model
+from anyup.devices import choose_device
+from anyup.images import check_writable, normalize_imagenet, read_photo, save_picture
 from anyup.model import AnyUp, ModelExplanation
+from anyup.panels import draw_panels
 from anyup.progress import Progress, human_bytes
 from anyup.visualization import pca_picture
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-__all__ = ["Weights", "choose_device", "draw_panels", "load_weights", "run", "untrained_model"]
-
-UNTRAINED_SEED = 0
+    pass
 
 _SECOND_CALL_BELOW = 20.0  # seconds of the first call; beyond it nobody wants to see it twice
-
-_MARGIN = 16
-_TITLE_POINTS = 26
-_FOOTER_POINTS = 22
-_INK, _PALE, _ALARM = (20, 20, 20), (90, 90, 90), (190, 20, 20)
 
 
 @dataclass(frozen=True)
@@ -46,29 +39,6 @@ class Weights:
     model: AnyUp
     name: str
     trained: bool
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; for None CUDA, else the CPU. ValueError where it cannot be used."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
-    if device.type == "meta":
-        raise ValueError("device 'meta' holds no numbers; choose cpu, cuda or mps")
-    return device
-
-
-def untrained_model(device: torch.device, backend: str | None = None, **arguments: Any) -> AnyUp:
-    """A model with random weights, the same on every call; torch's generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
-        model = AnyUp(init_gaussian_derivatives=True, backend=backend, **arguments)
-    return model.eval().to(device)
 
 
 def load_weights(
@@ -233,59 +203,3 @@ def _backends_in_words(explanation: ModelExplanation) -> str:
                 against.setdefault(candidate.name, candidate.reasons[0])
     why = "; ".join(f"not {name}: {reason}" for name, reason in against.items())
     return f"{words} ({why or 'first in order of preference'})"
-
-
-def _font(points: int) -> Any:
-    from PIL import ImageFont
-
-    try:
-        return ImageFont.load_default(size=points)
-    except (ImportError, TypeError):  # without FreeType, or before Pillow 10.1, there is one small font
-        return ImageFont.load_default()
-
-
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken between words; one word may be longer."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def draw_panels(
-    panels: Sequence[Tensor], titles: Sequence[str], footer: Sequence[str], alarms: Sequence[str] = ()
-) -> Image.Image:
-    """Pictures (3, H, W) of one size side by side, a title over each and paragraphs below.
-
-    Titles in `alarms` are red. Text is wrapped, never cut; characters the built-in font lacks become "?".
-    """
-    from PIL import Image, ImageDraw
-
-    height, width = panels[0].shape[-2:]
-    total = len(panels) * (width + _MARGIN) + _MARGIN
-    title_font, footer_font = _font(_TITLE_POINTS), _font(_FOOTER_POINTS)
-
-    def ascii_only(text: str) -> str:
-        return text.encode("ascii", "replace").decode("ascii")
-
-    title_lines = [_wrap(ascii_only(title), title_font, width) for title in titles]
-    footer_lines = [line for text in footer for line in _wrap(ascii_only(text), footer_font, total - 2 * _MARGIN)]
-    title_step, footer_step = round(_TITLE_POINTS * 1.3), round(_FOOTER_POINTS * 1.4)
-    top = _MARGIN + max(map(len, title_lines)) * title_step + _MARGIN // 2
-    bottom = top + height + _MARGIN
-
-    picture = Image.new("RGB", (total, bottom + len(footer_lines) * footer_step + _MARGIN), "white")
-    draw = ImageDraw.Draw(picture)
-    for index, (panel, title, lines) in enumerate(zip(panels, titles, title_lines, strict=True)):
-        left = _MARGIN + index * (width + _MARGIN)
-        picture.paste(to_pil(panel), (left, top))
-        for number, line in enumerate(lines):
-            color = _ALARM if title in alarms else _INK
-            draw.text((left, _MARGIN + number * title_step), line, font=title_font, fill=color)
-    for number, line in enumerate(footer_lines):
-        draw.text((_MARGIN, bottom + number * footer_step), line, font=footer_font, fill=_PALE)
-    return picture

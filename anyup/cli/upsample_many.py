@@ -20,8 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from anyup.options import UsageError
-from anyup.upsample_inputs import (
+from anyup.cli.upsample_inputs import (
     carried_by,
     check_features,
     check_head,
@@ -32,7 +31,8 @@ from anyup.upsample_inputs import (
     resolve_region,
     resolve_size,
 )
-from anyup.upsample_result import Files, free_space, write_result
+from anyup.cli.upsample_result import Files, free_space, write_result
+from anyup.options import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises ValueError at the end where a photograph has no result.
     """
-    from anyup.demo import choose_device
+    from anyup.devices import choose_device
     from anyup.manifest import NAME, Manifest
     from anyup.progress import Progress
     from anyup.run_lock import folder_for, only_run

@@ -12,7 +12,7 @@ import torch
 
 from anyup._version import __version__
 from anyup.checkpoints import NAMED, PACKAGED
-from anyup.demo import choose_device
+from anyup.devices import choose_device
 from anyup.encoders import PACKAGED_WEIGHTS
 from anyup.model import AnyUp
 from anyup.ops.refusals import remembered

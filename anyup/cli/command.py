@@ -17,17 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from anyup import upsample_command as upsampling
 from anyup._version import __version__
 from anyup.bench import arguments as bench_arguments
+from anyup.cli import upsample as upsampling
 from anyup.command_paths import Paths, Read, ReadEncoder, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
-from anyup.options import BACKENDS, UsageError, nonempty, number, size, whole_number
+from anyup.options import BACKENDS, UsageError, check_output, naming_the_options, nonempty, number, size, whole_number
 from anyup.standard_streams import forgiving_streams, plain_warnings
 from anyup.stopping import Stopped, on_request, stop
-from anyup.upsample_command import check_output
-from anyup.upsample_inputs import naming_the_options
 
 if TYPE_CHECKING:
     from anyup.training.config import Settings
@@ -265,7 +263,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _demo_paths(_: argparse.Namespace) -> Paths:
-    assets = Path(__file__).with_name("assets").iterdir()
+    assets = Path(__file__).parent.with_name("assets").iterdir()
     return Paths(read=[("the demonstration's", Read(str(path))) for path in assets])
 
 
@@ -360,7 +358,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from anyup import demo
+    from anyup.cli import demo
 
     picture = check_output(arguments.output, (".png",), "picture")
     with naming_the_options():
@@ -376,9 +374,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     import torch
 
+    from anyup.cli.upsample_inputs import ENCODER_LONGER_SIDE, load_model, load_named_encoder, resolve_size
     from anyup.export import to_onnx
     from anyup.progress import Progress
-    from anyup.upsample_inputs import ENCODER_LONGER_SIDE, load_model, load_named_encoder, resolve_size
 
     output = check_output(arguments.output, (".onnx",), "output")
     for option, other in (("channels", "grid"), ("encoder_size", "encoder"), ("encoder_weights", "encoder")):
@@ -412,7 +410,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from anyup.info import report
+    from anyup.cli.info import report
 
     print(report(arguments.device, arguments.backend))
 
@@ -442,8 +440,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from anyup.bench import attention_passes, tune
+    from anyup.bench import attention_passes
     from anyup.bench.workloads import find
+    from anyup.tuning import tune
     from anyup.window import check_window, make_window
 
     for name in arguments.workload or ():

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from anyup.options import UsageError
+from anyup.options import UsageError, naming_the_options
 
 if TYPE_CHECKING:
     import torch
@@ -22,27 +20,9 @@ ENCODER_LONGER_SIDE = 448
 """Of the photograph that an encoder sees, where nobody says otherwise; in pixels."""
 
 
-@contextmanager
-def naming_the_options() -> Iterator[None]:
-    """An error of loading weights names the option, and where they cannot be downloaded what can be typed instead."""
-    from anyup.checkpoints import DownloadError
-
-    try:
-        yield
-    except DownloadError as error:
-        options = "here: --weights FILE takes a file kept elsewhere, --weights anyup_mini what comes with the package"
-        raise OSError(f"{error}\n  {options}") from error
-    except (ValueError, OSError) as error:
-        argument, colon, rest = str(error).partition(": ")
-        if argument not in ("name_or_path", "path"):
-            raise
-        raise type(error)(f"--weights{colon}{rest}") from error
-
-
 def load_model(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> AnyUp:
     """The weights that were named, or untrained ones."""
-    from anyup.checkpoints import load
-    from anyup.demo import untrained_model
+    from anyup.checkpoints import load, untrained_model
 
     with progress.stage("loading " + ("untrained weights" if arguments.untrained else f"weights {arguments.weights}")):
         if arguments.untrained:
