@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import stored, wording
+from anyup.bench import formatting, stored
 from anyup.bench.stored import Row, machine_of
 from anyup.bench.timing import BUSY_SPREAD
 from anyup.progress import human_bytes
@@ -113,7 +113,7 @@ def _time_change(
     margin = max(_LEAST, *(BUSY_SPREAD if row.get("spread") is None else row["spread"] for row in (before, after)))
     if _same_speed(was, now):
         pair = [row["seconds"] for row in (before, after)]
-        told = [wording.seconds(value) for value in pair]
+        told = [formatting.seconds(value) for value in pair]
     else:
         sides = ((before, was), (after, now))
         if all(row.get("times_floor") for row, _ in sides):
@@ -139,7 +139,7 @@ def _host_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping[s
     ratio = after["host_seconds"] / before["host_seconds"]
     if 1 / (1 + BUSY_SPREAD) <= ratio <= 1 + BUSY_SPREAD:
         return None
-    told = [wording.seconds(row["host_seconds"]) for row in (before, after)]
+    told = [formatting.seconds(row["host_seconds"]) for row in (before, after)]
     return ratio, f"host time {told[0]} before, {told[1]} now ({ratio - 1:+.0%})"
 
 

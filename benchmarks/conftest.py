@@ -10,8 +10,8 @@ import torch
 
 from anyup.bench import machine
 from anyup.bench.clock import CudaClock
-from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Entry, Speeds
+from anyup.bench.implementations import Builder
 from anyup.bench.suite import Comparison
 from anyup.bench.timing import host_clock
 
@@ -43,14 +43,14 @@ def engine(request: pytest.FixtureRequest, device: str) -> Engine:
 
 @pytest.fixture(scope="session")
 def prepare(engine: Engine) -> Prepare:
-    """The contenders of a comparison by backend and operation; those of the last one alone are kept."""
+    """The implementations of a comparison by backend and operation; those of the last one alone are kept."""
     kept: dict[Comparison, dict[str, Entry]] = {}
 
     def prepare(comparison: Comparison) -> dict[str, Entry]:
         if comparison not in kept:
             kept.clear()
             gc.collect()
-            kept[comparison] = {comparison.identity(e.contender): e for e in engine.prepare(comparison)}
+            kept[comparison] = {comparison.identity(e.implementation): e for e in engine.prepare(comparison)}
         return kept[comparison]
 
     return prepare

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import stored, wording
+from anyup.bench import formatting, stored
 from anyup.progress import human_bytes
 from benchmarks.report import table
 
@@ -86,7 +86,11 @@ def _rows(results: Mapping[str, Any]) -> Iterator[str]:
     names = list(dict.fromkeys(name for row in with_stages for name in row["stages"]))
     if with_stages:
         lines = [
-            (_named(row), *(wording.seconds(row["stages"].get(name, 0.0)) for name in names), row.get("reason") or "")
+            (
+                _named(row),
+                *(formatting.seconds(row["stages"].get(name, 0.0)) for name in names),
+                row.get("reason") or "",
+            )
             for row in with_stages
         ]
         yield table(("stages", *names, ""), lines)
@@ -100,18 +104,18 @@ def _row(row: stored.Row) -> tuple[str, ...]:
     if row["status"] != "ok":
         status = f"**{row['status']}**" if row["status"] in stored.FAULTS else row["status"]
         return _named(row), row["backend"], f"{status}: {_cell(row['reason'] or '')}", "", "", "", "", ""
-    host = wording.seconds(row["host_seconds"]) if row.get("host_seconds") else ""
+    host = formatting.seconds(row["host_seconds"]) if row.get("host_seconds") else ""
     host += ", waited for" * (not row.get("ahead", True))
     return (
-        _named(row), row["backend"], wording.seconds(row["seconds"]), host,
+        _named(row), row["backend"], formatting.seconds(row["seconds"]), host,
         f"{row['times_floor']:.2f}" if row.get("times_floor") else "",
         human_bytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
-        wording.times(row["speed_up"]) if row.get("speed_up") else "",
+        formatting.times(row["speed_up"]) if row.get("speed_up") else "",
         f"{row['difference']:.0e}" if row.get("difference") is not None else "",
     )  # fmt: skip
 
 
 def _named(row: stored.Row) -> str:
-    what = "" if row["operation"] == "model" else f"{wording.operation(row['operation'])}, "
+    what = "" if row["operation"] == "model" else f"{formatting.operation(row['operation'])}, "
     back = ", forward and backward" if row["pass"] != "forward" and row["operation"] == "model" else ""
     return f"{what}{row['workload']}, {row['dtype']}{back}"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import modelled, stored, wording
+from anyup.bench import formatting, modelled, stored
 from anyup.bench.machine import PRODUCT_SIDES
 from anyup.bench.stored import Row, rows_of
 from anyup.bench.workloads import CURVE, REACH, square
@@ -71,11 +71,11 @@ def _model(results: Results) -> str:
         ours, theirs = (_find(results, "model", workload.name, "model", name) for name in ("anyup", "published"))
         if ours is None or theirs is None:
             continue
-        chunk = f" ({wording.chunk(theirs.get('chunk')) or 'unchunked'})" if theirs["status"] == "ok" else ""
+        chunk = f" ({formatting.chunk(theirs.get('chunk')) or 'unchunked'})" if theirs["status"] == "ok" else ""
         lines.append(
             (
                 workload.name, _time(ours), _range(ours), _time(theirs) + chunk, _range(theirs),
-                _tell(ours.get("speed_up"), wording.times), _tell(ours.get("times_floor"), "{:.2f}".format),
+                _tell(ours.get("speed_up"), formatting.times), _tell(ours.get("times_floor"), "{:.2f}".format),
                 _size(ours, "peak_bytes"), _size(theirs, "peak_bytes"), _size(ours, "output_bytes"),
                 _tell(ours.get("difference"), "{:.0e}".format),
             )
@@ -273,12 +273,12 @@ PHRASES: dict[str, Callable[[Results], str]] = {
 def _time(row: Row) -> str:
     if row["status"] != "ok":
         return str(row["status"])
-    return _tell(row.get("seconds"), wording.seconds) + ("" if len(row.get("times") or [0, 0]) > 1 else ", once")
+    return _tell(row.get("seconds"), formatting.seconds) + ("" if len(row.get("times") or [0, 0]) > 1 else ", once")
 
 
 def _range(row: Row) -> str:
     times = row.get("times") or []
-    return f"{wording.seconds(min(times))} to {wording.seconds(max(times))}" if len(times) > 1 else ""
+    return f"{formatting.seconds(min(times))} to {formatting.seconds(max(times))}" if len(times) > 1 else ""
 
 
 def _size(row: Row, name: str) -> str:

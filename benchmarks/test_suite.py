@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from anyup.bench.stored import FAULTS
-from anyup.bench.suite import Comparison, Contender, comparisons
+from anyup.bench.suite import Comparison, Implementation, comparisons
 from benchmarks.conftest import Prepare
 
 _SECONDS = 10.0
 _SLOW = 30.0
 
 SUITE = [
-    (comparison, contender)
+    (comparison, implementation)
     for comparison in comparisons("cuda" if torch.cuda.is_available() else "cpu")
     if comparison.kind == "calls"
-    for contender in comparison.contenders
+    for implementation in comparison.implementations
 ]
 
 
@@ -28,11 +28,11 @@ def name(argument: Any) -> str:
     return argument.name if isinstance(argument, Comparison) else f"{argument.operation} {argument.backend}"
 
 
-@pytest.mark.parametrize(("comparison", "contender"), SUITE, ids=name)
+@pytest.mark.parametrize(("comparison", "implementation"), SUITE, ids=name)
 def test_call(
-    comparison: Comparison, contender: Contender, prepare: Prepare, notes: dict[str, object], benchmark: Any
+    comparison: Comparison, implementation: Implementation, prepare: Prepare, notes: dict[str, object], benchmark: Any
 ) -> None:
-    entry = prepare(comparison)[comparison.identity(contender)]
+    entry = prepare(comparison)[comparison.identity(implementation)]
     if entry.call is None:
         (pytest.fail if entry.row["status"] in FAULTS else pytest.skip)(f"{entry.row['status']}: {entry.row['reason']}")
     benchmark.group = comparison.name

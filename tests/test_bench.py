@@ -17,14 +17,14 @@ from torch import nn
 from anyup.bench import cases, command, floors, machine, memory, parity, published_code, suite
 from anyup.bench.cases import OPERATIONS, Sizes
 from anyup.bench.clock import CardLost
-from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Entry, Speeds
 from anyup.bench.floors import BOTH
 from anyup.bench.graphs import by_stage
+from anyup.bench.implementations import Builder
 from anyup.bench.published_code import PublishedCode
 from anyup.bench.results import MachineError, ResultsFile
 from anyup.bench.stages import STAGES, Stages
-from anyup.bench.suite import Comparison, Contender
+from anyup.bench.suite import Comparison, Implementation
 from anyup.bench.timing import Time, Timing, host_clock
 from anyup.bench.workloads import Workload, square
 from anyup.capture import Graph
@@ -40,7 +40,7 @@ def clock(function: Callable[[], object]) -> Time:
     return Time(2e-3)
 
 
-def no_memory(contender: Contender, sizes: Sizes) -> memory.Memory:
+def no_memory(implementation: Implementation, sizes: Sizes) -> memory.Memory:
     return memory.Memory(1000)
 
 
@@ -51,12 +51,14 @@ def engine(**changes: object) -> Engine:
 
 def model(*backends: str, sizes: Sizes | None = None) -> Comparison:
     names = {"anyup": "anyup", "published": "published"}
-    contenders = tuple(Contender("model", backend, names[backend]) for backend in backends)
-    return Comparison("model", sizes or Sizes(TINY), contenders)
+    implementations = tuple(Implementation("model", backend, names[backend]) for backend in backends)
+    return Comparison("model", sizes or Sizes(TINY), implementations)
 
 
 def operation(name: str, *backends: str, sizes: Sizes | None = None) -> Comparison:
-    return Comparison("operation", sizes or Sizes(TINY), tuple(Contender(name, b, f"{name}/{b}") for b in backends))
+    return Comparison(
+        "operation", sizes or Sizes(TINY), tuple(Implementation(name, b, f"{name}/{b}") for b in backends)
+    )
 
 
 # What is counted
@@ -89,7 +91,9 @@ def test_a_head_that_comes_first_leaves_less_to_do() -> None:
     workload = square(1024, 64)
     saved = floors.products("model", workload) - floors.products("model_of_classes", workload)
     assert saved == pytest.approx(workload.pixels * workload.mean_window(floors.WINDOW) * (384 - floors.CLASSES))
-    found = {c.operation: c.work for each in suite.comparisons("cpu") for c in each.contenders if each.group == "head"}
+    found = {
+        c.operation: c.work for each in suite.comparisons("cpu") for c in each.implementations if each.group == "head"
+    }
     assert found["head_before"] == "model_of_classes" and found["head_after"] == "model"
 
 
@@ -136,9 +140,9 @@ def test_half_precision_is_held_against_float64(dtype: str) -> None:
 class Wrong(Builder):
     """Ours is a tenth too large."""
 
-    def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
-        call = super().build(contender, sizes)
-        return (lambda: call() * 1.1) if contender.backend in ("anyup", "torch") else call
+    def build(self, implementation: Implementation, sizes: Sizes) -> cases.Call:
+        call = super().build(implementation, sizes)
+        return (lambda: call() * 1.1) if implementation.backend in ("anyup", "torch") else call
 
 
 @pytest.mark.parametrize(
@@ -206,10 +210,10 @@ def test_what_needs_more_memory_than_there_is_is_a_result(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("CUDA out of memory. Tried to allocate")])
 def test_a_call_that_memory_does_not_suffice_for_is_a_result(error: Exception) -> None:
     class Fails(Builder):
-        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
-            if contender.backend == "published":
+        def build(self, implementation: Implementation, sizes: Sizes) -> cases.Call:
+            if implementation.backend == "published":
                 raise error
-            return super().build(contender, sizes)
+            return super().build(implementation, sizes)
 
     ours, theirs = engine(builder=Fails(clock)).run(model("anyup", "published"))
     assert ours["status"] == "ok" and theirs["status"] == "out of memory"
@@ -231,10 +235,10 @@ def test_what_does_not_fit_when_it_is_repeated_is_a_result() -> None:
 class Fails(Builder):
     """Ours raises an error."""
 
-    def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
-        if contender.backend == "anyup":
+    def build(self, implementation: Implementation, sizes: Sizes) -> cases.Call:
+        if implementation.backend == "anyup":
             raise RuntimeError("launch failed\nin detail")
-        return super().build(contender, sizes)
+        return super().build(implementation, sizes)
 
 
 def test_an_error_that_is_none_of_memory_marks_its_row_and_the_others_go_on() -> None:
@@ -266,7 +270,7 @@ def test_an_error_that_takes_the_card_along_ends_the_run_and_another_goes_on_beh
 def test_an_error_outside_the_calls_marks_all_rows_of_its_comparison_and_the_next_one_is_run(tmp_path: Path) -> None:
     class Broken(Engine):
         def prepare(self, comparison: Comparison) -> list[Entry]:
-            if comparison.contenders[0].operation == "model":
+            if comparison.implementations[0].operation == "model":
                 raise IndexError("no such window\nin detail")
             return super().prepare(comparison)
 
@@ -279,7 +283,7 @@ def test_an_error_outside_the_calls_marks_all_rows_of_its_comparison_and_the_nex
 
 
 def test_an_error_while_memory_is_measured_marks_the_row_and_leaves_its_time() -> None:
-    def fails(contender: Contender, sizes: Sizes) -> memory.Memory:
+    def fails(implementation: Implementation, sizes: Sizes) -> memory.Memory:
         raise RuntimeError("ended with -11")
 
     (row,) = engine(measure_memory=fails).run(model("anyup"))
@@ -329,7 +333,7 @@ def test_a_call_whose_kernels_are_compiled_for_minutes_is_repeated_all_the_same(
     compiled: list[bool] = []
 
     class Compiles(Builder):
-        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
+        def build(self, implementation: Implementation, sizes: Sizes) -> cases.Call:
             def call() -> torch.Tensor:
                 compiled.append(True)
                 return torch.zeros(1, 12, 24, 20)
@@ -342,7 +346,7 @@ def test_a_call_whose_kernels_are_compiled_for_minutes_is_repeated_all_the_same(
         return took
 
     monkeypatch.setattr("anyup.bench.engine.free_memory", lambda device: None)
-    head = Contender("head_before", "anyup", "head_before", has_memory=False, work="model_of_classes")
+    head = Implementation("head_before", "anyup", "head_before", has_memory=False, work="model_of_classes")
     comparison = Comparison("head", Sizes(TINY, device="cuda"), (head,))
     (row,) = engine(clock=timed, builder=Compiles(timed)).run(comparison)
     assert row["times"] == [1e-3] * 5 and row["ahead"]
@@ -352,7 +356,7 @@ def test_stages_give_the_call_s_result_and_have_a_time_each() -> None:
     upsampler = cases.model()
     stages = Stages(upsampler, *TINY.inputs())
     parity.check(stages.output(), upsampler(*TINY.inputs()), "stages")
-    (row,) = engine().run(Comparison("stages", Sizes(TINY), (Contender("model", "anyup", "anyup"),), "stages"))
+    (row,) = engine().run(Comparison("stages", Sizes(TINY), (Implementation("model", "anyup", "anyup"),), "stages"))
     assert tuple(row["stages"]) == STAGES
     measured = Stages(upsampler, *TINY.inputs()).seconds(3, host_clock)
     assert all(seconds >= 0 for seconds in measured.values()) and sum(measured.values()) > 0
@@ -364,8 +368,8 @@ def test_a_training_step_changes_the_weights_and_has_a_row(dtype: str) -> None:
     call = cases.build("training_step", sizes)
     first, second = (call().float() for _ in range(2))
     assert not torch.equal(first, second) and not first.requires_grad
-    contender = Contender("training_step", "anyup", "training_step", work="model")
-    (row,) = engine().run(Comparison("backward", sizes, (contender,)))
+    implementation = Implementation("training_step", "anyup", "training_step", work="model")
+    (row,) = engine().run(Comparison("backward", sizes, (implementation,)))
     assert (row["status"], row["pass"], row["dtype"]) == ("ok", BOTH, dtype) and "difference" in row
 
 
@@ -384,7 +388,7 @@ def test_the_quick_suite_has_graphs_and_half_precision_on_a_card_alone() -> None
         calls = [comparison for comparison in found if comparison.kind == "calls"]
         assert {comparison.sizes.dtype for comparison in found} == dtypes
         for comparison in calls:
-            backends = {contender.backend for contender in comparison.contenders}
+            backends = {implementation.backend for implementation in comparison.implementations}
             assert (suite.GRAPH in backends) == (device == "cuda") and {suite.OURS, suite.PUBLISHED} <= backends
 
 
@@ -403,9 +407,9 @@ def test_a_card_s_product_is_large_and_of_random_numbers() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 def test_the_suite_has_each_row_once(device: str) -> None:
     found = suite.comparisons(device, published=True, natten=True)
-    names = [comparison.identity(c) for comparison in found for c in comparison.contenders]
+    names = [comparison.identity(c) for comparison in found for c in comparison.implementations]
     assert len(set(names)) == len(names)
-    backends = {c.backend for comparison in found for c in comparison.contenders}
+    backends = {c.backend for comparison in found for c in comparison.implementations}
     assert {"anyup", "published", "published code", "reference"} <= backends
     assert (suite.GRAPH in backends) == (device != "cpu")
     assert {comparison.group for comparison in found} >= {"model", "operation", "backward", "stages", "dtype"}
@@ -423,10 +427,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "results.json"
 
     class Interrupted(Builder):
-        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
-            if contender.operation == "query_encoder":
+        def build(self, implementation: Implementation, sizes: Sizes) -> cases.Call:
+            if implementation.operation == "query_encoder":
                 raise KeyboardInterrupt
-            return super().build(contender, sizes)
+            return super().build(implementation, sizes)
 
     with pytest.raises(KeyboardInterrupt):
         command.measure(engine(builder=Interrupted(clock)), comparisons, ResultsFile(path, describe()))
@@ -435,9 +439,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     asked: list[str] = []
 
     class Counting(Builder):
-        def build(self, contender: Contender, sizes: Sizes) -> cases.Call:
-            asked.append(contender.operation)
-            return super().build(contender, sizes)
+        def build(self, implementation: Implementation, sizes: Sizes) -> cases.Call:
+            asked.append(implementation.operation)
+            return super().build(implementation, sizes)
 
     command.measure(engine(builder=Counting(clock)), comparisons, ResultsFile(path, describe()))
     assert set(asked) == {"query_encoder"}
@@ -505,7 +509,7 @@ def test_a_graph_is_captured_warm_and_replayed_without_a_call(
         return out
 
     monkeypatch.setattr(cases, "model", lambda dtype, device: noted)
-    replay = Builder(clock).build(Contender("model", suite.GRAPH, "anyup"), Sizes(TINY))
+    replay = Builder(clock).build(Implementation("model", suite.GRAPH, "anyup"), Sizes(TINY))
     image, features = Sizes(TINY).inputs()
     for _ in range(2):
         assert torch.equal(replay(), upsampler(image, features))
@@ -523,7 +527,7 @@ def test_a_call_that_cannot_be_captured_is_unsupported(
 
     monkeypatch.setattr(cases, "model", lambda dtype, device: refusing)
     with pytest.raises(NotImplementedError, match="captured: operation not permitted when stream is capturing$"):
-        Builder(clock).build(Contender("model", suite.GRAPH, "anyup"), Sizes(TINY))
+        Builder(clock).build(Implementation("model", suite.GRAPH, "anyup"), Sizes(TINY))
 
 
 # The published code
@@ -566,8 +570,8 @@ def test_the_published_code_runs_beside_ours_with_its_weights(checkout: Path) ->
     assert theirs.names == set(ours.state_dict()) and theirs.arguments["num_heads"] == 4
     assert Path(theirs.home).parent == checkout / "anyup"
     assert sys.modules["anyup.model"].AnyUp is type(ours) and str(checkout) not in sys.path
-    contender = Contender("model", suite.CODE, published_code.DENSE)
-    call = Builder(clock, PublishedCode(checkout)).build(contender, Sizes(TINY, chunk=7))
+    implementation = Implementation("model", suite.CODE, published_code.DENSE)
+    call = Builder(clock, PublishedCode(checkout)).build(implementation, Sizes(TINY, chunk=7))
     assert call().shape == (1, 12, 24, 20)
 
 
@@ -585,25 +589,31 @@ def test_its_variant_takes_the_weights_from_the_dense_block(checkout: Path) -> N
 
 
 def test_its_memory_is_measured_in_a_process_of_its_own(checkout: Path) -> None:
-    contender = Contender("model", suite.CODE, published_code.DENSE)
-    found = Builder(clock, PublishedCode(checkout)).measure_memory(contender, Sizes(square(224, 16)))
+    implementation = Implementation("model", suite.CODE, published_code.DENSE)
+    found = Builder(clock, PublishedCode(checkout)).measure_memory(implementation, Sizes(square(224, 16)))
     output = square(224, 16).output_bytes
     assert found.peak_bytes is not None and output <= found.peak_bytes < 1.5 * output  # ours takes more
 
 
 def test_what_its_code_cannot_do_is_a_result(checkout: Path) -> None:
     (checkout / "anyup" / "model.py").write_text(FAKE.replace("self.chunk = q_chunk_size", "raise ValueError('odd')"))
-    contenders = (Contender("model", "anyup", "anyup"), Contender("model", suite.CODE, published_code.DENSE))
+    implementations = (
+        Implementation("model", "anyup", "anyup"),
+        Implementation("model", suite.CODE, published_code.DENSE),
+    )
     builder = Builder(clock, PublishedCode(checkout))
-    ours, theirs = engine(builder=builder).run(Comparison("model", Sizes(TINY), contenders))
+    ours, theirs = engine(builder=builder).run(Comparison("model", Sizes(TINY), implementations))
     assert ours["status"] == "ok"
     assert (theirs["status"], theirs["reason"]) == ("unsupported", "its code fails here: ValueError: odd")
 
 
 def test_its_result_must_be_ours(checkout: Path) -> None:
     builder = Builder(clock, PublishedCode(checkout))
-    contenders = (Contender("model", "anyup", "anyup"), Contender("model", suite.CODE, published_code.DENSE))
-    ours, _ = engine(builder=builder).run(Comparison("model", Sizes(TINY), contenders))
+    implementations = (
+        Implementation("model", "anyup", "anyup"),
+        Implementation("model", suite.CODE, published_code.DENSE),
+    )
+    ours, _ = engine(builder=builder).run(Comparison("model", Sizes(TINY), implementations))
     assert ours["status"] == "wrong"
 
 
@@ -633,7 +643,7 @@ def test_results_that_differ_are_stored_and_the_command_says_so_at_the_end(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backends = ("torch", "reference")
-    both = tuple(Contender("query_projection", b, f"query_projection/{b}", has_memory=False) for b in backends)
+    both = tuple(Implementation("query_projection", b, f"query_projection/{b}", has_memory=False) for b in backends)
     monkeypatch.setattr(command, "comparisons", lambda *_, **__: [Comparison("operation", Sizes(TINY), both)])
     monkeypatch.setattr(command, "Builder", Wrong)
     for _ in range(2):  # the same command again says it again
@@ -661,8 +671,8 @@ def test_what_was_refused_is_told_and_stored(
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suite of one tiny comparison, whose workload no other process could find by its name."""
-    contender = Contender("query_projection", "torch", "query_projection/torch", has_memory=False)
-    found = Comparison("operation", Sizes(TINY), (contender,))
+    implementation = Implementation("query_projection", "torch", "query_projection/torch", has_memory=False)
+    found = Comparison("operation", Sizes(TINY), (implementation,))
     monkeypatch.setattr(command, "comparisons", lambda device, **options: [found])
     monkeypatch.setattr(Speeds, "measure", staticmethod(lambda *arguments: SPEEDS))
     monkeypatch.setattr(machine, "matmul_rate", lambda *arguments, **options: 1e11)

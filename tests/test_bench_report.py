@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from anyup.bench import modelled, plots, report_page, stored, wording
+from anyup.bench import formatting, modelled, plots, report_page, stored
 from anyup.tuning import page as tune_page
 from benchmarks import compare, report
 
@@ -264,7 +264,7 @@ def test_the_command_makes_a_page_of_stored_results(tmp_path: Path, capsys: pyte
     ],
 )
 def test_seconds_have_three_digits(value: float, text: str) -> None:
-    assert wording.seconds(value) == text
+    assert formatting.seconds(value) == text
 
 
 # The report of the tuner

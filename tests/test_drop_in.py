@@ -18,7 +18,7 @@ from torch import Tensor
 
 import anyup
 from anyup import AnyUp
-from anyup.bench.published import Published, rotate
+from anyup.bench.baseline import Published, rotate
 from anyup.image_context import ImageContext
 from anyup.layers import setup_cross_attention_block
 from anyup.window import CellWindow, RatioWindow

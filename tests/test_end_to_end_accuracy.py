@@ -13,7 +13,7 @@ from recipe import CASES, fill, golden_call, wave
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.bench.published import Published
+from anyup.bench.baseline import Published
 
 WORST = 1.3
 """Of the root mean square errors' ratio in any one case; over all of them the geometric mean is at most 1."""

@@ -27,8 +27,8 @@ import anyup.encoders
 from anyup import checkpoints
 from anyup.cli import command as cli
 from anyup.evaluation import datasets, segmentation
+from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, NearestWeights, averaged_weights, tile
 from anyup.evaluation.cache import TensorCache
-from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, NearestCarrier, averaged_weights, tile
 from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_image, read_mask
 from anyup.evaluation.probe import Example, Probes, Recipe, losses, train_step
 from anyup.evaluation.upsamplers import Interpolation, Learned
@@ -453,9 +453,9 @@ def test_carried_logits_are_the_models(
     with torch.no_grad():
         expected = model(image, features, size, values=values[None])[0].flatten(1)
         weights = averaged_weights(model, image, features, size)
-    carrier = AttentionCarrier(tile(model.window, size, grid), weights)
+    fixed_weights = AttentionWeights(tile(model.window, size, grid), weights)
     carried = torch.empty_like(expected)
-    for logits, pixels in zip(carrier.logits(values), carrier.targets(numbers, 4), strict=True):
+    for logits, pixels in zip(fixed_weights.logits(values), fixed_weights.targets(numbers, 4), strict=True):
         carried[:, pixels.flatten()] = logits.transpose(0, 1).flatten(1)
     assert weights.dtype == torch.float16
     assert (carried - expected).abs().max() < 2e-3 * values.abs().max()  # float16 rounds a weight by up to 1/2048
@@ -470,7 +470,7 @@ def test_the_loss_of_interpolated_logits_and_its_gradient_are_those_of_the_map(
     labels[:1, 1:] = VOID
     values = random_tensor(6, *grid).requires_grad_()
     each = losses(
-        NearestCarrier(size, grid) if method == "nearest" else BilinearCarrier(size, grid), values, labels, seeds=2
+        NearestWeights(size, grid) if method == "nearest" else BilinearWeights(size, grid), values, labels, seeds=2
     )
     logits = Interpolation(method)(torch.empty(0), values[None], size)[0].unflatten(0, (2, 3))
     targets = labels.long().expand(2, *size)
@@ -487,9 +487,9 @@ def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> Non
     labels[:5] = VOID
     with torch.no_grad():
         weights = averaged_weights(model, image, features, size)
-    carrier = AttentionCarrier(tile(model.window, size, grid), weights)
+    fixed_weights = AttentionWeights(tile(model.window, size, grid), weights)
     values = random_tensor(6, *grid, seed=2).requires_grad_()
-    each = losses(carrier, values, labels, seeds=2)
+    each = losses(fixed_weights, values, labels, seeds=2)
     (gradient,) = torch.autograd.grad(each.sum(), values)
 
     through_model = values.detach().requires_grad_()
@@ -507,11 +507,11 @@ def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> Non
 def make_example(size: int = 12, grid: int = 3, channels: int = 5, seed: int = 0) -> Example:
     labels = torch.randint(0, 3, (size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     labels[: 1 + 2 * (seed % 3)] = VOID
-    carriers = {
-        "nearest": NearestCarrier((size, size), (grid, grid)),
-        "bilinear": BilinearCarrier((size, size), (grid, grid)),
+    weights = {
+        "nearest": NearestWeights((size, size), (grid, grid)),
+        "bilinear": BilinearWeights((size, size), (grid, grid)),
     }
-    return Example(random_tensor(1, channels, grid, grid, seed=seed), labels, carriers)
+    return Example(random_tensor(1, channels, grid, grid, seed=seed), labels, weights)
 
 
 def make_optimizer(probes: Probes) -> torch.optim.AdamW:

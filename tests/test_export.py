@@ -16,7 +16,7 @@ from tiny_encoder import make_encoder
 from torch import Tensor
 
 from anyup import AnyUp, encoders, export, save
-from anyup.bench.published import Published
+from anyup.bench.baseline import Published
 from anyup.cli import command as cli
 from anyup.export import to_onnx
 from anyup.images import normalize_imagenet, resize

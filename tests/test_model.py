@@ -18,7 +18,7 @@ from recipe import fill, wave
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.bench.published import Published
+from anyup.bench.baseline import Published
 from anyup.model import OPERATIONS
 from anyup.window import CellWindow, RatioWindow
 

@@ -6,21 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anyup.training.known_maps import FIELDS, known_maps
 from anyup.training.losses import squared_error
+from anyup.training.position_targets import FIELDS, position_maps
 
 
 def fields(side: int = 32) -> torch.Tensor:
-    return torch.stack([known_maps(torch.zeros(3, 8, 8), 16, side, number)[3:] for number in range(16)])
+    return torch.stack([position_maps(torch.zeros(3, 8, 8), 16, side, number)[3:] for number in range(16)])
 
 
 def test_known_maps_are_the_colours_and_fields_of_the_key_alone() -> None:
     guidance = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0))
-    maps = known_maps(guidance, 6, 24, 1, 2)
+    maps = position_maps(guidance, 6, 24, 1, 2)
     assert maps.shape == (3 + FIELDS, 24, 24)
     torch.testing.assert_close(maps[:3], guidance)
-    assert torch.equal(maps, known_maps(guidance, 6, 24, 1, 2))
-    assert not torch.equal(maps[3:], known_maps(guidance, 6, 24, 1, 3)[3:])
+    assert torch.equal(maps, position_maps(guidance, 6, 24, 1, 2))
+    assert not torch.equal(maps[3:], position_maps(guidance, 6, 24, 1, 3)[3:])
 
 
 def test_weights_beside_the_pixel_or_too_wide_cost_more_than_interpolation() -> None:

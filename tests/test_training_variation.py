@@ -14,8 +14,8 @@ pytest.importorskip("PIL")
 from small_training import TinyEncoder, make_photographs, settings
 
 from anyup.training import samples
+from anyup.training.feature_augmentations import TURNS, draw_channels, recolour, turn, turn_places
 from anyup.training.feature_cache import FeatureCache, Recipe
-from anyup.training.variation import TURNS, draw_channels, recolour, turn, turn_places
 
 ALL = ("variation.turns=true", "variation.recolour=1.0", "variation.channels=0.5")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import anyup
 from anyup import AnyUp
+from anyup.bench.baseline import Published
 from anyup.bench.floors import BOTH, CLASSES, FORWARD, PASSES
-from anyup.bench.published import Published
 from anyup.bench.workloads import Workload
 from anyup.layers import Encoder
 from anyup.ops import window_attention

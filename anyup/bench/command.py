@@ -13,10 +13,10 @@ from typing import TextIO
 
 import torch
 
-from anyup.bench import machine, wording
+from anyup.bench import formatting, machine
 from anyup.bench.clock import CudaClock, require_a_living_card
-from anyup.bench.contenders import Builder
 from anyup.bench.engine import Engine, Speeds
+from anyup.bench.implementations import Builder
 from anyup.bench.published_code import PublishedCode, has_natten
 from anyup.bench.results import MachineError, ResultsFile, Row
 from anyup.bench.stored import FAULTS
@@ -145,7 +145,7 @@ def measure(engine: Engine, suite: Sequence[Comparison], file: ResultsFile, stre
 
     Raises CardLost where a card does not answer any more; the same in a new process goes on behind the comparison.
     """
-    todo = [c for c in suite if any(c.identity(contender) not in file for contender in c.contenders)]
+    todo = [c for c in suite if any(c.identity(implementation) not in file for implementation in c.implementations)]
     stored = len(suite) - len(todo)
     if stored:
         _note(f"{stored} of {len(suite)} comparisons are stored in {file.path}", stream)
@@ -186,7 +186,7 @@ def line(row: Row) -> str:
     if row.get("speed_up"):
         parts.append(f"{row['speed_up']:.1f} times as fast")
     if row.get("stages"):
-        parts += [f"{stage} {wording.seconds(seconds)}" for stage, seconds in row["stages"].items()]
+        parts += [f"{stage} {formatting.seconds(seconds)}" for stage, seconds in row["stages"].items()]
     return f"{name} " + "  ".join(parts)
 
 

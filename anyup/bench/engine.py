@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.bench import cases, floors, graphs, high_resolution, machine, memory, parity, published
+from anyup.bench import baseline, cases, floors, graphs, high_resolution, machine, memory, parity
 from anyup.bench.cases import DTYPES, Sizes, ThereAndBack
 from anyup.bench.clock import require_a_living_card
-from anyup.bench.contenders import Builder, with_chunk
 from anyup.bench.floors import BOTH, FORWARD
+from anyup.bench.implementations import Builder, with_chunk
 from anyup.bench.results import Row
 from anyup.bench.stages import STAGES, Stages, apart
-from anyup.bench.suite import CODE, NATTEN, OURS, PUBLISHED, UNCHUNKED, Comparison, Contender
+from anyup.bench.suite import CODE, NATTEN, OURS, PUBLISHED, UNCHUNKED, Comparison, Implementation
 from anyup.bench.timing import Clock, Time, Timing, interleave
 from anyup.budget import free_memory
 
@@ -52,14 +52,14 @@ class Speeds:
 
 @dataclass
 class Entry:
-    """A contender on its way to a row.
+    """An implementation on its way to a row.
 
     Attributes:
         call: what is timed; None where it does not run.
         first: the time of the first call, on a card of the second.
     """
 
-    contender: Contender
+    implementation: Implementation
     row: Row
     sizes: Sizes
     call: cases.Call | None = None
@@ -85,7 +85,7 @@ class Entry:
             self.mark("unsupported", str(error))
         elif memory.is_for_want_of_memory(error):
             self.mark("out of memory", told)
-        elif self.contender.backend in (CODE, NATTEN):
+        elif self.implementation.backend in (CODE, NATTEN):
             # What others wrote may fail for reasons of its own.
             self.mark("unsupported", f"its code fails here: {named}")
         else:
@@ -104,7 +104,7 @@ class Engine:
         budget: calls that would take more seconds are left out.
         repeats: of each call, at most.
         patience: about as many seconds a comparison's calls are repeated for.
-        measure_memory: of a contender; None: the builder's way.
+        measure_memory: of an implementation; None: the builder's way.
     """
 
     speeds: Speeds
@@ -113,10 +113,10 @@ class Engine:
     budget: float = 180.0
     repeats: int = 5
     patience: float = 40.0
-    measure_memory: Callable[[Contender, Sizes], memory.Memory] | None = None
+    measure_memory: Callable[[Implementation, Sizes], memory.Memory] | None = None
 
     def run(self, comparison: Comparison) -> list[Row]:
-        """The rows, one for each contender; one whose result differs is not timed and "wrong".
+        """The rows, one for each implementation; one whose result differs is not timed and "wrong".
 
         Raises CardLost where a card does not answer any more; `failed` gives the rows then.
         """
@@ -124,8 +124,8 @@ class Engine:
             if comparison.kind == "calls":
                 entries = self._calls(comparison)
             else:
-                (contender,) = comparison.contenders
-                entries = [self._entry(comparison, contender)]
+                (implementation,) = comparison.implementations
+                entries = [self._entry(comparison, implementation)]
                 self._foresee(entries[0])
                 if entries[0].runs:
                     try:
@@ -138,14 +138,14 @@ class Engine:
 
     def failed(self, comparison: Comparison, error: Exception) -> list[Row]:
         """The rows of a comparison that an error took along."""
-        entries = [self._entry(comparison, contender) for contender in comparison.contenders]
+        entries = [self._entry(comparison, implementation) for implementation in comparison.implementations]
         for entry in entries:
             entry.mark("failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return [entry.row for entry in entries]
 
     def prepare(self, comparison: Comparison) -> list[Entry]:
-        """The contenders, those that run and agree with their calls: made once, their results compared."""
-        entries = [self._entry(comparison, contender) for contender in comparison.contenders]
+        """The implementations, those that run and agree with their calls: made once, their results compared."""
+        entries = [self._entry(comparison, implementation) for implementation in comparison.implementations]
         for entry in entries:
             self._foresee(entry)
         self._ask_backends(entries)
@@ -161,9 +161,9 @@ class Engine:
         for entry in entries:
             if entry.runs:
                 entry.row["times_floor"] = entry.row["seconds"] / entry.row["floor_seconds"]
-                if entry.contender.has_memory:
+                if entry.implementation.has_memory:
                     try:
-                        found = measure_memory(entry.contender, entry.sizes)
+                        found = measure_memory(entry.implementation, entry.sizes)
                     except Exception as error:
                         entry.mark_error(error)
                         continue
@@ -171,33 +171,33 @@ class Engine:
         _add_speed_ups(entries)
         return entries
 
-    def _entry(self, comparison: Comparison, contender: Contender) -> Entry:
+    def _entry(self, comparison: Comparison, implementation: Implementation) -> Entry:
         sizes, workload = comparison.sizes, comparison.sizes.workload
         rate = self.speeds.rates[sizes.dtype]
         row: Row = {
-            "id": comparison.identity(contender),
+            "id": comparison.identity(implementation),
             "group": comparison.group,
             "workload": workload.name,
             "size": list(workload.size),
             "grid": list(workload.grid),
             "channels": workload.channels,
             "batch": workload.batch,
-            "operation": contender.operation,
-            "backend": contender.backend,
+            "operation": implementation.operation,
+            "backend": implementation.backend,
             "dtype": sizes.dtype,
             "pass": sizes.direction,
             "status": "ok",
             "reason": None,
-            "floor_seconds": self._floor(contender, sizes),
+            "floor_seconds": self._floor(implementation, sizes),
             "matmul_rate": rate,
             "mean_window": workload.mean_window(floors.WINDOW),
         }
-        return Entry(contender, row, sizes)
+        return Entry(implementation, row, sizes)
 
-    def _floor(self, contender: Contender, sizes: Sizes) -> float:
+    def _floor(self, implementation: Implementation, sizes: Sizes) -> float:
         rate, itemsize = self.speeds.rates[sizes.dtype], DTYPES[sizes.dtype].itemsize
         return floors.floor_seconds(
-            contender.work or contender.operation,
+            implementation.work or implementation.operation,
             sizes.workload,
             rate,
             self.speeds.bandwidth,
@@ -207,16 +207,16 @@ class Engine:
 
     def _foresee(self, entry: Entry) -> None:
         """What would take too long, or more memory than there is, is a result of its own."""
-        contender, workload = entry.contender, entry.sizes.workload
-        expected = _TIMES_THE_FLOOR.get(contender.backend, 6.0) * entry.row["floor_seconds"]
+        implementation, workload = entry.implementation, entry.sizes.workload
+        expected = _TIMES_THE_FLOOR.get(implementation.backend, 6.0) * entry.row["floor_seconds"]
         needed = 0
-        dense = contender.operation.startswith("window_attention") and contender.backend == "reference"
-        if dense or contender.backend in (PUBLISHED, UNCHUNKED, CODE, NATTEN):
-            expected = published.expected_seconds(workload, self.speeds.rates["float32"])
+        dense = implementation.operation.startswith("window_attention") and implementation.backend == "reference"
+        if dense or implementation.backend in (PUBLISHED, UNCHUNKED, CODE, NATTEN):
+            expected = baseline.expected_seconds(workload, self.speeds.rates["float32"])
             expected *= 4 if entry.sizes.direction == BOTH else 1
-        if contender.backend in (PUBLISHED, UNCHUNKED, CODE):
-            needed = published.least_bytes(workload)
-            needed += published.unchunked_bytes(workload) if contender.backend == UNCHUNKED else 0
+        if implementation.backend in (PUBLISHED, UNCHUNKED, CODE):
+            needed = baseline.least_bytes(workload)
+            needed += baseline.unchunked_bytes(workload) if implementation.backend == UNCHUNKED else 0
         available = free_memory(torch.device(entry.sizes.device))
         if available is not None and needed > available:
             told = f"needs more than {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
@@ -227,12 +227,12 @@ class Engine:
 
     def _ask_backends(self, entries: Sequence[Entry]) -> None:
         """Mark the backends that cannot run an operation, with their reasons."""
-        alone = [entry for entry in entries if entry.contender.operation in cases.OPERATIONS]
-        for operation in dict.fromkeys(entry.contender.operation for entry in alone):
+        alone = [entry for entry in entries if entry.implementation.operation in cases.OPERATIONS]
+        for operation in dict.fromkeys(entry.implementation.operation for entry in alone):
             told = {c.name: c for c in cases.explain(operation, alone[0].sizes).candidates}
             for entry in alone:
-                candidate = told.get(entry.contender.backend)
-                if entry.contender.operation != operation:
+                candidate = told.get(entry.implementation.backend)
+                if entry.implementation.operation != operation:
                     continue
                 if candidate is None:
                     entry.mark("unsupported", f"{operation} has no such backend")
@@ -241,8 +241,8 @@ class Engine:
 
     def _warm_and_compare(self, entries: Sequence[Entry]) -> None:
         """Build and make each call once; its result is held against the first baseline's, or against a sample."""
-        expected: tuple[Contender, cases.Call, Tensor] | None = None
-        for entry in sorted(entries, key=lambda entry: _rank(entry.contender)):
+        expected: tuple[Implementation, cases.Call, Tensor] | None = None
+        for entry in sorted(entries, key=lambda entry: _rank(entry.implementation)):
             if not entry.runs:
                 continue
             try:
@@ -250,28 +250,28 @@ class Engine:
                 assert entry.call is not None
                 size = entry.row["output_bytes"] = result.numel() * result.element_size()
                 # What a head reads that comes after the upsampling is written first.
-                before = entry.sizes.workload.output_bytes if entry.contender.operation == "head_after" else 0
+                before = entry.sizes.workload.output_bytes if entry.implementation.operation == "head_after" else 0
                 entry.row["written_bytes"] = size + before
-                if entry.contender.backend == NATTEN:
+                if entry.implementation.backend == NATTEN:
                     continue  # its window is another one
                 if _in_half(entry):
                     entry.row["difference"] = _half_error(entry, result)
                 elif expected is None:
-                    if entry.contender.backend not in _BASELINES:
+                    if entry.implementation.backend not in _BASELINES:
                         entry.row["difference"] = self._sampled_difference(entry, result)
-                    expected = (entry.contender, entry.call, result)
-                elif _comparable(entry.contender, expected[0]):
+                    expected = (entry.implementation, entry.call, result)
+                elif _comparable(entry.implementation, expected[0]):
                     entry.row["difference"] = _difference(entry, (entry.call, result), expected[1:])
             except Exception as error:
                 entry.mark_error(error)
 
     def _first_call(self, entry: Entry) -> Tensor:
-        times = self.builder.chunk_times(entry.contender, entry.sizes)
+        times = self.builder.chunk_times(entry.implementation, entry.sizes)
         entry.sizes = with_chunk(entry.sizes, times)
         if times is not None:
             entry.row["chunk"] = entry.sizes.chunk
             entry.row["chunk_times"] = {str(chunk or "all"): seconds for chunk, seconds in times.items()}
-        entry.call = self.builder.build(entry.contender, entry.sizes)
+        entry.call = self.builder.build(entry.implementation, entry.sizes)
         made: list[Tensor] = []
         call = entry.call
 
@@ -287,17 +287,17 @@ class Engine:
     def _sampled_difference(self, entry: Entry, result: Tensor) -> float | None:
         """Of ours, where no baseline ran: from the baseline at some pixels, or in half precision from float32."""
         sizes = entry.sizes
-        if entry.contender.operation.startswith("window_attention") and sizes.dtype == "float32":
-            rows, exact = cases.attention_sample(entry.contender.operation, sizes)
+        if entry.implementation.operation.startswith("window_attention") and sizes.dtype == "float32":
+            rows, exact = cases.attention_sample(entry.implementation.operation, sizes)
             return parity.check(result[:, rows], exact, entry.row["id"])
-        if entry.contender.operation != "model":
+        if entry.implementation.operation != "model":
             return None
         return parity.check_sample(cases.model(device=sizes.device), sizes.workload)
 
     def _time(self, entries: Sequence[Entry]) -> None:
         """Those that are called once, the others in turn."""
         # Nobody runs the published forward unchunked where memory is short: its one time is to be seen, not compared.
-        once = [entry for entry in entries if entry.first.wall > _ONCE or entry.contender.backend == UNCHUNKED]
+        once = [entry for entry in entries if entry.first.wall > _ONCE or entry.implementation.backend == UNCHUNKED]
         quick = [entry for entry in entries if entry not in once]
         for entry in once:
             entry.row.update(Timing((entry.first,)).as_row())
@@ -345,33 +345,33 @@ class Engine:
         return {"stages": stages.seconds(self.repeats, self.clock)}
 
     def _high_resolution(self, entry: Entry) -> None:
-        found = high_resolution.measure(entry.contender.case, torch.get_num_threads())
+        found = high_resolution.measure(entry.implementation.case, torch.get_num_threads())
         seconds = found.pop("wall_seconds")
         entry.row.update(found, **Timing((Time(seconds),)).as_row())
         entry.row["times_floor"] = seconds / entry.row["floor_seconds"]
 
 
-def _rank(contender: Contender) -> tuple[int, str]:
+def _rank(implementation: Implementation) -> tuple[int, str]:
     """What others are held against comes first."""
-    backend = contender.backend
+    backend = implementation.backend
     return (_BASELINES.index(backend) if backend in _BASELINES else len(_BASELINES)), backend
 
 
-def _comparable(contender: Contender, expected: Contender) -> bool:
+def _comparable(implementation: Implementation, expected: Implementation) -> bool:
     """The attention of other values has another result; a head has the same before the upsampling and after it."""
-    return contender.operation not in cases.OPERATIONS or contender.operation == expected.operation
+    return implementation.operation not in cases.OPERATIONS or implementation.operation == expected.operation
 
 
 def _in_half(entry: Entry) -> bool:
     """Whether it is a whole forward in half precision, where the baseline's result is no measure."""
-    forward = entry.contender.operation == "model" and entry.sizes.direction == FORWARD
+    forward = entry.implementation.operation == "model" and entry.sizes.direction == FORWARD
     return forward and entry.sizes.dtype != "float32"
 
 
 def _half_error(entry: Entry, result: Tensor) -> float:
     """Of a result, against float64; a baseline's may be as large as it is."""
     sizes, name = entry.sizes, entry.row["id"]
-    tolerance = math.inf if entry.contender.backend in _BASELINES else parity.HALF_TOLERANCE
+    tolerance = math.inf if entry.implementation.backend in _BASELINES else parity.HALF_TOLERANCE
     return parity.check_half(cases.model(sizes.dtype, sizes.device), sizes.workload, result, name, tolerance)
 
 
@@ -381,7 +381,7 @@ def _difference(entry: Entry, found: tuple[cases.Call, Tensor], expected: tuple[
     try:
         difference = parity.check(found[1], expected[1], name, tolerance)
     except parity.ParityError:
-        if (entry.contender.operation, sizes.dtype, sizes.direction) != ("model", "float32", FORWARD):
+        if (entry.implementation.operation, sizes.dtype, sizes.direction) != ("model", "float32", FORWARD):
             raise
         model = cases.model(device=sizes.device)
         difference = parity.check_by_exact(model, sizes.workload, found[1], expected[1], name)
@@ -392,8 +392,8 @@ def _difference(entry: Entry, found: tuple[cases.Call, Tensor], expected: tuple[
 
 def _add_speed_ups(entries: Sequence[Entry]) -> None:
     """Of ours, beside the slower definition of the same: the published forward, or an operation's reference."""
-    times = {entry.contender.backend: entry.row["seconds"] for entry in entries if entry.runs}
+    times = {entry.implementation.backend: entry.row["seconds"] for entry in entries if entry.runs}
     base = next((times[name] for name in (PUBLISHED, "reference") if name in times), None)
     for entry in entries:
-        if base is not None and entry.runs and entry.contender.backend not in _BASELINES:
+        if base is not None and entry.runs and entry.implementation.backend not in _BASELINES:
             entry.row["speed_up"] = base / entry.row["seconds"]

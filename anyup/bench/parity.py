@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.bench.published import Published
+from anyup.bench.baseline import Published
 from anyup.bench.workloads import Workload
 
 TOLERANCE = 2e-4

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from anyup.bench import wording
+from anyup.bench import formatting
 from anyup.bench.stored import Row, rows_of
 from anyup.installing import pip_install
 from anyup.progress import human_bytes
@@ -119,11 +119,11 @@ def time_figure(results: Mapping[str, Any]) -> Figure | None:
                 marker=_MARKERS[number % len(_MARKERS)],
                 markerfacecolor="none",
                 color=SERIES[number % len(SERIES)],
-                label=f"{wording.backend(backend)}: expected, not run",
+                label=f"{formatting.backend(backend)}: expected, not run",
             )
     ours = next(iter(series.values()))
     _floor(axes, ours, "floor_seconds", "floor: the arithmetic at a matrix product's rate")
-    _finish_curve(axes, series, "time of a call", wording.seconds)
+    _finish_curve(axes, series, "time of a call", formatting.seconds)
     return figure
 
 
@@ -189,7 +189,7 @@ def _line(axes: Axes, number: int, backend: str, rows: Sequence[Row], field: str
         color=SERIES[number % len(SERIES)],
         marker=_MARKERS[number % len(_MARKERS)],
         linestyle=_DASHES[number % len(_DASHES)],
-        label=wording.backend(backend),
+        label=formatting.backend(backend),
     )
     failed = [side(row) for row in rows if row["status"] == "out of memory"]
     if failed:
@@ -198,7 +198,7 @@ def _line(axes: Axes, number: int, backend: str, rows: Sequence[Row], field: str
         axes.plot(
             failed, [height] * len(failed), marker="x", color=SERIES[number % len(SERIES)], clip_on=False,
             markeredgewidth=2, linestyle="none", transform=axes.get_xaxis_transform(),
-            label=f"{wording.backend(backend)}: out of memory",
+            label=f"{formatting.backend(backend)}: out of memory",
         )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def stage_figure(results: Mapping[str, Any]) -> Figure | None:
                     left + share / 2, position, f"{share:.0f}", ha="center", va="center", color=_ON_STAGE, fontsize=8.5
                 )
             left += share
-        axes.text(101, position, wording.seconds(total), va="center", fontsize=9)
+        axes.text(101, position, formatting.seconds(total), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
@@ -296,7 +296,7 @@ def _factors(labels: Sequence[str], factors: Sequence[float], what: str) -> Figu
     for position, factor in enumerate(factors):
         axes.barh(position, factor - 1, left=1, height=0.68, color=SERIES[0 if factor >= 1 else 1])
         axes.annotate(
-            wording.times(factor), (max(factor, 1.0), position),
+            formatting.times(factor), (max(factor, 1.0), position),
             xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5,
         )  # fmt: skip
     axes.axvline(1, color=INK, linewidth=1)
@@ -328,7 +328,7 @@ def _label(row: Row, among: Sequence[Row]) -> str:
     parts = [row["workload"]]
     for name in differing:
         if row[name] != usual[name]:
-            parts.append(wording.operation(row[name]) if name == "operation" else row[name])
+            parts.append(formatting.operation(row[name]) if name == "operation" else row[name])
     return ", ".join(parts)
 
 

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import modelled, plots, stored, tables, wording
+from anyup.bench import formatting, modelled, plots, stored, tables
 from anyup.command_paths import Read, Written, settle_paths
 from anyup.images import complete_or_absent
 from anyup.options import UsageError
@@ -168,7 +168,7 @@ def _all_rows(results: Mapping[str, Any]) -> str:
         "largest error against the definition or the published forward, relative to the output's size.</p>"
     ]
     for group, rows in stored.groups(results["rows"]).items():
-        title = escape(_GROUPS.get(group, wording.operation(group)))
+        title = escape(_GROUPS.get(group, formatting.operation(group)))
         common = "".join(f", {escape(text)}" for text in tables.shared(rows).values())
         parts.append(
             f"<details open><summary><strong>{title}</strong>{common}: {len(rows)} rows</summary>"

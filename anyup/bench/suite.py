@@ -1,4 +1,4 @@
-"""What the suite measures: comparisons, each of some contenders on one workload."""
+"""What the suite measures: comparisons, each of some implementations on one workload."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BACKENDS = ("torch", "triton", "flex", "reference")
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """Something that is timed.
 
     Attributes:
@@ -44,31 +44,38 @@ class Contender:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Contenders that are timed in turn, each a row of the results.
+    """Implementations that are timed in turn, each a row of the results.
 
     Attributes:
         group: one of `anyup.bench.arguments.GROUPS`.
         sizes: workload, dtype, direction and device.
-        contenders: the first one is ours.
-        kind: "calls"; "stages" of the first contender; or a "high-resolution" case, whose name is `case`.
+        implementations: the first one is ours.
+        kind: "calls"; "stages" of the first implementation; or a "high-resolution" case, whose name is `case`.
     """
 
     group: str
     sizes: Sizes
-    contenders: tuple[Contender, ...]
+    implementations: tuple[Implementation, ...]
     kind: str = "calls"
 
     @property
     def name(self) -> str:
         """For people."""
-        what = ", ".join(dict.fromkeys(c.operation for c in self.contenders))
+        what = ", ".join(dict.fromkeys(c.operation for c in self.implementations))
         more = "" if self.sizes.dtype == "float32" else f", {self.sizes.dtype}"
         return f"{self.group}: {what}, {self.sizes.workload.name}{more}"
 
-    def identity(self, contender: Contender) -> str:
+    def identity(self, implementation: Implementation) -> str:
         """The row's id, by which an interrupted run goes on."""
         sizes = self.sizes
-        parts = (self.group, contender.operation, sizes.workload.name, sizes.dtype, sizes.direction, contender.backend)
+        parts = (
+            self.group,
+            implementation.operation,
+            sizes.workload.name,
+            sizes.dtype,
+            sizes.direction,
+            implementation.backend,
+        )
         return "/".join(parts)
 
 
@@ -95,7 +102,7 @@ def essential(device: str) -> dict[str, list[Comparison]]:
         learning.append(_model(Sizes(workload, direction=BOTH, device=device), OURS, PUBLISHED, group="backward"))
     for dtype in ("bfloat16", "float32"):
         sizes = Sizes(TRAINING, dtype, BOTH, device)
-        step = Contender("training_step", OURS, "training_step", work="model")
+        step = Implementation("training_step", OURS, "training_step", work="model")
         learning.append(Comparison("backward", sizes, (step,)))
     return {"model": whole, "backward": learning}
 
@@ -134,11 +141,11 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
     for workload in REACH[1:]:
         sizes = Sizes(workload, device=device)
         works = {"head_before": "model_of_classes", "head_after": "model"}
-        whole = [Contender(case, OURS, case, work=work) for case, work in works.items()]
+        whole = [Implementation(case, OURS, case, work=work) for case, work in works.items()]
         yield Comparison("head", sizes, tuple(whole))
         alone = ("window_attention_of_classes", "window_attention")
         best = "triton" if on_card else "torch"
-        yield Comparison("head", sizes, tuple(Contender(case, best, f"{case}/{best}") for case in alone))
+        yield Comparison("head", sizes, tuple(Implementation(case, best, f"{case}/{best}") for case in alone))
     for dtype in ("bfloat16", "float16"):
         for workload in REACH if on_card else REACH[1:2]:
             more = (*graph, *plain, PUBLISHED) if on_card else ()
@@ -148,7 +155,7 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
     yield Comparison(
         "backward",
         Sizes(TRAINING, direction=BOTH, device=device),
-        (Contender("training_step", OURS, "training_step", work="model"),),
+        (Implementation("training_step", OURS, "training_step", work="model"),),
     )
     for workload in REACH[:2]:
         baseline = (PUBLISHED,) if workload == REACH[0] else ()
@@ -160,8 +167,8 @@ def _whole(device: str, code: tuple[str, ...]) -> Iterator[Comparison]:
     if not on_card:
         for name in high_resolution.REACH:
             case = high_resolution.CASES[name]
-            contender = Contender(case.what, OURS, name, work="model_of_classes" if case.head else "model")
-            yield Comparison("high-resolution", Sizes(case.workload), (contender,), "high-resolution")
+            implementation = Implementation(case.what, OURS, name, work="model_of_classes" if case.head else "model")
+            yield Comparison("high-resolution", Sizes(case.workload), (implementation,), "high-resolution")
 
 
 def _model(sizes: Sizes, *backends: str, group: str = "model") -> Comparison:
@@ -176,14 +183,14 @@ def _model(sizes: Sizes, *backends: str, group: str = "model") -> Comparison:
     }
     # A second run of a baseline for its memory is worth it where claims are made.
     measured = cases if sizes.workload in REACH else (OURS,)
-    contenders = (Contender("model", name, cases[name], has_memory=name in measured) for name in backends)
-    return Comparison(group, sizes, tuple(contenders))
+    implementations = (Implementation("model", name, cases[name], has_memory=name in measured) for name in backends)
+    return Comparison(group, sizes, tuple(implementations))
 
 
 def _stages(sizes: Sizes) -> Comparison:
-    return Comparison("stages", sizes, (Contender("model", OURS, "anyup", has_memory=False),), "stages")
+    return Comparison("stages", sizes, (Implementation("model", OURS, "anyup", has_memory=False),), "stages")
 
 
 def _operation(operation: str, sizes: Sizes, group: str = "operation") -> Comparison:
     backends = [b for b in BACKENDS if b != "flex" or operation.startswith("window_attention")]
-    return Comparison(group, sizes, tuple(Contender(operation, b, f"{operation}/{b}") for b in backends))
+    return Comparison(group, sizes, tuple(Implementation(operation, b, f"{operation}/{b}") for b in backends))

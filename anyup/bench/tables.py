@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from anyup.bench import wording
+from anyup.bench import formatting
 from anyup.bench.stored import Row, machine_of
 from anyup.progress import human_bytes
 
@@ -25,18 +25,18 @@ class Column:
 
 COLUMNS = (
     Column("workload", "workload", is_number=False),
-    Column("operation", "what", wording.operation, is_number=False),
-    Column("backend", "by", wording.backend, is_number=False),
+    Column("operation", "what", formatting.operation, is_number=False),
+    Column("backend", "by", formatting.backend, is_number=False),
     Column("dtype", "dtype", is_number=False),
     Column("pass", "pass", is_number=False),
-    Column("seconds", "time (median)", wording.seconds),
-    Column("spread", "spread", wording.percent),
-    Column("host_seconds", "host time (median)", wording.seconds),
-    Column("floor_seconds", "floor", wording.seconds),
+    Column("seconds", "time (median)", formatting.seconds),
+    Column("spread", "spread", formatting.percent),
+    Column("host_seconds", "host time (median)", formatting.seconds),
+    Column("floor_seconds", "floor", formatting.seconds),
     Column("times_floor", "times the floor", lambda value: f"{value:.2f}"),
     Column("peak_bytes", "peak memory", human_bytes),
     Column("output_bytes", "of which output", human_bytes),
-    Column("speed_up", "speed-up", wording.times),
+    Column("speed_up", "speed-up", formatting.times),
     Column("difference", "difference", lambda value: f"{value:.0e}" if value else "0"),
 )
 
@@ -61,7 +61,7 @@ def rows_table(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
         for column in COLUMNS
         if column.field not in common and any(row.get(column.field) is not None for row in rows)
     ]
-    stages = [Column(name, name, wording.seconds) for name in dict.fromkeys(s for row in rows for s in _stages(row))]
+    stages = [Column(name, name, formatting.seconds) for name in dict.fromkeys(s for row in rows for s in _stages(row))]
     head = "".join(_heading(column.heading, column.is_number) for column in (*columns, *stages))
     lines = []
     for row in rows:
@@ -103,12 +103,12 @@ def _notes(results: Mapping[str, Any], row: Row) -> list[str]:
     if row.get("reason"):
         notes.append(str(row["reason"]))
     if row.get("expected_seconds") and row["status"] != "ok":
-        notes.append(f"expected {wording.seconds(row['expected_seconds'])}, by an estimate")
+        notes.append(f"expected {formatting.seconds(row['expected_seconds'])}, by an estimate")
     if row["status"] == "ok" and row.get("chunk_times"):
-        best = wording.chunk(row.get("chunk")) or "unchunked"
+        best = formatting.chunk(row.get("chunk")) or "unchunked"
         notes.append(f"{best}, the best of {len(row['chunk_times'])} tried")
-    elif wording.chunk(row.get("chunk")):
-        notes.append(wording.chunk(row["chunk"]))
+    elif formatting.chunk(row.get("chunk")):
+        notes.append(formatting.chunk(row["chunk"]))
     if row.get("ahead") is False:
         notes.append("the card waited for the host, which its time includes")
     if row.get("peak_bytes") and row.get("peak_is_exact") is False:
@@ -125,11 +125,13 @@ def _notes(results: Mapping[str, Any], row: Row) -> list[str]:
 
 
 _TOLD: dict[str, Callable[[Any], str]] = {
-    "matmul_rate": lambda value: wording.rate(value, "FLOP/s"),
-    "matmul_rate_after": lambda value: wording.rate(value, "FLOP/s"),
-    "matmul_rates": lambda rates: ", ".join(f"{dtype} {wording.rate(one, 'FLOP/s')}" for dtype, one in rates.items()),
-    "copy_bandwidth": lambda value: wording.rate(value, "B/s"),
-    "copy_bandwidth_after": lambda value: wording.rate(value, "B/s"),
+    "matmul_rate": lambda value: formatting.rate(value, "FLOP/s"),
+    "matmul_rate_after": lambda value: formatting.rate(value, "FLOP/s"),
+    "matmul_rates": lambda rates: ", ".join(
+        f"{dtype} {formatting.rate(one, 'FLOP/s')}" for dtype, one in rates.items()
+    ),
+    "copy_bandwidth": lambda value: formatting.rate(value, "B/s"),
+    "copy_bandwidth_after": lambda value: formatting.rate(value, "B/s"),
     "commit": lambda value: str(value or "unknown"),
     "refused": lambda texts: "; ".join(texts) or "nothing",
 }

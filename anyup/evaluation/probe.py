@@ -1,8 +1,9 @@
 """Linear probes: 1x1 convolutions on upsampled features, many trained side by side, everything below them frozen.
 
-A probe is linear and the weights of a pixel sum to one, so it is applied on the small grid and its logits are carried
-(`carriers`): exact, and features at image resolution never exist. Every method has one probe for each seed; the probes
-of a seed begin with the same values, see the same images in the same order, and do not influence one another.
+A probe is linear and the weights of a pixel sum to one, so it is applied on the small grid and its logits are brought
+to the pixels (`attention_weights`): exact, and features at image resolution never exist. Every method has one probe for
+each seed; the probes of a seed begin with the same values, see the same images in the same order, and do not influence
+one another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anyup.evaluation.carriers import Carrier
+from anyup.evaluation.attention_weights import FixedWeights
 from anyup.evaluation.datasets import VOID
 from anyup.installing import pip_install
 
@@ -94,14 +95,14 @@ class Probes(nn.Module):
         return logits.flatten(1, 2).unflatten(2, features.shape[2:])
 
 
-def losses(carrier: Carrier, logits: Tensor, labels: Tensor, seeds: int) -> Tensor:
+def losses(fixed_weights: FixedWeights, logits: Tensor, labels: Tensor, seeds: int) -> Tensor:
     """Cross-entropy summed over an image's valid pixels, of each seed's probe: (seeds,).
 
     logits (seeds * classes, h, w) on the small grid, labels (H, W) uint8 with VOID.
     """
     total = logits.new_zeros(seeds)
     classes = logits.shape[0] // seeds
-    for carried, targets in zip(carrier.logits(logits), carrier.targets(labels, classes), strict=True):
+    for carried, targets in zip(fixed_weights.logits(logits), fixed_weights.targets(labels, classes), strict=True):
         carried = carried.unflatten(1, (seeds, classes)).flatten(0, 1)  # (tiles * seeds, classes, pixels)
         targets = targets.unsqueeze(1).expand(-1, seeds, *targets.shape[1:]).flatten(0, 1)
         # Class numbers, or for each class how many pixels have it: those without void, which torch wants to hear.
@@ -113,11 +114,11 @@ def losses(carrier: Carrier, logits: Tensor, labels: Tensor, seeds: int) -> Tens
 
 @dataclass(frozen=True)
 class Example:
-    """What training needs of one image: features (1, C, h, w), labels (H, W) uint8, and a carrier for each method."""
+    """What training needs of one image: features (1, C, h, w), labels (H, W) uint8, and weights for each method."""
 
     features: Tensor
     labels: Tensor
-    carriers: Mapping[str, Carrier]
+    weights: Mapping[str, FixedWeights]
 
 
 def train_step(probes: Probes, optimizer: torch.optim.Optimizer, batch: Sequence[Example]) -> Tensor | None:
@@ -135,7 +136,7 @@ def train_step(probes: Probes, optimizer: torch.optim.Optimizer, batch: Sequence
         # The carried logits of one method alive at a time; the gradient meets the probes once.
         leaf = low.detach().requires_grad_()
         for index, method in enumerate(probes.methods):
-            each = losses(example.carriers[method], leaf[index], example.labels, len(probes.seeds))
+            each = losses(example.weights[method], leaf[index], example.labels, len(probes.seeds))
             (each.sum() / valid).backward()
             total[index] += each.detach().cpu() / valid
         low.backward(leaf.grad)

@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from anyup.encoders import Encoder
+from anyup.evaluation.attention_weights import (
+    AttentionWeights,
+    BilinearWeights,
+    FixedWeights,
+    NearestWeights,
+    averaged_weights,
+    tile,
+)
 from anyup.evaluation.cache import TensorCache
-from anyup.evaluation.carriers import AttentionCarrier, BilinearCarrier, Carrier, NearestCarrier, averaged_weights, tile
 from anyup.evaluation.datasets import Labels, Sample, read_image, read_mask
 from anyup.evaluation.probe import Example, Probes, Recipe, Scores, train_step
 from anyup.evaluation.report import spread, table
@@ -101,14 +108,14 @@ class Source:
         features = self.features(sample, mirrored)
         size, grid = (self.size, self.size), (features.shape[2], features.shape[3])
 
-        def carrier(upsampler: Upsampler) -> Carrier:
+        def fixed_weights(upsampler: Upsampler) -> FixedWeights:
             if isinstance(upsampler, Interpolation):
-                return NearestCarrier(size, grid) if upsampler.name == "nearest" else BilinearCarrier(size, grid)
+                return NearestWeights(size, grid) if upsampler.name == "nearest" else BilinearWeights(size, grid)
             weights = self.weights(upsampler, sample, mirrored).to(self.device)
-            return AttentionCarrier(tile(upsampler.model.window, size, grid), weights)
+            return AttentionWeights(tile(upsampler.model.window, size, grid), weights)
 
-        carriers = {upsampler.name: carrier(upsampler) for upsampler in self.upsamplers}
-        return Example(features.to(self.device), self.mask(sample, mirrored).to(self.device), carriers)
+        weights = {upsampler.name: fixed_weights(upsampler) for upsampler in self.upsamplers}
+        return Example(features.to(self.device), self.mask(sample, mirrored).to(self.device), weights)
 
     def make(self, sample: Sample, mirrored: bool) -> None:
         """Put into the cache what is kept of an image."""

@@ -118,7 +118,7 @@ class Loss:
     mse: float = 1.0
     input_consistency: float = 0.1
     self_consistency: float = 0.1
-    place: float = 0.0  # maps known at every pixel; see `anyup.training.known_maps`
+    place: float = 0.0  # maps known at every pixel; see `anyup.training.position_targets`
     # Side of the maps compared; 0: those of the reconstruction, whose clean half is there already.
     self_consistency_size: int = 224
     self_consistency_share: float = 1.0  # of the batch
@@ -126,7 +126,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Variation:
-    """Changes to samples that make more of few photographs; see `anyup.training.variation`."""
+    """Changes to samples that make more of few photographs; see `anyup.training.feature_augmentations`."""
 
     turns: bool = False  # views are turned by quarters and mirrored, their features with them
     recolour: float = 0.0  # share of the samples whose guidance has other colours

@@ -20,11 +20,11 @@ from torch import Tensor
 from anyup.images import normalize_imagenet, resize
 from anyup.training.augmentations import augment
 from anyup.training.config import Settings
+from anyup.training.feature_augmentations import TURNS, draw_channels, recolour, turn, turn_places
 from anyup.training.feature_cache import Features, Grid, Recipe
-from anyup.training.known_maps import known_maps
+from anyup.training.position_targets import position_maps
 from anyup.training.randomness import drawer
 from anyup.training.synthetic import draw_cells, draw_width, synthetic_features
-from anyup.training.variation import TURNS, draw_channels, recolour, turn, turn_places
 
 SYNTHETIC = "synthetic"
 """In place of an encoder's name; see `anyup.training.synthetic`."""
@@ -55,7 +55,7 @@ class Sample:
     view: int
     crops: tuple[int, ...]
     augmented: bool  # whether the self-consistency is asked of it
-    turn: int = 0  # of `anyup.training.variation.turn`
+    turn: int = 0  # of `anyup.training.feature_augmentations.turn`
     recoloured: bool = False
 
 
@@ -210,7 +210,10 @@ def _known(step: Step, samples: Sequence[Sample], guidance: Tensor, cells: int, 
     if not step.known:
         return guidance.new_empty(len(guidance), 0, side, side)
     return torch.stack(
-        [known_maps(image, cells, side, seed, sample.number) for image, sample in zip(guidance, samples, strict=True)]
+        [
+            position_maps(image, cells, side, seed, sample.number)
+            for image, sample in zip(guidance, samples, strict=True)
+        ]
     )
 
 

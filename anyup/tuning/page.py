@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import plots, tables, wording
+from anyup.bench import formatting, plots, tables
 from anyup.bench.stored import read_json
 
 FORMAT = 1
@@ -151,4 +151,4 @@ def _cuts(case: Case) -> str:
 
 
 def _microseconds(value: float) -> str:
-    return wording.seconds(value * 1e-6)
+    return formatting.seconds(value * 1e-6)

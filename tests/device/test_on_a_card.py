@@ -436,8 +436,8 @@ def test_the_benchmark_s_contenders_agree_and_have_times_and_memory(
 ) -> None:
     from anyup.bench import cases, suite
     from anyup.bench.clock import CudaClock
-    from anyup.bench.contenders import Builder
     from anyup.bench.engine import Engine, Speeds
+    from anyup.bench.implementations import Builder
     from anyup.bench.workloads import Workload, square
 
     small = square(224, 16)

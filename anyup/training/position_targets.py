@@ -24,7 +24,7 @@ bilinear interpolation, such a field is off by 9 % of its variance, by nearest 1
 below 2 %."""
 
 
-def known_maps(guidance: Tensor, cells: int, side: int, *key: Key) -> Tensor:
+def position_maps(guidance: Tensor, cells: int, side: int, *key: Key) -> Tensor:
     """A guidance image (3, G, G), normalised, as a map of `side` pixels, and random fields drawn for the key:
     (3 + FIELDS, side, side), each of about zero mean and unit variance.
 

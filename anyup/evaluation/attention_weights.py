@@ -122,7 +122,7 @@ def averaged_weights(model: AnyUp, image: Tensor, features: Tensor, size: tuple[
     return tiling.cut(weights[0].permute(1, 2, 0)).half()
 
 
-class AttentionCarrier:
+class AttentionWeights:
     """Carries by averaged attention weights.
 
     Args:
@@ -143,7 +143,7 @@ class AttentionCarrier:
         yield from self.tiling.tiles(labels.long())
 
 
-class BilinearCarrier:
+class BilinearWeights:
     """Carries by bilinear interpolation to (H, W): a matrix for each axis, whose transposes are the backward pass."""
 
     def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
@@ -159,7 +159,7 @@ class BilinearCarrier:
         yield labels.long().flatten()[None]
 
 
-class NearestCarrier:
+class NearestWeights:
     """Carries by nearest interpolation to (H, W): all pixels of a cell have its logits, so their labels are counted."""
 
     def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
@@ -186,4 +186,4 @@ def _linear(pixels: int, cells: int) -> Tensor:
     return F.interpolate(torch.eye(cells)[None], size=pixels, mode="linear", align_corners=False)[0].T.contiguous()
 
 
-Carrier = AttentionCarrier | BilinearCarrier | NearestCarrier
+FixedWeights = AttentionWeights | BilinearWeights | NearestWeights
