@@ -24,6 +24,7 @@ setup(
     package_data={
         "anyup": ["py.typed"],
         "anyup.assets": ["*"],
+        "anyup.gallery": ["page.css", "page.js"],
         "anyup.training": ["configs/*.toml"],
         "anyup._kernels": ["configs/*.json"],
     },

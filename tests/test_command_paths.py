@@ -44,6 +44,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "evaluate pictures": {"--photographs": "photographs", "--encoder": "some", "-o": "pictures"},
     "evaluate segmentation": {"--data": "data", "--encoder": "some", "-o": "results.json"},
     "export onnx": {"--size": "448", "--grid": "32", "-o": "anyup.onnx"},
+    "gallery": {"PHOTO": "photographs", "-o": "gallery.html"},
     "bench": {"-o": "benchmark"},
     "tune": {},
     "encoders": {},

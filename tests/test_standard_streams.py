@@ -21,6 +21,7 @@ COMMANDS = {
     "upsample": ["photo.png", "--features", "features.npy", "-o", "out.npy"],
     "train": ["--config", "mini"],
     "evaluate": ["pictures", "--photographs", "photographs", "--encoder", "some", "-o", "pictures"],
+    "gallery": ["photographs", "-o", "gallery.html"],
     "bench": ["-o", "benchmark"],
     "export": ["onnx", "--size", "8", "--grid", "2", "-o", "anyup.onnx"],
     "tune": [],

@@ -1,4 +1,5 @@
-"""The command `anyup`: `demo`, `upsample`, `encoders`, `train`, `evaluate`, `export`, `bench`, `tune` and `info`.
+"""The command `anyup`: `demo`, `upsample`, `encoders`, `train`, `evaluate`, `export`, `gallery`,
+`bench`, `tune` and `info`.
 
 What a person types is checked before any work; a mistake is one line on stderr and exit status 2, a failure
 exit status 1, an interruption 128 and the signal's number (130 for Ctrl-C). Results go to files and stdout, progress
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from anyup._version import __version__
 from anyup.bench import arguments as bench_arguments
+from anyup.cli import gallery
 from anyup.cli import upsample as upsampling
 from anyup.command_paths import Paths, Read, ReadEncoder, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
@@ -44,6 +46,7 @@ examples:
   anyup encoders timm/resnet50
   anyup train --config mini data.photographs=photos output=runs/first
   anyup export onnx --size 448 --grid 32 -o anyup.onnx
+  anyup gallery photos -o gallery.html
   anyup bench --quick -o benchmark
   anyup tune
   anyup info
@@ -209,6 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
     export.set_defaults(backend=None)
     _add_weights(export)
+
+    page = command("gallery", gallery.HELP, gallery.DESCRIPTION)
+    gallery.add_arguments(page)
+    _add_weights(page)
 
     bench = commands.add_parser(
         "bench",
@@ -479,6 +486,7 @@ _RUNNERS = {
     "train": _train,
     "evaluate": _evaluate,
     "export": _export,
+    "gallery": gallery.run,
     "bench": _bench,
     "tune": _tune,
     "info": _info,
