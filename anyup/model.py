@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -225,6 +225,36 @@ class AnyUp(Network):
 
         request = Request.of(self, image, features, output_size, values=values)
         return stream(request, tile=tile, max_memory=max_memory, region=region, dtype=dtype, out=out)
+
+    def frames(
+        self,
+        frames: Iterable[Sequence[Tensor | ImageContext]],
+        output_size: OutputSize = None,
+        *,
+        max_memory: int | str | None = None,
+    ) -> Iterator[Tensor]:
+        """Bring one frame after the other to its image's resolution, as calls would, and for less.
+
+            for upsampled in upsampler.frames((image, encoder(image)) for image in images):
+                ...
+
+        Frames of one size and dtype share their memory: on a CPU that of the maps in between, on a GPU one CUDA graph
+        (see `capture`), which the second frame is captured in, where whole maps fit and no gradient is wanted.
+
+        Args:
+            frames: of each the arguments of a call: (image, features) or (image, features, values), as a loader may
+                yield them. The next is asked for when its result is.
+            output_size, max_memory: as in the call.
+
+        Returns:
+            An iterator over what the calls return: (B, C or Cv, H, W), each a tensor of its own.
+
+        Raises:
+            TypeError, ValueError: `frames` is no such iterable; from the iterator, what a call raises.
+        """
+        from anyup.frames import upsampled_frames
+
+        return upsampled_frames(self, frames, output_size, max_memory)
 
     def at_points(
         self,

@@ -59,3 +59,17 @@ def test_asking_to_keep_freed_memory_takes_none() -> None:
     before = resident()
     memory.keep_freed_memory.__wrapped__()
     assert resident() - before < memory._LARGEST_FREED / 8
+
+
+def test_a_block_leaves_its_pages_to_the_next_and_no_others() -> None:
+    pages = memory.Pages()
+    addresses = []
+    for _ in range(2):
+        with pages.reuse(), memory.reuse():
+            addresses.append(memory.empty(LARGE, torch.empty(0)).data_ptr())
+    assert addresses[0] == addresses[1]
+    with pages.reuse():
+        held = memory.empty((LARGE[0] * 2,), torch.empty(0))
+    assert [len(mapping) for mapping, _ in pages._mappings] == [4 * 2 * LARGE[0]]
+    with pages.reuse():
+        assert memory.empty((LARGE[0] * 2,), torch.empty(0)).data_ptr() != held.data_ptr()

@@ -36,10 +36,14 @@ def keep_freed_memory() -> None:
         torch.empty(_LARGEST_FREED, dtype=torch.uint8)
 
 
-class _Kept(threading.local):
-    """The mappings of this thread's `reuse` block, each with a reference that dies with the tensor on it."""
+Mapping = tuple[mmap.mmap, weakref.ref[memoryview]]
+"""Pages, with a reference that dies with the tensor on them."""
 
-    mappings: list[tuple[mmap.mmap, weakref.ref[memoryview]]] | None = None
+
+class _Kept(threading.local):
+    """The mappings of this thread's `reuse` block."""
+
+    mappings: list[Mapping] | None = None
 
 
 _kept = _Kept()
@@ -54,6 +58,25 @@ def reuse() -> Iterator[None]:
         yield
     finally:
         _kept.mappings = before
+
+
+class Pages:
+    """Memory that the maps of a block leave to those of the next one: of calls that are alike."""
+
+    def __init__(self) -> None:
+        self._mappings: list[Mapping] = []
+
+    @contextlib.contextmanager
+    def reuse(self) -> Iterator[None]:
+        """As `reuse`; what this block's maps had stays when it ends, what only earlier ones had goes."""
+        before, _kept.mappings = _kept.mappings, self._mappings
+        # Whose pages are given away has a new entry then; the old ones are held here, or a new one might have their id.
+        earlier = {id(mapping): mapping for mapping in self._mappings}
+        try:
+            yield
+        finally:
+            _kept.mappings = before
+            self._mappings = [each for each in self._mappings if id(each) not in earlier or each[1]() is not None]
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -1,0 +1,72 @@
+"""Frame after frame: what a call leaves to the next one like it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.argument_checks import OutputSize
+from anyup.capture import CapturedCall
+from anyup.image_context import ImageContext
+from anyup.model import AnyUp
+from anyup.ops.memory import Pages
+from anyup.repetition import Repetition, seen_before
+
+
+def upsampled_frames(
+    upsampler: AnyUp, frames: Iterable[Any], output_size: OutputSize, max_memory: int | str | None
+) -> Iterator[Tensor]:
+    """See `AnyUp.frames`."""
+    if isinstance(frames, Tensor) or not isinstance(frames, Iterable):
+        raise TypeError(f"frames: expected an iterable of (image, features), got {type(frames).__name__}")
+    call = _Call(upsampler, output_size, max_memory)
+    return (call(*_arguments(frame)) for frame in frames)
+
+
+def _arguments(frame: Any) -> Sequence[Any]:
+    expected = "frames: expected (image, features) or (image, features, values) of each"
+    if not isinstance(frame, (tuple, list)):
+        raise TypeError(f"{expected}, got {type(frame).__name__}")
+    if len(frame) not in (2, 3):
+        raise ValueError(f"{expected}, got {len(frame)} things")
+    return frame
+
+
+class _Call:
+    """The call, made again and again."""
+
+    def __init__(self, upsampler: AnyUp, output_size: OutputSize, max_memory: int | str | None) -> None:
+        self._upsampler, self._output_size, self._max_memory = upsampler, output_size, max_memory
+        self._pages = Pages()
+        self._repetition: Repetition | None = None  # of the frame before: its signature
+        self._captured: CapturedCall | None = None
+        self._tried = False
+
+    def __call__(self, image: Tensor | ImageContext, features: Tensor, values: Tensor | None = None) -> Tensor:
+        captured = self._capture(image, features, values)
+        if captured is not None:
+            return captured(image, features, values).clone()
+        with self._pages.reuse():
+            upsampled: Tensor = self._upsampler(
+                image, features, self._output_size, values=values, max_memory=self._max_memory
+            )
+            return upsampled
+
+    def _capture(self, image: Tensor | ImageContext, features: Tensor, values: Tensor | None) -> CapturedCall | None:
+        """The captured call that this frame can be made with; None where it is to be made in full."""
+        seen = None
+        if self._max_memory is None and type(self._upsampler) is AnyUp:
+            seen = seen_before(self._upsampler, image, features, self._output_size, None, values)
+        repetition = None if seen is None else seen.repetition
+        if repetition is None or repetition is not self._repetition:
+            self._repetition, self._captured, self._tried = repetition, None, False
+        elif not self._tried:
+            self._tried = True
+            # There is no room for whole maps, or something cannot be captured. A mistake is met by the call as well.
+            with suppress(ValueError, NotImplementedError, torch.OutOfMemoryError):
+                self._captured = self._upsampler.capture(image, features, self._output_size, values=values)
+        return self._captured
