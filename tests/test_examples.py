@@ -11,12 +11,14 @@ import shlex
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkouts import ROOT
+from small_video import write_video
 from test_capture import Graph
 from tiny_encoder import make_encoder
 from torch import nn
@@ -175,6 +177,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     save_picture("photo.jpg", torch.rand(3, 8, 64))
     torch.save(torch.randn(5, 2, 16), "low.pt")
+    for name in ("a", "in/b"):
+        path = tmp_path / "photos" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(path, torch.rand(3, 8, 64))
+    if find_spec("av"):
+        write_video("video.mp4", frames=2)
     picture = torch.rand(3, 450, 448).mul_(255).byte()
     for name in ("photo", "train/a", "test/b", *map(str, range(9))):  # every tenth photograph is evaluated
         path = tmp_path / "FOLDER" / f"{name}.png"
@@ -226,6 +234,7 @@ def stand_ins(page: str) -> dict[str, Any]:
         "model": upsampler,
         "context": upsampler.encode_image(image),
         "output_size": (400, 200),
+        "frames": [(image, features), (image * 0.5, features)],
         "requests": [(image, features), (image * 0.5, features)],
         "image_size": (64, 48),
         "feature_size": (8, 6),
@@ -326,6 +335,10 @@ def test_command_runs(words: list[str], folder: Path, capsys: pytest.CaptureFixt
     assert words[0] == "anyup"
     if "segmentation" in words:
         pytest.importorskip("torchmetrics")
+    if "video.mp4" in words:
+        pytest.importorskip("av")
+    if "zarr" in words:
+        pytest.importorskip("zarr")
     assert cli.main(words[1:]) == 0, capsys.readouterr().err
     for option in ("-o", "--picture"):
         assert option not in words or Path(words[words.index(option) + 1]).exists()

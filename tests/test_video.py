@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_video import SIZE, write_video
 from tiny_encoder import make_encoder
 from torch import Tensor
 
@@ -19,8 +19,6 @@ from anyup.images import normalize_imagenet, resize
 from anyup.video import Video
 
 av = pytest.importorskip("av")
-
-SIZE = (16, 32)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,28 +32,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     anyup.save(anyup.AnyUp(qk_dim=16, num_heads=2), "weights.pth")
 
 
-def write(path: str, frames: int = 3, rotation: int | None = None) -> list[np.ndarray[Any, Any]]:
-    """A video of frames of one grey each, brighter in the upper left corner, nearly as they are returned."""
-    made = [np.full((*SIZE, 3), 40 * number % 120, np.uint8) for number in range(frames)]
-    with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *SIZE, "yuv420p", 4_000_000
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        for pixels in made:
-            pixels[:8, :8] += 100
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return made
-
-
 def upsample(*arguments: str, video: str = "video.mp4") -> int:
     fixed = ("--encoder", "tiny", "--encoder-size", "16", "--weights", "weights.pth")
     return cli.main(["upsample", video, *fixed, *arguments])
 
 
 def test_frames_come_as_they_were_written() -> None:
-    written = write("video.mp4")
+    written = write_video("video.mp4")
     with Video("video.mp4") as video:
         assert (video.count, video.size) == (3, SIZE)
         for frame, pixels in zip(video, written, strict=True):
@@ -66,7 +49,7 @@ def test_frames_come_as_they_were_written() -> None:
 @pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="this PyAV cannot rotate a video")
 def test_a_frame_is_turned_as_the_video_says() -> None:
     for degrees in (90, -90, 180):
-        write("video.mp4", frames=1, rotation=degrees)
+        write_video("video.mp4", frames=1, rotation=degrees)
         with av.open("video.mp4") as container:
             (stored,) = container.decode(video=0)
         with Video("video.mp4") as video:
@@ -80,7 +63,7 @@ def test_a_frame_is_turned_as_the_video_says() -> None:
 
 
 def test_each_frame_is_upsampled(capsys: pytest.CaptureFixture[str]) -> None:
-    write("video.mp4")
+    write_video("video.mp4")
     assert upsample("-o", "out", "--size", "16", "--picture", "pictures") == 0
     assert {path.name for path in Path("out").iterdir()} == {*(f"00000{n}.npy" for n in range(3)), "manifest.jsonl"}
     encoder, model = make_encoder(), anyup.load("weights.pth")
@@ -100,7 +83,7 @@ def test_each_frame_is_upsampled(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_comes_before_a_broken_place_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    write("video.mp4", frames=20)
+    write_video("video.mp4", frames=20)
     content = bytearray(Path("video.mp4").read_bytes())
     start, end = content.index(b"mdat"), content.index(b"moov") - 4  # of what is encoded
     content[(start + end) // 2 : end] = bytes(end - (start + end) // 2)

@@ -43,6 +43,7 @@ examples:
   anyup upsample photo.jpg --encoder dinov2_s_derived -o features.npy --picture features.png
   anyup upsample photo.jpg --features low.pt --size 512 -o high.safetensors
   anyup upsample photo.jpg --features low.pt --size 4096 --max-memory 2GB --dtype float16 -o high.npy
+  anyup upsample photos --encoder dinov2_s_derived --size 448 --dtype float16 -o features --picture pictures
   anyup encoders timm/resnet50
   anyup train --config mini data.photographs=photos output=runs/first
   anyup export onnx --size 448 --grid 32 -o anyup.onnx
