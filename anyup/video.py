@@ -18,7 +18,7 @@ class Video:
     """A video file, opened to be read once, from its first frame on; within a `with` statement, until its end.
 
     Attributes:
-        count: of frames, as the file tells; 0 where it does not.
+        count: of frames, as the file tells, or as many as its duration has room for; 0 where it tells neither.
         size: (height, width) as they are stored.
     """
 
@@ -40,6 +40,8 @@ class Video:
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         self.count = int(self._stream.frames)
+        if not self.count and self._container.duration and self._stream.average_rate:
+            self.count = round(self._container.duration / self._av.time_base * self._stream.average_rate)
         self.size = int(self._stream.height), int(self._stream.width)
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -107,6 +107,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 ENTRIES: dict[str, Callable[[AnyUp, dict[str, Any]], object]] = {
     "call": lambda model, arguments: model(**arguments),
     "stream": lambda model, arguments: model.stream(**arguments),
+    "frames": lambda model, arguments: next(model.frames([(arguments["image"], arguments["features"])])),
     "explain": lambda model, arguments: model.explain(**arguments),
     "encode_image": lambda model, arguments: model.encode_image(arguments["image"]),
     "with_head": lambda model, arguments: with_head(model, nn.Conv2d(5, 2, 1))(**arguments),

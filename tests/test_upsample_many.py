@@ -116,7 +116,7 @@ def test_a_resumed_run_leaves_what_an_uninterrupted_one_leaves(
     with monkeypatch.context() as patch:
         patch.setattr(Work, "_put", stopped)
         assert upsample(*options, "out/pictures") == 128 + signal.SIGTERM
-    assert "1 of 5 results are there; --resume goes on" in capsys.readouterr().err
+    assert "1 results are there; --resume goes on" in capsys.readouterr().err
     if how == "killed":  # nothing is tidied up, and a line is begun
         shutil.rmtree("out")
         Path("now").rename("out")
@@ -215,10 +215,12 @@ def test_a_photograph_that_cannot_be_upsampled_is_left_out(
         return real(*arguments, **named)
 
     monkeypatch.setattr(upsample_many, "write_result", write)
+    Path("photos/gone.png").symlink_to("nowhere.png")
     assert upsample("--region", "0,0,16,16") == 1
     err = capsys.readouterr().err
+    assert "left out: gone.png: No such file or directory" in err
     assert "left out: a.png: --region: expected (top, left, height, width) inside the output" in err
-    assert "left out: b.jpg: there is not enough memory" in err and "3 left out" in err
+    assert "left out: b.jpg: there is not enough memory" in err and "4 left out" in err
 
 
 def test_the_room_for_all_is_checked_before_the_work(

@@ -51,7 +51,6 @@ OUT/manifest.jsonl. One that cannot be read is told of and left out, and the exi
 what has no result.
 """
 
-_ONE_FILE = (".jpeg", ".jpg", ".npy", ".png", ".pt", ".safetensors", ".webp", ".zarr")
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -172,12 +171,17 @@ def run(arguments: argparse.Namespace) -> None:
     for option in ("encoder_size", "encoder_weights"):
         if getattr(arguments, option) is not None and arguments.encoder is None:
             raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
+    from anyup import array_files
+    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES
+    from anyup.progress import Progress
+
     if are_many(arguments.photo):
         for option in ("features", "points", "values"):
             if getattr(arguments, option):
                 raise UsageError(f"--{option} goes with one photograph")
         for option in ("output", "picture"):
-            if Path(getattr(arguments, option) or "").suffix.lower() in _ONE_FILE:
+            suffix = Path(getattr(arguments, option) or "").suffix.lower()
+            if suffix in (*ARRAY_SUFFIXES, *array_files.SUFFIXES, *PICTURE_SUFFIXES):
                 raise UsageError(f"{option} {getattr(arguments, option)}: of many photographs a folder expected")
         arguments.format = arguments.format or "npy"
         run_many(arguments)
@@ -189,10 +193,6 @@ def run(arguments: argparse.Namespace) -> None:
         for option in ("picture", "region", "resume"):
             if getattr(arguments, option):
                 raise UsageError(f"--points goes without --{option}")
-    from anyup import array_files
-    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES
-    from anyup.progress import Progress
-
     progress = Progress()
     suffixes = (".npy", ".zarr", *(suffix for suffix in ARRAY_SUFFIXES if suffix != ".npy"))
     suffixes = ARRAY_SUFFIXES if arguments.points else suffixes

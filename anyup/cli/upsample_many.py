@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from anyup.encoders import Encoder
+    from anyup.manifest import Manifest
     from anyup.model import AnyUp
     from anyup.video import Video
 
@@ -119,18 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         work = Work(arguments, model, load_named_encoder(arguments, device, progress), head)
         work.check_room(source)
         with Manifest(manifest_path, work.asked()) as manifest:
-            before = dict(manifest.entries)
-
-            def is_done(name: str, sha256: str) -> bool:
-                entry = before.get(name, {"error": "not begun"})
-                return "error" not in entry and entry["sha256"] == sha256 and work.has(name)
-
-            try:
-                failed = _work_through(work, source, is_done, manifest.add)
-            except BaseException:
-                there = sum("error" not in entry for entry in manifest.entries.values())
-                progress.note(f"\n{there} of {source.count or '?'} results are there; --resume goes on")
-                raise
+            failed = _work_through(work, source, manifest)
             manifest.complete()
     for folder in folders:
         print(folder)
@@ -138,27 +128,38 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{failed} left out; {manifest_path} says why")
 
 
-def _work_through(work: Work, source: Source, is_done: IsDone, add: Callable[[str, Mapping[str, Any]], None]) -> int:
-    """Upsample what is not done, and `add` what becomes of it; how many have no result."""
+def _work_through(work: Work, source: Source, manifest: Manifest) -> int:
+    """Upsample what has no result, and note what becomes of it; how many have none in the end."""
     from anyup.training.reporting import Rate, Reporter
 
     reporter, rate = Reporter(), Rate()
+    before = dict(manifest.entries)  # which the thread that reads has to itself
     failed = made = 0
-    with work.unfinished():
-        for seen, photograph in enumerate(_ahead(source.read(is_done)), 1):
-            entry: dict[str, Any] = {"error": photograph.error} if photograph.error else {}
-            if photograph.pixels is not None:
-                entry = work.upsample(photograph.name, photograph.pixels)
-                made += 1
-                rate.count(made)
-            if entry:
-                add(photograph.name, {"sha256": photograph.sha256, **entry})
-            if "error" in entry:
-                failed += 1
-                reporter.note(f"left out: {photograph.name}: {entry['error']}")
-            of = f" of {source.count}" if source.count else ""
-            left = f", {rate.left(source.count - seen)} left" if made and seen < source.count else ""
-            reporter.tick(f"{seen}{of}{left}", last=seen == source.count)
+
+    def is_done(name: str, sha256: str) -> bool:
+        entry = before.get(name, {"error": "not begun"})
+        return "error" not in entry and entry["sha256"] == sha256 and work.has(name)
+
+    try:
+        with work.unfinished():
+            for seen, photograph in enumerate(_ahead(source.read(is_done)), 1):
+                entry: dict[str, Any] = {"error": photograph.error} if photograph.error else {}
+                if photograph.pixels is not None:
+                    entry = work.upsample(photograph.name, photograph.pixels)
+                    made += 1
+                    rate.count(made)
+                if entry:
+                    manifest.add(photograph.name, {"sha256": photograph.sha256, **entry})
+                if "error" in entry:
+                    failed += 1
+                    reporter.note(f"left out: {photograph.name}: {entry['error']}")
+                of = f" of {source.count}" if source.count else ""
+                left = f", {rate.left(source.count - seen)} left" if made and seen < source.count else ""
+                reporter.tick(f"{seen}{of}{left}", last=seen == source.count)
+    except BaseException:
+        there = sum("error" not in entry for entry in manifest.entries.values())
+        reporter.note(f"{there} results are there; --resume goes on")
+        raise
     return failed
 
 
@@ -392,7 +393,9 @@ def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack) -> So
         root, paths = _matches(text)
         for path in paths:
             name = path.relative_to(root).as_posix()
-            if is_outside(path.parent) and not os.path.samefile(found.setdefault(name, path), path):
+            if not is_outside(path.parent):
+                continue
+            if os.path.realpath(found.setdefault(name, path)) != os.path.realpath(path):
                 raise UsageError(f"{found[name]} and {path} would have one result, {name}: name a folder above both")
     if not found:
         raise ValueError(f"{' '.join(named)}: photographs expected, there are none")
