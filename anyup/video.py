@@ -20,6 +20,7 @@ class Video:
     Attributes:
         count: of frames, as the file tells, or as many as its duration has room for; 0 where it tells neither.
         size: (height, width) as they are stored.
+        name: of the file, without its folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -39,6 +40,7 @@ class Video:
             raise ValueError(f"{path}: a video expected, there is no picture in it")
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
+        self.name = self._path.name
         self.count = int(self._stream.frames)
         if not self.count and self._container.duration and self._stream.average_rate:
             self.count = round(self._container.duration / self._av.time_base * self._stream.average_rate)

@@ -106,12 +106,12 @@ def test_a_resumed_run_leaves_what_an_uninterrupted_one_leaves(
     assert upsample(*options, "whole/pictures", out="whole") == 1
     real, calls = Work._put, []
 
-    def stopped(work: Work, made: Path, path: Path) -> None:
+    def stopped(work: Work, made: Path, path: Path, folder: str) -> str:
         calls.append(path)
         if len(calls) == 4:  # the picture of the second, whose features have their name
             shutil.copytree("out", "now")
             os.kill(os.getpid(), signal.SIGTERM)
-        real(work, made, path)
+        return real(work, made, path, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(Work, "_put", stopped)
@@ -139,6 +139,12 @@ def test_a_resumed_run_makes_what_is_gone_what_has_changed_and_what_is_new(monke
     assert upsample("--resume") == 0
     assert made == ["b.jpg", "in/broken.png", "in/d.png", "new.png"]
     assert np.load("out/b.jpg.npy").shape == (6, 8, 8) and "error" not in manifest()["in/broken.png"]
+    Path("photos/b.jpg").write_bytes(b"broken by now")
+    Path("photos/a.png").rename("photos/gone")
+    Path("photos/a.png").symlink_to("nowhere")
+    assert upsample("--resume") == 1
+    assert not Path("out/b.jpg.npy").exists() and Path("out/a.png.npy").exists()  # which nobody knows to be another's
+    assert "error" in manifest()["a.png"] and "error" in manifest()["b.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +183,7 @@ def test_a_folder_of_something_else_is_refused(
         (("photos", "--encoder", "tiny", "-o", "out", "--points", "p.csv"), "--points goes with one photograph"),
         (("photos", "--encoder", "tiny", "-o", "out.npy"), "output out.npy: of many photographs a folder expected"),
         (("photos", "--encoder", "tiny", "-o", "photos"), "that is what is read"),
+        (("photos", "--encoder", "tiny", "--picture", "out", "--format", "zarr"), "--format goes with -o"),
         (
             ("photos/a.png", "--encoder", "tiny", "-o", "a.npy", "--format", "npy"),
             "--format goes with many photographs",

@@ -81,6 +81,9 @@ def test_each_frame_is_upsampled(capsys: pytest.CaptureFixture[str]) -> None:
             torch.testing.assert_close(torch.from_numpy(np.load(f"out/00000{number}.npy"))[None], expected(frame))
     assert "3 of 3\n" in capsys.readouterr().err
     assert upsample("-o", "out", "--size", "16", "--picture", "pictures", "--resume") == 0
+    Path("video.mp4").rename("other.mp4")
+    assert upsample("-o", "out", "--size", "16", "--picture", "pictures", "--resume", video="other.mp4") == 1
+    assert "begun with video video.mp4, now other.mp4" in capsys.readouterr().err
 
 
 def test_what_comes_before_a_broken_place_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,8 @@ def run(arguments: argparse.Namespace) -> None:
             suffix = Path(getattr(arguments, option) or "").suffix.lower()
             if suffix in (*ARRAY_SUFFIXES, *array_files.SUFFIXES, *PICTURE_SUFFIXES):
                 raise UsageError(f"{option} {getattr(arguments, option)}: of many photographs a folder expected")
+        if arguments.format and not arguments.output:
+            raise UsageError("--format goes with -o")
         arguments.format = arguments.format or "npy"
         run_many(arguments)
         return

@@ -47,6 +47,7 @@ FORMATS = ("npy", "safetensors", "zarr")
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
+_MAGIC = re.compile(r"[*?\[]")  # of patterns, as `glob` has them
 _IN_PIECES = ("npy", "zarr")
 _GROUP = "features.zarr"
 _UNFINISHED = ".unfinished"
@@ -78,9 +79,11 @@ class Source(Protocol):
 
     Attributes:
         count: how many there are; 0 where nobody knows.
+        video: the name of the file, where they are frames.
     """
 
     count: int
+    video: str | None
 
     def read(self, is_done: IsDone) -> Iterator[Photograph]:
         """Each one, in the order of their names; without pixels where it is done."""
@@ -119,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         model = load_model(arguments, device, progress)
         work = Work(arguments, model, load_named_encoder(arguments, device, progress), head)
         work.check_room(source)
-        with Manifest(manifest_path, work.asked()) as manifest:
+        with Manifest(manifest_path, {"video": source.video, **work.asked()}) as manifest:
             failed = _work_through(work, source, manifest)
             manifest.complete()
     for folder in folders:
@@ -144,6 +147,8 @@ def _work_through(work: Work, source: Source, manifest: Manifest) -> int:
         with work.unfinished():
             for seen, photograph in enumerate(_ahead(source.read(is_done)), 1):
                 entry: dict[str, Any] = {"error": photograph.error} if photograph.error else {}
+                if photograph.sha256 and (entry or photograph.pixels is not None):
+                    work.discard(photograph.name)
                 if photograph.pixels is not None:
                     entry = work.upsample(photograph.name, photograph.pixels)
                     made += 1
@@ -206,9 +211,8 @@ class Work:
         given = self.arguments
         if given.output is None:
             return None
-        return (
-            Path(given.output, _GROUP, name) if given.format == "zarr" else Path(given.output, f"{name}.{given.format}")
-        )
+        below = f"{_GROUP}/{name}" if given.format == "zarr" else f"{name}.{given.format}"
+        return Path(given.output, below)
 
     def picture(self, name: str) -> Path | None:
         """Where the picture of a photograph's result goes."""
@@ -217,6 +221,14 @@ class Work:
     def has(self, name: str) -> bool:
         """Whether the files of a photograph are there."""
         return all(path is None or path.exists() for path in (self.result(name), self.picture(name)))
+
+    def discard(self, name: str) -> None:
+        """Remove the files of a photograph, which are of other bytes than it has now, or are not all there."""
+        for path in (self.result(name), self.picture(name)):
+            if path is not None and path.is_dir():
+                shutil.rmtree(path)
+            elif path is not None:
+                path.unlink(missing_ok=True)
 
     def check_room(self, source: Source) -> None:
         """Raise ValueError where the results that are not there exceed the free space of their folder."""
@@ -297,23 +309,22 @@ class Work:
             given, self.model, photo, features, values, files, whole, region, silent, asked=None
         )
         entry: dict[str, Any] = {"shape": shape, "dtype": dtype}
-        for kind, made, path in (("features", files.output, result), ("picture", files.picture, picture)):
-            if made is not None and path is not None:
-                self._put(made, path)
-                entry[kind] = path.relative_to(given.output if kind == "features" else given.picture).as_posix()
+        if files.output is not None and result is not None:
+            entry["features"] = self._put(files.output, result, given.output)
+        if files.picture is not None and picture is not None:
+            entry["picture"] = self._put(files.picture, picture, given.picture)
         return entry
 
-    def _put(self, made: Path, path: Path) -> None:
-        """Give a file its name in the folder, or an array its in the group."""
+    def _put(self, made: Path, path: Path, folder: str) -> str:
+        """Give a file, or an array of the group, its name; the name below the folder."""
         if made.suffix == ".zarr":
             from anyup.array_files import make_groups
 
-            make_groups(Path(self.arguments.output, _GROUP), path.parent)
-            if path.exists():
-                shutil.rmtree(path)  # a folder replaces no other that holds something
+            make_groups(Path(folder, _GROUP), path.parent)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(made, path)
+        return path.relative_to(folder).as_posix()
 
 
 class Photographs:
@@ -322,6 +333,7 @@ class Photographs:
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = {name: files[name] for name in sorted(files)}
         self.count = len(files)
+        self.video: str | None = None
 
     def read(self, is_done: IsDone) -> Iterator[Photograph]:
         """See `Source`."""
@@ -351,8 +363,9 @@ class Frames:
     """The frames of a video, called by their numbers, from 0 on."""
 
     def __init__(self, video: Video) -> None:
-        self._video = video
+        self._frames = video
         self.count = video.count
+        self.video: str | None = video.name
 
     def read(self, is_done: IsDone) -> Iterator[Photograph]:
         """See `Source`."""
@@ -360,7 +373,7 @@ class Frames:
 
         number = 0
         try:
-            for pixels in self._video:
+            for pixels in self._frames:
                 name, sha256 = self._name(number), tensor_fingerprint(pixels)
                 yield Photograph(name, sha256, None if is_done(name, sha256) else pixels.float().div_(255))
                 number += 1
@@ -370,7 +383,7 @@ class Frames:
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """See `Source`."""
         for number in range(self.count):
-            yield self._name(number), self._video.size
+            yield self._name(number), self._frames.size
 
     def _name(self, number: int) -> str:
         return f"{number:06d}"
@@ -416,9 +429,6 @@ def _matches(text: str) -> tuple[Path, list[Path]]:
         fixed += 1
     found = sorted(Path(each) for each in glob.glob(text, recursive=True))
     return Path(*path.parts[:fixed]), [each for each in found if not each.is_dir()]
-
-
-_MAGIC = re.compile(r"[*?\[]")
 
 
 def _is_pattern(text: str) -> bool:
