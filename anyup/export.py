@@ -70,7 +70,8 @@ def to_onnx(
     Args:
         upsampler: on any device; it is not changed.
         path: ends in .onnx.
-        image_size, feature_size: (height, width). With an encoder the features have the size that it gives them.
+        image_size: (height, width).
+        feature_size: (height, width). With an encoder the features have the size that it gives them.
         output_size: as in the call.
         channels: of the features that the file is checked with; not with an encoder.
         encoder: on any device; it is not changed.

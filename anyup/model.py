@@ -119,7 +119,9 @@ class AnyUp(Network):
         Args:
             enc_img: (B, D, Hi, Wi), the image encoder's output after the rotation (`rope`).
             feats: (B, C, h, w).
-            out_size, vis_attn, q_chunk_size: as in the call; None means the size of `enc_img`.
+            out_size: as in the call; None means the size of `enc_img`.
+            vis_attn: as in the call.
+            q_chunk_size: as in the call.
 
         Raises:
             ValueError, TypeError: which argument, what was expected, what came; before any work.
@@ -201,7 +203,10 @@ class AnyUp(Network):
         is not kept is computed again, which costs two to three times the arithmetic before the attention.
 
         Args:
-            image, features, output_size, values: as in the call.
+            image: as in the call.
+            features: as in the call.
+            output_size: as in the call.
+            values: as in the call.
             tile: rows, or (rows, columns), of a piece; None: full rows, as many as are worked on at a time.
             max_memory: bytes, or a text such as "2GB", that the stream may allocate, two pieces included (the one that
                 the caller holds, and the next); what has room is kept instead of being computed again. None: 90 % of
@@ -244,7 +249,8 @@ class AnyUp(Network):
         Args:
             frames: of each the arguments of a call: (image, features) or (image, features, values), as a loader may
                 yield them. The next is asked for when its result is.
-            output_size, max_memory: as in the call.
+            output_size: as in the call.
+            max_memory: as in the call.
 
         Returns:
             An iterator over what the calls return: (B, C or Cv, H, W), each a tensor of its own.
@@ -273,7 +279,10 @@ class AnyUp(Network):
         kept as in a call, so freeze the upsampler (`requires_grad_(False)`) where it is not trained.
 
         Args:
-            image, features, output_size, values: as in the call.
+            image: as in the call.
+            features: as in the call.
+            output_size: as in the call.
+            values: as in the call.
             points: (B, N, 2), rows and columns of the output, on any device (they are read on the CPU). Integers are
                 pixels. Floating-point numbers, 0 the first pixel's centre and H - 1 the last one's, are interpolated
                 bilinearly between four pixels, as `torch.nn.functional.grid_sample` would do it on the whole output.
@@ -306,7 +315,8 @@ class AnyUp(Network):
 
         Args:
             repository_or_folder: a folder, or "owner/name".
-            device, backend: as of `anyup.load`.
+            device: as of `anyup.load`.
+            backend: as of `anyup.load`.
             revision: branch, tag or commit of the repository.
             **arguments: of the constructor, see `anyup.load`; and of `huggingface_hub.hf_hub_download`, such as
                 `token`, `cache_dir` and `local_files_only`.
@@ -355,7 +365,8 @@ class AnyUp(Network):
         `torch.inference_mode()` and autocast as the requests will be.
 
         Args:
-            image_size, feature_size: (height, width).
+            image_size: (height, width).
+            feature_size: (height, width).
             channels: of the features.
             output_size: (H, W); None means the image's size.
             values: channels of `values=`, where that is used.
@@ -393,7 +404,10 @@ class AnyUp(Network):
         read where they are at each call. One thread may call it at a time.
 
         Args:
-            image, features, output_size, values: as in the call.
+            image: as in the call.
+            features: as in the call.
+            output_size: as in the call.
+            values: as in the call.
 
         Returns:
             A callable `(image, features, values=None)`; its `nbytes` of GPU memory are kept as long as it lives.

@@ -12,14 +12,14 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from anyup.bench import formatting, modelled, stored
 from anyup.bench.machine import PRODUCT_SIDES
 from anyup.bench.stored import Row, rows_of
-from anyup.bench.workloads import CURVE, REACH, square
+from anyup.bench.workloads import CURVE, REACH, Workload, square
 from anyup.window import RatioWindow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,13 +64,18 @@ def _find(results: Results, group: str, workload: str, operation: str, *backends
     return None
 
 
-def _model(results: Results) -> str:
-    """Ours and the published forward at the sizes that the claims are made about."""
-    lines = []
+def _beside_the_published(results: Results) -> Iterator[tuple[Workload, Row, Row]]:
+    """The sizes that claims are made about: our row and the published forward's."""
     for workload in REACH:
         ours, theirs = (_find(results, "model", workload.name, "model", name) for name in ("anyup", "published"))
-        if ours is None or theirs is None:
-            continue
+        if ours is not None and theirs is not None:
+            yield workload, ours, theirs
+
+
+def _model(results: Results) -> str:
+    """Ours and the published forward, with all that is stored of them."""
+    lines = []
+    for workload, ours, theirs in _beside_the_published(results):
         chunk = f" ({formatting.chunk(theirs.get('chunk')) or 'unchunked'})" if theirs["status"] == "ok" else ""
         lines.append(
             (
@@ -84,6 +89,20 @@ def _model(results: Results) -> str:
         "C = 384", "anyup", "fastest to slowest", "published forward", "fastest to slowest", "speed-up",
         "times the floor", "peak memory, anyup", "published", "of which output", "difference",
     )  # fmt: skip
+    return table(header, lines)
+
+
+def _summary(results: Results) -> str:
+    """The columns of `_model` that a first look takes."""
+    lines = []
+    for workload, ours, theirs in _beside_the_published(results):
+        lines.append(
+            (
+                workload.name, _time(ours), _time(theirs), _tell(ours.get("speed_up"), formatting.times),
+                _size(ours, "peak_bytes"), _size(theirs, "peak_bytes"), _size(ours, "output_bytes"),
+            )
+        )  # fmt: skip
+    header = ("384 channels", "time", "published", "speed-up", "peak memory", "published", "of which output")
     return table(header, lines)
 
 
@@ -201,23 +220,13 @@ def _forward(path: Path) -> str:
 
 
 def _sizes(path: Path) -> str:
-    """The modelled time of whole forwards by size, after what the kernels of an earlier commit are modelled at."""
-
-    def read(file: Path) -> dict[tuple[str, str, str], Row]:
-        rows: list[Row] = stored.read_json(file, "rows of benchmarks.codegen --model")
-        return {(row["device"], row["dtype"], row["workload"]): row for row in rows if row["level"] == "sum"}
-
-    now, before = read(path), read(path.with_name("model_before.json"))
-    workloads = sorted({workload for *_, workload in now}, key=lambda name: int(name.split()[0]))
+    """The modelled time of whole forwards by size."""
+    found: list[Row] = stored.read_json(path, "rows of benchmarks.codegen --model")
+    rows = {(row["device"], row["dtype"], row["workload"]): row for row in found if row["level"] == "sum"}
+    workloads = sorted({workload for *_, workload in rows}, key=lambda name: int(name.split()[0]))
     lines = [
-        (
-            f"{device}, {dtype}",
-            *(
-                " -> ".join(f"{rows[device, dtype, name]['modelled_us'] / 1e3:.2f}" for rows in (before, now))
-                for name in workloads
-            ),
-        )
-        for device, dtype in dict.fromkeys(key[:2] for key in now)
+        (f"{device}, {dtype}", *(f"{rows[device, dtype, name]['modelled_us'] / 1e3:.2f}" for name in workloads))
+        for device, dtype in dict.fromkeys(key[:2] for key in rows)
     ]
     return table(("modelled, ms, C = 384", *workloads), lines)
 
@@ -249,6 +258,7 @@ def _speed_up(workload: str, results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "summary": _summary,
     "model": _model,
     "curve": _curve,
     "unification": _unification,

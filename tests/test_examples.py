@@ -9,7 +9,7 @@ import inspect
 import re
 import shlex
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +71,8 @@ NOT_RUN = {
     "pip install -e .[evaluate]": "the package index",
     "pip install -e .[bench]": "the package index",
     "pip install -e .[test]": "the package index",
+    "pip install -e .[docs]": "the package index",
+    "mkdocs serve": "another program, until it is stopped",
 }
 """Examples that are not run, and why; commands among them are parsed all the same."""
 
@@ -275,7 +277,7 @@ def test_python_of_a_page_runs(name: str, folder: Path) -> None:
 
 
 def test_python_is_found_in_blocks_and_in_the_text() -> None:
-    codes = read("README.md").python
+    codes = [code for name in PAGES for code in read(name).python]
     assert len(codes) > 8
     assert any("upsampler.stream(" in code for code in codes) and "anyup.load()" in codes
 
@@ -289,8 +291,8 @@ def test_names_in_the_text_are_there(name: str) -> None:
                 importlib.import_module(span)
 
 
-def test_readme_gives_the_signature_of_the_call() -> None:
-    page = read("README.md")
+def test_the_page_of_the_call_gives_its_signature() -> None:
+    page = read("docs/call.md")
     (span,) = [span for span in page.spans if span.startswith("upsampler(image, features, output_size=None")]
     described = ast.parse(f"def {span}: ...").body[0]
     actual = ast.parse(textwrap.dedent(inspect.getsource(anyup.AnyUp.forward))).body[0]
@@ -300,18 +302,22 @@ def test_readme_gives_the_signature_of_the_call() -> None:
             argument.annotation = None
     del actual.args.args[0]  # self
     assert ast.unparse(described.args) == ast.unparse(actual.args)
-    rows = re.findall(r"^\| `(\w+)` \|", page.text.split("### The call")[1].split("**")[0], re.MULTILINE)
-    assert {"image", "features", *rows} == {node.arg for node in ast.walk(actual.args) if isinstance(node, ast.arg)}
+    rows = re.findall(r"^\| `(\w+)` \|", page.text.split("\n## ")[0], re.MULTILINE)
+    assert set(rows) == {node.arg for node in ast.walk(actual.args) if isinstance(node, ast.arg)}
 
 
-def every_command() -> Iterator[list[str]]:
-    for name in PAGES:
-        yield from read(name).commands
-    yield from commands_of("\n".join(line for line in cli._EPILOG.splitlines() if line.startswith("  anyup ")))
+def distinct(commands: Iterable[list[str]]) -> list[list[str]]:
+    return [list(words) for words in dict.fromkeys(map(tuple, commands))]
+
+
+COMMANDS = distinct(words for name in PAGES for words in read(name).commands)
+OF_THE_HELP = commands_of("\n".join(line for line in cli._EPILOG.splitlines() if line.startswith("  anyup ")))
 
 
 @pytest.mark.parametrize(
-    "words", [words for words in every_command() if words[0] not in ("pip", "pytest")], ids=" ".join
+    "words",
+    [words for words in distinct([*COMMANDS, *OF_THE_HELP]) if words[0] not in ("pip", "pytest", "mkdocs")],
+    ids=" ".join,
 )
 def test_command_is_one_that_can_be_typed(words: list[str]) -> None:
     parser, arguments = parser_of(words)
@@ -326,8 +332,7 @@ def test_command_is_one_that_can_be_typed(words: list[str]) -> None:
     "words",
     [
         pytest.param(words, marks=[pytest.mark.slow] if SLOW & set(words) else [], id=" ".join(words))
-        for name in PAGES
-        for words in read(name).commands
+        for words in COMMANDS
         if " ".join(words) not in NOT_RUN
     ],
 )
@@ -345,7 +350,7 @@ def test_command_runs(words: list[str], folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_is_not_run_is_still_an_example() -> None:
-    examples = {" ".join(words) for name in PAGES for words in read(name).commands}
+    examples = {" ".join(words) for words in COMMANDS}
     examples |= {code for name in PAGES for code in read(name).python}
     assert NOT_RUN.keys() <= examples
 

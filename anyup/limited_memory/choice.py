@@ -85,7 +85,8 @@ def plan(
     Predicted for the `torch` backend, which takes the most memory; a kernel needs little scratch for the attention.
 
     Args:
-        image_size, feature_size: (height, width).
+        image_size: (height, width).
+        feature_size: (height, width).
         channels: of the features.
         dtype: of the upsampler's parameters and of the features.
         device: "cpu", "cuda", ...; it need not exist.
@@ -94,7 +95,9 @@ def plan(
         values: channels that are carried instead of the features: a head's outputs, for example.
         batch: images.
         stream: plan `stream`, not the call (as the call with `out=` runs, too).
-        region, tile, out_dtype: of a stream (its `dtype`).
+        region: of a stream.
+        tile: of a stream.
+        out_dtype: the `dtype` of a stream.
         upsampler: one with other than the default widths and window.
 
     Raises:
