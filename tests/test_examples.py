@@ -9,7 +9,7 @@ import inspect
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGES = [
     "README.md",
+    "examples/README.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
     *sorted(f"anyup/assets/{path.name}" for path in (ROOT / "anyup" / "assets").glob("*.md")),
 ]
@@ -289,6 +290,34 @@ def test_names_in_the_text_are_there(name: str) -> None:
             module, _, attribute = span.rpartition(".")
             if not hasattr(importlib.import_module(module), attribute):
                 importlib.import_module(span)
+
+
+ROOMS = ("anyup", "kernels", "benchmarks", "tests", "docs", "examples", "tools")
+
+NOT_IN_A_CHECKOUT = {"anyup/_kernels": "in a wheel", "kernels/configs": "what a tuner writes"}
+
+
+def paths_in(text: str) -> Iterator[str]:
+    """Files of Python, and what lies below the rooms of the repository, among a page's pieces of code."""
+    for word in re.findall(r"[\w./*-]+", text):
+        if word.endswith(".py") or (word.split("/")[0] in ROOMS and "/" in word):
+            yield word.removeprefix("./")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_in_the_text_are_there(name: str) -> None:
+    for span in read(name).spans:
+        for path in paths_in(span):
+            found = (ROOT / path).exists() or (
+                "/" not in path and any(True for at in ROOMS for _ in (ROOT / at).rglob(path))
+            )
+            assert found or path in NOT_IN_A_CHECKOUT, f"{path}: expected a file's name, or a path from the root"
+
+
+def test_paths_are_found() -> None:
+    assert list(paths_in("`cat anyup/ops/gone.py` and `setup.py`, `kernels/`, `images/SPLIT`")) == [
+        "anyup/ops/gone.py", "setup.py", "kernels/",
+    ]  # fmt: skip
 
 
 def test_the_page_of_the_call_gives_its_signature() -> None:
