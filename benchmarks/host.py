@@ -108,9 +108,9 @@ def decided_as_on_a_card() -> Iterator[None]:
     """What is decided by a tensor's being on the CPU is decided as on a card."""
     with ExitStack() as stack:
         for where, attribute, instead in (
-            ("anyup.model", "key_dtype", lambda dtype, device: working_dtype(dtype)),
+            ("anyup.network", "key_dtype", lambda dtype, device: working_dtype(dtype)),
             ("anyup.ops.convolution", "goes_through_convolution", lambda x: False),
-            ("anyup.model", "on_threads_for", lambda largest, device: nullcontext()),
+            ("anyup.network", "on_threads_for", lambda largest, device: nullcontext()),
             ("anyup.argument_checks", "_warned_unnormalised", True),
         ):
             stack.enter_context(patch.object(importlib.import_module(where), attribute, instead))

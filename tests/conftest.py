@@ -73,7 +73,7 @@ def precision_settings() -> Iterator[None]:
 @pytest.fixture
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are made as on a GPU: in the dtype that the kernels take, their convolution by products."""
-    monkeypatch.setattr("anyup.model.key_dtype", lambda dtype, device: working_dtype(dtype))
+    monkeypatch.setattr("anyup.network.key_dtype", lambda dtype, device: working_dtype(dtype))
     monkeypatch.setattr("anyup.ops.convolution.goes_through_convolution", lambda weight: False)
 
 
