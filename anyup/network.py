@@ -248,7 +248,9 @@ class Network(nn.Module):
                 image_keys = image.image_keys[grid]
             else:
                 image_keys = self.encode(self.key_encoder, self.guidance(image.image), grid)
-        return queries, self.keys(image_keys, features).to(queries.dtype)
+        with _stage("keys"):
+            keys = self.keys(image_keys, features).to(queries.dtype)
+        return queries, keys
 
     def queries_and_image_keys(
         self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]], *, encoded: bool = False
@@ -259,21 +261,25 @@ class Network(nn.Module):
         """
         guidance = image.to(self.compute_dtype(image.device)) if encoded else self.guidance(image)
         image_keys = []
-        for grid in grids:  # in a comprehension the map would be a closure's, which torch.compile cannot delete
-            image_keys.append(self.encode(self.key_encoder, guidance, grid))
-        queries = self.encode(self.query_encoder, guidance, size)
+        with _stage("key encoder"):
+            for grid in grids:  # in a comprehension the map would be a closure's, which torch.compile cannot delete
+                image_keys.append(self.encode(self.key_encoder, guidance, grid))
+        with _stage("query encoder"):
+            queries = self.encode(self.query_encoder, guidance, size)
         del guidance  # a map of D channels at full resolution
-        queries = query_projection.project_queries(
-            queries, self.cross_decode.query_parameters(queries.dtype), backend=self.backends["query_projection"]
-        )
+        with _stage("query projection"):
+            queries = query_projection.project_queries(
+                queries, self.cross_decode.query_parameters(queries.dtype), backend=self.backends["query_projection"]
+            )
         return self.cross_decode.split_heads(queries), image_keys
 
     def guidance(self, image: Tensor) -> Tensor:
         """The encoded image, from which queries and keys are made: D channels (B, D, ...) of `encoded_size`."""
         dtype = self.compute_dtype(image.device)
-        encoded: Tensor = self.image_encoder(
-            image.to(dtype), frequencies=self.rope.freqs.to(dtype), backend=self.backends["pixel_encoder"]
-        )
+        with _stage("image encoder"):
+            encoded: Tensor = self.image_encoder(
+                image.to(dtype), frequencies=self.rope.freqs.to(dtype), backend=self.backends["pixel_encoder"]
+            )
         return encoded
 
     def keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
@@ -325,7 +331,8 @@ class Network(nn.Module):
         backend = self.backends["window_attention"]
         if vis_attn:
             self.cross_decode.show_attention(queries, keys, q_chunk_size, backend)
-        return self.cross_decode.attend(queries, keys, values, q_chunk_size, backend)
+        with _stage("window attention"):
+            return self.cross_decode.attend(queries, keys, values, q_chunk_size, backend)
 
     def threads_for(
         self, image: Tensor | ImageContext, size: tuple[int, int], features: Tensor | None = None
@@ -362,6 +369,13 @@ class ModelExplanation:
 
     def __str__(self) -> str:
         return "\n".join(str(e) for e in self.explanations)
+
+
+def _stage(name: str) -> AbstractContextManager[object]:
+    """A range of this name in a profile that the caller makes (`torch.profiler`, `emit_nvtx`); else nothing."""
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        return nullcontext()
+    return torch.profiler.record_function(f"anyup: {name}")
 
 
 def _check_widths(

@@ -594,3 +594,11 @@ def test_vis_attn_shows_the_attention_and_returns_the_features(monkeypatch: pyte
     ((grid, painted),) = shown
     assert grid == (6, 5) and painted.shape == (3, 24, 20)
     torch.testing.assert_close(painted, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_profile_shows_the_stages() -> None:
+    model = AnyUp(qk_dim=16, num_heads=2, lfu_dim=8)
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        model(wave((1, 3, 12, 10), 1), wave((1, 5, 4, 3), 2))
+    stages = ("image encoder", "key encoder", "query encoder", "query projection", "keys", "window attention")
+    assert {f"anyup: {stage}" for stage in stages} <= {event.key for event in profiler.key_averages()}
