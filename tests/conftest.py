@@ -35,6 +35,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Two processes for the whole suite, where pytest-xdist is there; one for what is named, and for devices."""
+    option = config.option
+    named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or "gpu" in option.markexpr
+    alone = named or option.usepdb or "ttsem" in sys.modules
+    if hasattr(option, "numprocesses") and option.numprocesses is None and not alone:
+        option.numprocesses, option.dist = 2, "worksteal"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # more of them would wait for each other
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what was left out, and how it runs."""
+    if config.option.markexpr == "not slow":
+        terminalreporter.write_line("Tests marked slow were left out: `pytest -m ''` runs everything.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Gather what the tests of a card find: where workers have the tests, this is the only conftest that is loaded."""
     if not hasattr(config, "workerinput"):
