@@ -161,7 +161,7 @@ class _Axis:
     bias: Tensor
 
     @classmethod
-    def cut(cls, window: Window, count: int, keys: int) -> _Axis:
+    def of(cls, window: Window, count: int, keys: int) -> _Axis:
         length = min(max(round(count / keys), _SHORTEST), _LONGEST, count)
         start, stop = (torch.tensor(bounds) for bounds in axis_bounds(window, count, keys))
         pixels = (torch.arange(0, count, length)[:, None] + torch.arange(length)).clamp(max=count - 1)
@@ -179,7 +179,7 @@ class _Graph(nn.Module):
     def __init__(self, model: AnyUp, image: tuple[int, int], grid: tuple[int, int], size: tuple[int, int]) -> None:
         super().__init__()
         self.model, self.grid, self.size = model, grid, size
-        rows, self.columns = (_Axis.cut(model.window, *counts) for counts in zip(size, grid, strict=True))
+        rows, self.columns = (_Axis.of(model.window, *counts) for counts in zip(size, grid, strict=True))
         self.keys_of_row = rows.keys.shape[1]
         self.rows = list(zip(rows.pixels, rows.first, rows.bias, strict=True))
 

@@ -425,7 +425,7 @@ def test_a_tiling_takes_each_pixel_once_and_shows_it_every_key_it_sees(
 ) -> None:
     tiling = tile(window, size, grid)
     numbers = torch.arange(size[0] * size[1]).view(size)
-    assert torch.equal(tiling.cut(numbers).sort().values, numbers.flatten())
+    assert torch.equal(tiling.by_tiles(numbers).sort().values, numbers.flatten())
     seen = window_mask(window, size, grid)  # (pixels, keys) bool
     positions = torch.arange(grid[0] * grid[1], dtype=torch.float32).view(1, *grid)
     residues = tiling.one_hot()[0].flatten(1).argmax(dim=0)  # of each key

@@ -117,7 +117,7 @@ def inside(bounds: Tensor, positions: Tensor) -> Tensor:
 def pairs(shape: AttentionShape) -> tuple[blocks.Tiling, Tensor, Tensor, Tensor]:
     """A tiling, and for each pair of tile and block (T, K): is it visited, is it full, and which pairs of pixel and
     key in it see each other (T, K, QUERIES, KEYS); -1 where either is padding."""
-    tiling = blocks.cut(shape.window, shape.output, shape.grid)
+    tiling = blocks.blocks_of(shape.window, shape.output, shape.grid)
     every = (slice(0, tiling.rows.tiles), slice(0, tiling.columns.tiles))
     lists = tiling.blocks(*every)
     pixels = numbered(shape.output, blocks.QUERY_TILE, (tiling.rows.tiles, tiling.columns.tiles))
@@ -163,7 +163,7 @@ def test_bounds_and_positions_say_what_the_window_holds(name: str) -> None:
 @pytest.mark.parametrize("name", ["several tiles", "tall", "wide", "one pixel", "odd scale"])
 def test_rectangles_cover_the_tiles_and_all_have_one_size(name: str, most: int) -> None:
     shape = SHAPES[name]
-    tiling = blocks.cut(shape.window, shape.output, shape.grid)
+    tiling = blocks.blocks_of(shape.window, shape.output, shape.grid)
     covered = torch.zeros(tiling.rows.tiles, tiling.columns.tiles, dtype=torch.bool)
     sizes = set()
     for rows, columns in tiling.rectangles(most):
@@ -182,7 +182,7 @@ def test_a_tile_visits_few_keys_beyond_a_window(size: int, keys: int, own: int, 
     window = RatioWindow(0.1)
     start, stop = axis_bounds(window, size, keys)
     assert round((sum(stop) - sum(start)) ** 2 / size**2) == own
-    tiling = blocks.cut(window, (size, size), (keys, keys))
+    tiling = blocks.blocks_of(window, (size, size), (keys, keys))
     visits = tiling.rows.visited.sum() * tiling.columns.visited.sum() / (tiling.rows.tiles * tiling.columns.tiles)
     assert own < visits * blocks.KEYS <= most
 
@@ -248,7 +248,7 @@ def test_a_window_one_key_off_is_found_out(
         return tuple(n + change[0] for n in start), tuple(n + change[1] for n in stop)
 
     monkeypatch.setattr(blocks, "part_bounds", shifted)
-    monkeypatch.setattr(flex, "cut", blocks.cut.__wrapped__)
+    monkeypatch.setattr(flex, "blocks_of", blocks.blocks_of.__wrapped__)
     with pytest.raises(AssertionError, match="output: error"):
         assert_accurate(ATTENTION_SHAPES["several tiles"])
 

@@ -230,7 +230,7 @@ def test_nothing_that_a_tile_makes_outlives_it(
     norm = Affine(torch.ones(16), torch.zeros(16), None)
     band = eager.Band(pixels, parameters)
     for step in range(4):
-        (band.advance if measures else band.pass_on)(norm if step else None)
+        (band.advance if measures else band.apply)(norm if step else None)
     band.finish(norm)
     assert len(alive) > 20 and max(alive) <= 2
 

@@ -380,9 +380,9 @@ def test_an_allocation_that_fails_halves_the_budget_and_goes_on(failure: int, mo
 
 def test_work_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    close = banded_encoder.BandedEncoder.close_pass
+    close = banded_encoder.BandedEncoder.finish_pass
     monkeypatch.setattr(
-        banded_encoder.BandedEncoder, "close_pass", lambda self: (passes.append(self.passes), close(self))[1]
+        banded_encoder.BandedEncoder, "finish_pass", lambda self: (passes.append(self.passes), close(self))[1]
     )
     follow(monkeypatch, KEPT[1])
     monkeypatch.setattr(executor, "window_attention", Failing(executor.window_attention, 2))

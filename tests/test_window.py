@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from anyup.ops.window_attention.segments import cut_axis
+from anyup.ops.window_attention.segments import axis_segments
 from anyup.window import (
     CellWindow,
     RatioWindow,
@@ -158,7 +158,7 @@ def test_segments_cover_an_axis_once_and_show_each_query_its_window_alone(
     for queries, keys in [(1, 1), (7, 1), (1, 9), (35, 7), (8, 31), *samples(25, 130, seed=9)]:
         start, stop = axis_bounds(window, queries, keys)
         seen: dict[int, set[int]] = {}
-        for segments in cut_axis(window, queries, keys, longest):
+        for segments in axis_segments(window, queries, keys, longest):
             assert segments.length <= longest
             for n, (first, first_key) in enumerate(zip(segments.starts, segments.key_starts, strict=True)):
                 assert 0 <= first_key and first_key + segments.keys <= keys

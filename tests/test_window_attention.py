@@ -216,10 +216,10 @@ def patch_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             return start, stop
 
         monkeypatch.setattr(segments, "part_bounds", wrong)
-        segments.cut_axis.cache_clear()
+        segments.axis_segments.cache_clear()
 
     yield patch
-    segments.cut_axis.cache_clear()
+    segments.axis_segments.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["several tiles", "odd scale", "cell"])
@@ -313,7 +313,7 @@ def test_result_does_not_depend_on_the_number_of_threads(threads_now: int, threa
 
 def test_tables_made_in_inference_mode_serve_training() -> None:
     shape = ATTENTION_SHAPES["odd"]
-    segments.cut_axis.cache_clear()
+    segments.axis_segments.cache_clear()
     axis_bounds.cache_clear()
     with torch.inference_mode():
         window_attention(**attention_tensors(shape), window=shape.window)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anyup.model import AnyUp
-from anyup.ops.window_attention.segments import Segments, cut_axis
+from anyup.ops.window_attention.segments import Segments, axis_segments
 from anyup.window import Window
 
 # Longest side of a tile in pixels, as in the attention itself.
@@ -37,7 +37,7 @@ class _Axis:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The pixels of an image cut into tiles, those of one shape together, and the keys that each tile sees.
+    """The pixels of an image in tiles, those of one shape together, and the keys that each tile sees.
 
     Attributes:
         modulus: (rows, columns), the residues by which keys are told apart.
@@ -64,7 +64,7 @@ class Tiling:
         residue = (torch.arange(h) % self.modulus[0])[:, None] * self.modulus[1] + torch.arange(w) % self.modulus[1]
         return F.one_hot(residue, self.keys).permute(2, 0, 1)[None].float()
 
-    def cut(self, pixels: Tensor) -> Tensor:
+    def by_tiles(self, pixels: Tensor) -> Tensor:
         """(H, W, ...) to (H * W, ...), tile after tile."""
         return torch.cat([p.flatten(0, 1) for p in self.tiles(pixels)])
 
@@ -75,13 +75,13 @@ class Tiling:
             picked = picked.unflatten(1, columns.pixels.shape).unflatten(0, rows.pixels.shape)
             yield picked.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows, columns, row, column, ...)
 
-    def split(self, cut: Tensor) -> Iterator[Tensor]:
-        """(H * W, ...), cut, as (tiles, pixels of a tile, ...) views, one for each shape of tile."""
+    def split(self, tiled: Tensor) -> Iterator[Tensor]:
+        """(H * W, ...), tile after tile, as (tiles, pixels of a tile, ...) views, one for each shape of tile."""
         first = 0
         for rows, columns in self.shapes:
             tiles = len(rows.pixels) * len(columns.pixels)
             pixels = rows.pixels.shape[1] * columns.pixels.shape[1]
-            yield cut[first : first + tiles * pixels].view(tiles, pixels, *cut.shape[1:])
+            yield tiled[first : first + tiles * pixels].view(tiles, pixels, *tiled.shape[1:])
             first += tiles * pixels
 
     def near(self, values: Tensor) -> Iterator[Tensor]:
@@ -97,7 +97,7 @@ class Tiling:
 @lru_cache(maxsize=8)
 def tile(window: Window, size: tuple[int, int], grid: tuple[int, int]) -> Tiling:
     """The tiling of an output of `size` pixels from `grid` cells."""
-    axes = [cut_axis(window, pixels, keys, _LONGEST) for pixels, keys in zip(size, grid, strict=True)]
+    axes = [axis_segments(window, pixels, keys, _LONGEST) for pixels, keys in zip(size, grid, strict=True)]
     rows, columns = (max(segments.keys for segments in axis) for axis in axes)
     shapes = tuple((_axis(r, rows, grid[0]), _axis(c, columns, grid[1])) for r in axes[0] for c in axes[1])
     return Tiling(size, grid, (rows, columns), shapes)
@@ -119,7 +119,7 @@ def averaged_weights(model: AnyUp, image: Tensor, features: Tensor, size: tuple[
     """
     tiling = tile(model.window, size, (features.shape[2], features.shape[3]))
     weights = model(image, features, size, values=tiling.one_hot().to(features.device))
-    return tiling.cut(weights[0].permute(1, 2, 0)).half()
+    return tiling.by_tiles(weights[0].permute(1, 2, 0)).half()
 
 
 class AttentionWeights:

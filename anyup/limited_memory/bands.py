@@ -77,7 +77,7 @@ class BandedImage:
         image: (input_dim, Hi, Wi).
         size: (H, W) of the output.
         dtype: that queries and keys are computed in.
-        bands: how it is cut and what is kept.
+        bands: its bands, and what is kept of them.
         workspace: may be shared with other images.
         needs_queries: False where pooled keys alone will be asked for.
     """
@@ -106,9 +106,9 @@ class BandedImage:
         }
         self._rotation = Rotation((self._height, self._width), network.rope.freqs.to(dtype))
         self._pooled: Tensor | None = None
-        self.recut(bands)
+        self.use_bands(bands)
 
-    def recut(self, bands: Bands) -> None:
+    def use_bands(self, bands: Bands) -> None:
         """Go on with other bands: what is kept is dropped, the statistics that are complete stay."""
         self._bands = bands
         self._work.clear()
@@ -129,18 +129,18 @@ class BandedImage:
         wanted = (key, query) if self._needs_queries else (key,)
         with without_autocast(self._image.device.type):
             while image.passes < PASSES:
-                self._pass(self._observe_image, image)
+                self._pass(self._gather_image, image)
             if self._bands.together:
                 while any(encoder.passes < PASSES for encoder in wanted):
                     unfinished = [encoder for encoder in wanted if encoder.passes < PASSES]
-                    self._pass(partial(self._observe_encoded, unfinished), *unfinished)
+                    self._pass(partial(self._gather_encoded, unfinished), *unfinished)
             while key.passes < PASSES:
-                self._pass(partial(self._observe_alone, "key"), key)
+                self._pass(partial(self._gather_alone, "key"), key)
             if self._pooled is None:
                 self._pooled = self._pool(grid)
             if self._needs_queries:
                 while query.passes < PASSES:
-                    self._pass(partial(self._observe_alone, "query"), query)
+                    self._pass(partial(self._gather_alone, "query"), query)
         self._kept.trim()
         self._encoded.trim()
         self._work.clear()
@@ -209,41 +209,41 @@ class BandedImage:
                 next(encoder for encoder in self._encoders.values() if encoder.runs_kernels).give_up(failure)
             for encoder in self._encoders.values():
                 encoder.choose()
-            self.recut(self._bands)
+            self.use_bands(self._bands)
 
-    def _pass(self, observe: Callable[[slice], None], *encoders: BandedEncoder) -> None:
+    def _pass(self, gather: Callable[[slice], None], *encoders: BandedEncoder) -> None:
         """One pass of all bands."""
         for encoder in encoders:
             encoder.abandon_pass()
-        for rows in self._cut():
-            observe(rows)
+        for rows in self._bands_of_rows():
+            gather(rows)
         for encoder in encoders:
-            encoder.close_pass()
+            encoder.finish_pass()
 
-    def _observe_image(self, rows: slice) -> None:
+    def _gather_image(self, rows: slice) -> None:
         kept = self._kept.band(rows)
         trunk, branch = self._maps(rows, kept)
-        self._encoders["image"].observe(
+        self._encoders["image"].accumulate_statistics(
             self._pixels(rows), trunk, branch, keep=kept is not None, kept=self._kept.state.get(rows.start) == "image"
         )
         self._kept.note(rows, "image")
 
-    def _observe_encoded(self, encoders: list[BandedEncoder], rows: slice) -> None:
+    def _gather_encoded(self, encoders: list[BandedEncoder], rows: slice) -> None:
         kept = self._kept.band(rows)
         guidance = self._guidance_of_band(rows, kept)
         branch = self._work.take("branch", *guidance.shape[:2])
         for encoder in encoders:
             last = kept is None and encoder is encoders[-1]
             trunk = guidance if last else self._work.take("second", *guidance.shape[:2])
-            encoder.observe(guidance, trunk, branch)
+            encoder.accumulate_statistics(guidance, trunk, branch)
 
-    def _observe_alone(self, name: str, rows: slice) -> None:
+    def _gather_alone(self, name: str, rows: slice) -> None:
         kept = self._kept.band(rows)
         trunk, branch = self._maps(rows, kept)
         has_come = kept is not None and self._kept.state.get(rows.start) == name
         if not has_come:
             trunk = self._guidance_of_band(rows, kept)
-        self._encoders[name].observe(trunk, trunk, branch, keep=kept is not None, kept=has_come)
+        self._encoders[name].accumulate_statistics(trunk, trunk, branch, keep=kept is not None, kept=has_come)
         self._kept.note(rows, name)
 
     def _pool(self, grid: tuple[int, int]) -> Tensor:
@@ -254,7 +254,7 @@ class BandedImage:
         shape = (*grid, self._network.qk_dim)
         wide = working_dtype(self._dtype)
         sums = self._image.new_zeros(shape, dtype=wide), self._image.new_zeros(shape, dtype=wide)
-        for rows in self._cut():
+        for rows in self._bands_of_rows():
             kept = self._kept.band(rows)
             has_come = kept is not None and self._kept.state.get(rows.start) == "key"
             pixels = kept if kept is not None and has_come else self._guidance_of_band(rows, kept)
@@ -320,7 +320,7 @@ class BandedImage:
         columns = slice(0, self._width) if columns is None else columns
         return self._network.image_encoder.prepare_part(self._image, rows, columns, self._dtype)
 
-    def _cut(self) -> Iterator[slice]:
+    def _bands_of_rows(self) -> Iterator[slice]:
         for first in range(0, self._height, self._bands.rows):
             yield slice(first, min(first + self._bands.rows, self._height))
 

@@ -154,7 +154,7 @@ def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= room]
     smallest = min(plan.peak_bytes for plan in _whole_plans(task, limit))
     if not candidates or candidates[0].cost > 1:
-        for bands in _cuts(task):
+        for bands in _candidates(task):
             least = banded(task, bands, limit)
             smallest = min(smallest, least.peak_bytes)
             if least.peak_bytes <= room:
@@ -191,7 +191,7 @@ def _whole_plans(task: Task, limit: int | None) -> Iterator[Plan]:
         yield whole(task, limit, one_by_one=True)
 
 
-def _cuts(task: Task) -> Iterator[Bands]:
+def _candidates(task: Task) -> Iterator[Bands]:
     """Bands that keep nothing, in every size and order worth trying."""
     height, width = task.image
     sizes = sorted({min(band_rows(width, pixels), height) for pixels in _BANDS}, reverse=True)

@@ -210,7 +210,7 @@ class Executor:
             self._queries = self._keys = self._values = None
         elif bands is not None:
             for one in self._banded:
-                one.recut(bands)
+                one.use_bands(bands)
 
     def _as_called(self) -> AbstractContextManager[object]:
         """Autocast as it was when this was made."""

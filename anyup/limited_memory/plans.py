@@ -1,4 +1,4 @@
-"""What a call keeps and computes again: how an image is cut into bands, and the work and memory of each stage."""
+"""What a call keeps and computes again: the bands of an image, and the work and memory of each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HALO = 1
 
 @dataclass(frozen=True)
 class Bands:
-    """How an image is cut, and which of its rows (the first so many, in whole bands) keep a map between the passes.
+    """The bands of an image, and which of its rows (the first so many, in whole bands) keep a map between the passes.
 
     Attributes:
         rows: of the image, in a band.
@@ -59,7 +59,7 @@ class Plan:
     Attributes:
         task: what is asked for.
         order: "whole" (maps of the whole batch), "image by image" (maps of one whole image), or "bands".
-        bands: how each image is cut; None where it is not.
+        bands: of each image; None: there are none.
         stages: in their order.
         limit: the budget in bytes; None: none.
         plain_products: of the whole call without a budget.

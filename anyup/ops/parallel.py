@@ -37,13 +37,13 @@ _ended: deque[int] = deque(maxlen=64)
 _LONGEST_END = 1.0  # seconds, for a number that another thread has by now
 
 
-def cut(length: int, most: int, device: torch.device, multiple: int = 1) -> list[slice]:
+def even_slices(length: int, most: int, device: torch.device, multiple: int = 1) -> list[slice]:
     """Slices of about one size that cover `length`, none longer than `most`, as many for each worker as for another.
 
     All but the last are as long as some multiple of `multiple`.
     """
     if multiple > 1:
-        units = cut(-(-length // multiple), max(1, most // multiple), device)
+        units = even_slices(-(-length // multiple), max(1, most // multiple), device)
         return [slice(unit.start * multiple, min(unit.stop * multiple, length)) for unit in units]
     if not length:
         return []

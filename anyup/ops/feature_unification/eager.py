@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyup.ops.linear import sum_of_outer_products
 from anyup.ops.memory import empty
-from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.parallel import even_slices, map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
 
 # Values worked on at a time: on a CPU what stays in its caches.
@@ -109,7 +109,7 @@ class _Patches:
         taps = tap[:, None] * self.padded.shape[2] + tap
         self._rows = corner.flatten()[:, None] + taps.flatten()  # (h*w, s*s), rows of a flattened padded map
         self._inside = _taps_inside((h, w), size, self.padded)[:, None, None]
-        positions = cut(h * w, _positions(channels, filters, features.device.type), features.device)
+        positions = even_slices(h * w, _positions(channels, filters, features.device.type), features.device)
         self.tiles: list[_Tile] = [(image, tile) for image in range(batch) for tile in positions]
 
     def take(self, tile: _Tile) -> Tensor:

@@ -63,18 +63,18 @@ def check_backend(problem: PixelEncoderProblem, backend: Backend) -> None:
 
 
 class BandedEncoder:
-    """An encoder of one image, `PASSES` times `observe` for each band and `close_pass`, then `encode`.
+    """An encoder of one image, `PASSES` times `accumulate_statistics` for each band and `finish_pass`, then `encode`.
 
-    The maps that it works in, `trunk` and `branch`, are (rows, columns, D), contiguous and the caller's. `kept` says
-    that the trunk holds what `observe` left in it in the last pass, so that the pixels are not needed again (but for
-    those of a thin first projection).
+    The maps that it works in, `trunk` and `branch`, are (rows, columns, D), contiguous, the caller's. With `kept` the
+    trunk holds what `accumulate_statistics` left in it in the last pass, so that the pixels are not needed again (but
+    for those of a thin first projection).
     """
 
     def __init__(self, parameters: EncoderParameters, problem: PixelEncoderProblem, backend: Backend = None) -> None:
         """With what `problem_of` gives; raises as `check_backend` does."""
         self._parameters, self._problem, self._backend = parameters, problem, of_bands(backend)
         self._norms: list[Affine] = []
-        self._observed: list[Statistics] = []
+        self._partial_statistics: list[Statistics] = []
         self.is_thin = is_thin(parameters)
         self.choose()
 
@@ -97,7 +97,9 @@ class BandedEncoder:
         """How many have been closed."""
         return len(self._norms)
 
-    def observe(self, pixels: Tensor, trunk: Tensor, branch: Tensor, *, keep: bool = False, kept: bool = False) -> None:
+    def accumulate_statistics(
+        self, pixels: Tensor, trunk: Tensor, branch: Tensor, *, keep: bool = False, kept: bool = False
+    ) -> None:
         """Take the statistics of a band (rows, columns, Cin) before the next normalisation.
 
         With `keep` the trunk is fit to be kept afterwards. The pixels may lie in the trunk, unless they are thin.
@@ -107,18 +109,20 @@ class BandedEncoder:
         if keep and self.is_thin and self.passes < 3:
             branch = trunk
         band = self._band(pixels, trunk, branch, kept, self.passes)
-        self._observed.append(band.advance(self._last_norm(), keep=keep))
+        self._partial_statistics.append(band.advance(self._last_norm(), keep=keep))
 
-    def close_pass(self) -> None:
-        """All bands have been observed: their statistics together are the next normalisation."""
+    def finish_pass(self) -> None:
+        """All bands have been seen: their statistics together are the next normalisation."""
         weight, bias = list(norm_parameters(self._parameters))[len(self._norms)]
         with on_one_thread():
-            self._norms.append(Affine.of(Statistics.merge(self._observed), weight, bias, working_dtype(weight.dtype)))
-        self._observed.clear()
+            self._norms.append(
+                Affine.of(Statistics.merge(self._partial_statistics), weight, bias, working_dtype(weight.dtype))
+            )
+        self._partial_statistics.clear()
 
     def abandon_pass(self) -> None:
-        """Some bands could not be observed: the pass begins anew."""
-        self._observed.clear()
+        """Some bands failed: the pass begins anew."""
+        self._partial_statistics.clear()
 
     def begin(self, pixels: Tensor, trunk: Tensor, branch: Tensor) -> None:
         """Bring a band to where a trunk that has been kept through all passes is."""
@@ -170,7 +174,7 @@ class BandedEncoder:
         """A band that waits for the last normalisation."""
         assert len(self._norms) == PASSES
         band = self._band(pixels, trunk, branch, kept, PASSES - 1)
-        band.pass_on(self._norms[-2])
+        band.apply(self._norms[-2])
         return band
 
     def _band(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool, steps: int) -> Band:
@@ -178,7 +182,7 @@ class BandedEncoder:
         taken = min(self._kind.steps_kept(self.is_thin)[self.passes], steps) if kept else 0
         band = self._kind(pixels.flatten(0, 1), self._parameters, trunk.flatten(0, 1), branch.flatten(0, 1), taken)
         for step in range(taken, steps):
-            band.pass_on(self._norms[step - 1] if step else None)
+            band.apply(self._norms[step - 1] if step else None)
         return band
 
     def _last_norm(self) -> Affine | None:

@@ -132,7 +132,7 @@ class Band:
         assert statistics is not None
         return statistics
 
-    def pass_on(self, norm: Affine | None) -> None:
+    def apply(self, norm: Affine | None) -> None:
         """The same where the next one's statistics are known already."""
         self._measures = False
         self._step(norm)

@@ -27,7 +27,7 @@ _STORED = 3
 
 
 class Band:
-    """What `eager.Band` is, by the same calls: `advance` or `pass_on` for each normalisation, then one of the ends.
+    """What `eager.Band` is, by the same calls: `advance` or `apply` for each normalisation, then one of the ends.
 
     The pixels may lie in the trunk, unless the first projection is thin.
     """
@@ -69,7 +69,7 @@ class Band:
             self.keep()
         return self._joined(parts)
 
-    def pass_on(self, norm: Affine | None) -> None:
+    def apply(self, norm: Affine | None) -> None:
         """The same where the next one's statistics are known already."""
         step = self._take(norm)
         if step == _STORED - 1:

@@ -275,10 +275,10 @@ class _Image:
         projection = self._projection
         if projection is None:
 
-            def pass_on(tile: slice) -> None:
+            def apply(tile: slice) -> None:
                 result[tile] = whole(tile).add_(passed[tile])
 
-            self._map(pass_on)
+            self._map(apply)
             return None
         # What one channel of the image adds to all pixels' gradients nearly cancels in the norm behind it.
         wide = accumulator_dtype(result.device) if projection.shape[1] <= MOST_CHANNELS else self._dtype

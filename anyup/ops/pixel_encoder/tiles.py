@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from anyup.ops.parallel import cut, map_tiles, on_one_thread
+from anyup.ops.parallel import even_slices, map_tiles, on_one_thread
 from anyup.ops.pixel_encoder.statistics import Parts, Statistics
 
 Result = TypeVar("Result")
@@ -54,4 +54,4 @@ def scratch_bytes(pixels: int, pixel_bytes: int, device_type: str, workers: int)
 
 
 def _tiles(count: int, device: torch.device, multiple: int) -> list[slice]:
-    return cut(count, tile_pixels(device), device, multiple)
+    return even_slices(count, tile_pixels(device), device, multiple)

@@ -13,7 +13,7 @@ from torch import Tensor
 from anyup.ops.convolution import Convolution
 from anyup.ops.linear import linear, sum_of_outer_products
 from anyup.ops.memory import empty
-from anyup.ops.parallel import cut, map_tiles
+from anyup.ops.parallel import even_slices, map_tiles
 from anyup.ops.precision import working_dtype
 from anyup.ops.query_projection.arguments import ProjectionParameters
 
@@ -94,7 +94,7 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
 def _bands(encoded: Tensor) -> list[Band]:
     batch, height, width, _ = encoded.shape
     most = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // max(1, width))
-    return [(image, rows) for image in range(batch) for rows in cut(height, most, encoded.device)]
+    return [(image, rows) for image in range(batch) for rows in even_slices(height, most, encoded.device)]
 
 
 def _with_halo(maps: Tensor, band: Band) -> Tensor:

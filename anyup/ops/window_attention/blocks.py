@@ -122,7 +122,7 @@ class Tiling:
 
 
 @lru_cache(maxsize=64)
-def cut(
+def blocks_of(
     window: Window,
     output_size: tuple[int, int],
     grid_size: tuple[int, int],

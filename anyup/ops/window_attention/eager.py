@@ -23,7 +23,7 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
 from anyup.ops.tables import kept_for_graphs
-from anyup.ops.window_attention.segments import Segments, cut_axis
+from anyup.ops.window_attention.segments import Segments, axis_segments
 from anyup.window import Part, Window, axis_bounds
 
 # Values in the largest buffer of a batch: on a CPU what stays in its caches, elsewhere enough work for a launch.
@@ -101,8 +101,8 @@ def scratch_bytes(
     budget = _BUDGET.get(device_type, _BUDGET_ELSEWHERE)
     most = 0
     most_rows = _most_rows(window, output_size, grid, heads, _LONGEST_SEGMENT, device_type)
-    for row in cut_axis(window, output_size[0], grid[0], min(rows, most_rows)):
-        for column in cut_axis(window, output_size[1], grid[1], _LONGEST_SEGMENT):
+    for row in axis_segments(window, output_size[0], grid[0], min(rows, most_rows)):
+        for column in axis_segments(window, output_size[1], grid[1], _LONGEST_SEGMENT):
             pixels, keys = row.length * column.length, row.keys * column.keys
             count = min(max(1, budget // (pixels * max(heads * keys, channels))), column.count)
             biased = row.bias is not None or column.bias is not None
@@ -250,7 +250,9 @@ def _batches(
     top, left, full_height, full_width = part or (0, 0, height, width)
     most_rows = _most_rows(window, (full_height, full_width), (h, w), heads, longest, keys.device.type)
     row_classes, column_classes = (
-        kept_for_graphs(cut_axis(window, queries, number, most, first, total, keys.device, keys.dtype), keys.device)
+        kept_for_graphs(
+            axis_segments(window, queries, number, most, first, total, keys.device, keys.dtype), keys.device
+        )
         for queries, number, first, total, most in (
             (height, h, top, full_height, most_rows),
             (width, w, left, full_width, longest),

@@ -27,7 +27,7 @@ from anyup.ops.cuts import is_refusal, told
 from anyup.ops.dispatch import WITHOUT_GRADIENT, BackendFailure
 from anyup.ops.precision import working_dtype
 from anyup.ops.tables import kept_for_graphs
-from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, cut
+from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, blocks_of
 from anyup.window import Part, Window, part_bounds
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _forward(
     head_width, slice_width = _padded(head_dim), min(_padded(channels), _SLICE)
     slices = -(-channels // slice_width)
     tiling = kept_for_graphs(
-        cut(window, (height, width), (key.shape[1], key.shape[2]), part, query.device), query.device
+        blocks_of(window, (height, width), (key.shape[1], key.shape[2]), part, query.device), query.device
     )
     positions = tiling.positions()
     out = value.new_empty(batch, height, width, channels)

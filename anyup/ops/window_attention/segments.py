@@ -72,7 +72,7 @@ class Segments:
 
 
 @lru_cache(maxsize=64)
-def cut_axis(
+def axis_segments(
     window: Window,
     queries: int,
     keys: int,
@@ -89,15 +89,17 @@ def cut_axis(
     """
     start, stop = part_bounds(window, queries, keys, first, queries if total is None else total)
     widest = max(b - a for a, b in zip(start, stop, strict=True))
-    cuts = [_cut(start, stop, round(widest * growth), longest) for growth in (1, 1.25, 1.5, 2)]
+    candidates = [_segments_within(start, stop, round(widest * growth), longest) for growth in (1, 1.25, 1.5, 2)]
     by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for first, last in min(cuts, key=lambda cut: _work(cut, start, stop)):
+    for first, last in min(candidates, key=lambda candidate: _work(candidate, start, stop)):
         by_length[last - first].append((first, last))
     with torch.inference_mode(False):  # the tables serve later calls, in inference or not
         return tuple(_batch(segments, start, stop, keys, device, dtype) for segments in by_length.values())
 
 
-def _cut(start: tuple[int, ...], stop: tuple[int, ...], most_keys: int, longest: int) -> list[tuple[int, int]]:
+def _segments_within(
+    start: tuple[int, ...], stop: tuple[int, ...], most_keys: int, longest: int
+) -> list[tuple[int, int]]:
     """Greedy (first, last) query ranges whose windows' union holds at most `most_keys` keys."""
     segments = []
     first, low, high = 0, start[0], stop[0]
