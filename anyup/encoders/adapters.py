@@ -1,4 +1,4 @@
-"""Encoders of other packages as :class:`Encoder`: each adapter wraps a module that is already built.
+"""Encoders of other packages as `Encoder`: each adapter wraps a module that is already built.
 
 Building one from its name imports the package then, and no earlier; an ImportError says what to install.
 """

@@ -46,7 +46,7 @@ class Encoder(nn.Module):
     Attributes: ``name``; ``channels``, the C of the features; ``stride``, the pixels of one feature cell;
     ``patch_size``, whose multiples the height and the width must be (None: any size); ``mean`` and ``std`` of
     the normalisation that the network was trained with, per channel of an RGB image in 0..1. Subclasses
-    implement :meth:`features`.
+    implement `features`.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ def read_hdf5(data: bytes) -> dict[str, Tensor]:
 
 
 def from_keras(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of :class:`SqueezeNet`, whole, from the arrays of Keras' file, by their paths in it.
+    """State dict of `SqueezeNet`, whole, from the arrays of Keras' file, by their paths in it.
 
     Kernels (rows, columns, in, out) become (out, in, rows, columns); the first one's BGR becomes RGB. Raises
     ValueError naming an array that is missing.

@@ -108,7 +108,7 @@ class VisionTransformer(Encoder):
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of :class:`VisionTransformer` from one under the names in Hugging Face's Dinov2 files.
+    """State dict of `VisionTransformer` from one under the names in Hugging Face's Dinov2 files.
 
     (The module of transformers 5 renames its projections after loading; its files keep these names.)
     Raises ValueError naming the entries that are missing.
