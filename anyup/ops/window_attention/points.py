@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from anyup.ops.dispatch import wants_gradient
 from anyup.ops.precision import working_dtype
 from anyup.window import Window, axis_bounds
 
-# Numbers in the largest buffer: the keys or the values of some pixels' windows.
-_BUDGET = 2**22
+# Numbers in the largest buffer: the keys or the values of some points' windows.
+_BUDGET = 2**20
 
 
 def attend_points(
@@ -32,30 +33,41 @@ def attend_points(
     """
     seen, exists = zip(
         *(
-            _keys_of_axis(position, *axis_bounds(window, queries, keys), keys)
+            _keys_of_axis(position, *axis_bounds(window, queries, keys))
             for position, queries, keys in zip((rows, columns), size, key.shape[:2], strict=True)
         ),
         strict=True,
     )
-    index = (seen[0][:, :, None] * key.shape[1] + seen[1][:, None, :]).flatten(1).to(key.device)  # (N, K)
-    hidden = ~(exists[0][:, :, None] & exists[1][:, None, :]).flatten(1).to(key.device)
     wide = working_dtype(query.dtype)
     query = query.to(wide) * query.shape[2] ** -0.5
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
-    step = max(1, _BUDGET // (index.shape[1] * max(keys[0].numel(), values.shape[1])))
-    found = [values.new_zeros(0, values.shape[1])]
-    for q, i, none in zip(query.split(step), index.split(step), hidden.split(step), strict=True):
-        logits = torch.einsum("nhd,nkhd->nhk", q, keys[i].to(wide)).masked_fill(none[:, None], -torch.inf)
+    step = max(1, _BUDGET // (seen[0].shape[1] * seen[1].shape[1] * max(keys[0].numel(), values.shape[1])))
+
+    def attended(q: Tensor, row: Tensor, column: Tensor, row_exists: Tensor, column_exists: Tensor) -> Tensor:
+        """(n, C) of some of the points."""
+        index = (row[:, :, None] * key.shape[1] + column[:, None, :]).flatten(1).to(key.device)  # (n, K)
+        hidden = ~(row_exists[:, :, None] & column_exists[:, None, :]).flatten(1).to(key.device)
+        logits = torch.einsum("nhd,nkhd->nhk", q, keys[index].to(wide)).masked_fill(hidden[:, None], -torch.inf)
         weights = logits.softmax(dim=2).mean(dim=1, keepdim=True)
-        # What is hidden has no weight, and must not become a NaN by it.
-        seen_values = values[i].to(wide).masked_fill(none[:, :, None], 0)
-        found.append((weights @ seen_values)[:, 0].to(value.dtype))
-    return torch.cat(found)
+        return (weights @ values[index].to(wide))[:, 0].to(value.dtype)
+
+    parts = zip(*(each.split(step) for each in (query, *seen, *exists)), strict=True)
+    if wants_gradient(query, key, value):
+        return torch.cat([attended(*part) for part in parts])
+    # Into one tensor that was there before: the C library's allocator finds no room for the next part's buffers where
+    # the last one's were as long as something small, a result, lies behind them. 600 MB were taken so, and 20 needed.
+    found = value.new_empty(len(query), value.shape[2])
+    for place, part in zip(found.split(step), parts, strict=True):
+        place.copy_(attended(*part))
+    return found
 
 
-def _keys_of_axis(position: Tensor, start: tuple[int, ...], stop: tuple[int, ...], keys: int) -> tuple[Tensor, Tensor]:
-    """The keys of each position's range (N, k), and which of them are within it: the longest range fixes k."""
-    first, last = (torch.tensor(bounds)[position] for bounds in (start, stop))
+def _keys_of_axis(position: Tensor, start: tuple[int, ...], stop: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The keys of each position's range (N, k), and which of them are within it: the longest range fixes k.
+
+    What is not within it is the first key again: no key outside of a window is read, which may be a NaN.
+    """
+    first, last = (torch.tensor(bounds)[position, None] for bounds in (start, stop))
     longest = int((last - first).max()) if len(position) else 1
-    key = first[:, None] + torch.arange(longest)
-    return key.clamp(max=keys - 1), key < last[:, None]
+    key = first + torch.arange(longest)
+    return torch.where(key < last, key, first), key < last
