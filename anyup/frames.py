@@ -49,7 +49,9 @@ class _Call:
     def __call__(self, image: Tensor | ImageContext, features: Tensor, values: Tensor | None = None) -> Tensor:
         captured = self._capture(image, features, values)
         if captured is not None:
-            return captured(image, features, values).clone()
+            with suppress(torch.OutOfMemoryError):
+                return captured(image, features, values).clone()
+            captured = self._captured = None  # and its maps, beside which there is no room for results
         with self._pages.reuse():
             upsampled: Tensor = self._upsampler(
                 image, features, self._output_size, values=values, max_memory=self._max_memory

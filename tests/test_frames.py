@@ -120,6 +120,17 @@ def test_what_cannot_be_captured_is_called(model: AnyUp, graphs: list[Graph], mo
     assert all(torch.equal(result, model(*frame(1))) for result in model.frames([frame(1)] * 3))
 
 
+def test_a_graph_that_leaves_no_room_for_results_goes(
+    model: AnyUp, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replay(_: Graph) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Graph, "__call__", replay)
+    assert all(torch.equal(result, model(*frame(1))) for result in model.frames([frame(1)] * 4))
+    assert len(graphs) == 1
+
+
 def test_a_mistake_is_named(model: AnyUp) -> None:
     image, features = frame(1)
     for given, error, message in (

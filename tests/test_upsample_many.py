@@ -116,7 +116,7 @@ def test_a_resumed_run_leaves_what_an_uninterrupted_one_leaves(
     with monkeypatch.context() as patch:
         patch.setattr(Work, "_put", stopped)
         assert upsample(*options, "out/pictures") == 128 + signal.SIGTERM
-    assert "1 results are there; --resume goes on" in capsys.readouterr().err
+    assert "results that are there: 1; --resume goes on" in capsys.readouterr().err
     if how == "killed":  # nothing is tidied up, and a line is begun
         shutil.rmtree("out")
         Path("now").rename("out")

@@ -163,7 +163,7 @@ def _work_through(work: Work, source: Source, manifest: Manifest) -> int:
                 reporter.tick(f"{seen}{of}{left}", last=seen == source.count)
     except BaseException:
         there = sum("error" not in entry for entry in manifest.entries.values())
-        reporter.note(f"{there} results are there; --resume goes on")
+        reporter.note(f"results that are there: {there}; --resume goes on")
         raise
     return failed
 
