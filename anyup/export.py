@@ -1,6 +1,6 @@
 """The upsampler, alone or behind an encoder, as one ONNX file of standard operators, for runtimes without PyTorch.
 
-What is heavy runs as the references of `anyup.ops` define it, but for the attention, which is dense there: sizes are
+What is heavy runs as the references of `anyup.ops` define it, but the attention does not: theirs is dense. Sizes are
 fixed when the file is written, so each rectangle of output pixels has its own few keys: products of one shape for a row
 of rectangles, and a bias that hides what a pixel's window does not hold. No mask of all pixels by all keys.
 """

@@ -595,7 +595,7 @@ def test_every_packaged_encoder_lists_layers_that_it_has() -> None:
             made = network(**{listing.PACKAGED[entry.name].argument: int(layer.name)})
             assert (made.channels, made.stride) == (layer.channels, layer.stride), (entry.name, layer)
             assert made.list_layers() == list(entry.layers)
-        assert f"{entry.weights.distribution}=={entry.weights.version}" in listing.describe(entry.name)
+        assert f"{entry.weights.distribution}=={entry.weights.version}" in listing.describe(f"{entry.name}:0")
 
 
 def test_a_name_whose_layers_cannot_be_listed_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,7 +88,7 @@ def list_encoders() -> list[EncoderEntry]:
 
 
 def describe(name: str | None = None) -> str:
-    """What `anyup encoders` tells: all that there are, or one model's layers.
+    """What `anyup encoders` tells: all that there are, or one model's layers, whichever the name chooses.
 
     Raises ValueError for a name that is none, ImportError where its package is missing.
     """
@@ -97,6 +98,7 @@ def describe(name: str | None = None) -> str:
         )
         told = "  any model, with the weights that its package downloads; `anyup encoders NAME` lists its layers"
         return "\n\n".join((*map(str, list_encoders()), f"{others}\n{told}"))
+    name = re.sub(r":[^:/\\]*$", "", name)
     known = {entry.name: str(entry) for entry in list_encoders()}
     if name in known:
         return known[name]
