@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from device_results import DeviceResults
-from interpreter import broken, leave_out_what_is_in_vain
+from support.device_results import DeviceResults
+from support.interpreter import broken, leave_out_what_is_in_vain
 
 from anyup.ops.precision import working_dtype
 

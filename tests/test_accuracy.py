@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_backend_accurate, assert_backend_accurate_over_draws, assert_close_enough
+from support.accuracy import assert_backend_accurate, assert_backend_accurate_over_draws, assert_close_enough
 from torch import Tensor
 
 

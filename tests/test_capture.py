@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from recipe import fill, wave
+from support.captured import Graph
+from support.recipe import fill, wave
 from torch import Tensor
 
 from anyup import AnyUp, capture
 
 GRID = (3, 2)
 graph_of = capture.graph_of
-
-
-class Graph:
-    held_bytes = 1000
-
-    def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
-        self._call, self.out = call, call()
-
-    def __call__(self) -> Tensor:
-        return self.out.copy_(self._call())
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkouts import ROOT, run_python
-from recipe import INTERPRETED, fill, wave
+from support.checkouts import ROOT, run_python
+from support.recipe import INTERPRETED, fill, wave
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,14 +183,14 @@ def test_kernels_run_in_one_graph_and_in_an_exported_program() -> None:
 
 def captured_calls(backend: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """The arguments that a training step passes to each forward and backward operator."""
-    from recipe import AttentionShape, attention_tensors
-    from test_feature_unification import Shape as UnificationShape
-    from test_feature_unification import tensors_of as unification_tensors
-    from test_pixel_encoder import Shape as EncoderShape
-    from test_pixel_encoder import parameters_of
-    from test_pixel_encoder import tensors_of as encoder_tensors
-    from test_query_projection import Shape as ProjectionShape
-    from test_query_projection import tensors_of as projection_tensors
+    from support.feature_unification_cases import Shape as UnificationShape
+    from support.feature_unification_cases import tensors_of as unification_tensors
+    from support.pixel_encoder_cases import Shape as EncoderShape
+    from support.pixel_encoder_cases import parameters_of
+    from support.pixel_encoder_cases import tensors_of as encoder_tensors
+    from support.query_projection_cases import Shape as ProjectionShape
+    from support.query_projection_cases import tensors_of as projection_tensors
+    from support.recipe import AttentionShape, attention_tensors
 
     def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.requires_grad_() for name, t in tensors.items()}
@@ -255,7 +255,7 @@ def test_operator_passes_torch_s_own_check(name: str, direction: str, backend: s
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("shape", [((1, 1), (1, 1)), ((1, 5), (3, 1))])
 def test_attention_of_one_pixel_passes_torch_s_own_check(shape: Any, save: bool, backend: str) -> None:
-    from recipe import AttentionShape, attention_tensors
+    from support.recipe import AttentionShape, attention_tensors
 
     tensors = attention_tensors(AttentionShape(*shape, heads=1), dtype=torch.bfloat16).values()
     arguments = (*tensors, "ratio", 0.1, 0.5, backend, 0, save)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from recipe import fill, wave
+from support.recipe import fill, wave
 from torch import Tensor
 
 import anyup

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe import CASES, fill, golden_call, wave
+from support.recipe import CASES, fill, golden_call, wave
 from torch import Tensor
 
 from anyup import AnyUp

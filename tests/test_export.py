@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_close_enough
-from recipe import fill, wave
-from tiny_encoder import make_encoder
+from support.accuracy import assert_close_enough
+from support.recipe import fill, wave
+from support.tiny_encoder import make_encoder
 from torch import Tensor
 
 from anyup import AnyUp, encoders, export, save

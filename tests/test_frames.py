@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from recipe import fill, wave
-from test_capture import Graph
+from support.captured import Graph
+from support.recipe import fill, wave
 from torch import Tensor
 
 from anyup import AnyUp, capture, frames, repetition

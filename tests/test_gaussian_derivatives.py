@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recipe import golden_arrays
+from support.recipe import golden_arrays
 
 from anyup import AnyUp
 from anyup.gaussian_derivatives import gaussian_derivatives

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from recipe import CASES, golden_arrays, golden_call, wave
+from support.recipe import CASES, golden_arrays, golden_call, wave
 from torch import Tensor
 
 BACKENDS = ("torch", "reference")

@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 import torch
-from accuracy import assert_close_enough
-from recipe import fill, wave
+from support.accuracy import assert_close_enough
+from support.recipe import fill, wave
 from torch import Tensor
 
 from anyup import AnyUp

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe import fill, wave
+from support.recipe import fill, wave
 
 import anyup
 from anyup import AnyUp

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe import fill, wave
+from support.recipe import fill, wave
 from torch import Tensor, nn
 
 from anyup import AnyUp, layers, with_head

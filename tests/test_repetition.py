@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import not_interpreted
-from recipe import fill, wave
-from test_host import in_a_process
+from support.interpreter import not_interpreted
+from support.processes import in_a_process
+from support.recipe import fill, wave
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -375,7 +375,7 @@ def test_an_upsampler_that_repeats_is_copied_and_so_many_signatures_are_kept(mon
 LAUNCHES = """
 import json
 import torch
-import standin_driver
+from support import standin_driver
 from anyup import repetition
 from benchmarks import host, stand_in_card
 

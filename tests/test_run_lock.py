@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from patience import PATIENCE, wait_until
+from support.patience import PATIENCE, wait_until
 
 from anyup.cli import command as cli
 from anyup.run_lock import folder_for, only_run

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_video import SIZE, write_video
-from tiny_encoder import make_encoder
+from support.small_video import SIZE, write_video
+from support.tiny_encoder import make_encoder
 from torch import Tensor
 
 import anyup

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from patience import PATIENCE
+from support.patience import PATIENCE
 from torch import Tensor
 
 from anyup import visualization

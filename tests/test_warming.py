@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from recipe import fill
-from test_host import in_a_process
+from support.processes import in_a_process
+from support.recipe import fill
 
 from anyup import AnyUp, warming
 
@@ -16,7 +16,7 @@ AHEAD = """
 import json, threading, time
 import torch
 import triton.compiler
-import standin_driver
+from support import standin_driver
 from anyup.kernels.launch import compiled_ahead
 from benchmarks import host, stand_in_card
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from card import as_pretended, no_device, pretended
+from support.card import as_pretended, no_device, pretended
 
 if TYPE_CHECKING:
     from anyup.kernels.launch import Launch

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from recipe import AttentionShape, attention_tensors
+from support.recipe import AttentionShape, attention_tensors
 from torch import Tensor
 
 from anyup.kernels.config import (

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import card
 import pytest
 import torch
+from support import card
 from torch.utils._pytree import tree_leaves
 
 from anyup.bench.timing import Time

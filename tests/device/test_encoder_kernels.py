@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from accuracy import assert_close_enough
-from test_pixel_encoder import Shape, encoder, parameters_of, tensors_of
-from test_pixel_encoder_kernels import assert_statistics_lose_nothing
+from support.accuracy import assert_close_enough
+from support.encoder_statistics import assert_statistics_lose_nothing
+from support.pixel_encoder_cases import Shape, encoder, parameters_of, tensors_of
 
 from anyup.ops.pixel_encoder import explain_backends, fused
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_close_enough
 from passes import (
     Cuts,
     channels_first,
@@ -18,7 +17,8 @@ from passes import (
     shipped_cuts,
     with_gaps,
 )
-from recipe import AttentionShape, parts_of
+from support.accuracy import assert_close_enough
+from support.recipe import AttentionShape, parts_of
 from torch import Tensor
 
 from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_close_enough, output_and_gradients
-from card import no_card, rehearsed
-from recipe import AttentionShape, attention_tensors, fill, wave
+from support.accuracy import assert_close_enough, output_and_gradients
+from support.card import no_card, rehearsed
+from support.recipe import AttentionShape, attention_tensors, fill, wave
 from torch import Tensor
 
 from anyup import AnyUp

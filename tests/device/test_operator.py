@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_backend_accurate
 from passes import channels_first
-from recipe import AttentionShape, attention_tensors
+from support.accuracy import assert_backend_accurate
+from support.recipe import AttentionShape, attention_tensors
 from torch import Tensor
 
 from anyup.ops import explain_backends, window_attention

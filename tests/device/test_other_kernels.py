@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from accuracy import assert_close_enough, output_and_gradients
-from test_feature_unification import Shape as UnificationShape
-from test_feature_unification import tensors_of as unification_tensors
-from test_query_projection import Shape as ProjectionShape
-from test_query_projection import run as project
-from test_query_projection import tensors_of as projection_tensors
+from support.accuracy import assert_close_enough, output_and_gradients
+from support.feature_unification_cases import Shape as UnificationShape
+from support.feature_unification_cases import tensors_of as unification_tensors
+from support.query_projection_cases import Shape as ProjectionShape
+from support.query_projection_cases import run as project
+from support.query_projection_cases import tensors_of as projection_tensors
 
 from anyup.ops.feature_unification import unify_features
 

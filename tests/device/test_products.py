@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_close_enough
+from support.accuracy import assert_close_enough
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def factors(spread: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(left: Tensor, right: Tensor, total: Tensor | None, precision: str) -> Tensor:
-    from product_kernel import product
+    from support.product_kernel import product
 
     if torch.version.hip is not None:
         pytest.skip("AMD's matrix units multiply float32 itself")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_passes import assert_check_finds_a_wider_window, small_passes
+from support.small_passes import assert_check_finds_a_wider_window, small_passes
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_close_enough
-from recipe import fill, wave
+from support.accuracy import assert_close_enough
+from support.recipe import fill, wave
 from torch import Tensor
 
 from anyup import AnyUp

@@ -1,0 +1,252 @@
+"""`anyup upsample` for many photographs: a result for each, a manifest, and runs that are interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_encoder import make_encoder
+
+import anyup
+from anyup import images
+from anyup.cli import command as cli
+from anyup.cli import upsample_many
+from anyup.cli.upsample_many import Work
+from anyup.images import read_photo, save_picture
+
+pytest.importorskip("PIL")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ("a.png", "b.jpg", "in/c.png", "in/d.png")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with weights.pth and the folder photos: a broken one among photographs of several sizes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(anyup.encoders, "load_encoder", lambda name, device: make_encoder().to(device))
+    torch.manual_seed(0)
+    anyup.save(anyup.AnyUp(qk_dim=16, num_heads=2), "weights.pth")
+    for number, name in enumerate(NAMES):
+        path = Path("photos", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(path, torch.rand(3, 16, 12 + 4 * number))
+    Path("photos/in/broken.png").write_bytes(Path("photos/a.png").read_bytes()[:60])
+
+
+def upsample(*arguments: str, photos: str = "photos", out: str = "out") -> int:
+    fixed = ("--encoder", "tiny", "--encoder-size", "16", "--weights", "weights.pth")
+    return cli.main(["upsample", photos, *fixed, "-o", out, *arguments])
+
+
+def single(name: str, *arguments: str) -> np.ndarray[Any, Any]:
+    """The result of one photograph by itself."""
+    assert upsample(*arguments, photos=f"photos/{name}", out="single.npy") == 0
+    found: np.ndarray[Any, Any] = np.load("single.npy")
+    return found
+
+
+def tree(folder: str) -> dict[str, bytes]:
+    """What all files in a folder hold."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def manifest(folder: str = "out") -> dict[str, dict[str, Any]]:
+    """The lines of photographs, by name."""
+    lines = Path(folder, "manifest.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    return {entry["photograph"]: entry for entry in map(json.loads, lines)}
+
+
+def test_each_photograph_gets_what_it_gets_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert upsample("--dtype", "float16", "--picture", "pictures") == 1
+    told = capsys.readouterr()
+    assert told.out.split() == ["out", "pictures"]
+    assert told.err.count("left out: in/broken.png: ") == 1 and "1 left out; out/manifest.jsonl says why" in told.err
+    assert tree("out").keys() == {"manifest.jsonl", *(f"{name}.npy" for name in NAMES)}
+    assert tree("pictures").keys() == {f"{name}.png" for name in NAMES}
+    for name in NAMES:
+        assert np.array_equal(np.load(f"out/{name}.npy"), single(name, "--dtype", "float16"))
+        assert read_photo(f"pictures/{name}.png").shape == read_photo(f"photos/{name}").shape
+    entries = manifest()
+    assert list(entries) == sorted([*NAMES, "in/broken.png"])
+    assert "cannot be decoded" in entries["in/broken.png"]["error"]
+    assert (entries["a.png"]["shape"], entries["a.png"]["dtype"]) == ([6, 16, 12], "float16")
+    assert (entries["a.png"]["features"], entries["a.png"]["picture"]) == ("a.png.npy", "a.png.png")
+
+
+def test_other_formats_hold_the_same() -> None:
+    pytest.importorskip("zarr")
+    for kind in ("zarr", "safetensors"):
+        assert upsample("--format", kind, out=kind, photos="photos/**/[ac].png") == 0
+    import zarr
+
+    group = zarr.open_group("zarr/features.zarr", mode="r")
+    assert [name for name, _ in group.arrays()] == ["a.png"] and [name for name, _ in group["in"].arrays()] == ["c.png"]
+    for name in ("a.png", "in/c.png"):
+        assert np.array_equal(group[name][0], single(name))
+        assert np.array_equal(images.read_features(f"safetensors/{name}.safetensors")[0], single(name))
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_resumed_run_leaves_what_an_uninterrupted_one_leaves(
+    kind: str, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--format", kind, "--picture")
+    assert upsample(*options, "whole/pictures", out="whole") == 1
+    real, calls = Work._put, []
+
+    def stopped(work: Work, made: Path, path: Path, folder: str) -> str:
+        calls.append(path)
+        if len(calls) == 4:  # the picture of the second, whose features have their name
+            shutil.copytree("out", "now")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(work, made, path, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "_put", stopped)
+        assert upsample(*options, "out/pictures") == 128 + signal.SIGTERM
+    assert "results that are there: 1; --resume goes on" in capsys.readouterr().err
+    if how == "killed":  # nothing is tidied up, and a line is begun
+        shutil.rmtree("out")
+        Path("now").rename("out")
+        with Path("out/manifest.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"photograph": "b.jp')
+    first = Path(f"out/a.png.{kind}").stat().st_mtime_ns
+    assert upsample(*options, "out/pictures", "--resume") == 1
+    assert tree("out") == tree("whole")
+    assert Path(f"out/a.png.{kind}").stat().st_mtime_ns == first
+
+
+def test_a_resumed_run_makes_what_is_gone_what_has_changed_and_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert upsample() == 1
+    shutil.copy("photos/a.png", "photos/in/broken.png")
+    save_picture("photos/b.jpg", torch.rand(3, 8, 8))
+    save_picture("photos/new.png", torch.rand(3, 8, 8))
+    Path("out/in/d.png.npy").unlink()
+    made, real = [], Work.upsample
+    monkeypatch.setattr(Work, "upsample", lambda work, name, photo: made.append(name) or real(work, name, photo))
+    assert upsample("--resume") == 0
+    assert made == ["b.jpg", "in/broken.png", "in/d.png", "new.png"]
+    assert np.load("out/b.jpg.npy").shape == (6, 8, 8) and "error" not in manifest()["in/broken.png"]
+    Path("photos/b.jpg").write_bytes(b"broken by now")
+    Path("photos/a.png").rename("photos/gone")
+    Path("photos/a.png").symlink_to("nowhere")
+    assert upsample("--resume") == 1
+    assert not Path("out/b.jpg.npy").exists() and Path("out/a.png.npy").exists()  # which nobody knows to be another's
+    assert "error" in manifest()["a.png"] and "error" in manifest()["b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (None, (), "out: holds results of an earlier run; --resume goes on"),
+        (None, ("--resume", "--dtype", "float16"), "begun with dtype None, now float16"),
+        (None, ("--resume", "--picture", "out/pictures"), "begun with pictures None, now pictures"),
+        (lambda: Path("out/manifest.jsonl").write_text("[]\n"), ("--resume",), "manifest.jsonl: not what a run over"),
+        (
+            lambda: Path("out/manifest.jsonl").unlink(),
+            ("--resume",),
+            "an empty folder expected, this one holds a.png.npy",
+        ),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(
+    prepare: Callable[[], object] | None,
+    options: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert upsample(photos="photos/a*") == 0
+    if prepare:
+        prepare()
+    before = tree("out")
+    assert upsample(*options, photos="photos/a*") == 1
+    assert message in capsys.readouterr().err
+    assert tree("out") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("photos", "--features", "f.npy", "-o", "out"), "--features goes with one photograph"),
+        (("photos", "--encoder", "tiny", "-o", "out", "--points", "p.csv"), "--points goes with one photograph"),
+        (("photos", "--encoder", "tiny", "-o", "out.npy"), "output out.npy: of many photographs a folder expected"),
+        (("photos", "--encoder", "tiny", "-o", "photos"), "that is what is read"),
+        (("photos", "--encoder", "tiny", "--picture", "out", "--format", "zarr"), "--format goes with -o"),
+        (
+            ("photos/a.png", "--encoder", "tiny", "-o", "a.npy", "--format", "npy"),
+            "--format goes with many photographs",
+        ),
+        (
+            ("photos/a.png", "photos/in/../a.png", "other/a.png", "--encoder", "tiny", "-o", "out"),
+            "would have one result",
+        ),
+    ],
+)
+def test_a_mistake_is_met_before_anything_is_written(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("photos", "other")
+    assert cli.main(["upsample", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_results_are_no_photographs_of_a_later_run() -> None:
+    options = ("--picture", "photos/out/pictures")
+    assert upsample(*options, out="photos/out") == 1
+    before = tree("photos")
+    assert upsample(*options, "--resume", out="photos/out") == 1
+    assert tree("photos") == before
+
+
+def test_a_photograph_that_cannot_be_upsampled_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = upsample_many.write_result
+
+    def write(*arguments: Any, **named: Any) -> Any:
+        if arguments[2].shape[3] == 16:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(upsample_many, "write_result", write)
+    Path("photos/gone.png").symlink_to("nowhere.png")
+    assert upsample("--region", "0,0,16,16") == 1
+    err = capsys.readouterr().err
+    assert "left out: gone.png: No such file or directory" in err
+    assert "left out: a.png: --region: expected (top, left, height, width) inside the output" in err
+    assert "left out: b.jpg: there is not enough memory" in err and "4 left out" in err
+
+
+def test_the_room_for_all_is_checked_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(6 * 4 * 16 * width for width in (12, 16, 20, 24, 12))  # the broken one's file tells its size
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        shutil.rmtree("out", ignore_errors=True)
+        assert upsample() == 1
+        assert ("5 results take 32 kB, and 32 kB are free where out is" in capsys.readouterr().err) == (free < needed)
+        assert Path("out").exists() == (free == needed)
+
+
+def test_a_full_disk_ends_the_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, _: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(images, "save_array", full)
+    assert upsample("--format", "safetensors") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert tree("out").keys() == {"manifest.jsonl"} and not manifest()

@@ -1,0 +1,241 @@
+"""The pixel encoder's Triton kernels, in Triton's interpreter, against float64; bfloat16 is in `device/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import assert_close_enough, output_and_gradients
+from support.encoder_statistics import assert_statistics_lose_nothing
+from support.mutations import mutate
+from support.pixel_encoder_cases import SHAPES as ALL
+from support.pixel_encoder_cases import Shape, encoder, parameters_of, tensors_of
+from support.recipe import INTERPRETED, fill, wave
+from torch import Tensor
+
+from anyup import AnyUp
+from anyup.ops.pixel_encoder import encode_pixels, explain_backends, fused
+from anyup.ops.pixel_encoder.arguments import EPS
+from anyup.ops.pixel_encoder.statistics import Affine, Statistics
+
+pytestmark = INTERPRETED
+
+# Few tiles: each program of the interpreter takes some hundredths of a second.
+SHAPES = {
+    **{name: shape for name, shape in ALL.items() if "several tiles" not in name},
+    "several tiles, batch 2": Shape((9, 17), rotates=True, batch=2),
+    "several tiles, as wide as the input": Shape((9, 17), inputs=16),
+    "pooled to large cells": Shape((21, 19), (2, 3), inputs=16),
+    "channels that are no power of two": Shape((6, 7), dim=24, rotates=True),
+    "channels that are no power of two, pooled": Shape((6, 7), (2, 3), inputs=24, dim=40),
+    "channels in pieces": Shape((5, 7), dim=64, rotates=True),
+    "channels in pieces, as wide as the input, batch 2": Shape((5, 7), inputs=64, dim=64, batch=2),
+    "channels in pieces, pooled": Shape((6, 7), (2, 3), inputs=64, dim=64),
+    "channels in pieces that are no power of two": Shape((4, 5), inputs=40, dim=40, rotates=True),
+    "channels in four pieces": Shape((3, 6), dim=128, rotates=True),
+}
+
+
+def assert_kernels_accurate(shape: Shape, tensors: dict[str, Tensor], **settings: Any) -> None:
+    """Raise an AssertionError unless what the kernels return obeys the error rule."""
+    with torch.no_grad():
+        run = encoder(shape)
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        actual = run(backend="triton", **tensors, **settings)
+        reference, exact = (run(backend="reference", **given) for given in (tensors, wide))
+    assert_close_enough(actual, reference, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_obey_the_error_rule(name: str, dtype: torch.dtype, poisoned_memory: None) -> None:
+    assert_kernels_accurate(SHAPES[name], tensors_of(SHAPES[name], dtype))
+
+
+def test_a_mean_far_from_zero_obeys_the_error_rule() -> None:
+    tensors = tensors_of(SHAPES["image"])
+    assert_kernels_accurate(SHAPES["image"], {**tensors, "pixels": tensors["pixels"] + 50})
+
+
+@pytest.mark.parametrize("name", ["image", "pooled"])
+def test_pixels_of_any_strides_obey_the_error_rule(name: str) -> None:
+    tensors = tensors_of(SHAPES[name])
+    channels_first = tensors["pixels"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert_kernels_accurate(SHAPES[name], {**tensors, "pixels": channels_first})
+    spread = torch.full((1, *(2 * n for n in tensors["pixels"].shape[1:])), torch.nan)[:, ::2, 1::2, ::2]
+    assert_kernels_accurate(SHAPES[name], {**tensors, "pixels": spread.copy_(tensors["pixels"])})
+
+
+@pytest.mark.parametrize("name", ["image", "pooled"])
+def test_the_same_bits_come_from_run_to_run(name: str) -> None:
+    tensors = tensors_of(SHAPES[name])
+    with torch.no_grad():
+        assert torch.equal(*(encoder(SHAPES[name])(backend="triton", **tensors) for _ in range(2)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_of_many_pixels_lose_nothing(offset: float) -> None:
+    assert_statistics_lose_nothing(5_003, 16, 1, offset)
+
+
+def test_statistics_of_several_images_and_pieces_of_channels_lose_nothing() -> None:
+    assert_statistics_lose_nothing(1_120, 64, 2, 10.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [16, 24])
+def test_a_norm_that_is_known_is_one_that_a_pass_makes(dim: int, dtype: torch.dtype) -> None:
+    from anyup.kernels.pixel_encoder_passes import HalfBlock, Join, known_norm, map_source
+
+    pixels = wave((1, 37, dim), 3, shift=5.0).to(dtype)
+    weight, bias, identity = wave((dim,), 5, 0.2, 1.0), wave((dim,), 7), torch.eye(dim, dtype=dtype)
+    kernels = fused.Kernels(dtype, pixels.device, dim, 0)
+    join = Join(kernels.measure(map_source(pixels), ())[0], weight.to(dtype), bias.to(dtype), EPS)
+    made = kernels.measure(map_source(pixels), (HalfBlock(join, identity),))[1]
+    statistics = Statistics(37, *(f(pixels[0].double()) for f in (_mean, _deviation)))
+    affine = Affine.of(statistics, join.weight, join.bias, torch.float32)
+    known = known_norm(*affine.stacked, dtype=dtype, form=kernels.form)
+    torch.testing.assert_close(_applied(pixels, made, dim), _applied(pixels, known, dim), rtol=1e-5, atol=1e-5)
+
+
+def _mean(pixels: Tensor) -> Tensor:
+    return pixels.mean(dim=0)
+
+
+def _deviation(pixels: Tensor) -> Tensor:
+    return (pixels - pixels.mean(dim=0)).square().sum(dim=0)
+
+
+def _applied(pixels: Tensor, norm: Tensor | None, dim: int) -> Tensor:
+    """Pixels (1, n, D) normalised by (1, rows, D padded), of which each group has as many channels as it needs."""
+    assert norm is not None
+    scale, shift, *center = (row.view(8, -1)[:, : dim // 8].flatten() for row in norm[0])
+    return (pixels.float() - center[0] if center else pixels.float()) * scale + shift
+
+
+def test_only_one_map_is_allocated_beside_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from support.allocations import LargestTensor
+
+    shape = Shape((40, 40))
+    tensors = tensors_of(shape)
+    monkeypatch.setattr("anyup.kernels.launch.Launch.__call__", lambda self: None)  # what is launched allocates nothing
+    with torch.no_grad(), LargestTensor() as seen:
+        out = fused.forward(tensors["pixels"], parameters_of(tensors), frequencies=None, output_size=(40, 40))
+    assert seen.largest == out.numel() == 40 * 40 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 136, "inputs": 3}, "the map has 136 channels, at most 128"),
+        ({"inputs": 129}, "the input has 129 channels, at most 128"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_a_reason(change: dict[str, int], reason: str) -> None:
+    shape = Shape((3, 4))._replace(**change)
+    tensors = tensors_of(shape)
+    explanation = explain_backends(tensors["pixels"], parameters_of(tensors), backend="triton")
+    assert explanation.chosen is None and reason in str(explanation)
+
+
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float64, "float64"), (torch.bfloat16, "bfloat16")])
+def test_a_dtype_that_they_do_not_take_is_a_reason(dtype: torch.dtype, reason: str) -> None:
+    tensors = tensors_of(Shape((3, 4)), dtype)
+    assert f"pixels are {reason}" in str(explain_backends(tensors["pixels"], parameters_of(tensors), backend="triton"))
+
+
+def test_a_gradient_is_a_reason_and_another_backend_gives_it() -> None:
+    shape = SHAPES["image"]
+    tensors = tensors_of(shape)
+    leaf = {**tensors, "pixels": tensors["pixels"].clone().requires_grad_()}
+    assert "a gradient is wanted" in str(explain_backends(leaf["pixels"], parameters_of(leaf), backend="triton"))
+    with pytest.raises(NotImplementedError, match="a gradient is wanted"):
+        encode_pixels(leaf["pixels"], parameters_of(leaf), backend="triton")
+    run = encoder(shape)
+    asked, plain = (output_and_gradients(run, tensors, backend) for backend in (("triton", "torch"), "torch"))
+    assert all(torch.equal(asked[name], plain[name]) for name in plain)
+
+
+def model(**arguments: Any) -> AnyUp:
+    return fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, **arguments), 0).eval()
+
+
+@pytest.mark.usefixtures("as_on_a_card")
+@pytest.mark.parametrize("size", [None, (7, 9)])
+def test_the_whole_upsampler_runs_on_kernels(size: tuple[int, int] | None) -> None:
+    image, features = wave((1, 3, 14, 11), 3, 0.8), wave((1, 16, 4, 3), 7)
+    with torch.no_grad():
+        kernels = model(backend="triton")
+        assert kernels.explain(image, features, size).chosen["pixel_encoder"] == "triton"
+        narrow, exact = model(backend="reference"), model(backend="reference").double()
+        actual, reference = kernels(image, features, size), narrow(image, features, size)
+        assert_close_enough(actual, reference, exact(image.double(), features.double(), size))
+
+
+@pytest.mark.parametrize(("filters", "encoders"), [(32, 2), (16, 1)])
+def test_the_blocks_of_the_keys_run_on_kernels_where_they_keep_their_width(
+    filters: int, encoders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anyup.kernels.launch import Launch
+
+    passes: list[Launch] = []
+
+    def launch(self: Launch, really: Any = Launch.__call__) -> None:
+        passes.extend([self] * ("HALVES" in self.constants))
+        really(self)
+
+    monkeypatch.setattr(Launch, "__call__", launch)
+    unified, joined = wave((1, filters, 4, 3), 3), wave((1, 64, 4, 3), 7)
+
+    def blocks(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        upsampler = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=filters, backend=backend), 0).to(dtype)
+        with torch.no_grad():
+            return [
+                upsampler.feature_keys(unified.to(dtype)),
+                upsampler.encode(upsampler.aggregation, joined.to(dtype)),
+            ]
+
+    found = blocks("triton")
+    assert len(passes) == 5 * encoders
+    for made in zip(found, blocks("reference"), blocks("reference", torch.float64), strict=True):
+        assert_close_enough(*made)
+
+
+def test_a_model_that_asks_for_kernels_trains() -> None:
+    image, features = wave((1, 3, 6, 7), 3, 0.8), wave((1, 16, 3, 2), 7)
+    upsampler = model(backend="triton")
+    assert upsampler.explain(image, features).chosen["pixel_encoder"] == "torch"
+    upsampler(image, features).sum().backward()
+    assert upsampler.key_encoder[0].weight.grad is not None
+
+
+# Mutations: what the tests above must notice.
+
+
+MUTATIONS = {
+    "no residual": ("passes", "encoded_pixels", "(x[piece] + y[piece],)", "(y[piece],)"),
+    "the same piece of a weight again": ("passes", "load_matrix", "INNER * INPUT", "0 * INPUT"),
+    "a sign of the rotation": ("passes", "rotated", "turned - y[HALF", "turned + y[HALF"),
+    "a sign of the rotation of pieces": ("passes", "rotated", "turned - y[HALF", "turned + y[HALF"),
+    "a cell too high": ("pool", "_cell", "cells_high - top", "cells_high - top + 1"),
+    "pixels that do not exist": (
+        "pool", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], active", "tl.where(True, active",
+    ),
+    "pixels that do not exist in the statistics": ("passes", "away_from", "exists, 1.0, 0.0", "exists, 1.0, 1.0"),
+    "programs' means for the map's": ("passes", "make_norm", "+ values * between * between", ""),
+    "a pivot forgotten": ("passes", "store_sums", "pivot + offset", "offset"),
+    "a centre forgotten": ("passes", "activated", "x - tl.load(norm + 2 * DIM + slot)[None, :]", "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, right, wrong = MUTATIONS[mutation]
+    mutate(monkeypatch, f"pixel_encoder_{module}", name, right, wrong)
+    name = "pooled to overlapping cells" if module == "pool" else "several tiles, batch 2"
+    shape = SHAPES["channels in pieces" if "piece" in mutation else name]
+    # More programs than walk over a small map in the interpreter.
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 4)
+    with pytest.raises(AssertionError, match="result: error"):
+        assert_kernels_accurate(shape, tensors_of(shape))
