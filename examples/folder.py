@@ -16,10 +16,10 @@ out.mkdir(exist_ok=True)
 upsampler = anyup.load()
 encoder = anyup.encoders.load_encoder("dinov2_s_derived")
 
-for path in sorted(photos.glob("*.jpg")):
+for path in sorted(path for path in photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")):
     photo = read_photo(path)  # (1, 3, H, W) in 0 ... 1
     photo = resize(photo, round_to_multiple(fit_within(photo.shape[2:], 448), encoder.patch_size or 1))
     with torch.inference_mode():
         features = upsampler(normalize_imagenet(photo), encoder(encoder.normalize(photo)))  # (1, C, H, W)
-    save_array(out / f"{path.stem}.npy", features[0].half())
+    save_array(out / f"{path.name}.npy", features[0].half())
     print(path.name, tuple(features.shape[1:]))

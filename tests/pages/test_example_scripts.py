@@ -74,8 +74,8 @@ def test_script_runs(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     run(name, monkeypatch)
     if name == "folder.py":
-        assert [path.name for path in sorted(Path("out").iterdir())] == ["a.npy", "b.npy"]
-        assert np.load("out/a.npy").shape[1:] == (28, 42)
+        assert [path.name for path in sorted(Path("out").iterdir())] == ["a.jpg.npy", "b.jpg.npy"]
+        assert np.load("out/a.jpg.npy").shape[1:] == (28, 42)
     if name == "video.py":
         assert len(list(Path("out").glob("*.jpg"))) == 3
     if name == "region.py":
