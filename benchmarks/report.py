@@ -102,7 +102,9 @@ def _summary(results: Results) -> str:
                 _size(ours, "peak_bytes"), _size(theirs, "peak_bytes"), _size(ours, "output_bytes"),
             )
         )  # fmt: skip
-    header = ("384 channels", "time", "published", "speed-up", "peak memory", "published", "of which output")
+    header = (
+        "C = 384", "time, anyup", "published", "speed-up", "peak memory, anyup", "published", "of which output",
+    )  # fmt: skip
     return table(header, lines)
 
 
