@@ -100,13 +100,18 @@ class CrossAttentionBlock(nn.Module):
         )
         return ProjectionParameters(*(t.to(dtype) for t in tensors))
 
+    def key_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gain (D,), weight (D, D) and bias (D,) that turn encoded keys into the attention's, as they are."""
+        dim = self.conv2d.out_channels
+        attention = self.cross_attn.attention
+        rows = slice(dim, 2 * dim)
+        return self.cross_attn.norm_k.weight, attention.in_proj_weight[rows], attention.in_proj_bias[rows]
+
     def project_keys(self, encoded: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h, w, heads, head_dim), in the same dtype; the norm runs in float32 at least."""
-        dim = encoded.shape[3]
         wide = working_dtype(encoded.dtype)
-        attention = self.cross_attn.attention
-        normed = F.rms_norm(encoded.to(wide), (dim,), self.cross_attn.norm_k.weight.to(wide)).to(encoded.dtype)
-        weight, bias = attention.in_proj_weight[dim : 2 * dim], attention.in_proj_bias[dim : 2 * dim]
+        gain, weight, bias = self.key_parameters()
+        normed = F.rms_norm(encoded.to(wide), encoded.shape[3:], gain.to(wide)).to(encoded.dtype)
         keys = F.linear(normed, weight.to(encoded.dtype), bias.to(encoded.dtype))
         return self.split_heads(keys)
 

@@ -171,6 +171,11 @@ class Encoder(nn.Sequential):
         projection = conv.weight.flatten(1) if self.kernel_size == 1 else None
         return EncoderParameters(projection, block1.parameters_for_op(), block2.parameters_for_op()).to(dtype)
 
+    def parts_for_op(self) -> tuple[Tensor, EncoderParameters]:
+        """The convolution's weight and the blocks behind it, as they are."""
+        conv, block1, block2 = self._layers()
+        return conv.weight, EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())
+
     @property
     def channels_of_op(self) -> tuple[int, int]:
         """Channels that the pixel encoder takes and gives."""

@@ -133,8 +133,8 @@ class AnyUp(Network):
         grid = (feats.shape[2], feats.shape[3])
         with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
             queries, (image_keys,) = self.queries_and_image_keys(enc_img, size, [grid], encoded=True)
-            keys = self.keys(image_keys, feats).to(queries.dtype)
-        return self.attend(queries, keys, feats, vis_attn, integer(q_chunk_size))
+            keys, copied = self.keys(image_keys, feats)
+        return self.attend(queries, keys.to(queries.dtype), copied, vis_attn, integer(q_chunk_size))
 
     def encode_image(
         self,

@@ -23,9 +23,11 @@ from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, encoded_size
 from anyup.namesakes import refuse_a_namesake
-from anyup.ops import feature_unification, memory, pixel_encoder, query_projection
+from anyup.ops import feature_unification, key_grid, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend, wants_gradient
+from anyup.ops.key_grid import KeyParameters
 from anyup.ops.parallel import on_threads_for
+from anyup.ops.pixel_encoder import EncoderParameters
 from anyup.ops.precision import autocasts, key_dtype, without_autocast, working_dtype
 from anyup.ops.window_attention import explain_backends as explain_window_attention
 from anyup.window import WINDOW_KINDS, CellWindow, RatioWindow, check_ratio
@@ -227,8 +229,9 @@ class Network(nn.Module):
         if self.backend is not None and not torch.compiler.is_compiling():
             self.explain(image, features, size, values=values).require()
         with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
-            query, key = self.queries_and_keys(image, features, size)
-        return self.attend(query, key, features if values is None else values, vis_attn, q_chunk_size)
+            query, key, copied = self.queries_and_keys(image, features, size)
+        values = copied if values is None or values is features else values
+        return self.attend(query, key, values, vis_attn, q_chunk_size)
 
     def wants_gradient(self, image: Tensor | ImageContext, *maps: Tensor) -> bool:
         """Whether autograd would record work with these."""
@@ -237,8 +240,8 @@ class Network(nn.Module):
 
     def queries_and_keys(
         self, image: Tensor | ImageContext, features: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Queries (B, H, W, heads, head_dim) and keys (B, h, w, heads, head_dim)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, W, heads, head_dim), keys (B, h, w, heads, head_dim), and the features as `keys` has them."""
         grid = (features.shape[2], features.shape[3])
         if not isinstance(image, ImageContext):
             queries, (image_keys,) = self.queries_and_image_keys(image, size, [grid])
@@ -249,8 +252,8 @@ class Network(nn.Module):
             else:
                 image_keys = self.encode(self.key_encoder, self.guidance(image.image), grid)
         with _stage("keys"):
-            keys = self.keys(image_keys, features).to(queries.dtype)
-        return queries, keys
+            keys, copied = self.keys(image_keys, features)
+        return queries, keys.to(queries.dtype), copied
 
     def queries_and_image_keys(
         self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]], *, encoded: bool = False
@@ -282,21 +285,53 @@ class Network(nn.Module):
             )
         return encoded
 
-    def keys(self, image_keys: Tensor, features: Tensor) -> Tensor:
+    def keys(self, image_keys: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).
 
         In float32 at least, on a CPU in float64, but for most of the unification: the grid is small, and the unified
         features' variance, small beside their mean, would be lost in half precision, and much of it in float32.
+        The second result are the features, in a copy whose channels come last in memory where that was at hand.
         """
-        working = working_dtype(image_keys.dtype)
         wide = key_dtype(image_keys.dtype, features.device)
+        made = self.keys_by_kernels(image_keys, features, wide)
+        if made is not None:
+            return made
+        working = working_dtype(image_keys.dtype)
         with without_autocast(features.device.type):
-            features = F.normalize(features.to(working), dim=1)
+            unit = F.normalize(features.to(working), dim=1)
             unified = feature_unification.unify_features(
-                features, self.unification_basis(working), out_dtype=wide, backend=self.backends["feature_unification"]
+                unit, self.unification_basis(working), out_dtype=wide, backend=self.backends["feature_unification"]
             )
             keys = torch.cat((image_keys.to(wide), self.feature_keys(unified)), dim=3)
-            return self.cross_decode.project_keys(self.encode(self.aggregation, keys.permute(0, 3, 1, 2)))
+            return self.cross_decode.project_keys(self.encode(self.aggregation, keys.permute(0, 3, 1, 2))), features
+
+    def keys_by_kernels(self, image_keys: Tensor, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """What `keys` gives, made in a dtype in a few launches; None where that cannot be, or while traced."""
+        unification, block1, block2 = self.key_features_encoder
+        assert isinstance(unification, LearnedFeatureUnification)
+        assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
+        if torch.compiler.is_compiling() or dtype != torch.float32 or not block1.keeps_width:
+            return None
+        parameters = KeyParameters(
+            unification.basis,
+            EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op()),
+            *self.aggregation.parts_for_op(),
+            *self.cross_decode.key_parameters(),
+        )
+        problem = key_grid.describe(
+            features,
+            parameters,
+            dtype=dtype,
+            needs_gradient=wants_gradient(image_keys, features, *parameters.flat()),
+            unification_backend=self.backends["feature_unification"],
+            blocks_backend=self.backends["pixel_encoder"],
+        )
+        copies = not features.permute(0, 2, 3, 1).is_contiguous()
+        made = key_grid.make_keys(image_keys, features, parameters, problem, copies=copies)
+        if made is None:
+            return None
+        keys, copied = made
+        return self.cross_decode.split_heads(keys), copied.permute(0, 3, 1, 2) if copies else features
 
     def feature_keys(self, unified: Tensor) -> Tensor:
         """(B, h, w, D) of the unified features (B, M, h, w)."""
@@ -306,7 +341,7 @@ class Network(nn.Module):
             narrow: Tensor = block2(block1(unified))
             return narrow.permute(0, 2, 3, 1)
         pixels = unified.permute(0, 2, 3, 1)
-        blocks = pixel_encoder.EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())
+        blocks = EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())
         return pixel_encoder.encode_pixels(pixels, blocks.to(pixels.dtype), backend=self.backends["pixel_encoder"])
 
     def unification_basis(self, dtype: torch.dtype) -> Tensor:

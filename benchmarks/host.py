@@ -22,11 +22,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from anyup import AnyUp
 from anyup.ops.precision import working_dtype
 
-OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "window_attention")
+OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "key_grid", "window_attention")
 
 Change = Callable[[], AbstractContextManager[object]]
 
@@ -94,13 +95,21 @@ class Counted(TorchDispatchMode):
         name = func._schema.name
         # A number that is read, a shape that depends on numbers, a copy from one device to another.
         self.waits += name in _WAITS or ("_to_copy" in name and (kwargs or {}).get("device") is not None)
-        if any(made.alias_info is not None and not made.alias_info.is_write for made in func._schema.returns):
-            self.views += 1
-        elif "empty" in name:
+        result = func(*args, **kwargs)
+        if "empty" in name:
             self.allocations += 1
+        elif _is_view(result, (args, kwargs)) and not func._schema.is_mutable:
+            self.views += 1
         else:
             self.operations[name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+def _is_view(result: Any, given: Any) -> bool:
+    """Whether nothing was made; not by the schema, that says "a view" of what may be a copy: `contiguous`, `to`."""
+    storages = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    made = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    return all(leaf.untyped_storage().data_ptr() in storages for leaf in made)
 
 
 @contextmanager

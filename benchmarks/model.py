@@ -143,6 +143,8 @@ def kernel_of(step: Step) -> str:
     """The name of a step's kernel in the table of `benchmarks.codegen`, or of torch's operator."""
     if step.launch is not None and step.name.startswith("pixel_encoder"):
         return pixel_encoder_work.name_of(step.launch)
+    if step.launch is not None and step.launch.constants.get("NORMALIZES"):
+        return "feature_unification_normalize"
     # Where keys are many, another kernel is the same row.
     return "window_attention_forward" if step.name == "window_attention_kept" else step.name
 

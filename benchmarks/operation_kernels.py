@@ -20,6 +20,8 @@ from anyup.kernels import query_projection_forward as projection
 from anyup.kernels.config import Target
 from anyup.kernels.feature_unification_config import backward_configs, forward_configs
 from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_arrange, runs_of
+from anyup.kernels.key_grid_config import convolution_configs
+from anyup.kernels.key_grid_convolution import plan_convolution
 from anyup.kernels.launch import Launch
 from benchmarks import pixel_encoder_work, roofline
 from benchmarks.ahead_of_time import compilation_of, target_of
@@ -34,15 +36,18 @@ KERNEL_SIZE = 5
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KERNELS = (
     "feature_unification_arrange",
+    "feature_unification_normalize",
     "feature_unification_forward",
     "feature_unification_backward_cells",
     "feature_unification_backward_filters",
     "feature_unification_fold",
+    "key_grid_convolution",
     "query_projection_forward",
     *pixel_encoder_work.KERNELS,
 )
 WITHOUT_PRODUCTS = (
     "feature_unification_arrange",
+    "feature_unification_normalize",
     "feature_unification_fold",
     "pixel_encoder_angles",
 )
@@ -76,8 +81,23 @@ class Case:
         target = target_of(self.arch)
         return Target(target.backend, target.arch)
 
+    @property
+    def splits(self) -> bool:
+        """Whether factors are of float32, and taken apart for the matrix units: keys are made in it in any dtype."""
+        return not self.half or self.kernel == "key_grid_convolution"
+
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+    def _convolution(self, precision: str) -> tuple[Launch, Row]:
+        config = convolution_configs(self.target)[0]
+        w, wide = self.workload, torch.float32
+        keys, parts = self._empty(w.batch, *w.grid, DIM), config.runs(w.keys)
+        launch = plan_convolution(
+            keys, keys.to(wide), self._empty(3, 3, 2 * DIM, DIM), keys.to(wide),
+            self._empty(w.batch, 3, parts, 8).to(wide), precision=precision, config=config,
+        )  # fmt: skip
+        return launch, asdict(config)
 
     def _arranged(self) -> tuple[torch.Tensor, torch.Tensor, Arranged]:
         w = self.workload
@@ -92,6 +112,8 @@ class Case:
         if self.kernel.startswith("pixel_encoder"):
             dtype = DTYPES[self.dtype]
             return pixel_encoder_work.plan(self.kernel, w, dtype, target=self.target, precision=precision)
+        if self.kernel == "key_grid_convolution":
+            return self._convolution(precision)
         if self.kernel == "query_projection_forward":
             config = projection.forward_configs(DIM, target=self.target, half=self.half)[0]
             encoded = self._empty(w.batch, *w.size, DIM)
@@ -105,6 +127,11 @@ class Case:
         out = self._empty(w.batch, FILTERS, *w.grid)
         if self.kernel == "feature_unification_arrange":
             return plan_arrange(features, basis, arranged), {}
+        if self.kernel == "feature_unification_normalize":
+            # In float32, whatever the features are.
+            arranged = allocate(features, basis, planes=3, dtype=torch.bfloat16)
+            copied = self._empty(w.batch, *w.grid, w.channels)
+            return plan_arrange(features, basis, arranged, normalizes=True, copied=copied), {}
         if self.kernel == "feature_unification_forward":
             cut = forward_configs(arranged)[0]
             return unification_forward.plan_forward(arranged, out, precision="ieee", config=cut), asdict(cut)
@@ -139,6 +166,8 @@ class Case:
                 bytes_asked=padded * (halo * DIM + 10 * DIM * DIM / tile) * size + DIM * size,
                 turns=[(9 * DIM // constant["PIECE"], []), (DIM // constant["OUTPUTS"], [])],
             )
+        if self.kernel == "key_grid_convolution":
+            return _convolution_work(launch)
         channels = w.channels
         runs = runs_of(channels, FILTERS)
         if runs.turned:
@@ -157,6 +186,13 @@ class Case:
         filters = runs.number * self.planes * FILTERS * constant.get("TAPS", 0) * 2
         if self.kernel == "feature_unification_arrange":
             return Work(units, 0, 0, 0, 0, channels * size, channels * size + bordered * copied, [])
+        if self.kernel == "feature_unification_normalize":
+            # Each program reads all of its positions' channels for their norm.
+            planes = constant["PLANES"] * runs.entries * runs.columns * 2
+            read = (1 + launch.grid[2]) * channels * size
+            moved = read + constant["COPIES"] * channels * size + bordered * planes
+            loops: list[Any] = [(-(-channels // constant["ENTRIES"]), [])]
+            return Work(units, 0, 0, 0, 0, (1 + constant["COPIES"]) * channels * size, moved, loops)
         if self.kernel == "feature_unification_fold":
             moved = channels * size
             turns: list[Any] = [(1, [])]
@@ -190,6 +226,31 @@ class Case:
             ),
             turns=[(tile, []), (parts, [(tile, [])])] if parts > 1 else [(tile, []), (tile, [])],
         )
+
+
+def _convolution_work(launch: Launch) -> Work:
+    argument, constant = launch.arguments, launch.constants
+    units = argument["out"].numel() // DIM
+    programs = math.prod(launch.grid)
+    tile = constant["CELLS"] * constant["OUTPUTS"]
+    padded = programs * tile / (units * DIM)
+    keys = DIM * (argument["image_keys"].element_size() + argument["feature_keys"].element_size())
+    weight = argument["weight"].element_size()
+    exact = 2 * 9 * 2 * DIM * DIM
+    # Of tf32. A factor of half precision has no rest, and two of them are multiplied as they are, at twice the rate.
+    products = 3 if weight == 4 else (2 + 0.5) / 2
+    shared = programs * 9 * 2 * DIM * constant["OUTPUTS"] * weight / units
+    return Work(
+        units=units,
+        exact_operations=exact,
+        operations=padded * products * exact,
+        exact_exponentials=0,
+        exponentials=0,
+        bytes_compulsory=keys + DIM * 4,
+        bytes_asked=programs * 9 * constant["CELLS"] * keys / units + shared + DIM * 4,
+        turns=[(9 * -(-DIM // constant["PIECE"]), [])],
+        bytes_shared=shared,
+    )
 
 
 _codes: dict[str, Code] = {}
@@ -247,14 +308,14 @@ def roofs_of(
     """Floor and modelled time on a device."""
     floor = roofline.floor(
         device, work.units, bytes_compulsory=work.bytes_compulsory, operations=work.exact_operations,
-        exponentials=work.exact_exponentials, half=case.half,
+        exponentials=work.exact_exponentials, half=not case.splits,
     )  # fmt: skip
     # The unification multiplies planes of 16 bits whatever the dtype is; what moves numbers moves all it asks for.
     moves = case.kernel in WITHOUT_PRODUCTS
     modelled = roofline.modelled(
         device, work.units, execution, bytes_compulsory=work.bytes_asked if moves else work.bytes_compulsory,
         bytes_asked=work.bytes_asked, operations=work.operations, exponentials=work.exponentials,
-        half=case.half or case.kernel.startswith("feature_unification"),
+        half=not case.splits or case.kernel.startswith("feature_unification"),
     )  # fmt: skip
     return floor, modelled
 
@@ -267,6 +328,10 @@ def cases(
         for dtype in dtypes:
             for workload in (square(448, 32), square(1024, 64))[sizes]:
                 for kernel in kernels:
+                    if kernel == "pixel_encoder_keys":  # in float32 whatever the model's dtype is
+                        if dtype == "float32":
+                            yield Case(kernel, on_the_grid(workload), arch, dtype)
+                        continue
                     yield Case(kernel, workload, arch, dtype)
                     if kernel.startswith("feature_unification"):
                         yield Case(kernel, replace(workload, channels=CHANNELS_OF_CLASSES), arch, dtype)

@@ -21,6 +21,7 @@ from anyup.kernels.pixel_encoder_config import encoder_configs, kind_of, silu_fo
 from anyup.kernels.pixel_encoder_passes import (
     HalfBlock,
     Join,
+    KeyProjection,
     Source,
     allocate_norms,
     allocate_parts,
@@ -51,6 +52,7 @@ _PASSES = {
     "pixel_encoder_measure_3": (0, 2, True, True, False),
     "pixel_encoder_apply": (0, 2, False, True, False),
     "pixel_encoder_rotate": (0, 2, False, True, True),
+    "pixel_encoder_keys": (0, 2, False, True, False),
     # Of bands, where the statistics are known already.
     "pixel_encoder_store_image": (IMAGE_CHANNELS, 2, False, True, False),
     "pixel_encoder_store_map": (DIM, 2, False, True, False),
@@ -61,7 +63,7 @@ KERNELS = (
     "pixel_encoder_pool",
     "pixel_encoder_angles",
 )
-ON_THE_GRID = tuple(f"pixel_encoder_{name}" for name in ("measure_1", "measure_2", "measure_3", "apply"))
+ON_THE_GRID = tuple(f"pixel_encoder_{name}" for name in ("measure_1", "measure_2", "measure_3", "apply", "keys"))
 """What the blocks of the keys need, in float32 whatever the model's dtype is."""
 
 
@@ -80,7 +82,9 @@ def plan(
         ), {}
     inputs, halves, measures, stores, rotates = _PASSES.get(kernel, (0, 2, False, False, False))
     pools = kernel == "pixel_encoder_pool"
-    config = encoder_configs("pool" if pools else kind_of(halves, measures=measures, rotates=rotates), dtype, target)[0]
+    keys = kernel == "pixel_encoder_keys"
+    kind = "pool" if pools else kind_of(halves, measures=measures, rotates=rotates, keys=keys)
+    config = encoder_configs(kind, dtype, target)[0]
     device = torch.device("meta")
     turns = workload.keys if pools else -(-count // config.pixels)
     card = roofline.device_of(str(target.arch))
@@ -98,9 +102,9 @@ def plan(
         "config": config,
     }
     if pools:
-        means = empty(batch, workload.keys, 2, DIM, dtype=torch.float32)
         launch = plan_pool(
-            map_source(stored), half, join, means, size=workload.size, cells=workload.grid, **shared
+            map_source(stored), half, half._replace(norm=join), empty(batch, workload.keys, DIM),
+            size=workload.size, cells=workload.grid, **shared,
         )  # fmt: skip
         return launch, asdict(config)
     if inputs == IMAGE_CHANNELS:  # an image as it comes has its pixels innermost
@@ -116,6 +120,7 @@ def plan(
         source, blocks,
         parts=parts if measures else None, out=stored if stores else None,
         tables=empty(sum(workload.size), 2, DIM, dtype=torch.float32) if rotates else None,
+        keys=KeyProjection(empty(DIM), empty(DIM, DIM), empty(DIM), 1e-7) if keys else None,
         size=workload.size, **shared,
     )  # fmt: skip
     return launch, asdict(config)
@@ -132,8 +137,9 @@ def name_of(launch: Launch) -> str:
     constant = launch.constants
     projected = constant["INPUTS"]
     source = "image" if projected < constant["CHANNELS"] else "map"
-    if constant["ROTATES"]:
-        return "pixel_encoder_rotate"
+    for option, name in (("ROTATES", "rotate"), ("KEYS", "keys")):
+        if constant[option]:
+            return f"pixel_encoder_{name}"
     if not constant["MEASURES"]:
         if constant["HALVES"] < 2:
             return "pixel_encoder_store_half"
@@ -161,12 +167,14 @@ def _pass_work(launch: Launch) -> Work:
     padded = turns * constant["PIXELS"] / units
     halves = constant["HALVES"]
     read = (inputs or channels) * size
-    written = channels * size if constant["STORES"] else 0
+    written = channels * argument["out"].element_size() if constant["STORES"] else 0
     # In half precision what was projected is projected again for the residual, unless it waits for it.
     projections = 2 if size == 2 and halves > 1 and not constant["KEEPS"] else 1
     # Weights for each program or turn, scale, shift and, in float32, centre for each turn. For each pixel that is
     # rotated: cosines and sines of its column, and for each turn those of its row, which L1 keeps.
-    weights = (halves * channels * channels + inputs * channels) * size
+    each = argument["weight1"].element_size() if halves else size
+    squares = halves + constant["KEYS"]
+    weights = squares * channels * channels * each + inputs * channels * size
     norms = halves * (2 if size == 2 else 3) * dim * 4
     resident = size == 2 and constant["RESIDENT"]
     shared = ((launch.grid[0] * launch.grid[1] if resident else turns) * weights + turns * norms) / units
@@ -179,8 +187,8 @@ def _pass_work(launch: Launch) -> Work:
     firsts = [Branch(1 / trips)] * (dim // constant["PIECE"]) if constant["MEASURES"] else []
     return Work(
         units=units,
-        exact_operations=2 * channels * (halves * channels + inputs),
-        operations=split * padded * 2 * dim * (halves * dim + projections * constant["INPUT_DIM"]),
+        exact_operations=2 * channels * (squares * channels + inputs),
+        operations=split * padded * 2 * dim * (squares * dim + projections * constant["INPUT_DIM"]),
         exact_exponentials=exponentials,
         exponentials=padded * halves * dim,
         bytes_compulsory=read + written,
@@ -227,8 +235,10 @@ def _pool_work(launch: Launch) -> Work:
     weights = (2 if half else 1) * channels * channels * size
     loads = math.prod(launch.grid) if half and constant["RESIDENT"] else batch * sum(turns)
     norms = batch * sum(turns) * 2 * (2 if half else 3) * dim * 4
-    shared = (loads * weights + norms + _join_bytes(launch)) / units
-    written = 2 * channels * 4 * batch * len(turns) / units
+    # And for each cell the last weight, which no matrix unit multiplies with.
+    last = batch * len(turns) * channels * channels * size
+    shared = (loads * weights + norms + last + _join_bytes(launch)) / units
+    written = channels * size * batch * len(turns) / units
     return Work(
         units=units,
         exact_operations=2 * channels * channels * (2 if half else 1),

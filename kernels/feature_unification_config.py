@@ -37,6 +37,10 @@ class UnificationConfig:
         if self.num_stages < 1:
             raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
+    def tiles(self, positions: int) -> int:
+        """Programs of an image of so many positions."""
+        return -(-positions // self.positions)
+
 
 @dataclass(frozen=True)
 class UnificationGradientConfig:

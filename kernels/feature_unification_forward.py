@@ -30,6 +30,7 @@ from .feature_unification_patches import (
     taps_inside,
 )
 from .launch import Launch
+from .pixel_encoder_statistics import store_statistics
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -84,14 +85,17 @@ def turned_logits(before, after, channels, FILTERS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_forward_kernel(
-    arranged, filters, out,
-    # (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS), (B, M, h, w)
-    height, width, positions, tiles, channels, runs, entries, first_step, again, out_filter_stride,
+    arranged, filters, out, parts,
+    # (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS), (B, M, h, w), (B, 3, tiles, 8)
+    height, width, positions, tiles, channels, runs, entries, first_step, again, out_filter_stride, out_position_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
     PLANES: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, WHOLE: tl.constexpr,
-    PIECE: tl.constexpr, PRECISION: tl.constexpr,
+    MEASURES: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """POSITIONS positions of an image; grid: the runs of positions of all images.
+
+    MEASURES: it leaves the statistics of the filters' eight groups, see `pixel_encoder_statistics`; where there is one
+    class, and as many filters as columns.
 
     `again` is a 0 that the compiler knows nothing of, or it would keep for all runs what turns the first.
     TURNED says that the filters' numbers run over within a run, WHOLE that POSITIONS divide an image's positions.
@@ -165,27 +169,40 @@ def _feature_unification_forward_kernel(
     position = first + tl.arange(0, POSITIONS)
     for class_ in tl.static_range(CLASSES):
         output = output_of(class_ * WIDTH + tl.arange(0, WIDTH), first_step, WIDTH, CLASSES)
-        place = out + image * FILTERS * out_filter_stride
-        place = place + position[:, None] + output.to(tl.int64)[None, :] * out_filter_stride
+        place = out + image * FILTERS * positions + (position.to(tl.int64) * out_position_stride)[:, None]
+        place = place + (output.to(tl.int64) * out_filter_stride)[None, :]
         exists = (output < FILTERS)[None, :]
         if not WHOLE:
             exists = exists & (position < positions)[:, None]
         tl.store(place, sums[class_] / channels, mask=exists)
+    if MEASURES:
+        place = parts + (image * 3 * tiles + tl.program_id(0) % tiles) * 8
+        wanted = tl.arange(0, WIDTH) < FILTERS
+        store_statistics(place, tiles * 8, sums[0] / channels, position < positions, wanted, FILTERS, WIDTH)
 
 
-def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: UnificationConfig) -> Launch:
-    """The launch that fills `out` (B, M, h, w), contiguous, in any floating dtype.
+def measures(arranged: Arranged) -> bool:
+    """Whether the kernel can leave its result's statistics: columns are filters in their order."""
+    return arranged.runs.classes == 1 and arranged.runs.columns == arranged.runs.filters
+
+
+def plan_forward(
+    arranged: Arranged, out: Tensor, *, parts: Tensor | None = None, precision: str, config: UnificationConfig
+) -> Launch:
+    """The launch that fills `out` (B, M, h, w), contiguous or channels last, in any floating dtype.
 
     Args:
         arranged: what `feature_unification_patches.plan_arrange` fills.
         out: the result.
+        parts: (B, 3, tiles, 8) float32, takes its groups' statistics where `measures` says so; see
+            `UnificationConfig.tiles`.
         precision: of products of float32, where there is one plane of it; Triton's `input_precision`.
         config: how to cut the work.
     """
     batch, filters, height, width = out.shape
     planes, columns, taps = arranged.filters.shape
     runs = arranged.runs
-    tiles = triton.cdiv(height * width, config.positions)
+    tiles = config.tiles(height * width)
     return Launch(
         kernel=_feature_unification_forward_kernel,
         grid=(batch * tiles,),
@@ -193,6 +210,7 @@ def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: Uni
             "arranged": arranged.features,
             "filters": arranged.filters,
             "out": out,
+            "parts": out if parts is None else parts,
             "height": height,
             "width": width,
             "positions": height * width,
@@ -202,7 +220,8 @@ def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: Uni
             "entries": runs.entries,
             "first_step": runs.first_step,
             "again": 0,
-            "out_filter_stride": height * width,
+            "out_filter_stride": out.stride(1),
+            "out_position_stride": out.stride(3),
         },
         constants={
             "FILTERS": filters,
@@ -214,6 +233,7 @@ def plan_forward(arranged: Arranged, out: Tensor, *, precision: str, config: Uni
             "POSITIONS": config.positions,
             "ROWS": columns if runs.turned else min(config.rows, runs.width),
             "TURNED": runs.turned,
+            "MEASURES": parts is not None,
             "WHOLE": height * width % config.positions == 0,
             "PIECE": PIECE,
             "PRECISION": precision,

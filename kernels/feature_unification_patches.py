@@ -159,17 +159,19 @@ def _store_planes(place, plane_stride, values, mask, PLANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_arrange_kernel(
-    features, basis, arranged, filters, transposed,
+    features, basis, arranged, filters, transposed, copied,
     # (B, C, h, w), (M, s * s), (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS),
-    # (PLANES, TAPS, COLUMNS)
+    # (PLANES, TAPS, COLUMNS), (B, h, w, C)
     height, width, channels, entries, first_step,
     features_image_stride, features_channel_stride, features_row_stride, features_column_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
-    WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, ACROSS: tl.constexpr, ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, NORMALIZES: tl.constexpr, COPIES: tl.constexpr,
+    ACROSS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """ENTRIES entries of ACROSS positions of a row; grid: (rows of all images, runs of positions, runs of entries).
 
-    The first program also stores the filters.
+    NORMALIZES: features are divided by the norm of their position, in float32. COPIES: they are copied as they are,
+    channels innermost, by the programs of the first entries. The first program also stores the filters.
     """
     wide = width + SIZE - 1
     high = height + SIZE - 1
@@ -184,10 +186,24 @@ def _feature_unification_arrange_kernel(
     # What is beyond the map is zero, and so are entries that stand for nothing.
     there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     real = (output < FILTERS) & (channel < channels)
-    place = features + image * features_image_stride + (row * features_row_stride)[:, None]
-    place += (column.to(tl.int64) * features_column_stride)[:, None]
-    place += (channel.to(tl.int64) * features_channel_stride)[None, :]
+    position = features + image * features_image_stride + (row * features_row_stride)[:, None]
+    position += (column.to(tl.int64) * features_column_stride)[:, None]
+    place = position + (channel.to(tl.int64) * features_channel_stride)[None, :]
     values = tl.load(place, mask=there[:, None] & real[None, :], other=0.0)  # (ACROSS, ENTRIES)
+    if NORMALIZES:
+        squares = tl.zeros((ACROSS, ENTRIES), tl.float32)
+        to_copy = tl.where(tl.program_id(2) == 0, channels, 0)
+        for first in tl.range(0, channels, ENTRIES):
+            channel = first + tl.arange(0, ENTRIES)
+            mask = there[:, None] & (channel < channels)[None, :]
+            some = tl.load(position + (channel.to(tl.int64) * features_channel_stride)[None, :], mask=mask, other=0.0)
+            if COPIES:
+                to = copied + (((image * height + row) * width + column) * channels)[:, None] + channel[None, :]
+                tl.store(to, some, mask=there[:, None] & (channel < to_copy)[None, :])
+            some = some.to(tl.float32)
+            squares += some * some
+        norm = tl.sqrt_rn(tl.sum(squares, axis=1))
+        values = tl.div_rn(values.to(tl.float32), tl.maximum(norm, 1e-12)[:, None] + tl.zeros_like(squares))
     count = entries * COLUMNS
     out = arranged + ((line * wide + across) * PLANES * count)[:, None] + entry[None, :]
     mask = (across < wide)[:, None] & (entry < count)[None, :]
@@ -197,6 +213,8 @@ def _feature_unification_arrange_kernel(
         tap = tl.arange(0, TAPS)
         exists = (number < FILTERS)[:, None] & (tap < SIZE * SIZE)[None, :]
         taps = tl.load(basis + (number * SIZE * SIZE)[:, None] + tap[None, :], mask=exists, other=0.0)
+        if NORMALIZES:
+            taps = taps.to(tl.float32)
         to = filters + (number * TAPS)[:, None] + tap[None, :]
         _store_planes(to, COLUMNS * TAPS, taps, None, PLANES)
         if TRANSPOSED:
@@ -204,14 +222,19 @@ def _feature_unification_arrange_kernel(
             _store_planes(to, COLUMNS * TAPS, taps, None, PLANES)
 
 
-def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
+def plan_arrange(
+    features: Tensor, basis: Tensor, arranged: Arranged, *, normalizes: bool = False, copied: Tensor | None = None
+) -> Launch:
     """The launch that fills what `allocate` gave.
 
     Args:
-        features: (B, C, h, w), any strides; of float32 where there are several planes.
-        basis: (M, 1, s, s), contiguous, in the same dtype.
+        features: (B, C, h, w), any strides; of float32 where there are several planes, unless they are normalised.
+        basis: (M, 1, s, s), contiguous, in the same dtype, or any where the features are normalised.
         arranged: the memory.
+        normalizes: divide a position's features by their Euclidean norm, or by 1e-12 where that is less.
+        copied: (B, h, w, C), contiguous: takes the features as they are, where they are normalised.
     """
+    assert normalizes or copied is None
     batch, channels, height, width = features.shape
     _, high, wide, planes, entries, columns = arranged.features.shape
     return Launch(
@@ -223,6 +246,7 @@ def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
             "arranged": arranged.features,
             "filters": arranged.filters,
             "transposed": arranged.taps,
+            "copied": arranged.features if copied is None else copied,
             "height": height,
             "width": width,
             "channels": channels,
@@ -238,6 +262,8 @@ def plan_arrange(features: Tensor, basis: Tensor, arranged: Arranged) -> Launch:
             "PLANES": planes,
             "WIDTH": arranged.runs.width,
             "TRANSPOSED": arranged.taps.numel() > 0,
+            "NORMALIZES": normalizes,
+            "COPIES": copied is not None,
             "ACROSS": _ROW_BLOCK,
             "ENTRIES": _ENTRY_BLOCK,
         },

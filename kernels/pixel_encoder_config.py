@@ -64,10 +64,12 @@ def silu_form(dtype: torch.dtype, target: Target) -> str:
     return "tanh" if dtype == torch.bfloat16 else "exp2"
 
 
-def kind_of(halves: int, *, measures: bool, rotates: bool) -> str:
+def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False) -> str:
     """The kind of a pass for `encoder_configs`."""
     if halves < 2:
         return "pass"
+    if keys:
+        return "keys"
     return "rotate" if rotates else "block" if measures else "apply"
 
 
@@ -76,8 +78,8 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
 
     `kind` is that of a pass, or "pool". At 128 channels none spills a register in half precision. In float32, where the
     products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's (128 on sm_120), of
-    which a turn of some 5000 instructions reads few numbers back; four warps spill nothing, but for the pooling (24
-    bytes on sm_86 and sm_89, 40 on sm_120), and take a fifth more instructions.
+    which a turn of some 5000 instructions reads few numbers back; four warps spill nothing, but for the pooling (16
+    bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
     if target.backend == "hip":
         return [EncoderConfig(16, num_warps=4, keeps=True, blocks=2), EncoderConfig(16, num_warps=8, keeps=True)]
@@ -101,6 +103,8 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
 
 def _float32_configs(kind: str, target: Target) -> list[EncoderConfig]:
     thin = EncoderConfig(16, num_warps=4, piece=32, blocks=2)
+    if kind == "keys":
+        return [thin]
     if (kind, target.arch) == ("pool", 100):  # in pieces of 32 it would take more tensor memory than there is
         return [EncoderConfig(64, num_warps=8, piece=64), thin]
     if target.arch == 100:

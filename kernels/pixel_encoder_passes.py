@@ -44,7 +44,7 @@ from .pixel_encoder_statistics import (
     slot_exists,
     store_sums,
 )
-from .products import matmul
+from .products import matmul, mixed_matmul
 
 SIZES = (
     "count",
@@ -91,7 +91,30 @@ def map_source(pixels: Tensor) -> Source:
     """
     if pixels.element_size() > 2:
         return Source(pixels, None)
-    return Source(pixels, torch.eye(pixels.shape[2], dtype=pixels.dtype, device=pixels.device))
+    return Source(pixels, _identity(pixels.shape[2], pixels.dtype, pixels.device))
+
+
+def _identity(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix, made once: but for one that a graph would fill when it is replayed."""
+    kind = (channels, dtype, device)
+    found = _identities.get(kind)
+    if found is None:
+        found = torch.eye(channels, dtype=dtype, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _identities[kind] = found
+    return found
+
+
+_identities: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+class KeyProjection(NamedTuple):
+    """keys = weight (gain x / rms(x)) + bias, the root of the mean square over the channels."""
+
+    gain: Tensor  # (D,)
+    weight: Tensor  # (D, D)
+    bias: Tensor  # (D,)
+    eps: float
 
 
 def norm_rows(dtype: torch.dtype) -> int:
@@ -133,7 +156,7 @@ def multiplied(totals, x, weight, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, 
     updated = ()
     for outer in tl.static_range(DIM // PIECE):
         matrix = load_matrix(weight, outer, NUMBER, CHANNELS, CHANNELS, DIM, PIECE, PIECE, False)
-        updated = updated + (matmul(x, matrix, None if NUMBER == 0 else totals[outer], PRECISION),)
+        updated = updated + (mixed_matmul(x, matrix, None if NUMBER == 0 else totals[outer], PRECISION),)
     return updated
 
 
@@ -327,24 +350,50 @@ def rotated(y, tables, number, width, height, CHANNELS: tl.constexpr, DIM: tl.co
         return pieces
 
 
+@triton.jit
+def projected_keys(y, gain, weight, bias, eps, CHANNELS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr):
+    """weight (gain y / rms(y)) + bias of pixels y of float32, both in pieces (n, PIECE)."""
+    PIECE: tl.constexpr = y[0].shape[1]
+    squares = tl.sum(y[0] * y[0], axis=1)
+    for piece in tl.static_range(1, len(y)):
+        squares += tl.sum(y[piece] * y[piece], axis=1)
+    scale = tl.rsqrt(squares / CHANNELS + eps)
+    totals = ()
+    for piece in tl.static_range(len(y)):
+        slot = piece * PIECE + tl.arange(0, PIECE)
+        exists = slot_exists(slot, CHANNELS, DIM)
+        factor = tl.load(gain + slot_channel(slot, CHANNELS, DIM), mask=exists, other=0.0).to(tl.float32)
+        normed = y[piece] * scale[:, None] * factor[None, :]
+        totals = multiplied(totals, normed, weight, CHANNELS, piece, DIM, PIECE, PRECISION)
+    shifted = ()
+    for piece in tl.static_range(len(totals)):
+        slot = piece * PIECE + tl.arange(0, PIECE)
+        exists = slot_exists(slot, CHANNELS, DIM)
+        shift = tl.load(bias + slot_channel(slot, CHANNELS, DIM), mask=exists, other=0.0).to(tl.float32)
+        shifted = shifted + (totals[piece] + shift[None, :],)
+    return shifted
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pass_kernel(
     pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, tables, out, parts,
     # input or map, (D, Cin), a norm (B, rows, DIM), (D, D), a norm, (D, D),
     # (B, 3, joined, 8), (D,), (D,), (H + W, 2, D), (B, n, D), (B, 3, programs, 8)
-    count, width, height, again, joined, image_stride, pixel_stride, channel_stride, eps,
+    key_gain, key_weight, key_bias,
+    # (D,), (D, D), (D,)
+    count, width, height, again, joined, image_stride, pixel_stride, channel_stride, eps, key_eps,
     CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
     PIXELS: tl.constexpr, MEASURES: tl.constexpr, JOINS: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr,
-    PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr, RESIDENT: tl.constexpr,
-    KEEPS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
+    RESIDENT: tl.constexpr, KEEPS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """An image's pixels through HALVES half blocks, with the residual after two; grid: programs of an image, images.
 
     A program takes every so many'th PIXELS pixels. JOINS: it makes the last normalisation of the statistics that the
     pass before has `found`, in its own of the norms (programs, B, rows, DIM). MEASURES: it leaves those of its result
-    in `parts`. STORES: put the result into `out`, ROTATES: rotated. RESIDENT: the weights are loaded once. KEEPS: what
-    was projected waits for the residual, or it is projected again. `again` is a 0 that the compiler knows nothing of,
-    or it would load the normalisations once, into registers.
+    in `parts`. STORES: put the result into `out`, ROTATES: rotated, KEYS: normalised and projected as attention's keys
+    are. RESIDENT: the weights are loaded once. KEEPS: what was projected waits for the residual, or it is projected
+    again. `again` is a 0 that the compiler knows nothing of, or it would load the normalisations once, into registers.
     A width is a constant of the code: as a number, it would take registers for all the places in the weights.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -429,6 +478,8 @@ def _pixel_encoder_pass_kernel(
                 new_squares = new_squares + (squares[piece] + group_sums(away * away, GROUP),)
                 new_pivots = new_pivots + (pivot,)
             sums, squares, pivots = new_sums, new_squares, new_pivots
+        if KEYS:
+            y = projected_keys(y, key_gain, key_weight + fresh, key_bias, key_eps, CHANNELS, DIM, PRECISION)
         if STORES:
             store_map(result, y, number, exists, CHANNELS, DIM)
     if MEASURES:
@@ -467,6 +518,7 @@ def plan_pass(
     parts: Tensor | None,
     out: Tensor | None,
     tables: Tensor | None = None,
+    keys: KeyProjection | None = None,
     size: tuple[int, int],
     programs: int,
     form: str,
@@ -482,6 +534,7 @@ def plan_pass(
         parts: (B, 3, programs, 8) float32, takes the statistics of the result.
         out: (B, n, D), contiguous, takes the result; it may be the map that is read.
         tables: (H + W, 2, D) of `plan_angles`: rotate what is stored; after two half blocks of a map.
+        keys: project what is stored, of maps of float32, to keys; `out`, of any dtype, is then another map.
         programs: of an image, see `EncoderConfig.programs`.
         form: of silu, see `silu_form`.
         precision: of products of float32; Triton's `input_precision`.
@@ -501,6 +554,7 @@ def plan_pass(
     weights += [nothing] * (4 - len(weights))
     waits = len(halves) > 0 if projection is None else len(halves) > 1 and out is not None
     found, gain, bias, eps = (nothing, nothing, nothing, 0.0) if join is None else join
+    key_gain, key_weight, key_bias, key_eps = (nothing, nothing, nothing, 0.0) if keys is None else keys
     return Launch(
         kernel=_pixel_encoder_pass_kernel,
         grid=(programs, batch),
@@ -514,6 +568,9 @@ def plan_pass(
             "tables": nothing if tables is None else tables,
             "out": nothing if out is None else out,
             "parts": nothing if parts is None else parts,
+            "key_gain": key_gain,
+            "key_weight": key_weight,
+            "key_bias": key_bias,
             "count": count,
             "width": size[1],
             "height": size[0],
@@ -521,6 +578,7 @@ def plan_pass(
             "joined": 0 if join is None else found.shape[2],
             **dict(zip(("image_stride", "pixel_stride", "channel_stride"), pixels.stride(), strict=True)),
             "eps": eps,
+            "key_eps": key_eps,
         },
         constants={
             "CHANNELS": channels,
@@ -533,6 +591,7 @@ def plan_pass(
             "JOINS": join is not None,
             "STORES": out is not None,
             "ROTATES": tables is not None,
+            "KEYS": keys is not None,
             "PACKED": pixels.is_contiguous(),
             "FETCHES": waits and not half,
             "PIECE": dim if half else min(config.piece, dim),

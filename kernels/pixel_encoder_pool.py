@@ -1,8 +1,8 @@
 """The pixel encoder's last pass where its result is pooled: the last product commutes with the means over cells.
 
-What is left of a map are, for each cell of the small grid, the means of x and of silu(n4(W3 silu(n3(x)))). In half
-precision their sums over a cell's pixels are products with ones, which add up what threads hold of many pixels without
-moving it between them.
+What is left of a map are, for each cell of the small grid, the means of x and of silu(n4(W3 silu(n3(x)))), of which the
+last product makes the cell's result, in float32. In half precision the sums over a cell's pixels are products with
+ones, which add up what threads hold of many pixels without moving it between them.
 """
 
 from __future__ import annotations
@@ -37,16 +37,25 @@ def _cell(cell, width, height, cells_high, cells_wide):
     return top, left, rows, columns
 
 
+@triton.jit
+def _product(x, weight, output, NUMBER: tl.constexpr, CHANNELS: tl.constexpr, DIM: tl.constexpr):
+    """What some rows of a (D, D) weight make of piece NUMBER of a vector's slots, x, float32."""
+    slot = NUMBER * x.shape[0] + tl.arange(0, x.shape[0])
+    place = weight + slot_channel(slot, CHANNELS, DIM)[:, None] + (output * CHANNELS)[None, :]
+    mask = slot_exists(slot, CHANNELS, DIM)[:, None] & (output < CHANNELS)[None, :]
+    return tl.sum(x[:, None] * tl.load(place, mask=mask, other=0.0).to(tl.float32), axis=0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pool_kernel(
-    pixels, projection, norm1, weight1, norm2, found, gain, bias, out,
-    # (B, n, D), (D, D), a norm (B, rows, DIM), (D, D), norms (programs, B, rows, DIM), (B, 3, joined, 8), (D,), (D,),
-    # (B, cells, 2, D) float32
+    pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, out,
+    # (B, n, D), (D, D), a norm (B, rows, DIM), (D, D), norms (programs, B, rows, DIM), (D, D), (B, 3, joined, 8), (D,),
+    # (D,), (B, cells, D)
     count, width, height, cells_high, cells_wide, again, joined, eps,
     CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
     RESIDENT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The means over cells of x and of silu(norm2(weight1 silu(norm1(x)))); grid: programs of an image, images.
+    """The means over cells of x + weight2 silu(norm2(weight1 silu(norm1(x)))); grid: programs of an image, images.
 
     The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h); a program takes every so
     many'th. The second norm is made as in `_pixel_encoder_pass_kernel`, and `again` is what it is there.
@@ -68,7 +77,7 @@ def _pixel_encoder_pool_kernel(
         matrix = load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
     for cell in tl.range(program, cells_high * cells_wide, programs):
         top, left, rows, columns = _cell(cell, width, height, cells_high, cells_wide)
-        place = out + (image * cells_high * cells_wide + cell) * 2 * CHANNELS
+        place = out + (image * cells_high * cells_wide + cell) * CHANNELS
         if HALF:
             passed = tl.zeros((16, DIM), tl.float32)
             activations = tl.zeros((16, DIM), tl.float32)
@@ -106,23 +115,24 @@ def _pixel_encoder_pool_kernel(
                 sums = updated
         pixels_of_cell = (rows * columns).to(tl.float32)
         if HALF:
-            # Every row of the sums is the same.
-            row, slot = tl.arange(0, 16)[:, None], tl.arange(0, DIM)[None, :]
-            tl.store(place + row * 0 + slot, passed / pixels_of_cell, mask=(row == 0) & (slot < CHANNELS))
-            mask = (row == 0) & slot_exists(slot, CHANNELS, DIM)
-            place = place + CHANNELS + row * 0 + slot_channel(slot, CHANNELS, DIM)
-            tl.store(place, activations / pixels_of_cell, mask=mask)
+            # Every row is the same.
+            channel = tl.arange(0, DIM)
+            total = tl.max(passed, axis=0) + _product(tl.max(activations, axis=0), weight2, channel, 0, CHANNELS, DIM)
+            tl.store(place + channel, (total / pixels_of_cell).to(dtype), mask=channel < CHANNELS)
         else:
-            for piece in tl.static_range(2 * (DIM // PIECE)):
-                slot = piece % (DIM // PIECE) * PIECE + tl.arange(0, PIECE)
-                mean = piece // (DIM // PIECE) * CHANNELS + slot_channel(slot, CHANNELS, DIM)
-                tl.store(place + mean, sums[piece] / pixels_of_cell, mask=slot_exists(slot, CHANNELS, DIM))
+            for outer in tl.static_range(DIM // PIECE):
+                slot = outer * PIECE + tl.arange(0, PIECE)
+                output = slot_channel(slot, CHANNELS, DIM)
+                total = sums[outer]
+                for inner in tl.static_range(DIM // PIECE):
+                    total += _product(sums[DIM // PIECE + inner], weight2, output, inner, CHANNELS, DIM)
+                tl.store(place + output, total / pixels_of_cell, mask=slot_exists(slot, CHANNELS, DIM))
 
 
 def plan_pool(
     source: Source,
     half: HalfBlock,
-    join: Join,
+    last: HalfBlock,
     out: Tensor,
     *,
     norms: Tensor,
@@ -133,17 +143,18 @@ def plan_pool(
     precision: str,
     config: EncoderConfig,
 ) -> Launch:
-    """The launch that fills `out` (B, cells, 2, D) with the means over cells of maps (B, n, D) of `size`.
+    """The launch that fills `out` (B, cells, D) with the means over cells of what maps (B, n, D) of `size` become.
 
     Args:
         source: x, a map.
-        half: of the last block's first half.
-        join: what the second half's norm is made of.
-        out: float32: means of x, and of the second half's activations, which its weight is still to be applied to.
+        half, last: the last block's half blocks; the second one's norm is a join.
+        out: contiguous, in the map's dtype.
         size, cells: (H, W) of the map and (h, w) of the pooled one.
         norms, programs, form, precision, config: as of `plan_pass`.
     """
     pixels, projection = source
+    join = last.norm
+    assert isinstance(join, Join)
     batch, count, channels = pixels.shape
     dim = padded(channels)
     return Launch(
@@ -155,6 +166,7 @@ def plan_pool(
             "norm1": half.norm,
             "weight1": half.weight,
             "norm2": norms,
+            "weight2": last.weight,
             "found": join.parts,
             "gain": join.weight,
             "bias": join.bias,

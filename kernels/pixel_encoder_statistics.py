@@ -94,6 +94,24 @@ def store_sums(place, plane, sums, squares, pivot, values, existing):
 
 
 @triton.jit
+def store_statistics(place, plane, y, exists, wanted, CHANNELS: tl.constexpr, DIM: tl.constexpr):
+    """The same, all groups', of all pixels (n, groups of slots) of a program; some pixels exist, some slots do."""
+    GROUP: tl.constexpr = DIM // 8
+    GROUPS_HERE: tl.constexpr = y.shape[1] // GROUP
+    existing = tl.sum(exists.to(tl.float32), axis=0)
+    values = existing * (CHANNELS // 8)
+    counted = exists[:, None] & wanted[None, :]
+    shape: tl.constexpr = (y.shape[0], GROUPS_HERE, GROUP)
+    mean = tl.sum(tl.sum(tl.reshape(tl.where(counted, y, 0.0), shape), axis=2), axis=0) / values
+    away = tl.reshape(y, shape) - mean[None, :, None]
+    away = tl.where(tl.reshape(counted, shape), away, 0.0)
+    group = tl.arange(0, GROUPS_HERE)
+    tl.store(place + group, tl.zeros_like(mean) + existing)
+    tl.store(place + plane + group, mean)
+    tl.store(place + 2 * plane + group, tl.sum(tl.sum(away * away, axis=2), axis=0))
+
+
+@triton.jit
 def make_norm(
     norm, parts, gain, bias, programs, eps,
     CHANNELS: tl.constexpr, DIM: tl.constexpr, HALVED: tl.constexpr, CENTERED: tl.constexpr, AT_ONCE: tl.constexpr,

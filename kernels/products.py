@@ -32,6 +32,30 @@ def matmul(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def mixed_matmul(left, right, total, PRECISION: tl.constexpr):
+    """`matmul` of factors of any floating dtypes, `total` a tensor or None.
+
+    A factor of half precision is its own tf32: it has no rest.
+    """
+    if PRECISION != "tf32x3" or (left.dtype == tl.float32 and right.dtype == tl.float32):
+        return matmul(left.to(tl.float32), right.to(tl.float32), total, PRECISION)
+    elif left.dtype == right.dtype:
+        return matmul(left, right, total, PRECISION)
+    else:
+        # The rest first, of the factor that has one.
+        if left.dtype == tl.float32:
+            left_tf32, left_rest = _tf32_and_rest(left)
+            right_tf32 = right.to(tl.float32)
+            product = tl.dot(left_rest, right_tf32, input_precision="tf32")
+        else:
+            left_tf32 = left.to(tl.float32)
+            right_tf32, right_rest = _tf32_and_rest(right)
+            product = tl.dot(left_tf32, right_rest, input_precision="tf32")
+        product = tl.dot(left_tf32, right_tf32, product, input_precision="tf32")
+        return product if total is None else total + product
+
+
+@triton.jit
 def _tf32_and_rest(x):
     """The tf32 nearest to each float32, and the exact difference, of which the matrix units take 11 bits too."""
     bits = x.to(tl.int32, bitcast=True)

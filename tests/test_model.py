@@ -412,7 +412,7 @@ def test_a_smaller_output_pools_the_queries() -> None:
     model = small(backend="reference")
     with torch.no_grad():
         size = (9, 7)
-        query, key = model.queries_and_keys(image, features, size)
+        query, key, _ = model.queries_and_keys(image, features, size)
         encoded = model.image_encoder(image)
         turned = _rotated(encoded, model.rope.freqs)
         pooled = F.adaptive_avg_pool2d(model.query_encoder(turned), size)

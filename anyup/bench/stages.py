@@ -85,9 +85,9 @@ class Stages:
         normalised, basis = F.normalize(features.to(wide), dim=1), model.unification_basis(wide)
         backend = model.backends["feature_unification"]
         stage("feature unification", unify_features, normalised, basis, backend=backend)
-        keys = stage("aggregation", model.keys, image_keys, features)
+        keys, copied = stage("aggregation", model.keys, image_keys, features)
         queries = model.cross_decode.split_heads(queries)
-        out = stage("window attention", model.attend, queries, keys.to(queries.dtype), features)
+        out = stage("window attention", model.attend, queries, keys.to(queries.dtype), copied)
         return times, out
 
 

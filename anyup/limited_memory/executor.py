@@ -185,7 +185,7 @@ class Executor:
         queries: Tensor | None = None
         if bands is None or (isinstance(image, ImageContext) and grid in image.image_keys):
             with self._as_called(), memory.reuse():
-                queries, keys = self._network.queries_and_keys(image, request.features, request.size)
+                queries, keys, _ = self._network.queries_and_keys(image, request.features, request.size)
         else:
             if isinstance(image, ImageContext):
                 queries, image = image.queries, image.image
@@ -195,7 +195,7 @@ class Executor:
                 self._banded = [make(self._network, one, self._request.size, self._dtype, bands, work) for one in image]
             with self._threads():
                 image_keys = torch.cat([one.image_keys(grid) for one in self._banded])
-            keys = self._network.keys(image_keys, request.features).to(self._dtype)
+            keys = self._network.keys(image_keys, request.features)[0].to(self._dtype)
             if queries is not None:
                 self._banded.clear()
         self._queries, self._keys = queries, keys

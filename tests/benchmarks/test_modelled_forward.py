@@ -28,10 +28,10 @@ SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_si
 AMPERE = Target("cuda", 80)
 
 REACHED_MS = {
-    ("A100 SXM 80GB", "bfloat16"): 2.45,
-    ("H100 SXM", "bfloat16"): 0.8,
-    ("H200", "bfloat16"): 0.75,
-    ("RTX 4090", "bfloat16"): 2.9,
+    ("A100 SXM 80GB", "bfloat16"): 2.3,
+    ("H100 SXM", "bfloat16"): 0.65,
+    ("H200", "bfloat16"): 0.58,
+    ("RTX 4090", "bfloat16"): 2.7,
 }
 """The most that the whole forward may take at 448 from 32, C = 384, by device and dtype."""
 
@@ -46,10 +46,11 @@ def described(launch: Launch) -> tuple[Any, ...]:
 
 
 @INTERPRETED
-def test_the_steps_are_what_a_real_forward_launches() -> None:
-    workload = Workload((9, 14), (4, 3), channels=16)
-    image, features = wave((1, 3, *workload.size), 3, 0.8), wave((1, 16, *workload.grid), 7)
-    upsampler = fill(AnyUp(**SMALL, backend="triton"), 0).eval()
+@pytest.mark.parametrize(("filters", "keys"), [(16, 5), (32, 4 + 1 + 4)], ids=["in steps", "by kernels alone"])
+def test_the_steps_are_what_a_real_forward_launches(filters: int, keys: int) -> None:
+    workload, arguments = Workload((9, 14), (4, 3), channels=32), {**SMALL, "lfu_dim": filters}
+    image, features = wave((1, 3, *workload.size), 3, 0.8), wave((1, 32, *workload.grid), 7)
+    upsampler = fill(AnyUp(**arguments, backend="triton"), 0).eval()
     launched: list[tuple[Any, ...]] = []
 
     def launch(self: Launch, really: Any = Launch.__call__) -> None:
@@ -58,9 +59,9 @@ def test_the_steps_are_what_a_real_forward_launches() -> None:
 
     with torch.no_grad(), patch.object(Launch, "__call__", launch):
         upsampler(image, features)
-    steps = steps_of(workload, torch.float32, None, arguments=SMALL)
+    steps = steps_of(workload, torch.float32, None, arguments=arguments)
     assert [described(step.launch) for step in steps if step.launch is not None] == launched
-    assert len(launched) == 5 + 1 + 5 + 5 + 1 + 2 + 5 + 1
+    assert len(launched) == 5 + 1 + 5 + 5 + 1 + 2 + keys + 1
     assert {step.stage for step in steps} == set(STAGES)
 
 
@@ -140,7 +141,7 @@ def test_stages_are_sums_of_their_launches_and_the_forward_of_its_stages(
 
 def test_every_launch_s_instructions_are_the_compiler_s_but_for_the_small_ones(stored: Sequence[Row]) -> None:
     counted = {row["kernel"] for row in part(stored, "launch") if row["source"] != "code"}
-    assert counted <= {"feature_unification_arrange", "pixel_encoder_angles"}
+    assert counted <= {"pixel_encoder_angles"}
 
 
 @pytest.mark.parametrize(("case", "most"), REACHED_MS.items(), ids=lambda value: str(value))

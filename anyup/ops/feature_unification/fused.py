@@ -55,18 +55,39 @@ def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = 
 
     Beside the result it allocates a copy of the features, bordered by zeros.
     """
-    from anyup.kernels.feature_unification_config import forward_configs
-    from anyup.kernels.feature_unification_forward import plan_forward
-
     batch, _, height, width = features.shape
     out = features.new_empty(batch, basis.shape[0], height, width)
-    arranged = _arrange(features, basis)
-    run_first(
-        lambda config: plan_forward(arranged, out, precision=_PRECISION, config=config)(),
-        forward_configs(arranged),
-        kernel=_kernel("forward", features, basis),
-    )
+    _unify(_arrange(features, basis), out, _kernel("forward", features, basis))
     return out if out_dtype is None else out.to(out_dtype)
+
+
+def unify_normalized(features: Tensor, basis: Tensor, *, copied: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(B, C, h, w), (M, 1, s, s) -> (B, h, w, M) float32, of features divided by their norm over the channels.
+
+    It works in float32 whatever the dtypes are. `copied` (B, h, w, C) takes the features as they are. The second result
+    is what the pixel encoder takes as the statistics of its input, or None.
+    """
+    batch, _, height, width = features.shape
+    out = features.new_empty(batch, height, width, basis.shape[0], dtype=torch.float32)
+    arranged = _arrange(features, basis, dtype=torch.float32, copied=copied)
+    kernel = _kernel("normalized", features, basis, torch.float32)
+    return out, _unify(arranged, out.permute(0, 3, 1, 2), kernel, measured=True)
+
+
+def _unify(arranged: Arranged, out: Tensor, kernel: tuple[Hashable, ...], *, measured: bool = False) -> Tensor | None:
+    from anyup.kernels.feature_unification_config import UnificationConfig, forward_configs
+    from anyup.kernels.feature_unification_forward import measures, plan_forward
+    from anyup.kernels.pixel_encoder_passes import allocate_parts
+
+    measured = measured and measures(arranged)
+
+    def run(config: UnificationConfig) -> Tensor | None:
+        tiles = config.tiles(out.shape[2] * out.shape[3])
+        parts = allocate_parts(len(out), tiles, out.device) if measured else None
+        plan_forward(arranged, out, parts=parts, precision=_PRECISION, config=config)()
+        return parts
+
+    return run_first(run, forward_configs(arranged), kernel=kernel)
 
 
 def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,21 +134,29 @@ def planes_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
     return (3 if float32_matmul_precision("cuda") == "highest" else 2), torch.bfloat16
 
 
-def _arrange(features: Tensor, basis: Tensor, *, transposed: bool = False) -> Arranged:
+def _arrange(
+    features: Tensor,
+    basis: Tensor,
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+    copied: Tensor | None = None,
+) -> Arranged:
+    """With a dtype the features are normalised, and worked with in that; `copied` as in `unify_normalized`."""
     from anyup.kernels.feature_unification_patches import allocate, plan_arrange
 
-    planes, dtype = planes_of(features.dtype)
-    arranged = allocate(features, basis, planes=planes, dtype=dtype, transposed=transposed)
+    planes, stored = planes_of(dtype or features.dtype)
+    arranged = allocate(features, basis, planes=planes, dtype=stored, transposed=transposed)
     run_first(
-        lambda _: plan_arrange(features, basis.contiguous(), arranged)(),
+        lambda _: plan_arrange(features, basis.contiguous(), arranged, normalizes=dtype is not None, copied=copied)(),
         [None],
-        kernel=_kernel("arrange", features, basis),
+        kernel=(*_kernel("arrange", features, basis, dtype), copied is None),
     )
     return arranged
 
 
-def _kernel(name: str, features: Tensor, basis: Tensor) -> tuple[Hashable, ...]:
-    """What else than its cut a kernel is compiled for."""
+def _kernel(name: str, features: Tensor, basis: Tensor, dtype: torch.dtype | None = None) -> tuple[Hashable, ...]:
+    """What else than its cut a kernel is compiled for; with the dtype that features are normalised in."""
     from anyup.kernels.feature_unification_patches import runs_of
 
     runs = runs_of(features.shape[1], basis.shape[0])
@@ -136,7 +165,8 @@ def _kernel(name: str, features: Tensor, basis: Tensor) -> tuple[Hashable, ...]:
         name,
         features.device,
         features.dtype,
+        dtype,
         basis.shape,
         (runs.classes, runs.turned),
-        planes_of(features.dtype),
+        planes_of(dtype or features.dtype),
     )

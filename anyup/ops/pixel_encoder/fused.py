@@ -26,7 +26,7 @@ from anyup.ops.pixel_encoder.arguments import EPS, EncoderParameters, PixelEncod
 
 if TYPE_CHECKING:
     from anyup.kernels.pixel_encoder_config import EncoderConfig
-    from anyup.kernels.pixel_encoder_passes import HalfBlock, Join, Source
+    from anyup.kernels.pixel_encoder_passes import HalfBlock, Join, KeyProjection, Source
 
 __all__ = ["discouraged", "forward", "unsupported"]
 
@@ -56,7 +56,7 @@ def forward(
     size = (pixels.shape[1], pixels.shape[2])
     if 0 in pixels.shape:
         return pixels.new_zeros(pixels.shape[0], *output_size, parameters.block1.weight1.shape[0])
-    encoder = _Encoder(pixels, parameters)
+    encoder = Encoder(pixels, parameters)
     if frequencies is None and output_size != size and output_size[0] <= size[0] and output_size[1] <= size[1]:
         return encoder.pooled(output_size)
     out = encoder.whole(frequencies)
@@ -69,13 +69,15 @@ def forward(
 class Kernels:
     """What the kernels are compiled for: maps of so many channels, of an input of so many (0: a map).
 
-    Torch's precision of products is read once, not at each launch of a forward.
+    Torch's precision of products is read once, not at each launch of a forward. `weights` is their dtype, where it is
+    another than the maps'.
     """
 
     dtype: torch.dtype
     device: torch.device
     dim: int
     inputs: int
+    weights: torch.dtype | None = None
     precision: str = field(default_factory=dot_precision)
 
     @cached_property
@@ -89,7 +91,7 @@ class Kernels:
         """What `run` gives with the first cut that the device takes; `known` is what else it is compiled for."""
         from anyup.kernels.pixel_encoder_config import encoder_configs
 
-        kernel = ("pixel_encoder", name, self.device, self.dtype, self.dim, self.inputs, self.precision)
+        kernel = ("pixel_encoder", name, self.device, self.dtype, self.weights, self.dim, self.inputs, self.precision)
         configs = encoder_configs(kind, self.dtype, target(self.device))
         return run_first(run, configs, kernel=(*kernel, kind, *known.items()))
 
@@ -122,20 +124,22 @@ class Kernels:
         *,
         tables: Tensor | None = None,
         size: tuple[int, int] | None = None,
+        keys: KeyProjection | None = None,
     ) -> None:
-        """A pass whose result goes to `out`, rotated where there are tables, of a map of that size."""
+        """A pass whose result goes to `out`: rotated where there are tables, of a map of that size; or projected."""
         from anyup.kernels.pixel_encoder_passes import plan_pass
 
         shape = (1, source.pixels.shape[1]) if size is None else size
 
         def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> None:
             plan_pass(
-                source, halves, norms=norms, parts=None, out=out, tables=tables, size=shape, programs=programs,
-                form=self.form, precision=self.precision, config=config,
+                source, halves, norms=norms, parts=None, out=out, tables=tables, keys=keys, size=shape,
+                programs=programs, form=self.form, precision=self.precision, config=config,
             )()  # fmt: skip
 
         # A launch that fails has written nothing: the next cut finds the map as it was.
-        self._run_pass("store", run, source, halves, rotates=tables is not None)
+        stored = None if keys is None else out.dtype
+        self._run_pass("store", run, source, halves, rotates=tables is not None, keys=stored)
 
     def pool(
         self,
@@ -146,7 +150,7 @@ class Kernels:
         size: tuple[int, int],
         cells: tuple[int, int],
     ) -> None:
-        """The means over cells of a map of that size, into `out` (B, cells, 2, D) float32; see `plan_pool`."""
+        """The means over cells of what a map of that size becomes, into `out` (B, cells, D); see `plan_pool`."""
         from anyup.kernels.pixel_encoder_passes import allocate_norms
         from anyup.kernels.pixel_encoder_pool import plan_pool
 
@@ -155,7 +159,7 @@ class Kernels:
         def run(config: EncoderConfig) -> None:
             programs = config.programs(cells[0] * cells[1], batch, multiprocessors(self.device))
             plan_pool(
-                source, halves[0], halves[1].norm, out,
+                source, *halves, out,
                 norms=allocate_norms(batch, programs, self.dim, self.dtype, self.device), size=size, cells=cells,
                 programs=programs, form=self.form, precision=self.precision, config=config,
             )()  # fmt: skip
@@ -170,9 +174,13 @@ class Kernels:
         halves: tuple[HalfBlock, ...],
         *,
         rotates: bool = False,
+        keys: torch.dtype | None = None,
         **known: Hashable,
     ) -> Result:
-        """What `run` gives for a cut, its programs of an image, and room for the norm that they make, if they do."""
+        """What `run` gives for a cut, its programs of an image, and room for the norm that they make, if they do.
+
+        `keys`: the dtype that they are stored in.
+        """
         from anyup.kernels.pixel_encoder_config import kind_of
         from anyup.kernels.pixel_encoder_passes import Join, allocate_norms
 
@@ -185,8 +193,9 @@ class Kernels:
             return run(config, programs, norms)
 
         projects = source.projection is not None
-        kind = kind_of(len(halves), measures=name == "measure", rotates=rotates)
-        return self.run(name, with_room, kind=kind, halves=len(halves), projects=projects, joins=joins, **known)
+        kind = kind_of(len(halves), measures=name == "measure", rotates=rotates, keys=keys is not None)
+        known |= {"halves": len(halves), "projects": projects, "joins": joins, "keys": keys}
+        return self.run(name, with_room, kind=kind, **known)
 
 
 def source_of(pixels: Tensor, projection: Tensor | None) -> Source:
@@ -196,10 +205,14 @@ def source_of(pixels: Tensor, projection: Tensor | None) -> Source:
     return map_source(pixels.contiguous()) if projection is None else Source(pixels, projection.contiguous())
 
 
-class _Encoder:
-    """The passes over the images' pixels up to the last normalisation, whose statistics are known then."""
+class Encoder:
+    """The passes over the images' pixels up to the last normalisation, whose statistics are known then.
 
-    def __init__(self, pixels: Tensor, parameters: EncoderParameters) -> None:
+    `parts` are the statistics of x0, (B, 3, programs, 8), where they are known before. Of float32 pixels the parameters
+    may be of any dtype.
+    """
+
+    def __init__(self, pixels: Tensor, parameters: EncoderParameters, parts: Tensor | None = None) -> None:
         from anyup.kernels.pixel_encoder_passes import HalfBlock, map_source
 
         batch, height, width, inputs = pixels.shape
@@ -207,11 +220,13 @@ class _Encoder:
         self._dim = parameters.block1.weight1.shape[0]
         self._dtype, self._device = pixels.dtype, pixels.device
         inputs = 0 if parameters.projection is None else inputs
-        self._kernels = Kernels(self._dtype, self._device, self._dim, inputs)
+        weights = parameters.block1.weight1.dtype
+        self._kernels = Kernels(self._dtype, self._device, self._dim, inputs, weights)
         block1, block2 = parameters.block1, parameters.block2
         source = source_of(pixels.flatten(1, 2), parameters.projection)  # a view where rows follow each other
         measure = self._kernels.measure
-        parts, _ = measure(source, ())
+        if parts is None:
+            parts, _ = measure(source, ())
         first = HalfBlock(_join(parts, *block1[:2]), block1.weight1.contiguous())
         parts, norm = measure(source, (first,))
         first = first._replace(norm=norm)
@@ -226,11 +241,15 @@ class _Encoder:
             HalfBlock(_join(parts, *block2[3:5]), block2.weight2.contiguous()),
         )
 
-    def whole(self, frequencies: Tensor | None) -> Tensor:
+    def whole(self, frequencies: Tensor | None = None) -> Tensor:
         """(B, H, W, D), rotated where there are frequencies."""
         tables = None if frequencies is None else self._angles(frequencies)
         self._kernels.store(self._stored, self._halves, self._map, tables=tables, size=self._size)
         return self._map.unflatten(1, self._size)
+
+    def keys(self, projection: KeyProjection, out: Tensor) -> None:
+        """Normalised and projected, of float32 into `out` (B, H, W, D), of any dtype."""
+        self._kernels.store(self._stored, self._halves, out.flatten(1, 2), keys=projection)
 
     def _angles(self, frequencies: Tensor) -> Tensor:
         from anyup.kernels.pixel_encoder_passes import plan_angles
@@ -245,11 +264,9 @@ class _Encoder:
 
     def pooled(self, cells: tuple[int, int]) -> Tensor:
         """(B, h, w, D), averaged over cells."""
-        shape = (len(self._map), cells[0] * cells[1], 2, self._dim)
-        means = torch.empty(shape, dtype=torch.float32, device=self._device)
-        self._kernels.pool(self._stored, self._halves, means, size=self._size, cells=cells)
-        passed, activated = means.unbind(2)
-        return (passed + activated @ self._halves[1].weight.float().T).to(self._dtype).unflatten(1, cells)
+        out = self._map.new_empty(len(self._map), *cells, self._dim)
+        self._kernels.pool(self._stored, self._halves, out, size=self._size, cells=cells)
+        return out
 
 
 def _join(parts: Tensor, weight: Tensor, bias: Tensor) -> Join:
