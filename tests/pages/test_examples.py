@@ -314,6 +314,13 @@ def test_paths_in_the_text_are_there(name: str) -> None:
             assert found or path in NOT_IN_A_CHECKOUT, f"{path}: expected a file's name, or a path from the root"
 
 
+def test_every_room_and_every_helper_of_the_tests_is_described() -> None:
+    spans = set(read("docs/developing.md").spans)
+    rooms = {f"anyup/{path.parent.name}/" for path in (ROOT / "anyup").glob("*/__init__.py")}
+    helpers = {path.name for path in (ROOT / "tests" / "support").glob("*.py")} - {"__init__.py"}
+    assert rooms | helpers <= spans
+
+
 def test_paths_are_found() -> None:
     assert list(paths_in("`cat anyup/ops/gone.py` and `setup.py`, `kernels/`, `images/SPLIT`")) == [
         "anyup/ops/gone.py", "setup.py", "kernels/",
