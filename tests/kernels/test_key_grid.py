@@ -10,6 +10,7 @@ from support.accuracy import assert_close_enough
 from support.mutations import mutate
 from support.recipe import INTERPRETED, fill, wave
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from anyup import AnyUp
 from anyup.ops.dispatch import BackendFailure
@@ -79,6 +80,18 @@ def test_the_whole_upsampler_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> No
         exact = model(32, "reference").double()(image.double(), features.double())
     assert calls == [1]
     assert_close_enough(actual, reference, exact)
+
+
+def test_torch_s_counter_counts_them_as_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a convolution by products it misses those that are added in place.
+    monkeypatch.setattr("anyup.ops.convolution.goes_through_convolution", lambda weight: True)
+    image_keys, features = wave((2, 3, 4, 16), 3), wave((2, 20, 3, 4), 7)
+    counts = []
+    for backend in ("triton", "reference"):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(16, backend).keys(image_keys, features)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_where_they_are_not_for_a_call_there_are_none() -> None:
