@@ -1,4 +1,4 @@
-"""Numbers of results as people read them: the same in the terminal, the report and the README."""
+"""Numbers of results as people read them: the same in the terminal, the report and the pages."""
 
 from __future__ import annotations
 

@@ -314,6 +314,13 @@ def test_paths_in_the_text_are_there(name: str) -> None:
             assert found or path in NOT_IN_A_CHECKOUT, f"{path}: expected a file's name, or a path from the root"
 
 
+def test_every_page_is_in_the_index_and_in_the_site() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    linked = set(re.findall(r"\]\((\w+\.md)[)#]", read("docs/index.md").text))
+    listed = re.findall(r"^ +- (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert linked | {"index.md"} == pages and sorted(listed) == sorted(pages)
+
+
 def test_every_room_and_every_helper_of_the_tests_is_described() -> None:
     spans = set(read("docs/developing.md").spans)
     rooms = {f"anyup/{path.parent.name}/" for path in (ROOT / "anyup").glob("*/__init__.py")}
