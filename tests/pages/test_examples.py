@@ -28,6 +28,10 @@ from anyup import capture
 from anyup.checkpoints import NAMED
 from anyup.cli import command as cli
 from anyup.images import normalize_imagenet, save_picture
+from anyup.limited_memory.request import Request
+from anyup.model import AnyUp
+from anyup.network import Network
+from anyup.ops.dispatch import Operation
 
 pytest.importorskip("PIL")
 
@@ -312,6 +316,16 @@ def test_paths_in_the_text_are_there(name: str) -> None:
                 "/" not in path and any(True for at in ROOMS for _ in (ROOT / at).rglob(path))
             )
             assert found or path in NOT_IN_A_CHECKOUT, f"{path}: expected a file's name, or a path from the root"
+
+
+def test_methods_on_the_way_from_the_call_to_a_kernel_are_there() -> None:
+    classes = {"AnyUp": AnyUp, "Network": Network, "Request": Request, "Operation": Operation}
+    named = [
+        span.split(".") for span in read("docs/developing.md").spans if span.split(".")[0] in classes and "." in span
+    ]
+    assert len(named) > 6
+    for name, method in named:
+        assert callable(getattr(classes[name], method)), f"{name}.{method}"
 
 
 def test_every_page_is_in_the_index_and_in_the_site() -> None:
