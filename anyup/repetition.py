@@ -1,10 +1,10 @@
 """A call like an earlier one, repeated without the Python that decides how: the same launches, the same operations.
 
-What a call on a card decides (backends, cuts, grids, strides, conversions) follows from its signature: shapes, strides,
-dtypes, alignment, settings, and where the weights lie. So the second and the third call of a signature are recorded, as
-a straight line of torch operations and launches of compiled kernels; where both are alike, later ones run that line.
-Weights are read where they are, at each call: nothing that is made of their numbers is kept, so that it does not matter
-who writes to them, and how.
+What a call on a card decides (backends, configs, grids, strides, conversions) follows from its signature: shapes,
+strides, dtypes, alignment, settings, and where the weights lie. So the second and the third call of a signature are
+recorded, as a straight line of torch operations and launches of compiled kernels; where both are alike, later ones run
+that line. Weights are read where they are, at each call: nothing that is made of their numbers is kept, so that it does
+not matter who writes to them, and how.
 """
 
 from __future__ import annotations

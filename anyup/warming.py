@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from anyup.argument_checks import OutputSize, check_size
-from anyup.ops.cuts import is_refusal
+from anyup.ops.configs import is_refusal
 from anyup.ops.kernel_device import installed, interprets
 from anyup.repetition import FULL_CALLS
 

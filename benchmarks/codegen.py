@@ -29,17 +29,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cut = row["config"]
-        pixels = cut.get("block_pixels")
-        if "block_keys" in cut:
-            block = f"{cut['resident_blocks'] or 'any'} x {cut['block_keys']}"
+        config = row["config"]
+        pixels = config.get("block_pixels")
+        if "block_keys" in config:
+            block = f"{config['resident_blocks'] or 'any'} x {config['block_keys']}"
         else:
             block = f"{pixels} pixels" if pixels else "-"
         warps = min(row["warps_by_registers"], row["warps_by_shared"], row["warps_by_threads"])
         ratio = f"{row['modelled_us'] / row['floor_us']:.2f}" if row["floor_us"] else ""
         cells = (
             row["kernel"].removeprefix("window_attention_"), row["target"], row["dtype"], row["channels"],
-            row["workload"], f"{cut.get('rows', '-')}x{cut.get('columns', '-')}, {block}, {cut['num_warps']}",
+            row["workload"], f"{config.get('rows', '-')}x{config.get('columns', '-')}, {block}, {config['num_warps']}",
             row["registers"],
             f"{row['spill_bytes']}/{row['spill_instructions']}", f"{row['shared_bytes'] / 1024:.0f}",
             f"{warps}/{row['warps_of']}", "-" if (products := row["tensor_core_instructions"]) is None else products,

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from anyup.bench.workloads import Workload, square
-from anyup.kernels import config
-from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
+from anyup.kernels import launch, window_attention_config
 from anyup.kernels.launch import Launch
 from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
 from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
 from anyup.kernels.window_attention_backward_query import plan_backward_query
+from anyup.kernels.window_attention_config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.kernels.window_attention_forward import allocate_kept, plan_forward
 from anyup.ops.window_attention.fused import window_rule
 from anyup.ops.window_attention.tiles import most_keys
@@ -46,7 +46,7 @@ KERNELS = tuple(
     for name in ("forward", "backward_query", "backward_key", "backward_value", "backward_key_value")
 )
 
-Cut = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
+KernelConfig = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
 Row = dict[str, Any]
 
 TIMES = ("device", "floor_us", "floor_term", "modelled_us", "modelled_term", "terms_us")
@@ -68,33 +68,35 @@ class Case:
     heads: int = HEADS
     head_dim: int = HEAD_DIM
     save_lse: bool = False
-    cut: Cut | None = None
+    config: KernelConfig | None = None
     kernel: str = KERNELS[0]
     part: tuple[int, int, int, int] | None = None
     """Where the output, of the forward pass, lies in a larger one, as `plan_forward` takes it."""
 
     @cached_property
-    def configs(self) -> Sequence[Cut]:
-        """The configs that the launcher tries, in order; `cut` instead where it is given."""
-        if self.cut is not None:
-            return [self.cut]
+    def configs(self) -> Sequence[KernelConfig]:
+        """The configs that the launcher tries, in order; `config` instead where it is given."""
+        if self.config is not None:
+            return [self.config]
         w, target = self.workload, target_of(self.arch)
         known = {
-            "target": config.Target(target.backend, target.arch),
+            "target": launch.Target(target.backend, target.arch),
             "half": self.half,
             "heads": self.heads,
             "head_dim": self.head_dim,
         }
 
         if self.kernel == KERNELS[0]:
-            return config.forward_configs(self._most_keys, **known, channels=w.channels)
+            return window_attention_config.forward_configs(self._most_keys, **known, channels=w.channels)
         if self.kernel == KERNELS[1]:
-            return config.backward_query_configs(self._most_keys, **known)
+            return window_attention_config.backward_query_configs(self._most_keys, **known)
         of_values = self.kernel == KERNELS[3]
         pixels = math.prod(w.size)
         if self.kernel == KERNELS[4]:
-            return config.backward_key_value_configs(pixels, w.batch * w.keys, w.channels, **known)
-        return config.backward_grid_configs(pixels, w.batch * w.keys, w.channels, of_values=of_values, **known)
+            return window_attention_config.backward_key_value_configs(pixels, w.batch * w.keys, w.channels, **known)
+        return window_attention_config.backward_grid_configs(
+            pixels, w.batch * w.keys, w.channels, of_values=of_values, **known
+        )
 
     def _most_keys(self, rows: int, columns: int) -> int:
         return most_keys(WINDOW, self.workload.size, self.workload.grid, (rows, columns))
@@ -117,7 +119,7 @@ class Case:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        cut: Any = self.configs[number]
+        config: Any = self.configs[number]
         query, key = empty(w.batch, *w.size, *heads), empty(w.batch, *w.grid, *heads)
         value, out = empty(w.batch, *w.grid, w.channels), empty(w.batch, *w.size, w.channels)
         statistic = empty(w.batch, *w.size, self.heads, dtype=torch.float32)
@@ -125,18 +127,18 @@ class Case:
             "window": window_rule(WINDOW, w.grid),
             "scale": self.head_dim**-0.5,
             "precision": self.precision,
-            "config": cut,
+            "config": config,
         }
         if self.kernel == KERNELS[0]:
             lse = statistic if self.save_lse else empty(0, dtype=torch.float32)
             device = roofline.device_of(self.arch)
             on = device.sms if device else MULTIPROCESSORS
-            kept = allocate_kept(value, most_keys=self._most_keys, multiprocessors=on, config=cut)
+            kept = allocate_kept(value, most_keys=self._most_keys, multiprocessors=on, config=config)
             return plan_forward(query, key, value, out, lse, **shared, part=self.part, kept=kept)
         if self.kernel == KERNELS[1]:
             return plan_backward_query(out, query, key, value, statistic, query, statistic, statistic, **shared)
-        sums = torch.float32 if cut.parts > 1 else dtype
-        of_key, of_value = (empty(cut.parts, *like.shape, dtype=sums) for like in (key, value))
+        sums = torch.float32 if config.parts > 1 else dtype
+        of_key, of_value = (empty(config.parts, *like.shape, dtype=sums) for like in (key, value))
         statistics = (statistic, statistic, statistic)
         if self.kernel == KERNELS[2]:
             return plan_backward_key(out, query, key, value, *statistics, of_key, **shared)

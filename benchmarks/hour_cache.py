@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from anyup.bench.workloads import square
-from anyup.kernels.config import Target
+from anyup.kernels.launch import Target
 
 DTYPES = (torch.bfloat16, torch.float32)
 WORKLOADS = (square(448, 32), square(224, 16), square(1024, 64), square(2048, 128))

@@ -22,8 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from anyup.bench.workloads import Workload, square
-from anyup.kernels.config import Target
-from anyup.kernels.launch import Launch
+from anyup.kernels.launch import Launch, Target
 from benchmarks import compiled, operation_kernels, pixel_encoder_work, roofline
 from benchmarks.model_steps import STAGES, Step, steps_of
 

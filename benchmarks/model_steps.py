@@ -22,8 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from anyup import AnyUp
 from anyup.bench.workloads import Workload
-from anyup.kernels.config import Target
-from anyup.kernels.launch import Launch
+from anyup.kernels.launch import Launch, Target
 from anyup.ops import kernel_device
 
 ENCODERS = ("image encoder", "key encoder", "query encoder")

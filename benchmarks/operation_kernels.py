@@ -17,12 +17,11 @@ from anyup.bench.workloads import Workload, square
 from anyup.kernels import feature_unification_backward as unification_backward
 from anyup.kernels import feature_unification_forward as unification_forward
 from anyup.kernels import query_projection_forward as projection
-from anyup.kernels.config import Target
 from anyup.kernels.feature_unification_config import backward_configs, forward_configs
 from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_arrange, runs_of
 from anyup.kernels.key_grid_config import convolution_configs
 from anyup.kernels.key_grid_convolution import plan_convolution
-from anyup.kernels.launch import Launch
+from anyup.kernels.launch import Launch, Target
 from benchmarks import pixel_encoder_work, roofline
 from benchmarks.ahead_of_time import compilation_of, target_of
 from benchmarks.compiled import TIMES, code_facts, execution_of, told_execution, told_times
@@ -133,8 +132,8 @@ class Case:
             copied = self._empty(w.batch, *w.grid, w.channels)
             return plan_arrange(features, basis, arranged, normalizes=True, copied=copied), {}
         if self.kernel == "feature_unification_forward":
-            cut = forward_configs(arranged)[0]
-            return unification_forward.plan_forward(arranged, out, precision="ieee", config=cut), asdict(cut)
+            config = forward_configs(arranged)[0]
+            return unification_forward.plan_forward(arranged, out, precision="ieee", config=config), asdict(config)
         parts = unification_backward.allocate_parts(arranged, w.grid)
         if self.kernel == "feature_unification_fold":
             fold = unification_backward.plan_fold(parts[0], features, arranged)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from anyup.bench.workloads import Workload
-from anyup.kernels.config import Target
-from anyup.kernels.launch import Launch
+from anyup.kernels.launch import Launch, Target
 from anyup.kernels.pixel_encoder_config import encoder_configs, kind_of, silu_form
 from anyup.kernels.pixel_encoder_passes import (
     HalfBlock,

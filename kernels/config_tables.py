@@ -1,4 +1,4 @@
-"""Tables of cuts measured on a card, which come before the rule: one JSON file for each kind of card.
+"""Tables of configs measured on a card, which come before the rule: one JSON file for each kind of card.
 
 `anyup tune` writes them. A table of the user's, in his cache folder, comes before the one that is shipped in
 `configs/`; where neither has an entry, or the entry does not fit the sizes, the rule of `config.py` decides.
@@ -22,18 +22,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, MostKeys
+from .window_attention_config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, MostKeys
 
-Cut = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
+KernelConfig = ForwardConfig | BackwardQueryConfig | BackwardGridConfig
 
-KINDS: Mapping[str, type[Cut]] = {
+KINDS: Mapping[str, type[KernelConfig]] = {
     "forward": ForwardConfig,
     "backward_query": BackwardQueryConfig,
     "backward_key": BackwardGridConfig,
     "backward_value": BackwardGridConfig,
     "backward_key_value": BackwardGridConfig,
 }
-"""The kernels of the window attention, and what cuts each."""
+"""The kernels of the window attention, and what configs each."""
 
 AT_ONCE, APART = "backward_key_value", ("backward_key", "backward_value")
 """The kernel of two gradients, and the kernels of one each that can be run instead."""
@@ -50,7 +50,7 @@ _SHIPPED = Path(__file__).parent / "configs"
 
 
 class TableError(ValueError):
-    """A file is no table of cuts; the message says what is wrong in it, and not which file it is."""
+    """A file is no table of configs; the message says what is wrong in it, and not which file it is."""
 
 
 class OtherTable(ValueError):
@@ -59,7 +59,7 @@ class OtherTable(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """What a cut was measured for.
+    """What a config was measured for.
 
     Attributes:
         kernel: one of `KINDS`.
@@ -95,12 +95,12 @@ def rounded_keys(most_keys: MostKeys) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """The cut that was fastest, and how many times as fast as the rule's it was; 1.0 where it is the rule's.
+    """The config that was fastest, and how many times as fast as the rule's it was; 1.0 where it is the rule's.
 
-    No cut of the kernel of keys and values at once: one kernel for each was faster.
+    No config of the kernel of keys and values at once: one kernel for each was faster.
     """
 
-    cut: Cut | None
+    config: KernelConfig | None
     gain: float = 1.0
 
 
@@ -159,8 +159,10 @@ def dump(table: Table) -> str:
     head = {"format": FORMAT, "device": table.device, "kernels": table.kernels, "made_with": dict(table.made_with)}
     rows = []
     for case, entry in sorted(table.entries.items(), key=lambda item: _order(item[0])):
-        cut = entry.cut and {name: value for name, value in asdict(entry.cut).items() if name not in _NOT_STORED}
-        rows.append(json.dumps({**asdict(case), "config": cut, "gain": round(entry.gain, 4)}))
+        config = entry.config and {
+            name: value for name, value in asdict(entry.config).items() if name not in _NOT_STORED
+        }
+        rows.append(json.dumps({**asdict(case), "config": config, "gain": round(entry.gain, 4)}))
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     return "\n".join(["{", *lines, ' "entries": [', ",\n".join(f"  {row}" for row in rows), " ]", "}"]) + "\n"
 
@@ -215,10 +217,10 @@ def _entry(row: object, where: str) -> tuple[Case, Entry]:
     config = stored.get("config")
     if config is None and "config" in stored and case.kernel == AT_ONCE:
         return case, Entry(None, float(gain))
-    return case, Entry(_cut(case, _object(config, f"{where}: config"), f"{where}: config"), float(gain))
+    return case, Entry(_config_of(case, _object(config, f"{where}: config"), f"{where}: config"), float(gain))
 
 
-def _cut(case: Case, stored: Mapping[str, Any], where: str) -> Cut:
+def _config_of(case: Case, stored: Mapping[str, Any], where: str) -> KernelConfig:
     kind = KINDS[case.kernel]
     wanted = {f.name: bool if f.type == "bool" else int for f in fields(kind) if f.name not in _NOT_STORED}
     if unknown := set(stored) - set(wanted):
@@ -227,12 +229,12 @@ def _cut(case: Case, stored: Mapping[str, Any], where: str) -> Cut:
     if kind is BackwardGridConfig:
         values["parts"] = 1
     try:
-        cut = kind(**values)
+        config = kind(**values)
     except ValueError as error:
         raise TableError(f"{where}: {error}") from error
-    if (heads := getattr(cut, "heads", 0)) and case.heads % heads:
+    if (heads := getattr(config, "heads", 0)) and case.heads % heads:
         raise TableError(f"{where}: heads: expected a divisor of {case.heads}, got {heads}")
-    return cut
+    return config
 
 
 def _object(value: object, where: str) -> dict[str, Any]:
@@ -282,7 +284,7 @@ def in_force(device: str) -> InForce:
             told.append(f"{whose}: ignored, {other} ({path})")
         except (OSError, ValueError) as error:
             told.append(f"{whose}: ignored, {error} ({path})")
-            warnings.warn(f"anyup: the table of kernel cuts {path} is ignored: {error}", stacklevel=2)
+            warnings.warn(f"anyup: the table of kernel configs {path} is ignored: {error}", stacklevel=2)
         else:
             entries.update(table.entries)
             made = ", ".join(f"{name} {value}" for name, value in table.made_with.items())
@@ -291,28 +293,28 @@ def in_force(device: str) -> InForce:
 
 
 def before_the_rule(
-    rule: Sequence[Cut], case: Case, *, device: str, most_keys: MostKeys, channels: int
-) -> Sequence[Cut]:
-    """The cuts to try in order: a card's measured one for the case, where there is one that fits, then the rule's.
+    rule: Sequence[KernelConfig], case: Case, *, device: str, most_keys: MostKeys, channels: int
+) -> Sequence[KernelConfig]:
+    """The configs to try in order: a card's measured one for the case, where there is one that fits, then the rule's.
 
     There is none where other kernels were faster.
     """
     entry = in_force(device).entries.get(case)
     if entry is None:
         return rule
-    if entry.cut is None:
+    if entry.config is None:
         return []
-    cut = fitted(entry.cut, rule, most_keys=most_keys, channels=channels)
-    return rule if cut is None else [cut, *(other for other in rule if other != cut)]
+    config = fitted(entry.config, rule, most_keys=most_keys, channels=channels)
+    return rule if config is None else [config, *(other for other in rule if other != config)]
 
 
-def held(cut: Any, most_keys: MostKeys) -> dict[str, int]:
+def held(config: Any, most_keys: MostKeys) -> dict[str, int]:
     """The number of resident blocks that hold the keys of every tile, by attribute.
 
-    A cut may end with a smaller block, `tail_keys`, which is left out where it is of no use.
+    A config may end with a smaller block, `tail_keys`, which is left out where it is of no use.
     """
-    blocks, left = divmod(most_keys(cut.rows, cut.columns), cut.block_keys)
-    tail = getattr(cut, "tail_keys", None)
+    blocks, left = divmod(most_keys(config.rows, config.columns), config.block_keys)
+    tail = getattr(config, "tail_keys", None)
     if tail is None:
         return {"resident_blocks": blocks + (left > 0)}
     if blocks and 0 < left <= tail:
@@ -320,18 +322,20 @@ def held(cut: Any, most_keys: MostKeys) -> dict[str, int]:
     return {"resident_blocks": blocks + (left > 0), "tail_keys": 0}
 
 
-def fitted(cut: Cut, rule: Sequence[Cut], *, most_keys: MostKeys, channels: int) -> Cut | None:
-    """A cut for these sizes; None where its resident blocks do not hold the keys of every tile.
+def fitted(
+    config: KernelConfig, rule: Sequence[KernelConfig], *, most_keys: MostKeys, channels: int
+) -> KernelConfig | None:
+    """A config for these sizes; None where its resident blocks do not hold the keys of every tile.
 
     Blocks and channel slices that would be empty are left out, and sums are made in the rule's number of parts.
     """
     changed: dict[str, int] = {}
-    if resident := getattr(cut, "resident_blocks", 0):
-        changed = held(cut, most_keys)
+    if resident := getattr(config, "resident_blocks", 0):
+        changed = held(config, most_keys)
         if changed["resident_blocks"] > resident:
             return None
-    if slices := getattr(cut, "slices", 0):
-        changed["slices"] = min(slices, -(-channels // cut.channel_slice))
-    if isinstance(cut, BackwardGridConfig):
+    if slices := getattr(config, "slices", 0):
+        changed["slices"] = min(slices, -(-channels // config.channel_slice))
+    if isinstance(config, BackwardGridConfig):
         changed["parts"] = rule[0].parts
-    return replace(cut, **changed)
+    return replace(config, **changed)

@@ -286,7 +286,7 @@ def plan_backward(
         cell_parts, filter_parts: the memory.
         of: which gradient, "cells" or "filters".
         precision: of products of float32, where there is one plane of it; Triton's `input_precision`.
-        config: how to cut the work.
+        config: sizes of tiles, warps, stages.
     """
     batch, filters, height, width = grad.shape
     planes, columns, taps = arranged.filters.shape

@@ -1,4 +1,4 @@
-"""How the feature unification's kernels are cut: positions of a program, rows of a product, warps.
+"""Configs of the feature unification's kernels: positions of a program, rows of a product, warps.
 
 A `Config` changes speed and never a result.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config import Target
+from .launch import Target
 
 if TYPE_CHECKING:
     from .feature_unification_patches import Arranged
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnificationConfig:
-    """A cut of the forward pass.
+    """A config of the forward pass.
 
     Attributes:
         positions: of a program, which takes them one after the other and stores their results together.
@@ -44,7 +44,7 @@ class UnificationConfig:
 
 @dataclass(frozen=True)
 class UnificationGradientConfig:
-    """A cut of the backward pass; the attributes are as of `UnificationConfig`."""
+    """A config of the backward pass; the attributes are as of `UnificationConfig`."""
 
     rows: int
     num_warps: int
@@ -64,7 +64,7 @@ def padded_filters(filters: int) -> int:
 
 
 def forward_configs(arranged: Arranged) -> list[UnificationConfig]:
-    """Cuts of the forward pass, best first; what comes later asks less of a card.
+    """Configs of the forward pass, best first; what comes later asks less of a card.
 
     They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`: where M divides C none
     spills a register on any target. With classes of outputs none does in half precision, and in float32 at most 8 bytes
@@ -88,7 +88,7 @@ def forward_configs(arranged: Arranged) -> list[UnificationConfig]:
 
 
 def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[UnificationGradientConfig]:
-    """Cuts of the backward pass for the gradients of "cells" or of "filters", best first.
+    """Configs of the backward pass for the gradients of "cells" or of "filters", best first.
 
     Chosen as those of the forward pass: two launches, because one that makes both would spill much in float32. Where M
     divides C the filters' spills 40 bytes of a thread's in float32 on sm_80 and sm_90 and 80 on sm_120, the cells' 16

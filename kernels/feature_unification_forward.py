@@ -197,7 +197,7 @@ def plan_forward(
         parts: (B, 3, tiles, 8) float32, takes its groups' statistics where `measures` says so; see
             `UnificationConfig.tiles`.
         precision: of products of float32, where there is one plane of it; Triton's `input_precision`.
-        config: how to cut the work.
+        config: sizes of tiles, warps, stages.
     """
     batch, filters, height, width = out.shape
     planes, columns, taps = arranged.filters.shape

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import Target
+from .launch import Target
 
 
 @dataclass(frozen=True)
 class ConvolutionConfig:
-    """A cut.
+    """A config.
 
     Attributes:
         cells: of a program, a power of two.
@@ -41,7 +41,7 @@ class ConvolutionConfig:
 
 
 def convolution_configs(target: Target) -> list[ConvolutionConfig]:
-    """Cuts, best first; what comes later asks less of a card. They were chosen by compiling for each target.
+    """Configs, best first; what comes later asks less of a card. They were chosen by compiling for each target.
 
     A grid of 32 x 32 cells has 128 programs of 32 x 32 numbers, which ask for as many bytes of the weight as of keys.
     """

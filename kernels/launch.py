@@ -14,6 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for: Triton's backend ("cuda", "hip") and architecture (80, "gfx942").
+
+    The interpreter has neither; the default stands for it and for cards nobody thought of.
+    """
+
+    backend: str = "any"
+    arch: int | str = 0
+
+
 SIZES = (
     "height", "width", "grid_rows", "grid_columns", "tile_rows", "tile_columns", "cell_rows", "cell_columns", "again",
     "images",

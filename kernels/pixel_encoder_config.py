@@ -1,4 +1,4 @@
-"""How the pixel encoder's kernels are cut: pixels of a program, warps. A `Config` changes speed and never a result."""
+"""Configs of the pixel encoder's kernels: pixels of a program, warps. A `Config` changes speed and never a result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import Target
+from .launch import Target
 
 MOST_CHANNELS = 128
 """A pixel's channels stay in registers, and a weight in shared memory."""
@@ -14,7 +14,7 @@ MOST_CHANNELS = 128
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A cut.
+    """A config.
 
     Attributes:
         pixels: that a program takes together, a power of two.
@@ -74,7 +74,7 @@ def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False) -
 
 
 def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[EncoderConfig]:
-    """Cuts, best first; what comes later asks less of a card. They were chosen by compiling each pass for each target.
+    """Configs, best first; what comes later asks less of a card. Chosen by compiling each pass for each target.
 
     `kind` is that of a pass, or "pool". At 128 channels none spills a register in half precision. In float32, where the
     products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's (128 on sm_120), of

@@ -538,7 +538,7 @@ def plan_pass(
         programs: of an image, see `EncoderConfig.programs`.
         form: of silu, see `silu_form`.
         precision: of products of float32; Triton's `input_precision`.
-        config: how to cut the work.
+        config: sizes of tiles, warps, stages.
     """
     pixels, projection = source
     batch, count, _ = pixels.shape

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Target
-from .launch import Launch, strides_of
+from .launch import Launch, Target, strides_of
 from .products import matmul
 
 SIZES = ("height", "width", "tile_rows", "tile_columns")
@@ -27,7 +26,7 @@ SIZES = ("height", "width", "tile_rows", "tile_columns")
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """A cut: changes speed and never a result.
+    """A config: changes speed and never a result.
 
     Attributes:
         rows, columns: pixels of a rectangle.
@@ -56,7 +55,7 @@ class ProjectionConfig:
 
 
 def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionConfig]:
-    """Cuts, best first; what comes later asks less of a card.
+    """Configs, best first; what comes later asks less of a card.
 
     They were chosen by `python -m benchmarks.codegen --kernel query_projection_forward`: at 128 channels they spill
     nothing on any target, at 256 nothing in half precision.
@@ -165,7 +164,7 @@ def plan_forward(
         out: the result.
         eps: of the normalisation.
         precision: of products of float32, Triton's `input_precision`.
-        config: how to cut the work.
+        config: sizes of tiles, warps, stages.
     """
     batch, height, width, dim = encoded.shape
     padded = max(16, triton.next_power_of_2(dim))

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import BackwardGridConfig
 from .launch import SIZES, Launch, strides_of
 from .products import matmul
+from .window_attention_config import BackwardGridConfig
 from .window_attention_keys_tile import (
     common_arguments,
     common_constants,

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import BackwardGridConfig
 from .launch import SIZES, Launch, strides_of
 from .products import matmul
+from .window_attention_config import BackwardGridConfig
 from .window_attention_keys_tile import (
     common_arguments,
     common_constants,
@@ -157,7 +157,7 @@ def plan_backward_key_value(
     """The launch that fills `grad_key`, (parts, B, h, w, heads, d), and `grad_value`, (parts, B, h, w, C), contiguous.
 
     `share` and `delta` are what the pass over the queries stored; the other arguments are as for that pass. All
-    channels and all heads are a program's: the cut's `slices` and `heads` are not looked at.
+    channels and all heads are a program's: the config's `slices` and `heads` are not looked at.
     """
     tiles = tiles_of(key, config)
     channels = value.shape[3]

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import BackwardQueryConfig
 from .launch import SIZES, Launch, size_arguments, strides_of
 from .products import matmul
 from .window_attention_backward_resident import resident_gradients, tile_grad_weights
+from .window_attention_config import BackwardQueryConfig
 from .window_attention_tile import (
     LOG2_E,
     head_product,
@@ -257,7 +257,7 @@ def plan_backward_query(
         query, key, value, window, scale, precision: as for the forward pass.
         lse: what the forward pass stored, (B, H, W, heads) float32.
         grad_query, share, delta: contiguous, the latter two float32.
-        config: how to cut the work; its resident blocks, if any, must hold the keys of every tile.
+        config: sizes of tiles, warps, stages; its resident blocks, if any, must hold the keys of every tile.
     """
     batch, height, width, heads, head_dim = query.shape
     tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))

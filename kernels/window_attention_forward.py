@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ForwardConfig, MostKeys
 from .launch import PART, SIZES, Launch, part_arguments, size_arguments, strides_of
 from .products import matmul
+from .window_attention_config import ForwardConfig, MostKeys
 from .window_attention_kept import _window_attention_kept_kernel
 from .window_attention_resident import resident_weights, run_offsets, side_by_side
 from .window_attention_tile import (
@@ -147,16 +147,16 @@ def plan_forward(
         window: the rule of the window for these sizes.
         scale: of the logits, positive.
         precision: of products of float32, Triton's `input_precision`.
-        config: how to cut the work; its resident blocks, if any, must hold the keys of every tile.
+        config: sizes of tiles, warps, stages; its resident blocks, if any, must hold the keys of every tile.
         part: where the pixels lie in a larger output, whose windows they have: first row, first column, the larger
             output's height and width. None: they are all of it.
-        kept: memory for the programs' weights, of `allocate_kept`, with a cut that keeps them there.
+        kept: memory for the programs' weights, of `allocate_kept`, with a config that keeps them there.
     """
     batch, height, width, heads, head_dim = query.shape
     tiles = (-(-height // config.rows), -(-width // config.columns))  # triton.cdiv takes as long as all else here
     number = batch * tiles[0] * tiles[1]
     if (kept is None) != (config.kept_programs == 0):
-        raise ValueError(f"kept: expected memory just where a cut keeps weights there, got {kept} with {config}")
+        raise ValueError(f"kept: expected memory just where a config keeps weights there, got {kept} with {config}")
     arguments = {
         "query": query,
         "key": key,
@@ -204,7 +204,7 @@ def plan_forward(
 def allocate_kept(value: Tensor, *, most_keys: MostKeys, multiprocessors: int, config: ForwardConfig) -> Tensor | None:
     """Memory for the weights of the tiles that are worked on at a time, (programs, blocks, pixels, keys of a block).
 
-    None with a cut that keeps them elsewhere.
+    None with a config that keeps them elsewhere.
     """
     if not config.kept_programs:
         return None

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import BackwardGridConfig
 from .launch import size_arguments, strides_of
 from .products import matmul
+from .window_attention_config import BackwardGridConfig
 from .window_attention_tile import LOG2_E, pixel_windows, tile_pixels, visibility
 from .window_bounds import WindowRule, axis_queries
 

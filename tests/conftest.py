@@ -24,7 +24,7 @@ if not torch.cuda.is_available() and "ttsem" not in sys.modules and broken() is 
     os.environ.setdefault("TRITON_INTERPRET", "1")
     leave_out_what_is_in_vain()
 
-# Tests run with the cuts of the rule, whatever table this machine's user has.
+# Tests run with the configs of the rule, whatever table this machine's user has.
 os.environ["ANYUP_CONFIGS"] = "off"
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the window attention on one workload: a launch of each with any cut, and whether it is right."""
+"""The kernels of the window attention on one workload: a launch of each with any config, and whether it is right."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from anyup.bench.parity import ParityError
 from anyup.bench.workloads import Workload
-from anyup.ops.cuts import run_first
+from anyup.ops.configs import run_first
 from anyup.ops.kernel_device import dot_precision, multiprocessors, target
 from anyup.ops.window_attention import fused
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import RatioWindow, Window, axis_bounds
 
 if TYPE_CHECKING:
-    from anyup.kernels.config_tables import Case, Cut
+    from anyup.kernels.config_tables import Case, KernelConfig
     from anyup.kernels.launch import Launch
 
 HEADS, HEAD_DIM = 4, 32
@@ -87,9 +87,9 @@ class AttentionPasses:
         """What a table calls a kernel on this workload."""
         return fused.case(kernel, self.query, self.key, self.value, self.window)
 
-    def rule(self, kernel: str) -> Sequence[Cut]:
-        """The cuts of a kernel where there is no table, best first; none where it is not for this workload."""
-        from anyup.kernels import config
+    def rule(self, kernel: str) -> Sequence[KernelConfig]:
+        """The configs of a kernel where there is no table, best first; none where it is not for this workload."""
+        from anyup.kernels import window_attention_config
 
         known: dict[str, Any] = {
             "target": target(self.device),
@@ -98,33 +98,33 @@ class AttentionPasses:
             "head_dim": self.query.shape[4],
         }
         if kernel == "forward":
-            return config.forward_configs(self.most_keys, **known, channels=self.workload.channels)
+            return window_attention_config.forward_configs(self.most_keys, **known, channels=self.workload.channels)
         if kernel == "backward_query":
-            return config.backward_query_configs(self.most_keys, **known)
+            return window_attention_config.backward_query_configs(self.most_keys, **known)
         w = self.workload
         sizes = (w.size[0] * w.size[1], w.batch * w.keys, w.channels)
         if kernel == "backward_key_value":
-            return config.backward_key_value_configs(*sizes, **known)
-        return config.backward_grid_configs(*sizes, of_values=kernel == "backward_value", **known)
+            return window_attention_config.backward_key_value_configs(*sizes, **known)
+        return window_attention_config.backward_grid_configs(*sizes, of_values=kernel == "backward_value", **known)
 
-    def fitted(self, kernel: str, cut: Cut) -> Cut | None:
-        """A cut as it would be launched on this workload; None where it does not fit."""
+    def fitted(self, kernel: str, config: KernelConfig) -> KernelConfig | None:
+        """A config as it would be launched on this workload; None where it does not fit."""
         from anyup.kernels.config_tables import fitted
 
-        return fitted(cut, self.rule(kernel), most_keys=self.most_keys, channels=self.workload.channels)
+        return fitted(config, self.rule(kernel), most_keys=self.most_keys, channels=self.workload.channels)
 
-    def launch(self, kernel: str, cut: Cut) -> Launch:
+    def launch(self, kernel: str, config: KernelConfig) -> Launch:
         """The launch to time."""
-        return self._plan(kernel, cut, None if kernel == "forward" else self._dense)[0]
+        return self._plan(kernel, config, None if kernel == "forward" else self._dense)[0]
 
-    def check(self, kernel: str, cut: Cut) -> None:
+    def check(self, kernel: str, config: KernelConfig) -> None:
         """Run a kernel; raise ParityError unless its result obeys the error rule, where a few pixels decide it.
 
         Outputs and gradients of queries are looked at there; gradients of keys and values are those of an output
         gradient that is zero everywhere else. The rule is the tests' (docs/design.md): twice as far from the
         definition in float64 as the definition in the tensors' dtype, and two roundings of the largest value.
         """
-        launch, results = self._plan(kernel, cut, None if kernel == "forward" else self._sparse)
+        launch, results = self._plan(kernel, config, None if kernel == "forward" else self._sparse)
         launch()
         exact, reference = self._expected[kernel]
         for found, wide, narrow in zip(self._looked_at(kernel, results), exact, reference, strict=True):
@@ -134,7 +134,7 @@ class AttentionPasses:
             if not error <= bound:  # a NaN is no small error
                 raise ParityError(f"{kernel}: error {error:.1e} exceeds {bound:.1e} (values up to {largest:.1e})")
 
-    def _plan(self, kernel: str, cut: Any, given: Mapping[str, Tensor] | None) -> tuple[Launch, tuple[Tensor, ...]]:
+    def _plan(self, kernel: str, config: Any, given: Mapping[str, Tensor] | None) -> tuple[Launch, tuple[Tensor, ...]]:
         """A launch and the tensors it fills; gradients of keys and values are (parts, ...)."""
         from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
         from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
@@ -146,18 +146,18 @@ class AttentionPasses:
             "window": fused.window_rule(self.window, self.workload.grid),
             "scale": self.scale,
             "precision": dot_precision(),
-            "config": cut,
+            "config": config,
         }
         if given is None:
             out, no_lse = v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(0, dtype=torch.float32)
-            return plan_forward(q, k, v, out, no_lse, **shared, kept=self._kept(cut)), (out,)
+            return plan_forward(q, k, v, out, no_lse, **shared, kept=self._kept(config)), (out,)
         grad, lse, share, delta = (given[name] for name in ("grad", "lse", "share", "delta"))
         if kernel == "backward_query":
             result, *statistics = torch.empty_like(q), torch.empty_like(share), torch.empty_like(delta)
             return plan_backward_query(grad, q, k, v, lse, result, *statistics, **shared), (result,)
         filled = {"backward_key": (k,), "backward_value": (v,), "backward_key_value": (k, v)}[kernel]
         results = tuple(
-            like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
+            like.new_empty((config.parts, *like.shape), dtype=torch.float32 if config.parts > 1 else like.dtype)
             for like in filled
         )
         if kernel == "backward_value":
@@ -165,12 +165,12 @@ class AttentionPasses:
         plan = plan_backward_key if kernel == "backward_key" else plan_backward_key_value
         return plan(grad, q, k, v, lse, share, delta, *results, **shared), results
 
-    def _kept(self, cut: Any) -> Tensor | None:
-        """Memory for the weights of the forward pass, where its cut keeps them there."""
+    def _kept(self, config: Any) -> Tensor | None:
+        """Memory for the weights of the forward pass, where its config keeps them there."""
         from anyup.kernels.window_attention_forward import allocate_kept
 
         on = multiprocessors(self.value.device)
-        return allocate_kept(self.value, most_keys=self.most_keys, multiprocessors=on, config=cut)
+        return allocate_kept(self.value, most_keys=self.most_keys, multiprocessors=on, config=config)
 
     # What the backward passes are given: a gradient of noise for the clock, since arithmetic on zeros takes less power
     # than it takes in earnest, and one that is zero but for the crops for the eye.

@@ -332,14 +332,14 @@ def _label(row: Row, among: Sequence[Row]) -> str:
     return ", ".join(parts)
 
 
-# Cuts of kernels
+# Configs of kernels
 
 
 def tune_figure(cases: Sequence[tuple[str, float | None, Sequence[float], float | None]]) -> Figure | None:
-    """The time of every cut over the rule's, a row for each case.
+    """The time of every config over the rule's, a row for each case.
 
     Args:
-        cases: name, seconds of the rule's cut (None: it does not run), of every cut that ran, and of the chosen one.
+        cases: name, seconds of the rule's config (None: it does not run), of all that ran, and of the chosen one.
     """
     shown = [case for case in cases if case[1] and case[2]]
     if not shown:
@@ -349,7 +349,7 @@ def tune_figure(cases: Sequence[tuple[str, float | None, Sequence[float], float 
         assert rule is not None
         axes.plot(
             [time / rule for time in times], [position] * len(times), "o", color=SERIES[5], markersize=4, alpha=0.75,
-            markeredgewidth=0, label="a cut" if position == 0 else None,
+            markeredgewidth=0, label="a config" if position == 0 else None,
         )  # fmt: skip
         if best is not None:
             axes.plot(
@@ -360,7 +360,7 @@ def tune_figure(cases: Sequence[tuple[str, float | None, Sequence[float], float 
     _factor_axis(
         axes,
         [case[0] for case in shown],
-        "time over that of the rule's cut (less is faster)",
+        "time over that of the rule's config (less is faster)",
         (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0),
     )
     _legend_above(figure, axes, columns=3)

@@ -107,11 +107,11 @@ def write_tune_report(tune: Mapping[str, Any], path: Path) -> None:
     """Write the page of `anyup tune` alone; raises as `write_report` does."""
     tune_page.check(tune)
     plots.require_matplotlib()
-    body = f"<h1>anyup tune</h1><p class='sub'>{_CUTS}</p>{tune_page.section(tune)}"
+    body = f"<h1>anyup tune</h1><p class='sub'>{_CONFIGS}</p>{tune_page.section(tune)}"
     _write(path, _document("anyup tune", body, tune))
 
 
-_CUTS = "Times of every way to cut the window attention's kernels that was tried, and what was chosen."
+_CONFIGS = "Times of every config of the window attention's kernels that was tried, and what was chosen."
 
 
 def _page(results: Mapping[str, Any], codegen: Sequence[Mapping[str, Any]], tune: Mapping[str, Any] | None) -> str:
@@ -134,7 +134,7 @@ def _page(results: Mapping[str, Any], codegen: Sequence[Mapping[str, Any]], tune
         absent = "<p>No code generation report here: it comes with a checkout of the repository.</p>"
         sections.append(("modelled", "The kernels on GPUs (modelled)", absent))
     if tune is not None:
-        sections.append(("tune", "Cuts of the kernels on this card", f"<p>{_CUTS}</p>{tune_page.section(tune)}"))
+        sections.append(("tune", "Configs of the kernels on this card", f"<p>{_CONFIGS}</p>{tune_page.section(tune)}"))
     links = "".join(f'<a href="#{name}">{escape(title)}</a> ' for name, title, _ in sections)
     counts = ", ".join(
         f"{number} {status}" for status in stored.STATUSES if (number := sum(row["status"] == status for row in rows))

@@ -83,7 +83,7 @@ With --encoder it takes `photograph` (B, 3, H, W), RGB in 0..1: the encoder and 
 
 _INFO = """\
 Tell what would run here: versions, devices and threads, the backend of each operation and why not the
-others, which table of kernel cuts is in force, which optional packages are found, and where downloaded
+others, which table of kernel configs is in force, which optional packages are found, and where downloaded
 weights are kept.
 """
 
@@ -97,13 +97,13 @@ interrupted. docs/benchmarks.md explains each number.
 """
 
 _TUNE = """\
-Time the window attention's kernels on this machine's GPU, each cut in many ways, and write the fastest cuts to
+Time the window attention's kernels on this machine's GPU, each config in many ways, and write the fastest configs to
 a table in the user's cache folder, where the kernels find them from then on. A result never depends on it.
 
-The cuts of all kernels (forward, and the gradients of queries, keys and values) are timed for several
+The configs of all kernels (forward, and the gradients of queries, keys and values) are timed for several
 sizes and dtypes; each is compared with the reference first. The table is complete after each case: ctrl-C keeps
 what is found until then. ANYUP_CONFIGS names another folder, or is "off": then no table is read or written.
-Models with other heads, another window or another precision of float32 have cuts of their own: name them.
+Models with other heads, another window or another precision of float32 have configs of their own: name them.
 """
 
 
@@ -228,12 +228,12 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser(
         "tune",
-        help="time the kernels on this GPU and keep the fastest cuts",
+        help="time the kernels on this GPU and keep the fastest configs",
         description=_TUNE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tune.add_argument("--device", type=nonempty, metavar="cuda:N", help="the card (default: cuda:0)")
-    tune.add_argument("--quick", action="store_true", help="two sizes, two dtypes and the cuts that promise most")
+    tune.add_argument("--quick", action="store_true", help="two sizes, two dtypes and the configs that promise most")
     tune.add_argument("--workload", type=nonempty, nargs="+", metavar="SIZE", help='only these, as "448 from 32"')
     tune.add_argument("--dtype", nargs="+", choices=_DTYPES, help="only these")
     tune.add_argument(
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         "--report",
         type=Written,
         metavar="OUT.html",
-        help="also what became of every cut tried: a page, or data (.json)",
+        help="also what became of every config tried: a page, or data (.json)",
     )
     tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
 

@@ -52,7 +52,7 @@ def report(device: str | None = None, backend: str | None = None) -> str:
         ("versions", list(_versions())),
         ("devices", list(_device_lines())),
         *((f"backends on {place}, {_sizes()}", _backend_lines(place, backend)) for place in places),
-        ("cuts of the kernels", list(_cut_lines())),
+        ("configs of the kernels", list(_config_lines())),
         ("refused by a device in this process", list(remembered()) or ["nothing"]),
         ("optional packages", list(_optional_lines())),
         ("weights of packaged encoders", list(_encoder_lines())),
@@ -113,7 +113,7 @@ def _backend_lines(place: torch.device, backend: str | None) -> list[str]:
     return str(explanation).splitlines()
 
 
-def _cut_lines() -> Iterator[str]:
+def _config_lines() -> Iterator[str]:
     from anyup.kernels import config_tables
     from anyup.ops.kernel_device import device_name
 

@@ -15,7 +15,7 @@ from anyup.installing import pip_install
 from anyup.ops.precision import float32_matmul_precision
 
 if TYPE_CHECKING:
-    from anyup.kernels.config import Target
+    from anyup.kernels.launch import Target
 
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -83,7 +83,7 @@ def target(device: torch.device) -> Target:
 
 @cache
 def _target(device: torch.device, interpreted: bool) -> Target:
-    from anyup.kernels.config import Target
+    from anyup.kernels.launch import Target
 
     if interpreted:
         return Target()
@@ -109,7 +109,7 @@ def _multiprocessors(device: torch.device, interpreted: bool) -> int:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """A card's name, as a table of measured cuts belongs to it; another device's type."""
+    """A card's name, as a table of measured configs belongs to it; another device's type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -1,1 +1,1 @@
-"""Fast cuts of the kernels for a machine, timed there: the command `anyup tune`."""
+"""Fast configs of the kernels for a machine, timed there: the command `anyup tune`."""

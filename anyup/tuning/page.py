@@ -1,4 +1,4 @@
-"""The report of `anyup tune`: what each cut of each kernel gave, and the gain over the shipped rule."""
+"""The report of `anyup tune`: what each config of each kernel gave, and the gain over the shipped rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CASE = ("kernel", "dtype", "precision", "heads", "head_dim", "keys", "workload"
 
 @dataclass(frozen=True)
 class Case:
-    """The rows of one case, in the order in which they were tried; the rule's cut is the first that ran."""
+    """The rows of one case, in the order in which they were tried; the rule's config is the first that ran."""
 
     rows: tuple[Mapping[str, Any], ...]
 
@@ -36,32 +36,32 @@ class Case:
 
     @property
     def rule(self) -> Mapping[str, Any] | None:
-        """The rule's cut, None where no cut of the rule ran."""
+        """The rule's config, None where no config of the rule ran."""
         return next((row for row in self.ran if row["rule"]), None)
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        """The chosen cut, None where none ran."""
+        """The chosen config, None where none ran."""
         return next((row for row in self.rows if row["best"]), None)
 
     @property
     def chosen(self) -> float | None:
-        """Microseconds of what was chosen: the best cut, or the kernels that run instead of this one."""
+        """Microseconds of what was chosen: the best config, or the kernels that run instead of this one."""
         microseconds: float | None = self.best["us"] if self.best else self.rows[0].get("apart")
         return microseconds
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast as the rule's cut that is."""
+        """How many times as fast as the rule's config that is."""
         return self.rule["us"] / self.chosen if self.rule and self.chosen else None
 
     @property
     def changed(self) -> str:
-        """What the chosen cut has other than the rule's."""
+        """What the chosen config has other than the rule's."""
         if self.best is None:
-            return "no cut runs" if self.chosen is None else "one kernel for each gradient"
+            return "no config runs" if self.chosen is None else "one kernel for each gradient"
         if self.rule is None:
-            return "the rule's cuts do not run"
+            return "the rule's configs do not run"
         pairs = [
             f"{name} {self.rule['config'].get(name)} → {value}"
             for name, value in self.best["config"].items()
@@ -97,7 +97,7 @@ def cases(rows: Sequence[Mapping[str, Any]]) -> Iterator[Case]:
 
 
 def section(tune: Mapping[str, Any]) -> str:
-    """HTML: the gains, every cut's time as a plot, and every cut."""
+    """HTML: the gains, every config's time as a plot, and every config."""
     found = list(cases(tune["rows"]))
     if not found:
         return "<p>No case was searched.</p>"
@@ -127,18 +127,18 @@ def section(tune: Mapping[str, Any]) -> str:
     )
     if figure is not None:
         caption = (
-            "Every cut that ran, its time over that of the rule's. Cases of which the rule does not run are left out."
+            "Every config that ran, its time over that of the rule's. Cases that the rule does not run are left out."
         )
         parts.append(f"<figure>{plots.svg(figure, 'tune')}<figcaption>{caption}</figcaption></figure>")
     parts += [
-        f"<details><summary>{escape(case.name)}: {len(case.rows)} cuts</summary>{_cuts(case)}</details>"
+        f"<details><summary>{escape(case.name)}: {len(case.rows)} configs</summary>{_configs(case)}</details>"
         for case in found
     ]
     return "".join(parts)
 
 
-def _cuts(case: Case) -> str:
-    """Every cut of a case, the fastest first, then what failed and why."""
+def _configs(case: Case) -> str:
+    """Every config of a case, the fastest first, then what failed and why."""
     names = list(case.rows[0]["config"])
     rule = case.rule["us"] if case.rule else None
     lines = []

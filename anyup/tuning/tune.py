@@ -1,8 +1,8 @@
-"""Finding the fastest cut of each kernel on a card, and writing the table that the kernels look it up in.
+"""Finding the fastest config of each kernel on a card, and writing the table that the kernels look it up in.
 
-For each case (a kernel, a dtype, how many keys a tile sees) the search starts at the rule's cut and varies one aspect
-after another, keeping what is faster. A cut that does not compile, does not launch or is wrong is a result like any
-other. The table on the disk is complete after each case, so that an interrupted run loses one case at most.
+For each case (a kernel, a dtype, how many keys a tile sees) the search starts at the rule's config and varies one
+aspect after another, keeping what is faster. A config that does not compile, does not launch or is wrong is a result
+like any other. The table on the disk is complete after each case, so that an interrupted run loses one case at most.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from anyup.tuning.page import FORMAT
 from anyup.window import Window
 
 if TYPE_CHECKING:
-    from anyup.kernels.config_tables import Case, Cut, Entry
+    from anyup.kernels.config_tables import Case, Entry, KernelConfig
     from anyup.kernels.launch import Launch
 
 WORKLOADS = (square(448, 32), square(1024, 64), square(224, 16), square(2048, 128))
@@ -69,20 +69,20 @@ class Passes(Protocol):
 
     def case(self, kernel: str) -> Case: ...
 
-    def rule(self, kernel: str) -> Sequence[Cut]: ...
+    def rule(self, kernel: str) -> Sequence[KernelConfig]: ...
 
-    def fitted(self, kernel: str, cut: Cut) -> Cut | None: ...
+    def fitted(self, kernel: str, config: KernelConfig) -> KernelConfig | None: ...
 
-    def launch(self, kernel: str, cut: Cut) -> Launch: ...
+    def launch(self, kernel: str, config: KernelConfig) -> Launch: ...
 
-    def check(self, kernel: str, cut: Cut) -> None: ...
+    def check(self, kernel: str, config: KernelConfig) -> None: ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cut: its time, or the reason why it has none."""
+    """What became of a config: its time, or the reason why it has none."""
 
-    cut: Cut
+    config: KernelConfig
     seconds: float | None
     reason: str = ""
 
@@ -93,10 +93,10 @@ class Search:
 
     Attributes:
         case, workload: what for, and on which sizes.
-        outcomes: of every cut that was tried, the rule's first.
-        rule: the time of the rule's cut, None where no cut of the rule ran.
-        best: the fastest cut, None where none ran.
-        apart: the time of the kernels that can be run instead, where there are such and each has a cut that ran.
+        outcomes: of every config that was tried, the rule's first.
+        rule: the time of the rule's config, None where no config of the rule ran.
+        best: the fastest config, None where none ran.
+        apart: the time of the kernels that can be run instead, where there are such and each has a config that ran.
     """
 
     case: Case
@@ -115,22 +115,22 @@ class Search:
 
     @property
     def gain(self) -> float:
-        """How many times as fast as the rule's cut the best way is; 1.0 where one of them did not run."""
+        """How many times as fast as the rule's config the best way is; 1.0 where one of them did not run."""
         if self.rule is None or self.best is None or self.best.seconds is None:
             return 1.0
         return self.rule / (self.apart if self.apart is not None and self.gives_way else self.best.seconds)
 
     @property
     def entry(self) -> Entry | None:
-        """What a table says of it; None: nothing, no cut ran."""
+        """What a table says of it; None: nothing, no config ran."""
         from anyup.kernels.config_tables import Entry
 
-        return None if self.best is None else Entry(None if self.gives_way else self.best.cut, self.gain)
+        return None if self.best is None else Entry(None if self.gives_way else self.best.config, self.gain)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """An object for each cut, for JSON; times in microseconds; `rule` says which one the rule would choose.
+        """An object for each config, for JSON; times in microseconds; `rule` says which one the rule would choose.
 
-        No cut is the best where other kernels run instead; their time is `apart`.
+        No config is the best where other kernels run instead; their time is `apart`.
         """
         rules = None if self.rule is None else next(one for one in self.outcomes if one.seconds is not None)
         for outcome in self.outcomes:
@@ -138,43 +138,43 @@ class Search:
             best = outcome is self.best and not self.gives_way
             told = {"us": time, "reason": outcome.reason, "best": best, "rule": outcome is rules}
             apart = {"apart": round(self.apart * 1e6, 2)} if self.apart is not None and self.gives_way else {}
-            yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.cut), **told, **apart}
+            yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.config), **told, **apart}
 
     def __str__(self) -> str:
         c = self.case
         head = f"{c.kernel}, {c.dtype}, {c.heads} heads of {c.head_dim}, up to {c.keys} keys ({self.workload})"
         failed = sum(outcome.seconds is None for outcome in self.outcomes)
-        tried = f"{len(self.outcomes)} cuts tried" + f", {failed} failed" * bool(failed)
+        tried = f"{len(self.outcomes)} configs tried" + f", {failed} failed" * bool(failed)
         if self.best is None or self.best.seconds is None:
-            return f"{head}: no cut runs; {tried}"
+            return f"{head}: no config runs; {tried}"
         rule = "the rule's do not run" if self.rule is None else f"rule {self.rule * 1e6:.1f} us"
         instead = "" if self.apart is None else f", one kernel for each gradient {self.apart * 1e6:.1f} us"
         return f"{head}: {rule}, best {self.best.seconds * 1e6:.1f} us{instead}, {self.gain:.2f}x; {tried}"
 
 
 def search(passes: Passes, kernel: str, clock: Clock, *, quick: bool = False) -> Search:
-    """Find the fastest cut of a kernel on a workload.
+    """Find the fastest config of a kernel on a workload.
 
-    The rule's cut stays the best unless another one is faster beyond the clock's spread, seen twice.
+    The rule's config stays the best unless another one is faster beyond the clock's spread, seen twice.
     """
-    found: dict[Cut, Outcome] = {}
+    found: dict[KernelConfig, Outcome] = {}
 
-    def seconds(cut: Cut, *, again: bool = False) -> float:
-        if again or cut not in found:
-            found[cut] = _measure(passes, kernel, cut, clock)
-        outcome = found[cut]
+    def seconds(config: KernelConfig, *, again: bool = False) -> float:
+        if again or config not in found:
+            found[config] = _measure(passes, kernel, config, clock)
+        outcome = found[config]
         return float("inf") if outcome.seconds is None else outcome.seconds
 
-    rule = next((cut for cut in passes.rule(kernel) if seconds(cut) < float("inf")), None)
+    rule = next((config for config in passes.rule(kernel) if seconds(config) < float("inf")), None)
     start = passes.rule(kernel)[0] if rule is None else rule
     best = start
     for _ in range(1 if quick else _ROUNDS):
         before = best
         for aspect in QUICK_ASPECTS if quick else ASPECTS:
             for other in variations(best, aspect, heads=passes.heads, most_keys=passes.most_keys):
-                cut = passes.fitted(kernel, other)
-                if cut is not None and seconds(cut) < seconds(best):
-                    best = cut
+                config = passes.fitted(kernel, other)
+                if config is not None and seconds(config) < seconds(best):
+                    best = config
         if best == before:
             break
     if rule is not None and best != rule and not seconds(rule, again=True) >= _LEAST_GAIN * seconds(best, again=True):
@@ -184,16 +184,16 @@ def search(passes: Passes, kernel: str, clock: Clock, *, quick: bool = False) ->
     return Search(passes.case(kernel), passes.workload.name, tuple(found.values()), time, outcome)
 
 
-def _measure(passes: Passes, kernel: str, cut: Cut, clock: Clock) -> Outcome:
+def _measure(passes: Passes, kernel: str, config: KernelConfig, clock: Clock) -> Outcome:
     try:
-        passes.check(kernel, cut)
-        return Outcome(cut, clock(passes.launch(kernel, cut)))
+        passes.check(kernel, config)
+        return Outcome(config, clock(passes.launch(kernel, config)))
     except ParityError as error:
-        return Outcome(cut, None, f"wrong: {error}")
+        return Outcome(config, None, f"wrong: {error}")
     except Exception as error:  # the compiler's errors are of many kinds
         require_a_living_card(error)
         text = str(error).strip()
-        return Outcome(cut, None, f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}")
+        return Outcome(config, None, f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}")
 
 
 def tune(
@@ -218,7 +218,7 @@ def tune(
         clock: what times a launch.
         workloads, dtypes: what for; of workloads that are one case, the first counts.
         kernels: all of them by default.
-        quick: fewer cuts for each.
+        quick: fewer configs for each.
         make: what gives the launches, `AttentionPasses` by default.
         progress: where to tell what is going on.
     """
@@ -366,12 +366,12 @@ def run(
 
     Args:
         device: the card, "cuda:0" by default.
-        quick: two sizes, two dtypes and fewer cuts for each.
+        quick: two sizes, two dtypes and fewer configs for each.
         workloads, dtypes: names of sizes and of dtypes, instead of all.
         heads: their number and width.
         window: of the attention.
         precision: torch's matmul precision for float32, "highest" or "high"; None: the one that is set.
-        report: where to tell what became of every cut: a page (.html) or data (.json).
+        report: where to tell what became of every config: a page (.html) or data (.json).
 
     Raises ValueError, before any work, where kernels cannot be timed here or do not take such heads, or a name is none;
     ImportError where a page is asked for and matplotlib is missing; OSError where the table cannot be written.
@@ -418,7 +418,7 @@ def run(
 
 
 def write_report(tune: Mapping[str, Any], path: Path) -> None:
-    """Write what became of every cut, complete or not at all: as a page where the name ends in .html, else as JSON."""
+    """Write what became of every config, complete or not at all: a page where the name ends in .html, else JSON."""
     if path.suffix.lower() == ".html":
         from anyup.bench.report_page import write_tune_report
 

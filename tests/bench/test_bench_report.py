@@ -271,7 +271,7 @@ def test_seconds_have_three_digits(value: float, text: str) -> None:
 
 
 def tuned() -> dict[str, Any]:
-    """Three cuts of a kernel: the rule's, a faster one, and one that fails."""
+    """Three configs of a kernel: the rule's, a faster one, and one that fails."""
     case = {"kernel": "forward", "dtype": "bfloat16", "precision": "", "heads": 4, "head_dim": 32, "keys": 64}
     rows = [
         {**case, "workload": "448 from 32", "config": {"rows": 8, "num_warps": warps}, "us": us, "reason": reason,
@@ -281,7 +281,7 @@ def tuned() -> dict[str, Any]:
     return {"format": 1, "device": "Abacus 9000", "rows": rows}
 
 
-def test_the_tuner_s_page_has_every_cut_and_the_gain_over_the_rule(tmp_path: Path) -> None:
+def test_the_tuner_s_page_has_every_config_and_the_gain_over_the_rule(tmp_path: Path) -> None:
     report_page.write_tune_report(tuned(), tmp_path / "tune.html")
     text = (tmp_path / "tune.html").read_text(encoding="utf-8")
     for expected in ("Abacus 9000", "num_warps 4 → 2", "1.20x", "0.833", "wrong: &lt;half&gt; of it", "<svg"):
@@ -297,10 +297,10 @@ def test_a_bench_report_takes_the_tuner_s(tmp_path: Path) -> None:
         report_page.write_report(planted(), tmp_path / "other.html", codegen=[], tune=broken)
 
 
-def test_where_no_cut_of_the_rule_runs_there_is_no_gain() -> None:
+def test_where_no_config_of_the_rule_runs_there_is_no_gain() -> None:
     rows = [{**one, "rule": False} for one in tuned()["rows"]]
     (case,) = tune_page.cases(rows)
-    assert (case.rule, case.gain, case.changed) == (None, None, "the rule's cuts do not run")
+    assert (case.rule, case.gain, case.changed) == (None, None, "the rule's configs do not run")
 
 
 # The README's tables

@@ -22,9 +22,9 @@ from anyup.bench.parity import ParityError
 from anyup.bench.workloads import Workload, square
 from anyup.cli import command as cli
 from anyup.kernels import config_tables
-from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.kernels.config_tables import KINDS, Case
 from anyup.kernels.launch import Launch
+from anyup.kernels.window_attention_config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.ops import kernel_device, window_attention
 from anyup.ops.precision import float32_matmul_precision
 from anyup.tuning import page as tune_page
@@ -42,10 +42,10 @@ GRID = BackwardGridConfig(4, 4, 64, 64, 6, 3, num_warps=4, num_stages=2, heads=4
 Seconds = Callable[[Any], float]
 
 
-def dear(cut: Any) -> float:
+def dear(config: Any) -> float:
     """Seconds on a made-up card: it likes 2 warps, 3 stages and blocks of 64."""
-    block = getattr(cut, "block_keys", None) or cut.block_pixels
-    return 1e-6 * (100 + 9 * abs(cut.num_warps - 2) + 5 * abs(cut.num_stages - 3) + abs(block - 64) / 8)
+    block = getattr(config, "block_keys", None) or config.block_pixels
+    return 1e-6 * (100 + 9 * abs(config.num_warps - 2) + 5 * abs(config.num_stages - 3) + abs(block - 64) / 8)
 
 
 class FakePasses:
@@ -56,7 +56,7 @@ class FakePasses:
         workload: Workload = square(448, 32),  # noqa: B008
         dtype: str = "bfloat16",
         *,
-        fails: Callable[[Any], BaseException | None] = lambda cut: None,
+        fails: Callable[[Any], BaseException | None] = lambda config: None,
         heads: int = 4,
         head_dim: int = 32,
         window: Window = RatioWindow(0.1),  # noqa: B008
@@ -77,24 +77,24 @@ class FakePasses:
         )
 
     def rule(self, kernel: str) -> Sequence[Any]:
-        cuts = {"forward": (RULE, SMALLER), "backward_query": (QUERY,)}
-        return cuts.get(kernel, (GRID,))
+        configs = {"forward": (RULE, SMALLER), "backward_query": (QUERY,)}
+        return configs.get(kernel, (GRID,))
 
-    def fitted(self, kernel: str, cut: Any) -> Any:
-        return config_tables.fitted(cut, self.rule(kernel), most_keys=self.most_keys, channels=384)
+    def fitted(self, kernel: str, config: Any) -> Any:
+        return config_tables.fitted(config, self.rule(kernel), most_keys=self.most_keys, channels=384)
 
-    def launch(self, kernel: str, cut: Any) -> Any:
-        return cut
+    def launch(self, kernel: str, config: Any) -> Any:
+        return config
 
-    def check(self, kernel: str, cut: Any) -> None:
-        self.checked.append(cut)
-        error = self.fails(cut)
+    def check(self, kernel: str, config: Any) -> None:
+        self.checked.append(config)
+        error = self.fails(config)
         if error is not None:
             raise error
 
 
 class Clock:
-    """Times of cuts by a function; remembers what it timed."""
+    """Times of configs by a function; remembers what it timed."""
 
     def __init__(self, seconds: Seconds = dear) -> None:
         self.seconds = seconds
@@ -112,33 +112,33 @@ def tune(path: Path, clock: Any, passes: Callable[[Workload], Any] | None = None
     return list(tuning.tune(CPU, "abacus", path, clock, make=lambda w, dtype, device: make(w), **chosen))
 
 
-# Cuts worth timing
+# Configs worth timing
 
 
-@pytest.mark.parametrize("cut", [RULE, TAILED, SMALLER, QUERY, GRID])
-def test_variations_differ_from_a_cut_in_one_respect_and_hold_every_key(cut: Any) -> None:
-    passes = Fewer() if cut is TAILED else FakePasses()
-    found = {aspect: list(variations(cut, aspect, heads=4, most_keys=passes.most_keys)) for aspect in ASPECTS}
+@pytest.mark.parametrize("config", [RULE, TAILED, SMALLER, QUERY, GRID])
+def test_variations_differ_from_a_config_in_one_respect_and_hold_every_key(config: Any) -> None:
+    passes = Fewer() if config is TAILED else FakePasses()
+    found = {aspect: list(variations(config, aspect, heads=4, most_keys=passes.most_keys)) for aspect in ASPECTS}
     everything = [other for others in found.values() for other in others]
-    assert cut not in everything and len(everything) > 10
+    assert config not in everything and len(everything) > 10
     for other in everything:
         blocks = getattr(other, "resident_blocks", 0)
         kept = blocks and blocks * other.block_keys + getattr(other, "tail_keys", 0)
         assert not blocks or kept >= passes.most_keys(other.rows, other.columns)
         assert 4 % (getattr(other, "heads", 0) or 4) == 0
-    assert {other.num_warps for other in found["num_warps"]} == {2, 4, 8} - {cut.num_warps}
-    assert all(replace(other, num_warps=cut.num_warps) == cut for other in found["num_warps"])
-    assert bool(found["residence"]) == hasattr(cut, "resident_blocks")
-    assert bool(found["heads"]) == hasattr(cut, "heads")
-    resident = isinstance(cut, ForwardConfig) and cut.resident_blocks > 0
+    assert {other.num_warps for other in found["num_warps"]} == {2, 4, 8} - {config.num_warps}
+    assert all(replace(other, num_warps=config.num_warps) == config for other in found["num_warps"])
+    assert bool(found["residence"]) == hasattr(config, "resident_blocks")
+    assert bool(found["heads"]) == hasattr(config, "heads")
+    resident = isinstance(config, ForwardConfig) and config.resident_blocks > 0
     assert bool(found["group_blocks"]) == resident
-    assert all(replace(other, group_blocks=cut.group_blocks) == cut for other in found["group_blocks"])
+    assert all(replace(other, group_blocks=config.group_blocks) == config for other in found["group_blocks"])
     assert {other.block_keys for other in found["block"]} >= {16, 64} if resident else True
 
 
 def test_a_last_smaller_block_is_tried_where_it_holds_what_is_left() -> None:
-    def tails(cut: Any, keys: int) -> set[tuple[int, int]]:
-        found = variations(cut, "tail_keys", heads=4, most_keys=lambda rows, columns: keys)
+    def tails(config: Any, keys: int) -> set[tuple[int, int]]:
+        found = variations(config, "tail_keys", heads=4, most_keys=lambda rows, columns: keys)
         return {(other.resident_blocks, other.tail_keys) for other in found}
 
     assert tails(RULE, 48) == {(1, 16)}
@@ -148,7 +148,7 @@ def test_a_last_smaller_block_is_tried_where_it_holds_what_is_left() -> None:
     assert tails(replace(RULE, resident_blocks=0), 48) == set()
 
 
-def test_cuts_whose_code_would_explode_are_not_tried() -> None:
+def test_configs_whose_code_would_explode_are_not_tried() -> None:
     many = list(variations(replace(RULE, resident_blocks=0), "residence", heads=8, most_keys=lambda r, c: 637))
     assert many == []
 
@@ -156,83 +156,83 @@ def test_cuts_whose_code_would_explode_are_not_tried() -> None:
 # The search
 
 
-def test_the_search_finds_the_fastest_cut() -> None:
+def test_the_search_finds_the_fastest_config() -> None:
     found = tuning.search(FakePasses(), "forward", Clock())
     assert found.best is not None
-    best = found.best.cut
+    best = found.best.config
     assert (best.num_warps, best.num_stages, best.block_keys) == (2, 3, 64)  # type: ignore[union-attr]
     assert found.gain == pytest.approx(dear(RULE) / dear(best))
     assert found.rule == pytest.approx(dear(RULE))
 
 
-def test_every_cut_is_checked_before_it_is_timed() -> None:
+def test_every_config_is_checked_before_it_is_timed() -> None:
     passes, clock = FakePasses(), Clock()
     tuning.search(passes, "forward", clock)
     assert passes.checked == clock.timed and clock.timed[0] == RULE
 
 
-def test_a_wrong_cut_is_never_the_best_however_fast_it_is() -> None:
-    passes = FakePasses(fails=lambda cut: ParityError("half of it") if cut.num_warps == 2 else None)
+def test_a_wrong_config_is_never_the_best_however_fast_it_is() -> None:
+    passes = FakePasses(fails=lambda config: ParityError("half of it") if config.num_warps == 2 else None)
     clock = Clock()
     found = tuning.search(passes, "forward", clock)
-    assert found.best is not None and found.best.cut.num_warps == 4
-    assert all(cut.num_warps != 2 for cut in clock.timed)
-    reasons = {o.reason for o in found.outcomes if o.cut.num_warps == 2}
+    assert found.best is not None and found.best.config.num_warps == 4
+    assert all(config.num_warps != 2 for config in clock.timed)
+    reasons = {o.reason for o in found.outcomes if o.config.num_warps == 2}
     assert reasons == {"wrong: half of it"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("PassManager::run failed"), ValueError(""), MemoryError("none left")])
-def test_a_cut_that_does_not_compile_is_a_result(error: Exception) -> None:
-    passes = FakePasses(fails=lambda cut: error if cut.num_stages == 3 else None)
+def test_a_config_that_does_not_compile_is_a_result(error: Exception) -> None:
+    passes = FakePasses(fails=lambda config: error if config.num_stages == 3 else None)
     found = tuning.search(passes, "forward", Clock())
-    assert found.best is not None and found.best.cut.num_stages in (2, 4)
+    assert found.best is not None and found.best.config.num_stages in (2, 4)
     (reason,) = {o.reason for o in found.outcomes if o.seconds is None}
     assert reason == f"{type(error).__name__}: {error}"
 
 
 def test_a_gain_within_the_clock_s_spread_leaves_the_rule() -> None:
-    found = tuning.search(FakePasses(), "forward", Clock(lambda cut: 1e-6 * (100 + (cut.num_warps == 4))))
-    assert found.best is not None and (found.best.cut, found.gain) == (RULE, 1.0)
+    found = tuning.search(FakePasses(), "forward", Clock(lambda config: 1e-6 * (100 + (config.num_warps == 4))))
+    assert found.best is not None and (found.best.config, found.gain) == (RULE, 1.0)
 
 
 def test_a_gain_that_is_not_seen_twice_leaves_the_rule() -> None:
     seen: set[Any] = set()
 
-    def lucky_once(cut: Any) -> float:
-        first = cut not in seen
-        seen.add(cut)
-        return 50e-6 if first and cut.num_warps == 8 else 100e-6
+    def lucky_once(config: Any) -> float:
+        first = config not in seen
+        seen.add(config)
+        return 50e-6 if first and config.num_warps == 8 else 100e-6
 
     found = tuning.search(FakePasses(), "forward", Clock(lucky_once))
-    assert found.best is not None and found.best.cut == RULE
+    assert found.best is not None and found.best.config == RULE
 
 
 def test_a_rule_that_was_slow_only_once_stays() -> None:
     seen: set[Any] = set()
 
-    def unlucky_once(cut: Any) -> float:
-        first = cut not in seen
-        seen.add(cut)
-        return (200e-6 if first else 100e-6) if cut == RULE else 150e-6
+    def unlucky_once(config: Any) -> float:
+        first = config not in seen
+        seen.add(config)
+        return (200e-6 if first else 100e-6) if config == RULE else 150e-6
 
     found = tuning.search(FakePasses(), "forward", Clock(unlucky_once))
-    assert found.best is not None and found.best.cut == RULE and found.rule == pytest.approx(100e-6)
+    assert found.best is not None and found.best.config == RULE and found.rule == pytest.approx(100e-6)
 
 
-def test_where_the_rule_s_best_cut_does_not_run_its_next_one_is_the_measure() -> None:
-    passes = FakePasses(fails=lambda cut: RuntimeError("no") if cut == RULE else None)
+def test_where_the_rule_s_best_config_does_not_run_its_next_one_is_the_measure() -> None:
+    passes = FakePasses(fails=lambda config: RuntimeError("no") if config == RULE else None)
     found = tuning.search(passes, "forward", Clock())
     assert found.rule == pytest.approx(dear(SMALLER)) and found.gain > 1
 
 
-def test_a_card_that_takes_no_cut_of_the_rule_may_take_another() -> None:
-    passes = FakePasses(fails=lambda cut: None if cut.num_warps == 2 else RuntimeError("no"))
+def test_a_card_that_takes_no_config_of_the_rule_may_take_another() -> None:
+    passes = FakePasses(fails=lambda config: None if config.num_warps == 2 else RuntimeError("no"))
     found = tuning.search(passes, "forward", Clock())
-    assert found.rule is None and found.best is not None and found.best.cut.num_warps == 2
+    assert found.rule is None and found.best is not None and found.best.config.num_warps == 2
     assert "the rule's do not run" in str(found)
 
 
-def test_a_quick_search_tries_fewer_cuts() -> None:
+def test_a_quick_search_tries_fewer_configs() -> None:
     quick, whole = (tuning.search(FakePasses(), "forward", Clock(), quick=quick) for quick in (True, False))
     assert len(quick.outcomes) < len(whole.outcomes) and quick.gain > 1
 
@@ -243,13 +243,13 @@ def test_a_dead_card_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
-    passes = FakePasses(fails=lambda cut: RuntimeError("launch failed") if cut.num_warps == 2 else None)
+    passes = FakePasses(fails=lambda config: RuntimeError("launch failed") if config.num_warps == 2 else None)
     with pytest.raises(RuntimeError, match=r"does not answer after a call that failed \(launch failed\): an illegal"):
         tuning.search(passes, "forward", Clock())
 
 
-def test_a_search_tells_what_became_of_each_cut() -> None:
-    passes = FakePasses(fails=lambda cut: RuntimeError("no") if cut.num_warps == 8 else None)
+def test_a_search_tells_what_became_of_each_config() -> None:
+    passes = FakePasses(fails=lambda config: RuntimeError("no") if config.num_warps == 8 else None)
     found = tuning.search(passes, "forward", Clock())
     rows = json.loads(json.dumps(list(found.rows())))
     assert len(rows) == len(found.outcomes)
@@ -268,20 +268,20 @@ def load(path: Path) -> config_tables.Table:
     return config_tables.load(path.read_text(), "abacus")
 
 
-def test_the_table_holds_the_best_cut_and_is_found_again(tmp_path: Path) -> None:
+def test_the_table_holds_the_best_config_and_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "abacus.json"
     (found,) = tune(path, Clock())
     assert found.best is not None
     table = load(path)
-    assert table.entries[found.case].cut == found.best.cut
+    assert table.entries[found.case].config == found.best.config
     assert table.entries[found.case].gain == pytest.approx(found.gain, abs=1e-4)
     assert set(table.made_with) == {"anyup", "torch", "triton", "on"}
 
 
 def test_where_nothing_runs_there_is_no_entry(tmp_path: Path) -> None:
     path = tmp_path / "abacus.json"
-    (found,) = tune(path, Clock(), lambda w: FakePasses(w, fails=lambda cut: RuntimeError("no")))
-    assert found.best is None and "no cut runs" in str(found)
+    (found,) = tune(path, Clock(), lambda w: FakePasses(w, fails=lambda config: RuntimeError("no")))
+    assert found.best is None and "no config runs" in str(found)
     assert load(path).entries == {}
 
 
@@ -303,18 +303,18 @@ def test_two_kernels_run_where_they_are_faster_than_one_for_both(
     together: float, gives_way: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Told(FakePasses):
-        def launch(self, kernel: str, cut: Any) -> Any:
-            return kernel, cut
+        def launch(self, kernel: str, config: Any) -> Any:
+            return kernel, config
 
     def seconds(launch: Any) -> float:
-        kernel, cut = launch
-        return dear(cut) * (together if kernel == config_tables.AT_ONCE else 1.0)
+        kernel, config = launch
+        return dear(config) * (together if kernel == config_tables.AT_ONCE else 1.0)
 
     path = tmp_path / "abacus.json"
     found = {f.case.kernel: f for f in tune(path, Clock(seconds), Told, kernels=list(KINDS))}
     both = found[config_tables.AT_ONCE]
     entry = load(path).entries[both.case]
-    assert both.best is not None and both.gives_way == gives_way == (entry.cut is None)
+    assert both.best is not None and both.gives_way == gives_way == (entry.config is None)
     if gives_way:
         assert both.rule is not None and both.apart is not None
         assert entry.gain == pytest.approx(both.rule / both.apart, abs=1e-3)
@@ -348,7 +348,7 @@ def test_an_interruption_leaves_the_table_complete_so_far_or_absent(finished: in
     def make(workload: Workload) -> FakePasses:
         first = workload.size[0] == 448
         return (FakePasses if first else Bigger)(
-            workload, fails=lambda cut: None if first and finished else KeyboardInterrupt()
+            workload, fails=lambda config: None if first and finished else KeyboardInterrupt()
         )
 
     path = tmp_path / "abacus.json"
@@ -379,7 +379,7 @@ def passes_of(dtype: torch.dtype, workload: Workload = SMALL, **more: Any) -> At
 
 @INTERPRETED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_rule_s_cuts_pass_the_check_and_what_is_wrong_does_not(
+def test_the_rule_s_configs_pass_the_check_and_what_is_wrong_does_not(
     dtype: torch.dtype, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = passes_of(dtype)
@@ -398,7 +398,7 @@ def test_pixels_are_looked_at_in_the_middle_and_in_the_last_corner() -> None:
 
 
 @INTERPRETED
-def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_config_is_what_the_next_call_is_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way, but for the clock: search, file, look-up, launch."""
     monkeypatch.setenv(config_tables.VARIABLE, str(tmp_path))
     config_tables.in_force.cache_clear()
@@ -617,11 +617,11 @@ def test_info_tells_which_table_is_in_force(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(kernel_device, "device_name", lambda device: ("Abacus 9000", "Abacus 8000")[device.index])
-    lines = list(info._cut_lines())
+    lines = list(info._config_lines())
     assert lines[0] == f"folder of the user's tables: {card}"
     assert lines[1] == "cuda:0 Abacus 9000: tables, then the rule"
     assert lines[3].startswith(f"  user's: {2 * len(KINDS)} entries, anyup ")
     assert lines[4] == "cuda:1 Abacus 8000: the rule's"
     (card / "abacus-8000.json").write_text((card / "abacus-9000.json").read_text())
     config_tables.in_force.cache_clear()
-    assert "user's: ignored, made for Abacus 9000 (" in list(info._cut_lines())[6]
+    assert "user's: ignored, made for Abacus 9000 (" in list(info._config_lines())[6]

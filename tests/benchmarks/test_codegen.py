@@ -16,7 +16,7 @@ import pytest
 from support.patience import PATIENCE
 
 from anyup.bench.workloads import Workload, square
-from anyup.kernels.config import ForwardConfig
+from anyup.kernels.window_attention_config import ForwardConfig
 from anyup.window import axis_bounds
 from benchmarks import codegen, roofline
 from benchmarks.compiled import ARCHITECTURES, DTYPES, KERNELS, WINDOW, Case
@@ -123,7 +123,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_stored_kernel_can_be_launched(arch: str) -> None:
-    """With its first cut: beyond a limit a launcher goes on to the next one, and nothing else would show it."""
+    """With its first config: beyond a limit a launcher goes on to the next one, and nothing else would show it."""
     stored = [row for row in json.loads(codegen.RESULT.read_text()) if row["target"] == arch]
     assert len({row["kernel"] for row in stored}) >= 20
     large = [what for row in stored for what in faults(row) if not what.startswith(("spills", "stores"))]
@@ -232,12 +232,12 @@ def test_a_planted_fault_is_found(rows: Sequence[dict[str, Any]], change: dict[s
     assert faults({**rows[0], **change})
 
 
-def test_a_cut_that_is_too_large_is_seen_to_spill() -> None:
-    cut = ForwardConfig(8, 16, 32, 0, 128, 4, num_warps=4, num_stages=2, shares=4, keep=True)
+def test_a_config_that_is_too_large_is_seen_to_spill() -> None:
+    config = ForwardConfig(8, 16, 32, 0, 128, 4, num_warps=4, num_stages=2, shares=4, keep=True)
     text = uninterpreted(
         "-c",
-        "from benchmarks.compiled import *\nfrom anyup.kernels.config import ForwardConfig\n"
-        f"code = compile_case(Case(workloads(384)[2], '80', 'bfloat16', cut={cut!r}))\n"
+        "from benchmarks.compiled import *\nfrom anyup.kernels.window_attention_config import ForwardConfig\n"
+        f"code = compile_case(Case(workloads(384)[2], '80', 'bfloat16', config={config!r}))\n"
         "print(code.spill_bytes, code.spill_instructions)",
     )
     assert all(int(number) > 0 for number in text.split())
@@ -311,23 +311,23 @@ def test_hardly_more_keys_are_worked_on_than_the_windows_hold(
 
 
 def test_15_by_15_keys_stay_in_registers_where_these_are_enough() -> None:
-    cuts = {arch: Case(square(896, 64), arch, "bfloat16").configs[0] for arch in ARCHITECTURES}
-    kept = {arch: (cut.resident_blocks, cut.tail_keys) for arch, cut in cuts.items()}
+    configs = {arch: Case(square(896, 64), arch, "bfloat16").configs[0] for arch in ARCHITECTURES}
+    kept = {arch: (config.resident_blocks, config.tail_keys) for arch, config in configs.items()}
     assert kept == {arch: (7, 16) if arch in ("80", "86", "89", "90") else (0, 0) for arch in ARCHITECTURES}
     wide = Case(square(896, 64), "80", "bfloat16", heads=8).configs[0]
     assert (wide.resident_blocks, wide.tail_keys) == (0, 0)
 
 
 def test_blocks_of_64_keys_would_be_too_many() -> None:
-    cut = ForwardConfig(8, 16, 64, 2, 64, 1, num_warps=8, num_stages=2, shares=4, keep=True)
-    work = Case(square(448, 32), "90", "bfloat16", cut=cut).work()
+    config = ForwardConfig(8, 16, 64, 2, 64, 1, num_warps=8, num_stages=2, shares=4, keep=True)
+    work = Case(square(448, 32), "90", "bfloat16", config=config).work()
     assert work.logit_slots > SIZES[448, 32] * work.window
 
 
 def test_work_agrees_with_a_count_pixel_by_pixel() -> None:
     workload = Workload((20, 13), (6, 5))
-    cut = ForwardConfig(8, 4, 16, 0, 16, 2, num_warps=4, num_stages=1, shares=4, keep=True)
-    work = Case(workload, "80", "bfloat16", cut=cut).work()
+    config = ForwardConfig(8, 4, 16, 0, 16, 2, num_warps=4, num_stages=1, shares=4, keep=True)
+    work = Case(workload, "80", "bfloat16", config=config).work()
     bounds = [axis_bounds(WINDOW, q, k) for q, k in zip(workload.size, workload.grid, strict=True)]
     seen = slots = loaded = 0
     for top in range(0, 20, 8):
@@ -350,8 +350,8 @@ def test_work_agrees_with_a_count_pixel_by_pixel() -> None:
 
 
 def test_branches_are_counted_by_the_tiles_that_take_them() -> None:
-    cut = ForwardConfig(8, 8, 32, 6, 64, 1, num_warps=4, num_stages=2, tail_keys=16)
-    work = Case(square(1024, 64), "80", "bfloat16", cut=cut).work()
+    config = ForwardConfig(8, 8, 32, 6, 64, 1, num_warps=4, num_stages=2, tail_keys=16)
+    work = Case(square(1024, 64), "80", "bfloat16", config=config).work()
     axis = list(zip(*axis_bounds(WINDOW, 1024, 64), strict=True))
     ends = [(axis[first], axis[first + 7]) for first in range(0, 1024, 8)]
     cores = [max(0, low[1] - high[0]) for low, high in ends]
@@ -428,12 +428,12 @@ def test_a_new_image_size_compiles_nothing() -> None:
     text = uninterpreted(
         "-c",
         "from benchmarks.compiled import *\nfrom anyup.bench.workloads import Workload\n"
-        "cut = Case(workloads(384)[0], '90', 'bfloat16').configs[0]\n"
+        "config = Case(workloads(384)[0], '90', 'bfloat16').configs[0]\n"
         "cases = [((448, 448), (32, 32), 384), ((464, 400), (29, 25), 768), ((129, 17), (3, 1), 384)]\n"
-        "cases = [Case(Workload(s, g, c), '90', 'bfloat16', cut=cut) for s, g, c in cases]\n"
-        "cases.append(Case(Workload((448, 448), (32, 32), 383), '90', 'bfloat16', cut=cut))\n"
+        "cases = [Case(Workload(s, g, c), '90', 'bfloat16', config=config) for s, g, c in cases]\n"
+        "cases.append(Case(Workload((448, 448), (32, 32), 383), '90', 'bfloat16', config=config))\n"
         "parts = ((0, 0, 2048, 2048), (1, 16, 1999, 460))\n"
-        "cases += [Case(Workload((48, 448), (32, 32), 384), '90', 'bfloat16', cut=cut, part=part) for part in parts]\n"
+        "cases += [Case(Workload((48, 448), (32, 32), 384), '90', 'bfloat16', config=config, part=p) for p in parts]\n"
         "print(*[key_of(case) for case in cases])",
     )
     first, second, third, odd_channels, one_part, another = text.split()

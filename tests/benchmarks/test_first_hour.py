@@ -263,7 +263,7 @@ def test_the_page_says_what_is_wrong_and_fits_a_page(tmp_path: Path) -> None:
     failed = {"outcome": "failed", "message": "assert 1\nmore"}
     files: dict[str, Any] = {
         "machine.json": {"device": "Abacus 9000", "torch": "2.11.0", "triton": "3.6.0"},
-        "results.json": {"machine": {"refused": ["kernel blur, cut 8: no"]}, "rows": rows},
+        "results.json": {"machine": {"refused": ["kernel blur, config 8: no"]}, "rows": rows},
         "Abacus-9000.json": {"tests": {f"tests/device/test_x.py::test_{number}": failed for number in range(50)}},
     }
     output = "=== 50 failed ===\n"
@@ -283,7 +283,7 @@ def test_the_page_says_what_is_wrong_and_fits_a_page(tmp_path: Path) -> None:
         "5.00 ms, waited for",
         "| **wrong**: 1.0e-01 of the largest value apart |",
         "| 448 from 32, float32 | 0.200 ms | no profile |",
-        "Refused:\n\n- kernel blur, cut 8: no",
+        "Refused:\n\n- kernel blur, config 8: no",
     ):
         assert words in page, words
     assert len(page.splitlines()) < 60

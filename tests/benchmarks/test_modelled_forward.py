@@ -15,8 +15,7 @@ from support.recipe import INTERPRETED, fill, wave
 
 from anyup import AnyUp
 from anyup.bench.workloads import Workload, square
-from anyup.kernels.config import Target
-from anyup.kernels.launch import Launch
+from anyup.kernels.launch import Launch, Target
 from benchmarks import model, roofline
 from benchmarks.model_steps import ENCODERS, STAGES, Step, noted, pretended_card, steps_of
 

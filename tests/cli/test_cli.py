@@ -452,7 +452,7 @@ def test_the_bundled_photograph_and_features_belong_together() -> None:
     assert bool(torch.isfinite(features).all())
 
 
-def test_text_on_a_picture_is_wrapped_and_never_cut() -> None:
+def test_text_on_a_picture_is_wrapped_and_never_config() -> None:
     pictures = [torch.zeros(3, 40, 150)] * 2
     short = panels.draw_panels(pictures, ["a", "b"], ["c"])
     long = panels.draw_panels(pictures, ["a title of many words that is longer than its panel", "b"], ["c " * 100])
@@ -466,14 +466,14 @@ def test_text_on_a_picture_is_wrapped_and_never_cut() -> None:
 def test_info_tells_versions_devices_and_the_backend_of_each_operation(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refusals, "_remembered", {"kernel blur, cut 8: no": None})
+    monkeypatch.setattr(refusals, "_remembered", {"kernel blur, config 8: no": None})
     assert cli.main(["info", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     for word in (torch.__version__, "threads", "pillow", "squeezenet1_1", "anyup_multi_backbone", str(folder / "hub")):
         assert word in told
     for operation in ("window_attention", "pixel_encoder", "feature_unification"):
         assert operation in told
-    assert "refused by a device in this process\n  kernel blur, cut 8: no\n" in told
+    assert "refused by a device in this process\n  kernel blur, config 8: no\n" in told
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["upsample", "--help"], ["info", "-h"]])

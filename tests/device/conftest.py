@@ -29,7 +29,7 @@ def _device_or_skip() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def launched(_device_or_skip: None, request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
-    """The launches of a test: how many of "kernel, cut, dtype of the queries and of the values"."""
+    """The launches of a test: how many of "kernel, config, dtype of the queries and of the values"."""
     from anyup.kernels.launch import Launch
 
     launches: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The kernels of the window attention launched directly with given cuts, and what the reference says they compute."""
+"""The kernels of the window attention launched with given configs, and what the reference says they compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from support.recipe import AttentionShape, attention_tensors
 from torch import Tensor
 
-from anyup.kernels.config import (
+from anyup.kernels.window_attention_config import (
     BackwardGridConfig,
     BackwardQueryConfig,
     ForwardConfig,
@@ -28,8 +28,8 @@ from anyup.window import Part, Window
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """How each pass is cut: keys and values alike, and both at once where that is another cut."""
+class Configs:
+    """The config of each pass: keys and values alike, and both at once where that is another config."""
 
     forward: ForwardConfig
     query: BackwardQueryConfig
@@ -37,8 +37,8 @@ class Cuts:
     both: BackwardGridConfig | None = None
 
 
-def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
-    """Every cut that ships for a shape, the keys' and values' pixels undivided and in two parts by turns."""
+def shipped_configs(shape: AttentionShape, *, half: bool) -> list[Configs]:
+    """Every config that ships for a shape, the keys' and values' pixels undivided and in two parts by turns."""
 
     def keys_of(rows: int, columns: int) -> int:
         return most_keys(shape.window, shape.output, shape.grid, (rows, columns))
@@ -47,18 +47,18 @@ def shipped_cuts(shape: AttentionShape, *, half: bool) -> list[Cuts]:
     place = torch.device("cuda", torch.cuda.current_device())
     known: dict[str, Any] = {"target": target(place), "half": half, "heads": shape.heads, "head_dim": shape.head_dim}
     grid_sizes = (math.prod(shape.output), keys, shape.channels)
-    grid_cuts = backward_grid_configs(*grid_sizes, **known)
+    grid_configs = backward_grid_configs(*grid_sizes, **known)
     choices: tuple[Sequence[Any], ...] = (
         forward_configs(keys_of, **known, channels=shape.channels),
         backward_query_configs(keys_of, **known),
-        grid_cuts,
-        backward_key_value_configs(*grid_sizes, **known) or grid_cuts,
+        grid_configs,
+        backward_key_value_configs(*grid_sizes, **known) or grid_configs,
     )
     made = []
     for turn in range(max(2, *map(len, choices))):
         *others, grid, both = (choice[min(turn, len(choice) - 1)] for choice in choices)
         parts = 1 + turn % 2
-        made.append(Cuts(*others, replace(grid, parts=parts), replace(both, parts=parts)))
+        made.append(Configs(*others, replace(grid, parts=parts), replace(both, parts=parts)))
     return made
 
 
@@ -83,7 +83,7 @@ def with_gaps(tensor: Tensor) -> Tensor:
 
 
 def run_passes(
-    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, window: Window, cuts: Cuts
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, window: Window, configs: Configs
 ) -> dict[str, Tensor]:
     """What the kernels compute, into memory that holds NaN before."""
     # Here, because where triton is missing these tests are skipped, not in error.
@@ -103,21 +103,21 @@ def run_passes(
 
     out = unwritten((*query.shape[:3], value.shape[3]), value.dtype)
     lse, share, delta = (unwritten(query.shape[:4], torch.float32) for _ in range(3))
-    kept = _unwritten_weights(query, key, value, window, cuts.forward)
-    plan_forward(query, key, value, out, lse, **shared, config=cuts.forward, kept=kept)()
+    kept = _unwritten_weights(query, key, value, window, configs.forward)
+    plan_forward(query, key, value, out, lse, **shared, config=configs.forward, kept=kept)()
     grad_query = unwritten(query.shape, query.dtype)
-    plan_backward_query(grad, query, key, value, lse, grad_query, share, delta, **shared, config=cuts.query)()
+    plan_backward_query(grad, query, key, value, lse, grad_query, share, delta, **shared, config=configs.query)()
 
-    def unwritten_parts(cut: BackwardGridConfig) -> list[Tensor]:
-        dtypes = (torch.float32 if cut.parts > 1 else like.dtype for like in (key, value))
-        return [unwritten((cut.parts, *like.shape), dtype) for like, dtype in zip((key, value), dtypes, strict=True)]
+    def unwritten_parts(config: BackwardGridConfig) -> list[Tensor]:
+        dtypes = (torch.float32 if config.parts > 1 else like.dtype for like in (key, value))
+        return [unwritten((config.parts, *like.shape), dtype) for like, dtype in zip((key, value), dtypes, strict=True)]
 
-    grad_key, grad_value = unwritten_parts(cuts.grid)
-    plan_backward_key(grad, query, key, value, lse, share, delta, grad_key, **shared, config=cuts.grid)()
-    plan_backward_value(grad, query, key, lse, share, grad_value, **shared, config=cuts.grid)()
-    cut = cuts.both or cuts.grid
-    both = unwritten_parts(cut)
-    plan_backward_key_value(grad, query, key, value, lse, share, delta, *both, **shared, config=cut)()
+    grad_key, grad_value = unwritten_parts(configs.grid)
+    plan_backward_key(grad, query, key, value, lse, share, delta, grad_key, **shared, config=configs.grid)()
+    plan_backward_value(grad, query, key, lse, share, grad_value, **shared, config=configs.grid)()
+    config = configs.both or configs.grid
+    both = unwritten_parts(config)
+    plan_backward_key_value(grad, query, key, value, lse, share, delta, *both, **shared, config=config)()
     return {
         "output": out,
         "log-sum-exp": lse,
@@ -130,7 +130,7 @@ def run_passes(
 
 
 def run_forward_of_part(
-    query: Tensor, key: Tensor, value: Tensor, *, window: Window, part: Part, cut: ForwardConfig
+    query: Tensor, key: Tensor, value: Tensor, *, window: Window, part: Part, config: ForwardConfig
 ) -> dict[str, Tensor]:
     """What the forward kernel computes of a part of an output, into memory that holds NaN before."""
     from anyup.kernels.window_attention_forward import plan_forward
@@ -140,18 +140,18 @@ def run_forward_of_part(
     lse = torch.full(tuple(query.shape[:4]), math.nan, dtype=torch.float32, device="cuda")
     rule = window_rule(window, tuple(key.shape[1:3]))
     settings: dict[str, Any] = {"window": rule, "scale": query.shape[4] ** -0.5, "precision": dot_precision()}
-    kept = _unwritten_weights(query, key, value, window, cut, part)
-    plan_forward(query, key, value, out, lse, **settings, config=cut, part=part, kept=kept)()
+    kept = _unwritten_weights(query, key, value, window, config, part)
+    plan_forward(query, key, value, out, lse, **settings, config=config, part=part, kept=kept)()
     return {"output": out, "log-sum-exp": lse}
 
 
 def _unwritten_weights(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, cut: ForwardConfig, part: Part | None = None
+    query: Tensor, key: Tensor, value: Tensor, window: Window, config: ForwardConfig, part: Part | None = None
 ) -> Tensor | None:
     """Memory for the weights of a card of two multiprocessors, each with several tiles to work on."""
     from anyup.kernels.window_attention_forward import allocate_kept
 
-    kept = allocate_kept(value, most_keys=_tile_keys(query, key, window, part), multiprocessors=2, config=cut)
+    kept = allocate_kept(value, most_keys=_tile_keys(query, key, window, part), multiprocessors=2, config=config)
     return None if kept is None else kept.fill_(math.nan)
 
 

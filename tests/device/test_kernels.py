@@ -1,4 +1,4 @@
-"""Each kernel launched directly, with the cuts that ship and with odd ones, against the reference in float64."""
+"""Each kernel launched directly, with the configs that ship and with odd ones, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 from passes import (
-    Cuts,
+    Configs,
     channels_first,
     device_tensors,
     reference_passes,
     run_forward_of_part,
     run_passes,
-    shipped_cuts,
+    shipped_configs,
     with_gaps,
 )
 from support.accuracy import assert_close_enough
 from support.recipe import AttentionShape, parts_of
 from torch import Tensor
 
-from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
+from anyup.kernels.window_attention_config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig
 from anyup.ops.window_attention import reference
 from anyup.window import CellWindow, Part, RatioWindow, Window
 
@@ -44,23 +44,23 @@ SHAPES = {
 }
 LAYOUTS = {"partial tiles": channels_first, "many keys": with_gaps, "one pixel": channels_first}
 
-ODD_CUTS = {
-    "rows of pixels, keys in columns": Cuts(
+ODD_CONFIGS = {
+    "rows of pixels, keys in columns": Configs(
         ForwardConfig(1, 16, 16, 0, 16, 3, num_warps=4, num_stages=1, shares=1, keep=False, piece=16),
         BackwardQueryConfig(1, 16, 16, 0, 16, num_warps=4, num_stages=1),
         BackwardGridConfig(16, 1, 16, 16, 2, 2, num_warps=4, num_stages=1),
     ),
-    "tall tiles, more blocks than keys": Cuts(
+    "tall tiles, more blocks than keys": Configs(
         ForwardConfig(16, 2, 16, 3, 32, 1, num_warps=4, num_stages=1, shares=2),
         BackwardQueryConfig(16, 2, 32, 2, 32, num_warps=4, num_stages=1, tail_keys=16, waiting_blocks=1),
         BackwardGridConfig(2, 8, 32, 16, 1, 1, num_warps=4, num_stages=1, tall=True, refetch=True),
     ),
-    "weights in memory": Cuts(
+    "weights in memory": Configs(
         ForwardConfig(4, 4, 16, 0, 16, 2, num_warps=4, num_stages=2, kept_programs=1),
         BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=4, num_stages=1),
         BackwardGridConfig(4, 4, 16, 16, 2, 1, num_warps=4, num_stages=1),
     ),
-    "one tile for everything": Cuts(
+    "one tile for everything": Configs(
         ForwardConfig(8, 16, 64, 1, 128, 1, num_warps=8, num_stages=1),
         BackwardQueryConfig(8, 16, 64, 1, 64, num_warps=8, num_stages=1),
         BackwardGridConfig(8, 8, 128, 64, 2, 2, num_warps=8, num_stages=1),
@@ -68,36 +68,36 @@ ODD_CUTS = {
 }
 
 
-def assert_accurate(tensors: dict[str, Tensor], window: Window, cuts: Cuts) -> None:
-    actual = run_passes(**tensors, window=window, cuts=cuts)
+def assert_accurate(tensors: dict[str, Tensor], window: Window, configs: Configs) -> None:
+    actual = run_passes(**tensors, window=window, configs=configs)
     narrow = {name: tensor.cpu() for name, tensor in tensors.items()}
     expected = reference_passes(**narrow, window=window)
     exact = reference_passes(**{name: tensor.double() for name, tensor in narrow.items()}, window=window)
     for name in exact:
-        assert_close_enough(actual[name].cpu(), expected[name], exact[name], f"{name}, {cuts}")
+        assert_close_enough(actual[name].cpu(), expected[name], exact[name], f"{name}, {configs}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_shipped_cuts_obey_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
-    """Every cut in every dtype for the first shape; for each other shape one in each dtype, by turns."""
+def test_shipped_configs_obey_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    """Every config in every dtype for the first shape; for each other shape one in each dtype, by turns."""
     shape = SHAPES[name]
     layout = LAYOUTS.get(name, Tensor.contiguous)
     tensors = {key: layout(tensor) for key, tensor in device_tensors(shape, dtype, dtype).items()}
-    chosen = shipped_cuts(shape, half=dtype != torch.float32)
+    chosen = shipped_configs(shape, half=dtype != torch.float32)
     turn = [*SHAPES].index(name) + DTYPES.index(dtype)
     if name != "partial tiles":
         chosen = [chosen[turn % len(chosen)]]
-    for cuts in chosen:
-        assert_accurate(tensors, shape.window, cuts)
+    for configs in chosen:
+        assert_accurate(tensors, shape.window, configs)
     assert launched.total() == 5 * len(chosen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cut", ODD_CUTS)
-def test_a_cut_changes_speed_alone(cut: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", ODD_CONFIGS)
+def test_a_config_changes_speed_alone(config: str, dtype: torch.dtype) -> None:
     shape = SHAPES["partial tiles"]._replace(output=(7, 13), window=RatioWindow(0.2), batch=1)
-    assert_accurate(device_tensors(shape, dtype, dtype), shape.window, ODD_CUTS[cut])
+    assert_accurate(device_tensors(shape, dtype, dtype), shape.window, ODD_CONFIGS[config])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,12 +116,12 @@ def test_a_part_of_an_output_obeys_the_error_rule(name: str, dtype: torch.dtype,
         reference.forward(**{name: tensor.to(wide) for name, tensor in narrow.items()}, **settings)
         for wide in (dtype, torch.float64)
     )
-    all_cuts = [cuts.forward for cuts in shipped_cuts(shape, half=dtype != torch.float32)]
-    for cut in all_cuts:
-        actual = run_forward_of_part(query, **tensors, window=shape.window, part=part, cut=cut)
+    all_configs = [configs.forward for configs in shipped_configs(shape, half=dtype != torch.float32)]
+    for config in all_configs:
+        actual = run_forward_of_part(query, **tensors, window=shape.window, part=part, config=config)
         for name, *others in zip(actual, expected, exact, strict=True):
-            assert_close_enough(actual[name].cpu(), *others, f"{name}, {cut}")
-    assert launched.total() == len(all_cuts)
+            assert_close_enough(actual[name].cpu(), *others, f"{name}, {config}")
+    assert launched.total() == len(all_configs)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
@@ -129,4 +129,4 @@ def test_a_part_of_an_output_obeys_the_error_rule(name: str, dtype: torch.dtype,
 def test_mixed_dtypes_obey_the_error_rule(queries_are_half: bool, half: torch.dtype) -> None:
     shape = SHAPES["partial tiles"]
     dtypes = (half, torch.float32) if queries_are_half else (torch.float32, half)
-    assert_accurate(device_tensors(shape, *dtypes), shape.window, shipped_cuts(shape, half=False)[0])
+    assert_accurate(device_tensors(shape, *dtypes), shape.window, shipped_configs(shape, half=False)[0])

@@ -22,7 +22,7 @@ from support.recipe import AttentionShape, attention_tensors, fill, wave
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.kernels.config import backward_grid_configs, backward_key_value_configs
+from anyup.kernels.window_attention_config import backward_grid_configs, backward_key_value_configs
 from anyup.limited_memory import choice, prediction
 from anyup.limited_memory.plans import Bands
 from anyup.ops import explain_backends, window_attention
@@ -379,7 +379,7 @@ def test_a_problem_that_the_kernels_do_not_take_is_warned_about_once() -> None:
     assert len(slow) == (chosen == "torch"), (chosen, slow)
 
 
-def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_config_is_what_the_next_call_is_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from anyup.bench.attention_passes import AttentionPasses
     from anyup.bench.clock import CudaClock
     from anyup.bench.workloads import Workload, square
@@ -399,18 +399,18 @@ def test_a_tuned_cut_is_what_the_next_call_is_launched_with(tmp_path: Path, monk
         )  # fmt: skip
         assert found.best is not None and found.gain >= 1
         assert not [outcome for outcome in found.outcomes if outcome.reason.startswith("wrong")]
-        cuts: list[Any] = []
+        configs: list[Any] = []
         call = Launch.__call__
 
         def recorded(self: Launch) -> None:
-            cuts.append({**self.constants, **self.options})
+            configs.append({**self.constants, **self.options})
             call(self)
 
         monkeypatch.setattr(Launch, "__call__", recorded)
         passes = AttentionPasses(workload, torch.bfloat16, place)
         window_attention(passes.query, passes.key, passes.value, window=passes.window, backend="triton")
-        expected = passes.launch("forward", found.best.cut)
-        assert cuts == [{**expected.constants, **expected.options}]
+        expected = passes.launch("forward", found.best.config)
+        assert configs == [{**expected.constants, **expected.options}]
     finally:
         config_tables.in_force.cache_clear()
 

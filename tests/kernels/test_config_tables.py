@@ -1,4 +1,4 @@
-"""Tables of measured cuts: their files, where they are looked for, and which cut a kernel is launched with."""
+"""Tables of measured configs: their files, where they are looked for, and which config a kernel is launched with."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from support.accuracy import assert_backend_accurate
 from support.recipe import INTERPRETED, AttentionShape, attention_tensors
 from torch import Tensor
 
-from anyup.kernels import config, config_tables
-from anyup.kernels.config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, check
+from anyup.kernels import config_tables, window_attention_config
 from anyup.kernels.config_tables import Case, Entry, OtherTable, Table, TableError
+from anyup.kernels.window_attention_config import BackwardGridConfig, BackwardQueryConfig, ForwardConfig, check
 from anyup.ops import window_attention
 from anyup.ops.window_attention import fused
 
@@ -35,9 +35,9 @@ def case(kernel: str = "forward", **changed: Any) -> Case:
 
 
 def table(device: str = "cpu", **changed: Any) -> Table:
-    """A table with an entry for each kind of cut."""
-    cuts = {"forward": FORWARD, "backward_query": QUERY, "backward_key": GRID, "backward_value": GRID}
-    entries = {case(kernel): Entry(cut, 1.25) for kernel, cut in cuts.items()}
+    """A table with an entry for each kind of config."""
+    configs = {"forward": FORWARD, "backward_query": QUERY, "backward_key": GRID, "backward_value": GRID}
+    entries = {case(kernel): Entry(config, 1.25) for kernel, config in configs.items()}
     return Table(device, entries, {"triton": "3.9.0"}, **changed)
 
 
@@ -54,10 +54,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
     config_tables.in_force.cache_clear()
 
 
-# Cuts check themselves
+# Configs check themselves
 
 
-@pytest.mark.parametrize("cut", [FORWARD, QUERY, GRID])
+@pytest.mark.parametrize("config", [FORWARD, QUERY, GRID])
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -69,13 +69,13 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
         ("num_stages", 0, "num_stages.*: expected"),
     ],
 )
-def test_a_cut_that_no_kernel_takes_is_refused(cut: Any, name: str, value: int, message: str) -> None:
+def test_a_config_that_no_kernel_takes_is_refused(config: Any, name: str, value: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check(replace(cut, **{name: value}))
+        check(replace(config, **{name: value}))
 
 
 @pytest.mark.parametrize(
-    ("cut", "name", "value", "message"),
+    ("config", "name", "value", "message"),
     [
         (FORWARD, "block_keys", 24, "block_keys: expected a power of two, got 24"),
         (FORWARD, "shares", 16, "shares: expected at most half of 16 keys, got 16"),
@@ -87,9 +87,9 @@ def test_a_cut_that_no_kernel_takes_is_refused(cut: Any, name: str, value: int, 
         (GRID, "parts", 0, "parts: expected at least 1, got 0"),
     ],
 )
-def test_what_only_some_cuts_have_is_checked_too(cut: Any, name: str, value: int, message: str) -> None:
+def test_what_only_some_configs_have_is_checked_too(config: Any, name: str, value: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check(replace(cut, **{name: value}))
+        check(replace(config, **{name: value}))
 
 
 # Files
@@ -257,7 +257,7 @@ def test_a_broken_table_is_named_once_and_ignored(folders: tuple[Path, Path], co
         path.mkdir()
     else:
         path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"the table of kernel cuts .*cpu\.json is ignored") as warned:
+    with pytest.warns(UserWarning, match=r"the table of kernel configs .*cpu\.json is ignored") as warned:
         found = [config_tables.in_force("cpu") for _ in range(3)]
     assert len(warned) == 1 and str(path) in str(warned[0].message)
     assert len(found[0].entries) == 4
@@ -294,14 +294,14 @@ def test_what_is_shipped_are_tables_of_these_kernels() -> None:
         assert config_tables.load(path.read_text(), device) and path.name == config_tables.file_name(device)
 
 
-# Which cut a kernel gets
+# Which config a kernel gets
 
 
-def test_a_cut_is_fitted_to_the_sizes() -> None:
+def test_a_config_is_fitted_to_the_sizes() -> None:
     rule = [replace(GRID, parts=7)]
 
-    def fitted(cut: Any, keys: int, channels: int = 384) -> Any:
-        return config_tables.fitted(cut, rule, most_keys=lambda rows, columns: keys, channels=channels)
+    def fitted(config: Any, keys: int, channels: int = 384) -> Any:
+        return config_tables.fitted(config, rule, most_keys=lambda rows, columns: keys, channels=channels)
 
     assert fitted(FORWARD, 48) == FORWARD  # three blocks of 16 keys
     assert fitted(FORWARD, 49) is None
@@ -342,9 +342,9 @@ def run(query: Tensor, key: Tensor, value: Tensor, *, backend: str) -> Tensor:
 
 @pytest.fixture
 def measured(folders: tuple[Path, Path]) -> dict[str, Any]:
-    """A table in force, for half precision on this device, of cuts that no rule has; by kernel."""
+    """A table in force, for half precision on this device, of configs that no rule has; by kernel."""
     tensors = attention_tensors(SHAPE, dtype=torch.float16)
-    cuts: dict[str, Any] = {
+    configs: dict[str, Any] = {
         "forward": replace(FORWARD, resident_blocks=8),
         "backward_query": QUERY,
         "backward_key": GRID,
@@ -352,16 +352,16 @@ def measured(folders: tuple[Path, Path]) -> dict[str, Any]:
         "backward_key_value": replace(GRID, rows=4),
     }
     entries = {
-        fused.case(kernel, *tensors.values(), SHAPE.window): Entry(cut)  # type: ignore[misc, arg-type]
-        for kernel, cut in cuts.items()
+        fused.case(kernel, *tensors.values(), SHAPE.window): Entry(config)  # type: ignore[misc, arg-type]
+        for kernel, config in configs.items()
     }
     (folders[1] / "cpu.json").write_text(config_tables.dump(Table("cpu", entries)))
-    return cuts
+    return configs
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """The cuts that launches are planned with, by kernel."""
+    """The configs that launches are planned with, by kernel."""
     from anyup.kernels import window_attention_backward_grid as grid
     from anyup.kernels import window_attention_backward_key_value as both
     from anyup.kernels import window_attention_backward_query as query
@@ -388,21 +388,21 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
 @INTERPRETED
 @pytest.mark.parametrize("together", [False, True])
-def test_each_kernel_is_launched_with_its_measured_cut_and_right(
+def test_each_kernel_is_launched_with_its_measured_config_and_right(
     together: bool, measured: dict[str, Any], launched: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
-        monkeypatch.setattr(config, "backward_key_value_configs", lambda *_, **__: [])
+        monkeypatch.setattr(window_attention_config, "backward_key_value_configs", lambda *_, **__: [])
     assert_backend_accurate(run, attention_tensors(SHAPE, dtype=torch.float16), backend="triton")
     apart = {"backward_key", "backward_value"}
     assert launched.keys() == measured.keys() - (apart if together else {"backward_key_value"})
-    for kernel, (cut, *others) in launched.items():
+    for kernel, (config, *others) in launched.items():
         assert not others
         wanted = measured[kernel]
         if kernel == "forward":  # as many blocks as hold the keys
-            wanted = replace(wanted, resident_blocks=cut.resident_blocks)
-            assert 0 < cut.resident_blocks <= 8
-        assert cut == wanted
+            wanted = replace(wanted, resident_blocks=config.resident_blocks)
+            assert 0 < config.resident_blocks <= 8
+        assert config == wanted
 
 
 @INTERPRETED
@@ -419,13 +419,13 @@ def test_one_kernel_for_each_gradient_runs_where_that_was_faster(
 
 
 @INTERPRETED
-def test_another_dtype_gets_the_rule_s_cut(measured: dict[str, Any], launched: dict[str, list[Any]]) -> None:
+def test_another_dtype_gets_the_rule_s_config(measured: dict[str, Any], launched: dict[str, list[Any]]) -> None:
     run(**attention_tensors(SHAPE), backend="triton")
     assert launched["forward"] != [measured["forward"]] and launched["forward"][0].columns == 8
 
 
 @INTERPRETED
-def test_where_the_measured_cut_is_refused_the_rule_s_runs(
+def test_where_the_measured_config_is_refused_the_rule_s_runs(
     measured: dict[str, Any], launched: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime.errors import OutOfResources

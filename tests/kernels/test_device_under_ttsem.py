@@ -150,13 +150,13 @@ PLANTED_TEST = """
 import anyup.kernels
 anyup.kernels.__path__[:] = [{folder!r}]
 import torch
-from passes import device_tensors, run_passes, shipped_cuts
+from passes import device_tensors, run_passes, shipped_configs
 from support.recipe import AttentionShape
 
 def test_passes():
     shape = AttentionShape((5, 9), (4, 5), channels=21, head_dim=16)
     tensors = device_tensors(shape, torch.float32, torch.float32)
-    run_passes(**tensors, window=shape.window, cuts=shipped_cuts(shape, half=False)[1])
+    run_passes(**tensors, window=shape.window, configs=shipped_configs(shape, half=False)[1])
 """
 
 

@@ -167,17 +167,20 @@ def test_a_channel_that_is_not_a_number_stays_in_its_patches() -> None:
     assert out[..., :3].isnan().all() and not out[..., 3:].isnan().any()
 
 
-def test_a_cut_changes_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyup.kernels import feature_unification_config as config
+def test_a_config_changes_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyup.kernels import feature_unification_config as window_attention_config
 
     tensors = tensors_of(Shape((3, 5), 64, filters=32))
-    for cut in (config.UnificationConfig(1, 16, 1, 1), config.UnificationConfig(16, 32, 8, 3)):
-        monkeypatch.setattr(config, "forward_configs", lambda *_, cut=cut: [cut])
+    for config in (
+        window_attention_config.UnificationConfig(1, 16, 1, 1),
+        window_attention_config.UnificationConfig(16, 32, 8, 3),
+    ):
+        monkeypatch.setattr(window_attention_config, "forward_configs", lambda *_, config=config: [config])
         assert_backend_accurate(unify_features, tensors, backend="triton")
 
 
 @pytest.mark.parametrize("values", [{"positions": 3}, {"rows": 8}, {"num_warps": 0}, {"num_stages": 0}])
-def test_a_cut_that_cannot_be_is_refused(values: dict[str, int]) -> None:
+def test_a_config_that_cannot_be_is_refused(values: dict[str, int]) -> None:
     from anyup.kernels.feature_unification_config import UnificationConfig
 
     with pytest.raises(ValueError, match=next(iter(values))):

@@ -15,14 +15,14 @@ from support.mutations import mutate
 from support.recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors
 from torch import Tensor
 
-from anyup.kernels import config
-from anyup.ops import cuts, window_attention
+from anyup.kernels import launch, window_attention_config
+from anyup.ops import configs, window_attention
 from anyup.window import RatioWindow
 
 pytestmark = INTERPRETED
 
-CUT = config.BackwardGridConfig(4, 8, 128, 32, 1, 1, num_warps=4, num_stages=1)
-CUTS = {
+CUT = window_attention_config.BackwardGridConfig(4, 8, 128, 32, 1, 1, num_warps=4, num_stages=1)
+CONFIGS = {
     "whole": CUT,
     "in parts": replace(CUT, parts=3, tall=True, refetch=True),
     "keys in pieces": replace(CUT, keep=False, piece=16),
@@ -54,10 +54,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.fixture(params=CUTS)
+@pytest.fixture(params=CONFIGS)
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A cut for every problem."""
-    monkeypatch.setattr(config, "backward_key_value_configs", lambda *_, **__: [CUTS[request.param]])
+    """A config for every problem."""
+    monkeypatch.setattr(
+        window_attention_config, "backward_key_value_configs", lambda *_, **__: [CONFIGS[request.param]]
+    )
     return request.param
 
 
@@ -72,7 +74,7 @@ def test_gradients_obey_the_error_rule(name: str, together: str, launched: list[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["odd", "cell", "several tiles", "heads of the model"])
-def test_every_cut_obeys_it_in_both_dtypes(name: str, dtype: torch.dtype, together: str) -> None:
+def test_every_config_obeys_it_in_both_dtypes(name: str, dtype: torch.dtype, together: str) -> None:
     shape = KERNEL_SHAPES[name]
     assert_backend_accurate_over_draws(
         attention(shape), lambda seed: attention_tensors(shape, seed, dtype), backend="triton"
@@ -128,30 +130,35 @@ def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytes
 # Who gets it.
 
 
-def configs(**changed: Any) -> list[config.BackwardGridConfig]:
-    """The rule's cuts at 448 from 32, for other than the model's arguments where they are given."""
-    usual = {"target": config.Target("cuda", 80), "half": True, "heads": 4, "head_dim": 32}
+def rule(**changed: Any) -> list[window_attention_config.BackwardGridConfig]:
+    """The rule's configs at 448 from 32, for other than the model's arguments where they are given."""
+    usual = {"target": launch.Target("cuda", 80), "half": True, "heads": 4, "head_dim": 32}
     channels = changed.pop("channels", 384)
-    return config.backward_key_value_configs(448**2, 32**2, channels, **{**usual, **changed})
+    return window_attention_config.backward_key_value_configs(448**2, 32**2, channels, **{**usual, **changed})
 
 
 def test_it_is_for_half_precision_and_sums_that_stay_in_registers() -> None:
-    assert configs() and configs(target=config.Target("hip", "gfx942")) and configs(channels=21)
+    assert rule() and rule(target=launch.Target("hip", "gfx942")) and rule(channels=21)
     for other in ({"half": False}, {"heads": 8}, {"head_dim": 64}, {"channels": 385}, {"channels": 100}):
-        assert not configs(**other), other
-    assert configs(target=config.Target("cuda", 89), channels=192) and not configs(target=config.Target("cuda", 89))
-    assert configs(target=config.Target("cuda", 90), channels=768)
-    assert not configs(channels=0)
+        assert not rule(**other), other
+    assert rule(target=launch.Target("cuda", 89), channels=192) and not rule(target=launch.Target("cuda", 89))
+    assert rule(target=launch.Target("cuda", 90), channels=768)
+    assert not rule(channels=0)
 
 
 @pytest.mark.parametrize("channels", [16, 384])
 def test_both_partial_sums_are_no_larger_than_the_gradient_of_the_queries(channels: int) -> None:
     split = 0
     for side, grid in ((96, 7), (224, 8), (224, 16), (448, 14), (448, 32), (1024, 64), (2048, 128)):
-        known: dict[str, Any] = {"target": config.Target("cuda", 80), "half": True, "heads": 4, "head_dim": 32}
-        for cut in config.backward_key_value_configs(side**2, grid**2, channels, **known):
-            split += cut.parts > 1
-            assert cut.parts == 1 or 4 * cut.parts * grid**2 * (channels + 128) <= 2 * side**2 * 128
+        known: dict[str, Any] = {
+            "target": launch.Target("cuda", 80),
+            "half": True,
+            "heads": 4,
+            "head_dim": 32,
+        }
+        for config in window_attention_config.backward_key_value_configs(side**2, grid**2, channels, **known):
+            split += config.parts > 1
+            assert config.parts == 1 or 4 * config.parts * grid**2 * (channels + 128) <= 2 * side**2 * 128
     assert split > 3
 
 
@@ -167,16 +174,16 @@ def test_a_device_that_refuses_it_runs_the_two_kernels(monkeypatch: pytest.Monke
         launch(self)
 
     monkeypatch.setattr(Launch, "__call__", refusing)
-    monkeypatch.setattr(cuts, "_refused", {})
+    monkeypatch.setattr(configs, "_refused", {})
     shape = KERNEL_SHAPES["odd"]
     for _ in range(2):
         assert_backend_accurate(attention(shape), attention_tensors(shape, dtype=torch.float16), backend="triton")
-    assert len(tried) == 1, "a cut that was refused was tried again"
+    assert len(tried) == 1, "a config that was refused was tried again"
     kernels = [name for name in launched if "_key_" in name or "_value_" in name]
     assert kernels == ["window_attention_backward_key_kernel", "window_attention_backward_value_kernel"] * 2
 
 
-def test_the_rule_s_cut_is_launched_in_half_precision(launched: list[str]) -> None:
+def test_the_rule_s_config_is_launched_in_half_precision(launched: list[str]) -> None:
     tensors = attention_tensors(AttentionShape((18, 20), (6, 5), channels=48, heads=4, head_dim=32))
     for dtype, expected in ((torch.float16, True), (torch.float32, False)):
         launched.clear()

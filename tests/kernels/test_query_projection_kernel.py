@@ -56,21 +56,21 @@ def test_strides_change_nothing(order: Any) -> None:
     assert torch.equal(run(**{**tensors, "encoded": moved}, backend="triton"), expected)
 
 
-def test_a_cut_changes_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_changes_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from anyup.kernels import query_projection_forward as kernel
 
-    for cut in (kernel.ProjectionConfig(2, 8, 32, 16, 4, 1), kernel.ProjectionConfig(16, 4, 16, 32, 8, 3)):
-        monkeypatch.setattr(kernel, "forward_configs", lambda *_, cut=cut, **__: [cut])
+    for config in (kernel.ProjectionConfig(2, 8, 32, 16, 4, 1), kernel.ProjectionConfig(16, 4, 16, 32, 8, 3)):
+        monkeypatch.setattr(kernel, "forward_configs", lambda *_, config=config, **__: [config])
         assert_backend_accurate(run, tensors_of(Shape((9, 7), dim=48)), backend="triton", gradients=False)
 
 
 @pytest.mark.parametrize("values", [{"rows": 3}, {"piece": 8}, {"outputs": 8}, {"num_warps": 0}, {"num_stages": 0}])
-def test_a_cut_that_cannot_be_is_refused(values: dict[str, int]) -> None:
+def test_a_config_that_cannot_be_is_refused(values: dict[str, int]) -> None:
     from anyup.kernels.query_projection_forward import ProjectionConfig
 
-    cut = {"rows": 8, "columns": 8, "piece": 16, "outputs": 16, "num_warps": 4, "num_stages": 1}
+    config = {"rows": 8, "columns": 8, "piece": 16, "outputs": 16, "num_warps": 4, "num_stages": 1}
     with pytest.raises(ValueError, match=next(iter(values))):
-        ProjectionConfig(**{**cut, **values})
+        ProjectionConfig(**{**config, **values})
 
 
 MUTATIONS = {

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyup import AnyUp
-from anyup.kernels.config import Target
-from anyup.kernels.launch import Launch
+from anyup.kernels.launch import Launch, Target
 from anyup.limited_memory import choice, prediction
 from anyup.limited_memory.plans import Bands
 from benchmarks.model_steps import pretended_card

@@ -21,7 +21,7 @@ from support.mutations import mutate
 from support.recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, attention_tensors, parts_of
 from torch import Tensor
 
-from anyup.ops import cuts, explain_backends, window_attention
+from anyup.ops import configs, explain_backends, window_attention
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.window_attention import fused, operator
 from anyup.window import CellWindow, Part, RatioWindow, Window, axis_bounds
@@ -40,8 +40,8 @@ def attention(shape: AttentionShape) -> Any:
 
 @pytest.fixture(params=["resident", "streamed", "kept"])
 def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Cuts with few programs, in each of the kernels' ways to have weights."""
-    from anyup.kernels import config
+    """Configs with few programs, in each of the kernels' ways to have weights."""
+    from anyup.kernels import window_attention_config
 
     def forward(most_keys: Any, **_: Any) -> list[Any]:
         blocks, tail = 0, 0
@@ -50,7 +50,9 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             tail = 16 if most_keys(8, 16) > 32 * blocks else 0
         programs = 1 if request.param == "kept" else 0
         return [
-            config.ForwardConfig(8, 16, 32, blocks, 32, 2, 4, 1, tail_keys=tail, group_blocks=2, kept_programs=programs)
+            window_attention_config.ForwardConfig(
+                8, 16, 32, blocks, 32, 2, 4, 1, tail_keys=tail, group_blocks=2, kept_programs=programs
+            )
         ]
 
     def backward_query(most_keys: Any, **_: Any) -> list[Any]:
@@ -59,19 +61,25 @@ def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             blocks = max(1, -(-(most_keys(8, 16) - 16) // 32))
             tail = 16 if most_keys(8, 16) > 32 * blocks else 0
         return [
-            config.BackwardQueryConfig(
+            window_attention_config.BackwardQueryConfig(
                 8, 16, 32, blocks, 32, num_warps=4, num_stages=1, tail_keys=tail, waiting_blocks=1
             )
         ]
 
     def backward_grid(*_: Any, **__: Any) -> list[Any]:
         parts = 1 if request.param == "resident" else 2
-        return [config.BackwardGridConfig(4, 8, 128, 32, 2, parts, num_warps=4, num_stages=1, tall=parts == 2)]
+        return [
+            window_attention_config.BackwardGridConfig(
+                4, 8, 128, 32, 2, parts, num_warps=4, num_stages=1, tall=parts == 2
+            )
+        ]
 
-    monkeypatch.setattr(config, "forward_configs", forward)
-    monkeypatch.setattr(config, "backward_query_configs", backward_query)
-    monkeypatch.setattr(config, "backward_grid_configs", backward_grid)
-    monkeypatch.setattr(config, "backward_key_value_configs", lambda *_, **__: [])  # has tests of its own
+    monkeypatch.setattr(window_attention_config, "forward_configs", forward)
+    monkeypatch.setattr(window_attention_config, "backward_query_configs", backward_query)
+    monkeypatch.setattr(window_attention_config, "backward_grid_configs", backward_grid)
+    monkeypatch.setattr(
+        window_attention_config, "backward_key_value_configs", lambda *_, **__: []
+    )  # has tests of its own
     return request.param
 
 
@@ -93,7 +101,7 @@ def test_all_ways_obey_the_error_rule_in_both_dtypes(name: str, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["odd", "cell", "heads of the model"])
-def test_shipped_cuts_obey_the_error_rule(name: str, dtype: torch.dtype) -> None:
+def test_shipped_configs_obey_the_error_rule(name: str, dtype: torch.dtype) -> None:
     shape = KERNEL_SHAPES[name]
     assert_backend_accurate(attention(shape), attention_tensors(shape, dtype=dtype), backend="triton")
 
@@ -137,11 +145,11 @@ def test_a_part_of_a_map_obeys_the_error_rule(name: str, weights_live: str) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["odd", "heads of the model"])
-def test_a_part_of_a_map_obeys_the_error_rule_with_shipped_cuts(name: str, dtype: torch.dtype) -> None:
+def test_a_part_of_a_map_obeys_the_error_rule_with_shipped_configs(name: str, dtype: torch.dtype) -> None:
     assert_parts_are_accurate(KERNEL_SHAPES[name], dtype)
 
 
-def test_a_part_of_whole_tiles_is_bit_for_bit_the_whole_map_s_and_has_its_cut(
+def test_a_part_of_whole_tiles_is_bit_for_bit_the_whole_map_s_and_has_its_config(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from anyup.kernels.launch import Launch
@@ -424,31 +432,33 @@ def test_a_tile_s_keys_are_numbered_once_each_and_those_that_all_pixels_see_firs
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("channels", [21, 384, 1024])
 def test_partial_sums_are_no_larger_than_the_gradient_of_the_queries(channels: int, half: bool) -> None:
-    from anyup.kernels.config import Target, backward_grid_configs
+    from anyup.kernels.launch import Target
+    from anyup.kernels.window_attention_config import backward_grid_configs
 
     split = 0
     for side, grid in ((96, 7), (224, 8), (224, 16), (448, 14), (448, 32), (1024, 64), (2048, 128)):
-        for cut in backward_grid_configs(
+        for config in backward_grid_configs(
             side**2, grid**2, channels, target=Target("cuda", 80), half=half, heads=4, head_dim=32
         ):
-            split += cut.parts > 1
-            sums = 4 * cut.parts * grid**2 * max(channels, 128)
-            assert cut.parts == 1 or sums <= side**2 * 128 * (2 if half else 4)
+            split += config.parts > 1
+            sums = 4 * config.parts * grid**2 * max(channels, 128)
+            assert config.parts == 1 or sums <= side**2 * 128 * (2 if half else 4)
     assert split > 6
 
 
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 def test_no_slice_of_channels_is_multiplied_that_holds_none(arch: int, half: bool) -> None:
-    from anyup.kernels.config import Target, forward_configs
+    from anyup.kernels.launch import Target
+    from anyup.kernels.window_attention_config import forward_configs
 
     longest = 0
     for channels in (1, 21, 64, 100, 384):
-        for cut in forward_configs(
+        for config in forward_configs(
             lambda rows, columns: 1000, target=Target("cuda", arch), half=half, heads=4, head_dim=32, channels=channels
         ):
-            assert (cut.slices - 1) * cut.channel_slice < channels
-            longest = max(longest, cut.slices * cut.channel_slice)
+            assert (config.slices - 1) * config.channel_slice < channels
+            longest = max(longest, config.slices * config.channel_slice)
     assert longest >= 128
 
 
@@ -594,7 +604,7 @@ REFUSALS: dict[str, Callable[[], Exception]] = {
 
 @pytest.fixture
 def card_refuses(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Let the first launches of the forward pass raise an error; returns the list of the cuts that were tried."""
+    """Let the first launches of the forward pass raise an error; returns the list of the configs that were tried."""
     from anyup.kernels.launch import Launch
 
     launch = Launch.__call__
@@ -613,12 +623,12 @@ def card_refuses(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         return tried
 
     monkeypatch.setattr(operator.OPERATION, "_failures", dict(operator.OPERATION._failures))
-    monkeypatch.setattr(cuts, "_refused", {})
+    monkeypatch.setattr(configs, "_refused", {})
     return refuse
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_cut_that_the_card_refuses_gives_way_to_a_smaller_one(refusal: str, card_refuses: Any) -> None:
+def test_a_config_that_the_card_refuses_gives_way_to_a_smaller_one(refusal: str, card_refuses: Any) -> None:
     shape = KERNEL_SHAPES["odd"]
     tried = card_refuses(1, REFUSALS[refusal])
     with warnings.catch_warnings():
@@ -627,12 +637,12 @@ def test_a_cut_that_the_card_refuses_gives_way_to_a_smaller_one(refusal: str, ca
     first, second, *others = tried
     assert second["ROWS"] * second["COLUMNS"] <= first["ROWS"] * first["COLUMNS"] and second != first
     window_attention(**attention_tensors(shape), window=shape.window, backend="triton")
-    assert tried[2:] == [*others, second], "the cut that was refused was tried again"
+    assert tried[2:] == [*others, second], "the config that was refused was tried again"
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("compiles", [False, True])
-def test_where_the_card_refuses_every_cut_the_next_backend_runs(
+def test_where_the_card_refuses_every_config_the_next_backend_runs(
     compiles: bool, refusal: str, card_refuses: Any
 ) -> None:
     tried = card_refuses(10**6, REFUSALS[refusal])
@@ -652,7 +662,7 @@ def test_where_the_card_refuses_every_cut_the_next_backend_runs(
 
 def test_what_fails_for_some_heads_is_still_used_for_others(card_refuses: Any) -> None:
     refused = attention_tensors(KERNEL_SHAPES["odd"])
-    card_refuses(2)  # both cuts
+    card_refuses(2)  # both configs
     settings: dict[str, Any] = {"window": RatioWindow(0.1), "backend": ("triton", "torch")}
     with pytest.warns(UserWarning, match="'triton' failed"):
         window_attention(**refused, **settings)

@@ -99,7 +99,7 @@ def test_no_memory_is_read_that_nobody_wrote(monkeypatch: pytest.MonkeyPatch, po
     assert_bands_accurate(monkeypatch, PLANS["one map kept for some rows"])
 
 
-# A card that takes a kernel's first cuts, and then none.
+# A card that takes a kernel's first configs, and then none.
 
 
 @pytest.fixture

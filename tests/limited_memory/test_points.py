@@ -159,7 +159,7 @@ def test_a_key_outside_of_a_points_window_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_a_window_that_the_border_cuts_hides_what_fills_it_up() -> None:
+def test_a_window_that_the_border_configs_hides_what_fills_it_up() -> None:
     model = small(window="cell", window_ratio=0.2)
     assert isinstance(model.window, CellWindow)
     image, features = inputs((24, 20), (12, 10), batch=1)

@@ -1,4 +1,4 @@
-"""Trying a kernel's cuts: what gives way to the next cut, and what must not."""
+"""Trying a kernel's configs: what gives way to the next config, and what must not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from anyup.ops import cuts, refusals
-from anyup.ops.cuts import run_first
+from anyup.ops import configs, refusals
+from anyup.ops.configs import run_first
 from anyup.ops.dispatch import BackendFailure
 
 triton_errors = pytest.importorskip("triton.compiler.errors")
@@ -18,12 +18,12 @@ PTXASError = pytest.importorskip("triton.runtime.errors").PTXASError
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuts, "_refused", {})
+    monkeypatch.setattr(configs, "_refused", {})
     monkeypatch.setattr(refusals, "_remembered", {})
 
 
 def failing(error: Exception, tried: list[int], most: int = 100) -> Callable[[int], str]:
-    """A kernel whose cuts raise an error, up to a number of threads."""
+    """A kernel whose configs raise an error, up to a number of threads."""
 
     def run(threads: int) -> str:
         tried.append(threads)
@@ -52,7 +52,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("message", REFUSALS)
-def test_a_refused_cut_gives_way_to_the_next_and_the_last_refusal_is_the_backend_s(message: str) -> None:
+def test_a_refused_config_gives_way_to_the_next_and_the_last_refusal_is_the_backend_s(message: str) -> None:
     tried: list[int] = []
     assert run_first(failing(REFUSALS[message], tried, most=2), [8, 4, 2, 1]) == "with 2"
     assert tried == [8, 4, 2]
@@ -80,7 +80,7 @@ def test_a_refused_cut_gives_way_to_the_next_and_the_last_refusal_is_the_backend
     ],
     ids=lambda error: f"{type(error).__name__}: {str(error)[:60]}",
 )
-def test_what_no_other_cut_can_help_is_raised_at_once(error: Exception) -> None:
+def test_what_no_other_config_can_help_is_raised_at_once(error: Exception) -> None:
     tried: list[int] = []
     with pytest.raises(type(error)) as raised:
         run_first(failing(error, tried, most=4), [8, 4])
@@ -95,7 +95,7 @@ def test_an_interruption_is_no_refusal() -> None:
         run_first(run, [8, 4])
 
 
-def test_a_refused_cut_is_not_tried_again_for_the_same_kernel() -> None:
+def test_a_refused_config_is_not_tried_again_for_the_same_kernel() -> None:
     tried: list[int] = []
     run = failing(RuntimeError("PassManager::run failed"), tried, most=4)
     for kernel in ("blur", "blur", "sharpen"):
@@ -114,20 +114,20 @@ def test_refusals_that_are_remembered_are_told_again() -> None:
     assert tried == [8, 4]
 
 
-def test_each_refusal_is_told_once_with_the_kernel_and_its_cut() -> None:
+def test_each_refusal_is_told_once_with_the_kernel_and_its_config() -> None:
     run = failing(RuntimeError("PassManager::run failed\nin detail"), [], most=4)
     for _ in range(2):
         run_first(run, [16, 8, 4], kernel=("blur", torch.float16, torch.device("cpu")))
     run_first(run, [8, 4])
     assert refusals.remembered() == (
-        "kernel blur float16 cpu, cut 16: RuntimeError: PassManager::run failed",
-        "kernel blur float16 cpu, cut 8: RuntimeError: PassManager::run failed",
-        "kernel of no name, cut 8: RuntimeError: PassManager::run failed",
+        "kernel blur float16 cpu, config 16: RuntimeError: PassManager::run failed",
+        "kernel blur float16 cpu, config 8: RuntimeError: PassManager::run failed",
+        "kernel of no name, config 8: RuntimeError: PassManager::run failed",
     )
 
 
 def test_a_compiler_s_error_is_told_by_its_last_line() -> None:
     error = triton_errors.CompilationError("def kernel():\n    x\n", None, "x is not defined")
-    assert cuts.told(error) == "CompilationError: x is not defined"
-    assert cuts.told(RuntimeError("first\nsecond")) == "RuntimeError: first"
-    assert cuts.told(OSError()) == "OSError: "
+    assert configs.told(error) == "CompilationError: x is not defined"
+    assert configs.told(RuntimeError("first\nsecond")) == "RuntimeError: first"
+    assert configs.told(OSError()) == "OSError: "

@@ -293,7 +293,7 @@ def test_several_callers_at_once_get_their_own_results(count: int, threads: None
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 4097])
 @pytest.mark.parametrize("multiple", [1, 7, 300])
-def test_a_cut_covers_the_length_in_whole_multiples(length: int, multiple: int, threads: None) -> None:
+def test_a_config_covers_the_length_in_whole_multiples(length: int, multiple: int, threads: None) -> None:
     tiles = even_slices(length, 64, CPU, multiple)
     assert [i for tile in tiles for i in range(tile.start, tile.stop)] == list(range(length))
     assert all(tile.start % multiple == 0 for tile in tiles)

@@ -23,11 +23,11 @@ def small_passes(
 
 
 def assert_check_finds_a_wider_window(passes: AttentionPasses) -> None:
-    """Each kernel's first cut by the rule passes the check, and fails it where its window is another."""
-    cuts = {kernel: rule[0] for kernel in KINDS if (rule := passes.rule(kernel))}
-    for kernel, cut in cuts.items():
-        passes.check(kernel, cut)
+    """Each kernel's first config by the rule passes the check, and fails it where its window is another."""
+    configs = {kernel: rule[0] for kernel in KINDS if (rule := passes.rule(kernel))}
+    for kernel, config in configs.items():
+        passes.check(kernel, config)
     passes.window = RatioWindow(0.3)
-    for kernel, cut in cuts.items():
+    for kernel, config in configs.items():
         with pytest.raises(ParityError, match=f"{kernel}: error .* exceeds"):
-            passes.check(kernel, cut)
+            passes.check(kernel, config)

@@ -110,8 +110,8 @@ def test_guidance_features_and_crops_turn_together(tmp_path: Path, source: Featu
         torch.testing.assert_close(batch.guidance[index], turn(plain.guidance[index], sample.turn), rtol=0, atol=1e-5)
         # The crops' windows of the enlarged low map stay what they were, turned.
         for crop in range(batch.targets.shape[1]):
-            cut = [_window(b, index, crop) for b in (batch, plain)]
-            torch.testing.assert_close(cut[0], turn(cut[1], sample.turn), rtol=0, atol=0)
+            config = [_window(b, index, crop) for b in (batch, plain)]
+            torch.testing.assert_close(config[0], turn(config[1], sample.turn), rtol=0, atol=0)
             target = turn(plain.targets[index, crop], sample.turn)
             torch.testing.assert_close(batch.targets[index, crop], target, rtol=0, atol=0)
 

@@ -391,9 +391,9 @@ def test_normalised_error_is_the_error_of_maps_normalised_by_the_target() -> Non
     torch.testing.assert_close(normalised_error(prediction, target).mean(), F.mse_loss(*maps))
 
 
-def test_windows_are_cut_where_the_places_say() -> None:
+def test_windows_are_config_where_the_places_say() -> None:
     maps = torch.arange(2 * 36.0).view(2, 1, 6, 6)
-    cut = windows(maps, torch.tensor([[[0, 1], [2, 3]], [[4, 0], [1, 1]]]), (2, 3))
-    assert cut.shape == (2, 2, 1, 2, 3)
-    assert cut[0, 1, 0, 0].tolist() == [15, 16, 17]
-    assert cut[1, 0, 0, 1].tolist() == [66, 67, 68]
+    config = windows(maps, torch.tensor([[[0, 1], [2, 3]], [[4, 0], [1, 1]]]), (2, 3))
+    assert config.shape == (2, 2, 1, 2, 3)
+    assert config[0, 1, 0, 0].tolist() == [15, 16, 17]
+    assert config[1, 0, 0, 1].tolist() == [66, 67, 68]

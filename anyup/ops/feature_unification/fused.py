@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anyup.ops.cuts import run_first
+from anyup.ops.configs import run_first
 from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.feature_unification.arguments import FeatureUnificationProblem
 from anyup.ops.kernel_device import device_reasons, discouraged, dtype_reasons, installed, interprets, target
@@ -156,7 +156,7 @@ def _arrange(
 
 
 def _kernel(name: str, features: Tensor, basis: Tensor, dtype: torch.dtype | None = None) -> tuple[Hashable, ...]:
-    """What else than its cut a kernel is compiled for; with the dtype that features are normalised in."""
+    """What else than its config a kernel is compiled for; with the dtype that features are normalised in."""
     from anyup.kernels.feature_unification_patches import runs_of
 
     runs = runs_of(features.shape[1], basis.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyup.ops.cuts import run_first
+from anyup.ops.configs import run_first
 from anyup.ops.feature_unification import fused as unification
 from anyup.ops.feature_unification.operator import OPERATION as UNIFICATION
 from anyup.ops.kernel_device import dot_precision, target

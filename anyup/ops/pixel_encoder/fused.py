@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyup.ops.cuts import run_first
+from anyup.ops.configs import run_first
 from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.kernel_device import (
     device_reasons,
@@ -88,7 +88,7 @@ class Kernels:
         return silu_form(self.dtype, target(self.device))
 
     def run(self, name: str, run: Callable[[EncoderConfig], Result], *, kind: str, **known: Hashable) -> Result:
-        """What `run` gives with the first cut that the device takes; `known` is what else it is compiled for."""
+        """What `run` gives with the first config that the device takes; `known` is what else it is compiled for."""
         from anyup.kernels.pixel_encoder_config import encoder_configs
 
         kernel = ("pixel_encoder", name, self.device, self.dtype, self.weights, self.dim, self.inputs, self.precision)
@@ -137,7 +137,7 @@ class Kernels:
                 programs=programs, form=self.form, precision=self.precision, config=config,
             )()  # fmt: skip
 
-        # A launch that fails has written nothing: the next cut finds the map as it was.
+        # A launch that fails has written nothing: the next config finds the map as it was.
         stored = None if keys is None else out.dtype
         self._run_pass("store", run, source, halves, rotates=tables is not None, keys=stored)
 
@@ -177,7 +177,7 @@ class Kernels:
         keys: torch.dtype | None = None,
         **known: Hashable,
     ) -> Result:
-        """What `run` gives for a cut, its programs of an image, and room for the norm that they make, if they do.
+        """What `run` gives for a config, its programs of an image, and room for the norm that they make, if they do.
 
         `keys`: the dtype that they are stored in.
         """

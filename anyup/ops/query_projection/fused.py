@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyup.ops.cuts import run_first
+from anyup.ops.configs import run_first
 from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.kernel_device import device_reasons, discouraged, dot_precision, dtype_reasons, installed, target
 from anyup.ops.query_projection.arguments import ProjectionParameters, QueryProjectionProblem

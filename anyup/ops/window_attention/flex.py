@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from anyup.installing import pip_install
-from anyup.ops.cuts import is_refusal, told
+from anyup.ops.configs import is_refusal, told
 from anyup.ops.dispatch import WITHOUT_GRADIENT, BackendFailure
 from anyup.ops.precision import working_dtype
 from anyup.ops.tables import kept_for_graphs

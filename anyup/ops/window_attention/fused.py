@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from anyup.ops.cuts import run_first
+from anyup.ops.configs import run_first
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.kernel_device import (
     device_name,
@@ -76,7 +76,7 @@ def forward(
     `max_queries` is not needed: beyond its results the kernel allocates nothing, or where a tile sees many keys the
     weights of the tiles that a card works on at a time, some tens of megabytes. The queries may be a part of a map.
     """
-    from anyup.kernels.config import ForwardConfig, forward_configs
+    from anyup.kernels.window_attention_config import ForwardConfig, forward_configs
     from anyup.kernels.window_attention_forward import allocate_kept, plan_forward
 
     query, scale = _positive_scale(query, scale)
@@ -86,9 +86,9 @@ def forward(
     arguments = _shared_arguments(query, key, window, scale)
     tile_keys = _tile_keys(query, key, window, part)
 
-    def run(cut: ForwardConfig) -> None:
-        kept = allocate_kept(value, most_keys=tile_keys, multiprocessors=multiprocessors(value.device), config=cut)
-        plan_forward(query, key, value, out, lse, **arguments, config=cut, part=part, kept=kept)()
+    def run(config: ForwardConfig) -> None:
+        kept = allocate_kept(value, most_keys=tile_keys, multiprocessors=multiprocessors(value.device), config=config)
+        plan_forward(query, key, value, out, lse, **arguments, config=config, part=part, kept=kept)()
 
     _run_first(
         "forward",
@@ -107,7 +107,7 @@ def backward(
     Beside them it allocates two statistics for each pixel and head, and where the grid has few keys the partial sums
     of their gradients, which are at most as large as the query's.
     """
-    from anyup.kernels import config
+    from anyup.kernels import window_attention_config
     from anyup.kernels.window_attention_backward_query import plan_backward_query
 
     given, given_scale = query, scale
@@ -121,7 +121,7 @@ def backward(
         lambda c: plan_backward_query(
             grad, query, key, value, lse, grad_query, share, delta, **arguments, config=c
         )(),
-        config.backward_query_configs(_tile_keys(query, key, window), **known),
+        window_attention_config.backward_query_configs(_tile_keys(query, key, window), **known),
         query, key, value, window,
     )  # fmt: skip
     statistics = (lse, share, delta)
@@ -143,9 +143,9 @@ def _backward_grid(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of key and value: by one kernel where the sums of both fit its registers, else by one each.
 
-    A cut may make them in parts, which are added up in a fixed order.
+    A config may make them in parts, which are added up in a fixed order.
     """
-    from anyup.kernels import config
+    from anyup.kernels import window_attention_config
     from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
     from anyup.kernels.window_attention_backward_key_value import plan_backward_key_value
 
@@ -153,34 +153,39 @@ def _backward_grid(
     sizes = (query.shape[1] * query.shape[2], key.shape[0] * key.shape[1] * key.shape[2], value.shape[3])
     arguments, known = _shared_arguments(query, key, window, scale), _known(query, value)
 
-    def parts_of(like: Tensor, cut: Any) -> Tensor:
-        return like.new_empty((cut.parts, *like.shape), dtype=torch.float32 if cut.parts > 1 else like.dtype)
+    def parts_of(like: Tensor, config: Any) -> Tensor:
+        return like.new_empty((config.parts, *like.shape), dtype=torch.float32 if config.parts > 1 else like.dtype)
 
     def sum_of(parts: Tensor, like: Tensor) -> Tensor:
         return parts[0] if len(parts) == 1 else parts.sum(dim=0).to(like.dtype)
 
-    def of_both(cut: Any) -> tuple[Tensor, Tensor]:
-        of_key, of_value = parts_of(key, cut), parts_of(value, cut)
-        plan_backward_key_value(grad, query, key, value, *statistics, of_key, of_value, **arguments, config=cut)()
+    def of_both(config: Any) -> tuple[Tensor, Tensor]:
+        of_key, of_value = parts_of(key, config), parts_of(value, config)
+        plan_backward_key_value(grad, query, key, value, *statistics, of_key, of_value, **arguments, config=config)()
         return sum_of(of_key, key), sum_of(of_value, value)
 
-    def of_keys(cut: Any) -> Tensor:
-        parts = parts_of(key, cut)
-        plan_backward_key(grad, query, key, value, *statistics, parts, **arguments, config=cut)()
+    def of_keys(config: Any) -> Tensor:
+        parts = parts_of(key, config)
+        plan_backward_key(grad, query, key, value, *statistics, parts, **arguments, config=config)()
         return sum_of(parts, key)
 
-    def of_values(cut: Any) -> Tensor:
-        parts = parts_of(value, cut)
-        plan_backward_value(grad, query, key, *statistics[:2], parts, **arguments, config=cut)()
+    def of_values(config: Any) -> Tensor:
+        parts = parts_of(value, config)
+        plan_backward_value(grad, query, key, *statistics[:2], parts, **arguments, config=config)()
         return sum_of(parts, value)
 
-    if both := config.backward_key_value_configs(*sizes, **known):
+    if both := window_attention_config.backward_key_value_configs(*sizes, **known):
         # Where the device does not take it, or was measured to be faster with two kernels, these are left.
         with suppress(BackendFailure):
             return _run_first("backward_key_value", of_both, both, *given)
     return (
-        _run_first("backward_key", of_keys, config.backward_grid_configs(*sizes, **known), *given),
-        _run_first("backward_value", of_values, config.backward_grid_configs(*sizes, of_values=True, **known), *given),
+        _run_first("backward_key", of_keys, window_attention_config.backward_grid_configs(*sizes, **known), *given),
+        _run_first(
+            "backward_value",
+            of_values,
+            window_attention_config.backward_grid_configs(*sizes, of_values=True, **known),
+            *given,
+        ),
     )
 
 
@@ -202,7 +207,7 @@ def _tile_keys(query: Tensor, key: Tensor, window: Window, part: Part | None = N
 
 
 def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
-    """What every choice of a cut takes by name."""
+    """What every choice of a config takes by name."""
     return {
         "target": target(query.device),
         "half": query.dtype in _HALF and value.dtype in _HALF,
@@ -212,7 +217,7 @@ def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
 
 
 def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part | None = None) -> Case:
-    """What a measured cut of a kernel is looked up by."""
+    """What a measured config of a kernel is looked up by."""
     from anyup.kernels.config_tables import Case, rounded_keys
 
     names = [str(dtype).removeprefix("torch.") for dtype in (query.dtype, value.dtype)]
@@ -236,10 +241,10 @@ def _run_first(
     window: Window,
     part: Part | None = None,
 ) -> Result:
-    """What `run` gives with the first cut that the device takes: a measured one where there is one, then the rule's."""
-    cuts = _measured_first(kernel, rule, query, key, value, window, part)
+    """What `run` gives with the first config that the device takes: a measured one, if any, then the rule's."""
+    configs = _measured_first(kernel, rule, query, key, value, window, part)
     compiled_for = (kernel, query.device, query.dtype, value.dtype, *query.shape[3:], dot_precision())
-    return run_first(run, cuts, kernel=compiled_for)
+    return run_first(run, configs, kernel=compiled_for)
 
 
 def _measured_first(
@@ -251,7 +256,7 @@ def _measured_first(
     window: Window,
     part: Part | None,
 ) -> Sequence[Config]:
-    """The cuts to try: what was measured best on this card, where anything was and it fits, then the rule's."""
+    """The configs to try: what was measured best on this card, where anything was and it fits, then the rule's."""
     from anyup.kernels import config_tables
 
     device = device_name(query.device)

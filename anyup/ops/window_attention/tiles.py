@@ -1,4 +1,4 @@
-"""How many keys a tile of pixels sees: what a kernel's cut depends on."""
+"""How many keys a tile of pixels sees: what a kernel's config depends on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Trying the cuts of a kernel until the device takes one.
+"""Trying the configs of a kernel until the device takes one.
 
-Whoever launches a kernel that comes in several cuts calls `run_first` in the body of a backend: a cut that does not
-compile or does not launch gives way to the next one. When none is left a `BackendFailure` tells the dispatcher to go
-on to the next backend.
+A backend that launches a kernel with several configs calls `run_first`: a config that does not compile or does not
+launch gives way to the next one. When none is left, a `BackendFailure` tells the dispatcher to go on to the next
+backend.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from anyup.ops.refusals import remember
 Config = TypeVar("Config", bound=Hashable)
 Result = TypeVar("Result")
 
-# What the driver says where no kernel runs any more in this process, whatever its cut, or where memory or a capture is
-# at fault and not the kernel (CUDA driver API, CUresult; HIP uses the same words).
+# What the driver says where no kernel runs any more in this process, whatever its config, or where memory or a capture
+# is at fault and not the kernel (CUDA driver API, CUresult; HIP uses the same words).
 _NO_REFUSAL = (
     "illegal memory access",
     "illegal instruction",
@@ -44,13 +44,13 @@ _refused: dict[tuple[Hashable, Hashable], str] = {}
 
 
 def run_first(run: Callable[[Config], Result], configs: Sequence[Config], *, kernel: Hashable = None) -> Result:
-    """The result with the first cut that the device takes; raises BackendFailure where it takes none.
+    """The result with the first config that the device takes; raises BackendFailure where it takes none.
 
     Args:
-        run: compiles and launches with a cut.
-        configs: cuts, best first.
-        kernel: what else the kernel is compiled for, its name and its device among it: for these, a cut that was
-            refused is passed over in later calls. None: every call tries every cut.
+        run: compiles and launches with a config.
+        configs: configs, best first.
+        kernel: what else the kernel is compiled for, its name and its device among it: for these, a config that was
+            refused is passed over in later calls. None: every call tries every config.
     """
     failures: list[str] = []
     cause: Exception | None = None
@@ -63,7 +63,7 @@ def run_first(run: Callable[[Config], Result], configs: Sequence[Config], *, ker
                 if not is_refusal(error):
                     raise
                 known, cause = told(error), error
-            remember(f"{_in_words(kernel)}, cut {config}: {known}")
+            remember(f"{_in_words(kernel)}, config {config}: {known}")
             if kernel is not None:
                 _refused[kernel, config] = known
         failures.append(known)

@@ -1,4 +1,4 @@
-"""How a kernel is cut: sizes of tiles and blocks, warps, stages. A rule that always works.
+"""Configs of the window attention: sizes of tiles and blocks, warps, stages. A rule that always works.
 
 A `Config` changes speed and never a result.
 """
@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
+from .launch import Target
+
 MostKeys = Callable[[int, int], int]
 """Rows and columns of a tile to the most keys that one such tile sees."""
 
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """A cut of the forward pass.
+    """A config of the forward pass.
 
     Attributes:
         rows, columns: pixels of a tile.
@@ -52,17 +54,6 @@ class ForwardConfig:
         check(self)
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a kernel is compiled for: Triton's backend ("cuda", "hip") and architecture (80, "gfx942").
-
-    The interpreter has neither; the default stands for it and for cards nobody thought of.
-    """
-
-    backend: str = "any"
-    arch: int | str = 0
-
-
 # Queries of more channels, all heads' together, do not stay in registers.
 _KEPT_CHANNELS = 128
 # Weights of more keys are made anew: a program would keep more than half a megabyte.
@@ -88,20 +79,22 @@ def _resident_keys(target: Target, half: bool, heads: int, head_dim: int) -> int
 def forward_configs(
     most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int, channels: int
 ) -> list[ForwardConfig]:
-    """Cuts of the forward pass, best first; what comes later asks less of a card.
+    """Configs of the forward pass, best first; what comes later asks less of a card.
 
     `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
     none of the best spills a register in half precision, but where 225 to 240 keys stay in them (32 bytes, sm_80 to
     sm_89), nor in float32 where all heads have 128 channels together and the values a multiple of 16, but one head of
-    128 on sm_86 and sm_89 (8 bytes). Wider ones in float32 were seen to spill, and the last cuts up to 160 bytes.
+    128 on sm_86 and sm_89 (8 bytes). Wider ones in float32 were seen to spill, and the last configs up to 160 bytes.
     """
-    cuts = _forward_configs(most_keys(8, 8), target, half, heads, head_dim, channels % 16 == 0)
-    if not cuts[0].resident_blocks and channels > cuts[0].slices * cuts[0].channel_slice:
+    configs = _forward_configs(most_keys(8, 8), target, half, heads, head_dim, channels % 16 == 0)
+    if not configs[0].resident_blocks and channels > configs[0].slices * configs[0].channel_slice:
         kept = _kept_in_memory(target, half, heads, head_dim, channels)
         if kept is not None and most_keys(kept.rows, kept.columns) <= _MOST_KEPT_KEYS:
-            cuts = (kept, cuts[1])
+            configs = (kept, configs[1])
     # Slices beyond the last channel would be multiplied too.
-    return [replace(cut, slices=min(cut.slices, max(1, -(-channels // cut.channel_slice)))) for cut in cuts]
+    return [
+        replace(config, slices=min(config.slices, max(1, -(-channels // config.channel_slice)))) for config in configs
+    ]
 
 
 @cache
@@ -114,7 +107,7 @@ def _forward_configs(
     # matrix units another layout (AMD).
     shares = 1 if target.backend == "hip" or target.arch == 100 else 4
     # Products of float32 take tensor memory of sm_100 by the piece; eight heads of 128 ask for more than there is, and
-    # run with the last cut, whose 32 pixels are too few for that kind of product.
+    # run with the last config, whose 32 pixels are too few for that kind of product.
     piece = 32 if target.arch == 100 else 16
     slice_ = 32 if half else 16  # the narrowest that is stored 16 bytes at a time
     block = 32 if half else 16
@@ -154,7 +147,7 @@ def _forward_configs(
 
 
 def _kept_in_memory(target: Target, half: bool, heads: int, head_dim: int, channels: int) -> ForwardConfig | None:
-    """The cut that keeps weights in memory; None where those that were tried spill.
+    """The config that keeps weights in memory; None where those that were tried spill.
 
     128 pixels at a time ask the L2 cache for half as many keys and values. But one program then takes all registers of
     a multiprocessor, whose units wait for each other: worth it where the matrix units are fast.
@@ -213,7 +206,7 @@ def _streamed_float32(target: Target, heads: int, head_dim: int, shares: int, ev
 
 @dataclass(frozen=True)
 class BackwardQueryConfig:
-    """A cut of the backward pass of the queries: `heads` of a program, a divisor of their number, 0: all.
+    """A config of the backward pass of the queries: `heads` of a program, a divisor of their number, 0: all.
 
     The other attributes are as of `ForwardConfig`; resident blocks are those whose <dO, v> stay in registers, and the
     first `waiting_blocks` of these keep a head's exponentials too, which the others make twice.
@@ -250,7 +243,7 @@ class BackwardQueryConfig:
 
 @dataclass(frozen=True)
 class BackwardGridConfig:
-    """A cut of the backward pass of keys or values.
+    """A config of the backward pass of keys or values.
 
     Attributes:
         rows, columns: keys of a tile.
@@ -286,14 +279,14 @@ class BackwardGridConfig:
         check(self)
 
 
-def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None:
-    """Raise a ValueError that names an attribute of a cut which the language or the matrix units do not take."""
-    numbers = {name: number for name, number in vars(cut).items() if type(number) is int}
+def check(config: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None:
+    """Raise a ValueError that names an attribute of a config which the language or the matrix units do not take."""
+    numbers = {name: number for name, number in vars(config).items() if type(number) is int}
     for name in ("rows", "columns", "block_keys", "block_pixels", "channel_slice", "piece", "shares", "num_warps"):
         number = numbers.get(name, 1)
         if number < 1 or number & (number - 1):
             raise ValueError(f"{name}: expected a power of two, got {number}")
-    numbers["rows * columns"] = cut.rows * cut.columns
+    numbers["rows * columns"] = config.rows * config.columns
     for least, names in (
         (16, ("rows * columns", "block_keys", "block_pixels", "channel_slice", "piece")),
         (1, ("slices", "parts", "num_stages", "group_blocks")),
@@ -302,36 +295,36 @@ def check(cut: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None
         for name in names:
             if numbers.get(name, least) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {numbers[name]}")
-    if cut.num_warps > 32:
-        raise ValueError(f"num_warps: expected at most 32, got {cut.num_warps}")
-    if isinstance(cut, ForwardConfig):
-        _check_forward(cut)
+    if config.num_warps > 32:
+        raise ValueError(f"num_warps: expected at most 32, got {config.num_warps}")
+    if isinstance(config, ForwardConfig):
+        _check_forward(config)
 
 
-def _check_forward(cut: ForwardConfig) -> None:
-    if cut.block_keys < 2 * cut.shares:
-        raise ValueError(f"shares: expected at most half of {cut.block_keys} keys, got {cut.shares}")
+def _check_forward(config: ForwardConfig) -> None:
+    if config.block_keys < 2 * config.shares:
+        raise ValueError(f"shares: expected at most half of {config.block_keys} keys, got {config.shares}")
     # `side_by_side` makes runs of up to 8 blocks.
-    if cut.resident_blocks > 15:
-        raise ValueError(f"resident_blocks: expected at most 15, got {cut.resident_blocks}")
-    if cut.resident_blocks and cut.kept_programs:
-        raise ValueError(f"kept_programs: expected 0 with resident_blocks, got {cut.kept_programs}")
+    if config.resident_blocks > 15:
+        raise ValueError(f"resident_blocks: expected at most 15, got {config.resident_blocks}")
+    if config.resident_blocks and config.kept_programs:
+        raise ValueError(f"kept_programs: expected 0 with resident_blocks, got {config.kept_programs}")
     # What a thread's share of a block holds is told by the bits of an integer.
-    if cut.resident_blocks and cut.block_keys > 32 * cut.shares:
-        raise ValueError(f"block_keys: expected at most 32 for each of {cut.shares} shares, got {cut.block_keys}")
-    tail = cut.tail_keys
-    if tail and (not cut.resident_blocks or tail & (tail - 1) or not 16 <= tail < cut.block_keys):
+    if config.resident_blocks and config.block_keys > 32 * config.shares:
+        raise ValueError(f"block_keys: expected at most 32 for each of {config.shares} shares, got {config.block_keys}")
+    tail = config.tail_keys
+    if tail and (not config.resident_blocks or tail & (tail - 1) or not 16 <= tail < config.block_keys):
         raise ValueError(
-            f"tail_keys: expected 0, or a power of two from 16 to less than resident block_keys, got {cut}"
+            f"tail_keys: expected 0, or a power of two from 16 to less than resident block_keys, got {config}"
         )
-    if tail and tail < 2 * cut.shares:
-        raise ValueError(f"shares: expected at most half of {tail} keys, got {cut.shares}")
+    if tail and tail < 2 * config.shares:
+        raise ValueError(f"shares: expected at most half of {tail} keys, got {config.shares}")
 
 
 def backward_query_configs(
     most_keys: MostKeys, *, target: Target, half: bool, heads: int, head_dim: int
 ) -> list[BackwardQueryConfig]:
-    """Cuts of the backward pass of the queries, best first; chosen as those of the forward pass."""
+    """Configs of the backward pass of the queries, best first; chosen as those of the forward pass."""
     group = _heads_of_a_program(heads, head_dim, most=8 if half else 4)
     few = heads <= 4 and head_dim <= 32
     kept = _resident_backward if half else _resident_backward_float32
@@ -359,7 +352,7 @@ def backward_query_configs(
 
 
 def _resident_backward(keys: int, target: Target, heads: int, head_dim: int) -> BackwardQueryConfig | None:
-    """The cut that keeps <dO, v> of up to so many keys in registers; None where every one that was tried spills."""
+    """The config that keeps <dO, v> of up to so many keys in registers; None where every one that was tried spills."""
     shares = 1 if target.backend == "hip" or target.arch == 100 else 4
     if heads * head_dim > _KEPT_CHANNELS or head_dim > 64:
         return None
@@ -411,7 +404,7 @@ _SLICES_TOGETHER = {80: 6, 90: 12, 100: 12, 120: 1}
 def backward_key_value_configs(
     pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int
 ) -> list[BackwardGridConfig]:
-    """Cuts of the backward pass of keys and values at once; none where its sums would not stay in registers.
+    """Configs of the backward pass of keys and values at once; none where its sums would not stay in registers.
 
     Arguments as for `backward_grid_configs`.
     """
@@ -444,7 +437,7 @@ def backward_grid_configs(
     pixels: int, keys: int, channels: int, *, target: Target, half: bool, heads: int, head_dim: int,
     of_values: bool = False,
 ) -> list[BackwardGridConfig]:  # fmt: skip
-    """Cuts of the backward pass of the keys (or of the values), best first; chosen as those of the forward pass.
+    """Configs of the backward pass of the keys (or of the values), best first; chosen as those of the forward pass.
 
     `pixels` are those of one image, `keys` those of all images.
     """
@@ -472,15 +465,15 @@ def backward_grid_configs(
             4, 4, block, slice_, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
         )
     elif few and target.backend == "cuda":
-        cut = _float32_values(target, channels) if of_values else _float32_keys(target)
-        best = replace(cut, parts=parts, heads=group)
+        config = _float32_values(target, channels) if of_values else _float32_keys(target)
+        best = replace(config, parts=parts, heads=group)
     else:
         best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
     return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
 
 
 def _float32_keys(target: Target) -> BackwardGridConfig:
-    """The keys' cut for few heads, but for its parts and heads."""
+    """The keys' config for few heads, but for its parts and heads."""
     if target.arch == 100:
         return BackwardGridConfig(4, 4, 64, 32, 1, 1, num_warps=4, num_stages=1)
     if target.arch in (86, 89, 90):
@@ -491,7 +484,7 @@ def _float32_keys(target: Target) -> BackwardGridConfig:
 
 
 def _float32_values(target: Target, channels: int) -> BackwardGridConfig:
-    """The values' cut for few heads, but for its parts and heads; the logits are made anew for each run of slices."""
+    """The values' config for few heads, but for its parts and heads; each run of slices makes the logits anew."""
     even = channels % 16 == 0
     if target.arch == 90 or (target.arch == 80 and even):
         slices = min(3, -(-max(channels, 1) // 64))
