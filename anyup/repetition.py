@@ -122,7 +122,7 @@ class Step:
     def told(self, scratch: dict[str, int]) -> str:
         """The statement, with the places in one allocation of what is there."""
         words = [f"memory + {scratch[word]}" if word in scratch else word for word in self.arguments]
-        if self.launch == "again":
+        if self.launch == "opaque_zero":
             words = [str(scratch.get(word, word)) for word in self.arguments]
             words = ["buffer", *words] if scratch else words
         target = f"{', '.join(self.made)} = " if self.made else ""
@@ -208,7 +208,7 @@ class Recorder(TorchDispatchMode):
             self._steps.append(Step([], read, self._name("r", compiled.run), words, "direct"))
         elif interprets():
             again = functools.partial(_launch_again, launch, names)
-            self._steps.append(Step([], read, self._name("l", again), read, "again"))
+            self._steps.append(Step([], read, self._name("l", again), read, "opaque_zero"))
         else:
             raise Unrecordable("kernels are run by someone else than Triton")
 

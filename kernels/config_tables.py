@@ -1,8 +1,8 @@
 """Tables of configs measured on a card, which come before the rule: one JSON file for each kind of card.
 
 `anyup tune` writes them. A table of the user's, in his cache folder, comes before the one that is shipped in
-`configs/`; where neither has an entry, or the entry does not fit the sizes, the rule of `config.py` decides.
-The environment variable `ANYUP_CONFIGS` names another folder than the user's, or is "off": no table at all.
+`configs/`; where neither has an entry, or the entry does not fit the sizes, the rule of `window_attention_config.py`
+decides. The environment variable `ANYUP_CONFIGS` names another folder than the user's, or is "off": no table at all.
 
 A table belongs to one kind of card and to the sources of the kernels it was measured with. Files are read once in a
 process, and no device is asked for anything.
@@ -126,7 +126,7 @@ def kernels_digest() -> str:
     """Which state of the attention's kernels and of their rule this is: a digest of the sources."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
-    for path in (*sorted(folder.glob("window_*.py")), folder / "products.py", folder / "config.py"):
+    for path in (*sorted(folder.glob("window_*.py")), folder / "products.py"):
         digest.update(path.name.encode() + b"\n" + path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()[:16]
 

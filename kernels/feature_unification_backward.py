@@ -122,7 +122,7 @@ def _feature_unification_backward_kernel(
     arranged, filters, taps, grad, cell_parts, filter_parts,
     # (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS), (PLANES, TAPS, COLUMNS),
     # (B, M, h, w), (squares, runs, sides, CELLS, COLUMNS), (squares, runs, sides, COLUMNS, TAPS)
-    height, width, square_rows, square_columns, channels, entries, first_step, again,
+    height, width, square_rows, square_columns, channels, entries, first_step, opaque_zero,
     grad_image_stride, grad_filter_stride, grad_row_stride, grad_column_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
     PLANES: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr,
@@ -131,7 +131,7 @@ def _feature_unification_backward_kernel(
     """TILE x TILE positions, a run of softmaxes, and with TURNED one side of it; grid: (squares, runs * sides).
 
     One side is what a run has of its own channels, the other what it has of the next ones. CELLS is 0 where the
-    gradient of the cells is not wanted, OF_FILTERS says that the filters' is. `again` is as in the forward pass.
+    gradient of the cells is not wanted, OF_FILTERS says that the filters' is.
     """
     square = tl.program_id(0)
     image = (square // (square_rows * square_columns)).to(tl.int64)
@@ -200,13 +200,13 @@ def _feature_unification_backward_kernel(
                     arranged, corner, run + 1, width, entries, 0, WIDTH, SIZE, TAPS, COLUMNS, PLANES, PIECE
                 )  # fmt: skip
                 after = product_of(some[0], after, PLANES, PRECISION)
-                logits = (turned_logits(logits[0], after, channels ^ (number * again), FILTERS),)
+                logits = (turned_logits(logits[0], after, channels ^ (number * opaque_zero), FILTERS),)
                 real = softmax < tl.minimum(channels - run * FILTERS, FILTERS)
             powers, share = softmax_rows(logits, LOG2_E / inside, real, FILTERS)
             inner = logits_gradient(powers, share, outer)
             if TURNED:
-                turned = turned_back(inner[0], channels ^ (number * again), FILTERS)
-                shift = (tl.arange(0, COLUMNS) * (channels ^ (number * again))) % FILTERS
+                turned = turned_back(inner[0], channels ^ (number * opaque_zero), FILTERS)
+                shift = (tl.arange(0, COLUMNS) * (channels ^ (number * opaque_zero))) % FILTERS
                 own = softmax[:, None] >= shift[None, :]
                 inner = (tl.where(own == (side == 0), turned, 0.0),)
                 patch = load_patch(
@@ -243,7 +243,7 @@ def _feature_unification_backward_kernel(
                             if PLANES > 1:
                                 # Loaded again, or all planes would wait in registers in the other product's layout.
                                 patch = load_piece(
-                                    arranged, corner + again * (other * PIECES + piece + 1),
+                                    arranged, corner + opaque_zero * (other * PIECES + piece + 1),
                                     (run + class_) // CLASSES + side, width, entries,
                                     other, piece, class_ * WIDTH, WIDTH, SIZE, COLUMNS, PLANES, PIECE,
                                 )  # fmt: skip
@@ -309,7 +309,7 @@ def plan_backward(
             "channels": arranged.channels,
             "entries": runs.entries,
             "first_step": runs.first_step,
-            "again": 0,
+            "opaque_zero": 0,
             **strides_of("grad", grad, "image filter row column"),
         },
         constants={

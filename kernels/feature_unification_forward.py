@@ -87,7 +87,8 @@ def turned_logits(before, after, channels, FILTERS: tl.constexpr):
 def _feature_unification_forward_kernel(
     arranged, filters, out, parts,
     # (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS), (B, M, h, w), (B, 3, tiles, 8)
-    height, width, positions, tiles, channels, runs, entries, first_step, again, out_filter_stride, out_position_stride,
+    height, width, positions, tiles, channels, runs, entries, first_step, opaque_zero, out_filter_stride,
+    out_position_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
     PLANES: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, WHOLE: tl.constexpr,
     MEASURES: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +98,7 @@ def _feature_unification_forward_kernel(
     MEASURES: it leaves the statistics of the filters' eight groups, see `pixel_encoder_statistics`; where there is one
     class, and as many filters as columns.
 
-    `again` is a 0 that the compiler knows nothing of, or it would keep for all runs what turns the first.
+    With `opaque_zero` what turns the first run is not kept for all runs.
     TURNED says that the filters' numbers run over within a run, WHOLE that POSITIONS divide an image's positions.
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -128,7 +129,7 @@ def _feature_unification_forward_kernel(
                     arranged, corner, run + 1, width, entries, 0, WIDTH, SIZE, TAPS, COLUMNS, PLANES, PIECE
                 )  # fmt: skip
                 after = product_of(kept, near, PLANES, PRECISION)
-                logits = turned_logits(before, after, channels ^ (run * again), FILTERS)
+                logits = turned_logits(before, after, channels ^ (run * opaque_zero), FILTERS)
                 exists = softmax < tl.minimum(channels - run * FILTERS, FILTERS)
                 powers, share = softmax_rows((logits,), exponent_scale, exists, FILTERS)
                 sum_ += tl.sum(powers[0] * share[:, None], axis=0)
@@ -219,7 +220,7 @@ def plan_forward(
             "runs": runs.number,
             "entries": runs.entries,
             "first_step": runs.first_step,
-            "again": 0,
+            "opaque_zero": 0,
             "out_filter_stride": out.stride(1),
             "out_position_stride": out.stride(3),
         },

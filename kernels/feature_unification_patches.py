@@ -30,7 +30,7 @@ from .feature_unification_config import padded_filters
 from .launch import Launch, strides_of
 
 SIZES = (
-    "height", "width", "positions", "tiles", "runs", "entries", "first_step", "channels", "again", "square_rows",
+    "height", "width", "positions", "tiles", "runs", "entries", "first_step", "channels", "opaque_zero", "square_rows",
     "square_columns", "repeats",
 )  # fmt: skip
 """Kernel arguments that a kernel must not be specialised on: a new grid or another C compiles nothing."""

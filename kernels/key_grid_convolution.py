@@ -88,7 +88,7 @@ def plan_convolution(
         weight: (3, 3, 2 D, D), the map's channels before the result's, contiguous, of any dtype.
         parts: (B, 3, runs of cells, 8), see `pixel_encoder_statistics`; `ConvolutionConfig.runs` says how many.
         precision: of products of float32; Triton's `input_precision`.
-        config: how to cut the work.
+        config: sizes of tiles, warps, stages.
     """
     batch, height, width, channels = image_keys.shape
     dim = padded(channels)

@@ -26,12 +26,18 @@ class Target:
     arch: int | str = 0
 
 
+OPAQUE_ZERO = "opaque_zero"
+"""A kernel argument that is 0, which the compiler does not know: it takes what is computed with it for another value.
+
+So it computes an address or a mask anew where that is cheaper than keeping it in registers through a loop. Where a sum
+would be taken apart and its constant half moved out of the loop, an exclusive or is used.
+"""
+
 SIZES = (
-    "height", "width", "grid_rows", "grid_columns", "tile_rows", "tile_columns", "cell_rows", "cell_columns", "again",
-    "images",
+    "height", "width", "grid_rows", "grid_columns", "tile_rows", "tile_columns", "cell_rows", "cell_columns",
+    OPAQUE_ZERO, "images",
 )  # fmt: skip
 """Kernel arguments that a kernel must not be specialised on: a new image size compiles nothing."""
-
 
 PART = ("part_row", "part_column", "whole_height", "whole_width")
 """Kernel arguments that say where in a larger output the pixels lie; all None where they are the whole output."""

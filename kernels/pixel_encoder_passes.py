@@ -50,7 +50,7 @@ SIZES = (
     "count",
     "width",
     "height",
-    "again",
+    "opaque_zero",
     "joined",
     "cells_high",
     "cells_wide",
@@ -284,7 +284,7 @@ def load_pixels(
 
 @triton.jit
 def encoded_pixels(
-    mine, projection, norm1, weight1, norm2, weight2, result, number, exists, again, pixel_stride, channel_stride,
+    mine, projection, norm1, weight1, norm2, weight2, result, number, exists, opaque_zero, pixel_stride, channel_stride,
     CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
     PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -308,7 +308,7 @@ def encoded_pixels(
         if FETCHES:
             if INPUT_DIM > 0:
                 tl.debug_barrier()  # other threads have stored it
-            x = load_map((result if INPUT_DIM > 0 else mine) + again, number, exists, CHANNELS, DIM, PIECE)
+            x = load_map((result if INPUT_DIM > 0 else mine) + opaque_zero, number, exists, CHANNELS, DIM, PIECE)
             tl.debug_barrier()  # other threads have read what is replaced
         total = ()
         for piece in tl.static_range(len(x)):
@@ -381,7 +381,7 @@ def _pixel_encoder_pass_kernel(
     # (B, 3, joined, 8), (D,), (D,), (H + W, 2, D), (B, n, D), (B, 3, programs, 8)
     key_gain, key_weight, key_bias,
     # (D,), (D, D), (D,)
-    count, width, height, again, joined, image_stride, pixel_stride, channel_stride, eps, key_eps,
+    count, width, height, opaque_zero, joined, image_stride, pixel_stride, channel_stride, eps, key_eps,
     CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
     PIXELS: tl.constexpr, MEASURES: tl.constexpr, JOINS: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr,
     KEYS: tl.constexpr, PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
@@ -393,7 +393,7 @@ def _pixel_encoder_pass_kernel(
     pass before has `found`, in its own of the norms (programs, B, rows, DIM). MEASURES: it leaves those of its result
     in `parts`. STORES: put the result into `out`, ROTATES: rotated, KEYS: normalised and projected as attention's keys
     are. RESIDENT: the weights are loaded once. KEEPS: what was projected waits for the residual, or it is projected
-    again. `again` is a 0 that the compiler knows nothing of, or it would load the normalisations once, into registers.
+    again. With `opaque_zero` the normalisations are loaded for each tile and take no registers between tiles.
     A width is a constant of the code: as a number, it would take registers for all the places in the weights.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -433,7 +433,7 @@ def _pixel_encoder_pass_kernel(
     for tile in tl.range(program, tl.cdiv(count, PIXELS), programs):
         number = tile * PIXELS + tl.arange(0, PIXELS)
         exists = number < count
-        fresh = tl.multiple_of(tile * again, 16)
+        fresh = tl.multiple_of(tile * opaque_zero, 16)
         if HALF:
             x = load_input(mine, number, exists, pixel_stride, channel_stride, INPUTS, 0, INPUT_DIM, PACKED)
             if not RESIDENT:
@@ -574,7 +574,7 @@ def plan_pass(
             "count": count,
             "width": size[1],
             "height": size[0],
-            "again": 0,
+            "opaque_zero": 0,
             "joined": 0 if join is None else found.shape[2],
             **dict(zip(("image_stride", "pixel_stride", "channel_stride"), pixels.stride(), strict=True)),
             "eps": eps,

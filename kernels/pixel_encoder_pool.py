@@ -51,14 +51,14 @@ def _pixel_encoder_pool_kernel(
     pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, out,
     # (B, n, D), (D, D), a norm (B, rows, DIM), (D, D), norms (programs, B, rows, DIM), (D, D), (B, 3, joined, 8), (D,),
     # (D,), (B, cells, D)
-    count, width, height, cells_high, cells_wide, again, joined, eps,
+    count, width, height, cells_high, cells_wide, opaque_zero, joined, eps,
     CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
     RESIDENT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The means over cells of x + weight2 silu(norm2(weight1 silu(norm1(x)))); grid: programs of an image, images.
 
     The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h); a program takes every so
-    many'th. The second norm is made as in `_pixel_encoder_pass_kernel`, and `again` is what it is there.
+    many'th. The second norm is made as in `_pixel_encoder_pass_kernel`.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
@@ -89,7 +89,7 @@ def _pixel_encoder_pool_kernel(
             index = first + tl.arange(0, PIXELS)
             exists = index < rows * columns
             number = (top + index // columns) * width + left + index % columns
-            fresh = tl.multiple_of((cell + first) * again, 16)
+            fresh = tl.multiple_of((cell + first) * opaque_zero, 16)
             if HALF:
                 x = load_input(mine, number, exists, CHANNELS, 1, CHANNELS, 0, DIM, True)
                 if not RESIDENT:
@@ -176,7 +176,7 @@ def plan_pool(
             "height": size[0],
             "cells_high": cells[0],
             "cells_wide": cells[1],
-            "again": 0,
+            "opaque_zero": 0,
             "joined": join.parts.shape[2],
             "eps": join.eps,
         },

@@ -38,7 +38,7 @@ def _window_attention_backward_key_kernel(
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
-    scale, exponent_scale, images, again,
+    scale, exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
     SLICE: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
@@ -88,7 +88,7 @@ def _window_attention_backward_key_kernel(
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
             weights = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
-                again, WIDTH, PIECE, PRECISION, KEEP,
+                opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
             several_share = tl.load(share + entry + head) * several
             mean = tl.load(delta + entry + head)
@@ -103,7 +103,9 @@ def _window_attention_backward_key_kernel(
                     now = matmul(tl.trans(inner), mine, before, PRECISION)
                 updated = updated + (now,)
         gradients = updated
-    entry, key_exists = key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS, COLUMNS)
+    entry, key_exists = key_entries(
+        tile_rows, tile_columns, grid_rows, grid_columns, images, opaque_zero, ROWS, COLUMNS
+    )
     entry = entry * HEADS + first_head
     for head in tl.static_range(GROUP):
         for piece in tl.static_range(WIDTH // PIECE):
@@ -120,7 +122,7 @@ def _window_attention_backward_value_kernel(
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
-    exponent_scale, images, again,
+    exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
@@ -158,7 +160,7 @@ def _window_attention_backward_value_kernel(
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
             exponentials = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
-                again, WIDTH, PIECE, PRECISION, KEEP,
+                opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
             weights += exponentials * tl.load(share + entry + head)[:, None]
         shares = (weights / HEADS).to(grad.dtype.element_ty)
@@ -172,8 +174,10 @@ def _window_attention_backward_value_kernel(
                 now = matmul(tl.trans(shares), outer, sums[piece], PRECISION)
             updated = updated + (now,)
         sums = updated
-    entry, key_exists = key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS, COLUMNS)
-    first = (tl.program_id(2) + again) * (SLICES * SLICE)
+    entry, key_exists = key_entries(
+        tile_rows, tile_columns, grid_rows, grid_columns, images, opaque_zero, ROWS, COLUMNS
+    )
+    first = (tl.program_id(2) + opaque_zero) * (SLICES * SLICE)
     for piece in tl.static_range(SLICES):
         channel = first + piece * SLICE + tl.arange(0, SLICE)
         place = grad_value + entry[:, None] * channels + channel[None, :]

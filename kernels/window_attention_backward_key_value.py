@@ -41,7 +41,7 @@ def _window_attention_backward_key_value_kernel(
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
-    scale, exponent_scale, images, again,
+    scale, exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, REFETCH: tl.constexpr, WHOLE: tl.constexpr,
@@ -87,7 +87,7 @@ def _window_attention_backward_key_value_kernel(
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
             exponentials = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
-                again, WIDTH, PIECE, PRECISION, KEEP,
+                opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
             weights = weights + (exponentials * tl.load(share + entry + head)[:, None],)
             total += weights[head]
@@ -99,7 +99,7 @@ def _window_attention_backward_key_value_kernel(
         for piece in tl.static_range(SLICES):
             outer = load_channels(grad, grad_offset, piece * SLICE, channels, grad_channel_stride, SLICE, WHOLE)
             # Values that the compiler knows to be the same for each block would all wait in registers.
-            first = piece * SLICE + block * again
+            first = piece * SLICE + block * opaque_zero
             carried = load_channels(value, value_offset, first, channels, value_channel_stride, SLICE, WHOLE)
             updated = updated + (matmul(tl.trans(outer), mean_weights, value_sums[piece], PRECISION),)
             product = matmul(outer, tl.trans(carried), product, PRECISION)
@@ -107,7 +107,7 @@ def _window_attention_backward_key_value_kernel(
         product = product * (several * (1.0 / HEADS))[:, None]
 
         if REFETCH:  # places that the compiler takes for others, or the queries of all heads would have waited
-            row, column, exists = row_block(block + block * again, rectangle, PIXELS)
+            row, column, exists = row_block(block + block * opaque_zero, rectangle, PIXELS)
             query_place = query + head_channel[None, :] * query_channel_stride
             query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
             entry = ((image * height + row) * width + column) * HEADS
@@ -126,7 +126,9 @@ def _window_attention_backward_key_value_kernel(
                 updated = updated + (now,)
         key_sums = updated
 
-    entry, key_exists = key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS, COLUMNS)
+    entry, key_exists = key_entries(
+        tile_rows, tile_columns, grid_rows, grid_columns, images, opaque_zero, ROWS, COLUMNS
+    )
     for head in tl.static_range(HEADS):
         for piece in tl.static_range(PIECES):
             place = grad_key + (entry[:, None] * HEADS + head) * WIDTH + (piece * PIECE + head_channel)[None, :]

@@ -59,7 +59,7 @@ def _grad_weights(
 @triton.jit
 def _add_to_sums(
     totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
-    grad_weights, again,
+    grad_weights, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _add_to_sums(
     new_deltas = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
         )
         # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
         raw = tl.minimum(raw, limit)
@@ -84,7 +84,7 @@ def _add_to_sums(
 @triton.jit
 def _add_to_gradients(
     gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
-    grad_weights, again,
+    grad_weights, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def _add_to_gradients(
     sums = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
         )
         raw = tl.minimum(raw, limit)
         weights = tl.math.exp2(raw * exponent_scale - base[head][:, None]) * shares[head][:, None]
@@ -125,16 +125,15 @@ def _finish_sums(share, delta, totals, deltas, entry, exists, windows, HEADS: tl
 
 @triton.jit
 def _tile_anew(
-    again, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
+    opaque_zero, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
 ):
     """The number of each of the program's pixels in (B, H, W), int64, whether it exists, and the windows.
 
-    `again` is a 0 that the compiler knows nothing of: what it takes for another tile does not wait in registers while a
-    loop runs.
+    With `opaque_zero` it looks like another tile: nothing of it waits in registers while a loop runs.
     """
     height, width, _, _ = sizes
     image, _, _, row, column, exists = tile_pixels(
-        tl.program_id(0) + again, tile_rows, tile_columns, sizes, ROWS, COLUMNS
+        tl.program_id(0) + opaque_zero, tile_rows, tile_columns, sizes, ROWS, COLUMNS
     )
     return (image * height + row) * width + column, exists, pixel_windows(row, column, sizes, rule, WINDOW)
 
@@ -148,7 +147,7 @@ def _window_attention_backward_query_kernel(
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
-    scale, exponent_scale, again,
+    scale, exponent_scale, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     SLICE: tl.constexpr, RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr, TAIL: tl.constexpr, SHARES: tl.constexpr,
@@ -190,7 +189,7 @@ def _window_attention_backward_query_kernel(
         resident_gradients(
             products, query + query_offset[:, None] + channel.to(tl.int64)[None, :] * query_channel_stride,
             query_head_stride, keys, rectangle, windows, exponent_scale, scale * several,
-            lse, grad_query + entry[:, None] * WIDTH + channel[None, :], share, delta, entry, pixel_exists, again,
+            lse, grad_query + entry[:, None] * WIDTH + channel[None, :], share, delta, entry, pixel_exists, opaque_zero,
             HEADS, GROUP, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, PRECISION, SHARES,
             tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32, WAITING,
         )  # fmt: skip
@@ -214,9 +213,11 @@ def _window_attention_backward_query_kernel(
             )  # fmt: skip
             totals, deltas = _add_to_sums(
                 totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
-                product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
+                product / HEADS, opaque_zero, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
-        entry, pixel_exists, windows = _tile_anew(again, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW)
+        entry, pixel_exists, windows = _tile_anew(
+            opaque_zero, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
+        )
         entry = entry * HEADS + first_head
         shares, deltas = _finish_sums(share, delta, totals, deltas, entry, pixel_exists, windows, GROUP)
         for block in tl.range(0, blocks):
@@ -226,7 +227,7 @@ def _window_attention_backward_query_kernel(
             )  # fmt: skip
             gradients = _add_to_gradients(
                 gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
-                exponent_scale, base, product / HEADS, again, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
+                exponent_scale, base, product / HEADS, opaque_zero, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
         channel = tl.arange(0, PIECE)
         for head in tl.static_range(GROUP):
@@ -283,7 +284,7 @@ def plan_backward_query(
             **strides_of("value", value, "image row column channel"),
             "scale": scale,
             "exponent_scale": scale * LOG2_E.value,
-            "again": 0,
+            "opaque_zero": 0,
         },
         constants={
             "WINDOW": window.kind,

@@ -42,7 +42,7 @@ def tile_grad_weights(
 @triton.jit
 def resident_gradients(
     grad_weights, query_place, query_head_stride, keys, rectangle, windows, exponent_scale, row_scale,
-    lse, grad_query_place, share, delta, entry, pixel_exists, again,
+    lse, grad_query_place, share, delta, entry, pixel_exists, opaque_zero,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr,
     WAITING: tl.constexpr,
@@ -50,8 +50,7 @@ def resident_gradients(
     """Stores each head's gradient, inverse sum of exponentials and delta.
 
     `grad_weights` are HEADS times dP. The gradient's rows are scaled by `row_scale`, 0 for a pixel that sees a
-    single key. KEPT is the dtype of exponentials that wait, those of the first WAITING blocks. `again` is a 0 that the
-    compiler knows nothing of.
+    single key. KEPT is the dtype of exponentials that wait, those of the first WAITING blocks.
     """
     PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
     core = core_keys(rectangle)
@@ -64,7 +63,7 @@ def resident_gradients(
     for part in tl.static_range(PARTS):
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
-            part * BLOCK, core + again * (part + 1), rectangle, windows,
+            part * BLOCK, core + opaque_zero * (part + 1), rectangle, windows,
             PIXELS, BLOCK if part < BLOCKS else TAIL, SHARES,
         )  # fmt: skip
         seen = seen + (bits,)
@@ -82,7 +81,7 @@ def resident_gradients(
             raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
             if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                 # The zero keeps the compiler from taking the bits apart before the loop, a register each.
-                raw = cut_off(raw, seen[part] ^ (head * again))
+                raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
             kept, total, mean = _add(raw, grad_weights[part], total, mean, exponent_scale, base, SHARES, KEPT)
             if part < WAITING:
                 powers = powers + (kept,)
@@ -97,10 +96,10 @@ def resident_gradients(
                 power = unpacked(powers[part]) if KEPT == tl.float16 else powers[part]
             else:
                 # Without the zeros the compiler would keep the logits or the branch's outcome.
-                key = tl.load(places[part] + head64 * keys[3] + 16 * again)
+                key = tl.load(places[part] + head64 * keys[3] + 16 * opaque_zero)
                 raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
-                if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + again:
-                    raw = cut_off(raw, seen[part] ^ (head * again))
+                if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + opaque_zero:
+                    raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
                 power = tl.math.exp2(raw * exponent_scale - base[:, None, None, None])
             power = tl.reshape(power, grad_weights[part].shape)
             inner = power * (grad_weights[part] - (means * HEADS)[:, None])

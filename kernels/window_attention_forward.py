@@ -45,7 +45,7 @@ def _window_attention_forward_kernel(
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
-    exponent_scale, again,
+    exponent_scale, opaque_zero,
     part_row, part_column, whole_height, whole_width,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
     PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
@@ -77,14 +77,14 @@ def _window_attention_forward_kernel(
         place = query + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * query_channel_stride
         parts = resident_weights(
             place, query_head_stride, keys, rectangle, windows, exponent_scale, lse + pixel * HEADS, pixel_exists,
-            again, HEADS, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, GROUP, PRECISION, SHARES, SAVE_LSE,
+            opaque_zero, HEADS, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, GROUP, PRECISION, SHARES, SAVE_LSE,
             tl.float16 if value.dtype.element_ty.primitive_bitwidth == 16 else tl.float32,
         )  # fmt: skip
         weights = ()  # of the keys in runs, (PIXELS, keys)
         for part in tl.static_range(len(parts)):
             weights = weights + (parts[part].to(value.dtype.element_ty),)
         weights = side_by_side(weights, RESIDENT_BLOCKS)
-        near = run_offsets(rectangle, value_row_stride, value_column_stride, again, BLOCK, RESIDENT_BLOCKS, TAIL)
+        near = run_offsets(rectangle, value_row_stride, value_column_stride, opaque_zero, BLOCK, RESIDENT_BLOCKS, TAIL)
         for first in tl.range(0, channels, SLICE):
             product = tl.zeros((PIXELS, SLICE), tl.float32)
             for run in tl.static_range(len(near)):
@@ -94,7 +94,7 @@ def _window_attention_forward_kernel(
     else:
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
         base, total = head_statistics(
-            queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+            queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
             HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
         )  # fmt: skip
         share = ()
@@ -110,7 +110,7 @@ def _window_attention_forward_kernel(
             for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
                 part = mean_weights(
                     queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
-                    again, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
+                    opaque_zero, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
                 ).to(value.dtype.element_ty)  # fmt: skip
                 row, column, _ = key_block(block * BLOCK, rectangle, BLOCK)
                 near = grid_offsets(row, column, value_row_stride, value_column_stride)
@@ -170,7 +170,7 @@ def plan_forward(
         **strides_of("key", key, "image row column head channel"),
         **strides_of("value", value, "image row column channel"),
         "exponent_scale": scale * LOG2_E.value,
-        "again": 0,
+        "opaque_zero": 0,
         **part_arguments(part),
     }
     constants = {

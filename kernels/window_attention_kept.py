@@ -38,7 +38,7 @@ def _window_attention_kept_kernel(
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
-    exponent_scale, again, tiles, most_blocks,
+    exponent_scale, opaque_zero, tiles, most_blocks,
     part_row, part_column, whole_height, whole_width,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
     PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
@@ -70,7 +70,7 @@ def _window_attention_kept_kernel(
         pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
         base, total = head_statistics(
-            queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+            queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
             HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
         )  # fmt: skip
         share = ()
@@ -85,7 +85,7 @@ def _window_attention_kept_kernel(
         for block in tl.range(0, blocks):
             part = mean_weights(
                 queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
-                again, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
+                opaque_zero, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
             tl.store(kept + block * (PIXELS * BLOCK) + matrix, part)
         tl.debug_barrier()

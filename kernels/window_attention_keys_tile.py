@@ -57,7 +57,7 @@ def visible(row, column, exists, sizes, rule, top, left, ROWS: tl.constexpr, COL
 @triton.jit
 def exponentials_of_head(
     keys, key_channel_stride, query_place, query_channel_stride, limit, lse, entry, head: tl.constexpr,
-    exponent_scale, block, again, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+    exponent_scale, block, opaque_zero, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights.
@@ -68,7 +68,7 @@ def exponentials_of_head(
         raw = matmul(tl.load(query_place), tl.trans(keys[head]), None, PRECISION)
     else:
         place, head_stride = keys
-        place += tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
+        place += tl.full((), head + 1, tl.int64) * (head_stride ^ (block * opaque_zero))
         raw = tl.zeros(limit.shape, tl.float32)
         for piece in tl.static_range(WIDTH // PIECE):
             first = tl.full((), piece * PIECE, tl.int64)
@@ -81,16 +81,16 @@ def exponentials_of_head(
 
 
 @triton.jit
-def key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, again, ROWS: tl.constexpr,
+def key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, opaque_zero, ROWS: tl.constexpr,
                 COLUMNS: tl.constexpr):  # fmt: skip
     """Where the program's keys are in partial sums (parts, B, h, w), int64, and whether they exist, (KEYS,) each.
 
-    They are worked out anew, as the compiler believes because of `again`, a 0 that it knows nothing of: where the tile
-    is does not wait in a register for the end of the loop over pixels.
+    With `opaque_zero` they are computed anew: where the tile is does not wait in a register for the end of the loop
+    over pixels.
     """
     grid = (grid_rows, grid_columns, 0, 0)
     image, _, _, row, column, exists = tile_pixels(
-        tl.program_id(0) + again, tile_rows, tile_columns, grid, ROWS, COLUMNS
+        tl.program_id(0) + opaque_zero, tile_rows, tile_columns, grid, ROWS, COLUMNS
     )
     part = tl.program_id(1).to(tl.int64)
     return ((part * images + image) * grid_rows + row) * grid_columns + column, exists
@@ -112,7 +112,7 @@ def common_arguments(
         **strides_of("query", query, "image row column head channel"),
         **strides_of("key", key, "image row column head channel"),
         "images": key.shape[0],
-        "again": 0,
+        "opaque_zero": 0,
     }
 
 

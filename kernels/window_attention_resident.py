@@ -19,7 +19,7 @@ from .window_attention_tile import LOG2_E, LOWEST, core_keys, grid_offsets, in_s
 
 @triton.jit
 def resident_weights(
-    query_place, query_head_stride, keys, rectangle, windows, exponent_scale, lse_place, pixel_exists, again,
+    query_place, query_head_stride, keys, rectangle, windows, exponent_scale, lse_place, pixel_exists, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     TAIL: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, SAVE_LSE: tl.constexpr,
     KEPT: tl.constexpr,
@@ -27,7 +27,7 @@ def resident_weights(
     """The averaged weights of a tile's keys: BLOCKS x (PIXELS, BLOCK) and, unless TAIL is 0, (PIXELS, TAIL).
 
     The logits of GROUP blocks are in registers at once. KEPT is the dtype of exponentials and weights. `lse_place` is
-    where a pixel's first log-sum-exp is stored, with SAVE_LSE. `again` is a 0 that the compiler knows nothing of.
+    where a pixel's first log-sum-exp is stored, with SAVE_LSE.
     """
     PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
     GROUPS: tl.constexpr = (PARTS + GROUP - 1) // GROUP
@@ -42,7 +42,7 @@ def resident_weights(
     for part in tl.static_range(PARTS):
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
-            part * BLOCK, core + again * (part + 1), rectangle, windows,
+            part * BLOCK, core + opaque_zero * (part + 1), rectangle, windows,
             PIXELS, BLOCK if part < BLOCKS else TAIL, SHARES,
         )  # fmt: skip
         zeros = tl.zeros((PIXELS, BLOCK if part < BLOCKS else TAIL), KEPT)
@@ -62,7 +62,7 @@ def resident_weights(
                 raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                     # The zero keeps the compiler from taking the bits apart before the loop, a register each.
-                    raw = cut_off(raw, seen[part] ^ (head * again))
+                    raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
                 pivot = tl.maximum(pivot, of_shares(raw, "max") * exponent_scale)
                 logits = logits + (raw,)
             total = tl.zeros((PIXELS, SHARES), tl.float32)
@@ -138,7 +138,7 @@ def side_by_side(parts, BLOCKS: tl.constexpr):
 
 @triton.jit
 def run_offsets(
-    rectangle, row_stride, column_stride, again, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr
+    rectangle, row_stride, column_stride, opaque_zero, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr
 ):
     """Where the keys of each run that `side_by_side` makes are in a grid, int64.
 
@@ -148,9 +148,9 @@ def run_offsets(
     for power in tl.static_range(4):
         if (BLOCKS >> power) & 1:
             first = ((BLOCKS >> power) - 1 << power) * BLOCK
-            row, column, _ = key_block(first + again, rectangle, BLOCK << power, True)
+            row, column, _ = key_block(first + opaque_zero, rectangle, BLOCK << power, True)
             offsets = offsets + (grid_offsets(row, column, row_stride, column_stride),)
     if TAIL:
-        row, column, _ = key_block(BLOCKS * BLOCK + again, rectangle, TAIL, True)
+        row, column, _ = key_block(BLOCKS * BLOCK + opaque_zero, rectangle, TAIL, True)
         offsets = offsets + (grid_offsets(row, column, row_stride, column_stride),)
     return offsets

@@ -225,21 +225,20 @@ def open_keys(keys, row, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP:
 
 @triton.jit
 def head_product(
-    queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, block, again,
+    queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, block, opaque_zero,
     WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """A head's queries times its keys of a block, (pixels, keys) float32.
 
     Where they would take all registers queries are not kept: those of float32, split in two for `tf32x3`, and many wide
-    heads. They are multiplied in pieces of PIECE channels, which is the width that they were opened with. `again` is a
-    0 that the compiler knows nothing of, or it would move the load, the splitting and every address out of the loop
-    over blocks; an exclusive or, because a sum would be taken apart and half of it moved.
+    heads. They are multiplied in pieces of PIECE channels, which is the width that they were opened with. `opaque_zero`
+    keeps the load, the splitting and every address inside the loop over blocks.
     """
     if KEEP:
         return matmul(queries[head], tl.trans(near[head]), None, PRECISION)
     else:
         place, head_stride = queries
-        mine = place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * again))
+        mine = place + tl.full((), head + 1, tl.int64) * (head_stride ^ (block * opaque_zero))
         place, head_stride = near
         theirs = place + tl.full((), head, tl.int64) * head_stride
         product = tl.zeros((mine.shape[0], theirs.shape[0]), tl.float32)
@@ -291,7 +290,7 @@ def key_piece(
 
 @triton.jit
 def head_statistics(
-    queries, query_channel_stride, keys, rectangle, windows, exponent_scale, again,
+    queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
@@ -315,7 +314,7 @@ def head_statistics(
         now_total = ()
         for head in tl.static_range(HEADS):
             raw = head_product(
-                queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
+                queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
             )
             # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
             raw = in_shares(tl.minimum(raw, limit), SHARES)
@@ -336,7 +335,7 @@ def head_statistics(
 
 @triton.jit
 def mean_weights(
-    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share, again,
+    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -346,7 +345,7 @@ def mean_weights(
     weights = tl.zeros((PIXELS, BLOCK), tl.float32)
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, block, again, WIDTH, PIECE, PRECISION, KEEP
+            queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
         )
         weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
     if block * BLOCK + BLOCK > core_keys(rectangle):

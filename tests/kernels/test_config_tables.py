@@ -186,7 +186,7 @@ def test_the_digest_changes_with_a_kernel_and_with_the_rule_alone(
         kernel = tmp_path / "window_attention_forward.py"
         kernel.write_bytes(kernel.read_bytes().replace(b"\n", b"\r\n"))  # as git may check out
         assert digest() == before
-        for name in ("window_attention_forward.py", "products.py", "config.py"):
+        for name in ("window_attention_forward.py", "products.py", "window_attention_config.py"):
             now = digest()
             (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
             assert digest() != now
@@ -285,7 +285,9 @@ def test_reading_a_table_imports_nothing_that_knows_a_device() -> None:
     tree = ast.parse(Path(config_tables.__file__).read_text())
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imports |= {"." * n.level + str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {name for name in imports if name.split(".")[0] not in sys.stdlib_module_names} == {".config"}
+    assert {name for name in imports if name.split(".")[0] not in sys.stdlib_module_names} == {
+        ".window_attention_config"
+    }
 
 
 def test_what_is_shipped_are_tables_of_these_kernels() -> None:
