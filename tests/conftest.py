@@ -40,7 +40,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Two processes for the whole suite, where pytest-xdist is there; one for what is named, and for devices."""
     option = config.option
     named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or "gpu" in option.markexpr
-    alone = named or option.usepdb or "ttsem" in sys.modules
+    # A worker's own configuration comes here too: it must not have workers.
+    alone = named or option.usepdb or "ttsem" in sys.modules or hasattr(config, "workerinput")
     if hasattr(option, "numprocesses") and option.numprocesses is None and not alone:
         option.numprocesses, option.dist = 2, "worksteal"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # more of them would wait for each other
