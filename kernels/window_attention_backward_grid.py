@@ -31,7 +31,7 @@ from .window_bounds import WindowRule
 
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_key_kernel(
-    grad, query, key, value, lse, share, delta, grad_key,
+    grad, query, key, value, lse, inv_l, delta, grad_key,
     # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) thrice; (parts, *key)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
@@ -90,7 +90,7 @@ def _window_attention_backward_key_kernel(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
-            several_share = tl.load(share + entry + head) * several
+            several_share = tl.load(inv_l + entry + head) * several
             mean = tl.load(delta + entry + head)
             inner = weights * several_share[:, None] * (product - mean[:, None])
             inner = inner.to(query.dtype.element_ty)
@@ -116,7 +116,7 @@ def _window_attention_backward_key_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_value_kernel(
-    grad, query, key, lse, share, grad_value,
+    grad, query, key, lse, inv_l, grad_value,
     # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, H, W, heads) twice; (parts, B, h, w, C)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
@@ -162,16 +162,16 @@ def _window_attention_backward_value_kernel(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
-            weights += exponentials * tl.load(share + entry + head)[:, None]
-        shares = (weights / HEADS).to(grad.dtype.element_ty)
+            weights += exponentials * tl.load(inv_l + entry + head)[:, None]
+        inverses = (weights / HEADS).to(grad.dtype.element_ty)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         updated = ()
         for piece in tl.static_range(SLICES):
             outer = load_channels(grad, grad_offset, first + piece * SLICE, channels, grad_channel_stride, SLICE, WHOLE)
             if TALL:
-                now = matmul(tl.trans(outer), shares, sums[piece], PRECISION)
+                now = matmul(tl.trans(outer), inverses, sums[piece], PRECISION)
             else:
-                now = matmul(tl.trans(shares), outer, sums[piece], PRECISION)
+                now = matmul(tl.trans(inverses), outer, sums[piece], PRECISION)
             updated = updated + (now,)
         sums = updated
     entry, key_exists = key_entries(
@@ -191,7 +191,7 @@ def plan_backward_key(
     key: Tensor,
     value: Tensor,
     lse: Tensor,
-    share: Tensor,
+    inv_l: Tensor,
     delta: Tensor,
     grad_key: Tensor,
     *,
@@ -215,7 +215,7 @@ def plan_backward_key(
             "key": key,
             "value": value,
             "lse": lse,
-            "share": share,
+            "inv_l": inv_l,
             "delta": delta,
             "grad_key": grad_key,
             **common_arguments(grad, query, key, window, tiles),
@@ -238,7 +238,7 @@ def plan_backward_value(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    share: Tensor,
+    inv_l: Tensor,
     grad_value: Tensor,
     *,
     window: WindowRule,
@@ -261,7 +261,7 @@ def plan_backward_value(
             "query": query,
             "key": key,
             "lse": lse,
-            "share": share,
+            "inv_l": inv_l,
             "grad_value": grad_value,
             **common_arguments(grad, query, key, window, tiles),
             "channels": channels,

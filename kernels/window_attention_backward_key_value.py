@@ -33,7 +33,7 @@ from .window_bounds import WindowRule
 
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_key_value_kernel(
-    grad, query, key, value, lse, share, delta, grad_key, grad_value,
+    grad, query, key, value, lse, inv_l, delta, grad_key, grad_value,
     # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) thrice; (parts, *key) and
     # (parts, *value)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
@@ -89,7 +89,7 @@ def _window_attention_backward_key_value_kernel(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
             )  # fmt: skip
-            weights = weights + (exponentials * tl.load(share + entry + head)[:, None],)
+            weights = weights + (exponentials * tl.load(inv_l + entry + head)[:, None],)
             total += weights[head]
         mean_weights = (total / HEADS).to(grad.dtype.element_ty)
 
@@ -146,7 +146,7 @@ def plan_backward_key_value(
     key: Tensor,
     value: Tensor,
     lse: Tensor,
-    share: Tensor,
+    inv_l: Tensor,
     delta: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -172,7 +172,7 @@ def plan_backward_key_value(
             "key": key,
             "value": value,
             "lse": lse,
-            "share": share,
+            "inv_l": inv_l,
             "delta": delta,
             "grad_key": grad_key,
             "grad_value": grad_value,

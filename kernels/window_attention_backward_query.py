@@ -58,7 +58,7 @@ def _grad_weights(
 
 @triton.jit
 def _add_to_sums(
-    totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
+    l_i, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i,
     grad_weights, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
@@ -67,7 +67,7 @@ def _add_to_sums(
     row, column, exists = row_block(block, rectangle, BLOCK)
     near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
     limit = visibility(windows, row, column, exists)
-    new_totals = ()
+    new_l = ()
     new_deltas = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
@@ -75,15 +75,15 @@ def _add_to_sums(
         )
         # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
         raw = tl.minimum(raw, limit)
-        exponentials = tl.math.exp2(raw * exponent_scale - base[head][:, None])
-        new_totals = new_totals + (totals[head] + tl.sum(exponentials, axis=1),)
+        exponentials = tl.math.exp2(raw * exponent_scale - m_i[head][:, None])
+        new_l = new_l + (l_i[head] + tl.sum(exponentials, axis=1),)
         new_deltas = new_deltas + (deltas[head] + tl.sum(exponentials * grad_weights, axis=1),)
-    return new_totals, new_deltas
+    return new_l, new_deltas
 
 
 @triton.jit
 def _add_to_gradients(
-    gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
+    gradients, inverses, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i,
     grad_weights, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
@@ -98,7 +98,7 @@ def _add_to_gradients(
             queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
         )
         raw = tl.minimum(raw, limit)
-        weights = tl.math.exp2(raw * exponent_scale - base[head][:, None]) * shares[head][:, None]
+        weights = tl.math.exp2(raw * exponent_scale - m_i[head][:, None]) * inverses[head][:, None]
         inner = (weights * (grad_weights - deltas[head][:, None])).to(keys[0].dtype.element_ty)
         for piece in tl.static_range(WIDTH // PIECE):
             theirs = key_piece(near, keys[4], head, piece, PIECE, KEEP)
@@ -108,19 +108,19 @@ def _add_to_gradients(
 
 
 @triton.jit
-def _finish_sums(share, delta, totals, deltas, entry, exists, windows, HEADS: tl.constexpr):
-    """Store each head's inverse sum of exponentials and delta; the shares for dS, and the deltas."""
+def _finish_sums(inv_l, delta, l_i, deltas, entry, exists, windows, HEADS: tl.constexpr):
+    """Store each head's inverse sum of exponentials and delta; the inverses for dS, and the deltas."""
     several = sees_several(windows)
-    shares = ()
+    inverses = ()
     means = ()
     for head in tl.static_range(HEADS):
-        inverse = 1.0 / totals[head]
+        inverse = 1.0 / l_i[head]
         mean = deltas[head] * inverse
-        tl.store(share + entry + head, inverse, mask=exists)
+        tl.store(inv_l + entry + head, inverse, mask=exists)
         tl.store(delta + entry + head, mean, mask=exists)
-        shares = shares + (inverse * several,)
+        inverses = inverses + (inverse * several,)
         means = means + (mean,)
-    return shares, means
+    return inverses, means
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def _tile_anew(
 
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_query_kernel(
-    grad, query, key, value, lse, grad_query, share, delta,
+    grad, query, key, value, lse, grad_query, inv_l, delta,
     # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads); as query; as lse, twice
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
@@ -189,19 +189,19 @@ def _window_attention_backward_query_kernel(
         resident_gradients(
             products, query + query_offset[:, None] + channel.to(tl.int64)[None, :] * query_channel_stride,
             query_head_stride, keys, rectangle, windows, exponent_scale, scale * several,
-            lse, grad_query + entry[:, None] * WIDTH + channel[None, :], share, delta, entry, pixel_exists, opaque_zero,
+            lse, grad_query + entry[:, None] * WIDTH + channel[None, :], inv_l, delta, entry, pixel_exists, opaque_zero,
             HEADS, GROUP, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, PRECISION, SHARES,
             tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32, WAITING,
         )  # fmt: skip
     else:
         queries = open_queries(query, query_offset, query_head_stride, query_channel_stride, GROUP, PIECE, KEEP)
-        base = ()
-        totals = ()
+        m_i = ()
+        l_i = ()
         deltas = ()
         gradients = ()  # each head's pieces, (PIXELS, PIECE)
         for head in tl.static_range(GROUP):
-            base = base + (tl.load(lse + entry + head) * LOG2_E,)
-            totals = totals + (tl.zeros((PIXELS,), tl.float32),)
+            m_i = m_i + (tl.load(lse + entry + head) * LOG2_E,)
+            l_i = l_i + (tl.zeros((PIXELS,), tl.float32),)
             deltas = deltas + (tl.zeros((PIXELS,), tl.float32),)
             for _piece in tl.static_range(WIDTH // PIECE):
                 gradients = gradients + (tl.zeros((PIXELS, PIECE), tl.float32),)
@@ -211,23 +211,23 @@ def _window_attention_backward_query_kernel(
                 grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
                 PIXELS, BLOCK, SLICE, PRECISION, WHOLE,
             )  # fmt: skip
-            totals, deltas = _add_to_sums(
-                totals, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base,
+            l_i, deltas = _add_to_sums(
+                l_i, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i,
                 product / HEADS, opaque_zero, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
         entry, pixel_exists, windows = _tile_anew(
             opaque_zero, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
         )
         entry = entry * HEADS + first_head
-        shares, deltas = _finish_sums(share, delta, totals, deltas, entry, pixel_exists, windows, GROUP)
+        inverses, deltas = _finish_sums(inv_l, delta, l_i, deltas, entry, pixel_exists, windows, GROUP)
         for block in tl.range(0, blocks):
             product = _grad_weights(
                 grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
                 PIXELS, BLOCK, SLICE, PRECISION, WHOLE,
             )  # fmt: skip
             gradients = _add_to_gradients(
-                gradients, shares, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
-                exponent_scale, base, product / HEADS, opaque_zero, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
+                gradients, inverses, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
+                exponent_scale, m_i, product / HEADS, opaque_zero, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
         channel = tl.arange(0, PIECE)
         for head in tl.static_range(GROUP):
@@ -243,7 +243,7 @@ def plan_backward_query(
     value: Tensor,
     lse: Tensor,
     grad_query: Tensor,
-    share: Tensor,
+    inv_l: Tensor,
     delta: Tensor,
     *,
     window: WindowRule,
@@ -273,7 +273,7 @@ def plan_backward_query(
             "value": value,
             "lse": lse,
             "grad_query": grad_query,
-            "share": share,
+            "inv_l": inv_l,
             "delta": delta,
             **size_arguments(query, key, tiles),
             "channels": value.shape[3],

@@ -42,7 +42,7 @@ def tile_grad_weights(
 @triton.jit
 def resident_gradients(
     grad_weights, query_place, query_head_stride, keys, rectangle, windows, exponent_scale, row_scale,
-    lse, grad_query_place, share, delta, entry, pixel_exists, opaque_zero,
+    lse, grad_query_place, inv_l, delta, entry, pixel_exists, opaque_zero,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr,
     WAITING: tl.constexpr,
@@ -72,8 +72,8 @@ def resident_gradients(
         head64 = tl.zeros((), tl.int64) + head
         query = tl.load(query_place + head64 * query_head_stride)
         # Exponentials are divided by the number of heads here, not <dO, v>, for which the compiler would keep both.
-        base = tl.load(lse + entry + head) * LOG2_E + heads
-        total = tl.zeros((PIXELS, SHARES), tl.float32)
+        m_i = tl.load(lse + entry + head) * LOG2_E + heads
+        l_i = tl.zeros((PIXELS, SHARES), tl.float32)
         mean = tl.zeros((PIXELS, SHARES), tl.float32)
         powers = ()
         for part in tl.static_range(PARTS):
@@ -82,12 +82,12 @@ def resident_gradients(
             if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                 # The zero keeps the compiler from taking the bits apart before the loop, a register each.
                 raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
-            kept, total, mean = _add(raw, grad_weights[part], total, mean, exponent_scale, base, SHARES, KEPT)
+            kept, l_i, mean = _add(raw, grad_weights[part], l_i, mean, exponent_scale, m_i, SHARES, KEPT)
             if part < WAITING:
                 powers = powers + (kept,)
-        inverse = 1.0 / (tl.sum(total, axis=1) * HEADS)
+        inverse = 1.0 / (tl.sum(l_i, axis=1) * HEADS)
         means = tl.sum(mean, axis=1) * inverse  # delta
-        tl.store(share + entry + head, inverse, mask=pixel_exists)
+        tl.store(inv_l + entry + head, inverse, mask=pixel_exists)
         tl.store(delta + entry + head, means, mask=pixel_exists)
         product = tl.zeros((PIXELS, WIDTH), tl.float32)
         for part in tl.static_range(PARTS):
@@ -100,7 +100,7 @@ def resident_gradients(
                 raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + opaque_zero:
                     raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
-                power = tl.math.exp2(raw * exponent_scale - base[:, None, None, None])
+                power = tl.math.exp2(raw * exponent_scale - m_i[:, None, None, None])
             power = tl.reshape(power, grad_weights[part].shape)
             inner = power * (grad_weights[part] - (means * HEADS)[:, None])
             product = matmul(inner.to(key.dtype), key, product, PRECISION)
@@ -109,12 +109,12 @@ def resident_gradients(
 
 
 @triton.jit
-def _add(raw, grad_weights, total, mean, exponent_scale, base, SHARES: tl.constexpr, KEPT: tl.constexpr):
+def _add(raw, grad_weights, l_i, mean, exponent_scale, m_i, SHARES: tl.constexpr, KEPT: tl.constexpr):
     """Exponentials of logits, and each share's sum of them and of them times <dO, v> with these added."""
-    power = tl.math.exp2(raw * exponent_scale - base[:, None, None, None])
-    total += of_shares(power, "sum")
+    power = tl.math.exp2(raw * exponent_scale - m_i[:, None, None, None])
+    l_i += of_shares(power, "sum")
     mean += of_shares(power * in_shares(grad_weights, SHARES), "sum")
-    return packed(power) if KEPT == tl.float16 else power, total, mean
+    return packed(power) if KEPT == tl.float16 else power, l_i, mean
 
 
 @triton.jit

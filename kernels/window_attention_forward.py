@@ -93,23 +93,23 @@ def _window_attention_forward_kernel(
             store_channels(out, product, pixel, pixel_exists, first, channels, SLICE, WHOLE)
     else:
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
-        base, total = head_statistics(
+        m_i, l_i = head_statistics(
             queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
             HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
         )  # fmt: skip
-        share = ()
+        inv_l = ()
         for head in tl.static_range(HEADS):
             if SAVE_LSE:
                 place = lse + pixel * HEADS + head
-                tl.store(place, (base[head] + tl.math.log2(total[head])) / LOG2_E, mask=pixel_exists)
-            share = share + (1.0 / (total[head] * HEADS),)
+                tl.store(place, (m_i[head] + tl.math.log2(l_i[head])) / LOG2_E, mask=pixel_exists)
+            inv_l = inv_l + (1.0 / (l_i[head] * HEADS),)
         for first in tl.range(0, channels, SLICE * SLICES):
             products = ()  # SLICES x (PIXELS, SLICE)
             for _slice in tl.static_range(SLICES):
                 products = products + (tl.zeros((PIXELS, SLICE), tl.float32),)
             for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
                 part = mean_weights(
-                    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
+                    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l,
                     opaque_zero, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
                 ).to(value.dtype.element_ty)  # fmt: skip
                 row, column, _ = key_block(block * BLOCK, rectangle, BLOCK)

@@ -69,22 +69,22 @@ def _window_attention_kept_kernel(
         offset += pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
         pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
-        base, total = head_statistics(
+        m_i, l_i = head_statistics(
             queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
             HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
         )  # fmt: skip
-        share = ()
+        inv_l = ()
         for head in tl.static_range(HEADS):
             if SAVE_LSE:
                 place = lse + pixel * HEADS + head
-                tl.store(place, (base[head] + tl.math.log2(total[head])) / LOG2_E, mask=pixel_exists)
-            share = share + (1.0 / (total[head] * HEADS),)
+                tl.store(place, (m_i[head] + tl.math.log2(l_i[head])) / LOG2_E, mask=pixel_exists)
+            inv_l = inv_l + (1.0 / (l_i[head] * HEADS),)
         blocks = tl.cdiv(rectangle[3], BLOCK)
         # What one thread writes others read: after all have read the last tile's weights, after all have written these.
         tl.debug_barrier()
         for block in tl.range(0, blocks):
             part = mean_weights(
-                queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share,
+                queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l,
                 opaque_zero, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
             )  # fmt: skip
             tl.store(kept + block * (PIXELS * BLOCK) + matrix, part)

@@ -65,28 +65,28 @@ def resident_weights(
                     raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
                 pivot = tl.maximum(pivot, of_shares(raw, "max") * exponent_scale)
                 logits = logits + (raw,)
-            total = tl.zeros((PIXELS, SHARES), tl.float32)
+            l_i = tl.zeros((PIXELS, SHARES), tl.float32)
             for part in tl.static_range(len(logits)):
                 power = tl.math.exp2(logits[part] * exponent_scale - pivot[:, None, :, None])
-                total += of_shares(power, "sum")
+                l_i += of_shares(power, "sum")
                 powers = powers + (power.to(KEPT),)
             pivots = pivots + (pivot,)
-            totals = totals + (total,)
-        base = tl.max(pivots[0], axis=1)
+            totals = totals + (l_i,)
+        m_i = tl.max(pivots[0], axis=1)
         for group in tl.static_range(1, GROUPS):
-            base = tl.maximum(base, tl.max(pivots[group], axis=1))
+            m_i = tl.maximum(m_i, tl.max(pivots[group], axis=1))
         sums = tl.zeros((PIXELS, SHARES), tl.float32)
         ratios = ()
         for group in tl.static_range(GROUPS):
-            ratios = ratios + (tl.math.exp2(pivots[group] - base[:, None]),)
+            ratios = ratios + (tl.math.exp2(pivots[group] - m_i[:, None]),)
             sums += totals[group] * ratios[group]
-        total = tl.sum(sums, axis=1)
+        l_i = tl.sum(sums, axis=1)
         if SAVE_LSE:
-            tl.store(lse_place + head, (base + tl.math.log2(total)) / LOG2_E, mask=pixel_exists)
-        share = 1.0 / (total * HEADS)
+            tl.store(lse_place + head, (m_i + tl.math.log2(l_i)) / LOG2_E, mask=pixel_exists)
+        inv_l = 1.0 / (l_i * HEADS)
         updated = ()
         for part in tl.static_range(PARTS):
-            factor = (ratios[part // GROUP] * share[:, None]).to(KEPT)
+            factor = (ratios[part // GROUP] * inv_l[:, None]).to(KEPT)
             updated = updated + (weights[part] + powers[part] * factor[:, None, :, None],)
         weights = updated
     matrices = ()

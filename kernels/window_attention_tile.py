@@ -14,6 +14,9 @@ Tuples travel together:
   column, rows and columns, one of the latter two 0 where there is none;
 - `windows`: row start, row stop, column start, column stop of each pixel, (pixels,) int32 each;
 - `keys`: the pointer to an image's keys and its row, column, head and channel strides.
+
+Of a head, `m_i` is a pixel's pivot, which is subtracted from its logits, `l_i` its sum of exponentials, and `inv_l`
+what makes an exponential a weight: the inverse sum, in the forward pass over the number of heads too.
 """
 
 from __future__ import annotations
@@ -299,43 +302,43 @@ def head_statistics(
     Until the end each of SHARES shares of a block's keys has a pivot and a sum of its own: where a share is what one
     thread holds of a product, no thread asks another in the loop.
     """
-    base = ()
-    total = ()
+    m_i = ()
+    l_i = ()
     for _head in tl.static_range(HEADS):
-        base = base + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
-        total = total + (tl.zeros((PIXELS, SHARES), tl.float32),)
+        m_i = m_i + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
+        l_i = l_i + (tl.zeros((PIXELS, SHARES), tl.float32),)
     for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
         row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
         near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
         limit = tl.full((PIXELS, BLOCK), float("inf"), tl.float32)
         if block * BLOCK + BLOCK > core_keys(rectangle):
             limit = visibility(windows, row, column, exists)
-        now_base = ()
-        now_total = ()
+        now_m = ()
+        now_l = ()
         for head in tl.static_range(HEADS):
             raw = head_product(
                 queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
             )
             # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
             raw = in_shares(tl.minimum(raw, limit), SHARES)
-            now = tl.maximum(base[head], of_shares(raw, "max") * exponent_scale)
+            now = tl.maximum(m_i[head], of_shares(raw, "max") * exponent_scale)
             powers = tl.math.exp2(raw * exponent_scale - now[:, None, :, None])
-            now_base = now_base + (now,)
-            now_total = now_total + (total[head] * tl.math.exp2(base[head] - now) + of_shares(powers, "sum"),)
-        base = now_base
-        total = now_total
-    all_base = ()
-    all_total = ()
+            now_m = now_m + (now,)
+            now_l = now_l + (l_i[head] * tl.math.exp2(m_i[head] - now) + of_shares(powers, "sum"),)
+        m_i = now_m
+        l_i = now_l
+    all_m = ()
+    all_l = ()
     for head in tl.static_range(HEADS):
-        now = tl.max(base[head], axis=1)
-        all_base = all_base + (now,)
-        all_total = all_total + (tl.sum(total[head] * tl.math.exp2(base[head] - now[:, None]), axis=1),)
-    return all_base, all_total
+        now = tl.max(m_i[head], axis=1)
+        all_m = all_m + (now,)
+        all_l = all_l + (tl.sum(l_i[head] * tl.math.exp2(m_i[head] - now[:, None]), axis=1),)
+    return all_m, all_l
 
 
 @triton.jit
 def mean_weights(
-    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, base, share, opaque_zero,
+    queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -347,7 +350,7 @@ def mean_weights(
         raw = head_product(
             queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
         )
-        weights += tl.math.exp2(raw * exponent_scale - base[head][:, None]) * share[head][:, None]
+        weights += tl.math.exp2(raw * exponent_scale - m_i[head][:, None]) * inv_l[head][:, None]
     if block * BLOCK + BLOCK > core_keys(rectangle):
         # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.
         weights = tl.where(visibility(windows, row, column, exists) > 0, weights, 0.0)

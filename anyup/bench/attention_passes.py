@@ -151,9 +151,9 @@ class AttentionPasses:
         if given is None:
             out, no_lse = v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(0, dtype=torch.float32)
             return plan_forward(q, k, v, out, no_lse, **shared, kept=self._kept(config)), (out,)
-        grad, lse, share, delta = (given[name] for name in ("grad", "lse", "share", "delta"))
+        grad, lse, inv_l, delta = (given[name] for name in ("grad", "lse", "inv_l", "delta"))
         if kernel == "backward_query":
-            result, *statistics = torch.empty_like(q), torch.empty_like(share), torch.empty_like(delta)
+            result, *statistics = torch.empty_like(q), torch.empty_like(inv_l), torch.empty_like(delta)
             return plan_backward_query(grad, q, k, v, lse, result, *statistics, **shared), (result,)
         filled = {"backward_key": (k,), "backward_value": (v,), "backward_key_value": (k, v)}[kernel]
         results = tuple(
@@ -161,9 +161,9 @@ class AttentionPasses:
             for like in filled
         )
         if kernel == "backward_value":
-            return plan_backward_value(grad, q, k, lse, share, *results, **shared), results
+            return plan_backward_value(grad, q, k, lse, inv_l, *results, **shared), results
         plan = plan_backward_key if kernel == "backward_key" else plan_backward_key_value
-        return plan(grad, q, k, v, lse, share, delta, *results, **shared), results
+        return plan(grad, q, k, v, lse, inv_l, delta, *results, **shared), results
 
     def _kept(self, config: Any) -> Tensor | None:
         """Memory for the weights of the forward pass, where its config keeps them there."""
@@ -197,7 +197,7 @@ class AttentionPasses:
         from anyup.kernels.window_attention_forward import plan_forward
 
         q, k, v = self.query, self.key, self.value
-        lse, share, delta = (q.new_empty(q.shape[:4], dtype=torch.float32) for _ in range(3))
+        lse, inv_l, delta = (q.new_empty(q.shape[:4], dtype=torch.float32) for _ in range(3))
         shared: dict[str, Any] = {
             "window": fused.window_rule(self.window, self.workload.grid),
             "scale": self.scale,
@@ -208,10 +208,10 @@ class AttentionPasses:
             lambda c: plan_forward(q, k, v, out, lse, **shared, config=c, kept=self._kept(c))(), self.rule("forward")
         )
         run_first(
-            lambda c: plan_backward_query(grad, q, k, v, lse, grad_query, share, delta, **shared, config=c)(),
+            lambda c: plan_backward_query(grad, q, k, v, lse, grad_query, inv_l, delta, **shared, config=c)(),
             self.rule("backward_query"),
         )
-        return {"grad": grad, "lse": lse, "share": share, "delta": delta}
+        return {"grad": grad, "lse": lse, "inv_l": inv_l, "delta": delta}
 
     def _looked_at(self, kernel: str, results: Sequence[Tensor]) -> list[Tensor]:
         """What of a kernel's results is compared, in the order of the reference's."""

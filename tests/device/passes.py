@@ -102,22 +102,22 @@ def run_passes(
         return torch.full(tuple(shape), math.nan, dtype=dtype, device="cuda")
 
     out = unwritten((*query.shape[:3], value.shape[3]), value.dtype)
-    lse, share, delta = (unwritten(query.shape[:4], torch.float32) for _ in range(3))
+    lse, inv_l, delta = (unwritten(query.shape[:4], torch.float32) for _ in range(3))
     kept = _unwritten_weights(query, key, value, window, configs.forward)
     plan_forward(query, key, value, out, lse, **shared, config=configs.forward, kept=kept)()
     grad_query = unwritten(query.shape, query.dtype)
-    plan_backward_query(grad, query, key, value, lse, grad_query, share, delta, **shared, config=configs.query)()
+    plan_backward_query(grad, query, key, value, lse, grad_query, inv_l, delta, **shared, config=configs.query)()
 
     def unwritten_parts(config: BackwardGridConfig) -> list[Tensor]:
         dtypes = (torch.float32 if config.parts > 1 else like.dtype for like in (key, value))
         return [unwritten((config.parts, *like.shape), dtype) for like, dtype in zip((key, value), dtypes, strict=True)]
 
     grad_key, grad_value = unwritten_parts(configs.grid)
-    plan_backward_key(grad, query, key, value, lse, share, delta, grad_key, **shared, config=configs.grid)()
-    plan_backward_value(grad, query, key, lse, share, grad_value, **shared, config=configs.grid)()
+    plan_backward_key(grad, query, key, value, lse, inv_l, delta, grad_key, **shared, config=configs.grid)()
+    plan_backward_value(grad, query, key, lse, inv_l, grad_value, **shared, config=configs.grid)()
     config = configs.both or configs.grid
     both = unwritten_parts(config)
-    plan_backward_key_value(grad, query, key, value, lse, share, delta, *both, **shared, config=config)()
+    plan_backward_key_value(grad, query, key, value, lse, inv_l, delta, *both, **shared, config=config)()
     return {
         "output": out,
         "log-sum-exp": lse,

@@ -475,16 +475,16 @@ MUTATIONS = {
     "a column too few": ("visibility", "column_stop - column_start", "column_stop - column_start - 1"),
     "no mask": ("visibility", "(beyond_row < rows[:, None]) &", "exists[None, :] |"),
     "a head too many in the mean": {
-        "resident": ("resident_weights", "(total * HEADS)", "(total * (HEADS + 1))"),
-        "otherwise": ("mean_weights", "* share[head]", "* 1.5 * share[head]"),
+        "resident": ("resident_weights", "(l_i * HEADS)", "(l_i * (HEADS + 1))"),
+        "otherwise": ("mean_weights", "* inv_l[head]", "* 1.5 * inv_l[head]"),
     },
     "one head's pivot for all": {
         "resident": ("resident_weights", "- pivot[:, None, :, None]", "- head"),
-        "otherwise": ("mean_weights", "base[head]", "base[0]"),
+        "otherwise": ("mean_weights", "m_i[head]", "m_i[0]"),
     },
     "shares that keep their pivots": {
-        "resident": ("resident_weights", "tl.math.exp2(pivots[group] - base[:, None])", "pivots[group] * 0 + 1"),
-        "otherwise": ("head_statistics", "tl.math.exp2(base[head] - now[:, None])", "1"),
+        "resident": ("resident_weights", "tl.math.exp2(pivots[group] - m_i[:, None])", "pivots[group] * 0 + 1"),
+        "otherwise": ("head_statistics", "tl.math.exp2(m_i[head] - now[:, None])", "1"),
     },
 }
 PART_MUTATIONS = {

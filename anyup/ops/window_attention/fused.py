@@ -115,16 +115,16 @@ def backward(
     arguments = _shared_arguments(query, key, window, scale)
     known = _known(query, value)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    share, delta = torch.empty_like(lse), torch.empty_like(lse)
+    inv_l, delta = torch.empty_like(lse), torch.empty_like(lse)
     _run_first(
         "backward_query",
         lambda c: plan_backward_query(
-            grad, query, key, value, lse, grad_query, share, delta, **arguments, config=c
+            grad, query, key, value, lse, grad_query, inv_l, delta, **arguments, config=c
         )(),
         window_attention_config.backward_query_configs(_tile_keys(query, key, window), **known),
         query, key, value, window,
     )  # fmt: skip
-    statistics = (lse, share, delta)
+    statistics = (lse, inv_l, delta)
     grad_key, grad_value = _backward_grid(grad, query, key, value, statistics, window=window, scale=scale)
     if query is not given:
         grad_query *= given_scale
