@@ -66,6 +66,7 @@ def test_one_graph_serves_every_size_and_number_of_channels(arguments: dict[str,
     assert_one_graph(model(**arguments), "aot_eager")
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_size_and_number_of_channels_at_the_default_widths() -> None:
     assert_one_graph(fill(AnyUp(), 0).eval(), "aot_eager")
 

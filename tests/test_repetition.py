@@ -83,6 +83,7 @@ def test_launches_of_a_repeated_call_compute_what_those_in_full_compute() -> Non
         assert torch.equal(repeated_once(lambda: model(*now)), in_full(lambda: model(*now)))
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("what", ["image", "values", "batch", "output_size", "views"])
 def test_a_repeated_call_returns_what_the_call_in_full_returns(what: str) -> None:

@@ -24,6 +24,8 @@ from benchmarks.machine_code import Branch, Code, amd_blocks, nvidia_blocks
 from benchmarks.occupancy import LIMITS
 from benchmarks.operation_kernels import WITHOUT_PRODUCTS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {(448, 32): 1.55, (1024, 64): 1.35, (2048, 128): 1.10}
 """Output and grid to the most key slots computed, in windows."""

@@ -157,6 +157,7 @@ def test_wheel_built_from_the_sdist_holds_what_the_wheel_of_the_checkout_holds(
     assert names_in(build(source, "build_wheel('dist')")) == names_in(wheel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "strict", "compat"])
 def test_editable_install_imports_its_kernels_and_hides_no_other_package(
     tmp_path: Path, other: Path, mode: str
@@ -170,6 +171,7 @@ def test_editable_install_imports_its_kernels_and_hides_no_other_package(
         assert checkout in Path(line).parents
 
 
+@pytest.mark.slow
 def test_editable_install_sees_a_kernels_folder_that_came_later(tmp_path: Path, other: Path) -> None:
     checkout = copy_checkout(tmp_path / "checkout", kernels=False)
     site = unpack(build(checkout, "build_editable('dist')"), tmp_path / "site")

@@ -19,7 +19,7 @@ from anyup.kernels import launch, window_attention_config
 from anyup.ops import configs, window_attention
 from anyup.window import RatioWindow
 
-pytestmark = INTERPRETED
+pytestmark = [INTERPRETED, pytest.mark.slow]
 
 CUT = window_attention_config.BackwardGridConfig(4, 8, 128, 32, 1, 1, num_warps=4, num_stages=1)
 CONFIGS = {

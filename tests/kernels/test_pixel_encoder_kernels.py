@@ -58,6 +58,7 @@ def test_a_mean_far_from_zero_obeys_the_error_rule() -> None:
     assert_kernels_accurate(SHAPES["image"], {**tensors, "pixels": tensors["pixels"] + 50})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image", "pooled"])
 def test_pixels_of_any_strides_obey_the_error_rule(name: str) -> None:
     tensors = tensors_of(SHAPES[name])
@@ -161,6 +162,7 @@ def model(**arguments: Any) -> AnyUp:
     return fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, **arguments), 0).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_on_a_card")
 @pytest.mark.parametrize("size", [None, (7, 9)])
 def test_the_whole_upsampler_runs_on_kernels(size: tuple[int, int] | None) -> None:
@@ -229,6 +231,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, right, wrong = MUTATIONS[mutation]

@@ -38,7 +38,7 @@ def attention(shape: AttentionShape) -> Any:
     return run
 
 
-@pytest.fixture(params=["resident", "streamed", "kept"])
+@pytest.fixture(params=["resident", *(pytest.param(way, marks=pytest.mark.slow) for way in ("streamed", "kept"))])
 def weights_live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Configs with few programs, in each of the kernels' ways to have weights."""
     from anyup.kernels import window_attention_config
@@ -90,6 +90,7 @@ def test_kernels_obey_the_error_rule(name: str, weights_live: str) -> None:
     assert_backend_accurate_over_draws(attention(shape), lambda seed: attention_tensors(shape, seed), backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["odd", "no window", "cell", "keys finer than pixels", "batch 2", "eight heads"])
 def test_all_ways_obey_the_error_rule_in_both_dtypes(name: str, dtype: torch.dtype, weights_live: str) -> None:
@@ -516,6 +517,7 @@ def assert_odd_shape_is_accurate() -> None:
     assert_backend_accurate(attention(shape), attention_tensors(shape), backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutated_forward_kernel_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
@@ -539,6 +541,7 @@ def test_a_core_that_is_too_large_fails_the_error_rule(monkeypatch: pytest.Monke
         assert_backend_accurate(attention(shape), tensors, backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", PART_MUTATIONS)
 def test_a_mutated_window_of_a_part_fails_the_error_rule(
     mutation: str, monkeypatch: pytest.MonkeyPatch, weights_live: str
@@ -549,6 +552,7 @@ def test_a_mutated_window_of_a_part_fails_the_error_rule(
         assert_parts_are_accurate(KERNEL_SHAPES["odd"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_live", ["resident", "streamed"], indirect=True)
 @pytest.mark.parametrize("mutation", BACKWARD_MUTATIONS)
 def test_a_mutated_backward_kernel_fails_the_error_rule(
@@ -722,6 +726,7 @@ def test_operator_on_the_kernels_passes_torch_s_own_check(direction: str) -> Non
     torch.library.opcheck(getattr(torch.ops.anyup, f"window_attention{direction}").default, arguments)
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_size_on_the_kernels() -> None:
     from support.recipe import fill, wave
     from torch._dynamo.utils import counters
@@ -740,6 +745,7 @@ def test_one_graph_serves_every_size_on_the_kernels() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_export_keeps_the_operator_as_one_node_on_the_kernels() -> None:
     class Attention(torch.nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

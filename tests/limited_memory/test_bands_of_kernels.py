@@ -19,7 +19,7 @@ from anyup.ops.dispatch import BackendFailure
 from anyup.ops.pixel_encoder import fused_band
 from anyup.ops.pixel_encoder.operator import OPERATION
 
-pytestmark = [INTERPRETED, pytest.mark.usefixtures("as_on_a_card")]
+pytestmark = [INTERPRETED, pytest.mark.slow, pytest.mark.usefixtures("as_on_a_card")]
 
 IMAGE, FEATURES = wave((1, 3, 13, 9), 3, 0.8), wave((1, 9, 4, 3), 7)
 KERNELS = {"pixel_encoder": "triton"}

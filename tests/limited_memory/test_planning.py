@@ -248,6 +248,7 @@ def test_a_plan_knows_what_a_backend_works_in(module: Any, constant: str, monkey
     assert after > before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bands", "sizes"), PEAKS, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_peak_is_predicted_within_15_percent(
@@ -472,6 +473,7 @@ def test_a_mistake_in_asking_for_a_plan_is_named(arguments: dict[str, Any], mess
 # Under torch.compile, traced only: what the graphs compute is tested elsewhere.
 
 
+@pytest.mark.slow
 def test_contexts_streams_and_budgets_work_when_compiled() -> None:
     model = upsampler()
     compiled, whole = (torch.compile(model, backend="eager", fullgraph=full) for full in (False, True))

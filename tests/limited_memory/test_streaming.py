@@ -75,6 +75,7 @@ def test_a_stream_obeys_the_error_rule_in_every_dtype(dtype: torch.dtype) -> Non
     assert_streams_exactly({}, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", [1, 17, 2**16])
 @pytest.mark.parametrize("size", [None, (9, 13), (30, 40)], ids=str)
 def test_bands_of_one_row_and_of_all_rows_give_the_same(

@@ -242,6 +242,7 @@ def check():
 }
 
 
+@pytest.mark.slow
 @can_fork
 @pytest.mark.parametrize("how", _FORKS)
 def test_a_child_of_a_process_that_loaded_or_called_does_the_same_work(how: str) -> None:

@@ -67,6 +67,7 @@ def trainer(folder: Path, *overrides: str, engine: Engine | None = None) -> Trai
 # What a run does.
 
 
+@pytest.mark.slow
 def test_a_run_learns(folder: Path) -> None:
     train(
         folder, "optimizer.steps=40", "run.validate_every=0", "guidance.schedule=[[0, 16]]", "loss.self_consistency=0"
@@ -89,6 +90,7 @@ def test_a_run_leaves_weights_that_load_reads_and_a_log(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "run").iterdir()) == ["final.pth", "latest.pth", "log.jsonl"]
 
 
+@pytest.mark.slow
 def test_shipped_weights_are_the_average_and_not_the_last(folder: Path) -> None:
     train(folder)
     stored, shipped = state.load(folder / "run" / "latest.pth")
@@ -98,6 +100,7 @@ def test_shipped_weights_are_the_average_and_not_the_last(folder: Path) -> None:
     assert all(torch.equal(stored.weights[name], tensor) for name, tensor in shipped.items())
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_terms_and_the_scores(folder: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -117,6 +120,7 @@ def test_without_tensorboard_a_run_says_so_and_goes_on(folder: Path, monkeypatch
     assert len(losses(folder / "run")) == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_to_keep_stay(folder: Path) -> None:
     train(folder, "run.keep_every=2")
     for step in (2, 4):
@@ -175,6 +179,7 @@ def test_cache_only_fills_the_cache_and_trains_nothing(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and links of POSIX")
 @pytest.mark.parametrize("cache", ["data.cache='{folder}/cache'", "data.cache=''"])
 @pytest.mark.parametrize("kind", ["other bytes", "a pipe", "a link to nothing"])
@@ -422,6 +427,7 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
 _LONG = "loop.train(small_training.settings(Path({folder!r}), 'optimizer.steps=100000', 'run.validate_every=0'))"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_leaves_whole_files_and_goes_on(folder: Path, kind: signal.Signals) -> None:
