@@ -41,8 +41,3 @@ def demo_features_path() -> Path:
 def demo_features() -> Tensor:
     """Stored features of the photograph: (1, C, h, w) float32 on the CPU, from float16 in the file."""
     return torch.from_numpy(np.load(demo_features_path(), allow_pickle=False).astype(np.float32))
-
-
-def demo_licence() -> str:
-    """The licence note of the photograph, the features and the encoder, in full (Markdown)."""
-    return path("README.md").read_text(encoding="utf-8")

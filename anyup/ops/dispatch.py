@@ -3,6 +3,11 @@
 A backend is a module with `unsupported(problem) -> list[str]` (empty: it can) and the functions that run.
 One body so answers both "can you?" and "why not?". A module may also have `discouraged(problem) -> list[str]`: why
 it is chosen only where it is asked for by name, although it can.
+
+Three things are tried again, the inner ones first. A config of a kernel that the device refuses gives way to the next
+config (`configs.run_first`). A backend without a config left raises `BackendFailure`, and the next backend runs the
+operation (`Operation.run`; `BandedImage`, which keeps maps from pass to pass, goes on with it itself). A call that runs
+out of a GPU's memory goes on with half the budget, once (`limited_memory.executor.OutOfMemoryRetry`).
 """
 
 from __future__ import annotations
