@@ -15,9 +15,9 @@ from anyup.ops.precision import FLOATING, check_dense
 
 # ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
 _LARGEST_NORMALISED = 20.0
-# Of a level of 0 ... 255, after a division by 255 in float32 and a product with it.
+# Largest rounding of a level 0 ... 255 that float32 arithmetic has divided by 255 and multiplied by 255.
 _LEVEL_ROUNDING = 1e-3
-# Rows and columns that are looked at, or up to twice as many: all of a large image would take memory.
+# The check reads about so many rows and columns (at most twice as many): a copy of a large image takes memory.
 _LEVELS_A_SIDE = 256
 
 _warned_unnormalised = False
@@ -28,7 +28,7 @@ OutputSize = int | Sequence[int | None] | None
 
 
 def check_transforms() -> None:
-    """Raise a NotImplementedError inside of what neither the operators nor the choice of backends can be traced by."""
+    """Raise NotImplementedError inside torch.jit.trace and torch.func.grad, which cannot trace the operators."""
     if torch.jit._trace.is_tracing():
         raise NotImplementedError(
             "torch.jit.trace would keep one size's windows and one machine's backends: use torch.export.export"
@@ -55,7 +55,7 @@ def check_inputs(
 ) -> tuple[int, int]:
     """The output's (height, width); raises a ValueError or TypeError that names the argument at fault.
 
-    `name` is what the caller calls the image, of `input_dim` channels.
+    `name` is the caller's name of the image argument; the image has `input_dim` channels.
     """
     if not torch.compiler.is_compiling():
         check_transforms()
@@ -78,7 +78,7 @@ def check_inputs(
 
 
 def check_image(image: Tensor, output_size: OutputSize, *, input_dim: int, device: torch.device) -> tuple[int, int]:
-    """The same for an image without features."""
+    """The output's (height, width) for an image alone; raises a ValueError or TypeError that names the argument."""
     _check_map("image", image, input_dim, device)
     size = check_output_size(output_size, (image.shape[2], image.shape[3]))
     if image.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -132,7 +132,7 @@ def check_region(region: Any, size: tuple[int, int]) -> tuple[int, int, int, int
 
 
 def check_tile(tile: Any, region: tuple[int, int]) -> tuple[int, int] | None:
-    """(rows, columns) of a tile; a number is rows of the region's width."""
+    """(rows, columns) of a tile; an integer is a number of rows, which are as wide as the region. None stays None."""
     if tile is None:
         return None
     tile = integer(tile)
@@ -157,12 +157,12 @@ def _check_map(name: str, tensor: Any, channels: int | None, device: torch.devic
     if tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} like the model, got one on {tensor.device}")
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
-        # Of an operator that knows none of it torch would make a derivative of zero.
+        # The operators have no forward-mode derivative, for which torch would silently take zero.
         raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented; use torch.autograd.grad")
 
 
 def integer(number: Any) -> Any:
-    """An integer of another library's as Python's; what is none, and True and False, as it is."""
+    """Convert an integer of another library to Python's; return any other value, and a bool, as it is."""
     if isinstance(number, (bool, int, torch.SymInt)) or not hasattr(number, "__index__"):
         return number
     try:
@@ -184,7 +184,7 @@ def _warn_unnormalised(image: Tensor) -> None:
         return
     try:
         low, high = (extreme.item() for extreme in torch.aminmax(image.detach()))
-    except RuntimeError:  # of a tensor without values: vmap's, a fake one
+    except RuntimeError:  # the tensor has no values: inside vmap, or a fake tensor
         return
     if max(-low, high) > _LARGEST_NORMALISED:
         what = f"values reach {low:.4g} to {high:.4g}, which does not look normalised"
@@ -199,8 +199,8 @@ def _warn_unnormalised(image: Tensor) -> None:
 def _holds_levels(image: Tensor) -> bool:
     """Whether an image of three channels in [0, 1] holds nothing but multiples of 1/255, and not 0 and 1 alone.
 
-    A photograph that was read and divided by 255 does; normalised colours fall on some of these by chance. Half
-    precision cannot tell.
+    That is a photograph divided by 255 and not normalised. Some normalised colours are such multiples by chance, but
+    hardly ever all of them. Half precision rounds too much to decide.
     """
     if image.shape[1] != 3 or image.dtype in (torch.float16, torch.bfloat16):
         return False

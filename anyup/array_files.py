@@ -27,12 +27,12 @@ _CHUNK = (64, 64, 256)  # channels, rows and columns of a zarr array's chunk, at
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a file has for it: NumPy lacks bfloat16."""
+    """The dtype that a file stores for a dtype: NumPy has no bfloat16, so float32 stands for it."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def bytes_there(path: Path) -> int:
-    """Of the disk, that an interrupted run has taken for this file."""
+    """The bytes of the disk that the partial file of an interrupted run takes."""
     partial = _partial_of(path)
     files = partial.rglob("*") if partial.is_dir() else [partial]
     return sum(
@@ -42,7 +42,7 @@ def bytes_there(path: Path) -> int:
 
 @contextmanager
 def begun(path: Path, *, resume: bool, tell: Callable[[str], None]) -> Iterator[None]:
-    """Keep other runs from a file, within the block; `tell` hears where the file system cannot.
+    """Keep other runs from a file, within the block; `tell` gets a message where the file system has no locks.
 
     Raises FileExistsError where another run is at work, or where an interrupted one has left something and `resume` is
     not asked for.
@@ -61,18 +61,18 @@ def _partial_of(path: Path) -> Path:
 
 
 class PartialArray:
-    """An array (C, H, W) on its way into a file that is `begun`.
+    """An array (C, H, W) that is written to a file piece by piece, inside the block of `begun`.
 
     Attributes:
-        out: what to write into, (1, C, H, W).
-        pieces: that are there.
-        tile: (rows, columns) of a piece, of a file that was begun before; None for a new one.
+        out: the array to write into, (1, C, H, W).
+        pieces: how many pieces the file holds.
+        tile: (rows, columns) of the pieces that an interrupted run wrote; None for a new file.
     """
 
     def __init__(
         self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any], rows: int
     ) -> None:
-        """Begin anew, for pieces of so many rows. Raises OSError where the disk has no room."""
+        """Begin a new file for pieces of `rows` rows. Raises OSError where the disk has no room."""
         self._begin(path, shape, dtype, asked)
         try:
             self._stored = self._create(rows)
@@ -84,14 +84,14 @@ class PartialArray:
     def resume(
         cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any], rows: int
     ) -> PartialArray:
-        """Go on with what was interrupted, or begin where nothing was.
+        """Go on with the file of an interrupted run, or begin a new one where there is none.
 
-        Raises ValueError where something else had been asked for, or where the files are damaged.
+        Raises ValueError where the interrupted run had other settings (`asked`), or where its files are damaged.
         """
         self = cls.__new__(cls)
         self._begin(path, shape, dtype, asked)
         if not self._state.exists():
-            self.discard()  # interrupted before a piece was there
+            self.discard()  # the run was interrupted before its first piece was complete
             return cls(path, shape, dtype, asked, rows)
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ class PartialArray:
         self._state = self._partial.with_name(self._partial.name + ".json")
         self._next_state = self._state.with_name(self._state.name + ".new")
         if not self._partial.exists():
-            _remove(self._state)  # of a run that ended between its last two steps
+            _remove(self._state)  # a run was killed after it renamed the array and before it removed this file
         self._shape = shape
         self._dtype = str(stored_dtype(dtype)).removeprefix("torch.")
         self._asked = {**asked, "shape": list(shape), "stored dtype": self._dtype}
@@ -129,10 +129,10 @@ class PartialArray:
         return self._stored
 
     def keep(self, pieces: int, tile: tuple[int, int]) -> None:
-        """Remember that so many pieces of this size, which the file has, are there."""
+        """Store that the file holds the first `pieces` pieces, each of `tile` (rows, columns)."""
         self.pieces, self.tile = pieces, tile
         state = {"asked": self._asked, "pieces": pieces, "tile": list(tile)}
-        # Under a fixed name, so that a killed run leaves nothing that the next one does not find.
+        # The temporary file has a fixed name, so that the next run overwrites what a killed run leaves.
         self._next_state.write_text(json.dumps(state, indent=1), encoding="utf-8")
         os.replace(self._next_state, self._state)
 
@@ -151,13 +151,13 @@ class PartialArray:
         return self.pieces > 0
 
     def discard(self) -> None:
-        """Leave nothing."""
+        """Remove the partial array and its state."""
         for path in (self._state, self._next_state, self._partial):
             _remove(path)
 
     @contextmanager
     def telling_what_is_needed(self) -> Iterator[None]:
-        """Where the disk is full, add to the error what the rest of the file takes."""
+        """Where the disk is full within the block, add to the error how many bytes the rest of the file needs."""
         try:
             yield
         except OSError as error:
@@ -174,7 +174,7 @@ class PartialArray:
             reserve(self._partial)
             return array[None]
         zarr = zarr_package()
-        # No chunk lies in two pieces: the second would read and write it again.
+        # A chunk never lies in two pieces: the second piece would have to read the chunk and write it once more.
         most = (_CHUNK[0], min(_CHUNK[1], rows), _CHUNK[2])
         chunks = (1, *(min(pair) for pair in zip(most, self._shape, strict=True)))
         return zarr.open_array(str(self._partial), mode="w", shape=shape, chunks=chunks, dtype=self._dtype)

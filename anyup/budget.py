@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from anyup.progress import human_bytes
 
 SHARE = 0.9
-"""Of what a GPU has free, where the caller sets no limit."""
+"""The share of a GPU's free memory that a call may allocate where the caller sets no limit."""
 
-# Not worth asking the system about: so many bytes, and of a GPU one part in so many.
+# An allocation below `_ALWAYS_FREE` bytes, or of at most 1 / `_SMALL_SHARE` of a GPU's memory, is made without a look at
+# the free memory.
 _ALWAYS_FREE = 2**26
 _SMALL_SHARE = 16
 
@@ -36,7 +37,7 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
     if isinstance(max_memory, bool) or not isinstance(max_memory, (Integral, str)):
         raise TypeError(f"{name}: {expected}, got {max_memory!r}")
     if isinstance(max_memory, str):
-        # So many digits that no product of them is infinite.
+        # At most 18 digits, so that the product with the unit stays finite.
         match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([a-z]*)\s*", max_memory, re.I | re.A)
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"{name}: {expected}, got {max_memory!r}")
@@ -47,7 +48,7 @@ def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int 
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a CPU or a GPU now, with what caches hold and give; None where it is unknown."""
+    """Bytes that a CPU or a GPU can allocate now, memory that caches would give back included; None: unknown."""
     if device.type == "cpu":
         return _free_host_memory()
     if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
@@ -58,24 +59,24 @@ def free_memory(device: torch.device) -> int | None:
 
 @cache
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU, which are asked for once; None where it is unknown."""
+    """All bytes of a GPU's memory, looked up once for each device; None: unknown."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def is_small(needed: int, device: torch.device) -> bool:
-    """Whether so many bytes are so few beside a GPU's that nobody asks it what is free.
+    """Whether `needed` bytes are at most a sixteenth of a GPU's memory, so that its free memory is not looked up.
 
-    That is a call to its driver, which may wait for what runs. Where they are not to be had after all, the call that
-    runs out of memory goes on with less.
+    The look-up is a call of the driver, which may wait for running kernels. If the memory turns out to be full, the
+    allocation fails and the call goes on with half the budget.
     """
     total = total_memory(device)
     return total is not None and _SMALL_SHARE * needed <= total
 
 
 def has_room(needed: int, device: torch.device) -> bool:
-    """Whether a call that sets no limit may take so many bytes, as far as is known."""
+    """Whether a call without `max_memory` may allocate `needed` bytes; True where the free memory is unknown."""
     if device.type == "cpu" or is_small(needed, device):
         return True
     limit = limit_on(device, None)
@@ -83,12 +84,12 @@ def has_room(needed: int, device: torch.device) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether its operations take memory, as far as is known: those of a tracer's tensors, for one, take none."""
+    """Whether operations on this tensor allocate memory: those on a tracer's tensors do not."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 
 def check_room(needed: int, what: str, device: torch.device, hint: str) -> None:
-    """Raise ValueError where so many bytes are not to be had on the device: Linux ends a process that takes them."""
+    """Raise ValueError where `needed` bytes are not free on the device: Linux kills a process that takes more."""
     free = free_memory(device) if needed >= _ALWAYS_FREE and not is_small(needed, device) else None
     if free is not None and needed > free:
         raise ValueError(
@@ -97,7 +98,7 @@ def check_room(needed: int, what: str, device: torch.device, hint: str) -> None:
 
 
 def _free_host_memory() -> int | None:
-    """Linux's estimate, the page cache and the swap included, or less where a control group has less."""
+    """Linux's estimate, page cache and swap included, or the limit of a control group where that is smaller."""
     known = host_memory()
     try:
         return min([known["MemAvailable"], *_control_groups()]) + known["SwapFree"]
@@ -106,7 +107,7 @@ def _free_host_memory() -> int | None:
 
 
 def host_memory() -> dict[str, int]:
-    """Bytes by the names that Linux gives them in /proc/meminfo; nothing where the system keeps no such account."""
+    """The entries of Linux's /proc/meminfo in bytes, by name; empty on other systems."""
     try:
         lines = [line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()]
         return {name: int(number.split()[0]) * 1024 for name, number in lines}
@@ -115,7 +116,7 @@ def host_memory() -> dict[str, int]:
 
 
 def limit_on(device: torch.device, max_memory: int | str | None) -> int | None:
-    """The bytes that a call may allocate: the caller's limit, or `SHARE` of what a GPU has free, or None for any."""
+    """The bytes that a call may allocate: the caller's limit, else `SHARE` of a GPU's free memory; None: no limit."""
     limit = parse_memory(max_memory)
     if limit is not None:
         return limit
@@ -124,7 +125,7 @@ def limit_on(device: torch.device, max_memory: int | str | None) -> int | None:
 
 
 def _control_groups(groups: Path = Path("/proc/self/cgroup"), system: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """What each of the process's control groups with a limit has left, what its page cache would give included."""
+    """The free bytes of each control group of the process that has a limit, its page cache counted as free."""
     for line in groups.read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if not controllers:
@@ -134,14 +135,14 @@ def _control_groups(groups: Path = Path("/proc/self/cgroup"), system: Path = Pat
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
         else:
             continue
-        own = root / group.lstrip("/")  # in a container it may be the root that is its own
+        own = root / group.lstrip("/")  # in a container the root folder may be the group's own
         for folder in (own, *own.parents):
             if folder.is_relative_to(root):
                 yield from _left_in(folder, *names)
 
 
 def _left_in(folder: Path, limit: str, used: str, cache: str) -> Iterator[int]:
-    """One number, or none where there is no limit."""
+    """The free bytes of one control group; yields nothing where it has no limit."""
     try:
         most, taken = (int((folder / name).read_text()) for name in (limit, used))
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""A call as a CUDA graph: the host launches one thing, whatever the call consists of."""
+"""A call as a CUDA graph, which the host starts with one launch however many kernels the call has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from anyup.network import Network
 
 DEVICES = ("cuda",)
-"""Kinds of devices on which there are graphs."""
+"""The device types that have graphs."""
 
 _WARMING = 3
 
@@ -34,8 +34,8 @@ class Graph:
     """A call as a CUDA graph that is replayed.
 
     Attributes:
-        out: what a replay writes; it lies in the graph's memory.
-        held_bytes: the graph's memory, which it keeps from its capture on.
+        out: the result, which each replay overwrites; it lies in the graph's memory.
+        held_bytes: the memory that the graph keeps allocated as long as it lives.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -48,20 +48,20 @@ class Graph:
 
 
 def graph_of(call: Callable[[], Tensor], device: torch.device) -> Graph:
-    """Capture a call; raises NotImplementedError where it cannot be."""
+    """Capture a call; raises NotImplementedError where the call has an operation that no graph can hold."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled and memory is found before the capture
+        with torch.cuda.stream(side):  # a capture can neither compile kernels nor look up free memory
             for _ in range(_WARMING):
                 call()
         torch.cuda.current_stream().wait_stream(side)
-        # A capture fills a pool of its own, whose blocks stay reserved: what is reserved more is the graph's.
+        # A capture allocates from a pool of its own, which stays reserved: reserved bytes grow by the graph's memory.
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         try:
-            # The stream that torch captures on by itself lies on the device of its first capture.
+            # Without `stream=` torch would capture on a stream of the device on which it captured first.
             with torch.cuda.graph(graph, stream=side):
                 out = call()
         except torch.OutOfMemoryError:
@@ -72,11 +72,11 @@ def graph_of(call: Callable[[], Tensor], device: torch.device) -> Graph:
 
 
 class CapturedCall:
-    """What `AnyUp.capture` returns: calls with tensors like those it was captured with, as replays of one CUDA graph.
+    """What `AnyUp.capture` returns: a call for tensors of the captured shapes and dtypes, which replays a CUDA graph.
 
     Attributes:
         output_size: (H, W).
-        nbytes: of GPU memory that it keeps: its inputs' copies, all maps in between, and the result.
+        nbytes: the GPU memory that it keeps: copies of the inputs, all maps in between, and the result.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class CapturedCall:
         self.output_size = output_size
         self._upsampler, self._device = upsampler, features.device
         self._reads_context = isinstance(image, ImageContext)
-        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+        with torch.inference_mode(False):  # outside inference mode a tensor made in it cannot be overwritten
             self._inputs = {name: tensor.clone() for name, tensor in read_by(image, features, values).items()}
         self._window = upsampler.window
         self._weights = Weights(upsampler)
@@ -108,20 +108,21 @@ class CapturedCall:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of GPU memory that are kept."""
+        """Bytes of GPU memory that stay allocated as long as this object lives."""
         return self._graph.held_bytes + sum(each.numel() * each.element_size() for each in self._inputs.values())
 
     @torch.no_grad()
     def __call__(self, image: Tensor | ImageContext, features: Tensor, values: Tensor | None = None) -> Tensor:
-        """The call for other numbers, of the shapes and dtypes that were captured.
+        """The call for other tensors of the captured shapes and dtypes.
 
         Returns:
-            (B, C or Cv, H, W), the same tensor each time: the next call writes it again. `clone()` what is to stay.
+            (B, C or Cv, H, W), the same tensor each time: the next call overwrites it, so `clone()` it to keep it.
 
         Raises:
             ValueError, TypeError: which argument is not like the one that was captured.
-            RuntimeError: the upsampler's weights lie elsewhere now (`to`, another parameter), or its window is another:
-                capture again. What was written into weights (a training's step, `load_state_dict`) is followed.
+            RuntimeError: a weight has another address (after `to`, or a new parameter) or the window has changed since
+                the capture: capture the call again. New values in the weights (a training step, `load_state_dict`)
+                need no new capture.
         """
         upsampler, weights = self._upsampler, self._weights
         if not weights.are_there() or weights.addresses() != self._addresses:

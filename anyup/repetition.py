@@ -1,10 +1,10 @@
-"""A call like an earlier one, repeated without the Python that decides how: the same launches, the same operations.
+"""Repeated calls: a call whose signature is known runs a record of an earlier call, without the Python that decides.
 
 What a call on a card decides (backends, configs, grids, strides, conversions) follows from its signature: shapes,
-strides, dtypes, alignment, settings, and where the weights lie. So the second and the third call of a signature are
-recorded, as a straight line of torch operations and launches of compiled kernels; where both are alike, later ones run
-that line. Weights are read where they are, at each call: nothing that is made of their numbers is kept, so that it does
-not matter who writes to them, and how.
+strides, dtypes, alignment, settings, and the addresses of the weights. So the second and the third call of a signature
+are recorded as a `Line`: torch operations and launches of compiled kernels, without a branch. If both lines are equal,
+later calls run that line. Each call reads the weights at their addresses, and a line holds nothing computed from their
+values, so any code may write to them between two calls.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ DEVICES = ("cuda",)
 """Kinds of devices on which calls are repeated."""
 
 FULL_CALLS = 3
-"""Of a signature: one that compiles, and two that are recorded."""
+"""Calls of a signature that run in full: the first compiles the kernels, the next two are recorded."""
 
 _MOST_SIGNATURES = 32
 _MOST_STEPS = 600
 _ALIGNMENT = 512
-"""Of each place in a buffer, in bytes, as torch's allocator aligns on a GPU."""
+"""Bytes to which each tensor in the shared scratch buffer is aligned, as torch's allocator aligns on a GPU."""
 
 _LARGE = 2**24
-"""Bytes from which on what launches alone read and write is let go when the last one has, and lies by itself."""
+"""A scratch tensor of at least so many bytes has an allocation of its own, which is freed after its last launch."""
 
 _ALLOCATING = tuple(f"aten::{name}" for name in ("empty", "new_empty", "empty_like", "empty_strided"))
 
@@ -72,7 +72,7 @@ class Line:
     Attributes:
         source: a function `repeat(stream, ...)` of the call's tensors, that returns its results.
         names: what else the source mentions: operations, compiled kernels, settings, tensors.
-        found: the tensors that the call has found and not made: weights, tables.
+        found: the tensors that the call reads and does not make, beside its arguments: weights, tables.
     """
 
     source: str
@@ -86,7 +86,7 @@ class Line:
         return names["repeat"]
 
     def is_like(self, other: Line) -> bool:
-        """Whether both do the same with the same tensors."""
+        """Whether both lines have the same statements and read the same tensors."""
         return (
             self.source == other.source
             and len(self.found) == len(other.found)
@@ -96,7 +96,7 @@ class Line:
 
 
 def _same(mine: Any, its: Any) -> bool:
-    # Views of what was found are new ones each time.
+    # Each call makes new views of the tensors in `found`.
     return isinstance(mine, (Tensor, functools.partial)) or mine is its or mine == its
 
 
@@ -105,11 +105,12 @@ class Step:
     """A statement of a line.
 
     Attributes:
-        made, read: names of tensors.
-        call: the name of what is called.
-        arguments: in the source's words.
-        launch: "" of an operation of torch; "direct" of a launch that takes addresses, or "again".
-        fresh: bytes, of an operation that allocates them and does nothing else.
+        made, read: names of the tensors that the statement makes and reads.
+        call: the name of the function that it calls.
+        arguments: as expressions in the line's source.
+        launch: "" for an operation of torch; "direct" for a launch that takes addresses; "interpreted" for a launch
+            in Triton's interpreter, which takes tensors.
+        fresh: the bytes that an allocation allocates; 0 for any other statement.
     """
 
     made: list[str]
@@ -119,10 +120,10 @@ class Step:
     launch: str = ""
     fresh: int = 0
 
-    def told(self, scratch: dict[str, int]) -> str:
-        """The statement, with the places in one allocation of what is there."""
+    def statement(self, scratch: dict[str, int]) -> str:
+        """The source of the statement; `scratch` are the offsets of the tensors that lie in the shared buffer."""
         words = [f"memory + {scratch[word]}" if word in scratch else word for word in self.arguments]
-        if self.launch == "opaque_zero":
+        if self.launch == "interpreted":
             words = [str(scratch.get(word, word)) for word in self.arguments]
             words = ["buffer", *words] if scratch else words
         target = f"{', '.join(self.made)} = " if self.made else ""
@@ -130,7 +131,7 @@ class Step:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down what torch and Triton are asked for on behalf of some tensors."""
+    """Records the torch operations and the Triton launches of a call that reads some tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -138,13 +139,13 @@ class Recorder(TorchDispatchMode):
         self._names: dict[str, Any] = {}
         self._found: list[Tensor] = []
         self._steps: list[Step] = []
-        self._begins_with: dict[str, str] = {}  # a view, and what it is a view of from its first number on
+        self._base_of: dict[str, str] = {}  # name of a view -> name of the tensor with the same address
         self._made = 0
         self._device = tensors[0].device
-        self._inputs = [self._call(tensor, f"a{index}") for index, tensor in enumerate(tensors)]
+        self._inputs = [self._name_tensor(tensor, f"a{index}") for index, tensor in enumerate(tensors)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it, and write it down; an operator of ours by its body."""
+        """Run an operation and record it; of our own operators, record the operations of the body."""
         kwargs = kwargs or {}
         if func in BODIES:
             with self:
@@ -154,72 +155,74 @@ class Recorder(TorchDispatchMode):
         used = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(self._known_as(tensor, "t") is None for tensor in _written(func, args, kwargs)):
             raise Unrecordable(f"{func} writes to what the call has not made")
-        told = [*(self._told(value) for value in args), *(f"{name}={self._told(kwargs[name])}" for name in kwargs)]
-        read = [self._told(tensor) for tensor in used]
+        arguments = [self._expression(value) for value in args]
+        arguments += [f"{name}={self._expression(value)}" for name, value in kwargs.items()]
+        read = [self._expression(tensor) for tensor in used]
         result = func(*args, **kwargs)
         if any(result is tensor for tensor in used) and not func._schema.is_mutable:
-            return result  # nothing was to do
+            return result  # an operation that returned its argument, such as a conversion to the same dtype
         if func._schema.is_mutable:
-            self._steps.append(Step([], read, self._name("f", func), told))
+            self._steps.append(Step([], read, self._name_value("f", func), arguments))
             return result
         if not used and not isinstance(result, Tensor):
-            return result  # of dtypes, say
+            return result  # an operation on no tensor, on dtypes for example
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, (list, tuple)) or not all(isinstance(made, Tensor) for made in results):
             raise Unrecordable(f"{func} reads numbers")
-        # Not by its schema, that says "a view" of what may be a copy: `contiguous`, `to`, `reshape`.
+        # The schema does not tell: `contiguous`, `to` and `reshape` return a view or a copy.
         is_view = bool(read) and all(_shares(view, used[0]) for view in results)
         if is_view and all(name[0] == "c" for name in read):
-            for view in results:  # of a weight: it is where it is
-                self._call(view, self._name("c", view))
+            for view in results:  # a view of a weight keeps its address, so it is not a step
+                self._name_tensor(view, self._name_value("c", view))
             return result
-        names = [self._call(made, self._next()) for made in results]
+        names = [self._name_tensor(made, self._next()) for made in results]
         if isinstance(result, Tensor) and func._schema.name in _ALLOCATING:
-            told = [str(list(result.shape)), str(list(result.stride()))]
-            told += [f"dtype={self._told(result.dtype)}", f"device={self._told(result.device)}"]
+            arguments = [str(list(result.shape)), str(list(result.stride()))]
+            arguments += [f"dtype={self._expression(result.dtype)}", f"device={self._expression(result.device)}"]
             fresh = result.untyped_storage().nbytes() if result.device == self._device else 0
-            self._steps.append(Step(names, [], self._name("f", torch.empty_strided), told, fresh=fresh))
+            self._steps.append(Step(names, [], self._name_value("f", torch.empty_strided), arguments, fresh=fresh))
             return result
         if is_view:
             for name, view in zip(names, results, strict=True):
                 if view.data_ptr() == used[0].data_ptr():
-                    self._begins_with[name] = self._begins_with.get(read[0], read[0])
+                    self._base_of[name] = self._base_of.get(read[0], read[0])
         made = names if result is not results or len(names) > 1 else [f"[{names[0]}]"]
-        self._steps.append(Step(made, read, self._name("f", func), told))
+        self._steps.append(Step(made, read, self._name_value("f", func), arguments))
         return result
 
     def launched(self, launch: Launch, compiled: Any) -> None:
-        """Write a launch down. It takes addresses: of a view that begins where its tensor does, the tensor's."""
+        """Record a launch. It takes addresses, so a view that begins where its tensor begins is named as the tensor."""
         from anyup.kernels import launch as launches
         from anyup.ops.kernel_device import interprets
 
-        def told(value: Any) -> str:
-            name = self._told(value)
-            return self._begins_with.get(name, name)
+        def address_of(value: Any) -> str:
+            name = self._expression(value)
+            return self._base_of.get(name, name)
 
         names = [name for name, value in launch.arguments.items() if isinstance(value, Tensor)]
-        read = [told(launch.arguments[name]) for name in names]
+        read = [address_of(launch.arguments[name]) for name in names]
         if launches.is_direct(compiled):
-            kernel = self._name("k", compiled)
-            words = [*(self._told(value) for value in (*launch.grid, *(1, 1))[:3]), "stream", f"{kernel}.function"]
-            words += [f"{kernel}.packed_metadata", "None", "None", "None", *map(told, launch.values)]
-            # A weight's address is part of the signature, and a table stays.
+            kernel = self._name_value("k", compiled)
+            words = [self._expression(value) for value in (*launch.grid, *(1, 1))[:3]]
+            words += ["stream", f"{kernel}.function"]
+            words += [f"{kernel}.packed_metadata", "None", "None", "None", *map(address_of, launch.values)]
+            # Constants: the signature holds the address of a weight, and the line keeps a table alive.
             words = [str(self._names[word].data_ptr()) if word in read and word[0] == "c" else word for word in words]
-            self._steps.append(Step([], read, self._name("r", compiled.run), words, "direct"))
+            self._steps.append(Step([], read, self._name_value("r", compiled.run), words, "direct"))
         elif interprets():
-            again = functools.partial(_launch_again, launch, names)
-            self._steps.append(Step([], read, self._name("l", again), read, "opaque_zero"))
+            launch_with = functools.partial(_launch_interpreted, launch, names)
+            self._steps.append(Step([], read, self._name_value("l", launch_with), read, "interpreted"))
         else:
             raise Unrecordable("kernels are run by someone else than Triton")
 
     def line(self, results: Results) -> Line:
-        """What was written down, that ends with the results."""
+        """The line of the recorded steps, which returns the results."""
         if len(self._steps) > _MOST_STEPS:
             raise Unrecordable(f"{len(self._steps)} steps, at most {_MOST_STEPS}")
-        ends = [self._told(result) for result in results]
+        ends = [self._expression(result) for result in results]
         needed, steps = set(ends), []
         for step in reversed(self._steps):
-            if not step.made or not needed.isdisjoint(_bare(step.made)):  # else nobody reads it
+            if not step.made or not needed.isdisjoint(_bare(step.made)):  # else no later step reads its result
                 steps.append(step)
                 needed.update(step.read)
         scratch, size = _scratch(steps[::-1], ends)
@@ -230,12 +233,12 @@ class Recorder(TorchDispatchMode):
                 continue
             if gone := sorted(name for name in {*made, *step.read} - needed if name[0] == "t"):
                 lines.append(f"    del {', '.join(gone)}")
-            lines.append(f"    {step.told(scratch)}")
+            lines.append(f"    {step.statement(scratch)}")
             needed.update(step.read)
         if scratch:
             allocate = functools.partial(torch.empty, size, dtype=torch.uint8, device=self._device)
             lines.append("    memory = buffer.data_ptr()")
-            lines.append(f"    buffer = {self._name('f', allocate)}()")
+            lines.append(f"    buffer = {self._name_value('f', allocate)}()")
         lines.append(f"def repeat({', '.join(['stream', *self._inputs])}):")
         return Line("\n".join([*reversed(lines), ""]), self._names, self._found)
 
@@ -243,7 +246,7 @@ class Recorder(TorchDispatchMode):
         self._made += 1
         return f"t{self._made}"
 
-    def _call(self, tensor: Tensor, name: str) -> str:
+    def _name_tensor(self, tensor: Tensor, name: str) -> str:
         self._known[id(tensor)] = weakref.ref(tensor), name
         return name
 
@@ -251,8 +254,8 @@ class Recorder(TorchDispatchMode):
         reference, name = self._known.get(id(tensor), (None, ""))
         return name if reference is not None and reference() is tensor and name[0] in kinds else None
 
-    def _name(self, kind: str, value: Any) -> str:
-        """A name for a value in the source."""
+    def _name_value(self, kind: str, value: Any) -> str:
+        """The name of a value in the line's source."""
         for name, other in self._names.items():
             if name[0] == kind and (other is value or (type(value) is torch.device and other == value)):
                 return name
@@ -260,30 +263,30 @@ class Recorder(TorchDispatchMode):
         self._names[name] = value
         return name
 
-    def _told(self, value: Any) -> str:
-        """A value in the source's words."""
+    def _expression(self, value: Any) -> str:
+        """A value as an expression in the line's source."""
         if isinstance(value, Tensor):
             known = self._known_as(value, "atc")
             if known is None:
                 self._found.append(value)
-                known = self._call(value, self._name("c", value))
+                known = self._name_tensor(value, self._name_value("c", value))
             return known
         if value is None or type(value) in (bool, int, str):
             return repr(value)
         if isinstance(value, (list, tuple)):
-            return f"[{', '.join(self._told(each) for each in value)}]"
-        return self._name("v", value)
+            return f"[{', '.join(self._expression(each) for each in value)}]"
+        return self._name_value("v", value)
 
 
 def _bare(names: Sequence[str]) -> list[str]:
-    """Names without the brackets of a list of one."""
+    """The names without the brackets that unpack a list of one result."""
     return [name.strip("[]") for name in names]
 
 
 def _scratch(steps: Sequence[Step], ends: Sequence[str]) -> tuple[dict[str, int], int]:
-    """Places in one allocation for the small of what launches alone read and write, and how many bytes that is.
+    """Byte offsets in one shared buffer for the small tensors that only launches read and write, and the buffer's size.
 
-    Two of these may have the same place where no launch of one lies between the first and the last of the other.
+    Two tensors may overlap if the launches that use the first all come before those that use the second.
     """
     users: dict[str, list[int]] = {}
     for index, step in enumerate(steps):
@@ -321,8 +324,8 @@ def _shares(view: Tensor, tensor: Tensor) -> bool:
     return view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
-def _launch_again(launch: Launch, names: Sequence[str], *given: Any) -> None:
-    """The launch with other tensors in its own's shapes; a number is a place in the buffer, which comes first."""
+def _launch_interpreted(launch: Launch, names: Sequence[str], *given: Any) -> None:
+    """Run a launch with other tensors of the same shapes; an integer is an offset in the buffer, the first argument."""
     buffer, *places = given if len(given) > len(names) else (None, *given)
     arguments = dict(launch.arguments)
     for name, place in zip(names, places, strict=True):
@@ -334,7 +337,7 @@ def _launch_again(launch: Launch, names: Sequence[str], *given: Any) -> None:
 
 
 class Repetition:
-    """A signature: how often it was called, and, once its line is known, what repeats it."""
+    """A signature: the number of its calls, and, once its line is known, the function that runs the line."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -351,11 +354,11 @@ class Repetition:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is still to be seen if calls can be repeated."""
+        """Whether the signature still needs calls in full before it is known if they can be repeated."""
         return self._calls < FULL_CALLS
 
     def run(self, tensors: Sequence[Tensor]) -> Results | None:
-        """The results for these tensors; None where the call is to be made in full."""
+        """The results for these tensors; None where the call must run in full."""
         from anyup.kernels.launch import hooked, stream_of
         from anyup.ops.kernel_device import interprets
 
@@ -370,25 +373,25 @@ class Repetition:
             return None
 
     def record(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Results]) -> Results:
-        """The results of the call, which is written down the second and the third time."""
+        """The results of the call, which runs in full; the second and the third call of the signature are recorded."""
         from anyup.kernels.launch import compiles_ahead
 
         if compiles_ahead() or not self.is_open or not self._lock.acquire(blocking=False):
             return call()
         try:
             self._calls += 1
-            if self._calls == 1:  # kernels are compiled, tables are made, what a device refuses is found out
+            if self._calls == 1:  # it compiles kernels, makes tables, and learns which configs the device refuses
                 return call()
-            return self._written_down(tensors, peak, call)
+            return self._recorded(tensors, peak, call)
         finally:
             self._lock.release()
 
-    def _written_down(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Results]) -> Results:
+    def _recorded(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Results]) -> Results:
         from anyup.kernels.launch import told
 
         recorder = Recorder(tensors)
         try:
-            # Outside of inference mode a dispatch mode sees operations in the parts that torch makes them of.
+            # In inference mode a dispatch mode would see composite operations, not the ones that they consist of.
             with torch.inference_mode(False), torch.no_grad(), told(recorder.launched), recorder:
                 results = call()
             line = recorder.line(results)
@@ -405,22 +408,22 @@ class Repetition:
 
 @dataclass(frozen=True)
 class Seen:
-    """A call whose signature is known, and the tensors that it reads beside weights."""
+    """A call's signature, and the tensors that the call reads beside weights."""
 
     repetition: Repetition
     tensors: Sequence[Tensor]
 
     def repeat(self) -> Results | None:
-        """The results; None where the call is to be made in full."""
+        """The results; None where the call must run in full."""
         return self.repetition.run(self.tensors)
 
     def record(self, peak: int, call: Callable[[], Results]) -> Results:
-        """The results of the call in full, which takes so many bytes, and may be repeated from now on."""
+        """The results of the call in full, whose peak is so many bytes; later calls may repeat it."""
         return self.repetition.record(self.tensors, peak, call)
 
 
 class Weights:
-    """Where an upsampler's parameters and buffers are found: to look for the places takes longer than to look there."""
+    """The dictionaries that hold an upsampler's parameters and buffers: no call walks over its modules."""
 
     def __init__(self, network: Network) -> None:
         parts = list(network.modules())
@@ -429,26 +432,26 @@ class Weights:
         self._held = [held for part in parts for held in (part._parameters, part._buffers) if held]
         self._hooks = [hooks for part in parts[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._parts = [part.__dict__ for part in parts[1:]]
-        # A part of another's making may do another thing each time, and its weights may be nowhere.
+        # A module of another package may do something else at each call, and its weights may have no address.
         self._is_known = all(type(part).__module__.partition(".")[0] in _MAKERS for part in parts) and all(
             type(tensor) in (Tensor, nn.Parameter) for tensor in self.tensors
         )
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """All parameters and buffers."""
         return [tensor for held in self._held for tensor in held.values() if tensor is not None]
 
     def are_there(self) -> bool:
-        """Whether the upsampler has the parts that it had."""
+        """Whether the upsampler still consists of the same modules."""
         return self._identified() == self._identities
 
     def are_watched(self) -> bool:
-        """Whether someone is told when a part of the upsampler is called, or answers in its place."""
+        """Whether a module of the upsampler has a hook or a `forward` of its own, or comes from another package."""
         return not self._is_known or any(self._hooks) or any(["forward" in part for part in self._parts])  # noqa: C419
 
     def addresses(self) -> list[int]:
-        """Where their numbers are."""
+        """The address of each parameter and buffer."""
         return [tensor.data_ptr() for held in self._held for tensor in held.values() if tensor is not None]
 
     def _identified(self) -> list[int]:
@@ -456,7 +459,7 @@ class Weights:
 
 
 class Calls:
-    """The signatures that an upsampler was called with, while its weights are where they are."""
+    """The signatures of an upsampler's calls, for the present addresses of its weights."""
 
     def __init__(self) -> None:
         self._weights: Weights | None = None
@@ -465,7 +468,7 @@ class Calls:
         self._lock = threading.Lock()
 
     def weights_of(self, network: Network) -> Weights:
-        """The upsampler's weights as they are now; signatures go where these have gone."""
+        """The upsampler's weights; where one has another address than before, all signatures are forgotten."""
         weights = self._weights
         if weights is None or not weights.are_there() or weights.addresses() != self._addresses:
             with self._lock:
@@ -475,7 +478,7 @@ class Calls:
         return weights
 
     def find(self, signature: Signature, device: torch.device) -> Repetition:
-        """A signature's, new where it is new."""
+        """The repetition of a signature; a new one for a new signature."""
         with self._lock:
             known = self._known.get(signature)
             if known is None:
@@ -491,7 +494,7 @@ _calls: weakref.WeakKeyDictionary[Network, Calls] = weakref.WeakKeyDictionary()
 
 
 def read_by(image: Tensor | ImageContext, features: Tensor, values: Tensor | None) -> dict[str, Tensor]:
-    """What a call reads, beside weights, by name."""
+    """The tensors that a call reads beside weights, by name."""
     named = {"image": image} if isinstance(image, Tensor) else {}
     if isinstance(image, ImageContext):
         keys = image.image_keys.get((features.shape[2], features.shape[3]))
@@ -507,8 +510,8 @@ def seen_before(
     q_chunk_size: Any,
     values: Tensor | None,
 ) -> Seen | None:
-    """The call with its signature; None where it is to be made in full, each time."""
-    # What else there may be has checks to meet.
+    """A call and its signature; None where every such call must run in full."""
+    # Any other argument goes through the checks of the call in full.
     if type(features) is not Tensor or features.device.type not in DEVICES or features.dim() != 4:
         return None
     sizes = (q_chunk_size, *(output_size if isinstance(output_size, (list, tuple)) else (output_size,)))
@@ -521,18 +524,18 @@ def seen_before(
 def encoding_seen_before(
     network: Network, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]
 ) -> Seen | None:
-    """The same for `AnyUp.encode_image`, with checked arguments."""
+    """A call of `AnyUp.encode_image`, with checked arguments, and its signature; None where it must run in full."""
     return _seen(network, {"image": image}, ("encode_image", size, tuple(grids)), None)
 
 
 def _seen(network: Network, named: dict[str, Tensor], settings: Any, made_with: Any) -> Seen | None:
-    """What was seen of these tensors and settings, and of weights with which a context was made."""
+    """As `seen_before`, for these tensors and settings; `made_with` are the weights that made a context, or None."""
     tensors = list(named.values())
     if getattr(network, "_is_replica", False):  # of nn.DataParallel, made for each call
         return None
     if not all(type(each) is Tensor and each.device == tensors[0].device for each in tensors):
         return None
-    if len({id(each) for each in tensors}) < len(tensors):  # written down as one
+    if len({id(each) for each in tensors}) < len(tensors):  # the record would give both one name
         return None
     device = tensors[0].device
     if device.type not in DEVICES or _is_watched(device):
@@ -558,7 +561,7 @@ def _seen(network: Network, named: dict[str, Tensor], settings: Any, made_with: 
 
 
 def _is_watched(device: torch.device) -> bool:
-    """Whether anyone sees operations as they are made: a tracer, a mode, a graph that is captured, a derivative."""
+    """Whether something observes each operation: a tracer, a mode, a capture, a derivative, a global hook."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or (torch._C._len_torch_function_stack() > 0 and not _only_choose_devices())
@@ -571,5 +574,5 @@ def _is_watched(device: torch.device) -> bool:
 
 
 def _only_choose_devices() -> bool:
-    """Whether modes are those of `torch.set_default_device` and of `with torch.device`."""
+    """Whether all active modes are those of `torch.set_default_device` and of `with torch.device`."""
     return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
