@@ -17,8 +17,8 @@ from anyup.progress import human_bytes
 SHARE = 0.9
 """The share of a GPU's free memory that a call may allocate where the caller sets no limit."""
 
-# An allocation below `_ALWAYS_FREE` bytes, or of at most 1 / `_SMALL_SHARE` of a GPU's memory, is made without a look at
-# the free memory.
+# A smaller allocation than `_ALWAYS_FREE` bytes, or than 1 / `_SMALL_SHARE` of a GPU's memory, is made without a look
+# at the free memory.
 _ALWAYS_FREE = 2**26
 _SMALL_SHARE = 16
 

@@ -1,8 +1,8 @@
-"""One image's half of the work a band of rows at a time, with as much of it kept between the bands as a plan allows.
+"""The queries and the image keys of one image, computed band by band; a plan says which maps stay in memory meanwhile.
 
-The normalisations' statistics are those of the whole map, so all bands pass through the image encoder four times, and
-through the query and the key encoder four times more, before anything can be used. A band that keeps nothing starts
-each time from the image.
+A normalisation needs the statistics of the whole map. So every band goes through the image encoder four times, and
+then through the query and the key encoder four times, before the first query is known. A band without a stored map
+starts each of these passes from the image.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ if TYPE_CHECKING:
 
 
 def reach(part: slice, count: int, length: int) -> Cells:
-    """The cells of an axis that the 3x3 convolution needs for a part of the output."""
+    """The output cells of an axis that the 3x3 convolution reads for a slice of the output."""
     return Cells(max(part.start - HALO, 0), min(part.stop + HALO, count), count, length)
 
 
 class Workspace:
-    """Maps (rows, columns, D) that are worked in, made when first needed and used again for every band."""
+    """Scratch maps (rows, columns, D), allocated when first needed and reused for every band."""
 
     def __init__(self, like: Tensor, dim: int) -> None:
         self._like, self._dim = like, dim
         self._maps: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int) -> Tensor:
-        """The map of a name; it holds what is left of its last use."""
+        """The scratch map of a name; its values are undefined."""
         size = rows * columns * self._dim
         if name not in self._maps or self._maps[name].numel() < size:
-            self._maps.pop(name, None)  # first, so that it and its successor are never alive together
+            self._maps.pop(name, None)  # before the larger map is allocated, so that both never exist together
             self._maps[name] = self.new(rows, columns).flatten()
         return self._maps[name][:size].view(rows, columns, self._dim)
 
     def new(self, rows: int, columns: int) -> Tensor:
-        """A map that is the caller's alone."""
+        """A new map, which the workspace does not reuse."""
         return memory.empty((rows, columns, self._dim), self._like)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free all scratch maps."""
         self._maps.clear()
 
 
@@ -70,16 +70,16 @@ def _encoders(network: Network) -> dict[str, Encoder]:
 
 
 class BandedImage:
-    """The queries and pooled keys of one image, computed for the part that is asked for.
+    """The queries of any rectangle of the output, and the pooled keys, of one image.
 
     Args:
-        network: whose weights are used, without gradients.
+        network: the weights; no gradient is computed.
         image: (input_dim, Hi, Wi).
         size: (H, W) of the output.
-        dtype: that queries and keys are computed in.
-        bands: its bands, and what is kept of them.
-        workspace: may be shared with other images.
-        needs_queries: False where pooled keys alone will be asked for.
+        dtype: the dtype of the queries and keys.
+        bands: the size of the bands, and which of them store a map.
+        workspace: the scratch maps; several images may share it.
+        needs_queries: False where the caller needs the pooled keys only.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class BandedImage:
         self.use_bands(bands)
 
     def use_bands(self, bands: Bands) -> None:
-        """Go on with other bands: what is kept is dropped, the statistics that are complete stay."""
+        """Change the bands: stored maps are dropped, and the statistics of complete passes are kept."""
         self._bands = bands
         self._work.clear()
         self._kept = _Kept(self._new, bands.kept, bands.kept_for_output)
@@ -118,11 +118,11 @@ class BandedImage:
             encoder.abandon_pass()
 
     def image_keys(self, grid: tuple[int, int]) -> Tensor:
-        """(1, h, w, D): the keys pooled to a grid, and before that the statistics of every normalisation.
+        """The keys pooled to a grid, (1, h, w, D). It computes the statistics of every normalisation first.
 
-        Called again after an error it goes on with the pass that failed.
+        A second call after an error repeats only the pass that failed and those after it.
         """
-        return self._by_what_runs(lambda: self._image_keys(grid))
+        return self._with_fallback(lambda: self._image_keys(grid))
 
     def _image_keys(self, grid: tuple[int, int]) -> Tensor:
         image, key, query = (self._encoders[name] for name in ("image", "key", "query"))
@@ -147,7 +147,7 @@ class BandedImage:
         return self._pooled[None]
 
     def queries(self, rows: slice, columns: slice) -> Tensor:
-        """(1, rows, columns, heads, head_dim) of a rectangle of the output, once there are image keys."""
+        """The queries of a rectangle of the output, (1, rows, columns, heads, head_dim); call `image_keys` first."""
         axes = zip((rows, columns), self._size, (self._height, self._width), strict=True)
         row_cells, column_cells = (reach(part, count, length) for part, count, length in axes)
 
@@ -157,7 +157,7 @@ class BandedImage:
             return self._encoders["query"].encode_pooled(trunk, trunk, branch, row_cells, column_cells, kept=kept)
 
         with without_autocast(self._image.device.type):
-            encoded = self._by_what_runs(encoded_part)
+            encoded = self._with_fallback(encoded_part)
             parameters = self._network.cross_decode.query_parameters(self._dtype)
             projected = query_projection.project_queries(
                 encoded[None], parameters, backend=self._network.backends["query_projection"]
@@ -169,7 +169,7 @@ class BandedImage:
         return self._network.cross_decode.split_heads(projected[:, within[0], within[1]])
 
     def queries_at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """(N, heads, head_dim) of single pixels of the output, (N,) on the CPU, once there are image keys."""
+        """Queries (N, heads, head_dim) of output pixels at `rows`, `columns` (N,) on the CPU; after `image_keys`."""
         axes = [
             Cells(0, count, count, length).around(position, HALO)
             for position, count, length in zip((rows, columns), self._size, (self._height, self._width), strict=True)
@@ -183,7 +183,11 @@ class BandedImage:
         return self._network.cross_decode.split_heads(torch.cat(found))
 
     def _neighbourhoods(self, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor) -> Tensor:
-        """(n, 3, 3, D) of the query encoder's map, of the pixels (n, 3, m) that each cell averages along the axes."""
+        """What the 3x3 convolution reads, (n, 3, 3, D): each cell is the mean of m x m pixels of the query encoder.
+
+        Args:
+            rows, row_weights, columns, column_weights: (n, 3, m), positions of the pixels and their weights.
+        """
         number = rows[:, :, None, :, None] * self._width + columns[:, None, :, None, :]
         weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]  # (n, 3, 3, m, m)
         needed, place = torch.unique(number, return_inverse=True)
@@ -197,11 +201,11 @@ class BandedImage:
             return query.encode(trunk, trunk, branch)[:, 0]
 
         wide = working_dtype(self._dtype)
-        near = self._by_what_runs(encoded)[place.to(self._image.device)].to(wide)  # (n, 3, 3, m, m, D)
+        near = self._with_fallback(encoded)[place.to(self._image.device)].to(wide)  # (n, 3, 3, m, m, D)
         return (near * weights[..., None].to(near)).sum(dim=(3, 4)).to(self._dtype)
 
-    def _by_what_runs(self, work: Callable[[], Tensor]) -> Tensor:
-        """The work's result; where kernels fail, the rest of it by the next backend, with nothing of what they kept."""
+    def _with_fallback(self, work: Callable[[], Tensor]) -> Tensor:
+        """The result of `work`; where kernels fail, repeat it on the next backend, and drop the stored maps."""
         while True:
             try:
                 return work()
@@ -212,7 +216,7 @@ class BandedImage:
             self.use_bands(self._bands)
 
     def _pass(self, gather: Callable[[slice], None], *encoders: BandedEncoder) -> None:
-        """One pass of all bands."""
+        """Run `gather` on every band, then merge the statistics of the encoders."""
         for encoder in encoders:
             encoder.abandon_pass()
         for rows in self._bands_of_rows():
@@ -240,14 +244,14 @@ class BandedImage:
     def _gather_alone(self, name: str, rows: slice) -> None:
         kept = self._kept.band(rows)
         trunk, branch = self._maps(rows, kept)
-        has_come = kept is not None and self._kept.state.get(rows.start) == name
-        if not has_come:
+        holds_trunk = kept is not None and self._kept.state.get(rows.start) == name
+        if not holds_trunk:
             trunk = self._guidance_of_band(rows, kept)
-        self._encoders[name].accumulate_statistics(trunk, trunk, branch, keep=kept is not None, kept=has_come)
+        self._encoders[name].accumulate_statistics(trunk, trunk, branch, keep=kept is not None, kept=holds_trunk)
         self._kept.note(rows, name)
 
     def _pool(self, grid: tuple[int, int]) -> Tensor:
-        """(h, w, D)"""
+        """The key encoder's map pooled to a grid, (h, w, D)."""
         h, w = grid
         cells = Cells(0, h, h, self._height), Cells(0, w, w, self._width)
         encoder = self._encoders["key"]
@@ -256,17 +260,17 @@ class BandedImage:
         sums = self._image.new_zeros(shape, dtype=wide), self._image.new_zeros(shape, dtype=wide)
         for rows in self._bands_of_rows():
             kept = self._kept.band(rows)
-            has_come = kept is not None and self._kept.state.get(rows.start) == "key"
-            pixels = kept if kept is not None and has_come else self._guidance_of_band(rows, kept)
+            holds_trunk = kept is not None and self._kept.state.get(rows.start) == "key"
+            pixels = kept if kept is not None and holds_trunk else self._guidance_of_band(rows, kept)
             branch = self._work.take("branch", *pixels.shape[:2])
             trunk = pixels
-            if kept is not None and not has_come:
+            if kept is not None and not holds_trunk:
                 trunk = self._work.take("second", *pixels.shape[:2])
-            encoder.add_to_cells(pixels, trunk, branch, rows, cells, sums, kept=has_come)
+            encoder.add_to_cells(pixels, trunk, branch, rows, cells, sums, kept=holds_trunk)
         return encoder.pooled(cells, sums).to(self._dtype)
 
     def _query_trunk(self, rows: slice, columns: slice) -> tuple[Tensor, bool]:
-        """Some rows and columns, and whether they are the query encoder's trunk, or else the encoded image."""
+        """A rectangle of the encoded image, and False; or of the query encoder's trunk, and True."""
         width = columns.stop - columns.start
         trunk = self._work.take("trunk", rows.stop - rows.start, width)
         branch = self._work.take("branch", rows.stop - rows.start, width)
@@ -283,7 +287,7 @@ class BandedImage:
         return trunk, not together
 
     def _guidance_of_band(self, rows: slice, kept: Tensor | None) -> Tensor:
-        """(rows, columns, D): the encoded image, in the band's kept map where there is one."""
+        """The encoded image of a band, (rows, columns, D), written into the band's stored map if it has one."""
         trunk, branch = self._maps(rows, kept)
         state = None if kept is None else self._kept.state.get(rows.start)
         if state == "encoded":
@@ -301,7 +305,7 @@ class BandedImage:
     def _guidance(
         self, rows: slice, trunk: Tensor, branch: Tensor, columns: slice | None = None, *, kept: bool = False
     ) -> Tensor:
-        """(rows, columns, D): the encoded image, in the trunk; all columns if None."""
+        """Encode rows of the image into `trunk`, (rows, columns, D); `columns` None means all columns."""
         columns = slice(0, self._width) if columns is None else columns
         rotation = self._rotation.part(rows, columns)
         return self._encoders["image"].encode(self._pixels(rows, columns), trunk, branch, rotation, kept=kept)
@@ -310,13 +314,13 @@ class BandedImage:
         return self._work.new(rows, self._width)
 
     def _maps(self, rows: slice, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Trunk and branch of a band: (rows, columns, D)."""
+        """A band's maps (rows, columns, D): the trunk, which is the stored map if there is one, and the branch."""
         size = rows.stop - rows.start, self._width
         trunk = self._work.take("trunk", *size) if kept is None else kept
         return trunk, self._work.take("branch", *size)
 
     def _pixels(self, rows: slice, columns: slice | None = None) -> Tensor:
-        """(rows, columns, C): what the image encoder takes; None: all columns."""
+        """The image encoder's input, (rows, columns, C); `columns` None means all columns."""
         columns = slice(0, self._width) if columns is None else columns
         return self._network.image_encoder.prepare_part(self._image, rows, columns, self._dtype)
 
@@ -326,27 +330,27 @@ class BandedImage:
 
 
 class _Kept:
-    """Maps (rows, columns, D) of an image's first bands, and what each holds.
+    """The stored maps (rows, columns, D) of an image's first bands, and what each of them holds.
 
     Args:
-        new: makes a map of so many rows.
-        rows: how many there are.
-        lasting: how many of them, the first, are kept by `trim`.
+        new: allocates a map with a number of rows.
+        rows: the number of rows that have a stored map.
+        lasting: the number of rows, from the first on, whose map `trim` does not free.
 
     Attributes:
-        state: of the band that begins with a row: "image", "key" or "query", the trunk that this encoder's last pass
-            left, or "encoded", the encoded image.
+        state: what a band's map holds, by the band's first row: "image", "key" or "query" is the trunk after the last
+            pass of this encoder, "encoded" is the encoded image.
     """
 
     def __init__(self, new: Callable[[int], Tensor], rows: int, lasting: int = 0) -> None:
         self._new = new
-        # Two maps, so that the memory of one can go.
+        # Two maps, so that `trim` can free one of them.
         self._parts = [slice(0, lasting), slice(lasting, rows)]
         self._maps: dict[int, Tensor] = {}
         self.state: dict[int, str] = {}
 
     def band(self, rows: slice) -> Tensor | None:
-        """The map of a band, or None where it keeps nothing."""
+        """The stored map of a band; None where it has none."""
         for index, part in enumerate(self._parts):
             if part.start <= rows.start < part.stop:
                 if index not in self._maps:
@@ -355,18 +359,18 @@ class _Kept:
         return None
 
     def note(self, rows: slice, state: str) -> None:
-        """What a band's map holds from now on, if it has one."""
+        """Record what the stored map of a band holds from now on; nothing for a band without one."""
         if rows.start < self._parts[-1].stop:
             self.state[rows.start] = state
 
     def trim(self) -> None:
-        """Give the memory of what does not last back."""
+        """Free the maps of the rows beyond `lasting`."""
         self._maps.pop(1, None)
         self._parts = self._parts[:1]
         self.state = {first: state for first, state in self.state.items() if first < self._parts[0].stop}
 
     def pieces(self, rows: slice, state: str) -> Iterator[tuple[slice, Tensor | None]]:
-        """These rows in runs: with their map where it holds this, and with None where they have none."""
+        """Split rows in two runs: those whose stored map holds `state`, with the map; and the others, with None."""
         stop = rows.start
         lasting = self._maps.get(0)
         if lasting is not None and set(self.state.values()) == {state}:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @untraced
 def call(request: Request, *, vis_attn: bool, max_memory: int | str | None, out: Any, seen: Seen | None = None) -> Any:
-    """The call of an `AnyUp`: (B, C, H, W), or `out`. With whole maps it is recorded where its signature was seen."""
+    """The call of an `AnyUp`: (B, C, H, W), or `out`. A call with whole maps is recorded for repetition (`seen`)."""
     with request.network.threads_for(request.image, request.size, request.features):
         differentiates = request.wants_gradient
         for name, setting in (("out", out), ("max_memory", max_memory)):
@@ -52,7 +52,7 @@ def call(request: Request, *, vis_attn: bool, max_memory: int | str | None, out:
 
 
 def _limit(task: Task, device: torch.device, max_memory: int | str | None) -> int | None:
-    """The bytes that a call may allocate; None where whole maps take so few that nobody asks."""
+    """The bytes that a call may allocate; None: no limit, as where whole maps are small beside the GPU's memory."""
     if max_memory is None and device.type == "cuda" and is_small(choice.choose(task, None).peak_bytes, device):
         return None
     return limit_on(device, max_memory)
@@ -61,7 +61,7 @@ def _limit(task: Task, device: torch.device, max_memory: int | str | None) -> in
 def _whole(request: Request, vis_attn: bool, peak_bytes: int, seen: Seen | None) -> Tensor:
     if seen is None or not seen.repetition.is_open:
         return request.upsample_whole(vis_attn)
-    # What torch.compile makes of flex attention launches kernels that nobody sees.
+    # The recorder does not see the kernels that torch.compile launches for flex attention.
     if "flex" in request.explain().chosen.values():
         return request.upsample_whole(vis_attn)
     return seen.record(peak_bytes, lambda: (request.upsample_whole(vis_attn),))[0]
@@ -69,7 +69,7 @@ def _whole(request: Request, vis_attn: bool, peak_bytes: int, seen: Seen | None)
 
 @torch.no_grad()
 def _one_by_one(request: Request, retry: OutOfMemoryRetry) -> Tensor:
-    """One image after the other, each by the plan: (B, C, H, W), channels last in memory."""
+    """Upsample one image after the other by the plan: (B, C, H, W), channels last in memory."""
     (height, width), out = request.size, None
     for index in range(len(request)):
         executor = Executor(request.one(index), retry)

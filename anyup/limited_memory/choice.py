@@ -33,17 +33,18 @@ _DEFAULTS = {
     "window": "ratio",
 }
 
-# Of the limit: predictions are this exact on a CPU; a GPU's allocator rounds besides, and leaves gaps.
+# The share of the limit that a prediction may use. It allows for the error of predictions, and on a GPU for the
+# rounding and the gaps of the allocator.
 _USABLE = {"cpu": 0.98}
 _USABLE_ELSEWHERE = 0.97
 
-# Of each row and each column of the output: the bounds of its window, in two tensors and two tuples.
+# Bytes of the window's bounds for each row and each column of the output, in two tensors and two tuples.
 _WINDOW_BYTES = 32
 
-# Stages of banded work that follow the statistics.
+# How many stages of banded work follow the statistics.
 _AFTER = 2
 
-# Bands that are tried under a limit, in pixels.
+# The sizes of bands, in pixels, that are tried under a limit.
 _BANDS = tuple(2**n for n in range(18, -1, -1))
 
 
@@ -51,7 +52,7 @@ class BudgetError(ValueError):
     """No plan keeps to the limit.
 
     Attributes:
-        smallest: the least number of bytes that would do.
+        smallest: the smallest limit, in bytes, that a plan can meet.
     """
 
     def __init__(self, task: Task, limit: int, smallest: int) -> None:
@@ -139,11 +140,11 @@ def plan(
 def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """The plan with the least work among those that keep to the limit.
 
-    Without one a call keeps whole maps, and so does a stream with `keep`; another stream keeps nothing.
+    Without a limit a call keeps whole maps, and so does a stream with `keep`; any other stream keeps no map.
 
     Raises:
-        BudgetError: there is none.
-        ValueError: the output is longer than memory can tell its windows.
+        BudgetError: no plan keeps to the limit.
+        ValueError: the output is so long that the bounds of its windows do not fit the free memory.
     """
     windows = "output_size: a table of the windows of {} rows and {} columns".format(*task.output)
     check_room(_WINDOW_BYTES * sum(task.output), windows, torch.device("cpu"), "a smaller output is expected")
@@ -165,7 +166,7 @@ def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
 
 
 def _effort(plan: Plan) -> tuple[float, int]:
-    """What to choose by: the work, more of it where bands are so small that threads, or a GPU, have little to do."""
+    """The cost that `choose` minimises: the work, with a penalty for bands too small for the threads or the GPU."""
     if plan.bands is None:
         return plan.products, plan.peak_bytes
     task = plan.task
@@ -174,7 +175,7 @@ def _effort(plan: Plan) -> tuple[float, int]:
 
 
 def rows_at_once(plan: Plan) -> int:
-    """Rows of the output that are worked on at a time, where it is not made at once."""
+    """The number of output rows that are computed at a time where the output is not computed at once."""
     most = default_rows(plan.task.output[1]) if plan.bands is None else plan.bands.output_rows
     return min(most, plan.task.region[2])
 
@@ -192,7 +193,7 @@ def _whole_plans(task: Task, limit: int | None) -> Iterator[Plan]:
 
 
 def _candidates(task: Task) -> Iterator[Bands]:
-    """Bands that keep nothing, in every size and order worth trying."""
+    """Bands without stored maps, in every size and order worth trying."""
     height, width = task.image
     sizes = sorted({min(band_rows(width, pixels), height) for pixels in _BANDS}, reverse=True)
     for rows in sizes:
@@ -204,7 +205,7 @@ def _candidates(task: Task) -> Iterator[Bands]:
 
 
 def _fill(task: Task, bands: Bands, limit: int, room: int) -> Plan:
-    """With as many rows kept as there is room for."""
+    """The plan with these bands in which as many rows keep a map as have room."""
     if task.context == "all":
         return banded(task, bands, limit)
     height, width = task.image
@@ -218,11 +219,11 @@ def _fill(task: Task, bands: Bands, limit: int, room: int) -> Plan:
 
     kept = fits(room - max(taken[:-_AFTER]))
     if kept < height:
-        # What keeps everything does not need a map to work in.
+        # Where every row keeps a map, the bands need no scratch map.
         most = max(stage.peak_bytes for stage in banded(task, everything, limit).stages[:-_AFTER])
         kept = height if most <= room else kept
     later = min(kept, fits(room - max(taken[-_AFTER:]))) if task.needs_queries else 0
-    if task.images_at_once > 1:  # the statistics of one image are taken beside what others keep for the output
+    if task.images_at_once > 1:  # while the statistics of one image are computed, others hold their maps
         kept = later
     plan = banded(task, replace(bands, kept=kept, kept_for_output=later), limit)
     if bands.together or kept < height or not task.needs_queries:
@@ -232,6 +233,6 @@ def _fill(task: Task, bands: Bands, limit: int, room: int) -> Plan:
 
 
 def _round_up(size: int) -> int:
-    """To the third digit, so that an amount told to people is no smaller than the exact one."""
+    """Round up to three digits, so that the printed budget suffices."""
     unit = 10 ** max(0, len(str(size)) - 3)
     return -(-size // unit) * unit

@@ -1,7 +1,8 @@
-"""Where an upsampled map is written piece by piece: tensors, NumPy arrays and memory maps, zarr arrays and their like.
+"""Writing an upsampled map piece by piece into `out`: a tensor, a NumPy array, a memory map or a zarr array.
 
-A piece is converted to the dtype of what it is written into. Pages of a memory map go to disk and out of memory after
-each piece, for they count as resident otherwise; pieces of a GPU travel to the host while the next one is computed.
+A piece is converted to the dtype of `out`. After each piece the pages of a memory map are written to the disk and
+freed, because they would count as resident memory. A piece on a GPU is copied to the host while the GPU computes the
+next one.
 """
 
 from __future__ import annotations
@@ -27,30 +28,31 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.
 
 
 class Destination(Protocol):
-    """What takes the pieces of a map.
+    """An `out` that pieces of a map are written into.
 
     Attributes:
-        dtype: that values are stored in.
-        multiple: rows of a piece that are written without reading others, a chunk's; 1 where it does not matter.
+        dtype: the dtype of `out`.
+        multiple: the height of a zarr chunk; a piece of a multiple of so many rows is written without reading a
+            chunk first. 1 for anything but zarr.
     """
 
     dtype: torch.dtype
     multiple: int
 
     def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
-        """Take (B, C, rows, columns) for these rows and columns."""
+        """Write a piece (B, C, rows, columns) to these rows and columns."""
 
     def finish(self) -> None:
-        """Wait until all that was taken has arrived."""
+        """Wait until all pieces have arrived in `out`."""
 
 
 def destination_of(out: Any, shape: Shape, inputs: Mapping[str, Tensor]) -> Destination:
-    """How pieces are written into `out`, of the shape (B, C, H, W); `inputs` are what they are made of, by name.
+    """The destination for an `out` of the shape (B, C, H, W); `inputs` are the tensors that the call reads, by name.
 
     Raises:
         TypeError: neither a tensor nor an array, or not of floating-point numbers.
-        ValueError: another shape, nothing that can be written, or memory of an input, which is still read.
-        OSError: the disk has no room for a memory map that is to be filled.
+        ValueError: `out` has another shape, cannot be written, or shares memory with an input.
+        OSError: the disk has no room for the file of a memory map.
     """
     device = next(iter(inputs.values())).device
     if isinstance(out, Tensor):
@@ -86,7 +88,7 @@ def _tensor_destination(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor],
 
 
 def _check_apart(out: Tensor, inputs: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where `out` shares memory with what is read while it is written."""
+    """Raise ValueError where `out` shares memory with an input, which the call still reads while it writes `out`."""
 
     def extent(tensor: Tensor) -> tuple[int, int]:
         last = sum(stride * (length - 1) for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
@@ -107,7 +109,7 @@ def _array_destination(out: Any, dtype: torch.dtype, inputs: Mapping[str, Tensor
         raise ValueError("out: expected an array that can be written, got a read-only one")
     try:
         tensor = torch.from_numpy(out)
-    except ValueError as error:  # strides that torch has no tensors of
+    except ValueError as error:  # torch has no tensors with such strides, negative ones for example
         raise ValueError(f"out: {error}") from error
     _check_apart(tensor, inputs)
     mapped = out
@@ -115,7 +117,7 @@ def _array_destination(out: Any, dtype: torch.dtype, inputs: Mapping[str, Tensor
         mapped = mapped.base
     if not isinstance(mapped, numpy.memmap):
         return _Memory(tensor)
-    if mapped.mode == "c":  # whose pages are lost when they are let go
+    if mapped.mode == "c":  # copy on write: a page that is freed loses what was written
         raise ValueError("out: expected a memory map that is written to its file (r+ or w+), got mode 'c'")
     if mapped.filename:
         reserve(mapped.filename)
@@ -128,21 +130,21 @@ def _check_shape(actual: Sequence[int], expected: Shape) -> None:
 
 
 def no_room(path: str | os.PathLike[str], needed: int) -> OSError:
-    """The error of a full disk, with what was needed and what is free."""
+    """An OSError for a full disk, which says how many bytes are needed and how many are free."""
     free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
     what = f"{human_bytes(needed)} needed, {human_bytes(free)} free: {os.strerror(errno.ENOSPC)}"
     return OSError(errno.ENOSPC, what, os.fspath(path))
 
 
 def reserve(path: str | os.PathLike[str]) -> None:
-    """Give a file that may have holes all of its blocks: writing to a map of it on a full disk ends the process.
+    """Allocate all disk blocks of a file with holes: a write to its memory map on a full disk would kill the process.
 
-    Raises OSError, with what was needed and what is free, where they are not to be had.
+    Raises OSError where the disk has no room, with the bytes that are needed and free.
     """
     if not hasattr(os, "posix_fallocate"):
         return
     if not os.access(path, os.R_OK | os.W_OK):
-        return  # a file without a name by now, as temporary ones are
+        return  # a temporary file whose name is deleted already
     with open(path, "r+b") as file:
         status = os.fstat(file.fileno())
         needed = status.st_size - status.st_blocks * 512
@@ -152,7 +154,7 @@ def reserve(path: str | os.PathLike[str]) -> None:
             os.posix_fallocate(file.fileno(), 0, status.st_size)
         except OSError as error:
             if error.errno != errno.ENOSPC:
-                return  # a file system that does not know how
+                return  # the file system cannot allocate blocks ahead
             raise no_room(path, needed) from error
 
 
@@ -178,7 +180,8 @@ class MemoryMap(_Memory):
     def __init__(self, out: Tensor, mapping: mmap.mmap) -> None:
         super().__init__(out)
         self._mapping = mapping
-        # A page that is written would bring its neighbours: the rows of a piece lie apart, and so all of the file.
+        # Else the operating system reads neighbouring pages ahead, and so all of the file: the rows of a piece lie
+        # apart.
         if hasattr(mapping, "madvise"):
             mapping.madvise(mmap.MADV_RANDOM)
 
@@ -190,7 +193,7 @@ class MemoryMap(_Memory):
 
 
 class _Chunked:
-    """An array that is written by assignment: zarr's, h5py's."""
+    """An array of zarr or h5py, which is written by assignment."""
 
     def __init__(self, out: Any, dtype: torch.dtype) -> None:
         self._out = out
@@ -207,7 +210,7 @@ class _Chunked:
 
 @dataclass
 class _OnItsWay:
-    """A piece in a buffer of the host, which holds it once the event has happened."""
+    """A piece that is being copied to a buffer of the host; the copy is complete after `event`."""
 
     rows: slice
     columns: slice
@@ -220,16 +223,16 @@ def _pinned(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event:
-    """What happens when all that this device, which need not be the current one, was told until now is done."""
+    """An event behind all work that is queued on a device, which need not be the current one."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
 
 
 class _Pinned:
-    """Pieces of a GPU into memory of the host, by way of two pinned buffers.
+    """Copies pieces from a GPU to the host through two pinned buffers.
 
-    A piece is handed on when its buffer is needed again: until then the GPU computes the next.
+    A piece is written to the destination when its buffer is needed for a later piece: meanwhile the GPU computes.
     """
 
     def __init__(
@@ -247,7 +250,7 @@ class _Pinned:
     def write(self, rows: slice, columns: slice, piece: Tensor) -> None:
         turn = self._turn
         self._hand_on(turn)
-        # As it lies in memory, channels last, so that the copy is one block.
+        # Channels last, as the piece lies in memory, so that the copy is one block.
         source = piece.permute(0, 2, 3, 1).to(self.dtype).contiguous()
         buffer = self._buffers[turn]
         if buffer is None or buffer.numel() < source.numel():

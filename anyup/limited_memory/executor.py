@@ -1,4 +1,4 @@
-"""The work of a plan: queries and keys, whole or in bands, and what each piece of the output makes of them."""
+"""The execution of a plan: queries and keys, as whole maps or in bands, and the attention for each piece."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from anyup.ops.window_attention.points import attend_points
 from anyup.window import Part
 
 SMALL_BAND = 4096
-"""Pixels that the tiles of a CPU's threads do not share."""
+"""A band of at most so many pixels runs on one thread of a CPU."""
 
 Result = TypeVar("Result")
 
 
 class OutOfMemoryRetry:
-    """Runs the steps of a plan; when a GPU's memory does not suffice, the rest of them with half the budget, once.
+    """Runs the steps of a plan; once, when a GPU runs out of memory, plans the rest with half the budget.
 
     Attributes:
-        plan: the one in use.
+        plan: the current plan.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -41,19 +41,19 @@ class OutOfMemoryRetry:
         self._happened = False
 
     def attempt(self, step: Callable[[], Result], apply_plan: Callable[[], None]) -> Result:
-        """The step's result; where it fails for memory, `apply_plan` and take it again by the smaller plan.
+        """The step's result; where it runs out of memory, make a smaller plan, call `apply_plan` and repeat the step.
 
-        Raises torch.OutOfMemoryError, with the plan, where it has failed before.
+        Raises torch.OutOfMemoryError, with the plan, at the second failure.
         """
         while True:
             try:
                 return step()
             except torch.OutOfMemoryError as error:
                 self.take_less(error)
-            apply_plan()  # outside of the handler: the error holds the frames that hold what is to be freed
+            apply_plan()  # outside the handler: the error keeps the frames, and so their tensors, alive
 
     def take_less(self, error: torch.OutOfMemoryError) -> None:
-        """Take half the budget, once."""
+        """Make a plan with half the budget; raises torch.OutOfMemoryError when called a second time."""
         if self._happened:
             raise torch.OutOfMemoryError(
                 f"out of memory again, with half the budget: {error}\nThe plan was\n{self.plan}"
@@ -67,18 +67,18 @@ class OutOfMemoryRetry:
 
 
 class Executor:
-    """The queries and keys of a request by a plan, made when first asked for, and what the pixels make of them.
+    """Computes any piece of a request's output by a plan; queries and keys are computed when first needed.
 
     Args:
-        request: what is asked for.
-        plan: what is kept; or the retry that holds the plan, which executors of a batch's images share.
+        request: the checked arguments of the call.
+        plan: the plan; or the retry that holds the plan, which the executors of a batch's images share.
     """
 
     def __init__(self, request: Request, plan: Plan | OutOfMemoryRetry) -> None:
         self._request, self._network = request, request.network
         self._retry = OutOfMemoryRetry(plan) if isinstance(plan, Plan) else plan
         self._dtype = self._network.compute_dtype(request.device)
-        # What makes whole maps runs as the caller called it, whenever it runs.
+        # Whole maps are computed under the autocast that was on when the caller made the call.
         self._autocasts = autocasts(request.device.type)
         self._banded: list[BandedImage] = []
         self._queries: Tensor | None = None
@@ -88,21 +88,21 @@ class Executor:
 
     @property
     def plan(self) -> Plan:
-        """The plan in use."""
+        """The current plan."""
         return self._retry.plan
 
     def prepare(self) -> None:
-        """Make keys, and all of the queries that the plan keeps."""
+        """Compute the keys, and the queries that the plan keeps in memory."""
         self._retry.attempt(self._prepare, self._apply_plan)
 
     def new(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """(batch, height, width, C), in the dtype of the values if None."""
+        """An uninitialised map (batch, height, width, C); `dtype` None means the dtype of the values."""
         like = self._request.values if dtype is None else self._request.values.new_empty(0, dtype=dtype)
         shape = (batch, height, width, self._request.values.shape[1])
         return self._retry.attempt(lambda: memory.empty(shape, like), self._apply_plan)
 
     def piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """(B, rows, columns, C)."""
+        """A piece of the output, (B, rows, columns, C)."""
         with self._network.threads_for(self._request.image, self._request.size, self._request.features):
             self.prepare()
             height, width, batch = rows.stop - rows.start, columns.stop - columns.start, len(self._request)
@@ -127,7 +127,7 @@ class Executor:
             done = self._retry.attempt(step, self._apply_plan)
 
     def at(self, index: int, rows: Tensor, columns: Tensor) -> Tensor:
-        """(N, C) of one image at single pixels, (N,) on the CPU."""
+        """The output (N, C) of one image at pixels `rows`, `columns` (N,), which are on the CPU."""
         return self._retry.attempt(lambda: self._at(index, rows, columns), self._apply_plan)
 
     def _at(self, index: int, rows: Tensor, columns: Tensor) -> Tensor:
@@ -148,13 +148,13 @@ class Executor:
         )
 
     def _attend(self, index: int, rows: slice, columns: slice) -> Tensor:
-        """(1, rows, columns, C) of one image."""
+        """A piece of one image's output, (1, rows, columns, C)."""
         self._prepare()
         with self._threads():
             return self._attended(index, rows, columns)
 
     def _threads(self) -> AbstractContextManager[object]:
-        """One thread where a band is so small that several would wait for each other at each step."""
+        """One thread for a small band, where several threads would wait for each other at each step."""
         plan = self._retry.plan
         small = plan.bands is not None and plan.bands.rows * plan.task.image[1] <= SMALL_BAND
         return on_one_thread() if small and self._request.device.type == "cpu" else nullcontext()
@@ -177,7 +177,7 @@ class Executor:
         )
 
     def _prepare(self) -> None:
-        """Called again after an error it goes on with the pass that failed."""
+        """Compute queries and keys; a second call after an error goes on with the pass that failed."""
         if self._keys is not None or not len(self._request):
             return
         request, bands = self._request, self._retry.plan.bands
@@ -202,7 +202,7 @@ class Executor:
         self._values = self._request.values.permute(0, 2, 3, 1).contiguous()
 
     def _apply_plan(self) -> None:
-        """Go on by the plan as it is now."""
+        """Drop what the previous plan stored and use the current plan."""
         bands = self._retry.plan.bands
         if bands is None:
             self._banded.clear()
@@ -213,14 +213,14 @@ class Executor:
                 one.use_bands(bands)
 
     def _as_called(self) -> AbstractContextManager[object]:
-        """Autocast as it was when this was made."""
+        """The autocast that was on when this executor was made."""
         kind = self._request.device.type
         if self._autocasts == autocasts(kind) and self._dtype == self._network.compute_dtype(self._request.device):
             return nullcontext()
         return torch.autocast(kind, dtype=self._dtype if self._autocasts else None, enabled=self._autocasts)
 
     def _check_backends(self) -> None:
-        """Raise NotImplementedError where the backends that were asked for cannot work on a part."""
+        """Raise NotImplementedError where the requested backends cannot compute a part of an output."""
         network, request, plan = self._network, self._request, self._retry.plan
         if plan.bands is not None and plan.task.context != "all":
             check_backends(network, plan.task.image, self._dtype, request.device)

@@ -1,4 +1,4 @@
-"""What a call keeps and computes again: the bands of an image, and the work and memory of each stage."""
+"""A plan: the bands of an image, which maps are stored and which are recomputed, and each stage's work and memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from anyup.limited_memory.task import Task
 from anyup.progress import human_bytes
 
 HALO = 1
-"""Pixels that the queries' 3x3 convolution sees beyond."""
+"""Pixels that the queries' 3x3 convolution reads beyond each side of a rectangle."""
 
 
 @dataclass(frozen=True)
 class Bands:
-    """The bands of an image, and which of its rows (the first so many, in whole bands) keep a map between the passes.
+    """The bands of an image, and for how many rows, from the first on, a map is stored between the passes.
 
     Attributes:
-        rows: of the image, in a band.
-        output_rows: rows of the output that are worked on at a time.
-        together: the key and the query encoder's passes go side by side, and what is kept is the encoded image;
-            otherwise one follows the other, and each keeps its own trunk.
-        kept: rows that keep a map while statistics are taken.
-        kept_for_output: rows that still keep it afterwards.
-        encoded: rows that keep the encoded image beside it (not where they go together).
+        rows: the number of image rows in a band.
+        output_rows: the number of output rows that are computed at a time.
+        together: True: each pass serves the key and the query encoder, and the stored map is the encoded image.
+            False: the query encoder's passes follow the key encoder's, and the stored map is the trunk of the encoder
+            that runs.
+        kept: the number of rows whose map is stored while the statistics are computed.
+        kept_for_output: the number of rows whose map is still stored while the output is computed.
+        encoded: the number of rows for which the encoded image is stored as well (0 if `together`).
     """
 
     rows: int
@@ -34,18 +35,18 @@ class Bands:
 
 
 def band_rows(width: int, pixels: int) -> int:
-    """Rows of an image of this width in a band of so many pixels, at least one."""
+    """The number of rows of a band with about `pixels` pixels, at least one."""
     return max(1, pixels // width)
 
 
 def output_rows(rows: int, image_height: int, output_height: int) -> int:
-    """Rows of the output whose image rows, with those that the convolution sees beyond them, make a band of `rows`."""
+    """The number of output rows that need `rows` image rows, the halo of the convolution included."""
     return max(1, rows * output_height // image_height - 2 * HALO)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the work: what it does, its products of D x D in all, and the most memory in it."""
+    """A stage of a plan: its name, its number of D x D products, and its peak of memory."""
 
     name: str
     products: float
@@ -57,12 +58,12 @@ class Plan:
     """What a call will keep and compute again; `print` it.
 
     Attributes:
-        task: what is asked for.
+        task: what the call or stream computes.
         order: "whole" (maps of the whole batch), "image by image" (maps of one whole image), or "bands".
-        bands: of each image; None: there are none.
-        stages: in their order.
-        limit: the budget in bytes; None: none.
-        plain_products: of the whole call without a budget.
+        bands: the bands of each image; None where `order` is not "bands".
+        stages: in the order in which they run.
+        limit: the budget in bytes; None: no limit.
+        plain_products: the D x D products of the call without a budget.
     """
 
     task: Task
@@ -79,7 +80,7 @@ class Plan:
 
     @property
     def products(self) -> float:
-        """All products of D x D."""
+        """The D x D products of all stages."""
         return sum(stage.products for stage in self.stages)
 
     @property
@@ -88,7 +89,7 @@ class Plan:
         return self.products / max(self.plain_products, 1)  # of an empty batch
 
     def kept(self) -> str:
-        """What is kept between the passes, in words."""
+        """Which maps are stored between the passes, in words."""
         bands, (height, _) = self.bands, self.task.image
         if bands is None:
             return "whole maps" + (" of one image at a time" if self.order == "image by image" else "")

@@ -1,4 +1,4 @@
-"""The upsampled features at single pixels: nothing of the output's size is made."""
+"""The upsampled features at single pixels, without any map of the output's size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def at_points(request: Request, points: Tensor, *, max_memory: int | str | None)
     """`AnyUp.at_points`: (B, N, C)."""
     values = request.values
     pixels, weights = _pixels(_checked(points, len(request), request.size), request.size)
-    # As a stream of one pixel: statistics and keys, and no map of the output.
+    # Planned as a stream of one pixel: statistics and keys, but no map of the output.
     task = request.task(region=(0, 0, 1, 1), tile=(1, 1))
     if request.network.wants_gradient(request.image):
         if max_memory is not None:
@@ -28,7 +28,7 @@ def at_points(request: Request, points: Tensor, *, max_memory: int | str | None)
         plan = whole(task, None)
     else:
         plan = choice.choose(task, limit_on(request.device, max_memory))
-    with torch.no_grad():  # it asks for the backends of a stream, which has no gradients
+    with torch.no_grad():  # the executor checks the backends of a stream, which has no gradients
         executor = Executor(request, plan)
     with request.network.threads_for(request.image, request.size, request.features):
         found = [executor.at(index, *places.unbind(1)) for index, places in enumerate(pixels)]
@@ -50,7 +50,7 @@ def _checked(points: Any, batch: int, size: tuple[int, int]) -> Tensor:
     if points.dtype == torch.bool or points.is_complex():
         raise TypeError(f"points: expected integers or floating-point numbers, got {points.dtype}")
     points = points.detach().to("cpu", torch.float64 if points.is_floating_point() else torch.int64)
-    inside = ((points >= 0) & (points <= torch.tensor(size) - 1)).all(dim=2)  # a NaN is not
+    inside = ((points >= 0) & (points <= torch.tensor(size) - 1)).all(dim=2)  # a NaN fails both comparisons
     if not bool(inside.all()):
         raise ValueError(
             f"points: expected rows from 0 to {size[0] - 1} and columns from 0 to {size[1] - 1}, got "
@@ -60,7 +60,9 @@ def _checked(points: Any, batch: int, size: tuple[int, int]) -> Tensor:
 
 
 def _pixels(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Integer points (B, N, 2) as they are; of others four pixels each, (B, 4 N, 2), and their weights (B, 4, N)."""
+    """The pixels to compute: integer points (B, N, 2) themselves, and None; else the four pixels around each point,
+    (B, 4 N, 2), and their weights (B, 4, N).
+    """
     if not points.is_floating_point():
         return points, None
     first = points.floor()
