@@ -1,6 +1,6 @@
-"""Weights: from the packaged checkpoint, a published one or a file into a model, and from a model into a file.
+"""Loading a model's weights from the packaged checkpoint, a published one or a file, and saving them to a file.
 
-A state dict tells the model's widths by its shapes, but neither the number of heads nor the window. ``save``
+The shapes in a state dict give the model's widths, but neither the number of heads nor the window. ``save``
 writes the constructor's arguments beside the weights and ``load`` reads them back.
 """
 
@@ -47,13 +47,13 @@ _logger = logging.getLogger(__name__)
 _SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 _CONFIG_KEY = "config"
 _SAFETENSORS_CONFIG_KEY = "anyup_config"
-# Where a training checkpoint keeps its weights; the first of these that it has.
+# The keys under which a training checkpoint may hold its weights; the first that exists counts.
 _STATE_DICT_KEYS = ("anyup", "state_dict")
-# Seconds without a byte from the server; without a limit, a network that drops packets holds a call for long.
+# Seconds without a byte from the server. Without this limit a network that drops packets would block a call for long.
 _DOWNLOAD_TIMEOUT = 20.0
 
 UNTRAINED_SEED = 0
-"""Of random weights."""
+"""The seed of random weights."""
 
 
 class CheckpointNotFoundError(FileNotFoundError, ValueError):
@@ -123,7 +123,7 @@ PACKAGED: dict[str, PackagedCheckpoint] = {
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few."""
+    """The first five names, and "..." for the others."""
     return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
@@ -221,7 +221,7 @@ def save(model: AnyUp, path: str | os.PathLike[str]) -> None:
 
     if suffix == ".safetensors":
         metadata = {"format": "pt", _SAFETENSORS_CONFIG_KEY: json.dumps(model.config)}
-        # ``save_file`` would make a file of its own, which only its owner may read.
+        # ``save_file`` would replace the file by a new one that only its owner may read.
         content = _safetensors_torch(path).save(tensors, metadata)
         with complete_or_absent(path) as partial:
             partial.write_bytes(content)
@@ -237,7 +237,7 @@ def load_pretrained(
     revision: str | None,
     arguments: Mapping[str, Any],
 ) -> AnyUp:
-    """`AnyUp.from_pretrained`."""
+    """See `AnyUp.from_pretrained`."""
     options = {name: value for name, value in arguments.items() if name in hugging_face.DOWNLOAD_OPTIONS}
     folder = Path(repository_or_folder)
     if not folder.is_dir():
@@ -247,7 +247,7 @@ def load_pretrained(
 
 
 def save_pretrained(model: AnyUp, folder: str | os.PathLike[str]) -> None:
-    """`AnyUp.save_pretrained`."""
+    """See `AnyUp.save_pretrained`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save(model, folder / hugging_face.WEIGHTS)
@@ -256,7 +256,7 @@ def save_pretrained(model: AnyUp, folder: str | os.PathLike[str]) -> None:
 
 
 def _downloaded(address: str, **options: Any) -> Path:
-    """The folder of weights on Hugging Face's hub."""
+    """Download the weights at an address of Hugging Face's hub; return their folder in the cache."""
     try:
         return hugging_face.download(address, **options)
     except OSError as error:
@@ -316,7 +316,7 @@ def _cached(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete_or_absent(path) as partial:
             _download(checkpoint.url, partial)
-            # A proxy's or a login page's answer must not end in the cache and fail every later call.
+            # Check the file: if the page of a proxy or a login stayed in the cache, every later call would fail on it.
             _read(partial)
     except (OSError, HTTPException, ValueError) as error:
         raise DownloadError(
@@ -331,7 +331,7 @@ def _cached(name: str) -> Path:
 
 
 def _download(url: str, target: Path) -> None:
-    """Write what the address answers to a file; OSError where it does not answer, or breaks off."""
+    """Download a URL to a file; raises OSError where the server does not answer or the transfer is incomplete."""
     request = Request(url, headers={"User-Agent": "anyup"})
     with urlopen(request, timeout=_DOWNLOAD_TIMEOUT) as response, open(target, "wb") as file:
         shutil.copyfileobj(response, file)
@@ -425,8 +425,8 @@ def _build(
                     f"{origin} {name}={given[name]!r} contradicts the weights in {str(path)!r}, whose shapes "
                     f"say {name}={inferred[name]}"
                 )
-    # Initial values that are overwritten at once do not move the caller's generator; and whatever the default
-    # device is, parameters made on "meta", say, would not take the weights.
+    # The initial values are overwritten at once, so they must not advance the caller's generator. The parameters are on
+    # the CPU whatever the default device is: on "meta", for example, they could not take the weights.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
             model = AnyUp(**{**inferred, **stored, **arguments}, backend=backend)

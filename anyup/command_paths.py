@@ -1,7 +1,7 @@
-"""What a command reads and what it writes, declared where its options are: nothing that is read is ever replaced.
+"""The paths that a command reads and writes, declared with its options, so that no input is ever overwritten.
 
-An option that names a file or a folder has one of these classes as its `type=`. What else a command reads or writes is
-told by a function under `implied` in its parser's defaults, from the arguments to `Paths`.
+An option that names a file or a folder has one of these classes as its `type=`. Further paths come
+from a function that the parser's defaults hold under `implied`: it takes the arguments and returns `Paths`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Read(_Named):
 
 
 class ReadWeights(Read):
-    """The name of a checkpoint, or its file."""
+    """The name of a checkpoint, or a checkpoint file."""
 
     def paths(self) -> Iterable[Path]:
         from anyup.checkpoints import NAMED, PACKAGED
@@ -41,7 +41,7 @@ class ReadWeights(Read):
 
 
 class ReadEncoder(Read):
-    """The name of an encoder: one of ours, of another package, or a folder of Hugging Face's transformers."""
+    """The name of an encoder: of this package, of another package, or a folder of Hugging Face's transformers."""
 
     def paths(self) -> Iterable[Path]:
         from anyup.encoders import PACKAGED_WEIGHTS
@@ -58,32 +58,32 @@ class ReadEncoder(Read):
 class Written(_Named):
     """A file that is written, or a folder that files are written into.
 
-    `holds` are the patterns of the names that something written into such a folder has; a file has none.
+    `holds` are patterns of the names of the files that are written into the folder; empty for a file.
     """
 
     holds: tuple[str, ...] = ()
 
 
 class Kept(_Named):
-    """A folder where tensors are kept under names that are hashes, which replace nothing."""
+    """A cache folder: its files are named by hashes, so that no file of the user is replaced."""
 
 
 @dataclass
 class Paths:
-    """What is read and what is written, each beside what a person calls it."""
+    """The paths that a command reads and writes, each with its name in error messages."""
 
     read: list[tuple[str, Read]] = field(default_factory=list)
     written: list[tuple[str, Written]] = field(default_factory=list)
 
     def add(self, called: str, path: object) -> None:
-        """Declare the value of an option or a setting; one that names no path is none."""
+        """Add the value of an option or a setting; a value that is no path is ignored."""
         if isinstance(path, Read):
             self.read.append((called, path))
         elif isinstance(path, Written):
             self.written.append((called, path))
 
     def require_apart(self) -> None:
-        """Raise UsageError where something would be written over what is read, or over something else written."""
+        """Raise UsageError where an output would overwrite an input or another output."""
         for number, (called, path) in enumerate(self.written):
             for other, earlier in self.written[:number]:
                 if _same(Path(path), Path(earlier)):
@@ -102,7 +102,7 @@ class Paths:
 
 
 def settle_paths(arguments: argparse.Namespace) -> None:
-    """Raise UsageError where something that is read would be replaced; from then on paths are plain texts."""
+    """Raise UsageError where an output would overwrite an input; then make each path of `arguments` a plain `str`."""
     paths: Paths = arguments.implied(arguments) if "implied" in arguments else Paths()
     for option, value in vars(arguments).items():
         for path in value if isinstance(value, list) else [value]:
@@ -120,7 +120,7 @@ def _plain(value: object) -> object:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two names, by links or however they are spelled, mean one file or folder."""
+    """Whether two paths mean one file or folder, symbolic links resolved."""
     try:
         return os.path.samefile(one, other)
     except OSError:  # one is not there
@@ -128,7 +128,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _names(folder: Path, path: Path) -> Iterator[str]:
-    """What a path, or what it is a link to, is called in a folder, where it or a folder around it lies there."""
+    """The names of the entries of `folder` that contain `path` or the target of its links, or are one of these."""
     for spelled in (os.path.abspath(path), os.path.realpath(path)):
         inner = Path(spelled)
         for outer in inner.parents:

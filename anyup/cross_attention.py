@@ -43,7 +43,7 @@ class CrossAttentionBlock(nn.Module):
 
     @property
     def window_ratio(self) -> float:
-        """The window's ratio. Another one holds from the next call on."""
+        """The window's ratio. A new value takes effect at the next call."""
         return self.window.ratio
 
     @window_ratio.setter
@@ -53,9 +53,9 @@ class CrossAttentionBlock(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, vis_attn: bool = False, q_chunk_size: int | None = None
     ) -> Tensor:
-        """Queries (B, D, H, W), keys (B, D, h, w) and values (B, C, h, w) to (B, C, H, W).
+        """Encoded queries (B, D, H, W), encoded keys (B, D, h, w) and values (B, C, h, w) to (B, C, H, W).
 
-        Shows a picture of the attention as well with `vis_attn`. `q_chunk_size` as in the call of an `AnyUp`.
+        `vis_attn` shows a picture of the attention too. `q_chunk_size` is as in the call of `AnyUp`.
         """
         pixels = q.permute(0, 2, 3, 1)
         queries = self.split_heads(project_queries(pixels, self.query_parameters(pixels.dtype)))
@@ -71,7 +71,7 @@ class CrossAttentionBlock(nn.Module):
         out = window_attention(
             queries,
             keys,
-            # A pixel takes whole channels of a few keys: a copy of a small grid pays where they lie apart.
+            # A pixel reads all channels of a few values, so channels come last; the copy of the small grid is cheap.
             values.permute(0, 2, 3, 1).contiguous(),
             window=self.window,
             backend=backend,
@@ -80,7 +80,7 @@ class CrossAttentionBlock(nn.Module):
         return out.permute(0, 3, 1, 2)
 
     def show_attention(self, queries: Tensor, keys: Tensor, q_chunk_size: int | None, backend: Backend = None) -> None:
-        """Show where the first image's pixels look, by the colours of the keys they attend to; arguments projected."""
+        """Show where the first image's pixels look, by the colours of the keys; `queries` and `keys` are projected."""
         from anyup import visualization
 
         h, w = keys.shape[1:3]
@@ -101,14 +101,14 @@ class CrossAttentionBlock(nn.Module):
         return ProjectionParameters(*(t.to(dtype) for t in tensors))
 
     def key_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gain (D,), weight (D, D) and bias (D,) that turn encoded keys into the attention's, as they are."""
+        """The gain (D,), weight (D, D) and bias (D,) that project encoded keys, in the dtypes of the parameters."""
         dim = self.conv2d.out_channels
         attention = self.cross_attn.attention
         rows = slice(dim, 2 * dim)
         return self.cross_attn.norm_k.weight, attention.in_proj_weight[rows], attention.in_proj_bias[rows]
 
     def project_keys(self, encoded: Tensor) -> Tensor:
-        """(B, h, w, D) -> (B, h, w, heads, head_dim), in the same dtype; the norm runs in float32 at least."""
+        """Encoded keys (B, h, w, D) to keys (B, h, w, heads, head_dim) in their dtype; the norm is float32 or wider."""
         wide = working_dtype(encoded.dtype)
         gain, weight, bias = self.key_parameters()
         normed = F.rms_norm(encoded.to(wide), encoded.shape[3:], gain.to(wide)).to(encoded.dtype)
@@ -127,12 +127,12 @@ def setup_cross_attention_block(
     window_ratio: float = 0.1,
     use_params_from: nn.Module | None = None,
 ) -> CrossAttentionBlock:
-    """A block to be put in place of an upsampler's `cross_decode`, by the published name and arguments.
+    """A block that can replace an upsampler's `cross_decode`; name and arguments are the published ones.
 
     Args:
         use_natten: attend within the window of each query's cell; NATTEN is not needed.
         qk_dim, num_heads, window_ratio: as of `AnyUp`.
-        use_params_from: a block whose weights it takes; None: new ones.
+        use_params_from: a block whose weights the new block copies; None: new weights.
     """
     kind = CellWindow if use_natten else RatioWindow
     block = CrossAttentionBlock(qk_dim, num_heads, kind(check_ratio(window_ratio)))

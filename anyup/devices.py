@@ -10,7 +10,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         usable = torch.device(device)
         torch.empty(1, device=usable)
-    # A build without CUDA answers with an AssertionError, a driver that fails with a RuntimeError.
+    # A build of torch without CUDA raises AssertionError, a driver that fails raises RuntimeError.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"device: expected one that torch can use here, got {device!r} ({reason})") from error
@@ -18,7 +18,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, CUDA or else the CPU for None; raises ValueError where it cannot compute."""
+    """The named device; for None CUDA if available, else the CPU. Raises ValueError where it cannot compute."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = usable_device(name)

@@ -1,8 +1,8 @@
 """The upsampler, alone or behind an encoder, as one ONNX file of standard operators, for runtimes without PyTorch.
 
-What is heavy runs as the references of `anyup.ops` define it, but the attention does not: theirs is dense. Sizes are
-fixed when the file is written, so each rectangle of output pixels has its own few keys: products of one shape for a row
-of rectangles, and a bias that hides what a pixel's window does not hold. No mask of all pixels by all keys.
+The graph consists of the references of `anyup.ops`, except for the attention, whose reference is dense. The sizes are
+fixed when the file is written, so each rectangle of output pixels has its own few keys. The rectangles of one row have
+products of one shape, and a bias hides the keys outside a pixel's window. There is no mask of all pixels by all keys.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from anyup.window import Window, axis_bounds
 
 OPSET = 20
 
-# Along an axis a rectangle has as many pixels as a cell of the grid, within these limits: its keys are few then, and
-# its products not too small.
+# Along each axis a rectangle has as many pixels as a cell of the grid, within these limits. So it has few keys, and its
+# products are not too small.
 _SHORTEST, _LONGEST = 4, 32
 
-# Of the largest output: what tells a broken file from float32. All of it is float32 there, where the package makes the
-# keys in float64 on a CPU: 2e-4 was seen at 448 from 32, 7e-5 of the same graph in PyTorch.
+# The largest difference, relative to the largest output, that float32 explains; a broken file differs by more. The file
+# computes the keys in float32, the package in float64 on a CPU. Measured at 448 from 32: 2e-4 in onnxruntime, and 7e-5
+# for the same graph in PyTorch.
 _TOLERANCE = 1e-3
 
 
@@ -146,12 +147,12 @@ def _check_encoder(
 
 @dataclass(frozen=True)
 class _Axis:
-    """An axis of the output in pieces of one length, and the keys that each needs, as many for all.
+    """An axis of the output, cut into pieces of one length, and the keys of each piece, of one number.
 
     Attributes:
-        pixels: (n, length) of each piece; what would be beyond the end is the last pixel again.
+        pixels: (n, length), the pixels of each piece; the last pixel repeats where a piece reaches beyond the end.
         first: the first key of each piece.
-        keys: (n, K), which follow each other.
+        keys: (n, K), the keys of each piece, which are consecutive.
         bias: (n, length, K), 0 where a pixel sees a key and -inf elsewhere.
     """
 
@@ -174,7 +175,7 @@ class _Axis:
 
 
 class _Graph(nn.Module):
-    """The forward in standard operators, of fixed sizes."""
+    """The forward in standard operators, for fixed sizes."""
 
     def __init__(self, model: AnyUp, image: tuple[int, int], grid: tuple[int, int], size: tuple[int, int]) -> None:
         super().__init__()
@@ -220,11 +221,11 @@ class _Graph(nn.Module):
 
 
 class _GraphWithEncoder(nn.Module):
-    """From a photograph in 0..1 to the upsampled features of an encoder that sees it at a size."""
+    """A photograph in 0..1 to upsampled features; the encoder sees it resized to `seen` (height, width)."""
 
     def __init__(self, encoder: Encoder, seen: tuple[int, int], image: tuple[int, int], graph: _Graph) -> None:
         super().__init__()
-        self.encoder, self.upsampling = encoder, graph  # `graph` is a name that the exporter takes
+        self.encoder, self.upsampling = encoder, graph  # the exporter reserves the name `graph`
         self.rows, self.columns = (
             None if length == count else resizing_of_axis(length, count)
             for length, count in zip(image, seen, strict=True)
@@ -251,7 +252,7 @@ def _encode(encoder: PixelEncoder, x: Tensor, frequencies: Tensor | None = None)
 
 
 def _pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling as two products: its own operator exports for some sizes alone."""
+    """Adaptive average pooling as two products, because torch's operator exports for certain sizes only."""
     for axis, count in zip((2, 3), size, strict=True):
         length = x.shape[axis]
         if count != length:
@@ -281,7 +282,7 @@ def _write(graph: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Of packages that it knows of and does not find, and we do not need."""
+    """Silence a logger's warnings: the exporter's name optional packages that it does not find and does not need."""
     log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)

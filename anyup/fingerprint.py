@@ -1,4 +1,4 @@
-"""What files, tensors and networks are known by where results, caches or resumed runs depend on them."""
+"""Hashes of files, tensors and networks, by which caches and resumed runs recognise them."""
 
 from __future__ import annotations
 

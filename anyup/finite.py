@@ -1,4 +1,4 @@
-"""Numbers that make a result worthless without a word: NaN, infinities, and what a dtype cannot hold."""
+"""Checks for numbers that silently spoil a result: NaN, infinities, and numbers too large for a dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHANNELS = 16
 
 
 def check_map(tensor: Tensor, name: str) -> None:
-    """Raise ValueError with the first place, and how many, where a map (B, C, h, w) holds a NaN or an infinity.
+    """Raise ValueError where a map (B, C, h, w) holds a NaN or an infinity, with the first place and the count.
 
     One such number spreads over the whole image through the normalisations of the upsampler.
     """
@@ -33,7 +33,7 @@ def check_map(tensor: Tensor, name: str) -> None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """Which of these hold a NaN or an infinity, and how many, in words; empty: none of them."""
+    """The names of the tensors that hold a NaN or an infinity, with counts, in words; "" if none does."""
     counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
     bad = [f"{name} ({count} of {tensors[name].numel()} numbers)" for name, count in counts.items() if count]
     more = f" and {len(bad) - _MOST_NAMED} more tensors" if len(bad) > _MOST_NAMED else ""
@@ -41,7 +41,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 def overflow(carried: Tensor, dtype: torch.dtype) -> str:
-    """Why the upsampled map of what is carried may not fit a dtype, in words; empty: it does.
+    """Why the upsampled map of `carried` may not fit a dtype, in words; "" if it fits.
 
     The weights of a pixel are positive and sum to one, so no number is larger than the largest that is carried.
     """

@@ -1,6 +1,6 @@
-"""The work and the memory of a plan, counted.
+"""The prediction of a plan's work and memory.
 
-Products are those of D x D for each pixel, the unit in which docs/memory.md counts.
+Work is counted in products of D x D for each pixel, as in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from anyup.ops.window_attention import eager as window_attention
 from anyup.window import axis_bounds
 
 BAND_PIXELS = 2**16
-"""Pixels of a band where nobody sets a limit: some 30 MB for each map of 128 float32 channels."""
+"""Pixels of a band where no limit is set: about 30 MB for each map of 128 float32 channels."""
 
-# Bytes that libraries take beside tensors: workspaces, compiled code, what an allocator keeps.
+# Bytes that libraries take beside tensors: workspaces, compiled code, memory that an allocator does not give back.
 _OVERHEAD = 55 * 10**6
 _OVERHEAD_OF_A_THREAD = 20 * 10**6
 _OVERHEAD_ELSEWHERE = 150 * 10**6
 
-# Of a memory map: pages that a piece makes resident, in its size, their neighbours included.
+# The pages of a memory map that writing a piece makes resident, neighbouring pages included, as a multiple of its size.
 _PAGES = 3
 
 
 def default_rows(width: int) -> int:
-    """Rows of so many pixels that are worked on at a time where nobody sets a limit."""
+    """The number of rows, `width` pixels each, that are computed at a time where no limit is set."""
     return band_rows(width, BAND_PIXELS)
 
 
 def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
-    """Maps of the whole batch, or of one image after the other."""
+    """The plan with whole maps, of the whole batch at once or of one image after the other."""
     images = 1 if one_by_one else task.batch
     image, output = (pixels_of(size) for size in (task.image, task.output))
     one, queries = image * task.pixel_bytes, images * output * task.pixel_bytes
@@ -44,7 +44,7 @@ def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     before = out if one_by_one and task.batch > 1 else 0
     keys = _key_bytes(task, images)
     tile = _tile_bytes(task, image)
-    # The encoded image, one map more while it is encoded, and two while an encoder goes over it.
+    # The encoded image, plus one map while it is computed, plus two maps while an encoder reads it.
     encoded = images * one
     if task.output == task.image:
         most = encoded + max(images * one + one, 2 * one)
@@ -66,7 +66,7 @@ def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     at_once = task.returned and not one_by_one
     step = task.output[0] if at_once else min(default_rows(task.output[1]), task.region[2])
     held_pieces, piece, scratch = _piece_bytes(task, step)
-    piece = scratch if at_once else piece + scratch  # or it is the output
+    piece = scratch if at_once else piece + scratch  # where all is computed at once, the piece is the output
     stages = (
         Stage("image", made, _overhead(task) + before + max(most + 3 * tile, encoded + one + 4 * tile, 2 * queries)),
         Stage("keys", _key_products(task), _overhead(task) + before + held + keys),
@@ -76,19 +76,19 @@ def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
 
 
 def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
-    """Bands of each image, exactly these."""
+    """The plan with exactly these bands of each image."""
     height, width = task.image
     image, images = pixels_of(task.image), task.images_at_once
     band = bands.rows * width * task.pixel_bytes
     kept, later, encoded = (rows / height for rows in (bands.kept, bands.kept_for_output, bands.encoded))
     row = images * width * task.pixel_bytes
-    # What is allocated the whole time: of a batch, the output from the first image on.
+    # Allocated from the start to the end: the overhead, and the output of a batch of several images.
     out = task.batch * pixels_of(task.output) * task.value_channels * task.value_dtype.itemsize if task.returned else 0
     always = _overhead(task) + (out if task.batch > 1 else 0)
     scratch = 4 * _tile_bytes(task, bands.rows * width) + bands.rows * width * task.input_dim * 8
     rest = kept < 1
     alone = always + row * bands.kept + (rest + 1) * band + scratch
-    pooling = 3 * pixels_of(task.grid) * task.dim * working_dtype(task.dtype).itemsize  # two sums, and what they make
+    pooling = 3 * pixels_of(task.grid) * task.dim * working_dtype(task.dtype).itemsize  # two sums and the result
     made = task.batch * image
     stages: list[Stage] = []
     if task.context != "all":
@@ -128,7 +128,7 @@ def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
 
 
 def _reached(task: Task, step: int) -> Size:
-    """Rows and columns of the image that some rows of the output need, at most."""
+    """The most rows and columns of the image that `step` rows of the output need."""
     tile = task.tile[1] if task.tile else task.region[3]
     lengths = zip((min(step, task.region[2]), min(tile, task.region[3])), task.output, task.image, strict=True)
     return tuple(  # type: ignore[return-value]
@@ -137,7 +137,7 @@ def _reached(task: Task, step: int) -> Size:
 
 
 def _piece_bytes(task: Task, step: int) -> tuple[int, int, int]:
-    """Bytes of pieces beside some rows of the output that are made, of these rows, and of the attention's scratch."""
+    """Bytes of the pieces that exist beside `step` computed rows, of these rows, and of the attention's scratch."""
     _, _, height, width = task.region
     columns = min(task.tile[1], width) if task.tile else width
     step = min(step, height)
@@ -147,7 +147,7 @@ def _piece_bytes(task: Task, step: int) -> tuple[int, int, int]:
         rows = min(task.tile[0], height) if task.tile else step
         held = 2 * task.batch * rows * columns * task.value_channels * task.out_dtype.itemsize
         if rows == step and task.batch == 1 and task.value_dtype == task.out_dtype:
-            held //= 2  # what is made is the piece; the caller still holds the last one
+            held //= 2  # the computed rows are the piece itself; the caller still holds the previous piece
         if task.mapped:
             held += _PAGES * task.batch * rows * columns * task.value_channels * task.out_dtype.itemsize
     shape = (task.heads, task.dim, task.value_channels)
@@ -161,14 +161,14 @@ def _attention_products(task: Task) -> float:
 
 
 def _grid_bytes(task: Task, images: int) -> int:
-    """Keys, values, and the copies that the attention makes of one image's."""
+    """Bytes of the keys, the values, and the copies of one image's keys and values that the attention makes."""
     cells, wide = pixels_of(task.grid), working_dtype(task.dtype).itemsize
     own = images * (task.pixel_bytes + task.value_channels * task.value_dtype.itemsize)
     return cells * (own + wide * task.dim + task.value_channels * working_dtype(task.value_dtype).itemsize)
 
 
 def _key_bytes(task: Task, images: int) -> int:
-    """The most on the small grid, while the features' keys are made and joined with the image's."""
+    """The peak in bytes on the feature grid, while the features' keys are computed and joined with the image's."""
     cells, taps = pixels_of(task.grid), task.filter_size**2
     shape = (images, task.channels, cells)
     unifying = feature_unification.scratch_bytes(shape, task.filters, taps, task.dtype, task.device_type, task.workers)
@@ -177,27 +177,27 @@ def _key_bytes(task: Task, images: int) -> int:
 
 
 def _tile_bytes(task: Task, pixels: int) -> int:
-    """Of a map of the tiles that the pixels of a map are worked on in."""
+    """Bytes of one map of all tiles that are computed at a time, for a map of `pixels` pixels."""
     pixel_bytes = task.dim * working_dtype(task.dtype).itemsize
     return pixel_encoder.scratch_bytes(pixels, pixel_bytes, task.device_type, task.workers)
 
 
 def _overhead(task: Task) -> int:
-    """What libraries take beside tensors."""
+    """Bytes that libraries take beside tensors."""
     if task.device_type != "cpu":
         return _OVERHEAD_ELSEWHERE
     return _OVERHEAD + (_OVERHEAD_OF_A_THREAD * task.workers if task.threads > 1 else 0)
 
 
 def _key_products(task: Task) -> float:
-    """On the small grid."""
+    """Products on the feature grid: the unification, the blocks and the aggregation."""
     cells = task.batch * pixels_of(task.grid)
     return cells * (30 + task.channels * task.filters * task.filter_size**2 / task.dim**2)
 
 
 @lru_cache(maxsize=256)
 def _plain_products(task: Task) -> float:
-    """Of a call, or of a stream, that keeps whole maps."""
+    """Products of a call or a stream with whole maps."""
     image, output = task.batch * pixels_of(task.image), task.batch * pixels_of(task.output)
     made = {"nothing": 13 * image + 10 * output, "queries": 8 * image, "all": 0}[task.context]
     return made + _key_products(task) + _attention_products(task)
@@ -205,7 +205,7 @@ def _plain_products(task: Task) -> float:
 
 @lru_cache(maxsize=256)
 def _mean_window(task: Task) -> float:
-    """Keys that a pixel sees, on average."""
+    """The mean number of keys in a pixel's window."""
     mean = 1.0
     for queries, keys in zip(task.output, task.grid, strict=True):
         start, stop = axis_bounds(task.window, queries, keys)

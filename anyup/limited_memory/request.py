@@ -1,4 +1,4 @@
-"""What a call asks for: its checked arguments, together."""
+"""The checked arguments of a call."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Request:
     """The checked arguments of a call, a stream or points.
 
     Attributes:
-        network: that upsamples.
-        image: (B, C, Hi, Wi), or what `encode_image` made of it.
+        network: the upsampler.
+        image: (B, input_dim, Hi, Wi), or the context that `encode_image` made of it.
         features: (B, C, h, w).
-        values: (B, Cv, h, w), what is upsampled: the features, or what the caller gives instead.
+        values: (B, Cv, h, w), the maps to upsample: the features, or the caller's `values=`.
         size: (H, W) of the output.
-        q_chunk_size: the most output pixels that the attention works on at a time; None: as the backend chooses.
+        q_chunk_size: the most output pixels that the attention computes at a time; None: the backend's choice.
     """
 
     network: Network
@@ -58,7 +58,7 @@ class Request:
 
     @property
     def device(self) -> torch.device:
-        """Of all of it."""
+        """The device of all tensors."""
         return self.features.device
 
     @property
@@ -68,13 +68,13 @@ class Request:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """The tensors that are read, by the names of the arguments."""
+        """The tensors that the call reads, by the names of the arguments."""
         image = self.image.image if isinstance(self.image, ImageContext) else self.image
         return {"image": image, "features": self.features, "values": self.values}
 
     @property
     def wants_gradient(self) -> bool:
-        """Whether autograd would record it."""
+        """Whether autograd would record the call."""
         return self.network.wants_gradient(self.image, self.features, self.values)
 
     def one(self, index: int) -> Request:
@@ -99,7 +99,7 @@ class Request:
         return self.network.explain(self.image, self.features, self.size, values=self.values)
 
     def task(self, *, region: tuple[int, int, int, int] | None = None, **settings: Any) -> Task:
-        """What it asks of memory and of work; with a region, as a stream. `settings` are the task's own."""
+        """The task of a call, or with a region of a stream, for a plan. `settings` are further fields of `Task`."""
         image, context = self.image, "nothing"
         if isinstance(image, ImageContext):
             context, image = "all" if self.grid in image.image_keys else "queries", image.image
@@ -122,6 +122,6 @@ class Request:
         )
 
     def check_room(self, task: Task, *, whole: bool) -> None:
-        """Raise ValueError where the device has no room for what the task keeps at once."""
+        """Raise ValueError where the result or the queries of the task do not fit the free memory of the device."""
         if is_plain(self.features):
             task.check_room(self.device, whole=whole)

@@ -1,4 +1,4 @@
-"""An upsampled map piece by piece, for outputs that nobody wants to hold whole."""
+"""An upsampled map piece by piece, for outputs that are too large to hold whole."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def stream(
     out: Any = None,
     keep: bool = False,
 ) -> Stream:
-    """Check the arguments of `AnyUp.stream` now; compute as tiles are taken.
+    """Check the arguments of `AnyUp.stream` now; compute each piece when it is taken.
 
-    Without a limit it keeps nothing, or, with `keep`, whole maps of all but the output.
+    Without a limit the stream stores no map between the passes, or, with `keep`, whole maps of all but the output.
     """
     top, left, height, width = where = check_region(region, request.size)
     if dtype is not None and dtype not in FLOATING:
@@ -65,7 +65,7 @@ def stream(
 
 
 class Parts(Sequence[tuple[slice, slice]]):
-    """Rows and columns of each piece, from left to right and from top to bottom; they may be more than memory holds."""
+    """The rows and columns of each piece, in reading order. No list, which may not fit the memory."""
 
     def __init__(self, rows: range, columns: range, end: tuple[int, int]) -> None:
         self._rows, self._columns, self._end = rows, columns, end
@@ -117,14 +117,14 @@ class Stream(Iterator[Tile]):
         return next(self._tiles)
 
     def skip(self, count: int) -> None:
-        """Leave out the next pieces, which are not computed then."""
+        """Skip the next `count` pieces, which are then not computed."""
         self._first += count
 
     def close(self) -> None:
-        """Stop here; what was written into `out` has arrived there."""
+        """End the stream, and wait until the pieces taken so far have arrived in `out`."""
         self._tiles.close()
 
-    @torch.no_grad()  # of each step: what the caller does between two tiles is his own
+    @torch.no_grad()  # inside each step alone: the caller's code between two steps keeps its own mode
     def _make(self) -> Generator[Tile, None, None]:
         destination, (top, left) = self._destination, self._origin
         try:

@@ -1,4 +1,4 @@
-"""What a call or a stream asks for, as far as its memory and its work depend on it."""
+"""The properties of a call or a stream that its memory and its work depend on."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Task:
-    """What a call or a stream asks for, as far as memory and work depend on it.
+    """The properties of a call or a stream that its memory and its work depend on.
 
     Attributes:
         image, output, grid: sizes (height, width); the image's once it is encoded (`encoded_size`).
-        batch: images.
-        channels: of the features.
-        value_channels: of the output.
-        dtype: that queries and keys are computed in.
-        value_dtype, out_dtype: of the values, and of the output.
+        batch: the number of images.
+        channels: the number of channels of the features.
+        value_channels: the number of channels of the output.
+        dtype: the dtype of the queries and keys.
+        value_dtype, out_dtype: the dtypes of the values and of the output.
         device_type: "cpu", "cuda", ...
-        threads: of a CPU.
-        returned: whether the call allocates the output; otherwise pieces are handed over.
-        region: (top, left, height, width) of the output.
-        tile: (rows, columns) of a piece; None: what is worked on at a time.
-        context: what an `ImageContext` brings: "nothing", "queries", or "all".
-        mapped: whether pieces go to a memory map, whose pages are resident until they are on the disk.
+        threads: the number of a CPU's threads.
+        returned: True: the call allocates the output and returns it. False: a stream, which returns pieces.
+        region: (top, left, height, width) of the output that is computed.
+        tile: (rows, columns) of a piece; None: as many full rows as are computed at a time.
+        context: what an `ImageContext` holds: "nothing" (there is no context), "queries", or "all" (the pooled keys
+            of the grid too).
+        mapped: whether pieces are written to a memory map, whose pages are resident until they are on the disk.
     """
 
     image: Size
@@ -63,7 +64,7 @@ class Task:
 
     @property
     def pixel_bytes(self) -> int:
-        """Of one pixel of a map of D channels."""
+        """Bytes of one pixel of a map of D channels."""
         return self.dim * self.dtype.itemsize
 
     @property
@@ -73,17 +74,17 @@ class Task:
 
     @property
     def images_at_once(self) -> int:
-        """Bands of how many images are worked on before the next: a piece of a stream holds all."""
+        """How many images are computed side by side: a call takes one after the other, a stream the whole batch."""
         return 1 if self.returned else self.batch
 
     @property
     def workers(self) -> int:
-        """Threads that each work on a tile."""
+        """The number of threads that each compute a tile."""
         return workers_of(self.threads) if self.device_type == "cpu" else 1
 
     @property
     def piece(self) -> Size:
-        """The least rows and columns of the output that are made at once."""
+        """The smallest (rows, columns) of the output that must be in memory at once."""
         if self.returned:
             return self.output
         _, _, height, width = self.region
@@ -92,13 +93,13 @@ class Task:
 
     @property
     def needs_queries(self) -> bool:
-        """Whether the image's queries are still to be made."""
+        """Whether the queries must be computed, because no context holds them."""
         return self.context == "nothing"
 
     def check_room(self, device: torch.device, *, whole: bool) -> None:
-        """Raise ValueError where what is certainly in memory at once exceeds what is free on the device.
+        """Raise ValueError where the result alone, or with the queries, exceeds the free memory of the device.
 
-        `whole`: queries are kept for all of the output.
+        `whole`: the queries of all output pixels are in memory at once.
         """
         height, width = self.piece
         shape = f"{self.batch} x {self.value_channels} x {height} x {width}"
@@ -113,7 +114,7 @@ class Task:
 
 
 def make_task(config: Mapping[str, Any], device_type: str, *, image: Size, **asked: Any) -> Task:
-    """A task with what an upsampler's configuration says, for an image of a size."""
+    """The task for an image of a size and an upsampler with these constructor arguments (`AnyUp.config`)."""
     return Task(
         image=encoded_size(image, config["kernel_size"]),
         device_type=device_type,
@@ -130,5 +131,5 @@ def make_task(config: Mapping[str, Any], device_type: str, *, image: Size, **ask
 
 
 def pixels_of(size: Sequence[int]) -> int:
-    """Of a size (height, width)."""
+    """The number of pixels of a size (height, width)."""
     return size[0] * size[1]
