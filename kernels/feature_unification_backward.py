@@ -34,6 +34,7 @@ from .feature_unification_patches import (
     taps_inside,
 )
 from .launch import Launch, strides_of
+from .products import padded
 
 TILE = 4
 """Positions along each side of a square: with filters of 5 x 5 its patches have 8 x 8 cells."""
@@ -44,7 +45,7 @@ _FOLD_POSITIONS = 64
 
 def padded_cells(kernel_size: int) -> int:
     """Cells of a square's patches in a tile: a power of two that the matrix units take."""
-    return max(16, triton.next_power_of_2((TILE + kernel_size - 1) ** 2))
+    return padded((TILE + kernel_size - 1) ** 2)
 
 
 def allocate_parts(arranged: Arranged, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

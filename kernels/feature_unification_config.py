@@ -58,11 +58,6 @@ MOST_FILTERS = 256
 """A row of a product, all filters of a softmax, stays in registers."""
 
 
-def padded_filters(filters: int) -> int:
-    """Filters in a tile: a power of two that the matrix units take."""
-    return max(16, 1 << (filters - 1).bit_length())
-
-
 def forward_configs(arranged: Arranged) -> list[UnificationConfig]:
     """Configs of the forward pass, best first; what comes later asks less of a card.
 

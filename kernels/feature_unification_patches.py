@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .feature_unification_config import padded_filters
 from .launch import Launch, strides_of
+from .products import padded
 
 SIZES = (
     "height", "width", "positions", "tiles", "runs", "entries", "first_step", "channels", "opaque_zero", "square_rows",
@@ -73,7 +73,7 @@ class Runs:
     @property
     def width(self) -> int:
         """Columns of a class in a tile."""
-        return padded_filters(self.length)
+        return padded(self.length)
 
     @property
     def columns(self) -> int:

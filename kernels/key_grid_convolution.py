@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .key_grid_config import ConvolutionConfig
 from .launch import Launch
-from .pixel_encoder_config import padded
 from .pixel_encoder_statistics import slot_channel, slot_exists, store_statistics
-from .products import mixed_matmul
+from .products import mixed_matmul, padded
 
 SIZES = ("height", "width")
 

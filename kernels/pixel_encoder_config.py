@@ -48,11 +48,6 @@ class EncoderConfig:
         return max(1, min(turns, self.blocks * multiprocessors // max(batch, 1)))
 
 
-def padded(channels: int) -> int:
-    """Channels in a tile: a power of two that the matrix units take."""
-    return max(16, 1 << (channels - 1).bit_length())
-
-
 def silu_form(dtype: torch.dtype, target: Target) -> str:
     """How silu is computed, as the kernels' FORM.
 

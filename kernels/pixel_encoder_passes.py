@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .pixel_encoder_config import EncoderConfig, padded
+from .pixel_encoder_config import EncoderConfig
 from .pixel_encoder_statistics import (
     GROUPS,
     away_from,
@@ -44,7 +44,7 @@ from .pixel_encoder_statistics import (
     slot_exists,
     store_sums,
 )
-from .products import matmul, mixed_matmul
+from .products import matmul, mixed_matmul, padded
 
 SIZES = (
     "count",

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .pixel_encoder_config import EncoderConfig, padded
+from .pixel_encoder_config import EncoderConfig
 from .pixel_encoder_passes import (
     SIZES,
     HalfBlock,
@@ -25,6 +25,7 @@ from .pixel_encoder_passes import (
     multiplied,
 )
 from .pixel_encoder_statistics import make_norm, slot_channel, slot_exists
+from .products import padded
 
 
 @triton.jit

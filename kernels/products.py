@@ -11,6 +11,11 @@ import triton
 import triton.language as tl
 
 
+def padded(length: int) -> int:
+    """Channels, filters or keys of a product's tile: a power of two that the matrix units take."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
 @triton.jit
 def matmul(left, right, total, PRECISION: tl.constexpr):
     """left @ right + total, float32; `total` None: without it. PRECISION is for factors of float32, as `tl.dot`'s.

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Target, strides_of
-from .products import matmul
+from .products import matmul, padded
 
 SIZES = ("height", "width", "tile_rows", "tile_columns")
 """Kernel arguments that a kernel must not be specialised on: a new image size compiles nothing."""
@@ -167,7 +167,7 @@ def plan_forward(
         config: sizes of tiles, warps, stages.
     """
     batch, height, width, dim = encoded.shape
-    padded = max(16, triton.next_power_of_2(dim))
+    channels = padded(dim)
     tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
     return Launch(
         kernel=_query_projection_forward_kernel,
@@ -188,11 +188,11 @@ def plan_forward(
         },
         constants={
             "DIM": dim,
-            "PADDED": padded,
+            "PADDED": channels,
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "PIECE": config.piece,
-            "OUTPUTS": min(config.outputs, padded),
+            "OUTPUTS": min(config.outputs, channels),
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
