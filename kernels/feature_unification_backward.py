@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .feature_unification_config import UnificationGradientConfig
-from .feature_unification_forward import LOG2_E, softmax_rows, turned_logits
+from .feature_unification_forward import softmax_rows, turned_logits
 from .feature_unification_patches import (
     PIECE,
     SIZES,
@@ -34,7 +34,7 @@ from .feature_unification_patches import (
     taps_inside,
 )
 from .launch import Launch, strides_of
-from .products import padded
+from .products import LOG2_E, padded
 
 TILE = 4
 """Positions along each side of a square: with filters of 5 x 5 its patches have 8 x 8 cells."""

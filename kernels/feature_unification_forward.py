@@ -31,8 +31,7 @@ from .feature_unification_patches import (
 )
 from .launch import Launch
 from .pixel_encoder_statistics import store_statistics
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .products import LOG2_E
 
 
 @triton.jit

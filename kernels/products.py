@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 def padded(length: int) -> int:
     """Channels, filters or keys of a product's tile: a power of two that the matrix units take."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SIZES, Launch, strides_of
-from .products import matmul
+from .products import LOG2_E, matmul
 from .window_attention_config import BackwardGridConfig
 from .window_attention_keys_tile import (
     common_arguments,
@@ -27,7 +27,7 @@ from .window_attention_keys_tile import (
     tiles_of,
     visible,
 )
-from .window_attention_tile import LOG2_E, load_channels, open_queries, row_block, sees_several
+from .window_attention_tile import load_channels, open_queries, row_block, sees_several
 from .window_bounds import WindowRule
 
 

@@ -19,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SIZES, Launch, size_arguments, strides_of
-from .products import matmul
+from .products import LOG2_E, matmul
 from .window_attention_backward_resident import resident_gradients, tile_grad_weights
 from .window_attention_config import BackwardQueryConfig
 from .window_attention_tile import (
-    LOG2_E,
     head_product,
     key_piece,
     load_channels,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import matmul
+from .products import LOG2_E, matmul
 from .window_attention_resident import cut_off, seen_keys
-from .window_attention_tile import LOG2_E, core_keys, grid_offsets, in_shares, key_block, load_channels, of_shares
+from .window_attention_tile import core_keys, grid_offsets, in_shares, key_block, load_channels, of_shares
 
 
 @triton.jit

@@ -17,12 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import PART, SIZES, Launch, part_arguments, size_arguments, strides_of
-from .products import matmul
+from .products import LOG2_E, matmul
 from .window_attention_config import ForwardConfig, MostKeys
 from .window_attention_kept import _window_attention_kept_kernel
 from .window_attention_resident import resident_weights, run_offsets, side_by_side
 from .window_attention_tile import (
-    LOG2_E,
     grid_offsets,
     head_statistics,
     key_block,

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from .launch import PART, SIZES
-from .products import matmul
+from .products import LOG2_E, matmul
 from .window_attention_tile import (
-    LOG2_E,
     grid_offsets,
     head_statistics,
     key_block,

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import size_arguments, strides_of
-from .products import matmul
+from .products import LOG2_E, matmul
 from .window_attention_config import BackwardGridConfig
-from .window_attention_tile import LOG2_E, pixel_windows, tile_pixels, visibility
+from .window_attention_tile import pixel_windows, tile_pixels, visibility
 from .window_bounds import WindowRule, axis_queries
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import matmul
-from .window_attention_tile import LOG2_E, LOWEST, core_keys, grid_offsets, in_shares, key_block, of_shares, visibility
+from .products import LOG2_E, matmul
+from .window_attention_tile import LOWEST, core_keys, grid_offsets, in_shares, key_block, of_shares, visibility
 
 
 @triton.jit

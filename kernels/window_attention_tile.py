@@ -27,8 +27,6 @@ import triton.language as tl
 from .products import matmul
 from .window_bounds import axis_bounds
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 # A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
 LOWEST = tl.constexpr(-3.4e38)
 
