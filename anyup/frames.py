@@ -1,4 +1,4 @@
-"""Frame after frame: what a call leaves to the next one like it."""
+"""Calls for one frame after the other, which reuse memory, or a CUDA graph, of the frame before."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _arguments(frame: Any) -> Sequence[Any]:
 
 
 class _Call:
-    """The call, made again and again."""
+    """The call for each frame, with the memory and the graph that frames share."""
 
     def __init__(self, upsampler: AnyUp, output_size: OutputSize, max_memory: int | str | None) -> None:
         self._upsampler, self._output_size, self._max_memory = upsampler, output_size, max_memory
         self._pages = Pages()
-        self._repetition: Repetition | None = None  # of the frame before: its signature
+        self._repetition: Repetition | None = None  # the signature of the frame before
         self._captured: CapturedCall | None = None
         self._tried = False
 
@@ -51,7 +51,7 @@ class _Call:
         if captured is not None:
             with suppress(torch.OutOfMemoryError):
                 return captured(image, features, values).clone()
-            captured = self._captured = None  # and its maps, beside which there is no room for results
+            captured = self._captured = None  # the graph's maps leave no room for results
         with self._pages.reuse():
             upsampled: Tensor = self._upsampler(
                 image, features, self._output_size, values=values, max_memory=self._max_memory
@@ -59,7 +59,7 @@ class _Call:
             return upsampled
 
     def _capture(self, image: Tensor | ImageContext, features: Tensor, values: Tensor | None) -> CapturedCall | None:
-        """The captured call that this frame can be made with; None where it is to be made in full."""
+        """The captured call that serves this frame; None where the frame needs a call in full."""
         seen = None
         if self._max_memory is None and type(self._upsampler) is AnyUp:
             seen = seen_before(self._upsampler, image, features, self._output_size, None, values)
@@ -68,7 +68,7 @@ class _Call:
             self._repetition, self._captured, self._tried = repetition, None, False
         elif not self._tried:
             self._tried = True
-            # There is no room for whole maps, or something cannot be captured. A mistake is met by the call as well.
+            # Whole maps do not fit, or an operation cannot be captured. A wrong argument raises again in the call.
             with suppress(ValueError, NotImplementedError, torch.OutOfMemoryError):
                 self._captured = self._upsampler.capture(image, features, self._output_size, values=values)
         return self._captured

@@ -43,8 +43,7 @@ class WithHead(nn.Module):
     ) -> Tensor:
         """(B, 3, Hi, Wi), (B, C, h, w) -> (B, head's outputs, H, W), in the head's output dtype.
 
-        Instead of the image a context that the upsampler made of it serves too. The other arguments are the
-        upsampler's.
+        `image` may also be a context of `encode_image`. The other arguments are those of the upsampler's call.
         """
         self.upsampler.check(image, features, output_size=output_size, q_chunk_size=q_chunk_size)
         logits = self._logits(features)
@@ -59,7 +58,7 @@ class WithHead(nn.Module):
         output_size: Sequence[int] | None = None,
         **settings: Any,
     ) -> Stream:
-        """The same piece by piece, with the settings of `AnyUp.stream` but `values`: pieces of the head's outputs.
+        """The head's outputs piece by piece, with the settings of `AnyUp.stream`, except `values`.
 
         Raises TypeError for `values`, and what `AnyUp.stream` raises.
         """

@@ -14,7 +14,7 @@ from anyup.installing import pip_install
 SCHEME = "hf://"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DOWNLOAD_OPTIONS = ("cache_dir", "endpoint", "etag_timeout", "force_download", "local_files_only", "proxies", "token")
-"""Of `huggingface_hub.hf_hub_download`."""
+"""The arguments of `huggingface_hub.hf_hub_download` that a caller may pass."""
 
 
 def is_stored(folder: Path) -> bool:
@@ -30,11 +30,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, and of UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{str(path)!r}: expected the constructor's arguments, got a {type(config).__name__}")
-    config.pop("backend", None)  # how it runs is the reader's choice
+    config.pop("backend", None)  # the backend is the choice of whoever loads the weights
     if config.pop("use_natten", None):
         config["window"] = "cell"
     return {name: value for name, value in config.items() if value is not None}
@@ -48,7 +48,7 @@ def download(address: str, **options: Any) -> Path:
         **options: among `DOWNLOAD_OPTIONS`.
 
     Raises:
-        OSError: it is not cached and cannot be had.
+        OSError: the repository is not cached and cannot be downloaded.
         ImportError: huggingface_hub is not installed.
     """
     repository, _, revision = address.removeprefix(SCHEME).partition("@")
@@ -65,7 +65,7 @@ def download(address: str, **options: Any) -> Path:
 
 
 def upload(folder: str, repository: str, *, message: str, private: bool | None, token: str | bool | None) -> str:
-    """Upload a folder's files to a repository, which is made if need be; the commit's address.
+    """Upload a folder's files to a repository, which is created if it does not exist; return the commit's URL.
 
     Raises what huggingface_hub raises, and ImportError where it is not installed.
     """

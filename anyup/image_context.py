@@ -1,4 +1,4 @@
-"""The image's half of the work, kept to be shared by several feature maps."""
+"""The image's half of the work, stored so that calls with several feature maps share it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from anyup.argument_checks import check_output_size, check_size
 
 Weights = tuple[tuple[int, int | None], ...]
-"""Which parameters, and how often each has been written to."""
+"""The identity of each parameter, and its version: how often it has been written to."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageContext:
-    """What an upsampler has made of an image, to be called with instead of the image (`AnyUp.encode_image`).
+    """What an upsampler has computed from an image; a call takes it instead of the image (`AnyUp.encode_image`).
 
     Attributes:
-        image: (B, input_dim, Hi, Wi), a copy: for a grid that was not named it is encoded again.
+        image: (B, input_dim, Hi, Wi), a copy; a call with a grid that was not named encodes it once more.
         queries: (B, H, W, heads, head_dim), in the dtype that the upsampler computes in.
         image_keys: (B, h, w, D) for each grid (h, w) that was named.
-        weights: of the upsampler that made it, as `weights_of` gives them.
+        weights: the versions of the upsampler's weights at that time, as `weights_of` returns them.
     """
 
     image: Tensor
@@ -38,7 +38,7 @@ class ImageContext:
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """The feature grids (h, w) for which nothing of the image has to be computed again."""
+        """The feature grids (h, w) whose image keys are stored."""
         return tuple(self.image_keys)
 
     def part(self, images: slice) -> ImageContext:
@@ -48,7 +48,7 @@ class ImageContext:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the context keeps alive."""
+        """Bytes of the tensors that the context holds."""
         return sum(t.numel() * t.element_size() for t in (self.image, self.queries, *self.image_keys.values()))
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class ImageContext:
         return f"ImageContext(batch {batch}, {height} x {width}, grids: {grids}, {self.nbytes / 1e6:.1f} MB)"
 
     def check(self, output_size: Any, dtype: torch.dtype, device: torch.device, weights: Weights | None) -> None:
-        """Raise a ValueError or TypeError unless this context serves such a call; any weights will do if None."""
+        """Raise a ValueError or TypeError unless this context serves such a call; `weights` None: not compared."""
         size = self.output_size
         if output_size is not None:
             size = check_output_size(output_size, (self.image.shape[2], self.image.shape[3]))
@@ -82,7 +82,7 @@ class ImageContext:
 
 
 def weights_of(parameters: Iterable[Tensor]) -> Weights:
-    """What changes when an optimiser or `load_state_dict` writes to one of the parameters."""
+    """A value that differs after an optimiser or `load_state_dict` has written to one of the parameters."""
     return tuple((id(p), None if p.is_inference() else p._version) for p in parameters)
 
 

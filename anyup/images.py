@@ -1,8 +1,8 @@
 """Photographs, pictures and feature maps, to and from files.
 
 Photographs are read as the viewer sees them: turned by their EXIF orientation, transparent parts on white,
-RGB. Of EXIF nothing but the orientation is read, so that whatever else is broken in it does no harm. Files are
-written complete or not at all: into a temporary file beside the target, which is then renamed over it.
+RGB. Only the orientation is read from EXIF, so that any other broken tag does no harm. A file is complete or
+absent: it is written under a temporary name beside the target and then renamed.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def _pillow() -> Any:
 
 
 def check_readable(path: str | os.PathLike[str], what: str = "") -> Path:
-    """The path, if there is a regular file; else OSError, which calls it `what`, by default by its path.
+    """The path, if it is a regular file; else raises OSError, which names it `what`, by default by its path.
 
-    A named pipe, a socket or a device is never opened: that might wait for ever.
+    A named pipe, a socket or a device is never opened: to open one might block forever.
     """
     path = Path(path)
     mode = path.stat().st_mode
@@ -91,12 +91,12 @@ class StoredPicture(NamedTuple):
 
     @property
     def turned_size(self) -> tuple[int, int]:
-        """(width, height) of what `turned` gives."""
+        """(width, height) of the picture that `turned` returns."""
         width, height = self.pixels.size
         return (width, height) if (self.orientation or 1) < 5 else (height, width)
 
     def turned(self) -> Image.Image:
-        """The pixels as the orientation says that a viewer sees them."""
+        """The pixels, turned and mirrored by the orientation tag."""
         from PIL.Image import Transpose
 
         methods = {
@@ -126,15 +126,15 @@ def read_picture(path: str | os.PathLike[str]) -> StoredPicture:
                 return _decode(opened)
         except PIL.UnidentifiedImageError as error:
             raise ValueError(f"{path}: not a picture in a format that Pillow {PIL.__version__} reads") from error
-        except Exception as error:  # each format raises kinds of its own for damaged files
+        except Exception as error:  # the class of the error depends on the format of the file
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path}: the picture cannot be decoded ({reason})") from error
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """(height, width) that a picture's file tells, as it is stored; None where it tells nothing. Nothing is decoded."""
+    """(height, width) in a picture file's header, before any turn; None where there is none. Nothing is decoded."""
     PIL = _pillow()
-    # Each format raises kinds of its own.
+    # The class of the error depends on the format of the file.
     with suppress(Exception), PIL.Image.open(check_readable(path)) as opened:
         return opened.height, opened.width
     return None
@@ -143,26 +143,26 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 def _decode(opened: Any) -> StoredPicture:
     orientation = None
     if opened.format == "TIFF":
-        # Pillow turns a TIFF while it loads it, for which it reads tags that may be broken: it finds none.
+        # Pillow turns a TIFF when it loads its pixels, and fails on broken tags. So the tags are deleted first.
         exif = opened.getexif()
         orientation = exif.get(_ORIENTATION)
         for tag in list(exif):
             del exif[tag]
-    pixels = opened.copy()  # unlike `opened`, of the size of its pixels for such a TIFF too
-    if orientation is None:  # now, because a PNG's EXIF may follow its pixels
+    pixels = opened.copy()  # the size of `opened` may still be that before the turn
+    if orientation is None:  # read after the pixels, because a PNG's EXIF may follow them
         orientation = _orientation(opened.info.get("exif") or b"")
     if orientation is None:
-        with suppress(Exception):  # what is broken there raises in many ways, and says nothing of the pixels
-            orientation = opened.getexif().get(_ORIENTATION)  # of XMP, or of a PNG's text
+        with suppress(Exception):  # broken XMP raises errors of many classes, and the pixels are fine
+            orientation = opened.getexif().get(_ORIENTATION)  # from XMP, or from a PNG's text
     return StoredPicture(pixels, orientation if orientation in range(1, 9) else None)
 
 
 _ORIENTATION = 0x0112  # EXIF's tag
-_INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's types that an orientation is stored as, for `struct`
+_INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's integer types, as formats of `struct`
 
 
 def _orientation(exif: bytes) -> int | None:
-    """The orientation that an EXIF block holds, whatever else in it is broken; None where it holds none."""
+    """The orientation in an EXIF block, even if other parts are broken; None where there is no orientation."""
     tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")  # some cameras write it twice
     order = ">" if tiff[:2] == b"MM" else "<"
     with suppress(struct.error):  # where the block ends too early
@@ -188,7 +188,7 @@ def read_photo(path: str | os.PathLike[str], *, turned: bool = True) -> Tensor:
 
 
 def to_rgb01(image: Image.Image, path: str | os.PathLike[str]) -> Tensor:
-    """A picture as `read_photo` gives it; ValueError, which names the path, where it holds no colours."""
+    """A picture as `read_photo` returns it; raises ValueError, which names the path, where it has no colours."""
     import numpy
     from PIL import Image
 
@@ -196,7 +196,7 @@ def to_rgb01(image: Image.Image, path: str | os.PathLike[str]) -> Tensor:
         levels = torch.from_numpy(numpy.array(image).astype(numpy.float32))
         top = 1.0 if image.mode == "F" else 65535.0
         low, high = float(levels.min()), float(levels.max())
-        if not (0.0 <= low and high <= top):  # also where a NaN is among them
+        if not (0.0 <= low and high <= top):  # a NaN fails both comparisons
             raise ValueError(f"{path}: grey levels of mode {image.mode} in 0..{top:g} expected, got {low:g}..{high:g}")
         return (levels / top).expand(1, 3, *levels.shape).contiguous()
     try:
@@ -205,7 +205,7 @@ def to_rgb01(image: Image.Image, path: str | os.PathLike[str]) -> Tensor:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = torch.from_numpy(numpy.array(image.convert("RGB")))
         return pixels.permute(2, 0, 1)[None].float().div_(255).contiguous()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory is a RuntimeError
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch is out of memory
         raise ValueError(f"{path}: Pillow's mode {image.mode} cannot be brought to RGB ({error})") from error
 
 
@@ -231,7 +231,7 @@ def resize(rgb01: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resizing_of_axis(length: int, count: int) -> Tensor:
-    """(count, length): what `resize` multiplies an axis by, before it clamps."""
+    """The matrix (count, length) by which `resize` multiplies an axis, before it clamps."""
     return _interpolated(torch.eye(length)[None, None], (count, length))[0, 0]
 
 
@@ -240,14 +240,14 @@ def _interpolated(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def fit_within(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """(height, width) of `size` scaled in proportion to the longer side `max_side`; at least 1 each."""
+    """(height, width) of `size`, scaled so that the longer side is `max_side`; each at least 1."""
     longer = max(size)
     height, width = (max(1, round(side * max_side / longer)) for side in size)
     return height, width
 
 
 def round_to_multiple(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """(height, width) each at the nearest multiple of `multiple`, at least one of it."""
+    """(height, width), each rounded to the nearest multiple of `multiple`, and at least `multiple`."""
     height, width = (max(1, int(side / multiple + 0.5)) * multiple for side in size)
     return height, width
 
@@ -307,11 +307,11 @@ def complete_or_absent(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.stem}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
     try:
-        # Made here, so that no other program's file of this name is overwritten; its mode follows the umask.
+        # O_EXCL: never overwrite a file of another program. The mode follows the umask.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        os.chmod(temporary, mode)  # safetensors puts a file of its own there, which its owner alone may read
+        os.chmod(temporary, mode)  # safetensors replaces the file by one that only its owner may read
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
@@ -353,8 +353,8 @@ def read_features(path: str | os.PathLike[str], what: str = "features") -> Tenso
     """A feature map from a file, (1, C, h, w), in the file's floating dtype.
 
     .npy, .npz, .pt, .pth or .safetensors of shape (C, h, w) or (1, C, h, w); where a file holds several
-    arrays, the one named "features" is taken. Nothing in the file is executed. `what` the map is, "features" or
-    "values", is told in errors; values may be (1, h, w). Raises FileNotFoundError or
+    arrays, the one named "features" is taken. Nothing in the file is executed. `what` is the map's name in
+    errors, "features" or "values"; values may be (1, h, w). Raises FileNotFoundError or
     another OSError where the file cannot be opened, and ValueError where its contents are not such a map.
     """
     found = _read_checked(path, _FEATURE_SUFFIXES, f"{what} {path}")
@@ -400,7 +400,7 @@ def _named_tensors(found: dict[Any, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def _read_checked(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) -> object:
-    """What a file of one of these suffixes holds; errors that it has call it `what`."""
+    """The content of a file with one of these suffixes; errors name the file `what`."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in suffixes:

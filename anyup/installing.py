@@ -1,11 +1,11 @@
-"""What to type where a package is missing that only a part of this one takes.
+"""The command to type where an optional package is missing.
 
-The package itself is named, not an extra of ours: that works from a checkout, a wheel and torch.hub alike.
+The command names the package, not an extra of anyup: so it works for a checkout, a wheel and torch.hub.
 """
 
 from __future__ import annotations
 
 
 def pip_install(package: str, *, dependencies: bool = True) -> str:
-    """The command that installs a package, in a version if it is named as "package==version"."""
+    """The command that installs a package; `package` may be "name==version"."""
     return f"pip install {package}" if dependencies else f"pip install --no-deps {package}"

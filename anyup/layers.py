@@ -1,7 +1,7 @@
 """The model's building blocks: parameters under their published names.
 
-What is heavy runs in `anyup.ops`. A residual block that changes the width, and a convolution that sees more than its
-pixel, run here.
+The heavy operations run in `anyup.ops`. A residual block that changes the width, and a convolution with a kernel larger
+than 1x1, run here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from anyup.ops.precision import without_autocast, working_dtype
 
 
 class ResBlock(nn.Module):
-    """Two pre-activated 1x1 convolutions beside a shortcut: (B, in, H, W) -> (B, out, H, W), channels last."""
+    """Two times norm, SiLU and 1x1 convolution, plus a shortcut: (B, in, H, W) -> (B, out, H, W), channels last."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -50,11 +50,11 @@ class ResBlock(nn.Module):
 
     @property
     def keeps_width(self) -> bool:
-        """Whether the shortcut is the identity: what the pixel encoder takes."""
+        """Whether the shortcut is the identity, which the pixel encoder requires."""
         return isinstance(self.shortcut, nn.Identity)
 
     def parameters_for_op(self) -> BlockParameters:
-        """The block's tensors, as the pixel encoder takes them (no shortcut)."""
+        """The block's tensors, without a shortcut, in the form that the pixel encoder takes."""
         norm1, conv1, norm2, conv2 = self._layers()
         tensors = (norm1.weight, norm1.bias, conv1.weight, norm2.weight, norm2.bias, conv2.weight)
         return BlockParameters(*(t.flatten(1) if t.dim() == 4 else t for t in tensors))
@@ -75,7 +75,7 @@ class BorderConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """In the dtype of `x`."""
+        """(B, in, H, W) -> (B, H, W, out), in the dtype of `x`."""
         return self._convolved(self.bordered(x)).to(x.dtype)
 
     def bordered(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class BorderConv2d(nn.Conv2d):
         return _bordered(_bordered(x.permute(0, 2, 3, 1), 1, half), 2, half)
 
     def part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """These rows and columns of the result, in a dtype."""
+        """A rectangle of the result, computed in `dtype`."""
         size = self.kernel_size[0]
         half, x = size // 2, x.permute(0, 2, 3, 1)
         for dim, part in ((1, rows), (2, columns)):
@@ -93,7 +93,7 @@ class BorderConv2d(nn.Conv2d):
         return self._convolved(x.to(dtype)).to(dtype)
 
     def at(self, x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-        """The result (P, out) at single pixels (P,) of one image (in, H, W), in a dtype."""
+        """The result (P, out) at pixels `rows`, `columns` (P,) of one image (in, H, W), computed in `dtype`."""
         size = self.kernel_size[0]
         index = [
             _bordered(torch.arange(length), 0, size // 2)[position[:, None] + torch.arange(size)]
@@ -105,7 +105,7 @@ class BorderConv2d(nn.Conv2d):
         return linear(patches.to(wide).transpose(0, 1).flatten(1), weight).to(dtype)
 
     def _convolved(self, padded: Tensor) -> Tensor:
-        """Of pixels (B, H, W, in) with their border; half precision in float32."""
+        """Convolve bordered pixels (B, H, W, in); half precision is computed in float32."""
         wide = working_dtype(padded.dtype)
         with without_autocast(padded.device.type):
             return Convolution(self.weight.to(padded.dtype).to(wide))(padded.to(wide))
@@ -119,9 +119,9 @@ def encoded_size(size: tuple[int, int], kernel_size: int) -> tuple[int, int]:
 
 
 def _bordered(x: Tensor, dim: int, half: int, first: int | None = None, stop: int | None = None) -> Tensor:
-    """Some positions of an axis, of which up to `half` on both sides lie beyond it; None: all of these.
+    """The positions `first` to `stop` of an axis, which may lie up to `half` beyond its ends; None: all of them.
 
-    There the axis is reflected, or repeated where it is too short for that.
+    Beyond its ends the axis is reflected, or its last position is repeated where it is too short to reflect.
     """
     length = x.shape[dim]
     before = half if first is None else max(-first, 0)
@@ -136,7 +136,7 @@ def _bordered(x: Tensor, dim: int, half: int, first: int | None = None, stop: in
 
 
 class Encoder(nn.Sequential):
-    """A convolution without bias and two residual blocks, which run as the pixel encoder, with it if it is 1x1."""
+    """A convolution without bias and two residual blocks. The pixel encoder runs the blocks, and a 1x1 convolution."""
 
     def __init__(self, in_channels: int, dim: int, kernel_size: int = 1) -> None:
         super().__init__(BorderConv2d(in_channels, dim, kernel_size), ResBlock(dim, dim), ResBlock(dim, dim))
@@ -145,40 +145,40 @@ class Encoder(nn.Sequential):
     def prepare(self, x: Tensor) -> tuple[Tensor, EncoderParameters]:
         """The arguments of `encode_pixels` for an input (B, C, H, W), in the dtype of `x`.
 
-        A first convolution that sees more than its pixel runs here.
+        A convolution that is larger than 1x1 is applied here.
         """
         conv, _, _ = self._layers()
         parameters = self.parameters_for_op(x.dtype)
         return conv(x) if self.kernel_size > 1 else x.permute(0, 2, 3, 1), parameters
 
     def prepare_part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """The same for a rectangle of what one image (C, H, W) is encoded to, in a dtype: (rows, columns, C or D)."""
+        """The pixels (rows, columns, C or D) of `prepare` for a rectangle of one image (C, H, W), in `dtype`."""
         conv, _, _ = self._layers()
         if self.kernel_size == 1:
             return x[:, rows, columns].permute(1, 2, 0).to(dtype)
         return conv.part(x[None], rows, columns, dtype)[0]
 
     def prepare_at(self, x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same for single pixels (P,): (P, C or D)."""
+        """The pixels (P, C or D) of `prepare` at `rows`, `columns` (P,) of one image (C, H, W), in `dtype`."""
         conv, _, _ = self._layers()
         if self.kernel_size == 1:
             return x[:, rows, columns].T.to(dtype)
         return conv.at(x, rows, columns, dtype)
 
     def parameters_for_op(self, dtype: torch.dtype) -> EncoderParameters:
-        """The encoder's tensors in a dtype, as the pixel encoder takes them."""
+        """The encoder's tensors in a dtype, in the form that the pixel encoder takes."""
         conv, block1, block2 = self._layers()
         projection = conv.weight.flatten(1) if self.kernel_size == 1 else None
         return EncoderParameters(projection, block1.parameters_for_op(), block2.parameters_for_op()).to(dtype)
 
     def parts_for_op(self) -> tuple[Tensor, EncoderParameters]:
-        """The convolution's weight and the blocks behind it, as they are."""
+        """The convolution's weight and the tensors of the blocks, in the dtypes of the parameters."""
         conv, block1, block2 = self._layers()
         return conv.weight, EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())
 
     @property
     def channels_of_op(self) -> tuple[int, int]:
-        """Channels that the pixel encoder takes and gives."""
+        """The numbers of channels that the pixel encoder takes and returns."""
         conv, _, _ = self._layers()
         return conv.in_channels if self.kernel_size == 1 else conv.out_channels, conv.out_channels
 
@@ -191,7 +191,7 @@ class Encoder(nn.Sequential):
     ) -> Tensor:
         """(B, in, H, W) -> (B, D, h, w), channels last in memory, in the dtype of `x`.
 
-        (h, w) is `encoded_size`, or the `output_size` that the map is pooled to; with `frequencies` it is rotated.
+        (h, w) is `encoded_size`, or `output_size`, to which the map is pooled; `frequencies` adds the rotary embedding.
         """
         pixels, parameters = self.prepare(x)
         encoded = encode_pixels(pixels, parameters, frequencies=frequencies, output_size=output_size, backend=backend)
@@ -203,7 +203,7 @@ class Encoder(nn.Sequential):
 
 
 class RoPE(nn.Module):
-    """The learned frequencies (2, D) of the rotary embedding: one angle per unit of row and of column."""
+    """The rotary embedding's learned frequencies (2, D): each channel's angle per unit of row and of column."""
 
     def __init__(self, dim: int, theta: float = 100.0) -> None:
         super().__init__()
@@ -244,5 +244,5 @@ def _normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of (B, H, W, C) as the matrix product that it is, in the dtype of `x`."""
+    """A 1x1 convolution of (B, H, W, C) as a matrix product, in the dtype of `x`."""
     return F.linear(x, conv.weight.to(x.dtype).flatten(1))

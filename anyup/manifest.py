@@ -1,8 +1,7 @@
-"""What becomes of each photograph of a run over many: a file that grows with the work, and that a later run reads.
+"""The manifest: a file with the outcome for each photograph of a run, which `--resume` reads.
 
-JSON, a line for each: the first tells what was asked for, every other one of one photograph; of several lines with its
-name the last one counts. A line that a killed run has begun only is none. So processes that share a run may keep a file
-each, and the files' lines together are the run's.
+Each line is a JSON object. The first line holds the settings of the run, every other line one photograph; of several
+lines with the name of one photograph the last counts. An incomplete last line, which a killed run leaves, is ignored.
 """
 
 from __future__ import annotations
@@ -20,33 +19,33 @@ class Manifest:
     """The file, which is open until `close`; within a `with` statement, until its end.
 
     Attributes:
-        entries: of each photograph, by its name.
+        entries: the outcome for each photograph, by its name.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any]) -> None:
-        """Begin, or go on where there is such a file.
+        """Begin a manifest, or go on with the one that exists.
 
-        Raises ValueError where that one was begun for something else, or is no manifest.
+        Raises ValueError where the existing one has other settings (`asked`), or is no manifest.
         """
         self._path = path
-        self._asked = json.loads(json.dumps(asked))  # as it will be read
+        self._asked = json.loads(json.dumps(asked))  # in the form that reading the file gives
         self.entries = self._read() if path.exists() else {}
         self._write()
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def add(self, photograph: str, entry: Mapping[str, Any]) -> None:
-        """What became of a photograph; it is in the file when this returns."""
+        """Append the outcome for a photograph; the line is in the file when this returns."""
         self.entries[photograph] = dict(entry)
         self._file.write(_line({"photograph": photograph, **entry}))
         self._file.flush()
 
     def complete(self) -> None:
-        """Leave one line for each photograph, in the order of their names, however often the run was interrupted."""
+        """Close the file, rewritten with one line for each photograph in the order of their names."""
         self.close()
         self._write()
 
     def close(self) -> None:
-        """Leave the file as it is."""
+        """Close the file without a rewrite."""
         self._file.close()
 
     def __enter__(self) -> Manifest:
@@ -57,7 +56,7 @@ class Manifest:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            # What follows the last line's end was not finished.
+            # The text after the last newline is an incomplete line.
             asked, *entries = map(json.loads, self._path.read_text(encoding="utf-8").split("\n")[:-1])
             before, found = asked["asked"], {entry.pop("photograph"): entry for entry in entries}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,7 +72,7 @@ class Manifest:
     def _write(self) -> None:
         lines = [{"asked": self._asked}]
         lines += [{"photograph": name, **self.entries[name]} for name in sorted(self.entries)]
-        # Under a fixed name, so that a killed run leaves nothing that the next one does not find.
+        # The temporary file has a fixed name, so that the next run overwrites what a killed run leaves.
         new = self._path.with_name(self._path.name + ".new")
         new.write_text("".join(map(_line, lines)), encoding="utf-8")
         os.replace(new, self._path)

@@ -66,28 +66,30 @@ class AnyUp(Network):
         Args:
             image: (B, input_dim, Hi, Wi), ImageNet-normalised, any floating dtype; or what `encode_image` made of it.
             features: (B, C, h, w), any encoder's, any C, any floating dtype.
-            output_size: (H, W), or a number for both; None, or a None among the two, means the image's size, or what
-                its context was made for.
-            vis_attn: show a picture of the attention as well (`anyup.visualization.show_attention`).
+            output_size: (H, W), or a number for both; None, for both or for one of them, means the image's size. With a
+                context, None means the size that the context was made for.
+            vis_attn: also show a picture of the attention (`anyup.visualization.show_attention`).
             q_chunk_size: the most output pixels the attention works on at a time, where a backend works in
                 chunks; the result does not depend on it.
-            values: (B, Cv, h, w) to carry with the same attention instead of the features: class logits, masks,
-                depth. A pixel's weights sum to one, so a linear head with bias may as well be applied before.
-            max_memory: bytes, or a text such as "2GB", that the call may allocate, its result included; it keeps
-                less, and computes more again, as `plan` says. None: no limit on a CPU, 90 % of what is free on a GPU
-                (none where a gradient is wanted, or while torch.compile traces).
-            out: write the result into this, of its shape and any floating dtype, and return it: a tensor on any
-                device, a NumPy array or memory map, a zarr array. No other map of the output is made, and `max_memory`
-                does not count it.
+            values: (B, Cv, h, w), maps that are upsampled instead of the features, with the same attention weights:
+                class logits, masks, depth. The weights of a pixel sum to one, so a linear head with bias gives the same
+                result before the upsampling as after it.
+            max_memory: bytes, or a text such as "2GB", that the call may allocate, its result included. The call
+                then stores fewer maps and recomputes more, as `plan` says. None: no limit on a CPU, 90 % of the free
+                memory on a GPU (no limit where a gradient is wanted, or while torch.compile traces).
+            out: an array of the result's shape and any floating dtype, which the call writes the result into and
+                returns: a tensor on any device, a NumPy array or memory map, or a zarr array. `max_memory` does not
+                count it, and the call allocates no other map of the output.
 
         Returns:
             (B, C or Cv, H, W) in the dtype of the features (or values), channels last in memory; or `out`.
 
         Raises:
-            ValueError, TypeError: which argument, what was expected, what came; before any work. `max_memory`: the
-                smallest that can. `output_size`: what such a result takes, where that is more than is free.
-            RuntimeError: a gradient is wanted within `max_memory`, or with `out`.
-            NotImplementedError: no requested backend can; lists every reason. Or a forward-mode derivative is wanted.
+            ValueError, TypeError: which argument, what was expected, what came; before any work. For `max_memory` the
+                error names the smallest budget that suffices, for `output_size` the memory that the result needs.
+            RuntimeError: `max_memory` or `out` is given, and a gradient is wanted.
+            NotImplementedError: no requested backend can run the call (it lists every reason), or a forward-mode
+                derivative is wanted.
         """
         compiling, seen = torch.compiler.is_compiling(), None
         if compiling and max_memory is None and out is None:
@@ -114,7 +116,7 @@ class AnyUp(Network):
     ) -> Tensor:
         """The call's second half, by the published name and arguments.
 
-        It keeps whole maps; `encode_image` shares more of the work, and a call with its context keeps to a budget.
+        It stores whole maps. `encode_image` shares more of the work, and a call with its context can keep to a budget.
 
         Args:
             enc_img: (B, D, Hi, Wi), the image encoder's output after the rotation (`rope`).
@@ -145,9 +147,9 @@ class AnyUp(Network):
     ) -> ImageContext:
         """Do the image's half of the work once, for calls with several feature maps.
 
-        Calls with the context instead of the image return exactly what they return with the image. For features on
-        a grid that was not named, the image is encoded again in each call, its queries alone are shared. Gradients
-        flow through a context as through a call. It is for this upsampler with these weights: a copy's call refuses it.
+        A call with the context returns exactly what the call with the image returns. For features on a grid that is
+        not in `grids`, each call encodes the image once more and shares only the queries. Gradients flow through a
+        context as through a call. A context belongs to this upsampler with its present weights: any other refuses it.
 
         Args:
             image: (B, input_dim, Hi, Wi), as in the call.
@@ -177,9 +179,9 @@ class AnyUp(Network):
             nullcontext() if compiling else memory.reuse(),
             nullcontext() if compiling else self.threads_for(image, size),
         ):
-            # Three maps like the queries: the encoded image, and an encoder's own.
+            # The peak is three maps as large as the queries: the encoded image, and two of the encoder that runs.
             queries, *image_keys = encode() if seen is None else seen.repeat() or seen.record(3 * needed, encode)
-        # The caller may write the next frame into the image.
+        # A copy, because the caller may write the next frame into the image.
         return ImageContext(
             image.clone(), queries, dict(zip(names, image_keys, strict=True)), weights_of(self.parameters())
         )
@@ -199,27 +201,28 @@ class AnyUp(Network):
     ) -> Stream:
         """Bring features to the image's resolution piece by piece, without a map of that resolution in memory.
 
-        Exact: normalisations take the statistics of the whole image, windows and convolutions know no seams. What
-        is not kept is computed again, which costs two to three times the arithmetic before the attention.
+        The result is exact: normalisations use the statistics of the whole image, and windows and convolutions reach
+        across the borders of pieces. Maps that are not stored are recomputed: the steps before the attention take two
+        to three times the arithmetic.
 
         Args:
             image: as in the call.
             features: as in the call.
             output_size: as in the call.
             values: as in the call.
-            tile: rows, or (rows, columns), of a piece; None: full rows, as many as are worked on at a time.
+            tile: rows, or (rows, columns), of a piece; None: as many full rows as are computed at a time.
             max_memory: bytes, or a text such as "2GB", that the stream may allocate, two pieces included (the one that
-                the caller holds, and the next); what has room is kept instead of being computed again. None: 90 % of
-                what is free on a GPU, and nothing that is kept on a CPU.
-            region: (top, left, height, width): compute this part of the output alone, at the cost of the part plus
-                the statistics. None: all of it.
+                the caller holds, and the next). Maps that fit are stored instead of recomputed. None: 90 % of the free
+                memory on a GPU; on a CPU no map is stored.
+            region: (top, left, height, width): compute only this rectangle of the output. It costs the rectangle's
+                share of the work plus the statistics of the whole image. None: the whole output.
             dtype: of the pieces; None means that of `out`, else of the features (or values).
-            out: write the pieces into this as well, of the shape (B, C or Cv, H, W) of the output or the region, as in
-                the call. It is complete when the stream ends.
+            out: an array as in the call, of the shape (B, C or Cv, H, W) of the output or the region, which the pieces
+                are also written into. It is complete when the stream ends.
 
         Returns:
             An iterator over (rows, columns, piece), two slices of the output and (B, C or Cv, rows, columns), from
-            left to right and from top to bottom. The work is done as they are taken. It has a length, and a `plan`.
+            left to right and from top to bottom. A piece is computed when it is taken. It has a length, and a `plan`.
 
         Raises:
             ValueError, TypeError: which argument, what was expected, what came; before any work.
@@ -238,17 +241,17 @@ class AnyUp(Network):
         *,
         max_memory: int | str | None = None,
     ) -> Iterator[Tensor]:
-        """Bring one frame after the other to its image's resolution, as calls would, and for less.
+        """Bring one frame after the other to its image's resolution: the results of calls, for less time and memory.
 
             for upsampled in upsampler.frames((image, encoder(image)) for image in images):
                 ...
 
-        Frames of one size and dtype share their memory: on a CPU that of the maps in between, on a GPU one CUDA graph
-        (see `capture`), which the second frame is captured in, where whole maps fit and no gradient is wanted.
+        Frames of one size and dtype share memory. On a CPU they share the maps in between. On a GPU the second frame is
+        captured in a CUDA graph (see `capture`) that later frames replay, if whole maps fit and no gradient is wanted.
 
         Args:
-            frames: of each the arguments of a call: (image, features) or (image, features, values), as a loader may
-                yield them. The next is asked for when its result is.
+            frames: an iterable of (image, features) or (image, features, values), as in the call. The next frame is
+                taken from it when its result is asked for.
             output_size: as in the call.
             max_memory: as in the call.
 
@@ -256,7 +259,8 @@ class AnyUp(Network):
             An iterator over what the calls return: (B, C or Cv, H, W), each a tensor of its own.
 
         Raises:
-            TypeError, ValueError: `frames` is no such iterable; from the iterator, what a call raises.
+            TypeError: `frames` is not iterable. The iterator raises what a call raises, and ValueError or TypeError for
+                a frame of another form.
         """
         from anyup.frames import upsampled_frames
 
@@ -272,11 +276,11 @@ class AnyUp(Network):
         values: Tensor | None = None,
         max_memory: int | str | None = None,
     ) -> Tensor:
-        """The upsampled features at some points: the values of the whole output there, without making it.
+        """The upsampled features at some points: the whole output's values there, without computing the whole output.
 
-        The statistics of the normalisations are still those of the whole image, which is most of the work. Gradients
-        flow to the features and the values; while the image or a weight wants one too, the queries of all pixels are
-        kept as in a call, so freeze the upsampler (`requires_grad_(False)`) where it is not trained.
+        The normalisations need the statistics of the whole image, which are most of the work. Gradients flow to the
+        features and the values. If the image or a weight wants a gradient too, the queries of all pixels are stored as
+        in a call; so freeze an upsampler that is not trained (`requires_grad_(False)`).
 
         Args:
             image: as in the call.
@@ -293,7 +297,7 @@ class AnyUp(Network):
 
         Raises:
             ValueError, TypeError: which argument, what was expected, what came; before any work.
-            RuntimeError: `max_memory` where the image or a weight wants a gradient.
+            RuntimeError: `max_memory` is given, and the image or a weight wants a gradient.
             NotImplementedError: no requested backend can; lists every reason.
         """
         from anyup.limited_memory.points import at_points
@@ -341,7 +345,7 @@ class AnyUp(Network):
         private: bool | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes to a repository of Hugging Face's hub; the commit's address."""
+        """Upload what `save_pretrained` writes to a repository of Hugging Face's hub; return the commit's URL."""
         from anyup import hugging_face
 
         with TemporaryDirectory() as folder:
@@ -359,7 +363,7 @@ class AnyUp(Network):
         batch: int = 1,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Do before the first request what the first calls of a size do: compile kernels, and decide how they run.
+        """Do in advance what the first calls of a size do: compile kernels, and record the call for repetition.
 
         On a GPU the kernels compile side by side, on up to eight of the processor's cores. Call it under
         `torch.inference_mode()` and autocast as the requests will be.
@@ -369,8 +373,8 @@ class AnyUp(Network):
             feature_size: (height, width).
             channels: of the features.
             output_size: (H, W); None means the image's size.
-            values: channels of `values=`, where that is used.
-            batch: images.
+            values: channels of `values=`; None: the requests use no `values=`.
+            batch: number of images.
             dtype: of the images and features; None means the upsampler's.
 
         Raises:
@@ -397,11 +401,11 @@ class AnyUp(Network):
             upsample = upsampler.capture(image, features)
             out = upsample(next_image, next_features)
 
-        Each call copies its tensors into the graph's (copies on the GPU), replays it and returns its result, the same
-        tensor each time: the next call writes it again, `clone()` what is to stay. A context of `encode_image` stands
-        for the image in the capture and in the calls, another one each time (video: one image's queries for several
-        feature maps, or one after the other). Autocast and the precision of products stay as they were; weights are
-        read where they are at each call. One thread may call it at a time.
+        Each call copies its tensors into the graph's tensors on the GPU, replays the graph and returns its result. The
+        result is the same tensor each time, and the next call overwrites it: `clone()` it to keep it. A context of
+        `encode_image` may take the image's place, in the capture and then in every call; each call may take another
+        context. Autocast and the precision of products are those of the capture. Each call reads the weights at their
+        addresses, so it uses their new values. Only one thread may call it at a time.
 
         Args:
             image: as in the call.
@@ -410,12 +414,12 @@ class AnyUp(Network):
             values: as in the call.
 
         Returns:
-            A callable `(image, features, values=None)`; its `nbytes` of GPU memory are kept as long as it lives.
+            A callable `(image, features, values=None)`. It holds `nbytes` of GPU memory as long as it lives.
 
         Raises:
-            ValueError, TypeError: which argument, what was expected, what came. Or whole maps do not fit.
-            RuntimeError: on another device than a GPU; or a gradient is wanted, call it under `torch.no_grad()`.
-            NotImplementedError: no requested backend can, or what runs cannot be captured.
+            ValueError, TypeError: which argument, what was expected, what came; or whole maps do not fit (ValueError).
+            RuntimeError: the upsampler is not on a GPU, or a gradient is wanted (call it under `torch.no_grad()`).
+            NotImplementedError: no requested backend can run the call, or it cannot be captured.
         """
         from anyup.capture import capture
 

@@ -1,8 +1,8 @@
 """AnyUp's network: its parameters under their published names, and the stages of its forward over whole maps.
 
 The AnyUp paper (arXiv 2510.12764): each output pixel attends to the features in a window around it, with queries
-from the image and keys from the image and the features. What is heavy runs in `anyup.ops`; how much memory a call may
-take is not decided here.
+from the image and keys from the image and the features. The heavy operations run in `anyup.ops`. `anyup.limited_memory`
+decides how much memory a call takes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ModelBackend = Backend | Mapping[str, Backend]
 
 
 class Network(nn.Module):
-    """The network behind `AnyUp`, whose arguments it takes: `upsample_whole` is its forward."""
+    """The network of `AnyUp`, with the same constructor arguments; `upsample_whole` is the forward over whole maps."""
 
     def __init__(
         self,
@@ -110,19 +110,19 @@ class Network(nn.Module):
 
     @property
     def window_ratio(self) -> float:
-        """The window's ratio; it is changed at `cross_decode.window_ratio`, as in the published class."""
+        """The window's ratio; to change it, set `cross_decode.window_ratio`, as in the published class."""
         return self.cross_decode.window_ratio
 
     @window_ratio.setter
     def window_ratio(self, ratio: float) -> None:
-        # The published class keeps a copy here that changes nothing.
+        # In the published class this attribute is a copy: to set it has no effect.
         raise AttributeError(
             f"window_ratio: expected to be set at `upsampler.cross_decode.window_ratio`, got {ratio!r} here"
         )
 
     @property
     def backends(self) -> Mapping[str, Backend]:
-        """The backend that is asked for, by operation (`OPERATIONS`)."""
+        """The requested backend of each operation (`OPERATIONS`)."""
         return self._backends
 
     @property
@@ -136,7 +136,7 @@ class Network(nn.Module):
         return int(self._widths["lfu_dim"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `pickle` kept, of an earlier version too, whose window was the model's."""
+        """Restore a pickled model; in earlier versions the model held the window, not `cross_decode`."""
         super().__setstate__(state)
         if "config" in self.__dict__:
             self._widths = self.__dict__.pop("config")
@@ -153,10 +153,10 @@ class Network(nn.Module):
         *,
         values: Tensor | None = None,
     ) -> tuple[int, int]:
-        """The size of the output of this call; raises the ValueError or TypeError that the call would raise."""
+        """Check a call's arguments: return the output's (height, width), or raise ValueError or TypeError."""
         device, input_dim = self.rope.freqs.device, self.config["input_dim"]
         if isinstance(image, ImageContext):
-            # A tracer cannot ask whether a tensor is one of inference mode, which has no version.
+            # `weights_of` asks whether a tensor was made in inference mode, which a tracer cannot.
             weights = None if torch.compiler.is_compiling() else weights_of(self.parameters())
             image.check(output_size, self.compute_dtype(device), device, weights)
             output_size = image.output_size
@@ -179,7 +179,7 @@ class Network(nn.Module):
         values = features if values is None else values
 
         def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            """A tensor that has every property a backend asks about, but no memory."""
+            """A tensor with the properties that a backend asks about, and the memory of one number."""
             tensor = torch.empty((), dtype=dtype, device=image.device).expand(shape)
             return tensor.requires_grad_() if torch.is_grad_enabled() and self.rope.freqs.requires_grad else tensor
 
@@ -225,7 +225,7 @@ class Network(nn.Module):
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
     ) -> Tensor:
-        """(B, C or Cv, H, W) of checked arguments, with whole maps of the whole batch."""
+        """The result (B, C or Cv, H, W) for checked arguments, computed with whole maps of the whole batch."""
         if self.backend is not None and not torch.compiler.is_compiling():
             self.explain(image, features, size, values=values).require()
         with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
@@ -234,14 +234,14 @@ class Network(nn.Module):
         return self.attend(query, key, values, vis_attn, q_chunk_size)
 
     def wants_gradient(self, image: Tensor | ImageContext, *maps: Tensor) -> bool:
-        """Whether autograd would record work with these."""
+        """Whether autograd would record a call with these tensors."""
         images = (image.image, image.queries) if isinstance(image, ImageContext) else (image,)
         return wants_gradient(*images, *maps, *self.parameters())
 
     def queries_and_keys(
         self, image: Tensor | ImageContext, features: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, W, heads, head_dim), keys (B, h, w, heads, head_dim), and the features as `keys` has them."""
+        """Queries (B, H, W, heads, head_dim), keys (B, h, w, heads, head_dim), and the features that `keys` returns."""
         grid = (features.shape[2], features.shape[3])
         if not isinstance(image, ImageContext):
             queries, (image_keys,) = self.queries_and_image_keys(image, size, [grid])
@@ -260,12 +260,12 @@ class Network(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries (B, H, W, heads, head_dim) of the image, and its keys (B, h, w, D) pooled to each grid.
 
-        With `encoded` the image is one that went through the image encoder and the rotation before.
+        With `encoded`, `image` is the encoded and rotated image (B, D, Hi, Wi).
         """
         guidance = image.to(self.compute_dtype(image.device)) if encoded else self.guidance(image)
         image_keys = []
         with _stage("key encoder"):
-            for grid in grids:  # in a comprehension the map would be a closure's, which torch.compile cannot delete
+            for grid in grids:  # no comprehension: torch.compile cannot delete a variable of a closure
                 image_keys.append(self.encode(self.key_encoder, guidance, grid))
         with _stage("query encoder"):
             queries = self.encode(self.query_encoder, guidance, size)
@@ -277,7 +277,7 @@ class Network(nn.Module):
         return self.cross_decode.split_heads(queries), image_keys
 
     def guidance(self, image: Tensor) -> Tensor:
-        """The encoded image, from which queries and keys are made: D channels (B, D, ...) of `encoded_size`."""
+        """The encoded and rotated image (B, D, ...) of `encoded_size`: the input of the key and the query encoder."""
         dtype = self.compute_dtype(image.device)
         with _stage("image encoder"):
             encoded: Tensor = self.image_encoder(
@@ -286,11 +286,12 @@ class Network(nn.Module):
         return encoded
 
     def keys(self, image_keys: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, w, D) of the image and the features (B, C, h, w) to keys (B, h, w, heads, head_dim).
+        """Image keys (B, h, w, D) and features (B, C, h, w) to keys (B, h, w, heads, head_dim), and the features.
 
-        In float32 at least, on a CPU in float64, but for most of the unification: the grid is small, and the unified
-        features' variance, small beside their mean, would be lost in half precision, and much of it in float32.
-        The second result are the features, in a copy whose channels come last in memory where that was at hand.
+        Keys are computed in float32 or wider, on a CPU in float64 (most of the unification excepted). The variance of
+        the unified features is small beside their mean: half precision would lose it, and float32 much of it. The grid
+        is small, so the wide dtype costs little. The second result is a copy of the features with channels last where
+        the kernels make one, else the features themselves.
         """
         wide = key_dtype(image_keys.dtype, features.device)
         made = self.keys_by_kernels(image_keys, features, wide)
@@ -306,7 +307,7 @@ class Network(nn.Module):
             return self.cross_decode.project_keys(self.encode(self.aggregation, keys.permute(0, 3, 1, 2))), features
 
     def keys_by_kernels(self, image_keys: Tensor, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """What `keys` gives, made in a dtype in a few launches; None where that cannot be, or while traced."""
+        """The result of `keys` by the operator `key_grid`, in `dtype`; None where it cannot run, or while traced."""
         unification, block1, block2 = self.key_features_encoder
         assert isinstance(unification, LearnedFeatureUnification)
         assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
@@ -334,7 +335,7 @@ class Network(nn.Module):
         return self.cross_decode.split_heads(keys), copied.permute(0, 3, 1, 2) if copies else features
 
     def feature_keys(self, unified: Tensor) -> Tensor:
-        """(B, h, w, D) of the unified features (B, M, h, w)."""
+        """The features' keys (B, h, w, D) of unified features (B, M, h, w)."""
         _, block1, block2 = self.key_features_encoder
         assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
         if not block1.keeps_width:
@@ -355,14 +356,14 @@ class Network(nn.Module):
         x: Tensor,
         output_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """(B, in, H, W) -> (B, h, w, D)."""
+        """Run an encoder, pooled to `output_size`: (B, in, H, W) -> (B, h, w, D)."""
         encoded: Tensor = encoder(x, output_size, backend=self.backends["pixel_encoder"])
         return encoded.permute(0, 2, 3, 1)
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, vis_attn: bool = False, q_chunk_size: int | None = None
     ) -> Tensor:
-        """(B, C, H, W) of queries (B, H, W, heads, head_dim), keys (B, h, w, heads, head_dim), values (B, C, h, w)."""
+        """Queries (B, H, W, heads, head_dim), keys (B, h, w, heads, head_dim), values (B, C, h, w) -> (B, C, H, W)."""
         backend = self.backends["window_attention"]
         if vis_attn:
             self.cross_decode.show_attention(queries, keys, q_chunk_size, backend)
@@ -372,14 +373,14 @@ class Network(nn.Module):
     def threads_for(
         self, image: Tensor | ImageContext, size: tuple[int, int], features: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """As many as the largest map of a call takes."""
+        """A context with one thread where the largest map of a call is small, else with all of torch's threads."""
         image = image.image if isinstance(image, ImageContext) else image
         pixels = image.shape[0] * max(math.prod(image.shape[2:]), math.prod(size))
         largest = max(pixels * self.qk_dim, 0 if features is None else features.numel())
         return on_threads_for(largest, image.device)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What queries and keys are computed in: autocast's dtype where it is on, else the parameters'."""
+        """The dtype of queries and keys: autocast's dtype where autocast is on, else the parameters' dtype."""
         if autocasts(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.rope.freqs.dtype
@@ -387,7 +388,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """What would run each operation of a call, and why not the other backends; `print` it."""
+    """The backend of each operation of a call, and why not the others; `print` it."""
 
     explanations: tuple[Explanation, ...]
 
@@ -441,7 +442,7 @@ def _check_widths(
 
 
 def _backends_by_operation(backend: ModelBackend) -> dict[str, Backend]:
-    """The request for each operation that a model's `backend` makes; raises ValueError for unknown names."""
+    """The requested backend of each operation for a model's `backend=`; raises ValueError for unknown names."""
     if isinstance(backend, Mapping):
         unknown = set(backend) - set(OPERATIONS)
         if unknown:

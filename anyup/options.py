@@ -1,6 +1,6 @@
-"""What is typed after a command, as argparse's `type=`: numbers, sizes, texts; and the mistake of whoever typed it.
+"""Types of command-line options (argparse's `type=`): numbers, sizes, texts; and the error for a wrong one.
 
-Digits are 0 to 9: Python's own `int` takes those of every script, and underscores.
+Only the digits 0 to 9 are accepted: Python's own `int` also takes digits of other scripts, and underscores.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pathlib import Path
 
 
 class UsageError(Exception):
-    """What was typed cannot be meant; exit status 2."""
+    """A mistake of usage; the command ends with exit status 2."""
 
 
 BACKENDS = ("triton", "flex", "torch", "reference")
-"""`anyup.ops.dispatch.BACKEND_NAMES`, which is imported with torch."""
+"""A copy of `anyup.ops.dispatch.BACKEND_NAMES`, because that module imports torch."""
 
 MOST_THREADS = 1024
-"""Of a CPU; with many more, starting them ends the process."""
+"""The most threads of a CPU that an option accepts; to start many more kills the process."""
 
 
 def whole_number(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
-    """A type of whole numbers, of `least` and more, and `most` and less, where these are given."""
+    """A type of integers from `least` to `most`; None means no bound."""
 
     def read(text: str) -> int:
-        # So many digits that every number of pixels or bytes has room, and none that Python refuses to convert.
+        # 18 digits hold every number of pixels or bytes; Python refuses to convert thousands of digits.
         found = int(text) if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text) else None
         if found is None or (least is not None and found < least):
             at_least = "" if least is None else f" of at least {least}"
@@ -88,14 +88,14 @@ def memory(text: str) -> int:
 
 
 def nonempty(text: str) -> str:
-    """A text; an empty one is a variable of the shell that nobody has set."""
+    """A text that is not blank: a blank one usually comes from an unset variable of the shell."""
     if not text.strip():
         raise argparse.ArgumentTypeError("a name or a path expected, got nothing")
     return text
 
 
 def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
-    """The path of an output file, checked; a wrong suffix is a mistake of usage."""
+    """Check the path of an output file; raises UsageError for a wrong suffix."""
     from anyup.images import check_writable
 
     try:
@@ -106,7 +106,7 @@ def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
 
 @contextmanager
 def naming_the_options() -> Iterator[None]:
-    """An error of loading weights names the option, and where they cannot be downloaded what can be typed instead."""
+    """Within the block an error of `load` names the option --weights; a failed download also names alternatives."""
     from anyup.checkpoints import DownloadError
 
     try:

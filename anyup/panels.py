@@ -23,7 +23,7 @@ def _font(points: int) -> Any:
 
     try:
         return ImageFont.load_default(size=points)
-    except (ImportError, TypeError):  # without FreeType, or before Pillow 10.1, there is one small font
+    except (ImportError, TypeError):  # without FreeType, or before Pillow 10.1, only one small font exists
         return ImageFont.load_default()
 
 

@@ -1,4 +1,4 @@
-"""Telling a person at the terminal what is being done and how long it takes, on stderr."""
+"""Messages on stderr: what a command does and how long each stage takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TextIO
 
 __all__ = ["Progress", "human_bytes"]
 
-_TICK = 0.5  # seconds between two looks at the clock on a terminal
+_TICK = 0.5  # seconds between two updates of the line on a terminal
 
 
 def human_bytes(count: float) -> str:
@@ -28,7 +28,7 @@ def human_bytes(count: float) -> str:
 
 
 def _left(told: list[tuple[float, float]]) -> str:
-    """ ", 40 %, 18 s left", from (seconds, share done) of the first and the last time that it was told."""
+    """The text ", 40 %, 18 s left", from the first and the last report (seconds, share done); "" before the second."""
     if len(told) < 2 or told[1][1] <= told[0][1]:
         return ""
     (first, begun), (last, done) = told
@@ -36,7 +36,7 @@ def _left(told: list[tuple[float, float]]) -> str:
 
 
 class Progress:
-    """Lines on a stream: one for a note, one for a stage of work with its duration.
+    """Writes lines to a stream: one for a note, and one for a stage of work with its duration.
 
     On a terminal the running stage shows the seconds gone by; elsewhere (a log file) each stage is one
     plain line.
@@ -55,13 +55,14 @@ class Progress:
 
     @contextmanager
     def stage(self, text: str) -> Iterator[Callable[[float], None]]:
-        """Show that `text` is going on until the block ends, then how long it took.
+        """Show `text` until the block ends, then how long the block took.
 
-        Called with the share of it that is done, what the block gets makes a terminal show the time left.
+        The block receives a function. Called with the share of the work that is done (0 to 1), the function lets a
+        terminal show the time left.
         """
         start = time.perf_counter()
         over = threading.Event()
-        told: list[tuple[float, float]] = []  # the first share told of, and the last, with their seconds
+        told: list[tuple[float, float]] = []  # the first and the last report: (seconds, share done)
 
         def tell(share: float) -> None:
             told[1 if told else 0 :] = [(time.perf_counter() - start, share)]

@@ -1,4 +1,4 @@
-"""One run at a time for an output, by a lock that ends with its process in whatever way that ends; and its folder."""
+"""A lock that admits one run at a time to an output and is freed however its process ends; and the output's folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def only_run(path: str | os.PathLike[str], tell: Callable[[str], None]) -> Iterator[bool]:
-    """Keep other runs from an output within the block; gives whether there are locks to do so, else `tell` hears it.
+    """Keep other runs from an output within the block; yields False, after a message to `tell`, where no lock works.
 
-    What is locked is a file PATH.lock, which a killed process leaves behind, unlocked. Raises FileExistsError where
+    The locked file is PATH.lock; a killed process leaves it behind, unlocked. Raises FileExistsError where
     another run has the lock, and another OSError, naming the output, where the file cannot be made.
     """
     path = Path(os.path.realpath(path))
@@ -23,14 +23,14 @@ def only_run(path: str | os.PathLike[str], tell: Callable[[str], None]) -> Itera
     try:
         yield not reason
     finally:
-        # The name goes before another run can have the lock; Windows deletes no file that is open.
+        # The file is deleted before its lock is freed. Windows does not delete an open file.
         with suppress(PermissionError):
             file.unlink(missing_ok=True)
         os.close(handle)
 
 
 def _take(file: Path, path: Path) -> tuple[int, str]:
-    """The locked file's descriptor, and why it is not locked after all, "" where it is."""
+    """Open and lock `file`: its descriptor, and why it could not be locked ("" where it is locked)."""
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -38,7 +38,7 @@ def _take(file: Path, path: Path) -> tuple[int, str]:
             raise type(error)(error.errno, f"cannot be written, {error.strerror}", str(path)) from error
         try:
             _lock(handle)
-        except (BlockingIOError, PermissionError) as error:  # Windows' is the second
+        except (BlockingIOError, PermissionError) as error:  # Windows raises the second
             os.close(handle)
             raise FileExistsError(f"{path}: another run is writing it") from error
         except OSError as error:
@@ -46,7 +46,7 @@ def _take(file: Path, path: Path) -> tuple[int, str]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(file)):
                 return handle, ""
-        os.close(handle)  # of a run that has ended in between, and taken the name along
+        os.close(handle)  # the file belonged to a run that has deleted it meanwhile: try once more
 
 
 def _lock(handle: int) -> None:
@@ -62,7 +62,7 @@ def _lock(handle: int) -> None:
 
 @contextmanager
 def folder_for(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder that is there within the block, and afterwards where something has been put into it.
+    """A folder that exists within the block; if it was new and is still empty at the end, it is removed.
 
     Raises OSError, naming it, where it cannot be made or written into.
     """

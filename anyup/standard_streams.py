@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, full or of few characters: a command does its work all the same."""
+"""Standard streams that never raise, so that a command finishes its work even if stdout is closed or full."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any, TextIO
 
 
 class Forgiving(io.TextIOBase):
-    """A text stream over another one, or over none, that never fails.
+    """A text stream that writes to another stream, or to none, and never raises.
 
-    Characters that the other one's encoding lacks are escaped. `failure` is why something was not shown, None where
-    all was; after a failure nothing is tried again.
+    Characters that the other stream's encoding lacks are escaped. `failure` is the first error, None if there was
+    none; after it nothing more is written.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -45,7 +45,7 @@ class Forgiving(io.TextIOBase):
 
     def _fail(self, error: OSError) -> None:
         self.failure = error
-        # What the stream still holds goes nowhere, or Python, which flushes it at exit, would fail once more.
+        # Redirect the descriptor to the null device: at exit Python flushes the stream, which would fail once more.
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
@@ -72,7 +72,7 @@ class Forgiving(io.TextIOBase):
 
 @contextmanager
 def forgiving_streams() -> Iterator[tuple[Forgiving, Forgiving]]:
-    """Put such streams in the places of `sys.stdout` and `sys.stderr`, and what was there back; gives the two."""
+    """Replace `sys.stdout` and `sys.stderr` by `Forgiving` streams within the block; yields the two."""
     _occupy_closed_descriptors()
     before = sys.stdout, sys.stderr
     out, err = Forgiving(before[0]), Forgiving(before[1])
@@ -87,7 +87,7 @@ def forgiving_streams() -> Iterator[tuple[Forgiving, Forgiving]]:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Within the block a warning is a line on `sys.stderr`, without the place in the code that Python shows."""
+    """Within the block a warning is one line on `sys.stderr`, without file name and line number."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         print(f"anyup: warning: {' '.join(str(message).split()).removeprefix('anyup: ')}", file=sys.stderr)
@@ -98,7 +98,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Open what was closed to nowhere: else the next file opened would get a library's warnings into it."""
+    """Open closed descriptors 0 to 2 on the null device: else the next opened file would get a library's warnings."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

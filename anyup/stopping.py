@@ -1,4 +1,4 @@
-"""Requests to stop: Ctrl-C, and the signals of whoever ends processes or closes a terminal."""
+"""Requests to stop: Ctrl-C, SIGTERM, and the signal of a terminal that is closed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def on_request(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block `act` is called with the number of the first such signal; a second one is met as before.
+    """Within the block the first such signal calls `act` with its number; a second signal has its previous handler.
 
-    Signals that are ignored, as `nohup` ignores SIGHUP, stay so; outside the main thread nothing is done.
+    A signal that is ignored, as `nohup` ignores SIGHUP, stays ignored. Outside the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Work that torch.compile is to run, not to trace: loops over bands, whose graphs would be as many as the bands."""
+"""Functions that torch.compile runs and does not trace: a traced loop over bands would give a graph for each band."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 
 
 def untraced(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function as a break of any graph; a compiled caller with `fullgraph=True` raises.
+    """The function, at which a compiled graph breaks; a compiled caller with `fullgraph=True` raises.
 
-    `torch.compiler.disable` when it is first needed: it imports the compiler, which takes a second.
+    `torch.compiler.disable` is applied when first needed, because it imports the compiler, which takes a second.
     """
 
     made: list[Callable[Arguments, Result]] = []

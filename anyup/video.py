@@ -15,19 +15,19 @@ from anyup.installing import pip_install
 
 
 class Video:
-    """A video file, opened to be read once, from its first frame on; within a `with` statement, until its end.
+    """A video file, opened to be read once from its first frame on; a `with` statement closes it.
 
     Attributes:
-        count: of frames, as the file tells, or as many as its duration has room for; 0 where it tells neither.
-        size: (height, width) as they are stored.
-        name: of the file, without its folder.
+        count: the number of frames in the file's header, else an estimate from its duration, else 0.
+        size: (height, width) of the stored frames.
+        name: the file's name, without its folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises OSError where no file can be opened, ValueError where it is no video, ImportError without PyAV."""
         self._av = _pyav()
         self._path = check_readable(Path(path))
-        with self._path.open("rb"):  # Python's errors for what must not be read
+        with self._path.open("rb"):  # for Python's own errors where the file cannot be opened
             pass
         try:
             self._container = self._av.open(str(self._path))
@@ -55,7 +55,7 @@ class Video:
 
         try:
             for frame in self._container.decode(self._stream):
-                # Counterclockwise, in degrees.
+                # `rotation` is counterclockwise, in degrees.
                 pixels = numpy.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 yield torch.from_numpy(numpy.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
         except self._av.FFmpegError as error:

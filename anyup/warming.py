@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
-    """Compile the kernels that a call launches, side by side; it runs without them, and its result is worth nothing."""
+    """Compile a call's kernels side by side: the call runs without launching them, and its result is undefined."""
     if device.type != "cuda" or not installed() or interprets():
         return
     from anyup.kernels.launch import compiled_ahead
@@ -26,7 +26,7 @@ def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
         with compiled_ahead():
             call()
     except Exception as error:
-        # What a device refuses is found out again, and told, by the call itself.
+        # The call itself meets what the device refuses, and warns.
         if not is_refusal(error):
             raise
 
@@ -49,7 +49,7 @@ def warm_up(
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}: expected a positive integer, got {number!r}")
     device, dtype = upsampler.rope.freqs.device, dtype or upsampler.rope.freqs.dtype
-    # Not uniform: an image of one colour is warned about.
+    # Values from -2 to 2, because the check warns about an image that is not normalised.
     image = torch.rand(batch, upsampler.config["input_dim"], *image_size, device=device).mul(4).sub(2).to(dtype)
     features = torch.rand(batch, channels, *feature_size, device=device).to(dtype)
     carried = None if values is None else torch.rand(batch, values, *feature_size, device=device).to(dtype)

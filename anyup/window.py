@@ -2,7 +2,7 @@
 
 A window is the product of a row range and a column range, and each range depends on one coordinate alone, so
 two small integer tables describe it completely and no query-by-key mask is needed anywhere.
-Whoever computes these bounds elsewhere (a kernel, say) is tested equal to this module.
+Tests compare every other computation of these bounds (that of the kernels) with this module.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RatioWindow:
         ratio = torch.tensor(self.ratio, dtype=torch.float32, device="cpu")
         start = torch.floor((position - ratio).clamp(0, 1) * keys).long()
         stop = torch.ceil((position + ratio).clamp(0, 1) * keys).long()
-        # At a tiny ratio a range can come out empty, or start at the end of the grid.
+        # At a tiny ratio a range can be empty, or start at the end of the grid.
         start = start.clamp(max=keys - 1)
         return start, torch.maximum(stop, start + 1)
 
@@ -58,7 +58,7 @@ class CellWindow:
     kind = "cell"
 
     def size(self, keys: int) -> int:
-        """Keys in each query's range along an axis of `keys`."""
+        """The number of keys in each query's range, along an axis of `keys` keys."""
         if not 0 < self.ratio < 0.5:
             return keys
         size = max(round(2 * self.ratio * keys), 3)
@@ -135,14 +135,14 @@ class Part(NamedTuple):
 
 
 def part_bounds(window: Window, queries: int, keys: int, first: int, total: int) -> tuple[tuple[int, ...], ...]:
-    """The bounds along an axis of `queries` pixels from the `first` on of an axis of `total`."""
+    """The bounds of `queries` pixels, from pixel `first` on, of an axis with `total` pixels."""
     start, stop = axis_bounds(window, total, keys)
     return start[first : first + queries], stop[first : first + queries]
 
 
 @lru_cache(maxsize=256)
 def axis_bounds(window: Window, queries: int, keys: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`window.bounds` as two tuples of Python integers, kept for the next call with the same sizes."""
+    """`window.bounds` as two tuples of Python integers, cached by window and sizes."""
     start, stop = _every_key(queries, keys) if window is None else window.bounds(queries, keys)
     return tuple(start.tolist()), tuple(stop.tolist())
 
