@@ -19,7 +19,7 @@ from anyup.ops.precision import check_dense
 
 TORCH_SUFFIXES = (".pt", ".pth")
 
-# What a file begins with, and what it is then; the longest first where one begins with another.
+# The first bytes of a file and the kind of file that they mean; a longer beginning comes before its own prefix.
 _BEGINNINGS = (
     (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
@@ -39,9 +39,9 @@ _PICKLED = "it holds pickled objects{}, which are never loaded: only tensors and
 
 
 def read_torch(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
-    """What `torch.save` put into a file, of tensors and plain containers, on the CPU.
+    """The content of a file of `torch.save`, tensors and plain containers only, on the CPU.
 
-    Raises OSError where it cannot be opened, ValueError with the reason, which does not name the file, otherwise.
+    Raises OSError where the file cannot be opened, else ValueError with a reason that does not name the file.
     """
     return _read(Path(path), lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
 
@@ -59,9 +59,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def read_numpy(path: str | os.PathLike[str], wanted: str) -> Any:
-    """The tensor of an .npy file; of an .npz file {name: tensor} of the one wanted, or of the only one.
+    """The tensor of an .npy file; for an .npz file {name: tensor} with the array `wanted`, or with the only array.
 
-    Where there are several others, their names alone are given, with None. Raises as `read_torch`.
+    An .npz file with several arrays, none of them `wanted`, gives {name: None} for each. Raises as `read_torch`.
     """
     import numpy
 
@@ -80,7 +80,7 @@ def read_numpy(path: str | os.PathLike[str], wanted: str) -> Any:
 
 
 def unfit(stored: object) -> str:
-    """Why something stored is no tensor of floating-point numbers to compute with, in words; "" where it is one."""
+    """Why `stored` is not a dense floating-point tensor with numbers, in words; "" if it is one."""
     try:
         check_dense("it", stored)
     except TypeError as error:
@@ -92,7 +92,7 @@ def unfit(stored: object) -> str:
 
 
 def safetensors_package() -> Any:
-    """The package safetensors; raises ImportError saying what to type."""
+    """The package safetensors; raises ImportError, which says how to install it."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -101,7 +101,7 @@ def safetensors_package() -> Any:
 
 
 def _from_numpy(array: Any) -> Tensor:
-    """Without a copy where torch has such arrays."""
+    """A NumPy array as a tensor, without a copy where torch supports its byte order and strides."""
     import numpy
 
     return torch.from_numpy(numpy.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
@@ -109,12 +109,12 @@ def _from_numpy(array: Any) -> Tensor:
 
 def _read(path: Path, read: Any) -> Any:
     with path.open("rb"):
-        pass  # so that a missing or forbidden file is told from a damaged one
+        pass  # a missing or forbidden file raises OSError here, a damaged one ValueError below
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are refused in the next moment
+            warnings.simplefilter("ignore")  # warnings about pickles, which are then refused anyway
             return read()
-    except Exception as error:  # what a damaged file raises depends on the byte that is wrong
+    except Exception as error:  # the class of the error depends on which byte is damaged
         raise ValueError(_reason(path, error)) from error
 
 
@@ -138,7 +138,7 @@ def _reason(path: Path, error: Exception) -> str:
         return f"it is {kind}"
     if missing := _missing(path, begin):
         return f"it is truncated, {missing}"
-    # Torch's own text begins with advice to load the file unsafely, and the reason stands behind it; NumPy's is such.
+    # Torch's message begins with the advice to load the file unsafely, and the reason follows; NumPy's is similar.
     text = text.rpartition("WeightsUnpickler error: ")[2].strip()
     first = next(iter(text.splitlines()), "")
     told = "" if not first or "weights_only" in first or "allow_pickle" in first else f" ({first})"
@@ -146,7 +146,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _kind(path: Path, begin: bytes) -> str | None:
-    """What a file is by its first bytes and, of an archive, by what is in it; None for something unknown."""
+    """The kind of a file by its first bytes and, for an archive, by its members; None for an unknown kind."""
     if begin.startswith(b"\x93NUMPY"):
         return _NUMPY
     if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") < 1 << 30:
@@ -173,7 +173,7 @@ def _archive(path: Path) -> str | None:
 
 
 def _missing(path: Path, begin: bytes) -> str:
-    """What a truncated file lacks, in words; "" where it is not known to lack anything."""
+    """How many bytes a truncated file lacks, in words; "" where none are known to be missing."""
     size = path.stat().st_size
     if begin.startswith(b"PK"):
         return "" if zipfile.is_zipfile(path) else "its table of contents, at the end, is missing"
@@ -187,7 +187,7 @@ def _missing(path: Path, begin: bytes) -> str:
 
 
 def _numpy_bytes(path: Path) -> int | None:
-    """Bytes of a whole .npy file, or of its header where that is not there; None where that tells nothing."""
+    """The size of the complete .npy file by its header, or the header's size if that is cut off; None: unknown."""
     from numpy.lib import format as numpy_format
 
     with path.open("rb") as file:
@@ -206,7 +206,7 @@ def _numpy_bytes(path: Path) -> int | None:
 
 
 def _safetensors_bytes(path: Path) -> int | None:
-    """Bytes of a whole .safetensors file, or of its header where that is not there; None where that tells nothing."""
+    """The size of the complete .safetensors file by its header, or the header's if that is cut off; None: unknown."""
     with path.open("rb") as file:
         end = 8 + int.from_bytes(file.read(8), "little")
         if end > 1 << 30 or path.stat().st_size < end:

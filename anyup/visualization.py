@@ -1,4 +1,4 @@
-"""Pictures of attention and of feature maps, as tensors; matplotlib is imported only by what shows a window.
+"""Pictures of attention and of feature maps, as tensors; only `show_attention` imports matplotlib.
 
 The attention picture paints every key with a colour of its own and every output pixel with the
 attention-weighted mean of those colours: where the two panels agree, pixels look at the keys around them.
@@ -49,7 +49,7 @@ _PCA_PERCENTILES = (
     0.01,
     0.99,
 )  # what becomes 0 and 1: a single outlier must not make the rest of the map grey
-_PCA_SMALLEST_SHARE = 1e-10  # of the largest variance: a component below it is rounding noise
+_PCA_SMALLEST_SHARE = 1e-10  # relative to the largest variance: a component with less is rounding noise
 _PCA_POSITIONS_AT_ONCE = 1 << 16
 
 
@@ -70,7 +70,7 @@ def key_colors(
     """
     if h < 1 or w < 1:
         raise ValueError(f"key_colors: h and w must be at least 1, got {h} and {w}")
-    # float64 on the CPU wherever the colours go: the grid is small, and MPS has no float64.
+    # Computed in float64 on the CPU, because MPS has no float64; the grid is small.
     rows = torch.arange(h, dtype=torch.float64, device="cpu") / h
     columns = torch.arange(w, dtype=torch.float64, device="cpu") / w
     a = (2 * _PLANE_HALF_WIDTH * rows - _PLANE_HALF_WIDTH)[:, None].expand(h, w)
@@ -133,7 +133,7 @@ def show_attention(key_grid: tuple[int, int], painted: Tensor) -> Figure:
 
         figure = pyplot.figure(num="AnyUp attention", figsize=(10, 5), layout="constrained", clear=True)
         can_show = pyplot.get_backend().lower() not in _FILE_ONLY_BACKENDS
-    except ImportError:  # a window toolkit was asked for by name and has no display
+    except ImportError:  # the user chose a window toolkit, and there is no display
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         figure = matplotlib.figure.Figure(figsize=(10, 5), layout="constrained")
@@ -159,7 +159,7 @@ _FILE_ONLY_BACKENDS = frozenset({"agg", "cairo", "pdf", "pgf", "ps", "svg", "tem
 
 
 def _first_map(feature_map: Tensor, index: int) -> Tensor:
-    """(C, h, w) of a map given as (C, h, w) or (B, C, h, w); the first of a batch."""
+    """A map (C, h, w) from (C, h, w) or (B, C, h, w); of a batch the first."""
     if not isinstance(feature_map, Tensor):
         raise TypeError(f"pca_picture: map {index} must be a Tensor, got {type(feature_map).__name__}")
     if feature_map.dim() not in (3, 4) or 0 in feature_map.shape:

@@ -29,12 +29,12 @@ from anyup.visualization import pca_picture
 if TYPE_CHECKING:
     pass
 
-_SECOND_CALL_BELOW = 20.0  # seconds of the first call; beyond it nobody wants to see it twice
+_SECOND_CALL_BELOW = 20.0  # seconds; after a slower first call there is no second, warm one
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model in eval mode, what its weights are called, and whether they were trained."""
+    """A model in eval mode, the name of its weights, and whether they are trained."""
 
     model: AnyUp
     name: str
@@ -44,7 +44,7 @@ class Weights:
 def load_weights(
     weights: str, *, untrained: bool, device: torch.device, backend: str | None, progress: Progress
 ) -> Weights:
-    """The model to show: of `weights`, a name or a file, or with random weights where `untrained`."""
+    """The model with `weights`, a name or a file, or with random weights if `untrained`."""
     if untrained:
         return Weights(untrained_model(device, backend), f"untrained (random, fixed seed {UNTRAINED_SEED})", False)
     with progress.stage(f"loading weights {weights}"):
@@ -56,7 +56,7 @@ def load_weights(
 
 @dataclass
 class _Peak:
-    """Bytes at most in use above those in use at the start; None where the system does not tell."""
+    """The peak of used bytes minus the bytes used at the start; None where the system does not report it."""
 
     above: int | None = None
 
@@ -80,7 +80,7 @@ def _highest_resident() -> int | None:
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[_Peak]:
-    """What the block needs: the allocator's memory on CUDA, the process's resident memory elsewhere."""
+    """Measure the memory that the block takes: the allocator's on CUDA, else the process's resident memory."""
     peak = _Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -122,7 +122,7 @@ def run(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the demonstration's picture to `output` (.png) and tell on stdout what was measured.
+    """Write the demonstration's picture to `output` (.png) and print the measured time and memory on stdout.
 
     `weights` is a name or a file for `anyup.load`; `untrained` takes random ones instead, and marks the picture
     as such. Returns the path written.
@@ -192,7 +192,7 @@ def _grid(features: Tensor) -> str:
 
 
 def _backends_in_words(explanation: ModelExplanation) -> str:
-    """Each operation's backend, one name where all agree, and the first reason against each passed over."""
+    """The backend of each operation (one name if all agree), and the first reason against each backend not chosen."""
     chosen = {operation: name or "none" for operation, name in explanation.chosen.items()}
     names = set(chosen.values())
     words = ", ".join(names if len(names) == 1 else (f"{o.replace('_', ' ')} {name}" for o, name in chosen.items()))

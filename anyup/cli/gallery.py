@@ -18,7 +18,7 @@ be read are told of and left out.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What can be typed, beside the device, the backend and the weights."""
+    """Add the options of `anyup gallery`, except those for the device, the backend and the weights."""
     parser.add_argument("folder", type=Read, metavar="FOLDER", help="of photographs, in folders of it too")
     parser.add_argument("-o", "--output", type=Written, required=True, metavar="OUT.html", help="the page to write")
     parser.add_argument(

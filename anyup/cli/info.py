@@ -1,4 +1,4 @@
-"""What `anyup info` tells: versions, devices, the backend of each operation and why not the others."""
+"""The command `anyup info`: versions, devices, the backend of each operation and why not the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from anyup.progress import human_bytes
 
 __all__ = ["report"]
 
-# Import name, distribution, what it is for.
+# Import name, name of the distribution, purpose.
 _OPTIONAL = (
     ("triton", "triton", "kernels for GPUs"),
     ("PIL", "pillow", "reading and writing pictures"),
@@ -46,7 +46,7 @@ _FEATURES = (1, 384, 32, 32)
 
 
 def report(device: str | None = None, backend: str | None = None) -> str:
-    """The text of `anyup info`; backends are told for `device` (None: each that torch sees) and `backend`."""
+    """The text of `anyup info`, with the backends for `backend` on `device` (None: every device that torch finds)."""
     places = _devices() if device is None else [choose_device(device)]
     sections = [
         ("versions", list(_versions())),

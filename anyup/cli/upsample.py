@@ -1,4 +1,4 @@
-"""The command `anyup upsample`: from what was typed to files. Torch is imported when it runs."""
+"""The command `anyup upsample`: its options, and the run for one photograph. Torch is imported when it runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _DTYPES = ("float16", "bfloat16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What can be typed, beside the device, the backend and the weights."""
+    """Add the options of `anyup upsample`, except those for the device, the backend and the weights."""
     parser.set_defaults(implied=_implied)
     parser.add_argument(
         "photo",
@@ -154,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _implied(arguments: argparse.Namespace) -> Paths:
-    """What an interrupted run has left for the output, which is completed or removed."""
+    """The partial files of an interrupted run for the output, which this run completes or removes."""
     if arguments.output is None:
         return Paths()
     output = Path(os.path.realpath(arguments.output))
@@ -165,7 +165,7 @@ def _implied(arguments: argparse.Namespace) -> Paths:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Do what was typed; the written paths on stdout, progress on stderr."""
+    """Run `anyup upsample`: print the written paths on stdout and the progress on stderr."""
     if arguments.output is None and arguments.picture is None:
         raise UsageError("nothing to write: give -o OUT, --picture OUT.png, or both")
     for option in ("encoder_size", "encoder_weights"):

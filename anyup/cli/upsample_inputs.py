@@ -1,4 +1,4 @@
-"""What `anyup upsample` works with: the weights, the features, the head, the photograph as guidance."""
+"""The inputs of `anyup upsample`: the weights, the features, the head, the photograph as guidance."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from anyup.progress import Progress
 
 ENCODER_LONGER_SIDE = 448
-"""Of the photograph that an encoder sees, where nobody says otherwise; in pixels."""
+"""The default of --encoder-size: the longer side, in pixels, of the photograph that the encoder sees."""
 
 
 def load_model(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> AnyUp:
-    """The weights that were named, or untrained ones."""
+    """The upsampler with the weights of --weights, or with random ones."""
     from anyup.checkpoints import load, untrained_model
 
     with progress.stage("loading " + ("untrained weights" if arguments.untrained else f"weights {arguments.weights}")):
@@ -55,13 +55,13 @@ def read_guide(path: str, features: Tensor | None, progress: Progress) -> Tensor
 
 
 def _proportions_of(size: tuple[int, int], features: Tensor) -> bool:
-    """Whether a map may be of a picture of that size (width, height), each of its sides rounded to whole cells."""
+    """Whether a map has the proportions of a picture (width, height), if each side is rounded to whole cells."""
     (width, height), (rows, columns) = size, features.shape[2:]
     return abs(rows * width - columns * height) <= width + height
 
 
 def load_named_encoder(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> Encoder:
-    """The encoder that was named."""
+    """The encoder of --encoder."""
     from anyup.encoders import load_encoder
 
     extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
@@ -72,7 +72,7 @@ def load_named_encoder(arguments: argparse.Namespace, device: torch.device, prog
 def encode(
     encoder: Encoder, photo: Tensor, wanted: tuple[int, ...] | None, device: torch.device, progress: Progress
 ) -> Tensor:
-    """Features (1, C, h, w) of the photograph, brought to a size that the encoder's patches divide."""
+    """Features (1, C, h, w) of the photograph, resized so that the encoder's patches divide its sides."""
     import torch
 
     from anyup.images import resize, round_to_multiple
@@ -91,7 +91,7 @@ def encode(
 
 
 def guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tensor:
-    """The photograph as the upsampler sees it: no larger than the result."""
+    """The photograph as the guidance image: resized to the result where it is larger."""
     from anyup.images import normalize_imagenet, resize
 
     native = (int(photo.shape[2]), int(photo.shape[3]))
@@ -102,7 +102,7 @@ def guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tenso
 
 
 def check_features(features: Tensor, name: str) -> None:
-    """Raise ValueError, which calls them by this name, where features (1, C, h, w) or their norm are not finite."""
+    """Raise ValueError, which names the features `name`, where features (1, C, h, w) or their norm are not finite."""
     from anyup.finite import check_map
 
     check_map(features, name)
@@ -111,7 +111,7 @@ def check_features(features: Tensor, name: str) -> None:
 
 
 def read_values(path: str) -> Tensor:
-    """Maps (1, Cv, h, w) to carry, all finite."""
+    """The maps (1, Cv, h, w) of --values, checked to be finite."""
     from anyup.finite import check_map
     from anyup.images import read_features
 
@@ -152,7 +152,7 @@ def read_points(path: str, whole: tuple[int, int]) -> Tensor:
 
 
 def read_head(path: str) -> torch.nn.Conv2d:
-    """A 1x1 convolution, from a file with one weight and at most one bias, whatever they are called."""
+    """A 1x1 convolution from a file with one weight and at most one bias, under any names."""
     import torch
 
     from anyup.finite import not_finite
@@ -191,7 +191,7 @@ def read_head(path: str) -> torch.nn.Conv2d:
 
 
 def check_head(head: torch.nn.Conv2d, features: Tensor, path: str) -> None:
-    """Raise ValueError where the head of this file is one for another number of channels."""
+    """Raise ValueError where the head in this file takes another number of channels."""
     if head.weight.shape[1] != features.shape[1]:
         raise ValueError(
             f"{path}: a head for {features.shape[1]} channels expected, got one for {head.weight.shape[1]}"
@@ -199,7 +199,7 @@ def check_head(head: torch.nn.Conv2d, features: Tensor, path: str) -> None:
 
 
 def carried_by(head: torch.nn.Conv2d, features: Tensor, path: str) -> Tensor:
-    """What the head of this file makes of the features, (1, K, h, w) on the CPU, all finite."""
+    """The outputs (1, K, h, w) of the head in this file for the features, on the CPU, checked to be finite."""
     import torch
 
     from anyup.finite import check_map
@@ -211,7 +211,7 @@ def carried_by(head: torch.nn.Conv2d, features: Tensor, path: str) -> Tensor:
 
 
 def resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an option N or HxW for a photograph of the size `native`."""
+    """The (height, width) that --size (N or HxW) means for a photograph of the size `native`."""
     from anyup.images import fit_within
 
     return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
@@ -220,7 +220,7 @@ def resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int,
 def resolve_region(
     wanted: tuple[int, ...] | None, region: tuple[int, int, int, int] | None, photo: Tensor
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """(height, width) of the whole result for a photograph, and the (top, left, height, width) of it that is wanted."""
+    """The (height, width) of the whole result, and the region (top, left, height, width) of it to compute."""
     from anyup.argument_checks import check_region
 
     native = (int(photo.shape[2]), int(photo.shape[3]))

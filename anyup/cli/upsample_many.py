@@ -47,7 +47,7 @@ FORMATS = ("npy", "safetensors", "zarr")
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
-_MAGIC = re.compile(r"[*?\[]")  # of patterns, as `glob` has them
+_MAGIC = re.compile(r"[*?\[]")  # the characters that make a name a pattern for `glob`
 _IN_PIECES = ("npy", "zarr")
 _GROUP = "features.zarr"
 _UNFINISHED = ".unfinished"
@@ -55,7 +55,7 @@ _UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph, or a frame, as it was found.
+    """A photograph of a folder, or a frame of a video.
 
     Attributes:
         name: of no other one; "/" stands between folders.
@@ -71,7 +71,7 @@ class Photograph:
 
 
 IsDone = Callable[[str, str], bool]
-"""Whether there is the result of the photograph of a name and a hash."""
+"""Whether the result exists for a photograph's name and the hash of its bytes."""
 
 
 class Source(Protocol):
@@ -86,19 +86,19 @@ class Source(Protocol):
     video: str | None
 
     def read(self, is_done: IsDone) -> Iterator[Photograph]:
-        """Each one, in the order of their names; without pixels where it is done."""
+        """Each photograph, in the order of the names; without pixels where its result exists."""
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Names and sizes (height, width), as far as they are known before anything is decoded."""
+        """Names and sizes (height, width), as far as the headers of the files give them."""
 
 
 def are_many(paths: Sequence[str]) -> bool:
-    """Whether what was named is anything else than one photograph."""
+    """Whether the arguments name anything but a single photograph."""
     return len(paths) > 1 or Path(paths[0]).is_dir() or _is_pattern(paths[0]) or _is_video(paths[0])
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Do what was typed; the written folders on stdout, progress on stderr.
+    """Run `anyup upsample` for many photographs: print the written folders on stdout and the progress on stderr.
 
     Raises ValueError at the end where a photograph has no result.
     """
@@ -132,11 +132,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _work_through(work: Work, source: Source, manifest: Manifest) -> int:
-    """Upsample what has no result, and note what becomes of it; how many have none in the end."""
+    """Upsample each photograph without a result and note the outcome; return how many have no result in the end."""
     from anyup.training.reporting import Rate, Reporter
 
     reporter, rate = Reporter(), Rate()
-    before = dict(manifest.entries)  # which the thread that reads has to itself
+    before = dict(manifest.entries)  # a copy for the thread that reads
     failed = made = 0
 
     def is_done(name: str, sha256: str) -> bool:
@@ -169,7 +169,7 @@ def _work_through(work: Work, source: Source, manifest: Manifest) -> int:
 
 
 def _ahead(photographs: Iterator[Photograph]) -> Iterator[Photograph]:
-    """Each one, read while the one before is worked on."""
+    """Each photograph; a thread reads the next while the caller computes the present one."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, photographs, None)
         while (photograph := coming.result()) is not None:
@@ -179,7 +179,7 @@ def _ahead(photographs: Iterator[Photograph]) -> Iterator[Photograph]:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done for each photograph, whatever becomes of the others."""
+    """The work for one photograph, which does not depend on the others."""
 
     arguments: argparse.Namespace
     model: AnyUp
@@ -187,7 +187,7 @@ class Work:
     head: torch.nn.Conv2d | None
 
     def asked(self) -> dict[str, Any]:
-        """What results depend on, beside their photographs."""
+        """The settings that the results depend on, beside the photographs."""
         from anyup import __version__
         from anyup.fingerprint import file_fingerprint, module_fingerprint
 
@@ -207,7 +207,7 @@ class Work:
         }
 
     def result(self, name: str) -> Path | None:
-        """Where the features of a photograph go."""
+        """The path of a photograph's features."""
         given = self.arguments
         if given.output is None:
             return None
@@ -215,15 +215,15 @@ class Work:
         return Path(given.output, below)
 
     def picture(self, name: str) -> Path | None:
-        """Where the picture of a photograph's result goes."""
+        """The path of a photograph's picture."""
         return None if self.arguments.picture is None else Path(self.arguments.picture, f"{name}.png")
 
     def has(self, name: str) -> bool:
-        """Whether the files of a photograph are there."""
+        """Whether all result files of a photograph exist."""
         return all(path is None or path.exists() for path in (self.result(name), self.picture(name)))
 
     def discard(self, name: str) -> None:
-        """Remove the files of a photograph, which are of other bytes than it has now, or are not all there."""
+        """Remove a photograph's result files: they are incomplete, or the photograph has changed."""
         for path in (self.result(name), self.picture(name)):
             if path is not None and path.is_dir():
                 shutil.rmtree(path)
@@ -231,7 +231,7 @@ class Work:
                 path.unlink(missing_ok=True)
 
     def check_room(self, source: Source) -> None:
-        """Raise ValueError where the results that are not there exceed the free space of their folder."""
+        """Raise ValueError where the missing results need more than the free space of their folder."""
         import torch
 
         from anyup.progress import human_bytes
@@ -258,7 +258,7 @@ class Work:
 
     @contextmanager
     def unfinished(self) -> Iterator[None]:
-        """The folders for what is being written, within the block; what a killed run has left in them goes."""
+        """Temporary folders for unfinished files, within the block; leftovers of a killed run are removed."""
         folders = [Path(each, _UNFINISHED) for each in (self.arguments.output, self.arguments.picture) if each]
         try:
             for folder in folders:
@@ -270,7 +270,7 @@ class Work:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def upsample(self, name: str, photo: Tensor) -> dict[str, Any]:
-        """Write the files of a photograph (1, 3, H, W) in 0..1; what the manifest says of it, an error if it has one.
+        """Write the files of a photograph (1, 3, H, W) in 0..1; return its entry for the manifest, an error included.
 
         Raises OSError where a file cannot be written: neither could the next.
         """
@@ -316,7 +316,7 @@ class Work:
         return entry
 
     def _put(self, made: Path, path: Path, folder: str) -> str:
-        """Give a file, or an array of the group, its name; the name below the folder."""
+        """Rename a complete file, or an array of the group, to its final name; return the name below the folder."""
         if made.suffix == ".zarr":
             from anyup.array_files import make_groups
 
@@ -328,7 +328,7 @@ class Work:
 
 
 class Photographs:
-    """Files, by the names of the photographs."""
+    """Photographs in files."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = {name: files[name] for name in sorted(files)}
@@ -360,7 +360,7 @@ class Photographs:
 
 
 class Frames:
-    """The frames of a video, called by their numbers, from 0 on."""
+    """The frames of a video, named by their numbers from 0 on."""
 
     def __init__(self, video: Video) -> None:
         self._frames = video
@@ -390,7 +390,7 @@ class Frames:
 
 
 def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack) -> Source:
-    """What was named: a video, or photographs, folders and patterns; what lies in the folders `outside` is none."""
+    """The source that the arguments name: a video, or photographs, folders and patterns, without files in `outside`."""
     if len(named) == 1 and _is_video(named[0]):
         from anyup.video import Video
 
@@ -416,7 +416,7 @@ def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack) -> So
 
 
 def _matches(text: str) -> tuple[Path, list[Path]]:
-    """What an argument names, and the folder that names are taken from."""
+    """The files that an argument names, and the folder that their names are relative to."""
     from anyup.training.photographs import find_photographs
 
     path = Path(text)
@@ -440,7 +440,7 @@ def _is_video(text: str) -> bool:
 
 
 def _check_folders(folders: Sequence[Path], manifest: Path, *, resume: bool) -> None:
-    """Raise FileExistsError where a folder holds what this run, or the one that it resumes, has not put there."""
+    """Raise FileExistsError where a folder holds files that neither this run nor the one it resumes has written."""
     if manifest.exists():
         if not resume:
             raise FileExistsError(
@@ -454,7 +454,7 @@ def _check_folders(folders: Sequence[Path], manifest: Path, *, resume: bool) -> 
 
 
 def _check_package(kind: str) -> None:
-    """Raise ImportError where what writes a format is missing."""
+    """Raise ImportError where the package that writes a format is missing."""
     from anyup.array_files import zarr_package
     from anyup.tensor_files import safetensors_package
 

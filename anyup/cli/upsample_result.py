@@ -1,4 +1,4 @@
-"""What `anyup upsample` does for each photograph: from it and its features to one result in files."""
+"""The run of `anyup upsample` for one photograph: from the photograph and its features to the result's files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a result goes.
+    """The files and the format of a result.
 
     Attributes:
         output: the features' file, or None.
@@ -37,7 +37,7 @@ class Files:
     in_pieces: bool
 
     def kept_as(self, name: str | None, low: Tensor) -> torch.dtype:
-        """The dtype of what is made of `low`: of this name, by default its own, as far as the file has it."""
+        """The dtype of the result for `low`: that of --dtype, by default its own, and one that the file supports."""
         import torch
 
         from anyup.array_files import stored_dtype
@@ -46,7 +46,7 @@ class Files:
         return stored_dtype(dtype) if self.in_pieces else dtype
 
     def fitting(self, name: str | None, low: Tensor) -> torch.dtype:
-        """The same; raises ValueError where it may not hold the result."""
+        """The dtype of the result; raises ValueError where the result may overflow it."""
         from anyup.finite import overflow
 
         dtype = self.kept_as(name, low)
@@ -55,7 +55,7 @@ class Files:
         return dtype
 
     def check_memory(self, shape: tuple[int, ...], itemsize: int, device: torch.device) -> None:
-        """Raise ValueError where a result of this shape is made whole and exceeds the free memory."""
+        """Raise ValueError where a result of this shape must be in memory at once and exceeds the free memory."""
         from anyup.budget import check_room
 
         if not self.in_pieces:
@@ -79,7 +79,7 @@ class Files:
                 )
 
     def save(self, result: Tensor, progress: Progress) -> None:
-        """Write the features, (C, H, W) or (N, C), that are written whole. Raises OSError where the disk is full."""
+        """Write features (C, H, W) or (N, C) to a file in one piece. Raises OSError where the disk is full."""
         from anyup.images import save_array
         from anyup.limited_memory.destinations import no_room
 
@@ -87,7 +87,7 @@ class Files:
         with progress.stage(f"writing {self.output}"):
             try:
                 save_array(self.output, result)
-            except Exception as error:  # each format has its own for a full disk
+            except Exception as error:  # for a full disk each format raises another class of error
                 if free_space(self.output) < result.nbytes:
                     raise no_room(self.output, result.nbytes) from error
                 raise
@@ -101,7 +101,7 @@ def _the_result(shape: tuple[int, ...]) -> str:
 
 
 def free_space(path: Path) -> int:
-    """Bytes, in the folder that a file is in."""
+    """Free bytes of the disk that holds a file's folder."""
     return shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
 
 
@@ -208,18 +208,18 @@ def told_backends(
     values: Tensor | None,
     progress: Progress,
 ) -> None:
-    """Tell which backend runs each operation of the call."""
+    """Print which backend runs each operation of the call."""
     chosen = model.explain(image, features, whole, values=values).chosen
     progress.note("backends: " + ", ".join(f"{operation} {name}" for operation, name in chosen.items()))
 
 
 def in_words(low: Tensor, whole: tuple[int, int], device: torch.device) -> str:
-    """What is going to be done."""
+    """A line that says what will be computed."""
     return f"upsampling {low.shape[1]} x {by(low)} to {whole[0]} x {whole[1]} on {device}"
 
 
 def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, *, behind: int, resumable: bool) -> None:
-    """All pieces that are not there, each told of when it is; `behind` of them may still be on their way."""
+    """Compute all missing pieces and report each; the last `behind` of them may not have reached the file yet."""
     pieces = None
     try:
         pieces = make(partial.out)
@@ -244,10 +244,10 @@ def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, *, beh
 
 
 def _numbers(pieces: Stream, first: int) -> Iterator[int]:
-    """The number of each piece, counted from the first to come, once it is there.
+    """The number of each computed piece, from `first` on.
 
-    Raises ValueError where that one holds a NaN or an infinity. What is finite when it is read, and in range, gives
-    neither but for absurd weights or a fault of ours; the normalisations spread either to nearly every pixel.
+    Raises ValueError where the first piece holds a NaN or an infinity. The inputs are checked, so only absurd weights
+    or a bug can cause one, and the normalisations spread it to nearly every pixel: one checked piece is enough.
     """
     from anyup.finite import check_map
 
