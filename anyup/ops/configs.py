@@ -49,8 +49,8 @@ def run_first(run: Callable[[Config], Result], configs: Sequence[Config], *, ker
     Args:
         run: compiles and launches with a config.
         configs: configs, best first.
-        kernel: what else the kernel is compiled for, its name and its device among it: for these, a config that was
-            refused is passed over in later calls. None: every call tries every config.
+        kernel: the kernel's name, its device and all else that it is compiled for. Later calls with an equal `kernel`
+            skip a config that was refused. None: every call tries every config.
     """
     failures: list[str] = []
     cause: Exception | None = None
@@ -71,19 +71,19 @@ def run_first(run: Callable[[Config], Result], configs: Sequence[Config], *, ker
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error means that a kernel cannot be compiled or launched here, and nothing that others would meet too.
+    """Whether an error means that this kernel cannot be compiled or launched here, while other kernels still may.
 
-    Triton raises errors of its own, plain ones of Python's for what its passes, LLVM and the driver say, and those of
-    files and processes where it finds no C compiler or cannot write its cache.
+    Triton raises its own classes. It raises RuntimeError for failures of its passes, of LLVM and of the driver, and
+    OSError or SubprocessError where it finds no C compiler or cannot write its cache.
     """
     if isinstance(error, (OSError, subprocess.SubprocessError)) or _is_of_triton(error, "TritonError"):
         return True
-    # Out of memory and a card that is lost are kinds of RuntimeError in torch.
+    # Torch's errors for a lack of memory and for a lost card are subclasses of RuntimeError, which do not count.
     return type(error) is RuntimeError and not any(words in str(error) for words in _NO_REFUSAL)
 
 
 def told(error: Exception) -> str:
-    """An error in a line: the compiler's is in its last one, below the source; others go on with details."""
+    """An error in one line: the last line of a CompilationError, which begins with the source, else the first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1 if _is_of_triton(error, 'CompilationError') else 0]}"
 
@@ -94,5 +94,5 @@ def _in_words(kernel: Hashable) -> str:
 
 
 def _is_of_triton(error: Exception, name: str) -> bool:
-    """Whether an error is of a class of Triton's, which need not be there to import."""
+    """Whether an error is an instance of a class of Triton, without an import of Triton."""
     return any(kind.__name__ == name and kind.__module__.startswith("triton.") for kind in type(error).__mro__)

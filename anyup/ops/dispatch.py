@@ -28,26 +28,26 @@ from anyup.ops.refusals import remember
 logger = logging.getLogger("anyup")
 
 BACKEND_NAMES = ("triton", "flex", "torch", "reference")
-"""Every name a user may type, in order of preference; an operation may have only some of them."""
+"""The names of all backends, in order of preference; an operation has some of them."""
 
 _FOR_ANY_DEVICE = ("torch", "reference")
 
 WITHOUT_GRADIENT = "call it under torch.no_grad() or torch.inference_mode() where none is needed"
-"""What to do about a backend that cannot run because a gradient is wanted."""
+"""Advice in a reason: how to call a backend that has no gradients."""
 
 Backend = str | Sequence[str] | None
 """None: the first that can. A name: that one or an error. A sequence: the first of these that can."""
 
 
 class BackendFailure(RuntimeError):
-    """A backend that could run a problem by what it knows failed to: a kernel did not compile, or did not launch."""
+    """A backend whose `unsupported` was empty failed all the same: a kernel did not compile, or did not launch."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One backend and the reasons why it cannot run (none: it can).
 
-    `discouraged` are the reasons why one that can is passed over where nobody asked for it by name.
+    `discouraged` are the reasons why it runs only if the caller names it, although it can.
     """
 
     name: str
@@ -82,8 +82,8 @@ class Explanation:
 class Operation:
     """An operation and its backends, in order of preference.
 
-    `backends` maps a backend's name to a function that imports and returns its module, so that what is not
-    chosen is not imported. It is called once.
+    `backends` maps a backend's name to a function that imports and returns its module. The function is called once,
+    when the backend is first asked: so a backend that is never asked is never imported.
     """
 
     def __init__(self, name: str, backends: Mapping[str, Callable[[], ModuleType]]) -> None:
@@ -120,10 +120,10 @@ class Operation:
         raise NotImplementedError(f"no backend can run this:\n{self.explain(problem, backend)}")
 
     def run(self, function: str, problem: Any, backend: Backend, *args: Any, **kwargs: Any) -> Any:
-        """Call a function of the chosen backend, autocast off: a backend says itself what it computes in.
+        """Call a function of the chosen backend with autocast off, because a backend chooses its own dtypes.
 
-        Where a backend that was not asked for by name raises a `BackendFailure`, the next one runs, with a warning,
-        and this one is passed over from now on, on that device, for what its kernels are compiled for alike.
+        If a backend raises `BackendFailure` and the caller did not name it, the next backend runs, with a warning. The
+        failed backend is then skipped on that device for all problems with the same `compiled_for`.
         """
         module = self.choose(problem, backend)
         try:
@@ -133,11 +133,11 @@ class Operation:
         return self.run(function, problem, backend, *args, **kwargs)
 
     def give_up(self, module: ModuleType, problem: Any, backend: Backend, failure: BackendFailure) -> None:
-        """Pass a backend over from now on, with a warning; raises its failure where it alone was asked for."""
+        """Skip a backend from now on, with a warning; raises its failure if the caller asked for this backend alone."""
         name = next(n for n in self._backends if self._backends[n]() is module)
         if parse_backend(backend) == (name,):
             raise failure
-        self._warned_of_slow_path = True  # the one warning is this one
+        self._warned_of_slow_path = True  # one warning is enough
         self._failures[_failing(name, problem)] = f"failed before on {problem.device}: {failure}"
         _tell(
             f"{self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
@@ -145,7 +145,7 @@ class Operation:
         )
 
     def _warn_of_slow_path(self, name: str, problem: Any) -> None:
-        """Say once why CUDA tensors end on a backend that is not made for them, where there is one that is."""
+        """Warn once why CUDA tensors run on a slow backend although the operation has a fast one."""
         faster = [other for other in self._backends if other not in _FOR_ANY_DEVICE]
         if self._warned_of_slow_path or name not in _FOR_ANY_DEVICE or problem.device.type != "cuda" or not faster:
             return
@@ -174,7 +174,7 @@ def _tell(refusal: str) -> None:
 
 
 def _failing(name: str, problem: Any) -> tuple[str, torch.device, Hashable]:
-    """What a failure is remembered for: a problem may tell what its kernels are `compiled_for`."""
+    """The key under which a failure is stored; `compiled_for`, if a problem has it, is what its kernels depend on."""
     return name, problem.device, getattr(problem, "compiled_for", None)
 
 
@@ -188,7 +188,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd would record an operation on these, of which some may be absent."""
+    """Whether autograd would record an operation on these tensors; None stands for an absent one."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -1,9 +1,10 @@
-"""What the operators cost, for `torch.utils.flop_counter`: as that counts the reference, product by product.
+"""The operations of our operators, for `torch.utils.flop_counter`: those that the counter counts in the reference.
 
-The attention counts the keys in the windows alone, where the reference multiplies by every key. A backward operator is
-the gradients of these products, each product two more; what it computes again is not counted.
+The attention counts only the keys in the windows, where the reference multiplies by every key. A backward operator
+counts two products for each product of the forward one; recomputation is not counted.
 
-The counter imports Triton, 0.2 s: nobody waits for it who does not count. Whoever imports it finds the formulas in it.
+The counter imports Triton, which takes 0.2 s. So this module does not import it, and adds the formulas when it is
+imported.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {}
 
 
 def count(operator: Any, formula: Callable[..., Any]) -> None:
-    """Have the counter count an `OpOverloadPacket` by a formula of its arguments, with shapes for tensors."""
+    """Add a formula for an `OpOverloadPacket`; it takes the arguments, with shapes in place of tensors."""
     if not _FORMULAS:
         sys.meta_path.insert(0, _Finder())
     _FORMULAS[operator] = formula
@@ -37,7 +38,7 @@ def _add(counter: ModuleType, operator: Any, formula: Callable[..., Any]) -> Non
 
 
 class _Finder(MetaPathFinder):
-    """Finds the counter as ever, and adds the formulas when it has been executed."""
+    """Finds the counter's module as Python does, and adds the formulas after it has been executed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == _COUNTER else None

@@ -1,6 +1,6 @@
-"""What Triton's kernels run on: whether a device takes them, and what they are compiled for.
+"""The devices of Triton's kernels: whether a device can run them, and the target that they are compiled for.
 
-Each device is asked once in a process, because every call of an operation wants to know.
+The answers are cached for each device, because every call of an operation needs them.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _OLDEST_CAPABILITY = (8, 0)
 
 @cache
 def installed() -> bool:
-    """Whether there is a Triton to import."""
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def interprets() -> bool:
-    """Whether Triton, which must be installed, runs kernels in its interpreter."""
+    """Whether Triton runs kernels in its interpreter; Triton must be installed."""
     from triton import knobs
 
     return knobs.runtime.interpret
 
 
 def device_reasons(device: torch.device) -> list[str]:
-    """Why no kernel runs on a device; empty: they do."""
+    """Why kernels cannot run on a device; empty: they can."""
     if not installed():
         return [f"triton is not installed (on Linux: {pip_install('triton')})"]
     return list(_device_reasons(device, interprets()))
 
 
 def dtype_reasons(what: str, dtype: torch.dtype) -> list[str]:
-    """Why no kernel computes in a dtype, of operands that the reason calls by name, as in "pixels are"."""
+    """Why kernels cannot compute in a dtype; `what` begins the reason, as in "pixels are"."""
     if dtype == torch.float64:
         return [f"{what} float64, the kernels compute in float32"]
     if dtype == torch.bfloat16 and interprets():
@@ -50,7 +50,7 @@ def dtype_reasons(what: str, dtype: torch.dtype) -> list[str]:
 
 
 def discouraged(problem: object) -> list[str]:
-    """Why kernels are not chosen unless asked for by name, although they can run a problem."""
+    """Why kernels run only if the caller names the backend, although they can run a problem."""
     return ["Triton's interpreter is for tests, and slow"] if interprets() else []
 
 
@@ -62,7 +62,7 @@ def _device_reasons(device: torch.device, interpreted: bool) -> tuple[str, ...]:
 
     try:
         active, place = driver.active.get_current_target(), driver.active.get_active_torch_device()
-    except RuntimeError:  # its drivers are counted: none is active, or several
+    except RuntimeError:  # Triton counts the active drivers: there is none, or there are several
         return ("Triton finds no GPU that it can drive",)
     if device.type not in ("cuda", place.type):
         return (f"tensors are on {device.type}, Triton's kernels run on {place.type}",)
@@ -77,7 +77,7 @@ def _device_reasons(device: torch.device, interpreted: bool) -> tuple[str, ...]:
 
 
 def target(device: torch.device) -> Target:
-    """What kernels are compiled for on a device that takes them."""
+    """The target that kernels are compiled for on a device; the device must be able to run kernels."""
     return _target(device, interprets())
 
 
@@ -89,14 +89,14 @@ def _target(device: torch.device, interpreted: bool) -> Target:
         return Target()
     from triton.runtime import driver
 
-    # Triton answers for torch's current device.
+    # Triton returns the target of torch's current device.
     with torch.cuda.device(device if device.type == "cuda" else None):
         active = driver.active.get_current_target()
     return Target(active.backend, active.arch)
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a card; in Triton's interpreter, where programs run one after the other, 1; of what is no card 132."""
+    """A GPU's multiprocessors; 1 in Triton's interpreter, which runs one program at a time; else 132."""
     return _multiprocessors(device, interprets())
 
 
@@ -109,12 +109,12 @@ def _multiprocessors(device: torch.device, interpreted: bool) -> int:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """A card's name, as a table of measured configs belongs to it; another device's type."""
+    """A GPU's name, by which tables of measured configs are looked up; for any other device its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def dot_precision() -> str:
-    """Triton's `input_precision` for products of float32, by torch's own settings."""
+    """Triton's `input_precision` for float32 products that follows torch's settings."""
     if torch.version.hip is not None or interprets():
         return "ieee"
     return "tf32x3" if float32_matmul_precision("cuda") == "highest" else "tf32"

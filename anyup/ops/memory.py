@@ -1,8 +1,8 @@
 """Fresh memory for large maps.
 
-A map of a hundred megabytes costs more in page faults than in work when it comes in pages of 4 KiB. Where Linux
-gives huge pages to those who ask, asking makes a first pass over fresh CPU memory several times as fast; and within
-`reuse` a map takes over the pages of one of its size that is gone.
+A new map of a hundred megabytes in pages of 4 KiB costs more time in page faults than in work. Linux gives huge pages
+to programs that ask for them: a first pass over new CPU memory is then several times as fast. Within `reuse` a new map
+takes the pages of a freed map of the same size.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Below this the allocator reuses what it has, which is faster than any fresh page.
+# Bytes. The allocator reuses its memory for smaller tensors, which is faster than new pages.
 _LARGE = 2**23
 
 
-# The C library's allocator gives freed memory back to the system, and takes page faults for it again, once more lies
-# free at the end of its heap than twice the largest block that was ever freed (glibc, up to 32 MiB). A tile's
-# buffers are as large: it would happen with each tile.
+# glibc returns the free end of its heap to the system once it is larger than twice the largest block ever freed (up to
+# 32 MiB). The buffers of a tile are that large, so each tile would cause the page faults anew. To free one block of
+# this size raises the threshold.
 _LARGEST_FREED = 2**25 - 2**16
 
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> None:
-    """Let the C library keep what tiles free, for the next tile: frees a block, once, that was never touched."""
+    """Make the C library keep freed memory for the next tile: allocate and free one large block, once."""
     if sys.platform == "linux":
         torch.empty(_LARGEST_FREED, dtype=torch.uint8)
 
 
 Mapping = tuple[mmap.mmap, weakref.ref[memoryview]]
-"""Pages, with a reference that dies with the tensor on them."""
+"""Pages, and a weak reference that is dead once the tensor on them is freed."""
 
 
 class _Kept(threading.local):
@@ -61,16 +61,16 @@ def reuse() -> Iterator[None]:
 
 
 class Pages:
-    """Memory that the maps of a block leave to those of the next one: of calls that are alike."""
+    """Memory that the maps of one block leave to the maps of the next block, for equal calls one after the other."""
 
     def __init__(self) -> None:
         self._mappings: list[Mapping] = []
 
     @contextlib.contextmanager
     def reuse(self) -> Iterator[None]:
-        """As `reuse`; what this block's maps had stays when it ends, what only earlier ones had goes."""
+        """As `reuse`, but keep the pages of this block's maps for the next block, and free unused older pages."""
         before, _kept.mappings = _kept.mappings, self._mappings
-        # Whose pages are given away has a new entry then; the old ones are held here, or a new one might have their id.
+        # Reused pages get a new entry. `earlier` holds the old entries, so that no new entry can have the id of one.
         earlier = {id(mapping): mapping for mapping in self._mappings}
         try:
             yield
@@ -99,7 +99,7 @@ def _view(size: int) -> memoryview:
         pages = unused[0][0]
     else:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel built without huge pages: the memory is as good as any
+        with contextlib.suppress(OSError):  # Linux without huge pages: normal pages serve as well
             pages.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(pages)
     mappings.append((pages, weakref.ref(view)))

@@ -1,4 +1,4 @@
-"""What is computed of which numbers, and in which dtype."""
+"""Which tensors the operations take, and in which dtype they compute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MATMUL_PRECISION = {"tf32": "high", "bf16": "medium"}
 
 
 def check_dense(name: str, tensor: Any) -> None:
-    """Raise TypeError that names the argument unless it is a tensor with a place for each number."""
+    """Raise TypeError, which names the argument, unless it is a dense tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.is_nested:
@@ -26,12 +26,12 @@ def check_dense(name: str, tensor: Any) -> None:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is for storage: arithmetic is float32, or float64 where the caller's tensors are."""
+    """The dtype of arithmetic: float64 for float64, float32 for any other, because half precision is for storage."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """The tensors in a dtype, all of them at once: each conversion of its own would be a launch of a kernel."""
+    """The tensors in a dtype, converted together: a conversion for each tensor would be a kernel launch for each."""
     if all(tensor.dtype == dtype for tensor in tensors):
         return tensors
     together = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
@@ -40,32 +40,32 @@ def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """For sums of many terms: float64, or float32 on a device that has no float64."""
+    """The dtype for sums of many terms: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def key_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys are made in: float64 on a CPU, where that takes no time on so small a grid, else the working dtype."""
+    """The dtype in which keys are computed: float64 on a CPU (cheap on the small grid), else the working dtype."""
     return torch.float64 if device.type == "cpu" else working_dtype(dtype)
 
 
 def float32_matmul_precision(device_type: str) -> str:
-    """In torch's words, "highest", "high" or "medium", how products of float32 are made on a kind of device.
+    """The precision of float32 products on a type of device: torch's "highest", "high" or "medium".
 
-    By all of torch's settings: `torch.set_float32_matmul_precision`, `allow_tf32` and each `fp32_precision` that
-    reaches matrix products. `torch.get_float32_matmul_precision` raises where these differ.
+    It follows all of torch's settings: `torch.set_float32_matmul_precision`, `allow_tf32` and each `fp32_precision` for
+    matrix products. `torch.get_float32_matmul_precision` raises where these settings differ.
     """
     backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
     return _MATMUL_PRECISION.get(backend.matmul.fp32_precision, "highest")
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device."""
-    # Meta is the one kind in use that knows no autocast; `torch.amp.is_autocast_available`, which would say so, is not
-    # traced by torch.compile before torch 2.12.
+    """Whether autocast is on for a type of device."""
+    # The device meta has no autocast. `torch.amp.is_autocast_available` knows this too, but torch.compile cannot trace
+    # it before torch 2.12.
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off for a kind of device, where dtypes are decided."""
+    """A context in which autocast is off for a type of device."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()

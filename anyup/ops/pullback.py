@@ -11,8 +11,7 @@ import torch
 def pullback(function: Callable[..., Any], primals: tuple[Any, ...], grad: Any) -> tuple[Any, ...]:
     """The gradients of `primals` (nested tensors), given that of `function(*primals)`.
 
-    An operator's body runs below autograd, where only `torch.func` differentiates. Its tensors have no storage, so it
-    fails under a dispatch mode that looks at storages (a counter of operations, say); other backends have explicit
-    formulas.
+    An operator's body runs below autograd, where only `torch.func` can differentiate. Tensors of `torch.func` have no
+    storage, so this fails under a dispatch mode that reads storages. The other backends have explicit formulas.
     """
     return torch.func.vjp(function, *primals)[1](grad)

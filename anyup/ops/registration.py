@@ -1,7 +1,7 @@
-"""Registering our operators with torch.
+"""Registers our operators with torch.
 
-Not through `torch.library.custom_op`: its wrapper imports the compiler at the first eager call, one to two seconds of
-every short script, and costs each call.
+`torch.library.custom_op` is not used: its wrapper imports the compiler at the first eager call, which takes one to two
+seconds, and it slows down each call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from anyup.ops import flop_formulas
 _LIBRARY = torch.library.Library("anyup", "FRAGMENT")
 
 BODIES: dict[Any, Callable[..., Any]] = {}
-"""What runs when an operator is called, by operator: for a dispatch mode that is to see what a body does."""
+"""The body of each operator, for a dispatch mode that has to see the operations inside a body."""
 
 
 def register(
@@ -28,15 +28,16 @@ def register(
     gradient: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Register an operator that mutates nothing and returns new tensors, and return what calls it.
+    """Register an operator that mutates nothing and returns new tensors; return the function that calls it.
 
     Args:
         name: the operator is `torch.ops.anyup.<name>`.
-        body: what runs, on any device, below autograd; its annotations are the schema.
-        fake: what returns empty tensors of the result's exact shapes, dtypes and strides.
-        flops: what a call costs, of its arguments, with shapes for tensors (see `anyup.ops.flop_formulas`).
-        gradient: of the results, as `torch.library.register_autograd` takes it; None: to differentiate is an error.
-        setup_context: what saves for the gradient.
+        body: the computation, on any device and below autograd; its annotations give the schema.
+        fake: returns empty tensors with the result's exact shapes, dtypes and strides.
+        flops: takes the arguments, with shapes in place of tensors, and returns the operations of a call (see
+            `anyup.ops.flop_formulas`).
+        gradient: the backward function for `torch.library.register_autograd`; None: a backward pass is an error.
+        setup_context: saves what the backward function needs.
     """
     _LIBRARY.define(name + torch.library.infer_schema(body, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, body, "CompositeExplicitAutograd")

@@ -1,6 +1,6 @@
-"""Tables that the host makes once, for calls on any device to look things up in.
+"""Lookup tables that the host makes once and stores on the device.
 
-A copy from the host in a call would wait for the device, and cannot be captured in a CUDA graph.
+A copy from the host in every call would wait for the device, and cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _read_by_graphs: dict[int, Any] = {}
 
 
 def kept_for_graphs(tables: Tables, device: torch.device) -> Tables:
-    """The tables on a device; those that are used while a graph is captured stay for good.
+    """Return the tables; those that are used while a CUDA graph is captured are never freed.
 
-    A replay reads their memory, and no reference in the graph keeps a cache from letting them go.
+    A replay reads their memory, but the graph holds no reference, so that a cache could free them.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _read_by_graphs[id(tables)] = tables
