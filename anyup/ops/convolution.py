@@ -1,8 +1,8 @@
-"""Convolutions whose sums are short, and as exact as products of float32 are.
+"""Convolutions with short sums, as exact as products of float32 are.
 
-A library's own convolution may add up all taps and channels in one chain of a thousand terms and more; in several of
-them, added at the end, a float32 result is two to four times as exact. And cuDNN's takes TF32 unless it is told not to,
-whatever precision products are to have.
+A library's convolution may add up all taps and channels in one sum of more than a thousand terms. Several shorter sums,
+added at the end, make a float32 result two to four times as exact. Besides, cuDNN's convolution uses TF32 by default,
+whatever precision is set for products.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from anyup.ops.linear import goes_through_convolution
 
 _FEWEST_TERMS = 128
-"""Of a product: taps of fewer channels are put side by side."""
+"""The fewest terms of a product: taps with fewer channels are joined to one product."""
 
 _CHANNELS = 32
-"""Of one of oneDNN's convolutions: with fewer there is more to add up afterwards than is gained."""
+"""Input channels of each oneDNN convolution. With fewer, adding up the results costs more than it gains."""
 
 
 class Convolution:
-    """The cross-correlation with a weight (Cout, Cin, s, s) of pixels whose border is there already."""
+    """The cross-correlation of padded pixels with a weight (Cout, Cin, s, s)."""
 
     def __init__(self, weight: Tensor) -> None:
         self._size, self._channels = weight.shape[2], weight.shape[1]
-        # A traced convolution compares its input's size with a constant to choose an algorithm, and compiles again on
-        # the other side of it.
+        # Not while traced: torch's convolution compares the input's size with a constant, so that a size on the other
+        # side of the constant would recompile.
         self._is_library_s = not torch.compiler.is_compiling() and goes_through_convolution(weight)
         if self._is_library_s:
             parts = weight.split(_CHANNELS, dim=1)
@@ -37,7 +37,7 @@ class Convolution:
             self._weights = [part.flatten(0, 1) for part in taps.split(self._together)]
 
     def __call__(self, padded: Tensor) -> Tensor:
-        """(B, H + s - 1, W + s - 1, Cin) in the weight's dtype to (B, H, W, Cout), of which rows may lie apart."""
+        """(B, H + s - 1, W + s - 1, Cin) in the weight's dtype to (B, H, W, Cout), whose rows may have gaps between."""
         return self._by_library(padded) if self._is_library_s else self._by_products(padded)
 
     def _by_library(self, padded: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ class Convolution:
     def _by_products(self, padded: Tensor) -> Tensor:
         batch, rows, stride, _ = padded.shape
         height, width = rows - self._size + 1, stride - self._size + 1
-        # Pixels one after the other, as they lie in memory: those of a tap are a run of them. Pixels of the result
-        # between two of its rows are made as well, and left out.
+        # With rows joined in memory, the pixels of one tap are a contiguous run. The products also compute the pixels
+        # between two rows of the result, which the strides below skip.
         pixels, count = padded.flatten(1, 2), height * stride - (self._size - 1)
         starts = [row * stride + column for row in range(self._size) for column in range(self._size)]
         out: Tensor | None = None

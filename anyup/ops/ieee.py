@@ -1,4 +1,4 @@
-"""Products of float32 without shortcuts, whatever precision torch's settings ask for: how the references multiply."""
+"""Full float32 products, whatever precision torch's settings ask for; the references compute with them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _before: list[str] = []
 
 @contextlib.contextmanager
 def ieee() -> Iterator[None]:
-    """Products and convolutions of float32 keep all their bits within the block, on every device.
+    """Within the block products and convolutions of float32 have full precision, on every device.
 
-    Torch's settings are the process's. The first block to be entered sets them and the last to be left puts them back,
-    so that blocks of several threads may overlap; products of other threads are exact meanwhile as well.
+    Torch's settings hold for the whole process. The first block to be entered sets them and the last to be left
+    restores them, so that blocks of several threads may overlap. Meanwhile all threads compute with full precision.
     """
     global _inside
     backends = torch.backends

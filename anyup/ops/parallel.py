@@ -1,9 +1,8 @@
 """Running the tiles of an operation side by side on a CPU.
 
 Torch splits each small operation of a tile over its threads, which then wait for each other before the next one. Here
-each worker thread takes whole tiles and runs them with its share of the threads: nobody waits for anybody. It is
-faster on an idle machine and much faster on a busy one, where each wait may last until the other thread is
-scheduled again.
+each worker thread computes whole tiles with its share of torch's threads, and waits for no other worker. This is faster
+on an idle machine, and much faster on a busy one, where each wait may last until the other thread is scheduled.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from anyup.ops.memory import keep_freed_memory
 Tile = TypeVar("Tile")
 Result = TypeVar("Result")
 
-# More workers than this would wait for Python's interpreter lock; beyond it, each gets several threads.
+# More workers would wait for Python's interpreter lock. With more threads than this, each worker gets several.
 _MOST_WORKERS = 8
 
-# Elements of a map: steps over fewer are too short for several threads to share.
+# Elements of a map. Work on a smaller map is too short to be split among threads.
 _FEW = 2**17
 
-# The system's numbers of the workers that ended last: a little of a thread goes on after Python has joined it.
+# Native ids of the workers that ended last: a thread still runs for a moment after Python has joined it.
 _ended: deque[int] = deque(maxlen=64)
-_LONGEST_END = 1.0  # seconds, for a number that another thread has by now
+_LONGEST_END = 1.0  # seconds; a limit, because a new thread may have got the id of an ended one
 
 
 def even_slices(length: int, most: int, device: torch.device, multiple: int = 1) -> list[slice]:
-    """Slices of about one size that cover `length`, none longer than `most`, as many for each worker as for another.
+    """Slices of about equal size that cover `length`, none longer than `most`, in equal number for each worker.
 
-    All but the last are as long as some multiple of `multiple`.
+    The length of each slice but the last is a multiple of `multiple`.
     """
     if multiple > 1:
         units = even_slices(-(-length // multiple), max(1, most // multiple), device)
@@ -57,11 +56,11 @@ def even_slices(length: int, most: int, device: torch.device, multiple: int = 1)
 
 @contextlib.contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """So many threads for what the calling thread has torch do; as many as ever where that cannot be set.
+    """Within the block torch uses `count` threads for the calling thread's work, if that can be set.
 
-    `torch.set_num_threads` would set the number of each thread that is born later, too.
+    `torch.set_num_threads` is not used, because it also changes the number for every thread that starts later.
     """
-    before = torch.get_num_threads()  # asked for first: torch sets the number of a new thread when it needs it
+    before = torch.get_num_threads()  # before `set`: this call makes torch initialise the number of a new thread
     runtime = _runtime()
     if runtime is None or count == before:
         yield
@@ -75,13 +74,13 @@ def on_threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_one_thread() -> Iterator[None]:
-    """For small work, and between two calls of `map_tiles`: torch's own threads, once woken, spin while tiles run."""
+    """One thread for small work, and between calls of `map_tiles`: torch's threads, once woken, spin for a while."""
     with on_threads(1):
         yield
 
 
 def on_threads_for(elements: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """One thread, or as many as ever, by the elements of the largest map that is worked on."""
+    """A context with one thread if the largest map has few elements, else with the present number of threads."""
     return on_one_thread() if device.type == "cpu" and elements <= _FEW else contextlib.nullcontext()
 
 
@@ -89,7 +88,7 @@ def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device:
     """`[function(tile) for tile in tiles]`, on worker threads where `device` is a CPU with threads to share.
 
     The function must not differentiate, and must touch no memory that another tile's call touches. Each call starts
-    its own threads, so nothing idles between calls and a process may fork.
+    and ends its own threads, so that no thread idles between calls and the process may fork.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -126,7 +125,7 @@ def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device:
     try:
         for thread in pool:
             thread.join()
-    except BaseException as error:  # an interrupt: let the workers end before their memory goes
+    except BaseException as error:  # an interrupt: the workers must end before their tensors are freed
         errors.append(error)
         for thread in pool:
             thread.join()
@@ -137,41 +136,41 @@ def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device:
 
 
 def workers_of(threads: int) -> int:
-    """Workers that each take tiles, of so many threads of a CPU."""
+    """The number of workers for a number of CPU threads."""
     return max(1, min(threads, _MOST_WORKERS))
 
 
 def _workers(device: torch.device) -> int:
-    """One where each would use as many threads as all of them together should."""
+    """The number of workers; 1 where the number of threads of one worker cannot be limited."""
     return workers_of(torch.get_num_threads()) if device.type == "cpu" and _runtime() else 1
 
 
 class _Runtime:
-    """What the threads of torch's operations come from: OpenMP, and MKL's own number of them.
+    """The libraries that give torch its threads: OpenMP, and MKL, which has a number of its own.
 
-    Raises AttributeError where a number cannot be set.
+    Raises AttributeError where a library has no function to set the number.
     """
 
     def __init__(self, openmp: ctypes.CDLL, torch_library: ctypes.CDLL) -> None:
         self._set_openmp = openmp.omp_set_num_threads
-        # Of products it is this that counts, once torch has set it.
+        # Once torch has set MKL's own number, products follow it and not OpenMP's.
         self._set_mkl = torch_library.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else None
         self._pause = getattr(openmp, "omp_pause_resource_all", None)
 
     def set(self, openmp: int, mkl: int) -> tuple[int, int]:
-        """Set the numbers of the calling thread, and of no other; returns those before."""
+        """Set both numbers for the calling thread alone; return the previous ones."""
         before = torch.get_num_threads()
         self._set_openmp(openmp)
         return before, self._set_mkl(mkl) if self._set_mkl else mkl
 
     def end_helpers(self) -> None:
-        """End the threads that work for the calling thread; they come back when they are needed."""
+        """End the OpenMP threads that help the calling thread; OpenMP starts them again when needed."""
         if self._pause:
             soft = 1
             self._pause(soft)
 
     def is_obeyed(self) -> bool:
-        """Whether torch has as many threads as are set in the thread that sets them, and as many as ever in another."""
+        """Whether `set` changes torch's number of threads in the calling thread and in no other thread."""
         before = torch.get_num_threads()
         found = []
 
@@ -187,11 +186,11 @@ class _Runtime:
 
 @lru_cache(maxsize=1)
 def _runtime() -> _Runtime | None:
-    """Of this process; None where nothing is found that torch obeys."""
+    """The runtime of this process; None where no library is found whose number torch obeys."""
     if os.name == "nt":
         return None
     torch_library = ctypes.CDLL(torch._C.__file__)
-    for openmp in (ctypes.CDLL(None), torch_library):  # one loaded for all goes before that which torch was built with
+    for openmp in (ctypes.CDLL(None), torch_library):  # a globally loaded library precedes torch's own
         try:
             runtime = _Runtime(openmp, torch_library)
         except AttributeError:
@@ -203,7 +202,7 @@ def _runtime() -> _Runtime | None:
 
 
 def _end_threads(runtime: _Runtime) -> None:
-    """Before a fork: GNU's OpenMP waits in the child for helpers, which it has not; MKL for a lock of one that ends."""
+    """End all helper threads before a fork: in the child OpenMP would wait for them, and MKL for a lock of theirs."""
     runtime.end_helpers()
     deadline = time.monotonic() + _LONGEST_END
     while _ended and time.monotonic() < deadline:

@@ -1,6 +1,6 @@
-"""What a device refused in this process: kernels that did not compile or launch, and backends that run instead.
+"""The refusals of this process: kernels that did not compile or launch, and backends that failed.
 
-A refusal costs speed and no result, so that it is told and not raised; `anyup info` and `anyup bench` list them.
+A refusal costs speed and not the result, so it is reported and not raised. `anyup info` and `anyup bench` list them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ _remembered: dict[str, None] = {}
 
 
 def remember(text: str) -> None:
-    """Keep a refusal; one that is known already changes nothing."""
+    """Add a refusal to the list, unless it is there already."""
     _remembered[text] = None
 
 
 def remembered() -> tuple[str, ...]:
-    """Each refusal of this process once, the first one first."""
+    """All refusals of this process without repeats, in order of time."""
     return tuple(_remembered)

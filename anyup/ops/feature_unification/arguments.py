@@ -1,4 +1,4 @@
-"""What a call of the feature unification asks for, and the checks of what the caller passed."""
+"""The problem that a call of the feature unification poses, and the checks of its arguments."""
 
 from __future__ import annotations
 

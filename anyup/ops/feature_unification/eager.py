@@ -1,7 +1,7 @@
 """The feature unification in plain PyTorch, a few positions at a time.
 
 A position's C patches against M filters are one matrix product of (C, s*s) by (s*s, M), and its result, read as
-(M, C), is all that this position's softmax and mean need. So the C*M*h*w values never exist together. The division
+(M, C), is all that this position's softmax and mean need. So the C*M*h*w values never exist at once. The division
 by the taps inside the map is applied to the patches, which hold M / (s*s) times fewer values.
 """
 
@@ -18,13 +18,13 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import even_slices, map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
 
-# Values worked on at a time: on a CPU what stays in its caches.
+# Values computed at a time: on a CPU as many as stay in its caches.
 _BUDGET = {"cpu": 2**18}
 _BUDGET_ELSEWHERE = 2**26
 
 _FEW = 2**20
-"""Values in all, C * M * h * w, that are made in the result's wider dtype: over a handful of positions a channel may
-hardly vary, and the normalisation behind magnifies its roundings."""
+"""Up to so many values (C * M * h * w) everything is computed in the result's wider dtype: over a few positions a
+channel may hardly vary, and the normalisation that follows magnifies its rounding."""
 
 _Tile = tuple[int, slice]  # an image of the batch, and some of its positions
 
@@ -54,7 +54,7 @@ def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = 
 
 
 def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of features and basis, everything recomputed."""
+    """The gradients of features and basis; the forward pass is recomputed."""
     channels = features.shape[1]
     patches = _Patches(features, basis)
     grad_padded = torch.zeros_like(patches.padded)

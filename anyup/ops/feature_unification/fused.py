@@ -1,4 +1,4 @@
-"""Feature unification in Triton kernels: a position's softmaxes a block at a time, nothing of C*M values stored."""
+"""Feature unification in Triton kernels: each program computes blocks of softmaxes, and C*M maps are never stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["backward", "discouraged", "forward", "unsupported"]
 
 _MOST_TAPS = 128
 _MOST_TURNED = 64
-_PRECISION = "ieee"  # of the one plane of float32 that the interpreter takes; all other products are of 16 bits
+_PRECISION = "ieee"  # for float32 in the interpreter alone; on a card all products have 16-bit factors
 
 
 def unsupported(problem: FeatureUnificationProblem) -> list[str]:
@@ -64,8 +64,8 @@ def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = 
 def unify_normalized(features: Tensor, basis: Tensor, *, copied: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(B, C, h, w), (M, 1, s, s) -> (B, h, w, M) float32, of features divided by their norm over the channels.
 
-    It works in float32 whatever the dtypes are. `copied` (B, h, w, C) takes the features as they are. The second result
-    is what the pixel encoder takes as the statistics of its input, or None.
+    It computes in float32 for any dtypes. The unnormalised features are copied into `copied` (B, h, w, C). The second
+    result holds the statistics of the first normalisation of the pixel encoder that follows, or is None.
     """
     batch, _, height, width = features.shape
     out = features.new_empty(batch, height, width, basis.shape[0], dtype=torch.float32)
@@ -91,10 +91,10 @@ def _unify(arranged: Arranged, out: Tensor, kernel: tuple[Hashable, ...], *, mea
 
 
 def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of features and basis, everything recomputed.
+    """The gradients of features and basis; the forward pass is recomputed.
 
-    Beside them it allocates the copy of the features and partial sums of both gradients: of the features' about four
-    times as many as there are features.
+    Beside the gradients it allocates a copy of the features, and partial sums of both gradients: those of the features
+    have about four times the size of the features.
     """
     from anyup.kernels.feature_unification_backward import allocate_parts, plan_backward, plan_fold
     from anyup.kernels.feature_unification_config import backward_configs
@@ -125,11 +125,11 @@ def backward(grad: Tensor, features: Tensor, basis: Tensor) -> tuple[Tensor, Ten
 
 
 def planes_of(dtype: torch.dtype) -> tuple[int, torch.dtype]:
-    """In how many planes of which dtype numbers are multiplied, by torch's precision of float32 products.
+    """The number and the dtype of the planes whose sum is a factor, by torch's precision of float32 products.
 
-    Three of bfloat16 hold a float32; two hold 16 of its 24 bits, which is what "high" asks for, and 6 more than tf32.
+    Three bfloat16 planes hold a float32 exactly. Two hold 16 of its 24 bits, enough for "high"; tf32 holds 11 bits.
     """
-    if dtype != torch.float32 or interprets():  # which multiplies bfloat16 wrongly
+    if dtype != torch.float32 or interprets():  # the interpreter multiplies bfloat16 wrongly
         return 1, dtype
     return (3 if float32_matmul_precision("cuda") == "highest" else 2), torch.bfloat16
 
@@ -142,7 +142,7 @@ def _arrange(
     dtype: torch.dtype | None = None,
     copied: Tensor | None = None,
 ) -> Arranged:
-    """With a dtype the features are normalised, and worked with in that; `copied` as in `unify_normalized`."""
+    """Arrange the features; with `dtype` they are normalised and converted to it. `copied` as in `unify_normalized`."""
     from anyup.kernels.feature_unification_patches import allocate, plan_arrange
 
     planes, stored = planes_of(dtype or features.dtype)
@@ -156,7 +156,7 @@ def _arrange(
 
 
 def _kernel(name: str, features: Tensor, basis: Tensor, dtype: torch.dtype | None = None) -> tuple[Hashable, ...]:
-    """What else than its config a kernel is compiled for; with the dtype that features are normalised in."""
+    """All that a kernel is compiled for, except its config; `dtype` is the dtype of normalised features."""
     from anyup.kernels.feature_unification_patches import runs_of
 
     runs = runs_of(features.shape[1], basis.shape[0])

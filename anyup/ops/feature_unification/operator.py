@@ -31,8 +31,8 @@ def unify_features(
     Args:
         features: (B, C, h, w), any C.
         basis: (M, 1, s, s) filters, s odd, in the features' dtype.
-        out_dtype: of the result; None: the features'. What tells one position from another is small beside the mean of
-            1 / M, so that a wider dtype keeps more of it than the arithmetic loses.
+        out_dtype: of the result; None: the features'. The values of two positions differ little beside their mean of
+            1 / M, so a wider dtype keeps more of the difference.
         backend: None, a name, or a sequence of names (see `anyup.ops.dispatch`).
 
     Returns:
@@ -40,7 +40,7 @@ def unify_features(
 
     Raises:
         ValueError, TypeError: arguments that do not fit together.
-        NotImplementedError: no requested backend can; lists every reason.
+        NotImplementedError: no requested backend can run it; lists every reason.
     """
     problems.check(features, basis)
     needs_gradient = wants_gradient(features, basis)
@@ -87,7 +87,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _flops(features, basis, *_):  # type: ignore[no-untyped-def]
     batch, channels, h, w = features
     filters, taps = basis[0], basis[2] * basis[3]
-    return 2 * h * w * taps * (batch * channels * filters + 1)  # and 1: how many taps lie inside
+    return 2 * h * w * taps * (batch * channels * filters + 1)  # the 1 is the count of the taps inside the map
 
 
 def _flops_backward(_grad, features, basis, *_):  # type: ignore[no-untyped-def]

@@ -35,7 +35,7 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
 
     dim = encoded.shape[3]
     out = torch.empty_like(encoded, memory_format=torch.contiguous_format)
-    # The map's channels before the result's, so that a product's operand is read in runs.
+    # Input channels before output channels, so that a product's operand is read contiguously.
     convolution = parameters.convolution.permute(2, 3, 1, 0).reshape(9, dim, dim).contiguous()
     norm, weight, bias = (p.contiguous() for p in parameters[1:])
     run_first(

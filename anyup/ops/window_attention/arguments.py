@@ -1,4 +1,4 @@
-"""What a call of window attention asks for, and the checks of what the caller passed."""
+"""The problem that a call of window attention poses, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class WindowAttentionProblem:
 
     @property
     def compiled_for(self) -> tuple[object, ...]:
-        """What kernels are compiled for, beside the device: where it is another, they may run although these failed."""
+        """What kernels are compiled for, beside the device. After a failure kernels for another value are tried."""
         return self.query_dtype, self.value_dtype, self.heads, self.head_dim, self.needs_gradient
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The window as FlexAttention takes it: which blocks of keys a tile of pixels visits, and where a block is cut.
+"""The window in FlexAttention's form: which blocks of keys a tile of pixels visits, and which of them it sees in part.
 
 Pixels and keys are numbered tile by tile, so that the 128 queries of a block are a rectangle of neighbouring pixels and
 the 64 keys of a block a square of the grid. A window is a rectangle of the grid: with keys numbered row by row a block
@@ -6,7 +6,7 @@ would be a strip as wide as the grid, most of it outside. For each tile, at 448 
 square blocks of 64 hold 173, 392 and 1008 keys, squares of 128 keys 255, 513 and 1230, and strips of 128 keys 320, 904
 and 3274, where a pixel's own window holds 49, 169 and 637.
 
-Everything is made from the two tables of an axis; nothing here has queries times keys values.
+Everything is computed from the two tables of each axis; no tensor here has queries times keys values.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ KEYS = KEY_BLOCK[0] * KEY_BLOCK[1]
 class Axis:
     """One axis of the output, cut into tiles, against the same axis of the grid, cut into blocks.
 
-    A query beyond the axis, which pads the last tile, has the range of the last query: what it sees is defined, and
-    its tile visits no more for it.
+    The last tile is padded with queries beyond the axis. They have the range of the last query, so that the tile visits
+    no further block for them.
 
     Attributes:
         start, stop: each query's range of keys, (tiles, queries in a tile) int32.
@@ -63,12 +63,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a rectangle of tiles visits, tile by tile. T tiles, K blocks of the whole grid.
+    """The blocks that each tile of a rectangle of tiles visits. T tiles, K blocks in the whole grid.
 
     Attributes:
         bounds: first row, last row (exclusive), first column and last column of each query, (4, T, QUERIES) int32.
         partial_count, full_count: how many blocks a tile visits in part and as a whole, (T,) int32.
-        partial_index, full_index: which, the first `count` of each row, (T, K) int32.
+        partial_index, full_index: the numbers of these blocks, the first `count` of each row, (T, K) int32.
     """
 
     bounds: Tensor
@@ -88,7 +88,7 @@ class Tiling:
     def rectangles(self, most_tiles: int) -> Iterator[tuple[slice, slice]]:
         """Rectangles of tiles (rows of tiles, columns of tiles) of one size, at least 2 and about `most_tiles` each.
 
-        The last ones reach back over tiles that were there before, so that none is smaller than the others.
+        The last rectangles overlap the ones before, so that all have the same size.
         """
         rows, columns = self.rows.tiles, self.columns.tiles
         most = max(2, most_tiles)
@@ -100,10 +100,10 @@ class Tiling:
                 yield slice(top, top + high), slice(left, left + wide)
 
     def blocks(self, rows: slice, columns: slice) -> Blocks:
-        """What a rectangle of tiles visits."""
+        """The blocks that a rectangle of tiles visits."""
 
         def both(of_rows: Tensor, of_columns: Tensor) -> Tensor:
-            """(tiles, K): a block whose rows and columns are both so."""
+            """(tiles, K): whether the condition holds for a block's rows and for its columns."""
             return (of_rows[rows, None, :, None] & of_columns[None, columns, None, :]).flatten(2).flatten(0, 1)
 
         full = both(self.rows.full, self.columns.full)
@@ -131,14 +131,14 @@ def blocks_of(
 ) -> Tiling:
     """The tiling of an output (H, W), or a part of one, and a grid (h, w), its tables on a device.
 
-    Both have at least two tiles or blocks: a single one would be compiled for as a special case.
+    Each has at least two tiles or blocks, because torch.compile would specialise the kernel on a single one.
     """
     first, whole = ((0, 0), output_size) if part is None else (part[:2], part[2:])
     tiles = [-(-size // tile) for size, tile in zip(output_size, QUERY_TILE, strict=True)]
     blocks = [-(-size // block) for size, block in zip(grid_size, KEY_BLOCK, strict=True)]
     for counts in (tiles, blocks):
         counts[0] = max(counts[0], 2 if counts[1] == 1 else 1)
-    with torch.inference_mode(False):  # the tables serve later calls, in inference or not
+    with torch.inference_mode(False):  # later calls outside inference mode use the tables too
         return Tiling(
             *(
                 _axis(
@@ -172,6 +172,6 @@ def _axis(
 
 
 def _listed(which: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, K) bool -> how many are true in each row, and the positions with those first; both int32."""
+    """(T, K) bool -> the number of true entries of each row, and all positions with the true ones first; both int32."""
     order = torch.argsort(which.to(torch.int8), dim=1, descending=True, stable=True)
     return which.sum(dim=1, dtype=torch.int32), order.int()

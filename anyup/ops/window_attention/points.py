@@ -9,7 +9,7 @@ from anyup.ops.dispatch import wants_gradient
 from anyup.ops.precision import working_dtype
 from anyup.window import Window, axis_bounds
 
-# Numbers in the largest buffer: the keys or the values of some points' windows.
+# The most numbers in a buffer, which holds the keys or the values of the windows of some points.
 _BUDGET = 2**20
 
 
@@ -29,7 +29,9 @@ def attend_points(
         query: (N, heads, head_dim).
         key: (h, w, heads, head_dim).
         value: (h, w, C).
-        rows, columns: (N,) int64 on the CPU: where the pixels lie in the output of this size (H, W).
+        rows, columns: (N,) int64 on the CPU, the positions of the pixels in the output.
+        window: which keys a pixel sees.
+        size: (H, W) of the output.
     """
     seen, exists = zip(
         *(
@@ -54,8 +56,8 @@ def attend_points(
     parts = zip(*(each.split(step) for each in (query, *seen, *exists)), strict=True)
     if wants_gradient(query, key, value):
         return torch.cat([attended(*part) for part in parts])
-    # Into one tensor that was there before: the C library's allocator finds no room for the next part's buffers where
-    # the last one's were as long as something small, a result, lies behind them. 600 MB were taken so, and 20 needed.
+    # The result is allocated first. A small result allocated after each group of points would keep the C library from
+    # reusing the buffers before it: that took 600 MB where 20 MB are needed.
     found = value.new_empty(len(query), value.shape[2])
     for place, part in zip(found.split(step), parts, strict=True):
         place.copy_(attended(*part))
@@ -63,9 +65,9 @@ def attend_points(
 
 
 def _keys_of_axis(position: Tensor, start: tuple[int, ...], stop: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The keys of each position's range (N, k), and which of them are within it: the longest range fixes k.
+    """The keys of each position's range, (N, k), and whether each is inside the range; k is the longest range.
 
-    What is not within it is the first key again: no key outside of a window is read, which may be a NaN.
+    A shorter range is filled up with its first key, so that no key outside the window, which may be NaN, is read.
     """
     first, last = (torch.tensor(bounds)[position, None] for bounds in (start, stop))
     longest = int((last - first).max()) if len(position) else 1

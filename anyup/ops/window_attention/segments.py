@@ -19,14 +19,14 @@ from anyup.window import Window, part_bounds
 
 _CPU = torch.device("cpu")
 
-# What a segment costs besides its products, as a number of pixels: it keeps segments from becoming single pixels
-# where windows move fast (features about as fine as the output).
+# The fixed cost of a segment, as a number of pixels. Without it segments would be single pixels where windows move fast
+# (features about as fine as the output).
 _OVERHEAD_PIXELS = 6
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Segments of one length, their key ranges of one length too, so that they make a batch.
+    """Segments of equal length whose key ranges have equal length too, so that they form a batch.
 
     Attributes:
         length: queries in each segment.
@@ -52,7 +52,7 @@ class Segments:
         return len(self.starts)
 
     def split(self, count: int) -> Iterator[Segments]:
-        """The same segments, at most `count` at a time."""
+        """The segments in groups of at most `count`."""
         for first in range(0, self.count, count):
             part = slice(first, first + count)
             yield replace(
@@ -82,10 +82,10 @@ def axis_segments(
     device: torch.device = _CPU,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Segments, ...]:
-    """Segments that cover an axis, none longer than `longest`, for about the least work.
+    """Segments that cover an axis, none longer than `longest`, chosen for little work.
 
-    The axis may be a part, from the `first` query on, of one with `total` queries. Positions and bias, which is of
-    that dtype, are on the device.
+    The axis may be a part of a longer one: from query `first` on, of `total` queries. Positions and bias are on
+    `device`, and the bias has the dtype `dtype`.
     """
     start, stop = part_bounds(window, queries, keys, first, queries if total is None else total)
     widest = max(b - a for a, b in zip(start, stop, strict=True))
@@ -93,7 +93,7 @@ def axis_segments(
     by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for first, last in min(candidates, key=lambda candidate: _work(candidate, start, stop)):
         by_length[last - first].append((first, last))
-    with torch.inference_mode(False):  # the tables serve later calls, in inference or not
+    with torch.inference_mode(False):  # later calls outside inference mode use the tables too
         return tuple(_batch(segments, start, stop, keys, device, dtype) for segments in by_length.values())
 
 
@@ -131,7 +131,7 @@ def _batch(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Segments:
-    """Segments of one length as a batch, shorter key ranges widened to the longest, inside the grid."""
+    """Segments of equal length as a batch; key ranges are widened to the longest one, and stay inside the grid."""
     length = segments[0][1] - segments[0][0]
     starts = tuple(first for first, _ in segments)
     unions = [_union(first, last, start, stop) for first, last in segments]
@@ -154,5 +154,5 @@ def _batch(
 
 
 def _ranges(starts: tuple[int, ...], length: int) -> Tensor:
-    """(ranges, length): so many numbers from each start on."""
+    """(ranges, length): `length` consecutive numbers from each start on."""
     return torch.tensor(starts, device="cpu")[:, None] + torch.arange(length, device="cpu")

@@ -1,4 +1,4 @@
-"""How many keys a tile of pixels sees: what a kernel's config depends on."""
+"""How many keys a tile of pixels sees, on which a kernel's config depends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def most_keys(
 ) -> int:
     """The largest rectangle of keys that a tile (rows, columns) of the output sees; `first` is less than a tile.
 
-    Tiles start at row and column `first`: that of the first pixel of a part, modulo the tile, so that the number is one
-    for all parts of an output that are cut along the same lines.
+    Tiles start at row and column `first`: the first pixel of a part, modulo the tile. So parts whose tiles lie on the
+    same lines of the output have the same number.
     """
     largest = 1
     for queries, keys, length, origin in zip(output_size, grid_size, tile, first, strict=True):
@@ -27,14 +27,17 @@ def most_keys(
 
 
 def axis_unions(window: Window, queries: int, keys: int, length: int, first: int = 0) -> list[int]:
-    """Along one axis, the keys that each run of `length` queries from the first one on sees together."""
+    """Along one axis, the size of the union of the windows of each run of `length` queries, from query `first` on."""
     return [union for union, _ in axis_unions_and_cores(window, queries, keys, length, first)]
 
 
 def axis_unions_and_cores(
     window: Window, queries: int, keys: int, length: int, first: int = 0
 ) -> list[tuple[int, int]]:
-    """Along one axis, the keys that any and that all of each run of `length` queries see; the last may be shorter."""
+    """Along one axis, for each run of `length` queries: the keys that any of them sees, and the keys that all see.
+
+    The last run may be shorter.
+    """
     start, stop = axis_bounds(window, queries, keys)
     runs = [(low, min(low + length, queries) - 1) for low in range(first, queries, length)]
     return [(stop[last] - start[first], max(0, stop[first] - start[last])) for first, last in runs]
