@@ -1,11 +1,12 @@
 """Tables of configs measured on a card, which come before the rule: one JSON file for each kind of card.
 
-`anyup tune` writes them. A table of the user's, in his cache folder, comes before the one that is shipped in
-`configs/`; where neither has an entry, or the entry does not fit the sizes, the rule of `window_attention_config.py`
-decides. The environment variable `ANYUP_CONFIGS` names another folder than the user's, or is "off": no table at all.
+`anyup tune` writes them. The user's table, in the cache folder, comes before the one that is shipped in `configs/`.
+If neither has an entry, or the entry does not fit the sizes, the rule of `window_attention_config.py`
+decides. The environment variable `ANYUP_CONFIGS` names another folder in place of the user's, or is "off": then no
+table is read.
 
-A table belongs to one kind of card and to the sources of the kernels it was measured with. Files are read once in a
-process, and no device is asked for anything.
+A table belongs to one kind of card and to the sources of the kernels it was measured with. A file is read once in a
+process, and no look-up waits for the device.
 """
 
 from __future__ import annotations
@@ -42,31 +43,31 @@ DTYPES = ("float16", "bfloat16", "float32")
 VARIABLE = "ANYUP_CONFIGS"
 OFF = "off"
 FORMAT = 1
-"""Of the files; another one is not read."""
+"""The version of the file format; a file of another version is not read."""
 
-# In how many parts the gradients are summed is no matter of speed alone: the sums would depend on the card.
+# The number of partial sums of a gradient is not stored: it changes the result, which would depend on the card.
 _NOT_STORED = ("parts",)
 _SHIPPED = Path(__file__).parent / "configs"
 
 
 class TableError(ValueError):
-    """A file is no table of configs; the message says what is wrong in it, and not which file it is."""
+    """A file is not a table of configs; the message says what is wrong, without the file's name."""
 
 
 class OtherTable(ValueError):
-    """A table that is in order and not for here: of other kernels, of another card."""
+    """A valid table for other kernels or another card."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a config was measured for.
+    """The case that a config was measured for.
 
     Attributes:
         kernel: one of `KINDS`.
         dtype: of queries and keys, and of values where theirs differs: "bfloat16", "float16, float32".
         precision: of products of float32, Triton's `input_precision`; "" where all operands are of two bytes.
-        heads, head_dim: how many, how wide.
-        keys: that a tile of 8 x 8 pixels sees, rounded up to a power of two.
+        heads, head_dim: the number and the width of the heads.
+        keys: the most keys that a tile of 8 x 8 pixels sees, rounded up to a power of two.
     """
 
     kernel: str
@@ -95,9 +96,9 @@ def rounded_keys(most_keys: MostKeys) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """The config that was fastest, and how many times as fast as the rule's it was; 1.0 where it is the rule's.
+    """The fastest config, and the time of the rule's config divided by its time (1.0 for the rule's config itself).
 
-    No config of the kernel of keys and values at once: one kernel for each was faster.
+    `config` None, for the kernel of keys and values at once: a kernel for each was faster.
     """
 
     config: KernelConfig | None
@@ -109,9 +110,9 @@ class Table:
     """Entries measured on one kind of card with one state of the kernels.
 
     Attributes:
-        device: the card's name, as torch gives it.
+        device: the card's name in torch.
         entries: by case.
-        made_with: versions and date, for people.
+        made_with: versions and date, for the reader of the file.
         kernels: digest of the kernels' sources.
     """
 
@@ -123,7 +124,7 @@ class Table:
 
 @cache
 def kernels_digest() -> str:
-    """Which state of the attention's kernels and of their rule this is: a digest of the sources."""
+    """A digest of the sources of the attention's kernels and of their rule."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for path in (*sorted(folder.glob("window_*.py")), folder / "products.py"):

@@ -1,4 +1,4 @@
-"""A kernel with everything it is launched with: what runs it, compiles it ahead of time and counts its work."""
+"""A launch: a kernel with all its arguments, which code here runs, compiles ahead of time or reports to a listener."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 class Target:
     """What a kernel is compiled for: Triton's backend ("cuda", "hip") and architecture (80, "gfx942").
 
-    The interpreter has neither; the default stands for it and for cards nobody thought of.
+    The defaults stand for the interpreter and for unknown cards.
     """
 
     backend: str = "any"
@@ -29,26 +29,26 @@ class Target:
 OPAQUE_ZERO = "opaque_zero"
 """A kernel argument that is 0, which the compiler does not know: it takes what is computed with it for another value.
 
-So it computes an address or a mask anew where that is cheaper than keeping it in registers through a loop. Where a sum
-would be taken apart and its constant half moved out of the loop, an exclusive or is used.
+So the compiler computes an address or a mask anew where that is cheaper than a register for it through a loop. Where
+the compiler would split a sum and move its constant half out of the loop, an exclusive or takes the sum's place.
 """
 
 SIZES = (
     "height", "width", "grid_rows", "grid_columns", "tile_rows", "tile_columns", "cell_rows", "cell_columns",
     OPAQUE_ZERO, "images",
 )  # fmt: skip
-"""Kernel arguments that a kernel must not be specialised on: a new image size compiles nothing."""
+"""Kernel arguments that kernels are not specialised on, so that a new image size compiles no new kernel."""
 
 PART = ("part_row", "part_column", "whole_height", "whole_width")
 """Kernel arguments that say where in a larger output the pixels lie; all None where they are the whole output."""
 
 
 _MOST_COMPILERS = 8
-"""Threads that compile at a time: each may take hundreds of megabytes."""
+"""The most threads that compile at a time: each may take hundreds of megabytes."""
 
 
 class _Heard(threading.local):
-    """Who is told of this thread's launches, and whether they are compiled alone."""
+    """This thread's listener of launches, and whether its launches are only compiled (`ahead`)."""
 
     tell: Callable[[Launch, Any], None] | None = None
     ahead: bool = False
@@ -76,12 +76,12 @@ class Launch:
     options: Mapping[str, int]
 
     def __call__(self) -> None:
-        """Launch it on its tensors' device, where there is anything to do."""
+        """Launch the kernel on its tensors' device; nothing happens if the grid has no program."""
         if not all(self.grid):
             return
         device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
-        # Triton launches on torch's current device, whatever device the tensors are on. And its interpreter works with
-        # operations of torch, which are nobody's to hear of.
+        # Triton launches on torch's current device, whatever device the tensors are on. Its interpreter calls
+        # operations of torch, which a dispatch mode must not see.
         unheard = contextlib.nullcontext() if _heard.tell is None else _disable_current_modes()
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), unheard:
             # Explicit, because Triton 3.10 changes the default.
@@ -95,14 +95,14 @@ class Launch:
 
     @property
     def values(self) -> list[Any]:
-        """All arguments in the kernel's order, as a compiled kernel takes them."""
+        """All arguments in the kernel's order, the form that a compiled kernel takes."""
         given = {**self.arguments, **self.constants}
         return [given.get(each.name, each.default) for each in self.kernel.params]
 
 
 @contextlib.contextmanager
 def told(tell: Callable[[Launch, Any], None]) -> Iterator[None]:
-    """Tell of each of this thread's launches in the block, with the compiled kernel that Triton has launched."""
+    """Within the block call `tell` with each launch of this thread and the compiled kernel that Triton launched."""
     before, _heard.tell = _heard.tell, tell
     try:
         yield
@@ -117,13 +117,14 @@ def compiles_ahead() -> bool:
 
 @contextlib.contextmanager
 def compiled_ahead() -> Iterator[None]:
-    """Compile this thread's launches in the block, side by side on the processor's cores, and launch none of them.
+    """Within the block this thread's launches are compiled, side by side on the CPU's cores, and not launched.
 
-    What does not compile is left to the launch that meets it. Without Triton's `AsyncCompileMode`, one after the other.
+    A kernel that does not compile raises later, at its launch. Without Triton's `AsyncCompileMode` kernels are compiled
+    one after the other.
     """
     try:
         from triton.runtime._async_compile import AsyncCompileMode
-    except ImportError:  # it is no promise of Triton's
+    except ImportError:  # a private module of Triton, which may disappear
         beside: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         pool = None
     else:
@@ -141,10 +142,10 @@ def compiled_ahead() -> Iterator[None]:
 
 
 def is_direct(compiled: Any) -> bool:
-    """Whether what Triton has launched may be launched again as it does it, without what it does before.
+    """Whether a compiled kernel may be launched directly, without the checks of `JITFunction.run` before the launch.
 
-    That is the last statement of `JITFunction.run`, the same from triton 3.5 to 3.9. Not where someone else runs
-    kernels: the interpreter, or who has put himself in its place.
+    A direct launch is the last statement of `JITFunction.run`, the same from triton 3.5 to 3.9. False where another
+    implementation runs kernels: the interpreter, or a class that replaces `JITFunction`.
     """
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
@@ -153,7 +154,7 @@ def is_direct(compiled: Any) -> bool:
 
 
 def hooked() -> bool:
-    """Whether someone (a profiler) is to be told of launches, which takes Triton's own way."""
+    """Whether a profiler has hooks on launches, which only a launch through Triton calls."""
     from triton import knobs
 
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
@@ -161,7 +162,7 @@ def hooked() -> bool:
 
 
 def stream_of(device: int) -> int:
-    """Torch's current stream on a device, as Triton launches on it."""
+    """Torch's current stream on a device, on which Triton launches."""
     from triton.runtime import driver
 
     return driver.active.get_current_stream(device)

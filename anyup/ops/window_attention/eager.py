@@ -2,9 +2,9 @@
 
 The output is cut into rectangles of pixels whose windows nearly coincide (`segments`). A rectangle's keys are the
 small union of its windows, so it needs one matrix product per head, a softmax, the mean over the heads, and one
-product with the values. A bias, the sum of a row part and a column part, cuts off the few keys that belong to some
-pixels of the rectangle only. No query-by-key mask, no upsampled keys or values, no copy of the output per head.
-Rectangles of one shape are worked on as a batch that stays in the cache.
+product with the values. A bias, the sum of a row bias and a column bias, hides the few keys that only some
+pixels of the rectangle see. No query-by-key mask, no upsampled keys or values, no copy of the output per head.
+Rectangles of one shape form a batch that stays in the cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _LONGEST_SEGMENT = 32
 # The gradients of keys and values sum over a rectangle's pixels in float32, and over rectangles in float64.
 _LONGEST_SEGMENT_BACKWARD = 16
 
-# What a CPU's rectangle holds where its windows are large: less makes too little of the keys that it copies.
+# The most logits, and the fewest rows, of a rectangle on a CPU where windows are large. With fewer, copying the keys
+# would outweigh the products.
 _MOST_LOGITS = 2**21
 _FEWEST_ROWS = 8
 
@@ -93,7 +94,7 @@ def scratch_bytes(
     shape: tuple[int, int, int],
     device_type: str,
 ) -> int:
-    """Bytes that a thread works in, for so many rows of an output; an estimate from above.
+    """The scratch memory of a thread, in bytes, for `rows` rows of an output; an estimate from above.
 
     `shape` is (heads, width of queries, channels of the values).
     """
@@ -116,7 +117,7 @@ def scratch_bytes(
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, the weights recomputed.
+    """The gradients of query, key and value; the weights are recomputed.
 
     A rectangle holds all keys of its pixels, so its softmax is exact and the saved `lse` is not needed: the
     exponential of a logit minus a rounded log-sum-exp is less accurate.
@@ -176,7 +177,7 @@ class _Batch:
         return self.rows.keys * self.columns.keys
 
     def take_pixels(self, pixel_map: Tensor) -> Tensor:
-        """(H, W, ...) -> (count, pixels, ...), a copy."""
+        """The pixels of each rectangle: (H, W, ...) -> (count, pixels, ...), a copy."""
         band = pixel_map[self.rows.starts[0] : self.rows.starts[0] + self.rows.length]
         columns = self.columns.queries()
         band = band[:, columns] if isinstance(columns, slice) else band.index_select(1, columns)
@@ -217,7 +218,7 @@ class _Batch:
             return logits.mul_(scale)
         if self.finite:
             return torch.add(bias, logits, alpha=scale, out=logits)
-        # NaN - inf is NaN: a key that holds one would reach pixels that do not see it.
+        # Fill, not add: NaN - inf is NaN, so that a NaN in a key would reach pixels that do not see the key.
         return logits.mul_(scale).masked_fill_(bias < 0, -math.inf)
 
     def _bias(self) -> Tensor | None:
@@ -239,13 +240,13 @@ def _batches(
     longest: int = _LONGEST_SEGMENT,
     part: Part | None = None,
 ) -> Iterator[_Batch]:
-    """All rectangles of an image, those of one shape in one band of rows together as far as the budget goes."""
+    """All rectangles of an image; those of one shape in one band of rows form batches within the budget."""
     _, height, width, heads, _ = query.shape
     w, h = keys.shape[:2]
     budget = _BUDGET.get(keys.device.type, _BUDGET_ELSEWHERE)
     longest = longest if max_queries is None else min(longest, math.isqrt(max_queries))
-    # Adding the bias is several times as fast on a CPU as filling by a mask, but right only for keys that give finite
-    # logits. On other devices it is about the same, and asking would wait for the device. (A NaN is not <= anything.)
+    # On a CPU adding the bias is several times as fast as filling by a mask, but right only if all logits are finite.
+    # On other devices both take about the same time, and the test would wait for the device. (NaN fails the test.)
     finite = keys.device.type == "cpu" and bool(keys.abs().max() <= _SAFE_KEY)
     top, left, full_height, full_width = part or (0, 0, height, width)
     most_rows = _most_rows(window, (full_height, full_width), (h, w), heads, longest, keys.device.type)
@@ -273,7 +274,7 @@ def _batches(
 def _most_rows(
     window: Window, output_size: tuple[int, int], grid: tuple[int, int], heads: int, longest: int, device_type: str
 ) -> int:
-    """Rows of a rectangle as wide as `longest`: fewer where windows are so large that its logits would fill memory."""
+    """The most rows of a rectangle that is `longest` wide: fewer where large windows would make its logits too many."""
     if device_type != "cpu":
         return longest
     keys = 1
@@ -284,13 +285,13 @@ def _most_rows(
 
 
 def _grids(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """One image's keys (w, h, heads, d) and values (w, h, C), in the dtypes worked in."""
+    """One image's keys (w, h, heads, d) and values (w, h, C), in their working dtypes."""
     keys, values = (t.transpose(0, 1).to(working_dtype(t.dtype)).contiguous() for t in (key, value))
     return keys, values
 
 
 def _softmax(logits: Tensor, scratch: _Scratch) -> Tensor:
-    """Over the last dimension, and stored as the logits are: in any other order they would be copied first."""
+    """Softmax over the last dimension, stored in the order of the logits: else torch copies them first."""
     order = sorted(range(logits.dim()), key=logits.stride, reverse=True)
     stored = logits.permute(order)
     weights = torch.softmax(stored, dim=-1, out=scratch.take("weights", tuple(stored.shape), stored))
@@ -298,7 +299,7 @@ def _softmax(logits: Tensor, scratch: _Scratch) -> Tensor:
 
 
 class _Scratch(threading.local):
-    """Each thread's buffers, in which it works on one batch after the other: fresh ones cost more than the work."""
+    """Each thread's scratch buffers, reused for every batch: new memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}

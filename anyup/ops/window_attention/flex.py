@@ -39,20 +39,20 @@ _SLICE = 128
 # Values in the output of all heads for a slice of a rectangle.
 _BUDGET = 2**26
 
-# Narrower than this, tl.dot does not multiply; wider, a block of keys and its values may not fit in shared memory.
+# tl.dot takes no narrower head. A wider head's block of keys may not fit in shared memory together with its values.
 _NARROWEST = 16
 _WIDEST_HEAD = 128
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Kernels that one process may compile.
+# The most kernels that a process compiles.
 _VARIANTS = 64
 
 _OLDEST_GPU = (7, 0)
 
 
 def unsupported(problem: WindowAttentionProblem) -> list[str]:
-    """Why FlexAttention cannot run a problem, or would need what is not installed."""
+    """Why FlexAttention cannot run a problem, missing compilers included; empty: it can."""
     reasons = []
     for name, dtype in (("query", problem.query_dtype), ("value", problem.value_dtype)):
         if dtype not in _DTYPES:
@@ -93,10 +93,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits.
 
-    Pixels go through at most `max_queries` at a time, but never fewer than two tiles of 128. They may be a
+    At most `max_queries` pixels are computed at a time, but never fewer than two tiles of 128. The pixels may be a
     part of a map.
     """
-    # Tensors made in inference mode are of another kind, for which the kernel would be compiled again.
+    # Not in inference mode: torch.compile would compile the kernel once more for tensors made in it.
     with torch.inference_mode(False), torch.no_grad():
         return _forward(query, key, value, window, scale, max_queries, save_lse, part)
 
@@ -104,7 +104,7 @@ def forward(
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """There is none: `unsupported` says so wherever a gradient is wanted."""
+    """Always raises: `unsupported` excludes problems that want a gradient."""
     raise NotImplementedError("the flex backend has no backward pass; torch has")
 
 
@@ -184,7 +184,7 @@ def _run(
         try:
             return _compiled()(*arguments, scale, save_lse)
         except Exception as error:
-            # As torch.compile wraps what a compiler raised.
+            # torch.compile wraps the error of a compiler.
             inner = getattr(error, "inner_exception", error)
             wrapped = isinstance(error, torch._dynamo.exc.TorchDynamoException)
             if is_refusal(inner) or (wrapped and not isinstance(inner, torch.OutOfMemoryError)):

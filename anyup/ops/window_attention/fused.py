@@ -1,4 +1,4 @@
-"""Window attention in Triton kernels: no mask, no copied key, heads averaged on chip, one product with the values."""
+"""Window attention in Triton kernels, without a mask and without copied keys; heads are averaged on the chip."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, W, C) in the value's dtype, and the log-sum-exp (B, H, W, heads) of the scaled logits.
 
-    `max_queries` is not needed: beyond its results the kernel allocates nothing, or where a tile sees many keys the
-    weights of the tiles that a card works on at a time, some tens of megabytes. The queries may be a part of a map.
+    `max_queries` is ignored: beside the result the kernel allocates nothing. If a tile sees many keys, it allocates the
+    weights of all tiles that the card computes at a time, some tens of megabytes. The queries may be a part of a map.
     """
     from anyup.kernels.window_attention_config import ForwardConfig, forward_configs
     from anyup.kernels.window_attention_forward import allocate_kept, plan_forward
@@ -102,10 +102,10 @@ def forward(
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *, window: Window, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, the weights recomputed from the log-sum-exp.
+    """The gradients of query, key and value; the weights are recomputed from the log-sum-exp.
 
-    Beside them it allocates two statistics for each pixel and head, and where the grid has few keys the partial sums
-    of their gradients, which are at most as large as the query's.
+    Beside the gradients it allocates two statistics for each pixel and head. If the grid has few keys, it also
+    allocates partial sums of the gradients of keys and values, at most as large as the query's gradient.
     """
     from anyup.kernels import window_attention_config
     from anyup.kernels.window_attention_backward_query import plan_backward_query
@@ -141,9 +141,9 @@ def _backward_grid(
     window: Window,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of key and value: by one kernel where the sums of both fit its registers, else by one each.
+    """The gradients of key and value: by one kernel if both sums fit its registers, else by a kernel for each.
 
-    A config may make them in parts, which are added up in a fixed order.
+    With `config.parts` above 1 a kernel computes partial sums, which are added up in a fixed order.
     """
     from anyup.kernels import window_attention_config
     from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
@@ -175,7 +175,7 @@ def _backward_grid(
         return sum_of(parts, value)
 
     if both := window_attention_config.backward_key_value_configs(*sizes, **known):
-        # Where the device does not take it, or was measured to be faster with two kernels, these are left.
+        # It fails where the device refuses all configs, or where two kernels were measured to be faster: run these two.
         with suppress(BackendFailure):
             return _run_first("backward_key_value", of_both, both, *given)
     return (
@@ -190,13 +190,13 @@ def _backward_grid(
 
 
 def _shared_arguments(query: Tensor, key: Tensor, window: Window, scale: float) -> dict[str, Any]:
-    """What every pass takes by name."""
+    """The keyword arguments of every pass."""
     rule = window_rule(window, (key.shape[1], key.shape[2]))
     return {"window": rule, "scale": scale, "precision": dot_precision()}
 
 
 def _tile_keys(query: Tensor, key: Tensor, window: Window, part: Part | None = None) -> Callable[[int, int], int]:
-    """Rows and columns of a tile of pixels to the most keys that one such tile sees."""
+    """A function from a tile's rows and columns to the most keys that such a tile sees."""
     top, left, *whole = part or (0, 0, query.shape[1], query.shape[2])
     output_size, grid_size = (whole[0], whole[1]), (key.shape[1], key.shape[2])
 
@@ -207,7 +207,7 @@ def _tile_keys(query: Tensor, key: Tensor, window: Window, part: Part | None = N
 
 
 def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
-    """What every choice of a config takes by name."""
+    """The keyword arguments of every choice of a config."""
     return {
         "target": target(query.device),
         "half": query.dtype in _HALF and value.dtype in _HALF,
@@ -217,7 +217,7 @@ def _known(query: Tensor, value: Tensor) -> dict[str, Any]:
 
 
 def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part | None = None) -> Case:
-    """What a measured config of a kernel is looked up by."""
+    """The key under which a measured config of a kernel is looked up."""
     from anyup.kernels.config_tables import Case, rounded_keys
 
     names = [str(dtype).removeprefix("torch.") for dtype in (query.dtype, value.dtype)]
@@ -241,7 +241,7 @@ def _run_first(
     window: Window,
     part: Part | None = None,
 ) -> Result:
-    """What `run` gives with the first config that the device takes: a measured one, if any, then the rule's."""
+    """The result of `run` with the first config that the device accepts: a measured one if any, then the rule's."""
     configs = _measured_first(kernel, rule, query, key, value, window, part)
     compiled_for = (kernel, query.device, query.dtype, value.dtype, *query.shape[3:], dot_precision())
     return run_first(run, configs, kernel=compiled_for)
@@ -256,7 +256,7 @@ def _measured_first(
     window: Window,
     part: Part | None,
 ) -> Sequence[Config]:
-    """The configs to try: what was measured best on this card, where anything was and it fits, then the rule's."""
+    """The configs to try: the one measured on this card, if there is one that fits, then those of the rule."""
     from anyup.kernels import config_tables
 
     device = device_name(query.device)
@@ -272,7 +272,7 @@ def _measured_first(
 
 
 def window_rule(window: Window, grid_size: tuple[int, int]) -> WindowRule:
-    """A window on a grid (h, w), as kernels take it."""
+    """A window on a grid (h, w), in the form that kernels take."""
     from anyup.kernels.window_bounds import CELL, EVERY_KEY, RATIO, WindowRule
 
     # A window that leaves no key out needs no bounds.
@@ -286,5 +286,5 @@ def window_rule(window: Window, grid_size: tuple[int, int]) -> WindowRule:
 
 
 def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The kernels limit logits before they scale them, which takes a positive scale."""
+    """Query and scale with a positive scale: the kernels take the maximum of logits before they scale them."""
     return (query, scale) if scale > 0 else (query * scale, 1.0)
