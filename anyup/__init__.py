@@ -31,7 +31,10 @@ _OPERATIONS = ("feature_unification", "pixel_encoder", "query_projection", "wind
 
 def _is_command() -> bool:
     """Whether the process is the command `anyup`, whose `--help` does not wait for torch."""
-    return sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "anyup"
+    if sys.argv[:1] == ["-m"]:  # of `python -m MODULE`, while it is looked for
+        module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+        return module.partition(".")[0] == "anyup"
+    return Path(*sys.argv[:1]).stem == "anyup"
 
 
 def __getattr__(name: str) -> Any:

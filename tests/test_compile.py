@@ -149,6 +149,19 @@ torch.testing.assert_close(program(image, features), expected)
     run_python(code, cwd=tmp_path, path=(ROOT,))
 
 
+def test_operators_are_known_in_a_module_whose_package_imports_anyup(tmp_path: Path) -> None:
+    server = tmp_path / "server"
+    server.mkdir()
+    (server / "__init__.py").write_text("import anyup\n")
+    (server / "run.py").write_text("import torch\nprint(hasattr(torch.ops.anyup, 'window_attention'))\n")
+    code = """
+import subprocess, sys
+command = [sys.executable, "-S", "-m", "server.run", "anyup"]
+print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+"""
+    assert run_python(code, cwd=tmp_path, path=(ROOT, tmp_path)).strip() == "True"
+
+
 def test_export_keeps_each_operator_as_one_node() -> None:
     upsampler = model().requires_grad_(False)
     image, features = inputs(*SIZES[0])

@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None and arguments.encoder is None:
             raise UsageError(f"--{option.replace('_', '-')} goes with --encoder")
     from anyup import array_files
-    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES
+    from anyup.images import ARRAY_SUFFIXES, PICTURE_SUFFIXES, check_readable
     from anyup.progress import Progress
 
     if are_many(arguments.photo):
@@ -191,6 +191,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.format:
         raise UsageError("--format goes with many photographs; the name of one's output tells its format")
     (arguments.photo,) = arguments.photo
+    check_readable(arguments.photo)  # before the output's name, which a mistyped folder would make a mistake
     if arguments.points:
         for option in ("picture", "region", "resume"):
             if getattr(arguments, option):

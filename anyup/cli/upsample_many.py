@@ -395,6 +395,8 @@ def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack) -> So
         from anyup.video import Video
 
         return Frames(stack.enter_context(Video(named[0])))
+    if videos := [text for text in named if _is_video(text)]:
+        raise UsageError(f"{videos[0]}: a video is expected alone, it came with {len(named) - 1} more")
     away = [os.path.realpath(folder) for folder in outside]
 
     @cache

@@ -519,7 +519,7 @@ def test_errors_of_weights_name_the_option(
     assert "anyup: error: --weights: " in err and said in err, err
 
 
-@pytest.mark.parametrize("started_as", ["-m", "/usr/bin/anyup", "anyup.exe"])
+@pytest.mark.parametrize("started_as", ["/usr/bin/anyup", "anyup.exe"])
 def test_help_of_the_command_does_not_wait_for_torch(started_as: str) -> None:
     program = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; from anyup.cli import main; main()"
     done = _python("-c", program, started_as, "--help")
@@ -529,8 +529,9 @@ def test_help_of_the_command_does_not_wait_for_torch(started_as: str) -> None:
 def test_python_m_anyup_is_the_command() -> None:
     from anyup._version import __version__
 
-    done = _python("-m", "anyup", "--version")
+    done = _python("-X", "importtime", "-m", "anyup", "--version")
     assert (done.returncode, done.stdout.strip()) == (0, f"anyup {__version__}")
+    assert " anyup.cli\n" in done.stderr and " torch\n" not in done.stderr
     done = _python("-m", "anyup", "upsample")
     assert done.returncode == 2 and done.stderr.startswith("anyup: error: ")
 

@@ -97,6 +97,11 @@ def test_an_older_file_is_replaced_and_until_then_stays(monkeypatch: pytest.Monk
         assert array(name).dtype == torch.float16
 
 
+def test_a_mistyped_folder_is_told_of_before_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["upsample", "fotos", "--encoder", "dinov2_s_derived", "-o", "out"]) == 1
+    assert capsys.readouterr().err == "anyup: error: fotos: No such file or directory\n"
+
+
 @pytest.mark.parametrize("output", ["out.npy", "out.pt"])
 def test_a_region_is_that_part_of_the_result(output: str) -> None:
     assert upsample("-o", output, "--region", "5,8,10,16", "--picture", "out.png") == 0

@@ -192,6 +192,7 @@ def test_a_folder_of_something_else_is_refused(
             ("photos/a.png", "photos/in/../a.png", "other/a.png", "--encoder", "tiny", "-o", "out"),
             "would have one result",
         ),
+        (("photos", "video.mp4", "--encoder", "tiny", "-o", "out"), "video.mp4: a video is expected alone"),
     ],
 )
 def test_a_mistake_is_met_before_anything_is_written(
