@@ -1,15 +1,15 @@
-"""Feature unification, backward: everything recomputed, from the gradient of the output to those of features and basis.
+"""Feature unification, backward: from the output's gradient to those of features and basis; logits are recomputed.
 
-With a(o) = dout(o) / C and P the weights of one softmax, its logits have the gradient P (a - sum_o P a). That of a run
-of softmaxes is, for each class of outputs, a tile like the run's logits, and two products with it are all there is:
-with the patch, for the filters' gradient, and with the filters, for that of the patch's cells.
+With a(o) = dout(o) / C and P the weights of one softmax, its logits have the gradient P (a - sum_o P a). The logits'
+gradients of a run of softmaxes and a class of outputs are a tile. Its product with the patch is the filters' gradient,
+and its product with the filters is the gradient of the patch's cells.
 
-A program owns a square of positions and a run. Their patches overlap, so a product with the filters shifted to each
-position adds up the gradient of all cells that the square's patches have, in registers. What squares have in common
-is added up by a second kernel, in a fixed order, without atomics; of every cell of the map there are as many partial
-sums as squares that see it, which is four times the features for filters of 5 x 5, and that for each class.
+A program owns a square of positions and a run. The positions' patches overlap, so a product with the filters, shifted
+to each position, adds up the gradients of all cells of the square's patches in registers. A cell has a partial sum for
+each square whose patches hold it: four times the features' size for filters of 5 x 5, for each class. A second kernel
+adds up the partial sums in a fixed order, without atomics.
 
-The gradients of a program are in units of the largest of its outputs': as 16-bit floats they would else be too small.
+A program divides its gradients by the largest gradient of its outputs, because 16-bit floats would lose small numbers.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from .launch import Launch, strides_of
 from .products import LOG2_E, padded
 
 TILE = 4
-"""Positions along each side of a square: with filters of 5 x 5 its patches have 8 x 8 cells."""
+"""Positions along each side of a square: with filters of 5 x 5 its patches cover 8 x 8 cells."""
 
 _FOLD_CHANNELS = 16
 _FOLD_POSITIONS = 64
 
 
 def padded_cells(kernel_size: int) -> int:
-    """Cells of a square's patches in a tile: a power of two that the matrix units take."""
+    """The number of cells of a square's patches in a tile: a power of two that the matrix units take."""
     return padded((TILE + kernel_size - 1) ** 2)
 
 
@@ -69,7 +69,7 @@ def _shifted_filters(
     taps, first, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr,
     PLANES: tl.constexpr, TILE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """What the filters of a position (down, across) of a square give to its cells: tuple of (CELLS, ROWS)."""
+    """The filters, shifted to a position (down, across) of a square, over its cells: tuple of (CELLS, ROWS)."""
     SIDE: tl.constexpr = TILE + SIZE - 1
     cell = tl.arange(0, CELLS)
     tap_row = cell // SIDE - down
@@ -231,7 +231,7 @@ def _feature_unification_backward_kernel(
                     if PLANES > 1:
                         rest -= rounded.to(tl.float32)
                     if CELLS:
-                        # Each plane is done with when the next one is made.
+                        # Each plane is used up before the next one is computed.
                         for other in tl.static_range(PLANES - plane):
                             total = tl.dot(shifted[other], rounded, total, input_precision=PRECISION)
                 if CELLS:

@@ -1,6 +1,6 @@
 """Configs of the feature unification's kernels: positions of a program, rows of a product, warps.
 
-A `Config` changes speed and never a result.
+A config changes the speed and never the result.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class UnificationConfig:
     """A config of the forward pass.
 
     Attributes:
-        positions: of a program, which takes them one after the other and stores their results together.
-        rows: softmaxes of a product, one a row; where the filters are turned, as many as there are filters.
+        positions: the positions of a program, which computes them one by one and stores their results together.
+        rows: the softmaxes of a product, one in each row; in turned runs the number of filters.
         num_warps, num_stages: Triton's.
     """
 
@@ -38,13 +38,13 @@ class UnificationConfig:
             raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
     def tiles(self, positions: int) -> int:
-        """Programs of an image of so many positions."""
+        """The number of programs for an image with `positions` positions."""
         return -(-positions // self.positions)
 
 
 @dataclass(frozen=True)
 class UnificationGradientConfig:
-    """A config of the backward pass; the attributes are as of `UnificationConfig`."""
+    """A config of the backward pass; the attributes are those of `UnificationConfig`."""
 
     rows: int
     num_warps: int
@@ -70,7 +70,7 @@ def forward_configs(arranged: Arranged) -> list[UnificationConfig]:
     classes, width = arranged.runs.classes, arranged.runs.width
     if arranged.runs.turned:
         return [UnificationConfig(8, columns, num_warps=8 if columns >= 64 else 4, num_stages=1)]
-    # As many positions as are stored 16 bytes at a time.
+    # The number of positions whose results fill a store of 16 bytes.
     positions = 8 if arranged.features.element_size() == 2 and planes == 1 else 4
     rows = 64 if columns <= 128 else 32
     if classes > 1:
@@ -103,5 +103,5 @@ def backward_configs(arranged: Arranged, *, target: Target, of: str) -> list[Uni
 
 
 def _warps_of_classes(width: int) -> int:
-    """Of products of so many columns: more would do the same work."""
+    """The warps for products with `width` columns: more warps would repeat the same work."""
     return 4 if width >= 64 else 2

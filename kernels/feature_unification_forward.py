@@ -2,13 +2,13 @@
 
 With the channel-major list of maps read again as (M, C), softmax c at one position runs over M maps, one for each
 output o. For a run of softmaxes and a class of outputs (see `feature_unification_patches.py`) the logits are a matrix
-product of filters and a patch of channels, a row for each softmax: so C*M logits exist for no longer than their
-exponentials take, a run at a time. A softmax is over a row of all classes' products together. Where C and M have too
-little in common for that, a product's columns are turned against each other, which a gather within the tile undoes.
+product of filters and a patch of channels, with a row for each softmax. So the logits of one run exist at a time, until
+their exponentials are computed. A softmax runs over one row of the products of all classes. In a turned run each column
+of a product begins at another filter, and a gather within the tile puts the columns in order.
 
-The division by the taps inside the map is a factor of the exponent. What binds is the number of exponentials, C*M for
-each position: logits are scaled, limited and added up in as few instructions as there can be, and over the rows only
-once, at the end of a position.
+The division by the taps inside the map is a factor of the exponent. The number of exponentials, C*M for
+each position, limits the speed. So logits are scaled, reduced by their maximum and added up in as few instructions as
+possible, and the sum over the rows is taken only once, at the end of a position.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from .products import LOG2_E
 def softmax_rows(logits, exponent_scale, exists, FILTERS: tl.constexpr):
     """Softmaxes over rows of all classes' logits, a tuple of (ROWS, WIDTH).
 
-    exp(logits - the row's largest), as such a tuple, and 1 / their sums, (ROWS,); zeros for rows that do not exist.
-    Columns that fill up have no weight; there are such only in a class that is the only one.
+    Returns exp(logits - the row's maximum), as such a tuple, and 1 / their sums, (ROWS,); zeros for rows that do not
+    exist. Padding columns have weight 0; they occur only where there is a single class.
     """
     CLASSES: tl.constexpr = len(logits)
     masked = ()
@@ -63,7 +63,7 @@ def softmax_rows(logits, exponent_scale, exists, FILTERS: tl.constexpr):
 
 @triton.jit
 def _added(sums, powers, share):
-    """Tuples of sums of weights powers * share, with these."""
+    """Add the weights powers * share to a tuple of sums."""
     updated = ()
     for class_ in tl.static_range(len(sums)):
         updated = updated + (sums[class_] + powers[class_] * share[:, None],)
@@ -78,7 +78,7 @@ def turned_logits(before, after, channels, FILTERS: tl.constexpr):
     shift = (tl.arange(0, before.shape[1]) * channels) % FILTERS
     turn = row[:, None] + shift[None, :]
     turn = tl.where(turn >= FILTERS, turn - FILTERS, turn)
-    turn = tl.minimum(turn, before.shape[0] - 1)  # of rows that stand for nothing
+    turn = tl.minimum(turn, before.shape[0] - 1)  # padding rows
     return tl.gather(tl.where(row[:, None] >= shift[None, :], before, after), turn, axis=0)
 
 
@@ -119,7 +119,7 @@ def _feature_unification_forward_kernel(
         if TURNED:
             sum_ = tl.zeros((COLUMNS,), tl.float32)
             for run in tl.range(0, runs):
-                # Made again for each run: kept from the last one, it would take the registers of a whole product.
+                # Computed for each run: if it were kept from run to run, it would take a whole product's registers.
                 near = load_patch(
                     arranged, corner, run, width, entries, 0, WIDTH, SIZE, TAPS, COLUMNS, PLANES, PIECE
                 )  # fmt: skip

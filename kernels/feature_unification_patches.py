@@ -1,19 +1,22 @@
-"""Features arranged for the unification: bordered with zeros, channels innermost, in the order of its softmaxes.
+"""The features' arrangement for the unification: a border of zeros, and channels innermost, in the order of softmaxes.
 
-The channel-major list of C*M maps read again as (M, C) puts map o*C + c, which is filter (o*C + c) % M of channel
-(o*C + c) // M, into softmax c. With g = gcd(C, M), the softmaxes go in runs of g, the outputs o in M / g classes of g,
-by k = (o*C % M) / g. For softmaxes r*g ... r*g + g - 1 and the outputs of class k, with q = r + k, the filters
-are those from (q % (M/g)) * g on, and the channels (o*C) // M + q // (M/g): a plain matrix product of g filters
-and a patch of g channels. So entry (e, o) of a position's arranged features is channel (o*C) // M + e, the
-outputs in the order of their classes: column k*g + j is output o_k + j * M/g, o_k the class's first. Where M divides C
+The channel-major list of C*M maps is reinterpreted as (M, C). So map o*C + c belongs to softmax c and output o. It is
+filter (o*C + c) % M of channel (o*C + c) // M. Let g = gcd(C, M). A *run* is g consecutive softmaxes. A *class* is the
+g outputs o with the same k = (o*C % M) / g; there are M / g classes.
+
+For run r (softmaxes r*g ... r*g + g - 1) and the outputs of class k, let q = r + k. The filters are the g filters from
+(q % (M/g)) * g on, and the channels are (o*C) // M + q // (M/g). So the logits are a matrix product of g filters and a
+patch of g channels. Entry (e, o) of a position's arranged features is channel (o*C) // M + e. The outputs are in the
+order of their classes: column k*g + j is output o_k + j * M/g, where o_k is the class's first output. If M divides C,
 there is one class, and each channel is one entry.
 
-That is done where M is a power of two and g at least 16. For any other C a run has M softmaxes although M does not
-divide C: the filters' numbers run over within a product, whose results are then turned (`turned_logits`).
+This needs M to be a power of two and g to be at least 16. For any other C a run has M softmaxes although M does not
+divide C: the filters' numbers pass M within a product and begin at 0 again. Such a run is called *turned*, and
+`turned_logits` puts its results in order.
 
-A patch of M channels is then s*s contiguous rows, whatever the strides of the features were; that costs one pass over
-them, which are small beside the exponentials. Numbers of float32 are split here, once, into a sum of planes of
-16-bit floats: their products on the matrix units are exact, and the planes of a product that matter are added up.
+In this arrangement a patch of M channels is s*s contiguous rows, whatever the strides of the features were. It costs
+one pass over the features, which is little beside the exponentials. Float32 numbers are split here, once, into a sum of
+planes of 16-bit floats. The products of two planes are exact on the matrix units, and those that matter are added up.
 """
 
 from __future__ import annotations
@@ -33,13 +36,13 @@ SIZES = (
     "height", "width", "positions", "tiles", "runs", "entries", "first_step", "channels", "opaque_zero", "square_rows",
     "square_columns", "repeats",
 )  # fmt: skip
-"""Kernel arguments that a kernel must not be specialised on: a new grid or another C compiles nothing."""
+"""Kernel arguments that kernels are not specialised on, so that a new grid or another C compiles no new kernel."""
 
 PIECE = 16
-"""Taps multiplied at once, as many as the matrix units take of 16-bit floats."""
+"""Taps of one product: the depth that the matrix units take of 16-bit floats."""
 
 _LEAST_RUN = 16
-"""Softmaxes of a run: as many as the matrix units take."""
+"""The fewest softmaxes of a run: the rows that the matrix units take."""
 
 _ROW_BLOCK = 16
 _ENTRY_BLOCK = 64
@@ -47,15 +50,15 @@ _ENTRY_BLOCK = 64
 
 @dataclass(frozen=True)
 class Runs:
-    """How C channels and M filters go into runs of softmaxes and classes of outputs.
+    """The division of C channels and M filters into runs of softmaxes and classes of outputs (see the module).
 
     Attributes:
         filters: M.
-        length: softmaxes of a run.
-        number: of runs.
-        entries: blocks of M entries that a position has.
+        length: the number of softmaxes of a run.
+        number: the number of runs.
+        entries: the number of blocks of M entries that a position has.
         first_step: the first output of class k is k * first_step % classes.
-        turned: the filters' numbers run over within a run.
+        turned: whether the filters' numbers pass M within a run.
     """
 
     filters: int
@@ -67,22 +70,22 @@ class Runs:
 
     @property
     def classes(self) -> int:
-        """Classes of outputs."""
+        """The number of classes of outputs."""
         return self.filters // self.length
 
     @property
     def width(self) -> int:
-        """Columns of a class in a tile."""
+        """The number of columns of a class in a tile."""
         return padded(self.length)
 
     @property
     def columns(self) -> int:
-        """Columns of all classes."""
+        """The number of columns of all classes."""
         return self.classes * self.width
 
 
 def runs_of(channels: int, filters: int) -> Runs:
-    """How so many channels and filters go."""
+    """The division of `channels` channels and `filters` filters."""
     length = math.gcd(channels, filters)
     if filters & (filters - 1) or length < _LEAST_RUN:
         length = filters
@@ -95,13 +98,13 @@ def runs_of(channels: int, filters: int) -> Runs:
 
 @dataclass(frozen=True)
 class Arranged:
-    """Features and filters as the kernels read them, contiguous.
+    """Features and filters in the arrangement that the kernels read, contiguous.
 
     Attributes:
         features: (B, h + s - 1, w + s - 1, planes, blocks of entries, columns).
         filters: (planes, columns, padded taps).
-        taps: (planes, padded taps, columns), the same; empty unless asked for.
-        runs: of softmaxes.
+        taps: (planes, padded taps, columns), the transposed filters; empty unless requested.
+        runs: the division into runs and classes.
         channels, kernel_size: C and s.
     """
 
@@ -114,14 +117,14 @@ class Arranged:
 
 
 def padded_taps(kernel_size: int) -> int:
-    """Taps of a filter in a tile: a power of two, of whole pieces."""
+    """The number of taps of a filter in a tile: a power of two, and a multiple of `PIECE`."""
     return max(PIECE, triton.next_power_of_2(kernel_size * kernel_size))
 
 
 def allocate(features: Tensor, basis: Tensor, *, planes: int, dtype: torch.dtype, transposed: bool = False) -> Arranged:
-    """The memory for arranged features (B, C, h, w) and filters (M, 1, s, s), in so many planes of a dtype.
+    """Allocate the arrangement of features (B, C, h, w) and filters (M, 1, s, s), in `planes` planes of `dtype`.
 
-    `transposed` asks for `Arranged.taps`.
+    `transposed` allocates `Arranged.taps` too.
     """
     batch, channels, height, width = features.shape
     filters, _, size, _ = basis.shape
@@ -149,7 +152,7 @@ def output_of(column, first_step, WIDTH: tl.constexpr, CLASSES: tl.constexpr):
 
 @triton.jit
 def _store_planes(place, plane_stride, values, mask, PLANES: tl.constexpr):
-    """Store numbers, of float32 where there are several planes, as a sum of PLANES numbers of the place's dtype."""
+    """Store `values` as a sum of PLANES numbers of the dtype of `place`; several planes need float32 values."""
     for plane in tl.static_range(PLANES):
         rounded = values.to(place.dtype.element_ty)
         tl.store(place + plane * plane_stride, rounded, mask=mask)
@@ -183,7 +186,7 @@ def _feature_unification_arrange_kernel(
     entry = tl.program_id(2) * ENTRIES + tl.arange(0, ENTRIES)
     output = output_of(entry % COLUMNS, first_step, WIDTH, COLUMNS // WIDTH)
     channel = (output * channels) // FILTERS + entry // COLUMNS
-    # What is beyond the map is zero, and so are entries that stand for nothing.
+    # Positions beyond the map are zero, and so are entries that pad the last block.
     there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     real = (output < FILTERS) & (channel < channels)
     position = features + image * features_image_stride + (row * features_row_stride)[:, None]
@@ -225,14 +228,14 @@ def _feature_unification_arrange_kernel(
 def plan_arrange(
     features: Tensor, basis: Tensor, arranged: Arranged, *, normalizes: bool = False, copied: Tensor | None = None
 ) -> Launch:
-    """The launch that fills what `allocate` gave.
+    """The launch that fills an arrangement of `allocate`.
 
     Args:
         features: (B, C, h, w), any strides; of float32 where there are several planes, unless they are normalised.
         basis: (M, 1, s, s), contiguous, in the same dtype, or any where the features are normalised.
-        arranged: the memory.
+        arranged: the arrangement to fill.
         normalizes: divide a position's features by their Euclidean norm, or by 1e-12 where that is less.
-        copied: (B, h, w, C), contiguous: takes the features as they are, where they are normalised.
+        copied: (B, h, w, C), contiguous, to which the unnormalised features are copied; with `normalizes` only.
     """
     assert normalizes or copied is None
     batch, channels, height, width = features.shape
@@ -296,7 +299,7 @@ def load_patch(
 ):  # fmt: skip
     """WIDTH columns from FIRST of a position's patch in pieces of its taps, plane by plane: tuple of (PIECE, WIDTH).
 
-    The taps that fill up are zeros.
+    Padding taps are zeros.
     """
     pieces = ()
     for plane in tl.static_range(PLANES):
@@ -327,9 +330,9 @@ def load_piece(
 
 @triton.jit
 def product_of(left, right, PLANES: tl.constexpr, PRECISION: tl.constexpr):
-    """The product of what two tuples of pieces are the planes of, float32; the smallest terms first.
+    """The product, in float32, of two factors that are given as tuples of pieces of their planes.
 
-    Of the products of planes those are left out that are below the last one's rounding.
+    Products of planes are added from the smallest on; those below the rounding of the result are left out.
     """
     PIECES: tl.constexpr = len(left) // PLANES
     product = tl.zeros((left[0].shape[0], right[0].shape[1]), tl.float32)
