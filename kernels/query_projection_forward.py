@@ -1,12 +1,12 @@
 """Query projection, forward: a 3x3 convolution with zero padding, an RMS normalisation over D channels, a projection.
 
-A program owns a rectangle of pixels and all D channels of its result: the convolution is nine products of the pixels,
-each time shifted by one, with D x D weights (an implicit matrix product: nothing is copied). The nine shifted loads of
-a rectangle go through L1, which keeps a piece of its channels, with the halo, until the last of them: L2 sees each
-pixel little more than once, and the weights once for 256 pixels. So the sum of squares that the normalisation needs is
-in the program's registers, and the projection is one more product. The map is read once and the queries are written
-once, where a convolution and separate passes read and write a map three times. They are written as any result is: the
-window attention reads them next, from L2 as far as they fit.
+A program owns a rectangle of pixels and all D channels of its result. The convolution is nine products of the pixels,
+shifted to the nine taps, with D x D weights (an implicit matrix product: nothing is copied). The nine shifted loads go
+through L1, which holds one piece of the rectangle's channels, with the halo, until the last load. So L2 is asked for
+each pixel little more than once, and for the weights once for 256 pixels. All channels of a pixel are in the program's
+registers, so the sum of squares for the normalisation is too, and the projection is one more product. The map is read
+once and the queries are written once, where a convolution and separate passes read and write a map three times. The
+queries are stored with the default cache policy, because the window attention reads them next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .launch import Launch, Target, strides_of
 from .products import matmul, padded
 
 SIZES = ("height", "width", "tile_rows", "tile_columns")
-"""Kernel arguments that a kernel must not be specialised on: a new image size compiles nothing."""
+"""Kernel arguments that the kernel is not specialised on, so that a new image size compiles no new kernel."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ProjectionConfig:
 
     Attributes:
         rows, columns: pixels of a rectangle.
-        piece: channels of the map multiplied at once.
-        outputs: channels of the result projected at once, at most.
+        piece: the channels of the map in one product.
+        outputs: the most channels of the result in one product of the projection.
         num_warps, num_stages: Triton's.
     """
 
@@ -61,15 +61,15 @@ def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionC
     nothing on any target, at 256 nothing in half precision.
     """
     wide = dim > 128
-    rows = 8 if wide else 16  # a pixel's sums take a warp's registers
+    rows = 8 if wide else 16  # with more rows the pixels' sums would not fit the registers
     if half and target.arch in (80, 90):
-        # Of their shared memory three stages of 48 KB are to be had, and leave L1 a rectangle with its halo.
+        # Three stages of 48 KB fit their shared memory, and leave L1 room for a rectangle with its halo.
         best = ProjectionConfig(rows, 16, 64, 64, num_warps=8, num_stages=3)
     elif half and target.arch == 100:  # on larger rectangles it spills
         best = ProjectionConfig(8, 16, 64, 64, num_warps=8, num_stages=2 if wide else 3)
     elif half:
         best = ProjectionConfig(rows, 16, 32, 32, num_warps=8, num_stages=2 if wide or target.backend == "hip" else 3)
-    elif target.arch in (90, 100):  # their products take an operand from shared memory, split once for all warps
+    elif target.arch in (90, 100):  # one operand is in shared memory, split once for all warps
         best = ProjectionConfig(8, 16, 32, 16, num_warps=8, num_stages=2)
     elif target.backend == "hip":
         best = ProjectionConfig(8, rows, 16, 16, num_warps=rows // 2, num_stages=2)
@@ -102,12 +102,12 @@ def _query_projection_forward_kernel(
     product = tl.zeros((ROWS * COLUMNS, PADDED), tl.float32)
     PIECES: tl.constexpr = (DIM + PIECE - 1) // PIECE
     for step in tl.range(0, 9 * PIECES):
-        # All taps of a piece of the channels, so that its pixels stay in L1 from the first of them to the last.
+        # All taps of one piece of the channels before the next piece, so that the piece's pixels stay in L1.
         tap = step % 9
         channel = step // 9 * PIECE + tl.arange(0, PIECE)
         down = tap // 3 - 1
         along = tap % 3 - 1
-        # Unsigned, what is before the first is beyond the last.
+        # As unsigned numbers, negative positions are beyond the last one, so one comparison tests both ends.
         inside = ((row + down).to(tl.uint32) < height) & ((column + along).to(tl.uint32) < width)
         shift = down.to(tl.int64) * encoded_row_stride + along.to(tl.int64) * encoded_column_stride
         place = (centre + shift)[:, None] + (channel.to(tl.int64) * encoded_channel_stride)[None, :]
@@ -122,7 +122,7 @@ def _query_projection_forward_kernel(
         else:
             weights = tl.load(part)
         product = matmul(pixels, weights, product, PRECISION)
-    # Channels that fill up are zeros, and add nothing.
+    # Padding channels are zeros and add nothing.
     inverse = 1.0 / tl.sqrt_rn(tl.sum(product * product, axis=1) / DIM + eps)
     factor = tl.load(norm + output, mask=output < DIM, other=0.0).to(tl.float32)
     normal = (product * inverse[:, None] * factor[None, :]).to(encoded.dtype.element_ty)

@@ -20,7 +20,7 @@ from anyup.ops.query_projection.arguments import ProjectionParameters
 Band = tuple[int, slice]
 """An image of the batch and some of its rows."""
 
-# Pixels of a band: on a CPU its working set stays in a shared cache.
+# Pixels of a band: on a CPU as many as keep its maps in the shared cache.
 _BAND_PIXELS = {"cpu": 4096}
 _BAND_PIXELS_ELSEWHERE = 2**18
 
@@ -52,8 +52,8 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
 def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) -> tuple[Tensor, ProjectionParameters]:
     """The gradients of the encoded image and the parameters; the convolution is computed again.
 
-    Two passes over the bands, because a row's gradient needs the convolution's from the rows beside it: one map more
-    than the result is alive between them.
+    There are two passes over the bands, because the gradient of a row needs the convolution's gradient at the rows
+    beside it. That gradient, one map, is stored between the passes.
     """
     if not encoded.numel():
         return torch.zeros_like(encoded), ProjectionParameters(*map(torch.zeros_like, parameters))
@@ -115,10 +115,10 @@ def _inverse_rms(x: Tensor) -> Tensor:
 
 
 def _taps(grad: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of the convolution's weights at its nine places: (n, W, D) and (n + 2, W + 2, D) to (9, D, D).
+    """The gradient of the convolution's nine taps: (n, W, D) and (n + 2, W + 2, D) to (9, D, D).
 
-    Nine products: for channels that lie side by side oneDNN's weight gradient takes up to five times as long. The
-    gradient gets the border that the rows have, so that a shift of these is a slice of their pixels.
+    It is nine products, because oneDNN's weight gradient takes up to five times as long for maps with channels last.
+    The gradient is padded to the width of the rows, so that a shift of the rows is a slice of their pixels.
     """
     width = grad.shape[1]
     inner = F.pad(grad, (0, 0, 0, 2)).flatten(0, 1)[:-2]
