@@ -178,15 +178,18 @@ class Network(nn.Module):
         batch, _, h, w = features.shape
         values = features if values is None else values
 
-        def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            """A tensor with the properties that a backend asks about, and the memory of one number."""
+        def stand_in(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor = self.rope.freqs) -> Tensor:
+            """A tensor with the properties that a backend asks about, and the memory of one number.
+
+            It wants a gradient where the parameter does.
+            """
             tensor = torch.empty((), dtype=dtype, device=image.device).expand(shape)
-            return tensor.requires_grad_() if torch.is_grad_enabled() and self.rope.freqs.requires_grad else tensor
+            return tensor.requires_grad_() if torch.is_grad_enabled() and parameter.requires_grad else tensor
 
         dim, heads = self.qk_dim, self.cross_decode.num_heads
         size = encoded_size((image.shape[2], image.shape[3]), self.config["kernel_size"])
         encoded = stand_in((batch, *size, dim), dtype)
-        wide = working_dtype(dtype)
+        wide, basis = working_dtype(dtype), self._basis
         return ModelExplanation(
             (
                 pixel_encoder.explain_backends(
@@ -197,7 +200,7 @@ class Network(nn.Module):
                 ),
                 feature_unification.explain_backends(
                     stand_in(tuple(features.shape), wide),
-                    self.unification_basis(wide),
+                    stand_in(tuple(basis.shape), wide, basis),
                     backend=self.backends["feature_unification"],
                 ),
                 query_projection.explain_backends(
@@ -308,13 +311,12 @@ class Network(nn.Module):
 
     def keys_by_kernels(self, image_keys: Tensor, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The result of `keys` by the operator `key_grid`, in `dtype`; None where it cannot run, or while traced."""
-        unification, block1, block2 = self.key_features_encoder
-        assert isinstance(unification, LearnedFeatureUnification)
+        _, block1, block2 = self.key_features_encoder
         assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
         if torch.compiler.is_compiling() or dtype != torch.float32 or not block1.keeps_width:
             return None
         parameters = KeyParameters(
-            unification.basis,
+            self._basis,
             EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op()),
             *self.aggregation.parts_for_op(),
             *self.cross_decode.key_parameters(),
@@ -346,9 +348,14 @@ class Network(nn.Module):
         return pixel_encoder.encode_pixels(pixels, blocks.to(pixels.dtype), backend=self.backends["pixel_encoder"])
 
     def unification_basis(self, dtype: torch.dtype) -> Tensor:
+        """The unification's filters (M, 1, s, s) in a dtype."""
+        return self._basis.to(dtype)
+
+    @property
+    def _basis(self) -> Tensor:
         unification = self.key_features_encoder[0]
         assert isinstance(unification, LearnedFeatureUnification)
-        return unification.basis.to(dtype)
+        return unification.basis
 
     def encode(
         self,

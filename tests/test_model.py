@@ -534,6 +534,14 @@ def test_explain_says_what_would_run_and_computes_nothing(monkeypatch: pytest.Mo
     assert "24 x 20 from 6 x 5" in text and "reference: can, comes after torch" in text
 
 
+def test_explain_converts_no_weight() -> None:
+    upsampler, (image, features) = small().bfloat16(), (tensor.bfloat16() for tensor in inputs())
+    with torch.profiler.profile() as profile, torch.no_grad():
+        upsampler.explain(image, features)
+    asked = {event.key for event in profile.key_averages()}
+    assert "aten::expand" in asked and "aten::_to_copy" not in asked
+
+
 def test_a_name_binds_the_attention_and_is_a_preference_for_the_rest() -> None:
     assert small(backend="reference").explain(*inputs()).chosen == dict.fromkeys(OPERATIONS, "reference")
     explanation = small(backend="flex").explain(*inputs())
