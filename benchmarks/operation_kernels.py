@@ -130,7 +130,8 @@ class Case:
             # In float32, whatever the features are.
             arranged = allocate(features, basis, planes=3, dtype=torch.bfloat16)
             copied = self._empty(w.batch, *w.grid, w.channels)
-            return plan_arrange(features, basis, arranged, normalizes=True, copied=copied), {}
+            weights = self._empty(DIM, 2 * DIM, 3, 3), self._empty(3, 3, 2 * DIM, DIM)
+            return plan_arrange(features, basis, arranged, normalizes=True, copied=copied, weights=weights), {}
         if self.kernel == "feature_unification_forward":
             config = forward_configs(arranged)[0]
             return unification_forward.plan_forward(arranged, out, precision="ieee", config=config), asdict(config)
@@ -189,9 +190,15 @@ class Case:
             # Each program reads all of its positions' channels for their norm.
             planes = constant["PLANES"] * runs.entries * runs.columns * 2
             read = (1 + launch.grid[2]) * channels * size
-            moved = read + constant["COPIES"] * channels * size + bordered * planes
-            loops: list[Any] = [(-(-channels // constant["ENTRIES"]), [])]
-            return Work(units, 0, 0, 0, 0, (1 + constant["COPIES"]) * channels * size, moved, loops)
+            # Once for all positions, the weight of the keys' convolution is read and written.
+            weight = 2 * launch.arguments["weight"].nbytes / units
+            moved = read + constant["COPIES"] * channels * size + bordered * planes + weight
+            squares = math.prod(
+                -(-n // constant["BLOCK"]) for n in (constant["OUTPUTS"], constant["INPUTS"] * constant["WEIGHT_TAPS"])
+            )
+            loops: list[Any] = [(-(-channels // constant["ENTRIES"]), []), (-(-squares // math.prod(launch.grid)), [])]
+            compulsory = (1 + constant["COPIES"]) * channels * size + weight
+            return Work(units, 0, 0, 0, 0, compulsory, moved, loops)
         if self.kernel == "feature_unification_fold":
             moved = channels * size
             turns: list[Any] = [(1, [])]

@@ -46,6 +46,7 @@ _LEAST_RUN = 16
 
 _ROW_BLOCK = 16
 _ENTRY_BLOCK = 64
+_WEIGHT_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -162,19 +163,21 @@ def _store_planes(place, plane_stride, values, mask, PLANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _feature_unification_arrange_kernel(
-    features, basis, arranged, filters, transposed, copied,
+    features, basis, arranged, filters, transposed, copied, weight, arranged_weight,
     # (B, C, h, w), (M, s * s), (B, h + s - 1, w + s - 1, PLANES, entries, COLUMNS), (PLANES, COLUMNS, TAPS),
-    # (PLANES, TAPS, COLUMNS), (B, h, w, C)
+    # (PLANES, TAPS, COLUMNS), (B, h, w, C), (OUTPUTS, INPUTS, WEIGHT_TAPS), (WEIGHT_TAPS, INPUTS, OUTPUTS)
     height, width, channels, entries, first_step,
     features_image_stride, features_channel_stride, features_row_stride, features_column_stride,
     FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, TAPS: tl.constexpr, PLANES: tl.constexpr,
     WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, NORMALIZES: tl.constexpr, COPIES: tl.constexpr,
-    ACROSS: tl.constexpr, ENTRIES: tl.constexpr,
+    ACROSS: tl.constexpr, ENTRIES: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    WEIGHT_TAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ENTRIES entries of ACROSS positions of a row; grid: (rows of all images, runs of positions, runs of entries).
 
     NORMALIZES: features are divided by the norm of their position, in float32. COPIES: they are copied as they are,
-    channels innermost, by the programs of the first entries. The first program also stores the filters.
+    channels innermost, by the programs of the first entries. The first program also stores the filters. OUTPUTS: the
+    programs share the arranging of a convolution's weight.
     """
     wide = width + SIZE - 1
     high = height + SIZE - 1
@@ -223,10 +226,35 @@ def _feature_unification_arrange_kernel(
         if TRANSPOSED:
             to = transposed + number[:, None] + (tap * COLUMNS)[None, :]
             _store_planes(to, COLUMNS * TAPS, taps, None, PLANES)
+    if OUTPUTS > 0:
+        _arrange_weight(weight, arranged_weight, OUTPUTS, INPUTS, WEIGHT_TAPS, BLOCK)
+
+
+@triton.jit
+def _arrange_weight(weight, arranged, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """From (OUTPUTS, INPUTS, TAPS) to (TAPS, INPUTS, OUTPUTS), in squares that all programs share."""
+    NUMBERS: tl.constexpr = INPUTS * TAPS
+    SQUARES: tl.constexpr = (NUMBERS + BLOCK - 1) // BLOCK
+    program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    for square in tl.range(program, SQUARES * ((OUTPUTS + BLOCK - 1) // BLOCK), programs):
+        output = square // SQUARES * BLOCK + tl.arange(0, BLOCK)
+        number = square % SQUARES * BLOCK + tl.arange(0, BLOCK)
+        mask = (output < OUTPUTS)[:, None] & (number < NUMBERS)[None, :]
+        values = tl.load(weight + (output * NUMBERS)[:, None] + number[None, :], mask=mask)
+        place = (number % TAPS * INPUTS + number // TAPS) * OUTPUTS
+        tl.store(arranged + output[:, None] + place[None, :], values, mask=mask)
 
 
 def plan_arrange(
-    features: Tensor, basis: Tensor, arranged: Arranged, *, normalizes: bool = False, copied: Tensor | None = None
+    features: Tensor,
+    basis: Tensor,
+    arranged: Arranged,
+    *,
+    normalizes: bool = False,
+    copied: Tensor | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> Launch:
     """The launch that fills an arrangement of `allocate`.
 
@@ -236,10 +264,14 @@ def plan_arrange(
         arranged: the arrangement to fill.
         normalizes: divide a position's features by their Euclidean norm, or by 1e-12 where that is less.
         copied: (B, h, w, C), contiguous, to which the unnormalised features are copied; with `normalizes` only.
+        weights: a convolution's (D, Cin, k, k), and (k, k, Cin, D) to which it is copied; contiguous, of one dtype. So
+            the copy is no launch of its own.
     """
     assert normalizes or copied is None
     batch, channels, height, width = features.shape
     _, high, wide, planes, entries, columns = arranged.features.shape
+    weight, arranged_weight = (arranged.features, arranged.features) if weights is None else weights
+    outputs, inputs, size = (0, 0, 0) if weights is None else weight.shape[:3]
     return Launch(
         kernel=_feature_unification_arrange_kernel,
         grid=(batch * high, triton.cdiv(wide, _ROW_BLOCK), triton.cdiv(entries * columns, _ENTRY_BLOCK)),
@@ -250,6 +282,8 @@ def plan_arrange(
             "filters": arranged.filters,
             "transposed": arranged.taps,
             "copied": arranged.features if copied is None else copied,
+            "weight": weight,
+            "arranged_weight": arranged_weight,
             "height": height,
             "width": width,
             "channels": channels,
@@ -269,6 +303,10 @@ def plan_arrange(
             "COPIES": copied is not None,
             "ACROSS": _ROW_BLOCK,
             "ENTRIES": _ENTRY_BLOCK,
+            "OUTPUTS": outputs,
+            "INPUTS": inputs,
+            "WEIGHT_TAPS": size * size,
+            "BLOCK": _WEIGHT_BLOCK,
         },
         options={"num_warps": 4, "num_stages": 1},
     )

@@ -61,15 +61,18 @@ def forward(features: Tensor, basis: Tensor, *, out_dtype: torch.dtype | None = 
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def unify_normalized(features: Tensor, basis: Tensor, *, copied: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def unify_normalized(
+    features: Tensor, basis: Tensor, *, copied: Tensor | None, weights: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """(B, C, h, w), (M, 1, s, s) -> (B, h, w, M) float32, of features divided by their norm over the channels.
 
-    It computes in float32 for any dtypes. The unnormalised features are copied into `copied` (B, h, w, C). The second
-    result holds the statistics of the first normalisation of the pixel encoder that follows, or is None.
+    It computes in float32 for any dtypes. The unnormalised features are copied into `copied` (B, h, w, C). The first of
+    `weights`, of a convolution (D, Cin, k, k), is copied into the second, (k, k, Cin, D). The second result holds the
+    statistics of the first normalisation of the pixel encoder that follows, or is None.
     """
     batch, _, height, width = features.shape
     out = features.new_empty(batch, height, width, basis.shape[0], dtype=torch.float32)
-    arranged = _arrange(features, basis, dtype=torch.float32, copied=copied)
+    arranged = _arrange(features, basis, dtype=torch.float32, copied=copied, weights=weights)
     kernel = _kernel("normalized", features, basis, torch.float32)
     return out, _unify(arranged, out.permute(0, 3, 1, 2), kernel, measured=True)
 
@@ -141,16 +144,20 @@ def _arrange(
     transposed: bool = False,
     dtype: torch.dtype | None = None,
     copied: Tensor | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> Arranged:
-    """Arrange the features; with `dtype` they are normalised and converted to it. `copied` as in `unify_normalized`."""
+    """Arrange the features; with `dtype` they are normalised and converted to it. The rest as in `unify_normalized`."""
     from anyup.kernels.feature_unification_patches import allocate, plan_arrange
 
     planes, stored = planes_of(dtype or features.dtype)
     arranged = allocate(features, basis, planes=planes, dtype=stored, transposed=transposed)
+    weight = None if weights is None else (weights[0].shape, weights[0].dtype)
     run_first(
-        lambda _: plan_arrange(features, basis.contiguous(), arranged, normalizes=dtype is not None, copied=copied)(),
+        lambda _: plan_arrange(
+            features, basis.contiguous(), arranged, normalizes=dtype is not None, copied=copied, weights=weights
+        )(),
         [None],
-        kernel=(*_kernel("arrange", features, basis, dtype), copied is None),
+        kernel=(*_kernel("arrange", features, basis, dtype), copied is None, weight),
     )
     return arranged
 

@@ -33,9 +33,14 @@ def forward(image_keys: Tensor, features: Tensor, parameters: KeyParameters, *, 
 
     batch, channels, *grid = features.shape
     copied = features.new_empty((batch, *grid, channels) if copies else (0,))
-    unified, parts = unification.unify_normalized(features, parameters.basis, copied=copied if copies else None)
+    weight = parameters.convolution.contiguous()
+    # The map's channels before the result's, so that a product's operand is read in runs.
+    arranged = weight.new_empty((3, 3, *reversed(weight.shape[:2])))
+    unified, parts = unification.unify_normalized(
+        features, parameters.basis, copied=copied if copies else None, weights=(weight, arranged)
+    )
     feature_keys = pixel_encoder.Encoder(unified, parameters.features, parts).whole()
-    convolved, parts = _convolved(image_keys.contiguous(), feature_keys, parameters.convolution)
+    convolved, parts = _convolved(image_keys.contiguous(), feature_keys, arranged)
     projection = KeyProjection(
         parameters.gain.contiguous(),
         parameters.weight.contiguous(),
@@ -48,15 +53,16 @@ def forward(image_keys: Tensor, features: Tensor, parameters: KeyParameters, *, 
 
 
 def _convolved(image_keys: Tensor, feature_keys: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The convolution (B, h, w, D) float32 of both side by side, and the statistics of its groups."""
+    """The convolution (B, h, w, D) float32 of both side by side, and the statistics of its groups.
+
+    `weight` is (3, 3, 2 D, D).
+    """
     from anyup.kernels.key_grid_config import ConvolutionConfig, convolution_configs
     from anyup.kernels.key_grid_convolution import plan_convolution
     from anyup.kernels.pixel_encoder_passes import allocate_parts
 
     batch, height, width, dim = image_keys.shape
     out, precision = torch.empty_like(feature_keys), dot_precision()
-    # The map's channels before the result's, so that a product's operand is read in runs.
-    weight = weight.permute(2, 3, 1, 0).contiguous()
 
     def run(config: ConvolutionConfig) -> Tensor:
         parts = allocate_parts(batch, config.runs(height * width), out.device)
