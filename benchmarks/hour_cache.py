@@ -22,8 +22,8 @@ WORKLOADS = (square(448, 32), square(224, 16), square(1024, 64), square(2048, 12
 
 def make(folder: Path, arch: str = "90") -> int:
     """Fill a folder for a compute capability without the dot; the exit status."""
-    from benchmarks.ahead_of_time import compilation_of, target_of
-    from benchmarks.model_steps import steps_of
+    from benchmarks.modelled_gpu.ahead_of_time import compilation_of, target_of
+    from benchmarks.modelled_gpu.model_steps import steps_of
 
     # The stages before the machine code are five times as large.
     os.environ.update(TRITON_CACHE_DIR=str(folder.resolve()), TRITON_STORE_BINARY_ONLY="1")

@@ -203,7 +203,7 @@ def _modelled(path: Path) -> str:
 
 def _forward(path: Path) -> str:
     """The modelled time of a whole forward at 448 from 32 on each device, and of its stages."""
-    found: list[Row] = stored.read_json(path, "rows of benchmarks.codegen --model")
+    found: list[Row] = stored.read_json(path, "rows of benchmarks.modelled_gpu.codegen --model")
     rows = [row for row in found if row["workload"] == "448 from 32"]
     stages = list(dict.fromkeys(row["stage"] for row in rows if row["level"] == "stage"))
     lines = []
@@ -223,7 +223,7 @@ def _forward(path: Path) -> str:
 
 def _sizes(path: Path) -> str:
     """The modelled time of whole forwards by size."""
-    found: list[Row] = stored.read_json(path, "rows of benchmarks.codegen --model")
+    found: list[Row] = stored.read_json(path, "rows of benchmarks.modelled_gpu.codegen --model")
     rows = {(row["device"], row["dtype"], row["workload"]): row for row in found if row["level"] == "sum"}
     workloads = sorted({workload for *_, workload in rows}, key=lambda name: int(name.split()[0]))
     lines = [

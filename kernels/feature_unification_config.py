@@ -61,7 +61,7 @@ MOST_FILTERS = 256
 def forward_configs(arranged: Arranged) -> list[UnificationConfig]:
     """Configs of the forward pass, best first; what comes later asks less of a card.
 
-    They were chosen by `python -m benchmarks.codegen --kernel feature_unification_forward`: where M divides C none
+    They were chosen by `python -m benchmarks.modelled_gpu --kernel feature_unification_forward`: where M divides C none
     spills a register on any target. With classes of outputs none does in half precision, and in float32 at most 8 bytes
     of a thread's are spilled (C = 192 on sm_120, 96 on sm_90, 80 on sm_80 and sm_90). Where filters are turned, a
     product of all of them and what turns it take more than there are on NVIDIA's (up to 350 bytes).

@@ -57,8 +57,8 @@ class ProjectionConfig:
 def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionConfig]:
     """Configs, best first; what comes later asks less of a card.
 
-    They were chosen by `python -m benchmarks.codegen --kernel query_projection_forward`: at 128 channels they spill
-    nothing on any target, at 256 nothing in half precision.
+    Chosen by `python -m benchmarks.modelled_gpu --kernel query_projection_forward`: at 128 channels they spill nothing
+    on any target, at 256 nothing in half precision.
     """
     wide = dim > 128
     rows = 8 if wide else 16  # with more rows the pixels' sums would not fit the registers

@@ -81,7 +81,7 @@ def forward_configs(
 ) -> list[ForwardConfig]:
     """Configs of the forward pass, best first; what comes later asks less of a card.
 
-    `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.codegen`:
+    `half` says that all operands of products are of two bytes. They were chosen by `python -m benchmarks.modelled_gpu`:
     none of the best spills a register in half precision, but where 225 to 240 keys stay in them (32 bytes, sm_80 to
     sm_89), nor in float32 where all heads have 128 channels together and the values a multiple of 16, but one head of
     128 on sm_86 and sm_89 (8 bytes). Wider ones in float32 were seen to spill, and the last configs up to 160 bytes.

@@ -12,7 +12,7 @@ from anyup.bench.machine import ROOT
 from anyup.bench.stored import read_json
 
 STORED = ROOT / "benchmarks" / "results" / "codegen.json"
-"""Where a checkout keeps the rows of `python -m benchmarks.codegen`."""
+"""Where a checkout keeps the rows of `python -m benchmarks.modelled_gpu`."""
 
 _TEXTS = ("kernel", "target", "dtype", "workload")
 
@@ -21,15 +21,15 @@ def stored_rows(path: Path = STORED) -> list[dict[str, Any]] | None:
     """The rows that a checkout has, None where there are none; raises ValueError where the file is something else."""
     if not path.exists():
         return None
-    rows: list[dict[str, Any]] = read_json(path, "rows of benchmarks.codegen")
+    rows: list[dict[str, Any]] = read_json(path, "rows of benchmarks.modelled_gpu.codegen")
     check(rows, str(path))
     return rows
 
 
 def check(rows: Any, where: str = "codegen") -> None:
-    """Raise ValueError, saying where, unless these are rows of `python -m benchmarks.codegen`."""
+    """Raise ValueError, saying where, unless these are rows of `python -m benchmarks.modelled_gpu`."""
     if not isinstance(rows, list):
-        raise ValueError(f"{where}: expected a list of rows of benchmarks.codegen")
+        raise ValueError(f"{where}: expected a list of rows of benchmarks.modelled_gpu.codegen")
     for number, row in enumerate(rows):
         missing = [name for name in _TEXTS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
         if missing:

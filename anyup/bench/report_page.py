@@ -87,7 +87,7 @@ def write_report(
     Args:
         results: of `anyup bench`: format, machine and rows.
         path: of the page.
-        codegen: rows of `python -m benchmarks.codegen`; by default those that a checkout stores. An empty list: none.
+        codegen: rows of `python -m benchmarks.modelled_gpu`; by default those of a checkout. An empty list: none.
         tune: what `anyup tune --report OUT.json` wrote.
 
     Raises ValueError where one of them is something else, ImportError where matplotlib is missing, both before any
@@ -198,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m anyup.bench.report_page", description=__doc__)
     parser.add_argument("results", type=Read, help="results.json of anyup bench")
     parser.add_argument("-o", "--output", type=Written, default="report.html", help="(default: %(default)s)")
-    parser.add_argument("--codegen", type=Read, help="rows of benchmarks.codegen (default: the checkout's)")
+    parser.add_argument(
+        "--codegen", type=Read, help="rows of benchmarks.modelled_gpu.codegen (default: the checkout's)"
+    )
     parser.add_argument("--tune", type=Read, help="of anyup tune --report OUT.json")
     arguments = parser.parse_args(argv)
     try:

@@ -18,11 +18,11 @@ from support.patience import PATIENCE
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.window_attention_config import ForwardConfig
 from anyup.window import axis_bounds
-from benchmarks import codegen, roofline
-from benchmarks.compiled import ARCHITECTURES, DTYPES, KERNELS, WINDOW, Case
-from benchmarks.machine_code import Branch, Code, amd_blocks, nvidia_blocks
-from benchmarks.occupancy import LIMITS
-from benchmarks.operation_kernels import WITHOUT_PRODUCTS
+from benchmarks.modelled_gpu import codegen, roofline
+from benchmarks.modelled_gpu.compiled import ARCHITECTURES, DTYPES, KERNELS, WINDOW, Case
+from benchmarks.modelled_gpu.machine_code import Branch, Code, amd_blocks, nvidia_blocks
+from benchmarks.modelled_gpu.occupancy import LIMITS
+from benchmarks.modelled_gpu.operation_kernels import WITHOUT_PRODUCTS
 
 pytestmark = pytest.mark.slow
 
@@ -78,9 +78,9 @@ def uninterpreted(*arguments: str) -> str:
 
 
 def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Rows of `python -m benchmarks.codegen`."""
+    """Rows of `python -m benchmarks.modelled_gpu`."""
     file = folder / "codegen.json"
-    uninterpreted("-m", "benchmarks.codegen", "--channels", "384", "--json", str(file), *arguments)
+    uninterpreted("-m", "benchmarks.modelled_gpu", "--channels", "384", "--json", str(file), *arguments)
     return json.loads(file.read_text())
 
 
@@ -238,7 +238,8 @@ def test_a_config_that_is_too_large_is_seen_to_spill() -> None:
     config = ForwardConfig(8, 16, 32, 0, 128, 4, num_warps=4, num_stages=2, shares=4, keep=True)
     text = uninterpreted(
         "-c",
-        "from benchmarks.compiled import *\nfrom anyup.kernels.window_attention_config import ForwardConfig\n"
+        "from benchmarks.modelled_gpu.compiled import *\n"
+        "from anyup.kernels.window_attention_config import ForwardConfig\n"
         f"code = compile_case(Case(workloads(384)[2], '80', 'bfloat16', config={config!r}))\n"
         "print(code.spill_bytes, code.spill_instructions)",
     )
@@ -258,7 +259,7 @@ EXTREMES = [
 def test_the_widest_and_the_narrowest_heads_spill_nothing_where_keys_are_streamed() -> None:
     text = uninterpreted(
         "-c",
-        "from benchmarks.compiled import *\n"
+        "from benchmarks.modelled_gpu.compiled import *\n"
         f"for arch, dtype, heads in {EXTREMES!r}:\n"
         "    case = Case(square(2048, 128), arch, dtype, *heads)\n"
         "    code = compile_case(case)\n"
@@ -272,7 +273,7 @@ def test_the_widest_and_the_narrowest_heads_spill_nothing_where_keys_are_streame
 def test_products_are_all_on_the_tensor_cores() -> None:
     text = uninterpreted(
         "-c",
-        "from benchmarks.compiled import *\n"
+        "from benchmarks.modelled_gpu.compiled import *\n"
         "for arch in ('80', 'gfx942'):\n"
         "    case = Case(workloads(384)[0], arch, 'bfloat16')\n"
         "    text = compilation_of(case.launch(), target_of(arch)).run().asm['ttgir']\n"
@@ -291,7 +292,7 @@ def test_window_bounds_divide_as_ieee_does() -> None:
         "-c",
         "import triton, triton.language as tl\n"
         "from triton.compiler import ASTSource\n"
-        "from benchmarks.ahead_of_time import target_of\n"
+        "from benchmarks.modelled_gpu.ahead_of_time import target_of\n"
         "from tests.support.bounds_kernel import bounds\n"
         "signature = {'out': '*i32', 'queries': 'i32', 'keys': 'i32', 'ratio': 'fp32'}\n"
         "print(triton.compile(ASTSource(bounds, signature), target=target_of(90)).asm['ptx'])",
@@ -429,7 +430,7 @@ def test_a_device_s_rates_are_those_of_its_tensor_cores_at_its_clock(device: roo
 def test_a_new_image_size_compiles_nothing() -> None:
     text = uninterpreted(
         "-c",
-        "from benchmarks.compiled import *\nfrom anyup.bench.workloads import Workload\n"
+        "from benchmarks.modelled_gpu.compiled import *\nfrom anyup.bench.workloads import Workload\n"
         "config = Case(workloads(384)[0], '90', 'bfloat16').configs[0]\n"
         "cases = [((448, 448), (32, 32), 384), ((464, 400), (29, 25), 768), ((129, 17), (3, 1), 384)]\n"
         "cases = [Case(Workload(s, g, c), '90', 'bfloat16', config=config) for s, g, c in cases]\n"
@@ -448,7 +449,7 @@ def test_no_stride_is_multiplied_in_32_bits() -> None:
     """At 2048 x 2048, C = 1024 and batch 4 the output has 2^34 elements."""
     text = uninterpreted(
         "-c",
-        "from benchmarks.compiled import *\n"
+        "from benchmarks.modelled_gpu.compiled import *\n"
         "part = (1024, 1024, 4096, 4096)\n"
         "for dtype, grid, part in (\n"
         "    ('bfloat16', 128, None), ('float32', 128, None), ('bfloat16', 64, None), ('bfloat16', 64, part)\n"

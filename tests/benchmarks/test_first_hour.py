@@ -299,7 +299,8 @@ from unittest.mock import patch
 from anyup import AnyUp
 from anyup.bench.workloads import Workload
 from anyup.kernels.launch import Launch
-from benchmarks import first_hour, hour_cache, model_steps
+from benchmarks import first_hour, hour_cache
+from benchmarks.modelled_gpu import model_steps
 import torch
 
 FEW = ("query_projection_forward", "window_attention_forward", "pixel_encoder_pool")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.codegen --model`: the whole forward, step by step, against what a forward really does."""
+"""`python -m benchmarks.modelled_gpu --model`: the whole forward, step by step, against what a forward really does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from support.recipe import INTERPRETED, fill, wave
 from anyup import AnyUp
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.launch import Launch, Target
-from benchmarks import model, roofline
-from benchmarks.model_steps import ENCODERS, STAGES, Step, noted, pretended_card, steps_of
+from benchmarks.modelled_gpu import model, roofline
+from benchmarks.modelled_gpu.model_steps import ENCODERS, STAGES, Step, noted, pretended_card, steps_of
 
 Row = dict[str, Any]
 

@@ -20,7 +20,7 @@ from anyup import AnyUp
 from anyup.kernels.launch import Launch, Target
 from anyup.limited_memory import choice, prediction
 from anyup.limited_memory.plans import Bands
-from benchmarks.model_steps import pretended_card
+from benchmarks.modelled_gpu.model_steps import pretended_card
 
 SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
 Size = tuple[int, int] | None

@@ -77,7 +77,7 @@ def first_stage_only(
 ) -> tuple[str, str] | None:
     """A hook of Triton's compiler that leaves out every stage after the one that ttsem executes.
 
-    Four fifths of the time would go into machine code that nothing runs; `benchmarks.codegen` looks at that.
+    Four fifths of the time would go into machine code that nothing runs; `benchmarks.modelled_gpu` looks at that.
     """
     if stages is None:  # asked for what tells these entries of the cache from others
         return ("ttir only", "ttir only")

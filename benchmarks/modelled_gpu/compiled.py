@@ -26,11 +26,11 @@ from anyup.kernels.window_attention_forward import allocate_kept, plan_forward
 from anyup.ops.window_attention.fused import window_rule
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import RatioWindow
-from benchmarks import roofline
-from benchmarks.ahead_of_time import CUDA_ARCHITECTURES, compilation_of, target_of
-from benchmarks.machine_code import Code, read
-from benchmarks.occupancy import LIMITS, occupancy
-from benchmarks.window_attention_work import Work, backward_grid_work, backward_query_work, forward_work
+from benchmarks.modelled_gpu import roofline
+from benchmarks.modelled_gpu.ahead_of_time import CUDA_ARCHITECTURES, compilation_of, target_of
+from benchmarks.modelled_gpu.machine_code import Code, read
+from benchmarks.modelled_gpu.occupancy import LIMITS, occupancy
+from benchmarks.modelled_gpu.window_attention_work import Work, backward_grid_work, backward_query_work, forward_work
 
 WINDOW = RatioWindow(0.1)
 HEADS, HEAD_DIM = 4, 32

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 _TENSOR = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
 
 # Units of a multiprocessor beside its schedulers and matrix units, and the instructions that they execute. The lanes
-# of each in a cycle are the device's (`benchmarks.roofline`).
+# of each in a cycle are the device's (`benchmarks.modelled_gpu.roofline`).
 _UNITS = {
     "special": re.compile(r"MUFU"),
     "float64": re.compile(r"D(ADD|FMA|MUL|SETP|MNMX)|F2F\S*F64|I2F\S*F64"),

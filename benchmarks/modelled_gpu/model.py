@@ -1,7 +1,7 @@
-"""The whole forward on the devices of the roofline's table, stage by stage: `python -m benchmarks.codegen --model`.
+"""The whole forward on the roofline's devices, stage by stage: `python -m benchmarks.modelled_gpu --model`.
 
-Every time here is *modelled*. The steps are those that the model's own forward makes (`benchmarks.model_steps`). The
-work of a launch is counted from it and from its machine code: it is compiled here, and the rows keep what was counted.
+Every time here is *modelled*. The steps are those that the model's own forward makes (`model_steps`). The work
+of a launch is counted from it and from its machine code: it is compiled here, and the rows keep what was counted.
 Where the compiler has made other loops than are expected, instructions are left out, as the row says. What stays
 torch's is counted: each tensor read and written once, products at the float32 rate outside of the matrix units (torch's
 matmul precision "highest"), and 3 microseconds for each kernel. The host's time stands beside: an eager call takes the
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.launch import Launch, Target
-from benchmarks import compiled, operation_kernels, pixel_encoder_work, roofline
-from benchmarks.model_steps import STAGES, Step, steps_of
+from benchmarks.modelled_gpu import compiled, operation_kernels, pixel_encoder_work, roofline
+from benchmarks.modelled_gpu.model_steps import STAGES, Step, steps_of
 
-RESULT = Path(__file__).parent / "results" / "model.json"
+RESULT = Path(__file__).parents[1] / "results" / "model.json"
 
 TARGETS_MS = {
     ("A100 SXM 80GB", "bfloat16"): 1.1,
@@ -139,7 +139,7 @@ def _told(costs: Sequence[tuple[Step, Cost]]) -> Row:
 
 
 def kernel_of(step: Step) -> str:
-    """The name of a step's kernel in the table of `benchmarks.codegen`, or of torch's operator."""
+    """The name of a step's kernel in the table of `benchmarks.modelled_gpu.codegen`, or of torch's operator."""
     if step.launch is not None and step.name.startswith("pixel_encoder"):
         return pixel_encoder_work.name_of(step.launch)
     if step.launch is not None and step.launch.constants.get("NORMALIZES"):

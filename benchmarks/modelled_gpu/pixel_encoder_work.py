@@ -30,9 +30,9 @@ from anyup.kernels.pixel_encoder_passes import (
 )
 from anyup.kernels.pixel_encoder_pool import plan_pool
 from anyup.ops.kernel_device import multiprocessors
-from benchmarks import roofline
-from benchmarks.machine_code import Branch
-from benchmarks.operation_work import Work
+from benchmarks.modelled_gpu import roofline
+from benchmarks.modelled_gpu.machine_code import Branch
+from benchmarks.modelled_gpu.operation_work import Work
 
 DIM = 128
 IMAGE_CHANNELS = 3

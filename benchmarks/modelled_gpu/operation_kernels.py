@@ -1,7 +1,7 @@
 """The kernels of the pixel encoder, the feature unification and the query projection on targets that are not here.
 
-As `benchmarks.compiled` for the window attention: planned by the package, compiled ahead of time, their work counted
-from the launch. The work is given for one unit: a position of the grid, or a pixel of the queries.
+As `compiled` for the window attention: planned by the package, compiled ahead of time, their work counted from the
+launch. The work is given for one unit: a position of the grid, or a pixel of the queries.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_a
 from anyup.kernels.key_grid_config import convolution_configs
 from anyup.kernels.key_grid_convolution import plan_convolution
 from anyup.kernels.launch import Launch, Target
-from benchmarks import pixel_encoder_work, roofline
-from benchmarks.ahead_of_time import compilation_of, target_of
-from benchmarks.compiled import TIMES, code_facts, execution_of, told_execution, told_times
-from benchmarks.machine_code import Code, read
-from benchmarks.operation_work import Work
+from benchmarks.modelled_gpu import pixel_encoder_work, roofline
+from benchmarks.modelled_gpu.ahead_of_time import compilation_of, target_of
+from benchmarks.modelled_gpu.compiled import TIMES, code_facts, execution_of, told_execution, told_times
+from benchmarks.modelled_gpu.machine_code import Code, read
+from benchmarks.modelled_gpu.operation_work import Work
 
 DIM = FILTERS = 128
 CHANNELS_OF_CLASSES = 192

@@ -15,7 +15,7 @@ from typing import Any
 from anyup.bench.workloads import Workload
 from anyup.ops.window_attention.tiles import axis_unions_and_cores
 from anyup.window import Window, axis_bounds
-from benchmarks.machine_code import Branch
+from benchmarks.modelled_gpu.machine_code import Branch
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """What the compiler makes of each kernel, and a roofline of it; no GPU is needed.
 
-    python -m benchmarks.codegen [--kernel NAME] [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE [--merge]]
-    python -m benchmarks.codegen --model [--workload "448 from 32"] [--dtype bfloat16] [--channels 384] [--json FILE]
+    python -m benchmarks.modelled_gpu [--kernel NAME] [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE [--merge]]
+    python -m benchmarks.modelled_gpu --model [--workload "448 from 32"] [--dtype bfloat16] [--json FILE]
 
 Every launch is planned by the package itself, with the config that it would choose, and compiled ahead of time.
 Registers, spills, shared memory and instructions are the compiler's; bytes, operations and times are *modelled*
-(`benchmarks.roofline`). A target with a device in the roofline's table gets that device's times. With `--model` the
-launches are those of whole forwards, on each of these devices (`benchmarks.model`).
+(`roofline`). A target with a device in the roofline's table gets that device's times. With `--model` the launches are
+those of whole forwards, on each of these devices (`model`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "codegen.json"
+RESULT = Path(__file__).parents[1] / "results" / "codegen.json"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -71,7 +71,7 @@ def print_model(workloads: Sequence[str], dtypes: Sequence[str], channels: int, 
 
     Of all but the first workload the stages are stored and not their launches.
     """
-    from benchmarks import model, roofline
+    from benchmarks.modelled_gpu import model, roofline
 
     asked = [model.workload_of(workload, channels) for workload in workloads]
     rows = [row for each in asked for dtype in dtypes for row in model.rows(each, dtype, roofline.DEVICES)]
@@ -85,10 +85,19 @@ def print_model(workloads: Sequence[str], dtypes: Sequence[str], channels: int, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    from benchmarks import operation_kernels
-    from benchmarks.compiled import ARCHITECTURES, CHANNELS, DTYPES, HEAD_DIM, HEADS, KERNELS, cases, measure
+    from benchmarks.modelled_gpu import operation_kernels
+    from benchmarks.modelled_gpu.compiled import (
+        ARCHITECTURES,
+        CHANNELS,
+        DTYPES,
+        HEAD_DIM,
+        HEADS,
+        KERNELS,
+        cases,
+        measure,
+    )
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.modelled_gpu", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--channels", nargs="+", type=int, default=CHANNELS, help="of --model: the first")
@@ -116,10 +125,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         store(chosen.json, rows, merge=chosen.merge)
     print("Code by the compiler; bytes, operations and times modelled.\n")
     print(table(rows))
-
-
-if __name__ == "__main__":
-    # Interpreted kernels have no code. This must be said before triton is imported, and not to a process that imports
-    # this module.
-    os.environ.pop("TRITON_INTERPRET", None)
-    main()
