@@ -35,6 +35,7 @@ LONGEST = 540.0
 
 TESTS = (
     "test_upsampler.py", "test_on_a_card.py", "test_operator.py", "test_kernels.py", "test_encoder_kernels.py",
+    "test_key_grid.py",
     "test_other_kernels.py", "test_products.py", "test_tuning.py",
 )  # fmt: skip
 """The files of `pytest -m gpu`, what tells most first."""

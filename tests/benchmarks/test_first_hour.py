@@ -279,7 +279,7 @@ def test_the_page_says_what_is_wrong_and_fits_a_page(tmp_path: Path) -> None:
         "Tests (Abacus-9000.json): 50 failed.",
         "- test_x.py::test_0: assert 1\n",
         "- and 30 more",
-        "| 448 from 32, float32 | anyup | 1.00 ms | 5.00 ms | 2.50 | 0.90 GB | 31.2x | 3e-05 |",
+        "| 448 from 32, float32 | anyup | 1.00 ms | 5.00 ms | 2.50 | 900 MB | 31.2x | 3e-05 |",
         "5.00 ms, waited for",
         "| **wrong**: 1.0e-01 of the largest value apart |",
         "| 448 from 32, float32 | 0.200 ms | no profile |",
