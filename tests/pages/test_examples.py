@@ -157,10 +157,13 @@ def _parser_of_module(name: str) -> argparse.ArgumentParser:
     def stop(parser: argparse.ArgumentParser, *arguments: object) -> None:
         raise _Parsing(parser)
 
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(_Parsing) as parsing:
-            importlib.import_module(name).main([])
+            module.main([])
     parser = parsing.value.args[0]
     assert isinstance(parser, argparse.ArgumentParser)
     return parser
