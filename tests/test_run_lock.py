@@ -133,6 +133,7 @@ def test_a_second_run_is_told_of_the_first_and_not_to_delete_its_file(
 ) -> None:
     Path(locked).parent.mkdir(exist_ok=True)
     Path("out.npy.part").touch()
+    Path("photo.png").touch()
     if locked != "benchmark/results.json":
         Path(locked).touch()
     with only_run(locked, never):
