@@ -254,8 +254,7 @@ class Network(nn.Module):
                 image_keys = image.image_keys[grid]
             else:
                 image_keys = self.encode(self.key_encoder, self.guidance(image.image), grid)
-        with _stage("keys"):
-            keys, copied = self.keys(image_keys, features)
+        keys, copied = self.keys(image_keys, features)
         return queries, keys.to(queries.dtype), copied
 
     def queries_and_image_keys(
@@ -296,18 +295,19 @@ class Network(nn.Module):
         is small, so the wide dtype costs little. The second result is a copy of the features with channels last where
         the kernels make one, else the features themselves.
         """
-        wide = key_dtype(image_keys.dtype, features.device)
-        made = self.keys_by_kernels(image_keys, features, wide)
-        if made is not None:
-            return made
-        working = working_dtype(image_keys.dtype)
-        with without_autocast(features.device.type):
-            unit = F.normalize(features.to(working), dim=1)
-            unified = feature_unification.unify_features(
-                unit, self.unification_basis(working), out_dtype=wide, backend=self.backends["feature_unification"]
-            )
-            keys = torch.cat((image_keys.to(wide), self.feature_keys(unified)), dim=3)
-            return self.cross_decode.project_keys(self.encode(self.aggregation, keys.permute(0, 3, 1, 2))), features
+        with _stage("keys"):
+            wide = key_dtype(image_keys.dtype, features.device)
+            made = self.keys_by_kernels(image_keys, features, wide)
+            if made is not None:
+                return made
+            working = working_dtype(image_keys.dtype)
+            with without_autocast(features.device.type):
+                unit = F.normalize(features.to(working), dim=1)
+                unified = feature_unification.unify_features(
+                    unit, self.unification_basis(working), out_dtype=wide, backend=self.backends["feature_unification"]
+                )
+                keys = torch.cat((image_keys.to(wide), self.feature_keys(unified)), dim=3)
+                return self.cross_decode.project_keys(self.encode(self.aggregation, keys.permute(0, 3, 1, 2))), features
 
     def keys_by_kernels(self, image_keys: Tensor, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The result of `keys` by the operator `key_grid`, in `dtype`; None where it cannot run, or while traced."""

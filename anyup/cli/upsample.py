@@ -197,8 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
             if getattr(arguments, option):
                 raise UsageError(f"--points goes without --{option}")
     progress = Progress()
-    suffixes = (".npy", ".zarr", *(suffix for suffix in ARRAY_SUFFIXES if suffix != ".npy"))
-    suffixes = ARRAY_SUFFIXES if arguments.points else suffixes
+    suffixes = ARRAY_SUFFIXES if arguments.points else tuple(dict.fromkeys((".npy", ".zarr", *ARRAY_SUFFIXES)))
     output = check_output(arguments.output, suffixes, "output") if arguments.output else None
     picture = check_output(arguments.picture, PICTURE_SUFFIXES, "picture") if arguments.picture else None
     in_pieces = output is not None and not arguments.points and output.suffix.lower() in array_files.SUFFIXES

@@ -31,7 +31,7 @@ from anyup.cli.upsample_inputs import (
     resolve_region,
     resolve_size,
 )
-from anyup.cli.upsample_result import Files, free_space, write_result
+from anyup.cli.upsample_result import Files, write_result
 from anyup.options import UsageError
 
 if TYPE_CHECKING:
@@ -234,6 +234,7 @@ class Work:
         """Raise ValueError where the missing results need more than the free space of their folder."""
         import torch
 
+        from anyup.limited_memory.destinations import free_space
         from anyup.progress import human_bytes
 
         given = self.arguments

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +65,7 @@ class Files:
         To `resume` takes less by what an interrupted run has left on the disk.
         """
         from anyup.array_files import bytes_there
+        from anyup.limited_memory.destinations import free_space
         from anyup.progress import human_bytes
 
         needed = math.prod(shape) * itemsize
@@ -81,7 +80,7 @@ class Files:
     def save(self, result: Tensor, progress: Progress) -> None:
         """Write features (C, H, W) or (N, C) to a file in one piece. Raises OSError where the disk is full."""
         from anyup.images import save_array
-        from anyup.limited_memory.destinations import no_room
+        from anyup.limited_memory.destinations import free_space, no_room
 
         assert self.output is not None
         with progress.stage(f"writing {self.output}"):
@@ -98,11 +97,6 @@ _SMALLER = "--size makes it smaller"
 
 def _the_result(shape: tuple[int, ...]) -> str:
     return f"the result, {' x '.join(map(str, shape))},"
-
-
-def free_space(path: Path) -> int:
-    """Free bytes of the disk that holds a file's folder."""
-    return shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
 
 
 def write_result(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @untraced
 def call(request: Request, *, vis_attn: bool, max_memory: int | str | None, out: Any, seen: Seen | None = None) -> Any:
     """The call of an `AnyUp`: (B, C, H, W), or `out`. A call with whole maps is recorded for repetition (`seen`)."""
-    with request.network.threads_for(request.image, request.size, request.features):
+    with request.threads():
         differentiates = request.wants_gradient
         for name, setting in (("out", out), ("max_memory", max_memory)):
             if setting is not None and differentiates:

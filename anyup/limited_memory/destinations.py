@@ -129,10 +129,14 @@ def _check_shape(actual: Sequence[int], expected: Shape) -> None:
         raise ValueError(f"out: expected shape {expected}, (B, C, H, W) of what is computed, got {tuple(actual)}")
 
 
+def free_space(path: str | os.PathLike[str]) -> int:
+    """Free bytes of the disk that holds a file's folder."""
+    return shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
+
+
 def no_room(path: str | os.PathLike[str], needed: int) -> OSError:
     """An OSError for a full disk, which says how many bytes are needed and how many are free."""
-    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
-    what = f"{human_bytes(needed)} needed, {human_bytes(free)} free: {os.strerror(errno.ENOSPC)}"
+    what = f"{human_bytes(needed)} needed, {human_bytes(free_space(path))} free: {os.strerror(errno.ENOSPC)}"
     return OSError(errno.ENOSPC, what, os.fspath(path))
 
 

@@ -103,7 +103,7 @@ class Executor:
 
     def piece(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """A piece of the output, (B, rows, columns, C)."""
-        with self._network.threads_for(self._request.image, self._request.size, self._request.features):
+        with self._request.threads():
             self.prepare()
             height, width, batch = rows.stop - rows.start, columns.stop - columns.start, len(self._request)
             if batch == 1 and height <= rows_at_once(self._retry.plan):

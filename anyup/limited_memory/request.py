@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,10 @@ class Request:
     def wants_gradient(self) -> bool:
         """Whether autograd would record the call."""
         return self.network.wants_gradient(self.image, self.features, self.values)
+
+    def threads(self) -> AbstractContextManager[None]:
+        """As many threads as its largest map is worth."""
+        return self.network.threads_for(self.image, self.size, self.features)
 
     def one(self, index: int) -> Request:
         """The request of one image of the batch; it shares the memory."""
