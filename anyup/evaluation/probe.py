@@ -21,18 +21,22 @@ from anyup.evaluation.attention_weights import FixedWeights
 from anyup.evaluation.datasets import VOID
 from anyup.installing import pip_install
 
-SCHEDULES = ("epochs", "iterations", "published")
+SCHEDULES = ("epochs", "iterations", "published", "warm-up")
 """How the learning rate follows a cosine: see `Recipe`."""
+
+WARM_UP, LEAST_RATE = 1.5, 0.01  # epochs, and the share of the learning rate that "warm-up" begins and ends with
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How probes are trained: JAFAR's protocol.
+    """How probes are trained: by default JAFAR's protocol, of segmentation.
 
     Attributes:
         schedule: the cosine's half period is "epochs": all epochs, the rate changing after each; "iterations": all
             iterations, the rate changing after each; "published": as many *iterations* as there are epochs, so that
-            the rate goes down and up again all through the training.
+            the rate goes down and up again all through the training. "warm-up" is Probe3D's: a line from 1 % of the
+            rate up to all of it over 1.5 epochs, then a quarter period of a cosine down to 1 %, changing after each
+            iteration.
         flips: mirror a batch with probability one half.
     """
 
@@ -51,9 +55,17 @@ class Recipe:
         for name in ("batch", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: at least 1 expected, got {getattr(self, name)}")
+        if self.schedule == "warm-up" and self.epochs <= WARM_UP:
+            raise ValueError(f"epochs: more than the {WARM_UP} of the warm-up expected, got {self.epochs}")
 
     def rate(self, epoch: int, iteration: int, iterations: int) -> float:
         """The learning rate of an iteration of all `iterations`, in the epoch it lies in; both from 0."""
+        if self.schedule == "warm-up":
+            warm = WARM_UP * iterations / self.epochs
+            rising = iteration / warm
+            falling = math.cos(math.pi / 2 * (iteration - warm) / (iterations - warm))
+            share = LEAST_RATE + (1 - LEAST_RATE) * (rising if rising <= 1 else falling)
+            return self.learning_rate * share
         done, period = {
             "epochs": (epoch, self.epochs),
             "iterations": (iteration, iterations),

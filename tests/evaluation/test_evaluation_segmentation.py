@@ -576,6 +576,8 @@ def test_void_pixels_change_nothing() -> None:
         ("epochs", [1, 1, 1, 0.5, 0.5, 0.5]),
         ("iterations", [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]),
         ("published", [1, 0.5, 0, 0.5, 1, 0.5]),
+        # 4.5 iterations of warm-up, then a quarter of a cosine over the 1.5 that are left.
+        ("warm-up", [0.01 + 0.99 * i / 4.5 for i in range(5)] + [0.01 + 0.99 * math.cos(math.pi / 2 / 3)]),
     ],
 )
 def test_the_learning_rate_follows_the_schedule(schedule: str, expected: list[float]) -> None:
@@ -607,7 +609,9 @@ def test_an_epoch_shows_each_image_once_in_an_order_of_its_own() -> None:
     assert 20 < sum(flips) < 60
 
 
-@pytest.mark.parametrize("wrong", [{"schedule": "cosine"}, {"batch": 0}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"schedule": "cosine"}, {"batch": 0}, {"epochs": 0}, {"epochs": 1, "schedule": "warm-up"}]
+)
 def test_a_recipe_that_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Recipe(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,110 @@
+"""Depth by Probe3D's protocol: heads, loss and metrics, as functions of maps.
+
+Depth is in metres; a target of 0 (or beyond the largest depth, which its reader sets to 0) is unknown and counts for
+nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BINS, SMALLEST, LARGEST = 256, 0.001, 10.0
+_OFFSET = 0.1  # of a bin after its ReLU, so that their sum is never zero
+_EPSILON = 0.001  # metres, added within logarithms
+_LEAST = 1e-12  # of what a root is taken of: at a perfect fit its gradient would be infinite
+
+
+def depth_of_bins(logits: Tensor, largest: float = LARGEST) -> Tensor:
+    """Depth as the mean of bins that are spread evenly over SMALLEST to `largest`, weighted by relu(logits) + 0.1.
+
+    logits (N, bins, pixels) to (N, 1, pixels).
+    """
+    bins = torch.linspace(SMALLEST, largest, logits.shape[1], dtype=logits.dtype, device=logits.device)
+    share = logits.relu() + _OFFSET
+    # Normalised after the product: one map is divided, not one for each bin.
+    return (bins @ share / share.sum(dim=1)).unsqueeze(1)
+
+
+def depth_of_sigmoid(logits: Tensor, largest: float = LARGEST) -> Tensor:
+    """Depth between SMALLEST and `largest`, of any shape: the direct head, one output a pixel."""
+    return SMALLEST + (largest - SMALLEST) * logits.sigmoid()
+
+
+def depth_loss(prediction: Tensor, target: Tensor, *, published_gradient: bool = False) -> Tensor:
+    """10 times the scale-invariant loss and half the gradient loss: (N,) of predictions (N, B, H, W), target (B, H, W).
+
+    A known pixel at least is expected. `published_gradient`: see `gradient_loss`.
+    """
+    return 10 * scale_invariant_loss(prediction, target) + 0.5 * gradient_loss(
+        prediction, target, published=published_gradient
+    )
+
+
+def _log_ratio(prediction: Tensor, target: Tensor) -> Tensor:
+    """log(d + 0.001) - log(t + 0.001) where the target is known, else 0."""
+    known = target > 0
+    ratio = torch.log(prediction + _EPSILON) - torch.log(torch.where(known, target, 1) + _EPSILON)
+    return ratio.masked_fill(~known, 0)
+
+
+def scale_invariant_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """sqrt(mean(g^2) - 0.85 mean(g)^2), g the log ratio, over all known pixels of a batch.
+
+    Predictions (N, B, H, W), target (B, H, W) to (N,).
+    """
+    ratio = _log_ratio(prediction, target).flatten(1)
+    known = (target > 0).sum()
+    mean, square = ratio.sum(dim=1) / known, ratio.square().sum(dim=1) / known
+    return (square - 0.85 * mean.square()).clamp(min=_LEAST).sqrt()
+
+
+def gradient_loss(prediction: Tensor, target: Tensor, *, published: bool = False) -> Tensor:
+    """Differences of the log ratio between pixels two apart, along both axes, where both are known.
+
+    Predictions (N, B, H, W), target (B, H, W) to (N,): summed over the whole map and every second, fourth and sixth
+    pixel of it, each divided by how many of its pixels are known.
+
+    `published`: Probe3D's code before November 2025 took the axes of the batch and of the channel, of which there is
+    one, for those of the map: it compares images two apart in the batch, and no neighbours.
+    """
+    rows, columns = (1, None) if published else (2, 3)
+    total = prediction.new_zeros(len(prediction))
+    for stride in (1, 2, 4, 6):
+        thinned, truth = prediction, target
+        for axis in filter(None, (rows, columns)):
+            kept = torch.arange(0, prediction.shape[axis], stride, device=prediction.device)
+            thinned, truth = thinned.index_select(axis, kept), truth.index_select(axis - 1, kept)
+        ratio, known = _log_ratio(thinned, truth), truth > 0
+        count = known.sum().clamp(min=1)
+        for axis in filter(None, (rows, columns)):
+            apart = ratio.shape[axis] - 2
+            if apart > 0:
+                both = known.narrow(axis - 1, 0, apart) & known.narrow(axis - 1, 2, apart)
+                difference = (ratio.narrow(axis, 0, apart) - ratio.narrow(axis, 2, apart)).abs()
+                total = total + (difference * both).flatten(1).sum(dim=1) / count
+    return total
+
+
+def scaled_and_shifted(prediction: Tensor, target: Tensor) -> Tensor:
+    """The prediction times a scale plus a shift, of least squares over the known pixels; both (H, W).
+
+    A prediction of one value has no scale: it is shifted to the target's mean.
+    """
+    known = target > 0
+    of, to = prediction[known].double(), target[known].double()
+    centred = of - of.mean()
+    energy = centred.square().sum()
+    scale = (centred * to).sum() / energy if float(energy) > 0 else torch.ones_like(energy)
+    return (prediction.double() - of.mean()) * scale + to.mean()
+
+
+def depth_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    """Of one image, over the known pixels of (H, W): `delta1` to `delta3`, the shares of pixels whose depth is wrong by
+    a factor below 1.25, 1.25^2 and 1.25^3, and `rmse` in metres. Summed in float64."""
+    known = target > 0
+    of, to = prediction[known].double(), target[known].double()
+    # What is not positive, as after a shift, is wrong by any factor.
+    factor = torch.where(of > 0, torch.maximum(of / to, to / of), torch.inf)
+    shares = {f"delta{power}": float((factor < 1.25**power).double().mean()) for power in (1, 2, 3)}
+    return {**shares, "rmse": float((of - to).square().mean().sqrt())}
