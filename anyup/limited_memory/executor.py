@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from anyup.limited_memory.request import Request
 from anyup.ops import memory
 from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import autocasts
-from anyup.ops.window_attention import explain_backends, window_attention
-from anyup.ops.window_attention.points import attend_points
+from anyup.ops.window_attention import attend_points, explain_backends, explain_points, window_attention
 from anyup.window import Part
 
 SMALL_BAND = 4096
@@ -72,9 +71,10 @@ class Executor:
     Args:
         request: the checked arguments of the call.
         plan: the plan; or the retry that holds the plan, which the executors of a batch's images share.
+        of_points: whether `at` will be called, and no other piece of the output.
     """
 
-    def __init__(self, request: Request, plan: Plan | OutOfMemoryRetry) -> None:
+    def __init__(self, request: Request, plan: Plan | OutOfMemoryRetry, *, of_points: bool = False) -> None:
         self._request, self._network = request, request.network
         self._retry = OutOfMemoryRetry(plan) if isinstance(plan, Plan) else plan
         self._dtype = self._network.compute_dtype(request.device)
@@ -84,7 +84,7 @@ class Executor:
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._check_backends()
+        self._check_backends(of_points)
 
     @property
     def plan(self) -> Plan:
@@ -145,6 +145,7 @@ class Executor:
             columns,
             window=self._network.window,
             size=self._request.size,
+            backend=self._network.backends["window_attention"],
         )
 
     def _attend(self, index: int, rows: slice, columns: slice) -> Tensor:
@@ -219,7 +220,7 @@ class Executor:
             return nullcontext()
         return torch.autocast(kind, dtype=self._dtype if self._autocasts else None, enabled=self._autocasts)
 
-    def _check_backends(self) -> None:
+    def _check_backends(self, of_points: bool) -> None:
         """Raise NotImplementedError where the requested backends cannot compute a part of an output."""
         network, request, plan = self._network, self._request, self._retry.plan
         if plan.bands is not None and plan.task.context != "all":
@@ -227,13 +228,13 @@ class Executor:
         heads, (h, w), values = network.cross_decode.num_heads, request.grid, request.values[:1]
         stand_in = torch.empty((), dtype=self._dtype, device=request.device)
         head_dim = network.qk_dim // heads
-        explanation = explain_backends(
-            stand_in.expand(1, 1, 1, heads, head_dim),
-            stand_in.expand(1, h, w, heads, head_dim),
-            (values if len(values) else values.new_empty(1, *values.shape[1:])).permute(0, 2, 3, 1),
-            window=network.window,
-            backend=network.backends["window_attention"],
-            part=Part(0, 0, *request.size),
-        )
+        query = stand_in.expand(1, 1, 1, heads, head_dim)
+        key = stand_in.expand(1, h, w, heads, head_dim)
+        value = (values if len(values) else values.new_empty(1, *values.shape[1:])).permute(0, 2, 3, 1)
+        settings: dict[str, Any] = {"window": network.window, "backend": network.backends["window_attention"]}
+        if of_points:
+            explanation = explain_points(query[0, 0], key[0], value[0], size=request.size, **settings)
+        else:
+            explanation = explain_backends(query, key, value, part=Part(0, 0, *request.size), **settings)
         if explanation.chosen is None:
             raise NotImplementedError(f"no backend can run this:\n{explanation}")

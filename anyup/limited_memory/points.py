@@ -29,7 +29,7 @@ def at_points(request: Request, points: Tensor, *, max_memory: int | str | None)
     else:
         plan = choice.choose(task, limit_on(request.device, max_memory))
     with torch.no_grad():  # the executor checks the backends of a stream, which has no gradients
-        executor = Executor(request, plan)
+        executor = Executor(request, plan, of_points=True)
     with request.threads():
         found = [executor.at(index, *places.unbind(1)) for index, places in enumerate(pixels)]
     result = torch.stack(found) if found else values.new_empty(0, pixels.shape[1], values.shape[1])

@@ -32,7 +32,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         config = row["config"]
         pixels = config.get("block_pixels")
         if "block_keys" in config:
-            block = f"{config['resident_blocks'] or 'any'} x {config['block_keys']}"
+            block = f"{config.get('resident_blocks') or 'any'} x {config['block_keys']}"
         else:
             block = f"{pixels} pixels" if pixels else "-"
         warps = min(row["warps_by_registers"], row["warps_by_shared"], row["warps_by_threads"])

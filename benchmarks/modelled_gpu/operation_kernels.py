@@ -1,7 +1,7 @@
-"""The kernels of the pixel encoder, the feature unification and the query projection on targets that are not here.
+"""The kernels of all operations but the attention of maps, on targets that are not here.
 
 As `compiled` for the window attention: planned by the package, compiled ahead of time, their work counted from the
-launch. The work is given for one unit: a position of the grid, or a pixel of the queries.
+launch. The work is given for one unit: a position of the grid, a pixel of the queries, or a point.
 """
 
 from __future__ import annotations
@@ -22,9 +22,21 @@ from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_a
 from anyup.kernels.key_grid_config import convolution_configs
 from anyup.kernels.key_grid_convolution import plan_convolution
 from anyup.kernels.launch import Launch, Target
+from anyup.kernels.window_attention_points import CONFIGS, plan_points
+from anyup.ops.window_attention.fused import window_rule
+from anyup.window import axis_bounds
 from benchmarks.modelled_gpu import pixel_encoder_work, roofline
 from benchmarks.modelled_gpu.ahead_of_time import compilation_of, target_of
-from benchmarks.modelled_gpu.compiled import TIMES, code_facts, execution_of, told_execution, told_times
+from benchmarks.modelled_gpu.compiled import (
+    HEAD_DIM,
+    HEADS,
+    TIMES,
+    WINDOW,
+    code_facts,
+    execution_of,
+    told_execution,
+    told_times,
+)
 from benchmarks.modelled_gpu.machine_code import Code, read
 from benchmarks.modelled_gpu.operation_work import Work
 
@@ -42,6 +54,7 @@ KERNELS = (
     "feature_unification_fold",
     "key_grid_convolution",
     "query_projection_forward",
+    "window_attention_points",
     *pixel_encoder_work.KERNELS,
 )
 WITHOUT_PRODUCTS = (
@@ -51,6 +64,8 @@ WITHOUT_PRODUCTS = (
     "pixel_encoder_angles",
 )
 """Kernels that move numbers: nothing for the matrix units."""
+POINTS = 1000
+"""Points of a launch."""
 
 Row = dict[str, Any]
 
@@ -98,6 +113,17 @@ class Case:
         )  # fmt: skip
         return launch, asdict(config)
 
+    def _points(self) -> tuple[Launch, Row]:
+        w, config = self.workload, CONFIGS[0]
+        heads = (HEADS, HEAD_DIM)
+        query, key, value = self._empty(POINTS, *heads), self._empty(*w.grid, *heads), self._empty(*w.grid, w.channels)
+        pixels = torch.empty((POINTS, 2), dtype=torch.int32, device="meta")
+        launch = plan_points(
+            query, key, value, pixels, self._empty(POINTS, w.channels), size=w.size,
+            window=window_rule(WINDOW, w.grid), scale=HEAD_DIM**-0.5, config=config,
+        )  # fmt: skip
+        return launch, config._asdict()
+
     def _arranged(self) -> tuple[torch.Tensor, torch.Tensor, Arranged]:
         w = self.workload
         features, basis = self._empty(w.batch, w.channels, *w.grid), self._empty(FILTERS, 1, KERNEL_SIZE, KERNEL_SIZE)
@@ -113,6 +139,8 @@ class Case:
             return pixel_encoder_work.plan(self.kernel, w, dtype, target=self.target, precision=precision)
         if self.kernel == "key_grid_convolution":
             return self._convolution(precision)
+        if self.kernel == "window_attention_points":
+            return self._points()
         if self.kernel == "query_projection_forward":
             config = projection.forward_configs(DIM, target=self.target, half=self.half)[0]
             encoded = self._empty(w.batch, *w.size, DIM)
@@ -168,6 +196,8 @@ class Case:
             )
         if self.kernel == "key_grid_convolution":
             return _convolution_work(launch)
+        if self.kernel == "window_attention_points":
+            return _points_work(launch, w)
         channels = w.channels
         runs = runs_of(channels, FILTERS)
         if runs.turned:
@@ -256,6 +286,25 @@ def _convolution_work(launch: Launch) -> Work:
         bytes_asked=programs * 9 * constant["CELLS"] * keys / units + shared + DIM * 4,
         turns=[(9 * -(-DIM // constant["PIECE"]), [])],
         bytes_shared=shared,
+    )
+
+
+def _points_work(launch: Launch, workload: Workload) -> Work:
+    argument, block = launch.arguments, launch.constants["BLOCK"]
+    slices, size = launch.grid[1], argument["value"].element_size()
+    lengths = [axis_bounds(WINDOW, *sizes) for sizes in zip(workload.size, workload.grid, strict=True)]
+    window = math.prod((sum(stop) - sum(start)) / len(start) for start, stop in lengths)
+    blocks = math.ceil(window / block)
+    ends = (DIM + workload.channels) * size
+    return Work(
+        units=POINTS,
+        exact_operations=0,
+        operations=0,
+        exact_exponentials=window * HEADS,
+        exponentials=3 * blocks * block * HEADS * slices,
+        bytes_compulsory=(argument["key"].nbytes + argument["value"].nbytes) / POINTS + ends,
+        bytes_asked=blocks * block * (2 * DIM * slices + workload.channels) * size + ends,
+        turns=[(blocks, []), (blocks, [])],
     )
 
 

@@ -131,7 +131,7 @@ def test_every_stored_kernel_can_be_launched(arch: str) -> None:
     large = [what for row in stored for what in faults(row) if not what.startswith(("spills", "stores"))]
     assert not large
     idle = {row["kernel"] for row in stored if row["tensor_core_instructions"] is None}
-    assert idle <= {*WITHOUT_PRODUCTS, "pixel_encoder_measure_1"}
+    assert idle <= {*WITHOUT_PRODUCTS, "pixel_encoder_measure_1", "window_attention_points"}
 
 
 def test_no_kernel_spills_or_asks_for_too_much_or_leaves_the_tensor_cores_idle(rows: Sequence[dict[str, Any]]) -> None:

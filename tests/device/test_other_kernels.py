@@ -1,4 +1,4 @@
-"""The kernels of the feature unification and of the query projection through their operators, by the error rule."""
+"""The kernels of the feature unification, the query projection and single pixels through their operators."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from support.accuracy import assert_close_enough, output_and_gradients
 from support.feature_unification_cases import Shape as UnificationShape
 from support.feature_unification_cases import tensors_of as unification_tensors
+from support.point_cases import attention_at
+from support.point_cases import tensors_of as point_tensors
 from support.query_projection_cases import Shape as ProjectionShape
 from support.query_projection_cases import run as project
 from support.query_projection_cases import tensors_of as projection_tensors
+from support.recipe import KERNEL_SHAPES, AttentionShape
 
 from anyup.ops.feature_unification import unify_features
 
@@ -29,6 +32,11 @@ PROJECTION = {
     "partial rectangles, batch 2": ProjectionShape((9, 5), dim=16, batch=2),
     "one pixel": ProjectionShape((1, 1), dim=32),
     "a width that is no power of two": ProjectionShape((3, 18), dim=40),
+}
+
+POINTS = {
+    **{name: KERNEL_SHAPES[name] for name in ("odd", "one key", "no window", "cell, wide", "eight heads")},
+    "two slices of channels": AttentionShape((20, 18), (8, 9), channels=600, heads=4, head_dim=32),
 }
 
 
@@ -53,3 +61,15 @@ def test_the_projection_obeys_the_error_rule(name: str, dtype: torch.dtype, laun
     expected = project(**tensors, backend="reference")
     exact = project(**{key: t.double() for key, t in tensors.items()}, backend="reference")
     assert_close_enough(actual.cpu(), expected, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", POINTS)
+def test_single_pixels_obey_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    attention, tensors = attention_at(POINTS[name]), point_tensors(POINTS[name], dtype)
+    actual = output_and_gradients(attention, {key: t.cuda() for key, t in tensors.items()}, "triton")
+    assert launched.total() == 1  # the gradients are PyTorch's
+    expected = output_and_gradients(attention, tensors, "reference")
+    exact = output_and_gradients(attention, {key: t.double() for key, t in tensors.items()}, "reference")
+    for key in exact:
+        assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)

@@ -65,6 +65,7 @@ def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> N
         for kernel in (
             *(f"{name} {weights}" for name in ("forward", "backward_query") for weights in ("resident", "streamed")),
             "forward kept",
+            "points",
             *(f"backward_{of} {split}" for of in ("key", "value", "key_value") for split in ("whole", "in parts")),
         ):
             assert f"launched: {kernel}, {dtype}, {dtype}: " in launched, f"{kernel} in {dtype} was not launched"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -203,35 +201,10 @@ def test_nothing_of_the_outputs_size_is_made() -> None:
 
 
 @torch.no_grad()
-def test_kernels_encode_points() -> None:
+def test_kernels_encode_points_and_attend() -> None:
     image, features = inputs((12, 10), batch=1)
     points = some_points((12, 10), 1, 9)
     exact = picked(wide(small())(image.double(), features.double()), points)
     reference = picked(small(backend="reference")(image, features), points)
-    model = small(backend={"pixel_encoder": ("triton", "torch")})
+    model = small(backend={"pixel_encoder": ("triton", "torch"), "window_attention": ("triton", "torch")})
     assert_close_enough(model.at_points(image, features, points), reference, exact)
-
-
-MEMORY = """
-import torch
-from anyup.bench.memory import measure_here
-from anyup.ops.window_attention.points import attend_points
-from anyup.window import RatioWindow
-
-query, key, value = torch.randn(100, 4, 32), torch.randn(128, 128, 4, 32), torch.randn(128, 128, 384)
-rows, columns = torch.randint(0, 2048, (2, 100))
-with torch.inference_mode():
-    call = lambda count: attend_points(
-        query[:count], key, value, rows[:count], columns[:count], window=RatioWindow(0.1), size=(2048, 2048)
-    )
-    call(1)
-    print(measure_here(lambda: call(100)).peak_bytes)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a child's peak is asked of Linux")
-def test_many_points_take_no_more_memory_than_a_few() -> None:
-    """Windows of 27 x 27 keys of 384 channels: 112 MB, were they kept for all of the points."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 50e6

@@ -17,8 +17,8 @@ from anyup.ops import feature_unification, pixel_encoder, query_projection
 from anyup.ops.feature_unification import reference as unification_reference
 from anyup.ops.pixel_encoder import reference as encoder_reference
 from anyup.ops.query_projection import reference as projection_reference
+from anyup.ops.window_attention import attend_points, window_attention
 from anyup.ops.window_attention import reference as attention_reference
-from anyup.ops.window_attention import window_attention
 from anyup.window import CellWindow, Part, RatioWindow, Window
 
 
@@ -83,6 +83,15 @@ def test_a_part_of_the_pixels_counts_as_it_does_in_the_whole() -> None:
     assert sum(count(part, Part(top, 0, 12, 9)) for top, part in parts) == count(query, None)
 
 
+@pytest.mark.parametrize("window", [None, RatioWindow(0.1), CellWindow(0.2)])
+def test_all_pixels_one_by_one_count_as_the_map(window: Window) -> None:
+    query, key, value = tensor(1, 12, 9, 4, 8), tensor(1, 6, 5, 4, 8), tensor(1, 6, 5, 7)
+    rows, columns = (axis.flatten() for axis in torch.meshgrid(torch.arange(12), torch.arange(9), indexing="ij"))
+    each = (query[0].flatten(0, 1), key[0], value[0], rows, columns)
+    ours = counted(lambda: attend_points(*each, window=window, size=(12, 9)))
+    assert ours == counted(lambda: window_attention(query, key, value, window=window))
+
+
 def test_a_model_s_cost_is_told_by_module() -> None:
     model = AnyUp(qk_dim=16).requires_grad_(False)
     image, features = torch.randn(1, 3, 16, 16), torch.randn(1, 6, 4, 4)
@@ -105,4 +114,4 @@ from torch.utils.flop_counter import flop_registry
 print(sum("anyup" in str(operator) for operator in flop_registry))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout == "8\n", run.stderr
+    assert run.stdout == "10\n", run.stderr

@@ -29,6 +29,8 @@ class WindowAttentionProblem:
     needs_gradient: bool
     part: Part | None = None
     """Where the pixels lie in the output; None: they are all of it."""
+    points: int | None = None
+    """How many single pixels of the output there are; None: a whole map or a part."""
 
     @property
     def whole_size(self) -> tuple[int, int]:
@@ -38,14 +40,17 @@ class WindowAttentionProblem:
     @property
     def compiled_for(self) -> tuple[object, ...]:
         """What kernels are compiled for, beside the device. After a failure kernels for another value are tried."""
-        return self.query_dtype, self.value_dtype, self.heads, self.head_dim, self.needs_gradient
+        known = (self.query_dtype, self.value_dtype, self.heads, self.head_dim, self.needs_gradient)
+        return *known, self.points is not None
 
     def __str__(self) -> str:
         (height, width), (h, w) = self.output_size, self.grid_size
         where = "" if self.part is None else f" of {self.part.height} x {self.part.width}"
+        pixels = "" if self.points is None else f"{self.points} points of "
         return (
-            f"{height} x {width}{where} from {h} x {w}, batch {self.batch}, {self.heads} heads of {self.head_dim}, "
-            f"C = {self.channels}, {str(self.query_dtype).removeprefix('torch.')}, {self.device.type}"
+            f"{pixels}{height} x {width}{where} from {h} x {w}, batch {self.batch}, "
+            f"{self.heads} heads of {self.head_dim}, C = {self.channels}, "
+            f"{str(self.query_dtype).removeprefix('torch.')}, {self.device.type}"
         )
 
 

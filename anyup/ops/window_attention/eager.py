@@ -23,8 +23,11 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.precision import accumulator_dtype, working_dtype
 from anyup.ops.tables import kept_for_graphs
+from anyup.ops.window_attention.eager_points import points, points_backward
 from anyup.ops.window_attention.segments import Segments, axis_segments
 from anyup.window import Part, Window, axis_bounds
+
+__all__ = ["backward", "forward", "points", "points_backward", "scratch_bytes", "unsupported"]
 
 # Values in the largest buffer of a batch: on a CPU what stays in its caches, elsewhere enough work for a launch.
 _BUDGET = {"cpu": 2**19}

@@ -54,6 +54,8 @@ _OLDEST_GPU = (7, 0)
 def unsupported(problem: WindowAttentionProblem) -> list[str]:
     """Why FlexAttention cannot run a problem, missing compilers included; empty: it can."""
     reasons = []
+    if problem.points is not None:
+        reasons.append("single pixels are wanted, FlexAttention multiplies tiles of pixels")
     for name, dtype in (("query", problem.query_dtype), ("value", problem.value_dtype)):
         if dtype not in _DTYPES:
             reasons.append(f"{name} is {_short(dtype)}, FlexAttention takes {', '.join(map(_short, _DTYPES))}")

@@ -22,6 +22,7 @@ from anyup.ops.kernel_device import (
     target,
 )
 from anyup.ops.window_attention.arguments import WindowAttentionProblem
+from anyup.ops.window_attention.eager_points import points_backward
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Part, Window
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from anyup.kernels.config_tables import Case
     from anyup.kernels.window_bounds import WindowRule
 
-__all__ = ["backward", "case", "discouraged", "forward", "unsupported", "window_rule"]
+__all__ = ["backward", "case", "discouraged", "forward", "points", "points_backward", "unsupported", "window_rule"]
 
 Config = TypeVar("Config", bound=Hashable)
 Result = TypeVar("Result")
@@ -97,6 +98,25 @@ def forward(
         query, key, value, window, part,
     )  # fmt: skip
     return out, lse
+
+
+def points(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, *, window: Window, size: tuple[int, int]
+) -> Tensor:
+    """(N, C) in the dtype of the values; the arguments are those of `attend_points`. Arithmetic is in float32."""
+    from anyup.kernels.window_attention_points import CONFIGS, plan_points
+
+    out = value.new_empty(len(query), value.shape[2])
+    pixels = torch.stack((rows, columns), dim=1).int().to(value.device)
+    rule = window_rule(window, (key.shape[0], key.shape[1]))
+    run_first(
+        lambda config: plan_points(
+            query, key, value, pixels, out, size=size, window=rule, scale=query.shape[2] ** -0.5, config=config
+        )(),
+        CONFIGS,
+        kernel=("points", query.device, query.dtype, value.dtype, *query.shape[1:]),
+    )
+    return out
 
 
 def backward(

@@ -1,16 +1,20 @@
-"""Window attention of single pixels, each with its own window's keys: plain PyTorch, differentiated by autograd."""
+"""Window attention of single pixels, each with its own window's keys, as an operator.
+
+A kernel gives each point a program (`kernels/window_attention_points.py`). The gradient is PyTorch's on any device.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyup.ops.dispatch import wants_gradient
-from anyup.ops.precision import working_dtype
-from anyup.window import Window, axis_bounds
-
-# The most numbers in a buffer, which holds the keys or the values of the windows of some points.
-_BUDGET = 2**20
+from anyup.ops.dispatch import Backend, Explanation, from_schema, to_schema, wants_gradient
+from anyup.ops.registration import register
+from anyup.ops.window_attention.arguments import WindowAttentionProblem
+from anyup.ops.window_attention.operator import OPERATION
+from anyup.window import Window, axis_bounds, describe_window, make_window
 
 
 def attend_points(
@@ -22,6 +26,7 @@ def attend_points(
     *,
     window: Window,
     size: tuple[int, int],
+    backend: Backend = None,
 ) -> Tensor:
     """The result of `window_attention` at some pixels: (N, C), in the dtype of the values.
 
@@ -32,44 +37,119 @@ def attend_points(
         rows, columns: (N,) int64 on the CPU, the positions of the pixels in the output.
         window: which keys a pixel sees.
         size: (H, W) of the output.
+        backend: as of `window_attention`.
+
+    Raises:
+        NotImplementedError: no requested backend can; lists every reason.
     """
-    seen, exists = zip(
-        *(
-            _keys_of_axis(position, *axis_bounds(window, queries, keys))
-            for position, queries, keys in zip((rows, columns), size, key.shape[:2], strict=True)
-        ),
-        strict=True,
+    kind, ratio = describe_window(window)
+    gradient = wants_gradient(query, key, value)
+    return _forward(query, key, value, rows, columns, kind, ratio, *size, to_schema(backend), gradient)
+
+
+def explain_points(
+    query: Tensor, key: Tensor, value: Tensor, *, window: Window, size: tuple[int, int], backend: Backend = None
+) -> Explanation:
+    """Which backend `attend_points` would choose for these arguments, and why not the others."""
+    problem = _describe(query, key, value, window, size, wants_gradient(query, key, value))
+    return OPERATION.explain(problem, backend)
+
+
+def _describe(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, size: tuple[int, int], needs_gradient: bool
+) -> WindowAttentionProblem:
+    points, heads, head_dim = query.shape
+    return WindowAttentionProblem(
+        batch=1,
+        output_size=size,
+        grid_size=(key.shape[0], key.shape[1]),
+        heads=heads,
+        head_dim=head_dim,
+        channels=value.shape[2],
+        query_dtype=query.dtype,
+        value_dtype=value.dtype,
+        device=query.device,
+        window=window,
+        needs_gradient=needs_gradient,
+        points=points,
     )
-    wide = working_dtype(query.dtype)
-    query = query.to(wide) * query.shape[2] ** -0.5
-    keys, values = key.flatten(0, 1), value.flatten(0, 1)
-    step = max(1, _BUDGET // (seen[0].shape[1] * seen[1].shape[1] * max(keys[0].numel(), values.shape[1])))
-
-    def attended(q: Tensor, row: Tensor, column: Tensor, row_exists: Tensor, column_exists: Tensor) -> Tensor:
-        """(n, C) of some of the points."""
-        index = (row[:, :, None] * key.shape[1] + column[:, None, :]).flatten(1).to(key.device)  # (n, K)
-        hidden = ~(row_exists[:, :, None] & column_exists[:, None, :]).flatten(1).to(key.device)
-        logits = torch.einsum("nhd,nkhd->nhk", q, keys[index].to(wide)).masked_fill(hidden[:, None], -torch.inf)
-        weights = logits.softmax(dim=2).mean(dim=1, keepdim=True)
-        return (weights @ values[index].to(wide))[:, 0].to(value.dtype)
-
-    parts = zip(*(each.split(step) for each in (query, *seen, *exists)), strict=True)
-    if wants_gradient(query, key, value):
-        return torch.cat([attended(*part) for part in parts])
-    # The result is allocated first. A small result allocated after each group of points would keep the C library from
-    # reusing the buffers before it: that took 600 MB where 20 MB are needed.
-    found = value.new_empty(len(query), value.shape[2])
-    for place, part in zip(found.split(step), parts, strict=True):
-        place.copy_(attended(*part))
-    return found
 
 
-def _keys_of_axis(position: Tensor, start: tuple[int, ...], stop: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The keys of each position's range, (N, k), and whether each is inside the range; k is the longest range.
+def _run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    window_kind: str,
+    ratio: float,
+    height: int,
+    width: int,
+    backend: str,
+    needs_gradient: bool,
+) -> Tensor:
+    window, size = make_window(window_kind, ratio), (height, width)
+    problem = _describe(query, key, value, window, size, needs_gradient)
+    arguments = (query, key, value, rows, columns)
+    return OPERATION.run("points", problem, from_schema(backend), *arguments, window=window, size=size)
 
-    A shorter range is filled up with its first key, so that no key outside the window, which may be NaN, is read.
-    """
-    first, last = (torch.tensor(bounds)[position, None] for bounds in (start, stop))
-    longest = int((last - first).max()) if len(position) else 1
-    key = first + torch.arange(longest)
-    return torch.where(key < last, key, first), key < last
+
+def _fake_forward(query, key, value, *arguments):  # type: ignore[no-untyped-def]
+    return value.new_empty(query.shape[0], value.shape[2])
+
+
+def _run_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    window_kind: str,
+    ratio: float,
+    height: int,
+    width: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    window, size = make_window(window_kind, ratio), (height, width)
+    problem = _describe(query, key, value, window, size, True)
+    arguments = (grad, query, key, value, rows, columns)
+    grads = OPERATION.run("points_backward", problem, from_schema(backend), *arguments, window=window, size=size)
+    return tuple(g.contiguous() for g in grads)
+
+
+def _fake_backward(grad, query, key, value, *arguments):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.kind, ctx.ratio, ctx.height, ctx.width, ctx.backend, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward(grad, *ctx.saved_tensors, ctx.kind, ctx.ratio, ctx.height, ctx.width, ctx.backend)
+    return (*grads, *(None,) * 8)
+
+
+def _flops(query, key, value, rows, columns, kind, ratio, height, width, *settings):  # type: ignore[no-untyped-def]
+    pairs = query[0]  # each with as many keys as a pixel of the output sees on average
+    for queries, keys in ((height, key[0]), (width, key[1])):
+        start, stop = axis_bounds(make_window(kind, ratio), queries, keys)
+        pairs *= (sum(stop) - sum(start)) / queries
+    return round(2 * pairs * (query[1] * query[2] + value[2]))
+
+
+def _flops_backward(_grad, *arguments):  # type: ignore[no-untyped-def]
+    return 2 * _flops(*arguments)
+
+
+_forward = register(
+    "window_attention_points",
+    _run_forward,
+    _fake_forward,
+    flops=_flops,
+    gradient=_gradient,
+    setup_context=_setup_context,
+)
+_backward = register("window_attention_points_backward", _run_backward, _fake_backward, flops=_flops_backward)

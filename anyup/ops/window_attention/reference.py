@@ -7,6 +7,8 @@ Dense and masked: it allocates heads * H*W * h*w values, `max_queries` at a time
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -26,6 +28,15 @@ def window_mask(
     window: Window, output_size: tuple[int, int], grid_size: tuple[int, int], part: Part | None = None
 ) -> Tensor:
     """True where a pixel sees a key: (H*W, h*w) bool."""
+    rows, columns = _axis_masks(window, output_size, grid_size, part)
+    mask = rows[:, None, :, None] & columns[None, :, None, :]  # (H, W, h, w)
+    return mask.reshape(output_size[0] * output_size[1], grid_size[0] * grid_size[1])
+
+
+def _axis_masks(
+    window: Window, output_size: tuple[int, int], grid_size: tuple[int, int], part: Part | None = None
+) -> list[Tensor]:
+    """True where a row of pixels sees a row of keys, (H, h) bool, and so for the columns, (W, w)."""
     axes = []
     top, left, *full_size = part or (0, 0, *output_size)
     for queries, keys, first, total in zip(output_size, grid_size, (top, left), full_size, strict=True):
@@ -33,9 +44,7 @@ def window_mask(
         start, stop = (torch.tensor(bound, device="cpu")[:, None] for bound in bounds)
         position = torch.arange(keys, device="cpu")
         axes.append((position >= start) & (position < stop))
-    rows, columns = axes
-    mask = rows[:, None, :, None] & columns[None, :, None, :]  # (H, W, h, w)
-    return mask.reshape(output_size[0] * output_size[1], grid_size[0] * grid_size[1])
+    return axes
 
 
 @in_ieee
@@ -85,6 +94,30 @@ def backward(
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return forward(query, key, value, window=window, scale=scale)[0]
+
+    return pullback(run, (query, key, value), grad)
+
+
+@in_ieee
+def points(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, *, window: Window, size: tuple[int, int]
+) -> Tensor:
+    """(N, C) in the dtype of the values; the arguments are those of `attend_points`."""
+    of_rows, of_columns = _axis_masks(window, size, (key.shape[0], key.shape[1]))
+    mask = (of_rows[rows][:, :, None] & of_columns[columns][:, None]).flatten(1).to(query.device)  # (N, h*w)
+    logits = torch.einsum("nad,kad->ank", query, key.flatten(0, 1)) * query.shape[2] ** -0.5
+    weights = torch.softmax(logits.masked_fill(~mask, float("-inf")), dim=-1).mean(dim=0)
+    return weights.to(value.dtype) @ value.flatten(0, 1)
+
+
+@in_ieee
+def points_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, **settings: Any
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value, by autograd through `points`."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return points(query, key, value, rows, columns, **settings)
 
     return pullback(run, (query, key, value), grad)
 
