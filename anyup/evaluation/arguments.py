@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
 from anyup.options import BACKENDS, MOST_THREADS, nonempty, number, whole_number
 
-HELP = "how good the upsampling is: features, segmentation, pictures"
+HELP = "how good the upsampling is: features, segmentation, depth, normals, pictures"
 
 _DESCRIPTION = """\
 Measure weights against bilinear and nearest interpolation. Results are written as JSON and shown as a table.
@@ -38,6 +39,28 @@ layouts of --data, and the splits trained and tested on:
   cityscapes  leftImg8bit/SPLIT, gtFine/SPLIT (labelIds)                        train, val
   coco-stuff  images/SPLIT, annotations/SPLIT or stuffthingmaps/SPLIT           train2017, val2017
 """
+
+_GEOMETRY = """\
+layouts of --data, and the splits trained and tested on:
+  folders       images/SPLIT/NAME.*, depth/SPLIT/NAME.png (16 bits, millimetres), normals/SPLIT   train, val
+  nyuv2         nyu_depth_v2_labeled.mat, splits.mat                                              train, test
+  nyuv2-geonet  nyu_geonet/NAME.mat to train on; to test on, as nyuv2                             train, test
+  navi          OBJECT/multiview_*, OBJECT/wild_set                                               multiview, wild
+"""
+
+_DEPTH = f"""\
+Train linear probes on frozen features, upsampled by each method, and measure how well they tell the depth of images
+they have not seen, by Probe3D's protocol: root mean square error and the share of pixels that are right within a
+factor, as predicted and after a scale and a shift of each image. Ctrl-C loses at most an epoch: --resume.
+
+{_GEOMETRY}"""
+
+_NORMALS = f"""\
+Train linear probes on frozen features, upsampled by each method, and measure how well they tell the surface normals
+of images they have not seen, by Probe3D's protocol: angles between predicted and true normals. True normals are those
+that a layout stores, else those of planes fitted to the depth. Ctrl-C loses at most an epoch: --resume.
+
+{_GEOMETRY}"""
 
 PUBLISHED_VIEW, PUBLISHED_CROP = 448, 224  # pixels
 
@@ -120,17 +143,12 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
     pictures.add_argument("-o", "--output", type=_Drawn, required=True, metavar="FOLDER", help="where the pictures go")
 
     _add_segmentation(command("segmentation", "a linear probe on upsampled features", _SEGMENTATION))
+    _add_depth(command("depth", "a linear probe for depth", _DEPTH))
+    _add_normals(command("normals", "a linear probe for surface normals", _NORMALS))
 
 
 def _add_segmentation(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(implied=_implied)
-    parser.add_argument("--data", type=Read, required=True, metavar="FOLDER", help="the data set")
-    parser.add_argument(
-        "--layout",
-        choices=("folders", "camvid", "voc", "ade20k", "cityscapes", "coco-stuff"),
-        default="folders",
-        help="how it is arranged, see above (default: %(default)s)",
-    )
+    _add_data(parser, ("folders", "camvid", "voc", "ade20k", "cityscapes", "coco-stuff"))
     parser.add_argument(
         "--classes",
         type=_classes,
@@ -152,6 +170,87 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
         help="value of pixels that do not count (folders); may be given several times (default: 255, unless it is a "
         "class, and the values below --first-class)",
     )
+    _add_probes(parser, epochs=20, batch=2)
+    parser.add_argument(
+        "--schedule",
+        choices=("epochs", "iterations", "published"),
+        default="epochs",
+        help="half a cosine over all epochs, stepped by epoch; over all iterations; or, as in the published code, over "
+        "as many iterations as there are epochs, again and again (default: %(default)s)",
+    )
+    parser.add_argument("--flips", action="store_true", help="mirror half of the batches, as in the published code")
+
+
+def _add_depth(parser: argparse.ArgumentParser) -> None:
+    _add_data(parser, _LAYOUTS_OF_GEOMETRY)
+    parser.add_argument(
+        "--bins",
+        type=whole_number(1, 4096),
+        default=256,
+        metavar="N",
+        help="depths whose weighted mean is predicted; 1: one output, a sigmoid of it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-depth",
+        type=number(above=0.001),
+        default=10.0,
+        metavar="METRES",
+        help="the last bin; what lies farther is taken as unknown (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--published-gradient",
+        action="store_true",
+        help="the gradient loss between images of the batch, the fault that Probe3D's code had before November 2025",
+    )
+    _add_probes(parser, epochs=10, batch=8)
+    _add_augment(parser)
+
+
+def _add_normals(parser: argparse.ArgumentParser) -> None:
+    _add_data(parser, _LAYOUTS_OF_GEOMETRY)
+    parser.add_argument(
+        "--intrinsics",
+        type=_intrinsics,
+        metavar="FX,FY,CX,CY",
+        help="the camera of the depth maps in their pixels, by which normals that are not stored are found "
+        "(default: the layout's)",
+    )
+    parser.add_argument(
+        "--window",
+        type=_odd,
+        default=9,
+        metavar="PIXELS",
+        help="side of the square that a plane is fitted to, an odd number (default: %(default)s)",
+    )
+    _add_probes(parser, epochs=10, batch=8)
+    _add_augment(parser)
+
+
+_LAYOUTS_OF_GEOMETRY = ("folders", "nyuv2", "nyuv2-geonet", "navi")
+
+
+def _add_augment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        help="change colours and cut out parts by Probe3D's protocol; the encoder and the upsamplers then run for "
+        "each image in each epoch",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser, layouts: Sequence[str]) -> None:
+    parser.set_defaults(implied=_implied)
+    parser.add_argument("--data", type=Read, required=True, metavar="FOLDER", help="the data set")
+    parser.add_argument(
+        "--layout",
+        choices=layouts,
+        default="folders",
+        help="how it is arranged, see above (default: %(default)s)",
+    )
+
+
+def _add_probes(parser: argparse.ArgumentParser, *, epochs: int, batch: int) -> None:
+    """What all probes have in common."""
     parser.add_argument(
         "--train-split", type=nonempty, metavar="SPLIT", help="split to train on (default: the layout's)"
     )
@@ -173,24 +272,18 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=PUBLISHED_VIEW,
         metavar="PIXELS",
-        help="short side that images and masks are resized to, and side of the centre cut out (default: %(default)s)",
+        help="short side of resized images and their maps, and side of the centre cut out (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, metavar="N", help="probes of each method (default: %(default)s)"
     )
+    parser.add_argument("--epochs", type=_positive, default=epochs, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--schedule",
-        choices=("epochs", "iterations", "published"),
-        default="epochs",
-        help="half a cosine over all epochs, stepped by epoch; over all iterations; or, as in the published code, over "
-        "as many iterations as there are epochs, again and again (default: %(default)s)",
+        "--batch", type=_positive, default=batch, metavar="N", help="images a step (default: %(default)s)"
     )
-    parser.add_argument("--epochs", type=_positive, default=20, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=_positive, default=2, metavar="N", help="images a step (default: %(default)s)")
     parser.add_argument(
         "--learning-rate", type=number(above=0), default=5e-4, metavar="RATE", help="of AdamW (default: %(default)s)"
     )
-    parser.add_argument("--flips", action="store_true", help="mirror half of the batches, as in the published code")
     parser.add_argument(
         "--order-seed", type=whole_number(), default=0, metavar="N", help="of the images' order (default: %(default)s)"
     )
@@ -257,3 +350,18 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 def _classes(text: str) -> tuple[int, ...]:
     """One number of classes, or several values."""
     return tuple(map(_value, text.split(","))) if "," in text else (_positive(text),)
+
+
+def _intrinsics(text: str) -> tuple[float, ...]:
+    """Two focal lengths and the principal point."""
+    values = tuple(map(number(above=0), text.split(",")))
+    if len(values) != 4:
+        raise argparse.ArgumentTypeError(f"four numbers FX,FY,CX,CY expected, got {text!r}")
+    return values
+
+
+def _odd(text: str) -> int:
+    value = whole_number(3, 255)(text)
+    if value % 2 == 0:
+        raise argparse.ArgumentTypeError(f"an odd number expected, got {text}")
+    return value

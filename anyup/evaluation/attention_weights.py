@@ -11,9 +11,9 @@ channels instead of 1024 give all weights, 25.7 MB an image in float16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ class Tiling:
             picked = picked.unflatten(1, columns.pixels.shape).unflatten(0, rows.pixels.shape)
             yield picked.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows, columns, row, column, ...)
 
+    @cached_property
+    def places(self) -> Tensor:
+        """(H * W,): where each pixel, row by row, stands in the order of `by_tiles`."""
+        return self.by_tiles(torch.arange(self.size[0] * self.size[1]).view(self.size)).argsort()
+
     def split(self, tiled: Tensor) -> Iterator[Tensor]:
         """(H * W, ...), tile after tile, as (tiles, pixels of a tile, ...) views, one for each shape of tile."""
         first = 0
@@ -133,10 +138,20 @@ class AttentionWeights:
         self.tiling = tiling
         self._weights = weights.float()
 
+    def factors(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(C, h, w) to what the pixels of each shape of tile can see of it, (tiles, C, keys), differentiable, and their
+        weights (tiles, pixels, keys); in the order of `targets`."""
+        yield from zip(self.tiling.near(values), self.tiling.split(self._weights), strict=True)
+
     def logits(self, values: Tensor) -> Iterator[Tensor]:
         """(C, h, w) to (tiles, C, pixels) for each shape of tile, in the order of `targets`; differentiable."""
-        for near, weights in zip(self.tiling.near(values), self.tiling.split(self._weights), strict=True):
+        for near, weights in self.factors(values):
             yield near @ weights.transpose(1, 2)
+
+    def whole(self, parts: Iterable[Tensor]) -> Tensor:
+        """Maps of any channels in the order of `logits` to (C, H, W); differentiable."""
+        tiled = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
+        return tiled.index_select(1, self.tiling.places.to(tiled.device)).unflatten(1, self.tiling.size)
 
     def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
         """(H, W) uint8 to int64 (tiles, pixels) for each shape of tile."""
@@ -149,14 +164,24 @@ class BilinearWeights:
     def __init__(self, size: tuple[int, int], grid: tuple[int, int]) -> None:
         self._rows, self._columns = (_linear(pixels, cells) for pixels, cells in zip(size, grid, strict=True))
 
+    def factors(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(C, h, w) to (H, C, w) and (H, W, w): a row of pixels is a tile; see `AttentionWeights.factors`."""
+        near = (self._rows.to(values) @ values).transpose(0, 1)
+        yield near, self._columns.to(values).expand(len(near), -1, -1)
+
     def logits(self, values: Tensor) -> Iterator[Tensor]:
-        """(C, h, w) to (1, C, H * W), as the one tile that there is; differentiable."""
-        rows, columns = self._rows.to(values), self._columns.to(values)
-        yield (rows @ values @ columns.T).flatten(1)[None]
+        """(C, h, w) to (H, C, W); differentiable."""
+        for near, weights in self.factors(values):
+            yield near @ weights.transpose(1, 2)
+
+    def whole(self, parts: Iterable[Tensor]) -> Tensor:
+        """The one map (H, C, W) to (C, H, W)."""
+        (part,) = parts
+        return part.transpose(0, 1)
 
     def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
-        """(H, W) uint8 to int64 (1, H * W)."""
-        yield labels.long().flatten()[None]
+        """(H, W) uint8 to int64 (H, W)."""
+        yield labels.long()
 
 
 class NearestWeights:
@@ -171,6 +196,12 @@ class NearestWeights:
     def logits(self, values: Tensor) -> Iterator[Tensor]:
         """(C, h, w) to (1, C, h * w)."""
         yield values.flatten(1)[None]
+
+    def whole(self, parts: Iterable[Tensor]) -> Tensor:
+        """The one map (1, C, h * w) to (C, H, W), each cell's value for all of its pixels; differentiable."""
+        (part,) = parts
+        cells = self._cells.to(part.device)
+        return part[0].index_select(1, cells.flatten()).unflatten(1, cells.shape)
 
     def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
         """(H, W) uint8 to float32 (1, classes, h * w): how many of a cell's pixels have each class; void is none."""

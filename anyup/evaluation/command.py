@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     import torch
 
     from anyup.encoders import Encoder
-    from anyup.evaluation.datasets import Labels
+    from anyup.evaluation.cache import TensorCache
+    from anyup.evaluation.datasets import Labels, Layout
+    from anyup.evaluation.probe import Recipe
+    from anyup.evaluation.probing import Evaluation
     from anyup.evaluation.upsamplers import Upsampler
     from anyup.training.reporting import Reporter
 
@@ -31,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         for folder in (arguments.cache, arguments.output if arguments.evaluation == "pictures" else None):
             if folder is not None:
                 stack.enter_context(folder_for(folder))
-        {"features": _features, "pictures": _pictures, "segmentation": _segmentation}[arguments.evaluation](arguments)
+        {"features": _features, "pictures": _pictures}.get(arguments.evaluation, _probes)(arguments)
 
 
 def _features(arguments: argparse.Namespace) -> None:
@@ -96,7 +99,7 @@ def _pictures(arguments: argparse.Namespace) -> None:
         print(folder / entry["picture"])
 
 
-def _segmentation(arguments: argparse.Namespace) -> None:
+def _probes(arguments: argparse.Namespace) -> None:
     from anyup.training.reporting import Reporter
 
     output = check_output(arguments.output, (".json",), "results")
@@ -108,9 +111,8 @@ def _segmentation(arguments: argparse.Namespace) -> None:
 def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> None:
     import dataclasses
 
-    from anyup.evaluation import datasets, segmentation
+    from anyup.evaluation import datasets, probing
     from anyup.evaluation.cache import TensorCache
-    from anyup.evaluation.probe import Recipe, Scores
     from anyup.evaluation.report import surroundings, write_json
 
     if checkpoint.exists() and not arguments.resume:
@@ -118,43 +120,36 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
             f"{checkpoint}: left by an earlier run, interrupted or complete; --resume goes on from it (only tests "
             "again where all is trained), deleting it begins anew"
         )
-    layout = datasets.LAYOUTS[arguments.layout]
-    labels = _labels(arguments, layout.labels)
-    recipe = Recipe(
-        learning_rate=arguments.learning_rate,
-        batch=arguments.batch,
-        epochs=arguments.epochs,
-        schedule=arguments.schedule,
-        flips=arguments.flips,
-        order_seed=arguments.order_seed,
-    )
-    if arguments.attention == "keep" and arguments.cache is None:
-        raise UsageError("--attention keep: goes with --cache, the folder to keep it in")
+    cache = TensorCache(arguments.cache)
+    layout, what, evaluation = _evaluation(arguments, cache)
+    with naming_the_options():
+        recipe = _recipe(arguments)
+    if arguments.attention == "keep" and (arguments.cache is None or recipe.augment):
+        beside = "without --augment" if recipe.augment else "with --cache, the folder to keep it in"
+        raise UsageError(f"--attention keep: goes {beside}")
     splits = arguments.train_split or layout.train, arguments.test_split or layout.test
-    found = [datasets.load_split(arguments.data, layout, split)[: arguments.limit] for split in splits]
-    Scores([], [], labels.classes)  # torchmetrics is missed now, not after hours
+    found = [datasets.load_split(arguments.data, layout, split, what)[: arguments.limit] for split in splits]
     if len(arguments.encoder) > 1:
         raise UsageError(f"--encoder: one expected, got {len(arguments.encoder)}")
     reporter, device, upsamplers = _start(arguments)
     (encoder,) = _load_encoders(arguments.encoder, device)
-    source = segmentation.Source(encoder, upsamplers, labels, arguments.size, TensorCache(arguments.cache), device)
+    source = probing.Source(encoder, upsamplers, evaluation.task, arguments.size, cache, device)
     to_train, to_test = (
-        datasets.check_split(samples, labels, arguments.size, split, reporter)
-        for samples, split in zip(found, splits, strict=True)
+        evaluation.check(samples, arguments.size, split, reporter) for samples, split in zip(found, splits, strict=True)
     )
-    source.keep_attention = segmentation.keep_attention(source, to_train, recipe.flips, arguments.attention, reporter)
+    source.keep_attention = probing.keep_attention(source, to_train, recipe, arguments.attention, reporter)
     seeds = list(range(arguments.seeds))
-    probes, history = segmentation.train(
+    probes, history = probing.train(
         source, to_train, recipe, seeds, checkpoint=checkpoint, resume=arguments.resume, reporter=reporter
     )
-    results = segmentation.summarise(segmentation.test(source, to_test, probes, reporter))
+    results = evaluation.test(source, to_test, probes, reporter)
     write_json(
         output,
         {
-            "evaluation": "segmentation",
+            "evaluation": arguments.evaluation,
             "layout": arguments.layout,
             "splits": dict(zip(splits, (len(to_train), len(to_test)), strict=True)),
-            "classes": labels.names,
+            **evaluation.task.settings(),
             "encoder": encoder.name,
             "size": arguments.size,
             "recipe": dataclasses.asdict(recipe),
@@ -165,8 +160,36 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
             "losses": history,
         },
     )
-    print(segmentation.as_table(results, history))
+    print(evaluation.table(results, history))
     print(output)
+
+
+def _evaluation(arguments: argparse.Namespace, cache: TensorCache) -> tuple[Layout[Any], str, Evaluation]:
+    """The layout, what its samples are called, and what is done with them."""
+    if arguments.evaluation == "segmentation":
+        from anyup.evaluation import datasets, segmentation
+
+        labelled = datasets.LAYOUTS[arguments.layout]
+        return labelled, "images with masks", segmentation.Evaluation(_labels(arguments, labelled.labels))
+    from anyup.evaluation import depth_datasets, regression
+    from anyup.evaluation.normals import Camera
+
+    task: regression.Regression
+    if arguments.evaluation == "depth":
+        task = regression.Depth(arguments.bins, arguments.max_depth, arguments.published_gradient)
+    else:
+        camera = Camera(*arguments.intrinsics) if arguments.intrinsics else None
+        task = regression.Normals(arguments.window, camera, cache)
+    return depth_datasets.LAYOUTS[arguments.layout], "images with depth or normals", regression.Evaluation(task)
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    from anyup.evaluation.probe import Recipe
+
+    common = {name: getattr(arguments, name) for name in ("learning_rate", "batch", "epochs", "order_seed")}
+    if arguments.evaluation == "segmentation":
+        return Recipe(**common, schedule=arguments.schedule, flips=arguments.flips)
+    return Recipe(**common, schedule="warm-up", weight_decay=1e-2, augment=arguments.augment)
 
 
 def _labels(arguments: argparse.Namespace, known: Labels | None) -> Labels:

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anyup.fingerprint import file_fingerprint
 from anyup.images import StoredPicture, check_readable, read_photo, read_picture, to_rgb01
 from anyup.training.photographs import pictures_below
 from anyup.training.reporting import Reporter
@@ -43,6 +44,18 @@ class Sample:
     image: Path
     mask: Path
     as_stored: bool = False
+
+    def photo(self) -> Tensor:
+        """(1, 3, H, W) in 0..1."""
+        return read_photo(self.image, turned=not self.as_stored)
+
+    def fingerprint(self) -> str:
+        """Hash of the image."""
+        return file_fingerprint(self.image)
+
+    def variant(self) -> Mapping[str, object]:
+        """What else decides how the image is read, for a cache."""
+        return {"as_stored": True} if self.as_stored else {}
 
 
 @dataclass(frozen=True)
@@ -73,11 +86,21 @@ class Labels:
         return f"classes {_shown(classes)}; void {left}"
 
 
+_Found = TypeVar("_Found", bound="Named")
+
+
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass(frozen=True)
-class Layout:
+class Layout(Generic[_Found]):
     """One way of arranging a data set: how samples of a split are found, and the splits to train and to test on."""
 
-    find: Callable[[Path, str], list[Sample]]
+    find: Callable[[Path, str], list[_Found]]
     train: str
     test: str
     labels: Labels | None = None  # None: the user says
@@ -113,14 +136,16 @@ def _shown(values: Sequence[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def load_split(root: str | os.PathLike[str], layout: Layout, split: str) -> list[Sample]:
+def load_split(
+    root: str | os.PathLike[str], layout: Layout[_Found], split: str, what: str = "images with masks"
+) -> list[_Found]:
     """The samples of a split, sorted by name; FileNotFoundError or ValueError where there are none."""
     folder = Path(root)
     if not folder.is_dir():
         raise NotADirectoryError(f"data: expected a folder, there is none at {str(folder)!r}")
     samples = sorted(layout.find(folder, split), key=lambda sample: sample.name)
     if not samples:
-        raise ValueError(f"data: no images with masks in the split {split!r} of {str(folder)!r}")
+        raise ValueError(f"data: no {what} in the split {split!r} of {str(folder)!r}")
     return samples
 
 
@@ -193,10 +218,20 @@ def _size(picture: StoredPicture) -> str:
 
 def read_image(sample: Sample, size: int) -> Tensor:
     """(1, 3, size, size) in 0..1: the short side resized to `size` (bilinear, antialiased), the centre cut out."""
-    photo = read_photo(sample.image, turned=not sample.as_stored)
+    return square_image(sample.photo(), size)
+
+
+def square_image(photo: Tensor, size: int) -> Tensor:
+    """(1, 3, H, W) in 0..1 as (1, 3, size, size), see `read_image`."""
     resized = _short_side(photo.shape[2], photo.shape[3], size)
     photo = F.interpolate(photo, size=resized, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
     return _centre(photo, size)
+
+
+def square_map(values: Tensor, size: int) -> Tensor:
+    """(C, H, W) float32 as (C, size, size), on the geometry of `square_image`; resized by nearest-exact."""
+    resized = _short_side(values.shape[1], values.shape[2], size)
+    return _centre(F.interpolate(values[None], size=resized, mode="nearest-exact"), size)[0]
 
 
 def read_mask(sample: Sample, labels: Labels, size: int) -> Tensor:
@@ -214,10 +249,8 @@ def _labels_of(mask: StoredPicture, path: Path, labels: Labels, size: int, turne
         wrong = values[classes < 0].unique().tolist()
         got = _shown(wrong[:10]) + f" and {len(wrong) - 10} others" * (len(wrong) > 10)
         raise ValueError(f"{path}: values expected: {labels.describe()}; got {got}. {_HINT}")
-    resized = _short_side(values.shape[0], values.shape[1], size)
     # The values are far below 2^24: float32 holds them exactly.
-    resampled = F.interpolate(classes[None, None].float(), size=resized, mode="nearest-exact")
-    return _centre(resampled, size)[0, 0].to(torch.uint8)
+    return square_map(classes[None].float(), size)[0].to(torch.uint8)
 
 
 def _values_of(pixels: Image.Image, path: Path) -> Tensor:
@@ -369,7 +402,7 @@ def _coco_stuff_labels() -> Labels:
     return Labels(tuple(values), {**meaning, VOID: VOID})
 
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Layout[Sample]] = {
     "folders": Layout(_folders, "train", "val"),
     "camvid": Layout(_camvid, "train", "test", make_labels(_CAMVID, void=(len(_CAMVID),))),
     "voc": Layout(_voc, "train", "val", make_labels(_VOC)),

@@ -6,12 +6,16 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 BINS, SMALLEST, LARGEST = 256, 0.001, 10.0
 _OFFSET = 0.1  # of a bin after its ReLU, so that their sum is never zero
 _EPSILON = 0.001  # metres, added within logarithms
+_CHUNK = 1 << 20  # bytes of logits at a time
 _LEAST = 1e-12  # of what a root is taken of: at a perfect fit its gradient would be infinite
 
 
@@ -24,6 +28,45 @@ def depth_of_bins(logits: Tensor, largest: float = LARGEST) -> Tensor:
     share = logits.relu() + _OFFSET
     # Normalised after the product: one map is divided, not one for each bin.
     return (bins @ share / share.sum(dim=1)).unsqueeze(1)
+
+
+class CarriedDepth(torch.autograd.Function):
+    """`depth_of_bins` of logits that are carried to pixels, without the logits of all pixels at once.
+
+    `near` (tiles, bins, keys) and `weights` (tiles, pixels, keys), whose product over the keys are the logits, give
+    (tiles, 1, pixels). The logits are made for some tiles at a time, so that they stay in a processor's cache, and
+    again in the backward pass. The weights have no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, near: Tensor, weights: Tensor, largest: float) -> Tensor:
+        depth = [depth_of_bins(logits, largest) for logits in _some_tiles(near, weights)]
+        result = torch.cat(depth)
+        ctx.save_for_backward(near, weights, result)
+        ctx.largest = largest
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        near, weights, depth = ctx.saved_tensors
+        bins = torch.linspace(SMALLEST, ctx.largest, near.shape[1], dtype=near.dtype, device=near.device)[:, None]
+        found = torch.empty_like(near, memory_format=torch.contiguous_format)
+        first = 0
+        for logits in _some_tiles(near, weights):
+            tiles = slice(first, first + len(logits))
+            # With S the sum of the shares, the depth's derivative by an active bin's logit is (bin - depth) / S.
+            over_sum = gradient[tiles] / (logits.relu().sum(dim=1, keepdim=True) + _OFFSET * len(bins))
+            by_logit = (bins * over_sum).sub_(over_sum * depth[tiles]).masked_fill_(logits <= 0, 0)
+            torch.matmul(by_logit, weights[tiles], out=found[tiles])
+            first = tiles.stop
+        return found, None, None
+
+
+def _some_tiles(near: Tensor, weights: Tensor) -> Iterator[Tensor]:
+    """The logits (tiles, bins, pixels) of some tiles at a time."""
+    each = near.shape[1] * weights.shape[1] * near.element_size()
+    for some, theirs in zip(*(factor.split(max(1, _CHUNK // each)) for factor in (near, weights)), strict=True):
+        yield some @ theirs.transpose(1, 2)
 
 
 def depth_of_sigmoid(logits: Tensor, largest: float = LARGEST) -> Tensor:

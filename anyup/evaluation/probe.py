@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,75 @@ from torch.nn import functional as F
 
 from anyup.evaluation.attention_weights import FixedWeights
 from anyup.evaluation.datasets import VOID
+from anyup.images import to_pil, to_rgb01
 from anyup.installing import pip_install
+from anyup.training.randomness import Key, drawer
 
 SCHEDULES = ("epochs", "iterations", "published", "warm-up")
 """How the learning rate follows a cosine: see `Recipe`."""
 
 WARM_UP, LEAST_RATE = 1.5, 0.01  # epochs, and the share of the learning rate that "warm-up" begins and ends with
+
+
+@dataclass(frozen=True, order=True)
+class View:
+    """How an image and what is known of it are seen in a step.
+
+    Attributes:
+        crop: (top, left, side) as shares of the image's side, empty for the whole; resized to the whole's size.
+        jitter: seed of a change of the image's colours, -1 for none.
+    """
+
+    mirrored: bool = False
+    crop: tuple[float, ...] = ()
+    jitter: int = -1
+
+    @property
+    def is_seen_again(self) -> bool:
+        """Whether the same view comes again in another epoch."""
+        return not self.crop and self.jitter < 0
+
+    def image(self, image: Tensor) -> Tensor:
+        """The view of an image (1, 3, S, S) in 0..1."""
+        size = image.shape[2:]
+        if self.jitter >= 0:
+            image = _jittered(image, self.jitter)
+        if self.crop:
+            cut = self._cut(image)
+            image = F.interpolate(cut, size=size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
+        return image.flip(3) if self.mirrored else image
+
+    def target(self, target: Tensor) -> Tensor:
+        """The view of a map (..., S, S), by its nearest pixels."""
+        if self.crop:
+            cut = self._cut(target)
+            at = F.interpolate(
+                torch.arange(cut.shape[-1], dtype=torch.float64)[None, None], target.shape[-1], mode="nearest-exact"
+            ).long()[0, 0]
+            target = cut[..., at, :][..., at]
+        return target.flip(-1) if self.mirrored else target
+
+    def _cut(self, pixels: Tensor) -> Tensor:
+        top, left, side = (round(share * pixels.shape[-1]) for share in self.crop)
+        return pixels[..., top : top + side, left : left + side]
+
+
+def drawn_view(*key: Key) -> View:
+    """Probe3D's augmentation, drawn by a key: colours changed with probability 0.8, and with probability 0.5 a square
+    crop of half to all of the area."""
+    draw = drawer(*key)
+    jitter = draw.randrange(1 << 31) if draw.random() < 0.8 else -1
+    if draw.random() >= 0.5:
+        return View(jitter=jitter)
+    side = math.sqrt(draw.uniform(0.5, 1))
+    return View(crop=(draw.uniform(0, 1 - side), draw.uniform(0, 1 - side), side), jitter=jitter)
+
+
+def _jittered(image: Tensor, seed: int) -> Tensor:
+    from anyup.training.augmentations import colour_jitter
+
+    changed = colour_jitter(to_pil(image[0]), drawer("jitter", seed), strength=0.2, hue=0.2)
+    return to_rgb01(changed, "image")
 
 
 @dataclass(frozen=True)
@@ -38,6 +101,7 @@ class Recipe:
             rate up to all of it over 1.5 epochs, then a quarter period of a cosine down to 1 %, changing after each
             iteration.
         flips: mirror a batch with probability one half.
+        augment: each image is seen once as it is drawn anew in each epoch, by Probe3D's protocol (`drawn_view`).
     """
 
     learning_rate: float = 5e-4
@@ -47,6 +111,7 @@ class Recipe:
     epochs: int = 20
     schedule: str = "epochs"
     flips: bool = False
+    augment: bool = False
     order_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,22 +138,27 @@ class Recipe:
         }[self.schedule]
         return self.learning_rate * (1 + math.cos(math.pi * done / period)) / 2
 
-    def batches(self, images: int, epoch: int) -> list[list[tuple[int, bool]]]:
-        """(image, mirrored) in the order of an epoch, which depends on nothing but the seed and the epoch."""
+    def batches(self, images: int, epoch: int) -> list[list[tuple[int, View]]]:
+        """(image, view) in the order of an epoch, which depends on nothing but the seed and the epoch."""
         generator = torch.Generator().manual_seed(1_000_003 * self.order_seed + epoch)
         order = torch.randperm(images, generator=generator).tolist()
         batches = [order[first : first + self.batch] for first in range(0, images, self.batch)]
         mirrored = torch.rand(len(batches), generator=generator) < 0.5
-        return [[(image, self.flips and bool(m)) for image in b] for b, m in zip(batches, mirrored, strict=True)]
+
+        def view(image: int, mirror: bool) -> View:
+            drawn = drawn_view("probe", self.order_seed, epoch, image) if self.augment else View()
+            return replace(drawn, mirrored=self.flips and mirror)
+
+        return [[(image, view(image, bool(m))) for image in b] for b, m in zip(batches, mirrored, strict=True)]
 
 
 class Probes(nn.Module):
-    """The probes of `methods` x `seeds`, each a linear map from `channels` to `classes`."""
+    """The probes of `methods` x `seeds`, each a linear map from `channels` to `outputs`."""
 
-    def __init__(self, methods: Sequence[str], seeds: Sequence[int], channels: int, classes: int) -> None:
+    def __init__(self, methods: Sequence[str], seeds: Sequence[int], channels: int, outputs: int) -> None:
         super().__init__()
         self.methods, self.seeds = tuple(methods), tuple(seeds)
-        self.channels, self.classes = channels, classes
+        self.channels, self.outputs = channels, outputs
         weights, biases = zip(*(self._start(seed) for seed in seeds), strict=True)
         self.weight = nn.Parameter(torch.stack(weights).expand(len(methods), -1, -1, -1).clone())
         self.bias = nn.Parameter(torch.stack(biases).expand(len(methods), -1, -1).clone())
@@ -97,13 +167,13 @@ class Probes(nn.Module):
         """Torch's initial values of a 1x1 convolution after `manual_seed`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            convolution = nn.Conv2d(self.channels, self.classes, 1)
+            convolution = nn.Conv2d(self.channels, self.outputs, 1)
         assert convolution.bias is not None
         return convolution.weight.detach().flatten(1), convolution.bias.detach()
 
     def forward(self, features: Tensor) -> Tensor:
-        """(1, C, h, w) to logits (methods, seeds * classes, h, w)."""
-        logits = self.weight @ features[0].flatten(1) + self.bias[..., None]  # (methods, seeds, classes, h * w)
+        """(1, C, h, w) to logits (methods, seeds * outputs, h, w)."""
+        logits = self.weight @ features[0].flatten(1) + self.bias[..., None]  # (methods, seeds, outputs, h * w)
         return logits.flatten(1, 2).unflatten(2, features.shape[2:])
 
 
@@ -126,34 +196,59 @@ def losses(fixed_weights: FixedWeights, logits: Tensor, labels: Tensor, seeds: i
 
 @dataclass(frozen=True)
 class Example:
-    """What training needs of one image: features (1, C, h, w), labels (H, W) uint8, and weights for each method."""
+    """What training needs of one image: features (1, C, h, w), the target (..., H, W), and weights for each method."""
 
     features: Tensor
-    labels: Tensor
+    target: Tensor
     weights: Mapping[str, FixedWeights]
 
 
-def train_step(probes: Probes, optimizer: torch.optim.Optimizer, batch: Sequence[Example]) -> Tensor | None:
-    """One step of all probes: the mean cross-entropy over the batch's valid pixels, (methods, seeds), detached.
+class Objective(Protocol):
+    """What is learned: `outputs` of each probe, and a loss of what is carried from them."""
 
-    None, and no step, where every pixel is void.
+    @property
+    def outputs(self) -> int: ...
+
+    def known(self, target: Tensor) -> int:
+        """The number of pixels that count."""
+
+    def backward(
+        self, weights: Sequence[FixedWeights], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
+    ) -> Tensor:
+        """One method's mean loss over a batch's known pixels, (seeds,) on the CPU, detached; each logits' gradient is
+        added to its `.grad`.
+
+        The logits are (seeds * outputs, h, w) on the small grid, one tensor for each image.
+        """
+
+
+def train_step(
+    probes: Probes, optimizer: torch.optim.Optimizer, batch: Sequence[Example], objective: Objective
+) -> Tensor | None:
+    """One step of all probes: the mean loss over the batch's known pixels, (methods, seeds), detached.
+
+    None, and no step, where no pixel is known.
     """
-    valid = sum(int((example.labels != VOID).sum()) for example in batch)
-    if not valid:
+    if not any(objective.known(example.target) for example in batch):
         return None
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(len(probes.methods), len(probes.seeds))
-    for example in batch:
-        low = probes(example.features)
-        # The carried logits of one method alive at a time; the gradient meets the probes once.
-        leaf = low.detach().requires_grad_()
-        for index, method in enumerate(probes.methods):
-            each = losses(example.weights[method], leaf[index], example.labels, len(probes.seeds))
-            (each.sum() / valid).backward()
-            total[index] += each.detach().cpu() / valid
+    lows = [probes(example.features) for example in batch]
+    # What is carried of one method alive at a time; the gradients meet the probes once.
+    leaves = [low.detach().requires_grad_() for low in lows]
+    targets = [example.target for example in batch]
+    total = [
+        objective.backward(
+            [example.weights[method] for example in batch],
+            [leaf[index] for leaf in leaves],
+            targets,
+            len(probes.seeds),
+        )
+        for index, method in enumerate(probes.methods)
+    ]
+    for low, leaf in zip(lows, leaves, strict=True):
         low.backward(leaf.grad)
     optimizer.step()
-    return total
+    return torch.stack(total)
 
 
 class Scores:

@@ -43,13 +43,14 @@ def augment(rgb: Tensor, *key: Key) -> Tensor:
     return result.contiguous()
 
 
-def colour_jitter(picture: Image.Image, draw: random.Random) -> Image.Image:
+def colour_jitter(picture: Image.Image, draw: random.Random, strength: float = 0.4, hue: float = 0.1) -> Image.Image:
     """Brightness, contrast, saturation by factors around 1 and a turn of the hue, in an order that is drawn."""
+    least, most = 1 - strength, 1 + strength
     steps: list[Change] = [
-        lambda p, d: ImageEnhance.Brightness(p).enhance(d.uniform(0.6, 1.4)),
-        lambda p, d: ImageEnhance.Contrast(p).enhance(d.uniform(0.6, 1.4)),
-        lambda p, d: ImageEnhance.Color(p).enhance(d.uniform(0.6, 1.4)),
-        lambda p, d: turn_hue(p, d.uniform(-0.1, 0.1)),
+        lambda p, d: ImageEnhance.Brightness(p).enhance(d.uniform(least, most)),
+        lambda p, d: ImageEnhance.Contrast(p).enhance(d.uniform(least, most)),
+        lambda p, d: ImageEnhance.Color(p).enhance(d.uniform(least, most)),
+        lambda p, d: turn_hue(p, d.uniform(-hue, hue)),
     ]
     draw.shuffle(steps)
     for step in steps:

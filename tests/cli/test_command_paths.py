@@ -34,7 +34,10 @@ NO_PATHS_IN_SETTINGS = {
     "run.backend",
 }
 
-OF_NUMBERS = (options.size, options.region, options.memory, arguments._classes, arguments._value)
+OF_NUMBERS = (
+    options.size, options.region, options.memory, arguments._classes, arguments._value, arguments._intrinsics,
+    arguments._odd,
+)  # fmt: skip
 
 COMMANDS: dict[str, dict[str, str]] = {
     "demo": {},
@@ -42,7 +45,10 @@ COMMANDS: dict[str, dict[str, str]] = {
     "train": {"--config": "mini", "data.photographs=": "photographs", "output=": "run"},
     "evaluate features": {"--photographs": "photographs", "--encoder": "some", "-o": "results.json"},
     "evaluate pictures": {"--photographs": "photographs", "--encoder": "some", "-o": "pictures"},
-    "evaluate segmentation": {"--data": "data", "--encoder": "some", "-o": "results.json"},
+    **{
+        f"evaluate {what}": {"--data": "data", "--encoder": "some", "-o": "results.json"}
+        for what in ("segmentation", "depth", "normals")
+    },
     "export onnx": {"--size": "448", "--grid": "32", "-o": "anyup.onnx"},
     "gallery": {"PHOTO": "photographs", "-o": "gallery.html"},
     "bench": {"-o": "benchmark"},

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from anyup.evaluation import depth
+from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, FixedWeights, NearestWeights, tile
 from anyup.evaluation.depth import (
     depth_loss,
     depth_metrics,
@@ -19,6 +22,9 @@ from anyup.evaluation.depth import (
     scaled_and_shifted,
 )
 from anyup.evaluation.normals import Camera, normals_loss, normals_metrics, normals_of_depth
+from anyup.evaluation.probe import Probes
+from anyup.evaluation.regression import Depth, Normals, Regression
+from anyup.window import RatioWindow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,8 +35,8 @@ def uniform(*shape: int, low: float = 0.0, high: float = 1.0, seed: int = 0) -> 
 
 def some_depth(*shape: int, seed: int = 0) -> Tensor:
     """Depth in metres, a fifth of it unknown."""
-    depth = uniform(*shape, low=0.5, high=8, seed=seed)
-    return depth.masked_fill(uniform(*shape, seed=seed + 100) < 0.2, 0)
+    metres = uniform(*shape, low=0.5, high=8, seed=seed)
+    return metres.masked_fill(uniform(*shape, seed=seed + 100) < 0.2, 0)
 
 
 # Depth
@@ -238,3 +244,66 @@ def test_normals_end_at_an_edge_of_depth_and_where_depth_is_unknown() -> None:
 def test_a_window_that_has_no_centre_is_refused(window: int) -> None:
     with pytest.raises(ValueError, match=f"window: an odd number of 3 and more expected, got {window}"):
         normals_of_depth(torch.ones(5, 5), CAMERA, window)
+
+
+# Carried
+
+
+def fixed_weights(method: str, size: tuple[int, int], grid: tuple[int, int]) -> FixedWeights:
+    if method == "nearest":
+        return NearestWeights(size, grid)
+    if method == "bilinear":
+        return BilinearWeights(size, grid)
+    tiling = tile(RatioWindow(0.1), size, grid)
+    weights = uniform(tiling.count // tiling.keys, tiling.keys, seed=9)
+    return AttentionWeights(tiling, weights / weights.sum(dim=1, keepdim=True))
+
+
+def carried_whole(method: str, weights: FixedWeights, values: Tensor) -> Tensor:
+    """Maps (C, h, w) brought to (C, H, W) channel by channel, as features are before a head sees them."""
+    if isinstance(weights, AttentionWeights):
+        return weights.whole(weights.logits(values))
+    size = (weights.whole(weights.logits(values))).shape[1:]
+    mode = "nearest-exact" if method == "nearest" else "bilinear"
+    return F.interpolate(values[None], size=size, mode=mode)[0]
+
+
+METHODS = ["nearest", "bilinear", "attention"]
+GRIDS = [((24, 40), (6, 10)), ((23, 37), (7, 9))]
+
+
+@pytest.mark.parametrize(("size", "grid"), GRIDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "task", [Depth(bins=12), Depth(bins=1, largest=4), Normals()], ids=["bins", "direct", "normals"]
+)
+def test_a_head_before_the_upsampling_is_the_head_after_it(
+    task: Regression, method: str, size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    features, seeds = uniform(1, 5, *grid, low=-2, high=2), 2
+    probes = Probes([method], range(seeds), 5, task.outputs)
+    weights = fixed_weights(method, size, grid)
+    before = task.predict(weights, probes(features)[0], seeds)
+    upsampled = carried_whole(method, weights, features[0])[None]
+    after = probes(upsampled)[0].unflatten(0, (seeds, task.outputs))
+    if isinstance(task, Depth):
+        flat = after.flatten(2)
+        after = depth_of_bins(flat, task.largest) if task.bins > 1 else depth_of_sigmoid(flat, task.largest)
+        after = after.unflatten(2, size)
+    assert before.shape == (seeds, 1 if isinstance(task, Depth) else 4, *size)
+    assert torch.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4000, 1 << 20])
+def test_the_gradient_of_carried_bins_is_that_of_all_logits_at_once(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depth, "_CHUNK", chunk)
+    near = uniform(5, 16, 4, low=-1, high=1).double().requires_grad_()
+    weights = uniform(5, 9, 4, seed=1).double()
+    carried = depth.CarriedDepth.apply(near, weights, 10.0)
+    at_once = depth_of_bins(near @ weights.transpose(1, 2))
+    assert torch.allclose(carried, at_once, atol=1e-12)
+    factor = uniform(5, 1, 9, seed=2).double()
+    gradients = [torch.autograd.grad((factor * d).sum(), near)[0] for d in (carried, at_once)]
+    assert torch.allclose(*gradients, atol=1e-12) and float(gradients[0].abs().max()) > 0

@@ -26,11 +26,13 @@ from torch.nn import functional as F
 import anyup.encoders
 from anyup import checkpoints
 from anyup.cli import command as cli
-from anyup.evaluation import datasets, segmentation
+from anyup.evaluation import datasets, probing
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, NearestWeights, averaged_weights, tile
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_image, read_mask
-from anyup.evaluation.probe import Example, Probes, Recipe, losses, train_step
+from anyup.evaluation.probe import Example, Probes, Recipe, View, losses
+from anyup.evaluation.probe import train_step as step_of
+from anyup.evaluation.segmentation import Segmentation
 from anyup.evaluation.upsamplers import Interpolation, Learned
 from anyup.images import read_photo, save_picture
 from anyup.model import AnyUp
@@ -457,6 +459,7 @@ def test_carried_logits_are_the_models(
     carried = torch.empty_like(expected)
     for logits, pixels in zip(fixed_weights.logits(values), fixed_weights.targets(numbers, 4), strict=True):
         carried[:, pixels.flatten()] = logits.transpose(0, 1).flatten(1)
+    assert torch.equal(fixed_weights.whole(fixed_weights.logits(values)).flatten(1), carried)
     assert weights.dtype == torch.float16
     assert (carried - expected).abs().max() < 2e-3 * values.abs().max()  # float16 rounds a weight by up to 1/2048
 
@@ -514,6 +517,10 @@ def make_example(size: int = 12, grid: int = 3, channels: int = 5, seed: int = 0
     return Example(random_tensor(1, channels, grid, grid, seed=seed), labels, weights)
 
 
+def train_step(probes: Probes, optimizer: torch.optim.Optimizer, batch: list[Example]) -> Tensor | None:
+    return step_of(probes, optimizer, batch, Segmentation(make_labels("abc")))
+
+
 def make_optimizer(probes: Probes) -> torch.optim.AdamW:
     return torch.optim.AdamW(probes.parameters(), lr=1e-2, weight_decay=1e-5)
 
@@ -530,7 +537,7 @@ def test_a_probe_beside_others_learns_what_it_learns_alone() -> None:
         batch = [make_example(seed=2 * step), make_example(seed=2 * step + 1)]
         shown = train_step(together, optimizer, batch)
         logits = torch.cat([F.interpolate(alone(e.features), (12, 12), mode="bilinear") for e in batch])
-        loss = F.cross_entropy(logits, torch.stack([e.labels for e in batch]).long(), ignore_index=VOID)
+        loss = F.cross_entropy(logits, torch.stack([e.target for e in batch]).long(), ignore_index=VOID)
         optimizer_alone.zero_grad()
         loss.backward()
         optimizer_alone.step()
@@ -561,7 +568,7 @@ def test_making_probes_leaves_the_callers_generator_alone() -> None:
 def test_void_pixels_change_nothing() -> None:
     (a, b) = (make_example() for _ in range(2))
     probes = Probes(["nearest", "bilinear"], [0], 5, 3)
-    void = replace(b, labels=torch.full_like(b.labels, VOID))
+    void = replace(b, target=torch.full_like(b.target, VOID))
     first = train_step(Probes(["nearest", "bilinear"], [0], 5, 3), make_optimizer(probes), [a])
     second = train_step(Probes(["nearest", "bilinear"], [0], 5, 3), make_optimizer(probes), [a, void])
     assert first is not None and second is not None and torch.equal(first, second)
@@ -604,8 +611,8 @@ def test_an_epoch_shows_each_image_once_in_an_order_of_its_own() -> None:
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert orders[0] == orders[2] != orders[1]
     assert Recipe(order_seed=1).batches(7, 0) != recipe.batches(7, 0)
-    assert not any(mirrored for batch in recipe.batches(7, 0) for _, mirrored in batch)
-    flips = [batch[0][1] for epoch in range(20) for batch in Recipe(flips=True).batches(7, epoch)]
+    assert not any(view.mirrored for batch in recipe.batches(7, 0) for _, view in batch)
+    flips = [batch[0][1].mirrored for epoch in range(20) for batch in Recipe(flips=True).batches(7, epoch)]
     assert 20 < sum(flips) < 60
 
 
@@ -639,11 +646,11 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def make_source(cache: TensorCache | None = None, keep: bool = False) -> segmentation.Source:
+def make_source(cache: TensorCache | None = None, keep: bool = False) -> probing.Source:
     labels = LAYOUTS["camvid"].labels
     assert labels is not None
     upsamplers = [Interpolation("nearest"), Interpolation("bilinear"), Learned("ours", small_model())]
-    return segmentation.Source(make_encoder(4), upsamplers, labels, 24, cache or TensorCache(None), CPU, keep)
+    return probing.Source(make_encoder(4), upsamplers, Segmentation(labels), 24, cache or TensorCache(None), CPU, keep)
 
 
 class StopError(Exception):
@@ -651,7 +658,7 @@ class StopError(Exception):
 
 
 def run_training(
-    data: Path, checkpoint: Path, source: segmentation.Source, stop_after: int | None = None, resume: bool = False
+    data: Path, checkpoint: Path, source: probing.Source, stop_after: int | None = None, resume: bool = False
 ) -> tuple[Tensor, Tensor, list[dict[str, list[float]]]]:
     def after(epoch: int) -> None:
         if epoch == stop_after:
@@ -660,7 +667,7 @@ def run_training(
     samples = load_split(data, LAYOUTS["camvid"], "train")
     recipe = Recipe(epochs=4, learning_rate=1e-2, flips=True)
     reporter = Reporter(io.StringIO())
-    probes, history = segmentation.train(
+    probes, history = probing.train(
         source, samples, recipe, [0, 1], checkpoint=checkpoint, resume=resume, reporter=reporter, after_epoch=after
     )
     return probes.weight.detach(), probes.bias.detach(), history
@@ -681,13 +688,13 @@ def test_what_is_made_once_is_made_before_the_epochs(data: Path, tmp_path: Path,
     samples = load_split(data, LAYOUTS["camvid"], "train")
     recipe = Recipe(epochs=3, flips=flips)
     told = Told()
-    segmentation.fill_cache(source, samples, recipe, 0, told)
+    probing.fill_cache(source, samples, recipe, 0, told)
     made = sorted(path.name for path in (tmp_path / "cache").rglob("*.npy"))
     (last,) = (line for line in told.lines if re.search(r"made once: (\d+) of \1 images", line))
     assert last.startswith("features and attention weights" if keep else "features, ")
-    segmentation.train(source, samples, recipe, [0], checkpoint=tmp_path / "a.pt", resume=False, reporter=told)
+    probing.train(source, samples, recipe, [0], checkpoint=tmp_path / "a.pt", resume=False, reporter=told)
     assert sorted(path.name for path in (tmp_path / "cache").rglob("*.npy")) == made
-    segmentation.fill_cache(source, samples, recipe, 0, told)
+    probing.fill_cache(source, samples, recipe, 0, told)
     assert told.lines.count(last) == 1  # nothing is left to make
 
 
@@ -709,12 +716,12 @@ def test_the_time_left_to_train_does_not_count_what_is_made_once(
 
     clock = Clock()
     monkeypatch.setattr(reporting, "time", clock)
-    monkeypatch.setattr(segmentation, "averaged_weights", slow(segmentation.averaged_weights, 60))
-    monkeypatch.setattr(segmentation, "train_step", slow(segmentation.train_step, 1))
+    monkeypatch.setattr(probing, "averaged_weights", slow(probing.averaged_weights, 60))
+    monkeypatch.setattr(probing, "train_step", slow(probing.train_step, 1))
     source = make_source(TensorCache(tmp_path / "cache"), keep=True)
     samples = load_split(data, LAYOUTS["camvid"], "train")
     told = Told()
-    segmentation.train(source, samples, Recipe(), [0], checkpoint=tmp_path / "a.pt", resume=False, reporter=told)
+    probing.train(source, samples, Recipe(), [0], checkpoint=tmp_path / "a.pt", resume=False, reporter=told)
     assert "features and attention weights, made once: 1 of 5 images, 4 min left" in told.lines
     # 20 epochs of 3 batches.
     assert "epoch 1 of 20, batch 1 of 3, 59 s left to train" in told.lines
@@ -742,13 +749,13 @@ def test_the_cache_tells_an_image_that_is_turned_from_the_same_as_stored(data: P
 
 
 def test_a_mirrored_example_mirrors_image_and_mask_alike(data: Path) -> None:
-    source = make_source()
+    source, view = make_source(), View(mirrored=True)
     sample = load_split(data, LAYOUTS["camvid"], "train")[0]
-    assert torch.equal(source.mask(sample, True), source.mask(sample).flip(1))
+    assert torch.equal(source.target(sample, view), source.target(sample).flip(1))
     mirrored = source.image(sample).flip(3)
-    assert torch.equal(source.image(sample, True), mirrored)
-    assert torch.equal(source.features(sample, True), make_encoder(4)(source.encoder.normalize(mirrored)))
-    assert not torch.equal(source.mask(sample), source.mask(sample).flip(1))
+    assert torch.equal(source.image(sample, view), mirrored)
+    assert torch.equal(source.features(sample, view), make_encoder(4)(source.encoder.normalize(mirrored)))
+    assert not torch.equal(source.target(sample), source.target(sample).flip(1))
 
 
 def test_the_count_of_what_would_be_kept_is_right_before_and_after(data: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ NOT_RUN = {
 }
 """Examples that are not run, and why; commands among them are parsed all the same."""
 
-SLOW = {"demo", "segmentation"}
+SLOW = {"demo", "segmentation", "depth", "normals"}
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "FOLDER" / f"{split.replace('/', 'annot/')}.png"
         path.parent.mkdir()
         Image.fromarray((picture[0] % 11).numpy()).save(path)
+    for split in ("train", "val"):
+        for kind in ("images", "depth"):
+            path = tmp_path / "rooms" / kind / split / "a.png"
+            path.parent.mkdir(parents=True)
+            pixels = picture.permute(1, 2, 0) if kind == "images" else (1000 + picture[0].int()).to(torch.uint16)
+            Image.fromarray(pixels.numpy()).save(path)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     torch.manual_seed(0)
     for checkpoint in NAMED.values():

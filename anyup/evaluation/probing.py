@@ -1,0 +1,341 @@
+"""Training linear probes on a data set: what is made once of each image, the epochs, and going on after a stop.
+
+A `Task` says what is learned; everything else is the same for segmentation, depth and normals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anyup.encoders import Encoder
+from anyup.evaluation.attention_weights import (
+    AttentionWeights,
+    BilinearWeights,
+    FixedWeights,
+    NearestWeights,
+    averaged_weights,
+    tile,
+)
+from anyup.evaluation.cache import TensorCache
+from anyup.evaluation.datasets import square_image
+from anyup.evaluation.probe import Example, Objective, Probes, Recipe, View, train_step
+from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
+from anyup.fingerprint import module_fingerprint
+from anyup.images import complete_or_absent, normalize_imagenet
+from anyup.progress import human_bytes
+from anyup.tensor_files import read_torch
+from anyup.training.reporting import Rate, Reporter, duration
+
+_SHARE_OF_THE_DISK = 0.8
+_AS_IT_IS = View()
+
+
+class Item(Protocol):
+    """One image of a data set: a `datasets.Sample` or a `depth_datasets.Frame`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def photo(self) -> Tensor:
+        """(1, 3, H, W) in 0..1."""
+
+    def fingerprint(self) -> str:
+        """Hash of the image."""
+
+    def variant(self) -> Mapping[str, object]:
+        """What else decides how the image is read, for a cache."""
+
+
+class Task(Objective, Protocol):
+    """What probes learn, and from what."""
+
+    def target(self, sample: Any, size: int) -> Tensor:
+        """(..., size, size): what is known of a sample, on the geometry of `datasets.square_image`."""
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the targets and the loss, as plain values."""
+
+
+class Evaluation(Protocol):
+    """A task, and what is made of a data set before and after training."""
+
+    @property
+    def task(self) -> Task: ...
+
+    def check(self, samples: Sequence[Any], size: int, split: str, reporter: Reporter) -> list[Any]:
+        """The samples that can be used, once all files have been read."""
+
+    def test(self, source: Source, samples: Sequence[Any], probes: Probes, reporter: Reporter) -> dict[str, Any]:
+        """The results of each method."""
+
+    def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
+        """The results for people."""
+
+
+@dataclass
+class Source:
+    """What probes are trained and tested on: images, frozen encoder, frozen upsamplers, and what is kept of them.
+
+    Attributes:
+        size: side of the images and targets, in pixels; a multiple of the encoder's stride.
+        cache: keeps features, and attention weights where `keep_attention`.
+    """
+
+    encoder: Encoder
+    upsamplers: Sequence[Upsampler]
+    task: Task
+    size: int
+    cache: TensorCache
+    device: torch.device
+    keep_attention: bool = False
+    _images: dict[Item, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.size % self.encoder.stride:
+            raise ValueError(
+                f"size: a multiple of {self.encoder.name}'s stride of {self.encoder.stride} expected, got {self.size}"
+            )
+        self.encoder_digest = f"{self.encoder.name} {module_fingerprint(self.encoder)}"
+        self.model_digests = {learned.name: module_fingerprint(learned.model) for learned in self.learned}
+
+    @property
+    def methods(self) -> list[str]:
+        return [upsampler.name for upsampler in self.upsamplers]
+
+    @property
+    def learned(self) -> list[Learned]:
+        return [upsampler for upsampler in self.upsamplers if isinstance(upsampler, Learned)]
+
+    def image(self, sample: Item, view: View = _AS_IT_IS) -> Tensor:
+        """(1, 3, size, size) in 0..1."""
+        return view.image(square_image(sample.photo(), self.size))
+
+    def features(self, sample: Item, view: View = _AS_IT_IS) -> Tensor:
+        """(1, C, h, w) float32, on the CPU."""
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                image = self.image(sample, view)
+                return self.encoder(self.encoder.normalize(image).to(self.device)).float()
+
+        cache = self.cache if view.is_seen_again else TensorCache(None)
+        return cache.get("features", self._describe(sample, view), make)
+
+    def target(self, sample: Item, view: View = _AS_IT_IS) -> Tensor:
+        """(..., size, size), as the task gives it."""
+        return view.target(self.task.target(sample, self.size))
+
+    def weights(self, upsampler: Learned, sample: Item, view: View = _AS_IT_IS) -> Tensor:
+        """The image's averaged attention weights, float16, on the CPU."""
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                image = normalize_imagenet(self.image(sample, view)).to(self.device)
+                features = self.features(sample, view).to(self.device)
+                return averaged_weights(upsampler.model, image, features, (self.size, self.size))
+
+        cache = self.cache if self.keep_attention and view.is_seen_again else TensorCache(None)
+        return cache.get("attention", self._describe_attention(upsampler, sample, view), make)
+
+    def example(self, sample: Item, view: View = _AS_IT_IS) -> Example:
+        """What a step needs of an image, on the device."""
+        features = self.features(sample, view)
+        size, grid = (self.size, self.size), (features.shape[2], features.shape[3])
+
+        def fixed_weights(upsampler: Upsampler) -> FixedWeights:
+            if isinstance(upsampler, Interpolation):
+                return NearestWeights(size, grid) if upsampler.name == "nearest" else BilinearWeights(size, grid)
+            weights = self.weights(upsampler, sample, view).to(self.device)
+            return AttentionWeights(tile(upsampler.model.window, size, grid), weights)
+
+        weights = {upsampler.name: fixed_weights(upsampler) for upsampler in self.upsamplers}
+        return Example(features.to(self.device), self.target(sample, view).to(self.device), weights)
+
+    def make(self, sample: Item, view: View) -> None:
+        """Put into the cache what is kept of an image."""
+        self.features(sample, view)
+        for upsampler in self.learned if self.keep_attention else ():
+            self.weights(upsampler, sample, view)
+
+    def is_made(self, sample: Item, view: View) -> bool:
+        """Whether the cache has all that is kept of an image."""
+        paths = [self.cache.path("features", self._describe(sample, view))]
+        if self.keep_attention:
+            described = [self._describe_attention(upsampler, sample, view) for upsampler in self.learned]
+            paths += [self.cache.path("attention", description) for description in described]
+        return all(path.is_file() for path in paths)
+
+    def attention_bytes(self, samples: Sequence[Item], flips: bool) -> int:
+        """Bytes of the attention weights that training on these samples would add to the cache."""
+        side = self.size // self.encoder.stride
+        missing = 0
+        for upsampler in self.learned:
+            each = tile(upsampler.model.window, (self.size, self.size), (side, side)).count * 2
+            for sample in samples:
+                for view in (_AS_IT_IS, View(mirrored=True)) if flips else (_AS_IT_IS,):
+                    description = self._describe_attention(upsampler, sample, view)
+                    missing += each * (not self.cache.path("attention", description).is_file())
+        return missing
+
+    def _describe(self, sample: Item, view: View) -> dict[str, Any]:
+        if sample not in self._images:
+            self._images[sample] = sample.fingerprint()
+        return {
+            "photograph": self._images[sample],
+            "encoder": self.encoder_digest,
+            "short_side": self.size,
+            "mirrored": view.mirrored,
+            **sample.variant(),
+        }
+
+    def _describe_attention(self, upsampler: Learned, sample: Item, view: View) -> dict[str, Any]:
+        model = {"model": self.model_digests[upsampler.name], "arguments": upsampler.model.config}
+        return self._describe(sample, view) | model
+
+
+def keep_attention(source: Source, samples: Sequence[Item], recipe: Recipe, wanted: str, reporter: Reporter) -> bool:
+    """Whether attention weights are kept in the cache: as wanted, or for "auto" where they fit; tells the count."""
+    if recipe.augment:
+        reporter.note("augmented images are seen once each: features and attention weights are computed in each epoch")
+        return False
+    if not source.learned or wanted == "recompute":
+        return False
+    if source.cache.folder is None:
+        reporter.note("attention weights are computed anew in each epoch: --cache FOLDER would keep them")
+        return False
+    source.cache.folder.mkdir(parents=True, exist_ok=True)
+    needed, free = source.attention_bytes(samples, recipe.flips), shutil.disk_usage(source.cache.folder).free
+    keep = wanted == "keep" or needed <= _SHARE_OF_THE_DISK * free
+    reporter.note(
+        f"attention weights of {len(samples)} images and {len(source.learned)} models: {human_bytes(needed)} more in "
+        f"the cache, {human_bytes(free)} free: {'kept' if keep else 'computed anew in each epoch'}"
+    )
+    return keep
+
+
+def fill_cache(source: Source, samples: Sequence[Item], recipe: Recipe, first: int, reporter: Reporter) -> None:
+    """Make what the epochs from `first` on find in the cache and is not there yet, and tell how long that takes.
+
+    What is made once is made before the epochs, so that each of these takes as long as the others.
+    """
+    if source.cache.folder is None or recipe.augment:
+        return
+    epochs = [recipe.batches(len(samples), epoch) for epoch in range(first, recipe.epochs)]
+    needed = sorted({pair for batches in epochs for batch in batches for pair in batch})
+    missing = [(samples[i], view) for i, view in needed if not source.is_made(samples[i], view)]
+    what = "features and attention weights" if source.keep_attention else "features"
+    rate = Rate()
+    for count, (sample, view) in enumerate(missing, 1):
+        source.make(sample, view)
+        rate.count(count)
+        left = f", {rate.left(len(missing) - count)} left" if count < len(missing) else f": {duration(rate.elapsed)}"
+        reporter.tick(f"{what}, made once: {count} of {len(missing)} images{left}", last=count == len(missing))
+
+
+def train(
+    source: Source,
+    samples: Sequence[Item],
+    recipe: Recipe,
+    seeds: Sequence[int],
+    *,
+    checkpoint: Path,
+    resume: bool,
+    reporter: Reporter,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> tuple[Probes, list[dict[str, list[float]]]]:
+    """Train all probes, and return them with each epoch's mean losses {method: [of each seed]}.
+
+    After each epoch everything is written to `checkpoint`, complete or not at all; `resume` goes on from there, where
+    there is such a file, with the same bits as without the interruption (on the same machine and threads).
+
+    Raises ValueError for a checkpoint of other settings, naming them.
+    """
+    channels = int(source.features(samples[0]).shape[1])
+    probes = Probes(source.methods, seeds, channels, source.task.outputs).to(source.device)
+    optimizer = torch.optim.AdamW(
+        probes.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    settings = _settings(source, samples, recipe, seeds)
+    first, history = 0, []
+    if resume and checkpoint.is_file():
+        state = _read_checkpoint(checkpoint, settings)
+        probes.load_state_dict(state["probes"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, history = state["epochs"], state["history"]
+        reporter.note(f"{checkpoint}: {first} of {recipe.epochs} epochs are done")
+
+    fill_cache(source, samples, recipe, first, reporter)
+    in_epoch = len(recipe.batches(len(samples), 0))
+    rate = Rate()
+    for epoch in range(first, recipe.epochs):
+        started = time.monotonic()
+        total, steps = torch.zeros(len(source.methods), len(seeds), dtype=torch.float64), 0
+        for number, batch in enumerate(recipe.batches(len(samples), epoch)):
+            iteration = epoch * in_epoch + number
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(epoch, iteration, recipe.epochs * in_epoch)
+            mean = train_step(probes, optimizer, [source.example(samples[i], view) for i, view in batch], source.task)
+            if mean is not None:
+                total += mean
+                steps += 1
+            rate.count(iteration + 1 - first * in_epoch)
+            left = rate.left((recipe.epochs * in_epoch) - iteration - 1)
+            reporter.tick(
+                f"epoch {epoch + 1} of {recipe.epochs}, batch {number + 1} of {in_epoch}, {left} left to train"
+            )
+        means = (total / max(steps, 1)).tolist()
+        history.append(dict(zip(source.methods, means, strict=True)))
+        with complete_or_absent(checkpoint) as partial:
+            torch.save(
+                {
+                    "settings": settings,
+                    "epochs": epoch + 1,
+                    "probes": probes.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": history,
+                },
+                partial,
+            )
+        shown = ", ".join(f"{m} {sum(of) / len(of):.4f}" for m, of in history[-1].items())
+        reporter.note(f"epoch {epoch + 1} of {recipe.epochs}: {duration(time.monotonic() - started)}, loss {shown}")
+        after_epoch(epoch)
+    return probes, history
+
+
+def _settings(source: Source, samples: Sequence[Item], recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
+    """Everything that a training depends on, as plain values under the names that an error shows."""
+    return {
+        "encoder": source.encoder_digest,
+        "methods": source.methods,
+        "weights": source.model_digests,
+        "size": source.size,
+        **source.task.settings(),
+        "images": [sample.name for sample in samples],
+        "seeds": list(seeds),
+        "recipe": {name: _plain(value) for name, value in dataclasses.asdict(recipe).items()},
+    }
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_checkpoint(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = read_torch(path)
+        stored = state["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of `anyup evaluate` ({error})") from error
+    if other := sorted(name for name in settings if stored.get(name) != settings[name]):
+        raise ValueError(f"{path}: a checkpoint of the same settings expected, got others for: {', '.join(other)}")
+    return state

@@ -1,0 +1,299 @@
+"""Linear probes for depth and normals: what frames ask of them, and what every method and seed is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyup.evaluation import depth, normals
+from anyup.evaluation.attention_weights import FixedWeights, NearestWeights
+from anyup.evaluation.cache import TensorCache
+from anyup.evaluation.datasets import square_map
+from anyup.evaluation.depth_datasets import Frame
+from anyup.evaluation.normals import Camera
+from anyup.evaluation.probe import Probes
+from anyup.evaluation.probing import Source
+from anyup.evaluation.report import spread, table
+from anyup.fingerprint import tensor_fingerprint
+from anyup.training.reporting import Rate, Reporter
+
+
+class Regression(ABC):
+    """A task (`probing.Task`) whose loss is one of whole maps, of a batch at a time."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """Of a probe."""
+
+    @abstractmethod
+    def read(self, frame: Frame) -> Tensor:
+        """(C, H, W) float32 at the frame's own size, zero where unknown."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that decides the targets and the loss, as plain values."""
+
+    @abstractmethod
+    def predict(self, weights: FixedWeights, logits: Tensor, seeds: int) -> Tensor:
+        """What probes say of an image: (seeds * outputs, h, w) on the small grid to (seeds, channels, H, W)."""
+
+    @abstractmethod
+    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """(seeds, B, channels, H, W) and (B, C, H, W) to (seeds,)."""
+
+    @abstractmethod
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        """Of one image: a probe's prediction (channels, H, W), the target (C, H, W) with a known pixel."""
+
+    def target(self, sample: Frame, size: int) -> Tensor:
+        """(C, size, size) float32, zero where unknown."""
+        return square_map(self.read(sample), size)
+
+    def known(self, target: Tensor) -> int:
+        """The number of known pixels."""
+        return int((target != 0).any(dim=0).sum())
+
+    def backward(
+        self, weights: Sequence[FixedWeights], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
+    ) -> Tensor:
+        """See `probe.Objective`."""
+        predictions = [self.predict(of_image, low, seeds) for of_image, low in zip(weights, logits, strict=True)]
+        each = self.loss(torch.stack(predictions, dim=1), torch.stack(list(targets)))
+        each.sum().backward()
+        return each.detach().cpu()
+
+
+@dataclass(frozen=True)
+class Depth(Regression):
+    """Depth in metres.
+
+    Attributes:
+        bins: outputs whose mean depth is predicted; 1: one output between the smallest and the largest depth.
+        largest: in metres; what lies farther is unknown.
+        published_gradient: see `depth.gradient_loss`.
+    """
+
+    bins: int = depth.BINS
+    largest: float = depth.LARGEST
+    published_gradient: bool = False
+
+    @property
+    def outputs(self) -> int:
+        return self.bins
+
+    def read(self, frame: Frame) -> Tensor:
+        metres = frame.depth()
+        return metres.masked_fill(metres > self.largest, 0)[None]
+
+    def settings(self) -> dict[str, Any]:
+        return {"task": {"depth": dataclasses.asdict(self)}}
+
+    def predict(self, weights: FixedWeights, logits: Tensor, seeds: int) -> Tensor:
+        """Carried before the ReLU and the normalisation of the bins: until there the head is linear."""
+
+        def of_seed(low: Tensor) -> Tensor:
+            if self.bins == 1:
+                parts = [depth.depth_of_sigmoid(part, self.largest) for part in weights.logits(low)]
+            elif isinstance(weights, NearestWeights):  # a cell's pixels have one depth
+                parts = [depth.depth_of_bins(part, self.largest) for part in weights.logits(low)]
+            else:
+                parts = [depth.CarriedDepth.apply(*factors, self.largest) for factors in weights.factors(low)]
+            return weights.whole(parts)
+
+        return torch.stack([of_seed(low) for low in logits.unflatten(0, (seeds, -1))])
+
+    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        return depth.depth_loss(predictions[:, :, 0], targets[:, 0], published_gradient=self.published_gradient)
+
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        """As it is, and again (`scaled_`) after a scale and a shift of least squares."""
+        plain = depth.depth_metrics(prediction[0], target[0])
+        scaled = depth.depth_metrics(depth.scaled_and_shifted(prediction[0], target[0]), target[0])
+        return plain | {f"scaled_{name}": value for name, value in scaled.items()}
+
+
+@dataclass(frozen=True)
+class Normals(Regression):
+    """Surface normals, stored or of planes fitted to the depth.
+
+    Attributes:
+        window: side of the pixels that a plane is fitted to.
+        camera: of the depth maps, in place of the data set's own.
+        cache: keeps fitted normals.
+    """
+
+    window: int = 9
+    camera: Camera | None = None
+    cache: TensorCache = field(default_factory=lambda: TensorCache(None))
+
+    @property
+    def outputs(self) -> int:
+        return normals.OUTPUTS
+
+    def read(self, frame: Frame) -> Tensor:
+        stored = frame.stored_normals()
+        if stored is not None:
+            return stored
+        camera = self.camera or frame.camera
+        if camera is None:
+            raise ValueError(f"{frame.name}: stored normals, or intrinsics to find them by, expected, got neither")
+        described = {
+            "depth": tensor_fingerprint(frame.depth()),
+            "camera": str(camera),
+            "window": self.window,
+            **frame.variant(),
+        }
+        return self.cache.get("normals", described, lambda: frame.fitted_normals(camera, self.window))
+
+    def settings(self) -> dict[str, Any]:
+        return {"task": {"normals": {"window": self.window, "camera": str(self.camera)}}}
+
+    def predict(self, weights: FixedWeights, logits: Tensor, seeds: int) -> Tensor:
+        return weights.whole(weights.logits(logits)).unflatten(0, (seeds, self.outputs))
+
+    def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        return normals.normals_loss(predictions, targets)
+
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        return normals.normals_metrics(prediction, target)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """See `probing.Evaluation`."""
+
+    task: Regression
+
+    def check(self, samples: Sequence[Frame], size: int, split: str, reporter: Reporter) -> list[Frame]:
+        """See `check_frames`."""
+        return check_frames(samples, self.task, size, split, reporter)
+
+    def test(self, source: Source, samples: Sequence[Frame], probes: Probes, reporter: Reporter) -> dict[str, Any]:
+        """`summarise` of the metrics over all frames."""
+        return summarise(test(source, self.task, samples, probes, reporter))
+
+    def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
+        """See `as_table`."""
+        return as_table(self.task, results, history)
+
+
+def check_frames(frames: Sequence[Frame], task: Regression, size: int, split: str, reporter: Reporter) -> list[Frame]:
+    """The frames that can be used, once all files have been read; tells how much of them is known.
+
+    What cannot be read, lacks what the task needs, or has no known pixel at `size` is told of and left out.
+
+    Raises ValueError where an image and its map differ in size, and where no frame is left.
+    """
+    usable, shares, largest = [], [], 0.0
+    for number, frame in enumerate(frames, 1):
+        try:
+            image, target = frame.photo(), task.read(frame)
+        except (OSError, ValueError) as error:
+            reporter.note_once(f"left out: {error}")
+        else:
+            if image.shape[2:] != target.shape[1:]:
+                raise ValueError(
+                    f"{frame.name}: an image of the size of its map, {_size(target)}, expected, got {_size(image)}"
+                )
+            seen = square_map(target, size)
+            if task.known(seen):
+                usable.append(frame)
+                shares.append(task.known(seen) / seen[0].numel())
+                largest = max(largest, float(seen.max()))
+            else:
+                reporter.note(f"left out: {frame.name}: no pixel is known")
+        reporter.tick(f"checking images and maps of {split!r}: {number} of {len(frames)}")
+    if not usable:
+        raise ValueError(f"data: none of {len(frames)} frames in the split {split!r} can be used")
+    metres = f", at most {largest:.2f} m away" if isinstance(task, Depth) else ""
+    reporter.note(f"{split!r}: {len(usable)} frames, {statistics.fmean(shares):.1%} of the pixels are known{metres}")
+    return usable
+
+
+def _size(pixels: Tensor) -> str:
+    return f"{pixels.shape[-2]} x {pixels.shape[-1]}"
+
+
+def test(
+    source: Source, task: Regression, frames: Sequence[Frame], probes: Probes, reporter: Reporter
+) -> dict[str, list[dict[str, float]]]:
+    """{method: [metrics of each seed]}, each the mean over the frames.
+
+    As in training, what is carried are the probes' outputs, by the same weights; nothing is put into the cache but
+    features.
+    """
+    source = replace(source, keep_attention=False)
+    seeds = len(probes.seeds)
+    found: dict[str, list[list[dict[str, float]]]] = {method: [[] for _ in range(seeds)] for method in source.methods}
+    rate = Rate()
+    with torch.no_grad():
+        for count, frame in enumerate(frames, 1):
+            example = source.example(frame)
+            low = probes(example.features)
+            for index, method in enumerate(source.methods):
+                predicted = task.predict(example.weights[method], low[index], seeds).cpu()
+                for of_seed, prediction in zip(found[method], predicted, strict=True):
+                    of_seed.append(task.metrics(prediction, example.target.cpu()))
+            rate.count(count)
+            left = f", {rate.left(len(frames) - count)} left" if count < len(frames) else ""
+            reporter.tick(f"testing: {count} of {len(frames)} frames{left}", last=count == len(frames))
+    return {
+        method: [
+            {name: statistics.fmean(each[name] for each in measured) for name in measured[0]} for measured in of_seeds
+        ]
+        for method, of_seeds in found.items()
+    }
+
+
+def summarise(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Of each method: mean and spread over the seeds of each metric, and the seeds themselves."""
+    return {
+        method: {name: spread([seed[name] for seed in of_seeds]) for name in of_seeds[0]} | {"seeds": list(of_seeds)}
+        for method, of_seeds in scores.items()
+    }
+
+
+_COLUMNS: dict[type[Regression], dict[str, tuple[str, float, int]]] = {
+    Depth: {
+        "rmse": ("RMSE, m", 1, 4),
+        "delta1": ("δ < 1.25, %", 100, 2),
+        "scaled_rmse": ("scaled: RMSE, m", 1, 4),
+        "scaled_delta1": ("scaled: δ < 1.25, %", 100, 2),
+    },
+    Normals: {
+        "mean": ("mean, °", 1, 2),
+        "median": ("median, °", 1, 2),
+        "rmse": ("RMSE, °", 1, 2),
+        "below_11_25": ("< 11.25°, %", 100, 2),
+        "below_22_5": ("< 22.5°, %", 100, 2),
+        "below_30": ("< 30°, %", 100, 2),
+    },
+}
+"""Of a task's table: a metric's title, what it is multiplied by, and its decimals."""
+
+
+def as_table(
+    task: Regression, results: Mapping[str, Mapping[str, Any]], history: Sequence[Mapping[str, Sequence[float]]]
+) -> str:
+    """The table of `summarise`, with the losses of the last epoch."""
+    columns = _COLUMNS[type(task)]
+    rows = [
+        [
+            method,
+            *(
+                f"{factor * result[name]['mean']:.{digits}f} ± {factor * result[name]['std']:.{digits}f}"
+                for name, (_, factor, digits) in columns.items()
+            ),
+            f"{statistics.fmean(history[-1][method]):.4f}",
+        ]
+        for method, result in results.items()
+    ]
+    return table(["method", *(title for title, _, _ in columns.values()), "training loss"], rows)
