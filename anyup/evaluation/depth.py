@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 BINS, SMALLEST, LARGEST = 256, 0.001, 10.0
+METRICS = ("delta1", "delta2", "delta3", "rmse")
 _OFFSET = 0.1  # of a bin after its ReLU, so that their sum is never zero
 _EPSILON = 0.001  # metres, added within logarithms
 _CHUNK = 1 << 20  # bytes of logits at a time

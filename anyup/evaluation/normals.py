@@ -17,6 +17,8 @@ from torch.nn import functional as F
 OUTPUTS = 4
 """Of a head: a vector, whose direction is the normal, and what kappa comes from."""
 
+METRICS = ("below_11_25", "below_22_5", "below_30", "rmse", "mean", "median")
+
 _NEAR_ONE = 1e-4  # a cosine's distance to 1 at least, in the loss: there the arc cosine's gradient is infinite
 _SAME_SURFACE = 0.05  # share of a pixel's depth by which others may differ and still be fitted with it
 

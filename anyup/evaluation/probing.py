@@ -129,7 +129,7 @@ class Source:
                 return self.encoder(self.encoder.normalize(image).to(self.device)).float()
 
         cache = self.cache if view.is_seen_again else TensorCache(None)
-        return cache.get("features", self._describe(sample, view), make)
+        return cache.get("features", self.described(sample, view), make)
 
     def target(self, sample: Item, view: View = _AS_IT_IS) -> Tensor:
         """(..., size, size), as the task gives it."""
@@ -169,7 +169,7 @@ class Source:
 
     def is_made(self, sample: Item, view: View) -> bool:
         """Whether the cache has all that is kept of an image."""
-        paths = [self.cache.path("features", self._describe(sample, view))]
+        paths = [self.cache.path("features", self.described(sample, view))]
         if self.keep_attention:
             described = [self._describe_attention(upsampler, sample, view) for upsampler in self.learned]
             paths += [self.cache.path("attention", description) for description in described]
@@ -187,7 +187,8 @@ class Source:
                     missing += each * (not self.cache.path("attention", description).is_file())
         return missing
 
-    def _describe(self, sample: Item, view: View) -> dict[str, Any]:
+    def described(self, sample: Item, view: View = _AS_IT_IS) -> dict[str, Any]:
+        """What features depend on, for a cache."""
         if sample not in self._images:
             self._images[sample] = sample.fingerprint()
         return {
@@ -200,7 +201,7 @@ class Source:
 
     def _describe_attention(self, upsampler: Learned, sample: Item, view: View) -> dict[str, Any]:
         model = {"model": self.model_digests[upsampler.name], "arguments": upsampler.model.config}
-        return self._describe(sample, view) | model
+        return self.described(sample, view) | model
 
 
 def keep_attention(source: Source, samples: Sequence[Item], recipe: Recipe, wanted: str, reporter: Reporter) -> bool:

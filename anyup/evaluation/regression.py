@@ -7,6 +7,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from anyup.evaluation.normals import Camera
 from anyup.evaluation.probe import Probes
 from anyup.evaluation.probing import Source
 from anyup.evaluation.report import spread, table
-from anyup.fingerprint import tensor_fingerprint
+from anyup.fingerprint import module_fingerprint, tensor_fingerprint
 from anyup.training.reporting import Rate, Reporter
 
 
@@ -32,6 +33,11 @@ class Regression(ABC):
     @abstractmethod
     def outputs(self) -> int:
         """Of a probe."""
+
+    @property
+    @abstractmethod
+    def metric_names(self) -> tuple[str, ...]:
+        """Of `metrics`, in their order."""
 
     @abstractmethod
     def read(self, frame: Frame) -> Tensor:
@@ -89,6 +95,10 @@ class Depth(Regression):
     def outputs(self) -> int:
         return self.bins
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (*depth.METRICS, *(f"scaled_{name}" for name in depth.METRICS))
+
     def read(self, frame: Frame) -> Tensor:
         metres = frame.depth()
         return metres.masked_fill(metres > self.largest, 0)[None]
@@ -137,6 +147,10 @@ class Normals(Regression):
     @property
     def outputs(self) -> int:
         return normals.OUTPUTS
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return normals.METRICS
 
     def read(self, frame: Frame) -> Tensor:
         stored = frame.stored_normals()
@@ -227,29 +241,47 @@ def test(
 ) -> dict[str, list[dict[str, float]]]:
     """{method: [metrics of each seed]}, each the mean over the frames.
 
-    As in training, what is carried are the probes' outputs, by the same weights; nothing is put into the cache but
-    features.
+    As in training, what is carried are the probes' outputs, by the same weights. A frame's metrics are kept in the
+    cache, so that a test that was interrupted goes on.
     """
     source = replace(source, keep_attention=False)
     seeds = len(probes.seeds)
-    found: dict[str, list[list[dict[str, float]]]] = {method: [[] for _ in range(seeds)] for method in source.methods}
+    probes_digest = module_fingerprint(probes)
+
+    def measure(frame: Frame) -> Tensor:
+        example = source.example(frame)
+        low = probes(example.features)
+        target = example.target.cpu()
+        return torch.tensor(
+            [
+                [list(task.metrics(prediction, target).values()) for prediction in predicted.cpu()]
+                for predicted in (
+                    task.predict(example.weights[method], low[index], seeds)
+                    for index, method in enumerate(source.methods)
+                )
+            ],
+            dtype=torch.float64,
+        )
+
+    total = torch.zeros(len(source.methods), seeds, len(task.metric_names), dtype=torch.float64)
     rate = Rate()
     with torch.no_grad():
         for count, frame in enumerate(frames, 1):
-            example = source.example(frame)
-            low = probes(example.features)
-            for index, method in enumerate(source.methods):
-                predicted = task.predict(example.weights[method], low[index], seeds).cpu()
-                for of_seed, prediction in zip(found[method], predicted, strict=True):
-                    of_seed.append(task.metrics(prediction, example.target.cpu()))
+            described = source.described(frame) | {
+                "target": tensor_fingerprint(source.target(frame)),
+                "task": task.settings(),
+                "probes": probes_digest,
+                "methods": source.methods,
+                "models": source.model_digests,
+            }
+            total += source.cache.get("metrics", described, partial(measure, frame))
             rate.count(count)
             left = f", {rate.left(len(frames) - count)} left" if count < len(frames) else ""
             reporter.tick(f"testing: {count} of {len(frames)} frames{left}", last=count == len(frames))
+    means = (total / len(frames)).tolist()
     return {
-        method: [
-            {name: statistics.fmean(each[name] for each in measured) for name in measured[0]} for measured in of_seeds
-        ]
-        for method, of_seeds in found.items()
+        method: [dict(zip(task.metric_names, of_seed, strict=True)) for of_seed in of_method]
+        for method, of_method in zip(source.methods, means, strict=True)
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyup.evaluation import depth
+from anyup.evaluation import depth, normals
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, FixedWeights, NearestWeights, tile
 from anyup.evaluation.depth import (
     depth_loss,
@@ -141,6 +141,7 @@ def test_the_metrics_of_depth_by_hand() -> None:
     target = torch.tensor([[1.0, 1.0, 2.0, 4.0, 0.0]])
     prediction = torch.tensor([[1.2, 0.7, 2.0, 8.0, 9.0]])  # factors 1.2, 1.43, 1, 2; the last is unknown
     metrics = depth_metrics(prediction, target)
+    assert tuple(metrics) == depth.METRICS
     assert [metrics[name] for name in ("delta1", "delta2", "delta3")] == [0.5, 0.75, 0.75]
     assert metrics["rmse"] == pytest.approx(math.sqrt((0.2**2 + 0.3**2 + 4**2) / 4), rel=1e-6)
     below_zero = depth_metrics(torch.tensor([[-1.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
@@ -199,6 +200,7 @@ def test_the_metrics_of_normals_by_hand() -> None:
     target = torch.tensor([0.0, 0.0, -1.0])[:, None, None].repeat(1, 1, 6)
     target[:, 0, 5] = 0  # unknown
     metrics = normals_metrics(prediction, target)
+    assert tuple(metrics) == normals.METRICS
     shares = [metrics[name] for name in ("below_11_25", "below_22_5", "below_30")]
     assert shares == pytest.approx([0.4, 0.6, 0.8])
     assert metrics["mean"] == pytest.approx(145 / 5, rel=1e-6) and metrics["median"] == pytest.approx(20, rel=1e-6)
@@ -244,6 +246,13 @@ def test_normals_end_at_an_edge_of_depth_and_where_depth_is_unknown() -> None:
 def test_a_window_that_has_no_centre_is_refused(window: int) -> None:
     with pytest.raises(ValueError, match=f"window: an odd number of 3 and more expected, got {window}"):
         normals_of_depth(torch.ones(5, 5), CAMERA, window)
+
+
+@pytest.mark.parametrize("task", [Depth(), Normals()], ids=["depth", "normals"])
+def test_a_task_names_its_metrics_in_their_order(task: Regression) -> None:
+    target = uniform(1 if isinstance(task, Depth) else 3, 5, 6, low=0.5, high=3)
+    prediction = uniform(1 if isinstance(task, Depth) else 4, 5, 6, low=0.5, high=3, seed=1)
+    assert tuple(task.metrics(prediction, target)) == task.metric_names
 
 
 # Carried

@@ -340,6 +340,28 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_bits(data: Path, monk
     assert json.loads(Path("out.json").read_text())["results"] == whole["results"]
 
 
+def test_a_test_that_was_stopped_goes_on_after_the_frames_it_measured(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    metrics = Depth.metrics
+
+    def counting(task: Depth, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        measured.append(0)
+        if len(measured) == 9:
+            raise KeyboardInterrupt
+        return metrics(task, prediction, target)
+
+    monkeypatch.setattr(Depth, "metrics", counting)
+    assert cli.main(words("depth", data, "--bins", "1", "--cache", "cache")) != 0 and not Path("out.json").exists()
+    assert cli.main(words("depth", data, "--bins", "1", "--cache", "cache", "--resume")) == 0
+    # Of 3 frames, each of 3 methods and 2 seeds, the first was done.
+    assert len(measured) == 9 + 2 * 6
+    results = json.loads(Path("out.json").read_text())["results"]
+    assert cli.main(words("depth", data, "--bins", "1", "--resume")) == 0
+    assert json.loads(Path("out.json").read_text())["results"] == results
+
+
 def test_every_layout_is_offered_by_the_commands_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     for what in ("depth", "normals"):
         assert cli.main(["evaluate", what, "--help"]) == 0
