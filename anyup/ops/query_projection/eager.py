@@ -1,10 +1,13 @@
 """The query projection in plain PyTorch, a band of rows at a time.
 
 Each band is read with a halo of one row, convolved, normalised and projected while it is in the cache: one pass over
-memory instead of six. The norm's weight is folded into the projection.
+memory instead of six. The norm's weight is folded into the projection. On a CPU the convolution is Winograd's, whose
+sums and differences of a band, four times its size, stay in the cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +19,13 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import even_slices, map_tiles
 from anyup.ops.precision import working_dtype
 from anyup.ops.query_projection.arguments import ProjectionParameters
+from anyup.ops.winograd import WinogradConvolution
 
 Band = tuple[int, slice]
 """An image of the batch and some of its rows."""
 
-# Pixels of a band: on a CPU as many as keep its maps in the shared cache.
-_BAND_PIXELS = {"cpu": 4096}
+# Pixels of a band: on a CPU as many as keep what Winograd's convolution makes of them in a core's cache.
+_BAND_PIXELS = {"cpu": 1024}
 _BAND_PIXELS_ELSEWHERE = 2**18
 
 
@@ -35,13 +39,13 @@ def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     dim, width = encoded.shape[3], encoded.shape[2]
     wide = working_dtype(encoded.dtype)
     convolution, norm, weight, bias = (p.to(wide) for p in parameters)
-    convolve = Convolution(convolution)
+    convolve = _convolution(convolution)
     weight = weight * norm
     out = empty(tuple(encoded.shape), encoded)
 
     def go(band: Band) -> None:
         image, rows = band
-        x = _convolve(_with_halo(encoded, band).to(wide), convolve)
+        x = convolve(_with_halo(encoded, band).to(wide)).reshape(-1, dim)
         x *= _inverse_rms(x)
         out[image, rows] = linear(x, weight, bias).view(-1, width, dim)
 
@@ -60,14 +64,14 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
     dim, width = encoded.shape[3], encoded.shape[2]
     wide = working_dtype(encoded.dtype)
     convolution, norm, weight, _ = (p.to(wide) for p in parameters)
-    convolve, turned = Convolution(convolution), Convolution(convolution.flip(2, 3).transpose(0, 1))
+    convolve, turned = _convolution(convolution), _convolution(convolution.flip(2, 3).transpose(0, 1))
     back = (weight * norm).T.contiguous()
     grad_convolved = empty(tuple(encoded.shape), encoded.new_empty(0, dtype=wide))
 
     def parameters_of(band: Band) -> tuple[Tensor, Tensor, Tensor]:
         image, rows = band
         pixels = _with_halo(encoded, band).to(wide)
-        x = _convolve(pixels, convolve)
+        x = convolve(pixels).reshape(-1, dim)
         inverse = _inverse_rms(x)
         x *= inverse
         outer = grad[image, rows].reshape(-1, dim).to(wide)
@@ -84,7 +88,7 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
     grad_encoded = empty(tuple(encoded.shape), encoded)
 
     def image_of(band: Band) -> None:
-        grad_encoded[band] = _convolve(_with_halo(grad_convolved, band), turned).view(-1, width, dim)
+        grad_encoded[band] = turned(_with_halo(grad_convolved, band))
 
     map_tiles(image_of, bands, encoded.device)
     grads = (taps.view(3, 3, dim, dim).permute(2, 3, 0, 1), (products * weight).sum(dim=0), products * norm, biases)
@@ -93,8 +97,8 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
 
 def _bands(encoded: Tensor) -> list[Band]:
     batch, height, width, _ = encoded.shape
-    most = max(1, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // max(1, width))
-    return [(image, rows) for image in range(batch) for rows in even_slices(height, most, encoded.device)]
+    most = max(2, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // max(1, width))
+    return [(image, rows) for image in range(batch) for rows in even_slices(height, most, encoded.device, 2)]
 
 
 def _with_halo(maps: Tensor, band: Band) -> Tensor:
@@ -104,9 +108,12 @@ def _with_halo(maps: Tensor, band: Band) -> Tensor:
     return F.pad(inside, (0, 0, 1, 1, rows.start == 0, rows.stop == maps.shape[1]))
 
 
-def _convolve(rows: Tensor, convolve: Convolution) -> Tensor:
-    """The 3x3 convolution of rows (n + 2, W + 2, D): (n * W, D)."""
-    return convolve(rows[None]).reshape(-1, rows.shape[2])
+def _convolution(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes rows (n + 2, W + 2, D) to their convolution (n, W, D)."""
+    if weight.device.type == "cpu":
+        return WinogradConvolution(weight)
+    convolve = Convolution(weight)
+    return lambda rows: convolve(rows[None])[0]
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
