@@ -18,6 +18,7 @@ from anyup.layers import BorderConv2d
 from anyup.ops import convolution
 from anyup.ops.convolution import Convolution
 from anyup.ops.ieee import ieee, in_ieee
+from anyup.ops.winograd import WinogradConvolution
 
 # Of products of float32 (a cosine of lengths): three standard deviations of what 128 terms in a chain leave.
 CLOSE = 4e-7
@@ -61,6 +62,19 @@ def test_a_thousand_terms_and_more_are_as_exact_as_a_hundred(way: str) -> None:
     assert error < CLOSE
     # Some library may be as exact in a single chain; where one is not, it is told apart.
     assert rounded_in_one_chain(padded, weight, exact) > CLOSE
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1), (2, 9)], ids=str)
+def test_winograd_s_convolution_is_the_cross_correlation(size: tuple[int, int]) -> None:
+    padded, weight, exact = tensors(1, size, (5, 3), 3)
+    result = WinogradConvolution(weight.double())(padded[0].double())
+    torch.testing.assert_close(result, exact[0], rtol=1e-12, atol=1e-12)
+
+
+def test_winograd_s_convolution_is_as_exact_as_products() -> None:
+    padded, weight, exact = tensors(1, (16, 16), (128, 64), 3)
+    error = (WinogradConvolution(weight)(padded[0]).double() - exact[0]).square().mean().sqrt()
+    assert error < CLOSE * exact.square().mean().sqrt()
 
 
 def rounded_in_one_chain(padded: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
