@@ -69,9 +69,9 @@ def _window_attention_backward_key_kernel(
     for _piece in tl.static_range(GROUP * (WIDTH // PIECE)):
         gradients = gradients + (tl.zeros((PIECE, KEYS) if TALL else (KEYS, PIECE), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
-    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTS):
         row, column, exists = row_block(block, rectangle, PIXELS)
-        windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
+        windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS=ROWS, COLUMNS=COLUMNS, WINDOW=WINDOW)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
         product = tl.zeros((PIXELS, KEYS), tl.float32)
         for first in tl.range(0, channels, SLICE):
@@ -88,7 +88,8 @@ def _window_attention_backward_key_kernel(
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
             weights = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
-                opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
+                opaque_zero,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
             )  # fmt: skip
             several_share = tl.load(inv_l + entry + head) * several
             mean = tl.load(delta + entry + head)
@@ -149,9 +150,9 @@ def _window_attention_backward_value_kernel(
     sums = ()  # SLICES x (KEYS, SLICE), the other way round where TALL
     for _slice in tl.static_range(SLICES):
         sums = sums + (tl.zeros((SLICE, KEYS) if TALL else (KEYS, SLICE), tl.float32),)
-    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTS):
         row, column, exists = row_block(block, rectangle, PIXELS)
-        _, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
+        _, limit = visible(row, column, exists, sizes, rule, top, left, ROWS=ROWS, COLUMNS=COLUMNS, WINDOW=WINDOW)
         entry = ((image * height + row) * width + column) * HEADS
         query_place = query + head_channel[None, :] * query_channel_stride
         query_place += (row.to(tl.int64) * query_row_stride + column.to(tl.int64) * query_column_stride)[:, None]
@@ -160,7 +161,8 @@ def _window_attention_backward_value_kernel(
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
             exponentials = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
-                opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
+                opaque_zero,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
             )  # fmt: skip
             weights += exponentials * tl.load(inv_l + entry + head)[:, None]
         inverses = (weights / HEADS).to(grad.dtype.element_ty)

@@ -74,9 +74,9 @@ def _window_attention_backward_key_value_kernel(
     for _slice in tl.static_range(SLICES):
         value_sums = value_sums + (tl.zeros((SLICE, KEYS), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
-    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle[3], PIXELS), PARTS):
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTS):
         row, column, exists = row_block(block, rectangle, PIXELS)
-        windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS, COLUMNS, WINDOW)
+        windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS=ROWS, COLUMNS=COLUMNS, WINDOW=WINDOW)
         several = sees_several(windows)
         entry = ((image * height + row) * width + column) * HEADS
         query_place = query + head_channel[None, :] * query_channel_stride
@@ -87,7 +87,8 @@ def _window_attention_backward_key_value_kernel(
             place = query_place + tl.full((), head, tl.int64) * query_head_stride  # (PIXELS, PIECE)
             exponentials = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
-                opaque_zero, WIDTH, PIECE, PRECISION, KEEP,
+                opaque_zero,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
             )  # fmt: skip
             weights = weights + (exponentials * tl.load(inv_l + entry + head)[:, None],)
             total += weights[head]

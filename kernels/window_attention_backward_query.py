@@ -23,6 +23,9 @@ from .products import LOG2_E, matmul
 from .window_attention_backward_resident import resident_gradients, tile_grad_weights
 from .window_attention_config import BackwardQueryConfig
 from .window_attention_tile import (
+    Keys,
+    Values,
+    grid_offsets,
     head_product,
     key_piece,
     load_channels,
@@ -40,17 +43,16 @@ from .window_bounds import WindowRule
 
 @triton.jit
 def _grad_weights(
-    grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
+    grad, grad_offset, grad_channel_stride, values, block, rectangle, channels,
     PIXELS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """<dO, v> of a block of keys, (PIXELS, BLOCK) float32."""
     row, column, _ = row_block(block, rectangle, BLOCK)
-    value_row_stride, value_column_stride, value_channel_stride = value_strides
-    near = row.to(tl.int64) * value_row_stride + column.to(tl.int64) * value_column_stride
+    near = grid_offsets(row, column, values.row_stride, values.column_stride)
     product = tl.zeros((PIXELS, BLOCK), tl.float32)
     for first in tl.range(0, channels, SLICE):
         outer = load_channels(grad, grad_offset, first, channels, grad_channel_stride, SLICE, WHOLE)
-        carried = load_channels(value, near, first, channels, value_channel_stride, SLICE, WHOLE)
+        carried = load_channels(values.pointer, near, first, channels, values.channel_stride, SLICE, WHOLE)
         product = matmul(outer, tl.trans(carried), product, PRECISION)
     return product
 
@@ -70,8 +72,9 @@ def _add_to_sums(
     new_deltas = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
-        )
+            queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
+            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+        )  # fmt: skip
         # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
         raw = tl.minimum(raw, limit)
         exponentials = tl.math.exp2(raw * exponent_scale - m_i[head][:, None])
@@ -94,13 +97,14 @@ def _add_to_gradients(
     sums = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
-        )
+            queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
+            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+        )  # fmt: skip
         raw = tl.minimum(raw, limit)
         weights = tl.math.exp2(raw * exponent_scale - m_i[head][:, None]) * inverses[head][:, None]
-        inner = (weights * (grad_weights - deltas[head][:, None])).to(keys[0].dtype.element_ty)
+        inner = (weights * (grad_weights - deltas[head][:, None])).to(keys.pointer.dtype.element_ty)
         for piece in tl.static_range(WIDTH // PIECE):
-            theirs = key_piece(near, keys[4], head, piece, PIECE, KEEP)
+            theirs = key_piece(near, keys.channel_stride, head, piece, PIECE, KEEP)
             before = gradients[head * (WIDTH // PIECE) + piece]
             sums = sums + (matmul(inner, theirs, before, PRECISION),)
     return sums
@@ -167,9 +171,9 @@ def _window_attention_backward_query_kernel(
     windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW)
     first_head = tl.program_id(1).to(tl.int64) * GROUP
     key += image * key_image_stride + first_head * key_head_stride
-    keys = (key, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
+    keys = Keys(key, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
     value += image * value_image_stride
-    value_strides = (value_row_stride, value_column_stride, value_channel_stride)
+    values = Values(value, value_row_stride, value_column_stride, value_channel_stride)
     row64 = pixel_row.to(tl.int64)
     column64 = pixel_column.to(tl.int64)
     grad += image * grad_image_stride
@@ -181,16 +185,18 @@ def _window_attention_backward_query_kernel(
     if RESIDENT_BLOCKS:
         several = sees_several(windows)
         products = tile_grad_weights(
-            grad, grad_offset, grad_channel_stride, value, value_strides, rectangle, channels,
-            PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, SLICE, PRECISION, WHOLE,
+            grad, grad_offset, grad_channel_stride, values, rectangle, channels,
+            PIXELS=PIXELS, BLOCK=BLOCK, BLOCKS=RESIDENT_BLOCKS, TAIL=TAIL, SLICE=SLICE, PRECISION=PRECISION,
+            WHOLE=WHOLE,
         )  # fmt: skip
         channel = tl.arange(0, WIDTH)
         resident_gradients(
             products, query + query_offset[:, None] + channel.to(tl.int64)[None, :] * query_channel_stride,
-            query_head_stride, keys, rectangle, windows, exponent_scale, scale * several,
-            lse, grad_query + entry[:, None] * WIDTH + channel[None, :], inv_l, delta, entry, pixel_exists, opaque_zero,
-            HEADS, GROUP, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, PRECISION, SHARES,
-            tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32, WAITING,
+            query_head_stride, keys, rectangle, windows, exponent_scale, scale * several, lse,
+            grad_query + entry[:, None] * WIDTH + channel[None, :], inv_l, delta, entry, pixel_exists, opaque_zero,
+            HEADS=HEADS, GROUP=GROUP, WIDTH=WIDTH, PIXELS=PIXELS, BLOCK=BLOCK, BLOCKS=RESIDENT_BLOCKS, TAIL=TAIL,
+            PRECISION=PRECISION, SHARES=SHARES,
+            KEPT=tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32, WAITING=WAITING,
         )  # fmt: skip
     else:
         queries = open_queries(query, query_offset, query_head_stride, query_channel_stride, GROUP, PIECE, KEEP)
@@ -204,15 +210,16 @@ def _window_attention_backward_query_kernel(
             deltas = deltas + (tl.zeros((PIXELS,), tl.float32),)
             for _piece in tl.static_range(WIDTH // PIECE):
                 gradients = gradients + (tl.zeros((PIXELS, PIECE), tl.float32),)
-        blocks = tl.cdiv(rectangle[3], BLOCK)
+        blocks = tl.cdiv(rectangle.count, BLOCK)
         for block in tl.range(0, blocks):
             product = _grad_weights(
-                grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
-                PIXELS, BLOCK, SLICE, PRECISION, WHOLE,
+                grad, grad_offset, grad_channel_stride, values, block, rectangle, channels,
+                PIXELS=PIXELS, BLOCK=BLOCK, SLICE=SLICE, PRECISION=PRECISION, WHOLE=WHOLE,
             )  # fmt: skip
             l_i, deltas = _add_to_sums(
                 l_i, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i,
-                product / HEADS, opaque_zero, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
+                product / HEADS, opaque_zero,
+                HEADS=GROUP, WIDTH=WIDTH, PIECE=PIECE, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
             )  # fmt: skip
         entry, pixel_exists, windows = _tile_anew(
             opaque_zero, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
@@ -221,12 +228,13 @@ def _window_attention_backward_query_kernel(
         inverses, deltas = _finish_sums(inv_l, delta, l_i, deltas, entry, pixel_exists, windows, GROUP)
         for block in tl.range(0, blocks):
             product = _grad_weights(
-                grad, grad_offset, grad_channel_stride, value, value_strides, block, rectangle, channels,
-                PIXELS, BLOCK, SLICE, PRECISION, WHOLE,
+                grad, grad_offset, grad_channel_stride, values, block, rectangle, channels,
+                PIXELS=PIXELS, BLOCK=BLOCK, SLICE=SLICE, PRECISION=PRECISION, WHOLE=WHOLE,
             )  # fmt: skip
             gradients = _add_to_gradients(
                 gradients, inverses, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
-                exponent_scale, m_i, product / HEADS, opaque_zero, GROUP, WIDTH, PIECE, BLOCK, PRECISION, KEEP,
+                exponent_scale, m_i, product / HEADS, opaque_zero,
+                HEADS=GROUP, WIDTH=WIDTH, PIECE=PIECE, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
             )  # fmt: skip
         channel = tl.arange(0, PIECE)
         for head in tl.static_range(GROUP):

@@ -17,7 +17,7 @@ from .window_attention_tile import core_keys, grid_offsets, in_shares, key_block
 
 @triton.jit
 def tile_grad_weights(
-    grad, grad_offset, grad_channel_stride, value, value_strides, rectangle, channels,
+    grad, grad_offset, grad_channel_stride, values, rectangle, channels,
     PIXELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr, SLICE: tl.constexpr,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -27,13 +27,13 @@ def tile_grad_weights(
     products = ()
     for part in tl.static_range(PARTS):
         row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
-        near = near + (grid_offsets(row, column, value_strides[0], value_strides[1]),)
+        near = near + (grid_offsets(row, column, values.row_stride, values.column_stride),)
         products = products + (tl.zeros((PIXELS, BLOCK if part < BLOCKS else TAIL), tl.float32),)
     for first in tl.range(0, channels, SLICE):
         outer = load_channels(grad, grad_offset, first, channels, grad_channel_stride, SLICE, WHOLE)
         updated = ()
         for part in tl.static_range(PARTS):
-            carried = load_channels(value, near[part], first, channels, value_strides[2], SLICE, WHOLE)
+            carried = load_channels(values.pointer, near[part], first, channels, values.channel_stride, SLICE, WHOLE)
             updated = updated + (matmul(outer, tl.trans(carried), products[part], PRECISION),)
         products = updated
     return products
@@ -58,8 +58,8 @@ def resident_gradients(
     seen = ()
     for part in tl.static_range(PARTS):
         row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
-        place = keys[0] + grid_offsets(row, column, keys[1], keys[2])[:, None]
-        places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys[4],)
+        place = keys.pointer + grid_offsets(row, column, keys.row_stride, keys.column_stride)[:, None]
+        places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys.channel_stride,)
     for part in tl.static_range(PARTS):
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
@@ -77,7 +77,7 @@ def resident_gradients(
         mean = tl.zeros((PIXELS, SHARES), tl.float32)
         powers = ()
         for part in tl.static_range(PARTS):
-            key = tl.load(places[part] + head64 * keys[3])
+            key = tl.load(places[part] + head64 * keys.head_stride)
             raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
             if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                 # The zero keeps the compiler from taking the bits apart before the loop, a register each.
@@ -92,11 +92,11 @@ def resident_gradients(
         product = tl.zeros((PIXELS, WIDTH), tl.float32)
         for part in tl.static_range(PARTS):
             if part < WAITING:
-                key = tl.load(places[part] + head64 * keys[3])
+                key = tl.load(places[part] + head64 * keys.head_stride)
                 power = unpacked(powers[part]) if KEPT == tl.float16 else powers[part]
             else:
                 # Without the zeros the compiler would keep the logits or the branch's outcome.
-                key = tl.load(places[part] + head64 * keys[3] + 16 * opaque_zero)
+                key = tl.load(places[part] + head64 * keys.head_stride + 16 * opaque_zero)
                 raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + opaque_zero:
                     raw = cut_off(raw, seen[part] ^ (head * opaque_zero))

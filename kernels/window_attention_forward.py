@@ -22,6 +22,7 @@ from .window_attention_config import ForwardConfig, MostKeys
 from .window_attention_kept import _window_attention_kept_kernel
 from .window_attention_resident import resident_weights, run_offsets, side_by_side
 from .window_attention_tile import (
+    Keys,
     grid_offsets,
     head_statistics,
     key_block,
@@ -67,7 +68,7 @@ def _window_attention_forward_kernel(
         position = (part_row, part_column, whole_height, whole_width)
     rectangle = tile_keys(top, left, sizes, rule, ROWS, COLUMNS, WINDOW, position)
     windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW, position)
-    keys = (key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
+    keys = Keys(key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
     value += image * value_image_stride
     offset = pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
     query += image * query_image_stride
@@ -76,8 +77,10 @@ def _window_attention_forward_kernel(
         place = query + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * query_channel_stride
         parts = resident_weights(
             place, query_head_stride, keys, rectangle, windows, exponent_scale, lse + pixel * HEADS, pixel_exists,
-            opaque_zero, HEADS, WIDTH, PIXELS, BLOCK, RESIDENT_BLOCKS, TAIL, GROUP, PRECISION, SHARES, SAVE_LSE,
-            tl.float16 if value.dtype.element_ty.primitive_bitwidth == 16 else tl.float32,
+            opaque_zero,
+            HEADS=HEADS, WIDTH=WIDTH, PIXELS=PIXELS, BLOCK=BLOCK, BLOCKS=RESIDENT_BLOCKS, TAIL=TAIL, GROUP=GROUP,
+            PRECISION=PRECISION, SHARES=SHARES, SAVE_LSE=SAVE_LSE,
+            KEPT=tl.float16 if value.dtype.element_ty.primitive_bitwidth == 16 else tl.float32,
         )  # fmt: skip
         weights = ()  # of the keys in runs, (PIXELS, keys)
         for part in tl.static_range(len(parts)):
@@ -94,7 +97,8 @@ def _window_attention_forward_kernel(
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
         m_i, l_i = head_statistics(
             queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
-            HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
+            HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
+            SHARES=SHARES,
         )  # fmt: skip
         inv_l = ()
         for head in tl.static_range(HEADS):
@@ -106,10 +110,11 @@ def _window_attention_forward_kernel(
             products = ()  # SLICES x (PIXELS, SLICE)
             for _slice in tl.static_range(SLICES):
                 products = products + (tl.zeros((PIXELS, SLICE), tl.float32),)
-            for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
+            for block in tl.range(0, tl.cdiv(rectangle.count, BLOCK)):
                 part = mean_weights(
                     queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l,
-                    opaque_zero, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
+                    opaque_zero,
+                    HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
                 ).to(value.dtype.element_ty)  # fmt: skip
                 row, column, _ = key_block(block * BLOCK, rectangle, BLOCK)
                 near = grid_offsets(row, column, value_row_stride, value_column_stride)

@@ -15,6 +15,7 @@ import triton.language as tl
 from .launch import PART, SIZES
 from .products import LOG2_E, matmul
 from .window_attention_tile import (
+    Keys,
     grid_offsets,
     head_statistics,
     key_block,
@@ -62,7 +63,9 @@ def _window_attention_kept_kernel(
         )
         rectangle = tile_keys(top, left, sizes, rule, ROWS, COLUMNS, WINDOW, position)
         windows = pixel_windows(pixel_row, pixel_column, sizes, rule, WINDOW, position)
-        keys = (key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
+        keys = Keys(
+            key + image * key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride
+        )
         values = value + image * value_image_stride
         offset = image * query_image_stride
         offset += pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
@@ -70,7 +73,8 @@ def _window_attention_kept_kernel(
         queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
         m_i, l_i = head_statistics(
             queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
-            HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP, SHARES,
+            HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
+            SHARES=SHARES,
         )  # fmt: skip
         inv_l = ()
         for head in tl.static_range(HEADS):
@@ -78,13 +82,13 @@ def _window_attention_kept_kernel(
                 place = lse + pixel * HEADS + head
                 tl.store(place, (m_i[head] + tl.math.log2(l_i[head])) / LOG2_E, mask=pixel_exists)
             inv_l = inv_l + (1.0 / (l_i[head] * HEADS),)
-        blocks = tl.cdiv(rectangle[3], BLOCK)
+        blocks = tl.cdiv(rectangle.count, BLOCK)
         # What one thread writes others read: after all have read the last tile's weights, after all have written these.
         tl.debug_barrier()
         for block in tl.range(0, blocks):
             part = mean_weights(
-                queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l,
-                opaque_zero, HEADS, WIDTH, PIECE, PIXELS, BLOCK, PRECISION, KEEP,
+                queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l, opaque_zero,
+                HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
             )  # fmt: skip
             tl.store(kept + block * (PIXELS * BLOCK) + matrix, part)
         tl.debug_barrier()

@@ -15,7 +15,7 @@ from torch import Tensor
 from .launch import size_arguments, strides_of
 from .products import LOG2_E, matmul
 from .window_attention_config import BackwardGridConfig
-from .window_attention_tile import pixel_windows, tile_pixels, visibility
+from .window_attention_tile import Rectangle, pixel_windows, tile_pixels, visibility
 from .window_bounds import WindowRule, axis_queries
 
 
@@ -23,10 +23,7 @@ from .window_bounds import WindowRule, axis_queries
 def tile_of_keys(
     tile, tile_rows, tile_columns, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """A tile's image, first row and first column, its keys' rows and columns, and who sees any of them.
-
-    The latter is a rectangle of pixels: first row, first column, columns and number.
-    """
+    """A tile's image, first row and first column, its keys' rows and columns, and the `Rectangle` of who sees any."""
     height, width, grid_rows, grid_columns = sizes
     ratio, cell_rows, cell_columns = rule
     grid = (grid_rows, grid_columns, 0, 0)
@@ -36,7 +33,7 @@ def tile_of_keys(
     first_row, last_row = axis_queries(top, bottom, height, grid_rows, ratio, cell_rows, WINDOW)
     first_column, last_column = axis_queries(left, right, width, grid_columns, ratio, cell_columns, WINDOW)
     columns = last_column - first_column
-    seen_by = (first_row, first_column, columns, (last_row - first_row) * columns)
+    seen_by = Rectangle(first_row, first_column, columns, (last_row - first_row) * columns)
     return image, top, left, row, column, seen_by
 
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from .launch import SIZES, Launch, strides_of
 from .products import LOG2_E
-from .window_attention_tile import LOWEST, grid_offsets, load_channels, open_keys, pixel_windows, row_block
+from .window_attention_tile import (
+    LOWEST,
+    Keys,
+    Rectangle,
+    grid_offsets,
+    load_channels,
+    open_keys,
+    pixel_windows,
+    row_block,
+)
 from .window_bounds import WindowRule
 
 
@@ -68,8 +77,8 @@ def _window_attention_points_kernel(
     first_row, row_stop, first_column, column_stop = pixel_windows(row, column, sizes, rule, WINDOW)
     columns = column_stop - first_column
     count = (row_stop - first_row) * columns
-    window = (first_row, first_column, columns, count)
-    keys = (key, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
+    window = Rectangle(first_row, first_column, columns, count)
+    keys = Keys(key, key_row_stride, key_column_stride, key_head_stride, key_channel_stride)
     place = query + point * query_point_stride + tl.arange(0, WIDTH).to(tl.int64) * query_channel_stride
     queries = ()
     m_i = ()

@@ -37,8 +37,8 @@ def resident_weights(
     weights = ()
     for part in tl.static_range(PARTS):
         row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
-        place = keys[0] + grid_offsets(row, column, keys[1], keys[2])[:, None]
-        places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys[4],)
+        place = keys.pointer + grid_offsets(row, column, keys.row_stride, keys.column_stride)[:, None]
+        places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys.channel_stride,)
     for part in tl.static_range(PARTS):
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
@@ -58,7 +58,7 @@ def resident_weights(
             logits = ()
             pivot = tl.full((PIXELS, SHARES), LOWEST, tl.float32)
             for part in tl.static_range(group * GROUP, min(PARTS, group * GROUP + GROUP)):
-                key = tl.load(places[part] + head64 * keys[3])
+                key = tl.load(places[part] + head64 * keys.head_stride)
                 raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                     # The zero keeps the compiler from taking the bits apart before the loop, a register each.

@@ -5,21 +5,20 @@ grid, hardly larger than one pixel's window. Most of them are in its core: keys 
 In the forward pass they have the first numbers, so that only the last blocks of keys hold any that a pixel does not
 see, which is decided where the logits are made, by integer bounds.
 
-Tuples travel together:
+Tuples travel together, `Keys`, `Values`, `Rectangle` and `TileKeys` under names:
 - `sizes`: height, width, grid_rows, grid_columns, int32;
 - `rule`: ratio (float32), cell_rows, cell_columns, what the window's kind needs beyond the sizes;
 - `part`: first row, first column, height and width of the whole output of which the sizes' pixels are a part, int32;
   None: they are all of it;
-- `rectangle`: first row, first column, columns and number of keys of a tile, int32, and its core: first row, first
-  column, rows and columns, one of the latter two 0 where there is none;
-- `windows`: row start, row stop, column start, column stop of each pixel, (pixels,) int32 each;
-- `keys`: the pointer to an image's keys and its row, column, head and channel strides.
+- `windows`: row start, row stop, column start, column stop of each pixel, (pixels,) int32 each.
 
 Of a head, `m_i` is a pixel's pivot, which is subtracted from its logits, `l_i` its sum of exponentials, and `inv_l`
 what makes an exponential a weight: the inverse sum, in the forward pass over the number of heads too.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,6 +28,53 @@ from .window_bounds import axis_bounds
 
 # A finite pivot for a row that has seen no key yet: -inf - -inf would be NaN.
 LOWEST = tl.constexpr(-3.4e38)
+
+
+class Keys(NamedTuple):
+    """An image's keys: where they are, and their strides."""
+
+    pointer: Any
+    row_stride: Any
+    column_stride: Any
+    head_stride: Any
+    channel_stride: Any
+
+
+class Values(NamedTuple):
+    """An image's values: where they are, and their strides."""
+
+    pointer: Any
+    row_stride: Any
+    column_stride: Any
+    channel_stride: Any
+
+
+class Core(NamedTuple):
+    """The keys that all pixels of a tile see, int32; `rows` or `columns` is 0 where there is none."""
+
+    row: Any
+    column: Any
+    rows: Any
+    columns: Any
+
+
+class Rectangle(NamedTuple):
+    """Keys that a pixel sees, or the pixels that see any of a tile's keys; int32."""
+
+    first_row: Any
+    first_column: Any
+    columns: Any
+    count: Any
+
+
+class TileKeys(NamedTuple):
+    """The rectangle of keys that a tile's pixels see, and its core; int32."""
+
+    first_row: Any
+    first_column: Any
+    columns: Any
+    count: Any
+    core: Any
 
 
 @triton.jit
@@ -74,15 +120,14 @@ def tile_keys(top, left, sizes, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     columns = column_stop - first_column
     core_rows = tl.maximum(core_row_stop - core_row, 0)
     core_columns = tl.maximum(core_column_stop - core_column, 0)
-    core = (core_row, core_column, core_rows, core_columns)
-    return first_row, first_column, columns, (row_stop - first_row) * columns, core
+    core = Core(core_row, core_column, core_rows, core_columns)
+    return TileKeys(first_row, first_column, columns, (row_stop - first_row) * columns, core)
 
 
 @triton.jit
 def core_keys(rectangle):
     """Number of keys that all pixels of the tile see."""
-    _, _, core_rows, core_columns = rectangle[4]
-    return core_rows * core_columns
+    return rectangle.core.rows * rectangle.core.columns
 
 
 @triton.jit
@@ -91,16 +136,16 @@ def row_block(block, rectangle, BLOCK: tl.constexpr):
 
     So too of the pixels of a block, where the rectangle is of pixels and has no core.
     """
-    first_row, first_column, columns, count = rectangle[0], rectangle[1], rectangle[2], rectangle[3]
+    columns = rectangle.columns
     first = block * BLOCK
-    number = tl.minimum(first + tl.arange(0, BLOCK), count - 1)
+    number = tl.minimum(first + tl.arange(0, BLOCK), rectangle.count - 1)
     # One division of integers for the block, and one of floats for each key: numbers below `columns + BLOCK`, exact in
     # float32, half a key away from a whole number of rows.
     down = first // columns
     beyond = number - down * columns
     further = ((beyond.to(tl.float32) + 0.5) * (1.0 / columns.to(tl.float32))).to(tl.int32)
-    exists = first + tl.arange(0, BLOCK) < count
-    return first_row + down + further, first_column + beyond - further * columns, exists
+    exists = first + tl.arange(0, BLOCK) < rectangle.count
+    return rectangle.first_row + down + further, rectangle.first_column + beyond - further * columns, exists
 
 
 @triton.jit
@@ -110,21 +155,20 @@ def key_block(first, rectangle, BLOCK: tl.constexpr, FEW: tl.constexpr = False):
     The core's columns have the first numbers, row by row from the core's first row on, the rows above the core last;
     then the other columns, in rows of the same order, those left of the core last.
     """
-    first_row, first_column, columns, count, core = rectangle
-    core_row, core_column, _, core_columns = core
-    rows = count // columns
+    columns, core = rectangle.columns, rectangle.core
+    rows = rectangle.count // columns
     number = first + tl.arange(0, BLOCK)
-    exists = number < count
-    number = tl.minimum(number, count - 1)
-    beside = number >= rows * core_columns
-    sides = columns - core_columns
-    number -= tl.where(beside, rows * core_columns, 0)
-    length = tl.where(beside, sides, core_columns)
-    down, along = _divide(number, length, tl.where(beside, _inverse(sides), _inverse(core_columns)), FEW)
-    row = core_row + down
-    column = along + tl.where(beside, core_column + core_columns, core_column)
-    row -= tl.where(row >= first_row + rows, rows, 0)
-    column -= tl.where(column >= first_column + columns, columns, 0)
+    exists = number < rectangle.count
+    number = tl.minimum(number, rectangle.count - 1)
+    beside = number >= rows * core.columns
+    sides = columns - core.columns
+    number -= tl.where(beside, rows * core.columns, 0)
+    length = tl.where(beside, sides, core.columns)
+    down, along = _divide(number, length, tl.where(beside, _inverse(sides), _inverse(core.columns)), FEW)
+    row = core.row + down
+    column = along + tl.where(beside, core.column + core.columns, core.column)
+    row -= tl.where(row >= rectangle.first_row + rows, rows, 0)
+    column -= tl.where(column >= rectangle.first_column + columns, columns, 0)
     return row, column, exists
 
 
@@ -212,16 +256,15 @@ def open_keys(keys, row, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP:
 
     All heads' keys are asked for at once, so that they arrive together, where the registers allow it.
     """
-    key, row_stride, column_stride, head_stride, channel_stride = keys
-    offset = grid_offsets(row, column, row_stride, column_stride)
-    place = key + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * channel_stride
+    offset = grid_offsets(row, column, keys.row_stride, keys.column_stride)
+    place = keys.pointer + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys.channel_stride
     if KEEP:
         heads = ()
         for head in tl.static_range(HEADS):
-            heads = heads + (tl.load(place + tl.full((), head, tl.int64) * head_stride),)
+            heads = heads + (tl.load(place + tl.full((), head, tl.int64) * keys.head_stride),)
         return heads
     else:
-        return place, head_stride
+        return place, keys.head_stride
 
 
 @triton.jit
@@ -305,7 +348,7 @@ def head_statistics(
     for _head in tl.static_range(HEADS):
         m_i = m_i + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
         l_i = l_i + (tl.zeros((PIXELS, SHARES), tl.float32),)
-    for block in tl.range(0, tl.cdiv(rectangle[3], BLOCK)):
+    for block in tl.range(0, tl.cdiv(rectangle.count, BLOCK)):
         row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
         near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
         limit = tl.full((PIXELS, BLOCK), float("inf"), tl.float32)
@@ -315,8 +358,9 @@ def head_statistics(
         now_l = ()
         for head in tl.static_range(HEADS):
             raw = head_product(
-                queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
-            )
+                queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+            )  # fmt: skip
             # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
             raw = in_shares(tl.minimum(raw, limit), SHARES)
             now = tl.maximum(m_i[head], of_shares(raw, "max") * exponent_scale)
@@ -346,8 +390,9 @@ def mean_weights(
     weights = tl.zeros((PIXELS, BLOCK), tl.float32)
     for head in tl.static_range(HEADS):
         raw = head_product(
-            queries, near, query_channel_stride, keys[4], head, block, opaque_zero, WIDTH, PIECE, PRECISION, KEEP
-        )
+            queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
+            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+        )  # fmt: skip
         weights += tl.math.exp2(raw * exponent_scale - m_i[head][:, None]) * inv_l[head][:, None]
     if block * BLOCK + BLOCK > core_keys(rectangle):
         # Once for all heads; what a pixel does not see may be anything here, infinity and NaN included.

@@ -140,7 +140,7 @@ PLANTED = {
     ),
     "keys numbered beyond the last": Fault(
         "window_attention_tile.py",
-        "    number = tl.minimum(number, count - 1)\n",
+        "    number = tl.minimum(number, rectangle.count - 1)\n",
         "",
         "_window_attention_forward_kernel",
         "past the end of the tensor passed as `key`",

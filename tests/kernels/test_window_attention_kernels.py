@@ -536,7 +536,7 @@ def test_a_core_that_is_too_large_fails_the_error_rule(monkeypatch: pytest.Monke
     tensors = attention_tensors(shape)
     assert_backend_accurate(attention(shape), tensors, backend="triton")
     module = RESIDENT if weights_live == "resident" else TILE
-    mutate(monkeypatch, module, "core_keys", "core_rows * core_columns", "2 * core_rows * core_columns")
+    mutate(monkeypatch, module, "core_keys", "rectangle.core.rows", "2 * rectangle.core.rows")
     with pytest.raises(AssertionError, match="output: error"):
         assert_backend_accurate(attention(shape), tensors, backend="triton")
 
