@@ -25,6 +25,19 @@ _OVERHEAD = 55 * 10**6
 _OVERHEAD_OF_A_THREAD = 20 * 10**6
 _OVERHEAD_ELSEWHERE = 150 * 10**6
 
+# Products for each pixel of the image. A pass of an encoder makes all products before the normalisation whose
+# statistics it takes.
+_ENCODER = 4
+_IMAGE_PASSES = 0 + 1 + 2 + 3
+_PASSES = 1 + 2 + 3 + 4  # of the key encoder, and of the query encoder
+_IMAGE_ANEW = 4 * _ENCODER  # the encoded image, once for each pass of an encoder that keeps nothing
+_KEYS_ANEW = _ENCODER + _ENCODER  # the encoded image and the key encoder, for the pooled keys
+_IMAGE_FROM_TRUNK = 2  # the encoded image, from the trunk that the image encoder's last pass left
+# Where the encoder at work keeps its trunk: all its passes, the encoded image before them, and of the key encoder the
+# pooled keys after them.
+_KEYS_FROM_TRUNK = 8
+_QUERIES_FROM_TRUNK = 9
+
 # The pages of a memory map that writing a piece makes resident, neighbouring pages included, as a multiple of its size.
 _PAGES = 3
 
@@ -86,25 +99,30 @@ def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
     out = task.batch * pixels_of(task.output) * task.value_channels * task.value_dtype.itemsize if task.returned else 0
     always = _overhead(task) + (out if task.batch > 1 else 0)
     scratch = 4 * _tile_bytes(task, bands.rows * width) + bands.rows * width * task.input_dim * 8
-    rest = kept < 1
-    alone = always + row * bands.kept + (rest + 1) * band + scratch
+    rest = 1 - kept
+    maps = 2 if rest else 1  # beside the stored ones: the trunk of a band that has none, and the branch
+    alone = always + row * bands.kept + maps * band + scratch
     pooling = 3 * pixels_of(task.grid) * task.dim * working_dtype(task.dtype).itemsize  # two sums and the result
     made = task.batch * image
     stages: list[Stage] = []
     if task.context != "all":
         first = 3 if task.is_thin else 4
-        stages.append(Stage("statistics of the image", made * (first * kept + 6 * (1 - kept)), alone))
+        stages.append(Stage("statistics of the image", made * (first * kept + _IMAGE_PASSES * rest), alone))
         if bands.together and task.needs_queries:
-            products = made * (26 * kept + 44 * (1 - kept))
+            from_map = _IMAGE_FROM_TRUNK + 2 * _PASSES + _ENCODER
+            products = made * (from_map * kept + (2 * _PASSES + _IMAGE_ANEW + _KEYS_ANEW) * rest)
             stages.append(Stage("statistics of keys, queries", products, alone + band + pooling))
         elif bands.together:
-            products = made * (16 * kept + 34 * (1 - kept))
+            from_map = _IMAGE_FROM_TRUNK + _PASSES + _ENCODER
+            products = made * (from_map * kept + (_PASSES + _IMAGE_ANEW + _KEYS_ANEW) * rest)
             stages.append(Stage("statistics of the keys", products, alone + band + pooling))
         else:
             more = row * bands.encoded
-            stages.append(Stage("statistics of the keys", made * (8 * kept + 34 * (1 - kept)), alone + pooling + more))
+            products = made * (_KEYS_FROM_TRUNK * kept + (_PASSES + _IMAGE_ANEW + _KEYS_ANEW) * rest)
+            stages.append(Stage("statistics of the keys", products, alone + pooling + more))
             if task.needs_queries:
-                products = made * (9 * kept - 4 * encoded + 26 * (1 - kept))
+                from_trunk = _QUERIES_FROM_TRUNK * kept - _ENCODER * encoded
+                products = made * (from_trunk + (_PASSES + _IMAGE_ANEW) * rest)
                 stages.append(Stage("statistics of the queries", products, alone + more))
     remains = always + row * bands.kept_for_output
     stages.append(Stage("keys", _key_products(task), remains + _key_bytes(task, images)))
@@ -112,7 +130,7 @@ def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
     attended, reached, tile = _attention_products(task), 0, 0
     if task.needs_queries:
         rows, columns = _reached(task, bands.output_rows)
-        work = max(2 * rows * columns, bands.rows * width * (rest + 1)) * task.pixel_bytes
+        work = max(2 * rows * columns, bands.rows * width * maps) * task.pixel_bytes
         share = task.region[3] / task.output[1] * task.region[2] / task.output[0]
         repeated = 1 + 2 * HALO / bands.output_rows
         again = (5 if bands.together else 2) * later + 9 * (1 - later)
