@@ -11,6 +11,7 @@ process, and no look-up waits for the device.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -124,12 +125,21 @@ class Table:
 
 @cache
 def kernels_digest() -> str:
-    """A digest of the sources of the attention's kernels and of their rule."""
+    """A digest of the sources of the attention's kernels and of their rule, but for comments and docstrings."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for path in (*sorted(folder.glob("window_*.py")), folder / "products.py"):
-        digest.update(path.name.encode() + b"\n" + path.read_bytes().replace(b"\r\n", b"\n"))
+        digest.update(f"{path.name}\n{_without_comments(path.read_text(encoding='utf-8'))}".encode())
     return digest.hexdigest()[:16]
+
+
+def _without_comments(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        # A docstring, and the text below a constant.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value = ast.Constant(None)
+    return ast.unparse(tree)
 
 
 def file_name(device: str) -> str:

@@ -168,7 +168,7 @@ def test_tables_of_other_kernels_cards_and_formats_are_told_apart_from_broken_on
             config_tables.load(text, "cpu")
 
 
-def test_the_digest_changes_with_a_kernel_and_with_the_rule_alone(
+def test_the_digest_changes_with_the_code_of_a_kernel_and_of_the_rule_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def digest() -> str:
@@ -187,8 +187,12 @@ def test_the_digest_changes_with_a_kernel_and_with_the_rule_alone(
         kernel.write_bytes(kernel.read_bytes().replace(b"\n", b"\r\n"))  # as git may check out
         assert digest() == before
         for name in ("window_attention_forward.py", "products.py", "window_attention_config.py"):
-            now = digest()
-            (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+            now, text = digest(), (tmp_path / name).read_text()
+            (tmp_path / name).write_text(text + "\n# A comment.\n")
+            assert digest() == now
+            (tmp_path / name).write_text(text.replace('"""', '"""In other words: ', 1))
+            assert digest() == now
+            (tmp_path / name).write_text(text + "\nX = 1\n")
             assert digest() != now
     finally:
         config_tables.kernels_digest.cache_clear()
