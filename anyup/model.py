@@ -133,7 +133,7 @@ class AnyUp(Network):
             enc_img, feats, None, out_size, q_chunk_size, input_dim=self.qk_dim, device=device, name="enc_img"
         )
         grid = (feats.shape[2], feats.shape[3])
-        with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
+        with memory.reuse():
             queries, (image_keys,) = self.queries_and_image_keys(enc_img, size, [grid], encoded=True)
             keys, copied = self.keys(image_keys, feats)
         return self.attend(queries, keys.to(queries.dtype), copied, vis_attn, integer(q_chunk_size))
@@ -175,10 +175,7 @@ class AnyUp(Network):
 
         repeats = not compiling and type(self) is AnyUp
         seen = encoding_seen_before(self, image, size, names) if repeats else None
-        with (
-            nullcontext() if compiling else memory.reuse(),
-            nullcontext() if compiling else self.threads_for(image, size),
-        ):
+        with memory.reuse(), nullcontext() if compiling else self.threads_for(image, size):
             # The peak is three maps as large as the queries: the encoded image, and two of the encoder that runs.
             queries, *image_keys = encode() if seen is None else seen.repeat() or seen.record(3 * needed, encode)
         # A copy, because the caller may write the next frame into the image.

@@ -231,7 +231,7 @@ class Network(nn.Module):
         """The result (B, C or Cv, H, W) for checked arguments, computed with whole maps of the whole batch."""
         if self.backend is not None and not torch.compiler.is_compiling():
             self.explain(image, features, size, values=values).require()
-        with nullcontext() if torch.compiler.is_compiling() else memory.reuse():
+        with memory.reuse():
             query, key, copied = self.queries_and_keys(image, features, size)
         values = copied if values is None or values is features else values
         return self.attend(query, key, values, vis_attn, q_chunk_size)

@@ -49,9 +49,16 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+def reuse() -> contextlib.AbstractContextManager[None]:
+    """Keep the memory of maps made within the block until its end, for later maps of the same size.
+
+    Nothing while a call is compiled: the compiler plans its memory itself.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _reuse()
+
+
 @contextlib.contextmanager
-def reuse() -> Iterator[None]:
-    """Keep the memory of maps made within the block until its end, for later maps of the same size."""
+def _reuse() -> Iterator[None]:
     before = _kept.mappings
     _kept.mappings = [] if before is None else before
     try:
