@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 import torch
+from support.accuracy import BACKENDS
 from support.recipe import CASES, golden_arrays, golden_call, wave
 from torch import Tensor
 
-BACKENDS = ("torch", "reference")
 OUTPUT_TOLERANCE = 3e-5
 GRADIENT_TOLERANCE = 5e-5  # of the gradient's stored norm
 

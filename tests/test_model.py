@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accuracy import assert_close_enough
+from support.accuracy import BACKENDS, assert_close_enough
 from support.recipe import fill, wave
 from torch import Tensor
 
@@ -23,7 +23,6 @@ from anyup.model import OPERATIONS
 from anyup.window import CellWindow, RatioWindow
 
 SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
-BACKENDS = ("torch", "reference")
 
 
 def small(seed: int = 0, **arguments: Any) -> AnyUp:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.checkouts import ROOT, our_conftest
 
-ROOT = Path(__file__).resolve().parents[1]
 # A worker that started workers of its own would not end: the limit on processes ends that too.
 TEST = """
 import os
@@ -24,9 +24,7 @@ def test_the_suite_runs_in_two_processes_and_no_more(tmp_path: Path) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\nmarkers = slow: long\naddopts = -m 'not slow'\n")
     (tmp_path / "tests").mkdir()
-    ours = f"import runpy\nours = runpy.run_path({str(ROOT / 'tests' / 'conftest.py')!r})\n"
-    names = "globals().update((name, value) for name, value in ours.items() if not name.startswith('__'))\n"
-    (tmp_path / "tests" / "conftest.py").write_text(ours + names)
+    (tmp_path / "tests" / "conftest.py").write_text(our_conftest())
     (tmp_path / "tests" / "test_it.py").write_text(TEST)
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

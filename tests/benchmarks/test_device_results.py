@@ -11,16 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkouts import ROOT
+from support.checkouts import ROOT, our_conftest
 from support.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
-
-CONFTEST = """
-import runpy
-ours = runpy.run_path({conftest!r})
-globals().update((name, value) for name, value in ours.items() if not name.startswith("__"))
-"""
 
 ON_A_CARD = """
 from support import device_results
@@ -74,10 +68,8 @@ def folder(tmp_path: Path) -> Path:
     device = tmp_path / "tests" / "device"
     device.mkdir(parents=True)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    ours = ROOT / "tests" / "conftest.py"
-    (device.parent / "conftest.py").write_text(CONFTEST.format(conftest=str(ours)) + ON_A_CARD)
-    ours = ROOT / "tests" / "device" / "conftest.py"
-    (device / "conftest.py").write_text(CONFTEST.format(conftest=str(ours)) + DEVICE)
+    (device.parent / "conftest.py").write_text(our_conftest() + ON_A_CARD)
+    (device / "conftest.py").write_text(our_conftest("tests/device") + DEVICE)
     (device / "test_card.py").write_text(TESTS)
     return tmp_path
 

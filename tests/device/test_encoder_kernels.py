@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from support.accuracy import assert_close_enough
+from support.card import DTYPES
 from support.encoder_statistics import assert_statistics_lose_nothing
 from support.pixel_encoder_cases import Shape, encoder, parameters_of, tensors_of
 
@@ -14,7 +15,6 @@ from anyup.ops.pixel_encoder import explain_backends, fused
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = {
     "rotated, batch 2": Shape((9, 17), rotates=True, batch=2),
     "as wide as the input": Shape((9, 15), inputs=16),

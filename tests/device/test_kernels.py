@@ -18,6 +18,7 @@ from passes import (
     with_gaps,
 )
 from support.accuracy import assert_close_enough
+from support.card import DTYPES
 from support.recipe import AttentionShape, parts_of
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from anyup.window import CellWindow, Part, RatioWindow, Window
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Small, because ttsem executes each program in Python; no side is a multiple of any tile's.
 SHAPES = {

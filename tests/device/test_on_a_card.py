@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from support.accuracy import assert_close_enough, output_and_gradients
-from support.card import no_card, rehearsed
+from support.card import DTYPES, no_card, rehearsed
 from support.recipe import AttentionShape, attention_tensors, fill, wave
 from torch import Tensor
 
@@ -31,7 +31,6 @@ from anyup.window import RatioWindow
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # 448 x 448 from 32 x 32, ViT-S features; where a card is pretended as much as can be waited for.
 SIDE, GRID, CHANNELS = (16, 4, 48) if rehearsed else (448, 32, 384)

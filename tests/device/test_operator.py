@@ -9,6 +9,7 @@ import pytest
 import torch
 from passes import channels_first
 from support.accuracy import assert_backend_accurate
+from support.card import DTYPES
 from support.recipe import AttentionShape, attention_tensors
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from anyup.window import CellWindow, RatioWindow
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = {
     "ratio window, batch 2": AttentionShape((9, 14), (4, 5), channels=21, batch=2, head_dim=16),
     "cell window, one channel": AttentionShape((11, 9), (5, 6), channels=1, window=CellWindow(0.2), head_dim=16),

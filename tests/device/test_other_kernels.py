@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from support.accuracy import assert_close_enough, output_and_gradients
+from support.card import DTYPES
 from support.feature_unification_cases import Shape as UnificationShape
 from support.feature_unification_cases import tensors_of as unification_tensors
 from support.point_cases import attention_at
@@ -20,7 +21,6 @@ from anyup.ops.feature_unification import unify_features
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIFICATION = {
     "M divides C, batch 2": UnificationShape((2, 5), 32, batch=2),
     "two classes of outputs": UnificationShape((1, 2), 48, filters=32, kernel_size=3),

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import (
+    BACKENDS,
+    DTYPES,
     assert_backend_accurate,
     assert_backend_accurate_over_draws,
     assert_close_enough,
@@ -20,9 +22,6 @@ from support.feature_unification_cases import SHAPES, Shape, tensors_of
 from torch import Tensor
 
 from anyup.ops.feature_unification import eager, explain_backends, unify_features
-
-BACKENDS = ("torch", "reference")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import (
+    BACKENDS,
+    DTYPES,
     assert_backend_accurate,
     assert_backend_accurate_over_draws,
     assert_close_enough,
@@ -30,9 +32,6 @@ from anyup.ops.pixel_encoder.gradients import Spread
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Parts, Statistics
 from anyup.ops.pixel_encoder.thin import ThinProjection
-
-BACKENDS = ("torch", "reference")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import (
+    BACKENDS,
+    DTYPES,
     assert_backend_accurate,
     assert_backend_accurate_over_draws,
     assert_close_enough,
@@ -20,9 +22,6 @@ from support.query_projection_cases import SHAPES, Shape, run, tensors_of
 from torch import Tensor
 
 from anyup.ops.query_projection import ProjectionParameters, eager, explain_backends, project_queries
-
-BACKENDS = ("torch", "reference")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

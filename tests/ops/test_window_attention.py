@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import (
+    BACKENDS,
+    DTYPES,
     assert_backend_accurate,
     assert_backend_accurate_over_draws,
     assert_close_enough,
@@ -23,9 +25,6 @@ from torch import Tensor
 from anyup.ops import explain_backends, window_attention
 from anyup.ops.window_attention import eager, segments
 from anyup.window import CellWindow, Part, RatioWindow, axis_bounds, part_bounds
-
-BACKENDS = ("torch", "reference")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(shape: AttentionShape, **settings: Any) -> Any:

@@ -7,13 +7,11 @@ import sys
 
 import pytest
 import torch
-from support.accuracy import assert_backend_accurate, assert_backend_accurate_over_draws, output_and_gradients
+from support.accuracy import DTYPES, assert_backend_accurate, assert_backend_accurate_over_draws, output_and_gradients
 from support.point_cases import attention_at, some_pixels, tensors_of
 from support.recipe import ATTENTION_SHAPES, attention_tensors
 
 from anyup.ops.window_attention import eager_points, explain_points, window_attention
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

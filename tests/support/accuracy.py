@@ -14,6 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BACKENDS = ("torch", "reference")
+"""The backends that run on any device."""
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What they compute in."""
+
 Run = Callable[..., Tensor]
 """Called with `backend=` and the tensors by name; returns the output."""
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What kernels compute in."""
+
 rehearsed = False
 """Whether tests of a real card run where there is none, to see that they run (`rehearsal`)."""
 

@@ -33,6 +33,14 @@ assert kernels.OWNER == "somebody else", kernels
 """
 
 
+def our_conftest(folder: str = "tests") -> str:
+    """The text of a conftest.py elsewhere that has all that ours in a folder has."""
+    return (
+        f"import runpy\nours = runpy.run_path({str(ROOT / folder / 'conftest.py')!r})\n"
+        "globals().update((name, value) for name, value in ours.items() if not name.startswith('__'))\n"
+    )
+
+
 def copy_checkout(target: Path, *, kernels: bool) -> Path:
     """Copy what is needed to build and to run the package; with ``kernels``, add kernel modules."""
     target.mkdir(parents=True)
