@@ -41,7 +41,7 @@ def _window_attention_backward_key_kernel(
     scale, exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
-    SLICE: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
+    SLICE: tl.constexpr, LOAD_ONCE: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS keys, one part of its pixels and GROUP heads.
 
@@ -59,7 +59,7 @@ def _window_attention_backward_key_kernel(
     keys = open_queries(
         key + image * key_image_stride + first_head * key_head_stride,
         row64 * key_row_stride + column64 * key_column_stride,
-        key_head_stride, key_channel_stride, GROUP, PIECE, KEEP,
+        key_head_stride, key_channel_stride, GROUP, PIECE, LOAD_ONCE,
     )  # fmt: skip
     value += image * value_image_stride
     value_offset = row64 * value_row_stride + column64 * value_column_stride
@@ -89,7 +89,7 @@ def _window_attention_backward_key_kernel(
             weights = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 opaque_zero,
-                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
             several_share = tl.load(inv_l + entry + head) * several
             mean = tl.load(delta + entry + head)
@@ -126,7 +126,7 @@ def _window_attention_backward_value_kernel(
     exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
-    SLICES: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
+    SLICES: tl.constexpr, LOAD_ONCE: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS keys, a part of its pixels and SLICES channel slices.
 
@@ -141,7 +141,7 @@ def _window_attention_backward_value_kernel(
     keys = open_queries(
         key + image * key_image_stride,
         key_row.to(tl.int64) * key_row_stride + key_column.to(tl.int64) * key_column_stride,
-        key_head_stride, key_channel_stride, HEADS, PIECE, KEEP,
+        key_head_stride, key_channel_stride, HEADS, PIECE, LOAD_ONCE,
     )  # fmt: skip
     head_channel = tl.arange(0, PIECE).to(tl.int64)
     query += image * query_image_stride
@@ -162,7 +162,7 @@ def _window_attention_backward_value_kernel(
             exponentials = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 opaque_zero,
-                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
             weights += exponentials * tl.load(inv_l + entry + head)[:, None]
         inverses = (weights / HEADS).to(grad.dtype.element_ty)

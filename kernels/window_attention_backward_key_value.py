@@ -44,7 +44,7 @@ def _window_attention_backward_key_value_kernel(
     scale, exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
-    SLICES: tl.constexpr, KEEP: tl.constexpr, TALL: tl.constexpr, REFETCH: tl.constexpr, WHOLE: tl.constexpr,
+    SLICES: tl.constexpr, LOAD_ONCE: tl.constexpr, TALL: tl.constexpr, REFETCH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS keys and a part of its pixels, all heads and all channels.
 
@@ -61,7 +61,7 @@ def _window_attention_backward_key_value_kernel(
     column64 = key_column.to(tl.int64)
     keys = open_queries(
         key + image * key_image_stride, row64 * key_row_stride + column64 * key_column_stride,
-        key_head_stride, key_channel_stride, HEADS, PIECE, KEEP,
+        key_head_stride, key_channel_stride, HEADS, PIECE, LOAD_ONCE,
     )  # fmt: skip
     value += image * value_image_stride
     value_offset = row64 * value_row_stride + column64 * value_column_stride
@@ -88,7 +88,7 @@ def _window_attention_backward_key_value_kernel(
             exponentials = exponentials_of_head(
                 keys, key_channel_stride, place, query_channel_stride, limit, lse, entry, head, exponent_scale, block,
                 opaque_zero,
-                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
             weights = weights + (exponentials * tl.load(inv_l + entry + head)[:, None],)
             total += weights[head]

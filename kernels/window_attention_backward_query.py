@@ -62,18 +62,18 @@ def _add_to_sums(
     l_i, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i,
     grad_weights, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    LOAD_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Each head's sum of exponentials, and of exponentials times dP, with a block of keys added."""
     row, column, exists = row_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, HEADS, PIECE, LOAD_ONCE)
     limit = visibility(windows, row, column, exists)
     new_l = ()
     new_deltas = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
             queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
-            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
         )  # fmt: skip
         # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
         raw = tl.minimum(raw, limit)
@@ -88,23 +88,23 @@ def _add_to_gradients(
     gradients, inverses, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i,
     grad_weights, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    LOAD_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Each head's sum of dS k, with a block of keys added."""
     row, column, exists = row_block(block, rectangle, BLOCK)
-    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, HEADS, PIECE, LOAD_ONCE)
     limit = visibility(windows, row, column, exists)
     sums = ()
     for head in tl.static_range(HEADS):
         raw = head_product(
             queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
-            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
         )  # fmt: skip
         raw = tl.minimum(raw, limit)
         weights = tl.math.exp2(raw * exponent_scale - m_i[head][:, None]) * inverses[head][:, None]
         inner = (weights * (grad_weights - deltas[head][:, None])).to(keys.pointer.dtype.element_ty)
         for piece in tl.static_range(WIDTH // PIECE):
-            theirs = key_piece(near, keys.channel_stride, head, piece, PIECE, KEEP)
+            theirs = key_piece(near, keys.channel_stride, head, piece, PIECE, LOAD_ONCE)
             before = gradients[head * (WIDTH // PIECE) + piece]
             sums = sums + (matmul(inner, theirs, before, PRECISION),)
     return sums
@@ -153,8 +153,8 @@ def _window_attention_backward_query_kernel(
     scale, exponent_scale, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    SLICE: tl.constexpr, RESIDENT_BLOCKS: tl.constexpr, KEEP: tl.constexpr, TAIL: tl.constexpr, SHARES: tl.constexpr,
-    WHOLE: tl.constexpr, WAITING: tl.constexpr,
+    SLICE: tl.constexpr, RESIDENT_BLOCKS: tl.constexpr, LOAD_ONCE: tl.constexpr, TAIL: tl.constexpr,
+    ROW_PARTIALS: tl.constexpr, WHOLE: tl.constexpr, WAITING: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels and GROUP heads; grid: (tiles of all images, groups of heads).
 
@@ -195,11 +195,11 @@ def _window_attention_backward_query_kernel(
             query_head_stride, keys, rectangle, windows, exponent_scale, scale * several, lse,
             grad_query + entry[:, None] * WIDTH + channel[None, :], inv_l, delta, entry, pixel_exists, opaque_zero,
             HEADS=HEADS, GROUP=GROUP, WIDTH=WIDTH, PIXELS=PIXELS, BLOCK=BLOCK, BLOCKS=RESIDENT_BLOCKS, TAIL=TAIL,
-            PRECISION=PRECISION, SHARES=SHARES,
+            PRECISION=PRECISION, ROW_PARTIALS=ROW_PARTIALS,
             KEPT=tl.float16 if query.dtype.element_ty.primitive_bitwidth == 16 else tl.float32, WAITING=WAITING,
         )  # fmt: skip
     else:
-        queries = open_queries(query, query_offset, query_head_stride, query_channel_stride, GROUP, PIECE, KEEP)
+        queries = open_queries(query, query_offset, query_head_stride, query_channel_stride, GROUP, PIECE, LOAD_ONCE)
         m_i = ()
         l_i = ()
         deltas = ()
@@ -219,7 +219,7 @@ def _window_attention_backward_query_kernel(
             l_i, deltas = _add_to_sums(
                 l_i, deltas, queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i,
                 product / HEADS, opaque_zero,
-                HEADS=GROUP, WIDTH=WIDTH, PIECE=PIECE, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
+                HEADS=GROUP, WIDTH=WIDTH, PIECE=PIECE, BLOCK=BLOCK, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
         entry, pixel_exists, windows = _tile_anew(
             opaque_zero, tile_rows, tile_columns, sizes, rule, ROWS, COLUMNS, WINDOW
@@ -234,7 +234,7 @@ def _window_attention_backward_query_kernel(
             gradients = _add_to_gradients(
                 gradients, inverses, deltas, queries, query_channel_stride, keys, block, rectangle, windows,
                 exponent_scale, m_i, product / HEADS, opaque_zero,
-                HEADS=GROUP, WIDTH=WIDTH, PIECE=PIECE, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
+                HEADS=GROUP, WIDTH=WIDTH, PIECE=PIECE, BLOCK=BLOCK, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
         channel = tl.arange(0, PIECE)
         for head in tl.static_range(GROUP):
@@ -298,16 +298,16 @@ def plan_backward_query(
             "HEADS": heads,
             "GROUP": group,
             "WIDTH": head_dim,
-            "PIECE": head_dim if config.keep else min(config.piece, head_dim),
+            "PIECE": head_dim if config.load_once else min(config.piece, head_dim),
             "PRECISION": precision,
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "BLOCK": config.block_keys,
             "SLICE": config.channel_slice,
             "RESIDENT_BLOCKS": config.resident_blocks,
-            "KEEP": config.keep,
+            "LOAD_ONCE": config.load_once,
             "TAIL": config.tail_keys,
-            "SHARES": config.shares,
+            "ROW_PARTIALS": config.row_partials,
             "WAITING": config.waiting_blocks,
             "WHOLE": value.shape[3] % config.channel_slice == 0,
         },

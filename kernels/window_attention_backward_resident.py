@@ -44,7 +44,7 @@ def resident_gradients(
     grad_weights, query_place, query_head_stride, keys, rectangle, windows, exponent_scale, row_scale,
     lse, grad_query_place, inv_l, delta, entry, pixel_exists, opaque_zero,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr,
+    BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, ROW_PARTIALS: tl.constexpr, KEPT: tl.constexpr,
     WAITING: tl.constexpr,
 ):  # fmt: skip
     """Stores each head's gradient, inverse sum of exponentials and delta.
@@ -64,7 +64,7 @@ def resident_gradients(
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
             part * BLOCK, core + opaque_zero * (part + 1), rectangle, windows,
-            PIXELS, BLOCK if part < BLOCKS else TAIL, SHARES,
+            PIXELS, BLOCK if part < BLOCKS else TAIL, ROW_PARTIALS,
         )  # fmt: skip
         seen = seen + (bits,)
     heads = tl.math.log2(tl.full((), HEADS, tl.float32))
@@ -73,16 +73,16 @@ def resident_gradients(
         query = tl.load(query_place + head64 * query_head_stride)
         # Exponentials are divided by the number of heads here, not <dO, v>, for which the compiler would keep both.
         m_i = tl.load(lse + entry + head) * LOG2_E + heads
-        l_i = tl.zeros((PIXELS, SHARES), tl.float32)
-        mean = tl.zeros((PIXELS, SHARES), tl.float32)
+        l_i = tl.zeros((PIXELS, ROW_PARTIALS), tl.float32)
+        mean = tl.zeros((PIXELS, ROW_PARTIALS), tl.float32)
         powers = ()
         for part in tl.static_range(PARTS):
             key = tl.load(places[part] + head64 * keys.head_stride)
-            raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
+            raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), ROW_PARTIALS)
             if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                 # The zero keeps the compiler from taking the bits apart before the loop, a register each.
                 raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
-            kept, l_i, mean = _add(raw, grad_weights[part], l_i, mean, exponent_scale, m_i, SHARES, KEPT)
+            kept, l_i, mean = _add(raw, grad_weights[part], l_i, mean, exponent_scale, m_i, ROW_PARTIALS, KEPT)
             if part < WAITING:
                 powers = powers + (kept,)
         inverse = 1.0 / (tl.sum(l_i, axis=1) * HEADS)
@@ -97,7 +97,7 @@ def resident_gradients(
             else:
                 # Without the zeros the compiler would keep the logits or the branch's outcome.
                 key = tl.load(places[part] + head64 * keys.head_stride + 16 * opaque_zero)
-                raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
+                raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), ROW_PARTIALS)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + opaque_zero:
                     raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
                 power = tl.math.exp2(raw * exponent_scale - m_i[:, None, None, None])
@@ -109,11 +109,11 @@ def resident_gradients(
 
 
 @triton.jit
-def _add(raw, grad_weights, l_i, mean, exponent_scale, m_i, SHARES: tl.constexpr, KEPT: tl.constexpr):
+def _add(raw, grad_weights, l_i, mean, exponent_scale, m_i, ROW_PARTIALS: tl.constexpr, KEPT: tl.constexpr):
     """Exponentials of logits, and each share's sum of them and of them times <dO, v> with these added."""
     power = tl.math.exp2(raw * exponent_scale - m_i[:, None, None, None])
     l_i += of_shares(power, "sum")
-    mean += of_shares(power * in_shares(grad_weights, SHARES), "sum")
+    mean += of_shares(power * in_shares(grad_weights, ROW_PARTIALS), "sum")
     return packed(power) if KEPT == tl.float16 else power, l_i, mean
 
 

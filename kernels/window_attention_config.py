@@ -26,8 +26,9 @@ class ForwardConfig:
         channel_slice: channels multiplied at once.
         slices: channel slices alive at once where keys are streamed.
         num_warps, num_stages: Triton's.
-        shares: of a block's keys, each with a running maximum of its own: 4 where four threads hold a row of a product.
-        keep: whether all heads' queries stay in registers, and all heads' keys of a block are asked for at once.
+        row_partials: running maxima and sums of a pixel, each of a share of a block's keys: 4 where four threads hold a
+            row of a product.
+        load_once: whether all heads' queries stay in registers, and all heads' keys of a block are asked for at once.
         piece: channels of a head multiplied at once where queries are not kept.
         group_blocks: resident blocks whose logits are in registers at once.
         tail_keys: of a last, smaller block that stays in registers too; 0: there is none.
@@ -43,8 +44,8 @@ class ForwardConfig:
     slices: int
     num_warps: int
     num_stages: int
-    shares: int = 4
-    keep: bool = True
+    row_partials: int = 4
+    load_once: bool = True
     piece: int = 32
     tail_keys: int = 0
     group_blocks: int = 4
@@ -102,10 +103,10 @@ def _forward_configs(
     most_keys: int, target: Target, half: bool, heads: int, head_dim: int, even: bool
 ) -> tuple[ForwardConfig, ForwardConfig]:
     wide = heads * head_dim > _KEPT_CHANNELS
-    keep = half and not wide
+    once = half and not wide
     # Four threads hold a row of a product, except where the products have a memory of their own (sm_100) or a wave's
     # matrix units another layout (AMD).
-    shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    partials = 1 if target.backend == "hip" or target.arch == 100 else 4
     # Products of float32 take tensor memory of sm_100 by the piece; eight heads of 128 ask for more than there is, and
     # run with the last config, whose 32 pixels are too few for that kind of product.
     piece = 32 if target.arch == 100 else 16
@@ -124,26 +125,26 @@ def _forward_configs(
         group = 4 if target.arch == 100 or most else 8
         stages = 1 if most or (wide and head_dim == 64) else 2
         best = ForwardConfig(
-            8, 8, 32, blocks, 64 if roomy else 32, 1, 4, stages, shares, keep, tail_keys=tail, group_blocks=group
+            8, 8, 32, blocks, 64 if roomy else 32, 1, 4, stages, partials, once, tail_keys=tail, group_blocks=group
         )
     elif resident and block * blocks > 64:
-        best = ForwardConfig(8, 8, 32, -(-blocks // 2), 32 if target.arch == 90 else slice_, 1, 4, 1, shares, keep)
+        best = ForwardConfig(8, 8, 32, -(-blocks // 2), 32 if target.arch == 90 else slice_, 1, 4, 1, partials, once)
     elif resident:
         # On sm_100 four heads of 32 spill with one share.
-        two = 2 if target.arch == 100 and heads == 4 else shares
-        best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, two, keep)
-    elif keep:
-        best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, shares, keep)
+        two = 2 if target.arch == 100 and heads == 4 else partials
+        best = ForwardConfig(8, 8, 16, blocks, 16 if head_dim == 64 else 32, 1, 4, 1, two, once)
+    elif once:
+        best = ForwardConfig(8, 8, 16, 0, 64, 3 if heads <= 4 else 2, 4, 1, partials, once)
     elif not wide:
-        best = _streamed_float32(target, heads, head_dim, shares, even)
+        best = _streamed_float32(target, heads, head_dim, partials, even)
     else:
         # By less than half a head of 128 at a time these two targets spill a few registers.
         roomy = half and target.arch in (100, 120)
         best = ForwardConfig(
-            8, 8, 16, 0, slice_, 1, 4, 1, shares, keep=roomy and head_dim <= 32, piece=64 if roomy else piece
+            8, 8, 16, 0, slice_, 1, 4, 1, partials, load_once=roomy and head_dim <= 32, piece=64 if roomy else piece
         )
     rows = 4 if target.arch == 100 else 8
-    return best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, shares, keep=False, piece=piece)
+    return best, ForwardConfig(rows, 8, 16, 0, slice_, 1, 4, 1, partials, load_once=False, piece=piece)
 
 
 def _kept_in_memory(target: Target, half: bool, heads: int, head_dim: int, channels: int) -> ForwardConfig | None:
@@ -152,31 +153,31 @@ def _kept_in_memory(target: Target, half: bool, heads: int, head_dim: int, chann
     128 pixels at a time ask the L2 cache for half as many keys and values. But one program then takes all registers of
     a multiprocessor, whose units wait for each other: worth it where the matrix units are fast.
     """
-    shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    partials = 1 if target.backend == "hip" or target.arch == 100 else 4
     if heads > 4 or head_dim > 32 or channels % 16:
         return None
     if not half:
         if target.arch == 100:
-            return ForwardConfig(8, 16, 32, 0, 32, 4, 8, 1, shares, keep=False, piece=32, kept_programs=1)
+            return ForwardConfig(8, 16, 32, 0, 32, 4, 8, 1, partials, load_once=False, piece=32, kept_programs=1)
         stay = target.arch in (80, 90, 120)
         programs = 1 if target.arch == 120 else 2
         block = 32 if target.arch == 90 else 16
-        return ForwardConfig(8, 8, block, 0, 32, 4, 4, 1, shares, keep=stay, piece=16, kept_programs=programs)
+        return ForwardConfig(8, 8, block, 0, 32, 4, 4, 1, partials, load_once=stay, piece=16, kept_programs=programs)
     if target.arch == 90:
         # Where the last run is not full 64 keys at a time spill.
         run = (64, 64, 3) if channels % 192 == 0 else (64, 128, 2) if channels % 256 == 0 else (32, 64, 3)
-        return ForwardConfig(8, 16, run[0], 0, *run[1:], 8, 2, shares, kept_programs=1)
+        return ForwardConfig(8, 16, run[0], 0, *run[1:], 8, 2, partials, kept_programs=1)
     if target.arch == 100:
-        return ForwardConfig(8, 16, 32, 0, 64, 3, 8, 1, shares, kept_programs=1)
+        return ForwardConfig(8, 16, 32, 0, 64, 3, 8, 1, partials, kept_programs=1)
     if target.backend == "hip":
-        return ForwardConfig(8, 16, 64, 0, 64, 3, 8, 2, shares, kept_programs=1)
+        return ForwardConfig(8, 16, 64, 0, 64, 3, 8, 2, partials, kept_programs=1)
     if target.arch == 120 and heads * head_dim < 128:
         return None
     run = (32, 4) if target.arch == 120 else (64, 2)
-    return ForwardConfig(8, 8, 32, 0, *run, 4, 2, shares, kept_programs=2)
+    return ForwardConfig(8, 8, 32, 0, *run, 4, 2, partials, kept_programs=2)
 
 
-def _streamed_float32(target: Target, heads: int, head_dim: int, shares: int, even: bool) -> ForwardConfig:
+def _streamed_float32(target: Target, heads: int, head_dim: int, partials: int, even: bool) -> ForwardConfig:
     """The logits are made anew for each run of slices, so runs are as long as they can be without a spill.
 
     `even`: the channels are a multiple of 16.
@@ -191,17 +192,17 @@ def _streamed_float32(target: Target, heads: int, head_dim: int, shares: int, ev
             run = narrow if full and heads > 2 else wide
         else:
             run = (32, 3) if full and heads > 4 else wide
-        return ForwardConfig(8, 8, 16, 0, *run, 4, 1, shares)
+        return ForwardConfig(8, 8, 16, 0, *run, 4, 1, partials)
     if target.arch == 120 and full and heads > 4:
-        return ForwardConfig(8, 8, 16, 0, 32, 3, 4, 1, shares)
+        return ForwardConfig(8, 8, 16, 0, 32, 3, 4, 1, partials)
     if heads == 4 and head_dim == 32 and even and target.arch in (86, 89, 100):
         run = (32, 6) if target.arch == 100 else (16, 12)
     elif heads > 1:
         run = 16, 6 if heads == 2 and head_dim >= 32 else 8
     else:
         run = 16, 2 if target.arch == 120 else 4
-    shares = 1 if target.arch == 120 and head_dim == 128 else shares
-    return ForwardConfig(8, 8, 16, 0, *run, 4, 1, shares, keep=False)
+    partials = 1 if target.arch == 120 and head_dim == 128 else partials
+    return ForwardConfig(8, 8, 16, 0, *run, 4, 1, partials, load_once=False)
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,10 @@ class BackwardQueryConfig:
     num_warps: int
     num_stages: int
     heads: int = 0
-    keep: bool = True
+    load_once: bool = True
     piece: int = 32
     tail_keys: int = 0
-    shares: int = 4
+    row_partials: int = 4
     waiting_blocks: int = 16
 
     def __post_init__(self) -> None:
@@ -232,8 +233,10 @@ class BackwardQueryConfig:
             raise ValueError(f"waiting_blocks: expected at least 0, got {self.waiting_blocks}")
         smallest = min(self.block_keys, self.tail_keys or self.block_keys)
         # What a thread's share of a block holds is told by the bits of an integer.
-        if self.resident_blocks and not 2 * self.shares <= smallest <= self.block_keys <= 32 * self.shares:
-            raise ValueError(f"shares: expected blocks of 2 to 32 keys for each of {self.shares}, got {self}")
+        if self.resident_blocks and not 2 * self.row_partials <= smallest <= self.block_keys <= 32 * self.row_partials:
+            raise ValueError(
+                f"row_partials: expected blocks of 2 to 32 keys for each of {self.row_partials}, got {self}"
+            )
         tail = self.tail_keys
         if tail and (not self.resident_blocks or tail & (tail - 1) or not 16 <= tail < self.block_keys):
             raise ValueError(
@@ -253,7 +256,7 @@ class BackwardGridConfig:
         parts: programs that share the pixels of a tile.
         num_warps, num_stages: Triton's.
         heads: of a program, of keys: a divisor of their number; 0: all.
-        keep: whether all heads' keys stay in registers.
+        load_once: whether all heads' keys stay in registers.
         piece: channels of a head multiplied at once where keys are not kept.
         tall: whether the gradients are summed with their channels as rows, not the tile's keys; those of values that
             are summed together with the keys' always are.
@@ -270,7 +273,7 @@ class BackwardGridConfig:
     num_warps: int
     num_stages: int
     heads: int = 0
-    keep: bool = True
+    load_once: bool = True
     piece: int = 32
     tall: bool = False
     refetch: bool = False
@@ -282,7 +285,8 @@ class BackwardGridConfig:
 def check(config: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> None:
     """Raise a ValueError that names an attribute of a config which the language or the matrix units do not take."""
     numbers = {name: number for name, number in vars(config).items() if type(number) is int}
-    for name in ("rows", "columns", "block_keys", "block_pixels", "channel_slice", "piece", "shares", "num_warps"):
+    powers = ("rows", "columns", "block_keys", "block_pixels", "channel_slice", "piece", "row_partials", "num_warps")
+    for name in powers:
         number = numbers.get(name, 1)
         if number < 1 or number & (number - 1):
             raise ValueError(f"{name}: expected a power of two, got {number}")
@@ -302,23 +306,25 @@ def check(config: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> N
 
 
 def _check_forward(config: ForwardConfig) -> None:
-    if config.block_keys < 2 * config.shares:
-        raise ValueError(f"shares: expected at most half of {config.block_keys} keys, got {config.shares}")
+    if config.block_keys < 2 * config.row_partials:
+        raise ValueError(f"row_partials: expected at most half of {config.block_keys} keys, got {config.row_partials}")
     # `side_by_side` makes runs of up to 8 blocks.
     if config.resident_blocks > 15:
         raise ValueError(f"resident_blocks: expected at most 15, got {config.resident_blocks}")
     if config.resident_blocks and config.kept_programs:
         raise ValueError(f"kept_programs: expected 0 with resident_blocks, got {config.kept_programs}")
     # What a thread's share of a block holds is told by the bits of an integer.
-    if config.resident_blocks and config.block_keys > 32 * config.shares:
-        raise ValueError(f"block_keys: expected at most 32 for each of {config.shares} shares, got {config.block_keys}")
+    if config.resident_blocks and config.block_keys > 32 * config.row_partials:
+        raise ValueError(
+            f"block_keys: expected at most 32 for each of {config.row_partials} shares, got {config.block_keys}"
+        )
     tail = config.tail_keys
     if tail and (not config.resident_blocks or tail & (tail - 1) or not 16 <= tail < config.block_keys):
         raise ValueError(
             f"tail_keys: expected 0, or a power of two from 16 to less than resident block_keys, got {config}"
         )
-    if tail and tail < 2 * config.shares:
-        raise ValueError(f"shares: expected at most half of {tail} keys, got {config.shares}")
+    if tail and tail < 2 * config.row_partials:
+        raise ValueError(f"row_partials: expected at most half of {tail} keys, got {config.row_partials}")
 
 
 def backward_query_configs(
@@ -332,34 +338,38 @@ def backward_query_configs(
     if resident is not None:
         best = resident
     elif half and target.arch == 120:
-        best = BackwardQueryConfig(4, 4, 32, 0, 64, num_warps=4, num_stages=2, heads=group, keep=False)
+        best = BackwardQueryConfig(4, 4, 32, 0, 64, num_warps=4, num_stages=2, heads=group, load_once=False)
     elif half:
         # Four warps, 16 rows of a product each, waste none; elsewhere they have too few registers.
         warps = 4 if target.arch == 90 and few else 8
-        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=warps, num_stages=2, heads=group, keep=False)
+        best = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=warps, num_stages=2, heads=group, load_once=False)
     elif few and target.backend == "cuda" and target.arch != 120:
         # 32 keys where the matrix units take 64 rows of tf32 from shared memory, which saves registers. On sm_90 it
         # spills 8 bytes all the same; with 16 keys it does too, and takes half as long again.
         block, slice_ = (32, 16) if target.arch in (90, 100) else (16, 32 if target.arch == 80 else 16)
-        best = BackwardQueryConfig(8, 8, block, 0, slice_, num_warps=4, num_stages=1, heads=group, keep=False, piece=16)
+        best = BackwardQueryConfig(
+            8, 8, block, 0, slice_, num_warps=4, num_stages=1, heads=group, load_once=False, piece=16
+        )
     elif few and target.backend == "cuda":
         # Two warps divide a product of 16 by 16 between them; four make half of it twice.
-        best = BackwardQueryConfig(4, 4, 16, 0, 32, num_warps=2, num_stages=1, heads=group, keep=False)
+        best = BackwardQueryConfig(4, 4, 16, 0, 32, num_warps=2, num_stages=1, heads=group, load_once=False)
     else:
         warps = 4 if head_dim <= 32 else 8
-        best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, keep=False)
-    return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, keep=False, piece=16)]
+        best = BackwardQueryConfig(4, 4, 16, 0, 16, num_warps=warps, num_stages=1, heads=group, load_once=False)
+    return [best, BackwardQueryConfig(4, 4, 16, 0, 16, 4, 1, heads=group, load_once=False, piece=16)]
 
 
 def _resident_backward(keys: int, target: Target, heads: int, head_dim: int) -> BackwardQueryConfig | None:
     """The config that keeps <dO, v> of up to so many keys in registers; None where every one that was tried spills."""
-    shares = 1 if target.backend == "hip" or target.arch == 100 else 4
+    partials = 1 if target.backend == "hip" or target.arch == 100 else 4
     if heads * head_dim > _KEPT_CHANNELS or head_dim > 64:
         return None
     if keys <= 64:
         block = 64 if target.arch == 120 else 32
         slice_ = 32 if target.arch in (86, 89) else 64
-        return BackwardQueryConfig(8, 8, block, -(-keys // block), slice_, num_warps=4, num_stages=2, shares=shares)
+        return BackwardQueryConfig(
+            8, 8, block, -(-keys // block), slice_, num_warps=4, num_stages=2, row_partials=partials
+        )
     if keys > 208 or heads != 4 or head_dim != 32:
         return None
     # A few registers more or less decide: six blocks spill where six and a half do not.
@@ -371,7 +381,16 @@ def _resident_backward(keys: int, target: Target, heads: int, head_dim: int) -> 
     else:
         return None
     return BackwardQueryConfig(
-        8, 8, 32, blocks, piece, num_warps=4, num_stages=stages, tail_keys=tail, shares=shares, waiting_blocks=waiting
+        8,
+        8,
+        32,
+        blocks,
+        piece,
+        num_warps=4,
+        num_stages=stages,
+        tail_keys=tail,
+        row_partials=partials,
+        waiting_blocks=waiting,
     )
 
 
@@ -462,14 +481,14 @@ def backward_grid_configs(
         # With 64 channels at once these two targets' keys spill 8 bytes.
         slice_ = 128 if few and not of_values and target.arch in (86, 89) and channels % 128 == 0 else 64
         best = BackwardGridConfig(
-            4, 4, block, slice_, slices, parts, num_warps=4, num_stages=stages, heads=group, keep=few, tall=tall
+            4, 4, block, slice_, slices, parts, num_warps=4, num_stages=stages, heads=group, load_once=few, tall=tall
         )
     elif few and target.backend == "cuda":
         config = _float32_values(target, channels) if of_values else _float32_keys(target)
         best = replace(config, parts=parts, heads=group)
     else:
-        best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, keep=False)
-    return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, keep=False, piece=16)]
+        best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, load_once=False)
+    return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, load_once=False, piece=16)]
 
 
 def _float32_keys(target: Target) -> BackwardGridConfig:
@@ -480,7 +499,7 @@ def _float32_keys(target: Target) -> BackwardGridConfig:
         # More pixels spill.
         return BackwardGridConfig(4, 4, 16, 32, 1, 1, num_warps=2, num_stages=1)
     # Two warps divide a product of 16 by 32 between them; four make half of it twice.
-    return BackwardGridConfig(4, 4, 32, 32, 1, 1, num_warps=2, num_stages=1, keep=False)
+    return BackwardGridConfig(4, 4, 32, 32, 1, 1, num_warps=2, num_stages=1, load_once=False)
 
 
 def _float32_values(target: Target, channels: int) -> BackwardGridConfig:
@@ -488,10 +507,10 @@ def _float32_values(target: Target, channels: int) -> BackwardGridConfig:
     even = channels % 16 == 0
     if target.arch == 90 or (target.arch == 80 and even):
         slices = min(3, -(-max(channels, 1) // 64))
-        return BackwardGridConfig(4, 4, 64, 64, slices, 1, num_warps=4, num_stages=1, keep=False, tall=True)
+        return BackwardGridConfig(4, 4, 64, 64, slices, 1, num_warps=4, num_stages=1, load_once=False, tall=True)
     slices = min(4, -(-max(channels, 1) // 32))
     if target.arch in (86, 89) and even and channels > 128:
-        return BackwardGridConfig(4, 4, 32, 32, 6, 1, num_warps=2, num_stages=1, keep=False, piece=16)
+        return BackwardGridConfig(4, 4, 32, 32, 6, 1, num_warps=2, num_stages=1, load_once=False, piece=16)
     if channels % 192 == 0 or (target.arch == 100 and even and channels > 128):
         slices = 6
-    return BackwardGridConfig(4, 4, 16, 32, slices, 1, num_warps=2, num_stages=1, keep=False)
+    return BackwardGridConfig(4, 4, 16, 32, slices, 1, num_warps=2, num_stages=1, load_once=False)

@@ -49,8 +49,8 @@ def _window_attention_forward_kernel(
     part_row, part_column, whole_height, whole_width,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
     PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr, TAIL: tl.constexpr,
-    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    RESIDENT_BLOCKS: tl.constexpr, SLICES: tl.constexpr, LOAD_ONCE: tl.constexpr, ROW_PARTIALS: tl.constexpr,
+    TAIL: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLUMNS pixels, all channels; grid: the tiles of all images.
 
@@ -79,7 +79,7 @@ def _window_attention_forward_kernel(
             place, query_head_stride, keys, rectangle, windows, exponent_scale, lse + pixel * HEADS, pixel_exists,
             opaque_zero,
             HEADS=HEADS, WIDTH=WIDTH, PIXELS=PIXELS, BLOCK=BLOCK, BLOCKS=RESIDENT_BLOCKS, TAIL=TAIL, GROUP=GROUP,
-            PRECISION=PRECISION, SHARES=SHARES, SAVE_LSE=SAVE_LSE,
+            PRECISION=PRECISION, ROW_PARTIALS=ROW_PARTIALS, SAVE_LSE=SAVE_LSE,
             KEPT=tl.float16 if value.dtype.element_ty.primitive_bitwidth == 16 else tl.float32,
         )  # fmt: skip
         weights = ()  # of the keys in runs, (PIXELS, keys)
@@ -94,11 +94,11 @@ def _window_attention_forward_kernel(
                 product = matmul(weights[run], carried, product, PRECISION)
             store_channels(out, product, pixel, pixel_exists, first, channels, SLICE, WHOLE)
     else:
-        queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
+        queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, LOAD_ONCE)
         m_i, l_i = head_statistics(
             queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
-            HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
-            SHARES=SHARES,
+            HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
+            ROW_PARTIALS=ROW_PARTIALS,
         )  # fmt: skip
         inv_l = ()
         for head in tl.static_range(HEADS):
@@ -114,7 +114,8 @@ def _window_attention_forward_kernel(
                 part = mean_weights(
                     queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l,
                     opaque_zero,
-                    HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
+                    HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION,
+                    LOAD_ONCE=LOAD_ONCE,
                 ).to(value.dtype.element_ty)  # fmt: skip
                 row, column, _ = key_block(block * BLOCK, rectangle, BLOCK)
                 near = grid_offsets(row, column, value_row_stride, value_column_stride)
@@ -183,15 +184,15 @@ def plan_forward(
         "WIDTH": head_dim,
         "SAVE_LSE": lse.numel() > 0,
         "PRECISION": precision,
-        "PIECE": head_dim if config.keep else min(head_dim, config.piece),
+        "PIECE": head_dim if config.load_once else min(head_dim, config.piece),
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "BLOCK": config.block_keys,
         "SLICE": config.channel_slice,
         "RESIDENT_BLOCKS": config.resident_blocks,
         "SLICES": config.slices,
-        "KEEP": config.keep,
-        "SHARES": config.shares,
+        "LOAD_ONCE": config.load_once,
+        "ROW_PARTIALS": config.row_partials,
         "TAIL": config.tail_keys,
         "GROUP": config.group_blocks,
         "WHOLE": value.shape[3] % (config.channel_slice * (1 if config.resident_blocks else config.slices)) == 0,

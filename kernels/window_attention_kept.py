@@ -42,7 +42,7 @@ def _window_attention_kept_kernel(
     part_row, part_column, whole_height, whole_width,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
     PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
-    SLICES: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr, WHOLE: tl.constexpr,
+    SLICES: tl.constexpr, LOAD_ONCE: tl.constexpr, ROW_PARTIALS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS x COLUMNS pixels, all channels, one after the other; grid: as many programs as run at a time.
 
@@ -70,11 +70,11 @@ def _window_attention_kept_kernel(
         offset = image * query_image_stride
         offset += pixel_row.to(tl.int64) * query_row_stride + pixel_column.to(tl.int64) * query_column_stride
         pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
-        queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, KEEP)
+        queries = open_queries(query, offset, query_head_stride, query_channel_stride, HEADS, PIECE, LOAD_ONCE)
         m_i, l_i = head_statistics(
             queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
-            HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
-            SHARES=SHARES,
+            HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
+            ROW_PARTIALS=ROW_PARTIALS,
         )  # fmt: skip
         inv_l = ()
         for head in tl.static_range(HEADS):
@@ -88,7 +88,8 @@ def _window_attention_kept_kernel(
         for block in tl.range(0, blocks):
             part = mean_weights(
                 queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l, opaque_zero,
-                HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION, KEEP=KEEP,
+                HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION,
+                LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
             tl.store(kept + block * (PIXELS * BLOCK) + matrix, part)
         tl.debug_barrier()

@@ -55,13 +55,13 @@ def visible(row, column, exists, sizes, rule, top, left, ROWS: tl.constexpr, COL
 def exponentials_of_head(
     keys, key_channel_stride, query_place, query_channel_stride, limit, lse, entry, head: tl.constexpr,
     exponent_scale, block, opaque_zero, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
-    KEEP: tl.constexpr,
+    LOAD_ONCE: tl.constexpr,
 ):  # fmt: skip
     """exp(scaled logit - log-sum-exp), (pixels, keys); times the pixel's share they are the head's weights.
 
     `query_place`, (pixels, PIECE), is the head's own. Keys that are not kept are loaded as `head_product` does.
     """
-    if KEEP:
+    if LOAD_ONCE:
         raw = matmul(tl.load(query_place), tl.trans(keys[head]), None, PRECISION)
     else:
         place, head_stride = keys
@@ -127,7 +127,7 @@ def common_constants(
         "COLUMNS": config.columns,
         "PIXELS": config.block_pixels,
         "SLICE": config.channel_slice,
-        "PIECE": query.shape[4] if config.keep else min(config.piece, query.shape[4]),
-        "KEEP": config.keep,
+        "PIECE": query.shape[4] if config.load_once else min(config.piece, query.shape[4]),
+        "LOAD_ONCE": config.load_once,
         "TALL": config.tall,
     }

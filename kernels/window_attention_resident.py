@@ -21,8 +21,8 @@ from .window_attention_tile import LOWEST, core_keys, grid_offsets, in_shares, k
 def resident_weights(
     query_place, query_head_stride, keys, rectangle, windows, exponent_scale, lse_place, pixel_exists, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    TAIL: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, SAVE_LSE: tl.constexpr,
-    KEPT: tl.constexpr,
+    TAIL: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, ROW_PARTIALS: tl.constexpr,
+    SAVE_LSE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The averaged weights of a tile's keys: BLOCKS x (PIXELS, BLOCK) and, unless TAIL is 0, (PIXELS, TAIL).
 
@@ -43,11 +43,11 @@ def resident_weights(
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
             part * BLOCK, core + opaque_zero * (part + 1), rectangle, windows,
-            PIXELS, BLOCK if part < BLOCKS else TAIL, SHARES,
+            PIXELS, BLOCK if part < BLOCKS else TAIL, ROW_PARTIALS,
         )  # fmt: skip
         zeros = tl.zeros((PIXELS, BLOCK if part < BLOCKS else TAIL), KEPT)
         seen = seen + (bits,)
-        weights = weights + (in_shares(zeros, SHARES),)
+        weights = weights + (in_shares(zeros, ROW_PARTIALS),)
     for head in tl.range(0, HEADS):
         head64 = tl.zeros((), tl.int64) + head
         query = tl.load(query_place + head64 * query_head_stride)
@@ -56,16 +56,16 @@ def resident_weights(
         totals = ()
         for group in tl.static_range(GROUPS):
             logits = ()
-            pivot = tl.full((PIXELS, SHARES), LOWEST, tl.float32)
+            pivot = tl.full((PIXELS, ROW_PARTIALS), LOWEST, tl.float32)
             for part in tl.static_range(group * GROUP, min(PARTS, group * GROUP + GROUP)):
                 key = tl.load(places[part] + head64 * keys.head_stride)
-                raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), SHARES)
+                raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), ROW_PARTIALS)
                 if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
                     # The zero keeps the compiler from taking the bits apart before the loop, a register each.
                     raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
                 pivot = tl.maximum(pivot, of_shares(raw, "max") * exponent_scale)
                 logits = logits + (raw,)
-            l_i = tl.zeros((PIXELS, SHARES), tl.float32)
+            l_i = tl.zeros((PIXELS, ROW_PARTIALS), tl.float32)
             for part in tl.static_range(len(logits)):
                 power = tl.math.exp2(logits[part] * exponent_scale - pivot[:, None, :, None])
                 l_i += of_shares(power, "sum")
@@ -75,7 +75,7 @@ def resident_weights(
         m_i = tl.max(pivots[0], axis=1)
         for group in tl.static_range(1, GROUPS):
             m_i = tl.maximum(m_i, tl.max(pivots[group], axis=1))
-        sums = tl.zeros((PIXELS, SHARES), tl.float32)
+        sums = tl.zeros((PIXELS, ROW_PARTIALS), tl.float32)
         ratios = ()
         for group in tl.static_range(GROUPS):
             ratios = ratios + (tl.math.exp2(pivots[group] - m_i[:, None]),)
@@ -102,13 +102,13 @@ def _bit(RUNS: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(first, core, rectangle, windows, PIXELS: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr):
-    """Which of the keys from number `first` on a pixel sees, bits in (PIXELS, SHARES), unless all are in the core."""
-    bits = tl.zeros((PIXELS, SHARES), tl.int32)
+def seen_keys(first, core, rectangle, windows, PIXELS: tl.constexpr, BLOCK: tl.constexpr, ROW_PARTIALS: tl.constexpr):
+    """The keys from number `first` on that a pixel sees, bits in (PIXELS, ROW_PARTIALS), unless all are in the core."""
+    bits = tl.zeros((PIXELS, ROW_PARTIALS), tl.int32)
     if first + BLOCK > core:
         row, column, exists = key_block(first, rectangle, BLOCK, True)
-        sees = in_shares(tl.where(visibility(windows, row, column, exists) > 0, 1, 0), SHARES)
-        bits = of_shares(sees << _bit(BLOCK // (2 * SHARES)), "sum")
+        sees = in_shares(tl.where(visibility(windows, row, column, exists) > 0, 1, 0), ROW_PARTIALS)
+        bits = of_shares(sees << _bit(BLOCK // (2 * ROW_PARTIALS)), "sum")
     return bits
 
 

@@ -212,14 +212,14 @@ def visibility(windows, row, column, exists):
 
 
 @triton.jit
-def in_shares(matrix, SHARES: tl.constexpr):
-    """(pixels, keys) as (pixels, runs, SHARES, 2): where a thread holds pairs of neighbouring keys, what it holds."""
-    return tl.reshape(matrix, (matrix.shape[0], matrix.shape[1] // (2 * SHARES), SHARES, 2))
+def in_shares(matrix, ROW_PARTIALS: tl.constexpr):
+    """(pixels, keys) as (pixels, runs, ROW_PARTIALS, 2): a share is what a thread with pairs of keys holds."""
+    return tl.reshape(matrix, (matrix.shape[0], matrix.shape[1] // (2 * ROW_PARTIALS), ROW_PARTIALS, 2))
 
 
 @triton.jit
 def of_shares(numbers, WHAT: tl.constexpr):
-    """The "max" or "sum" of each share's numbers, (pixels, SHARES)."""
+    """The "max" or "sum" of each share's numbers, (pixels, ROW_PARTIALS)."""
     if WHAT == "max":
         return tl.max(tl.max(numbers, axis=3), axis=1)
     else:
@@ -234,14 +234,14 @@ def grid_offsets(row, column, row_stride, column_stride):
 
 @triton.jit
 def open_queries(
-    query, offset, head_stride, channel_stride, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr
+    query, offset, head_stride, channel_stride, HEADS: tl.constexpr, WIDTH: tl.constexpr, LOAD_ONCE: tl.constexpr
 ):
     """The queries for `head_product`: a tuple of each head's (pixels, WIDTH), or where they are if not kept.
 
     `offset` is each pixel's, int64.
     """
     place = query + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * channel_stride
-    if KEEP:
+    if LOAD_ONCE:
         heads = ()
         for head in tl.static_range(HEADS):
             heads = heads + (tl.load(place + tl.full((), head, tl.int64) * head_stride),)
@@ -251,14 +251,14 @@ def open_queries(
 
 
 @triton.jit
-def open_keys(keys, row, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
+def open_keys(keys, row, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, LOAD_ONCE: tl.constexpr):
     """The keys of a block for `head_product`: a tuple of each head's (keys, WIDTH), or where they are if not kept.
 
     All heads' keys are asked for at once, so that they arrive together, where the registers allow it.
     """
     offset = grid_offsets(row, column, keys.row_stride, keys.column_stride)
     place = keys.pointer + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys.channel_stride
-    if KEEP:
+    if LOAD_ONCE:
         heads = ()
         for head in tl.static_range(HEADS):
             heads = heads + (tl.load(place + tl.full((), head, tl.int64) * keys.head_stride),)
@@ -270,7 +270,7 @@ def open_keys(keys, row, column, HEADS: tl.constexpr, WIDTH: tl.constexpr, KEEP:
 @triton.jit
 def head_product(
     queries, near, query_channel_stride, key_channel_stride, head: tl.constexpr, block, opaque_zero,
-    WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr, LOAD_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A head's queries times its keys of a block, (pixels, keys) float32.
 
@@ -278,7 +278,7 @@ def head_product(
     heads. They are multiplied in pieces of PIECE channels, which is the width that they were opened with. `opaque_zero`
     keeps the load, the splitting and every address inside the loop over blocks.
     """
-    if KEEP:
+    if LOAD_ONCE:
         return matmul(queries[head], tl.trans(near[head]), None, PRECISION)
     else:
         place, head_stride = queries
@@ -321,10 +321,10 @@ def sees_several(windows):
 
 @triton.jit
 def key_piece(
-    near, key_channel_stride, head: tl.constexpr, piece: tl.constexpr, PIECE: tl.constexpr, KEEP: tl.constexpr
+    near, key_channel_stride, head: tl.constexpr, piece: tl.constexpr, PIECE: tl.constexpr, LOAD_ONCE: tl.constexpr
 ):
     """PIECE channels of a head's keys of a block, (keys, PIECE); a kept head is one piece."""
-    if KEEP:
+    if LOAD_ONCE:
         return near[head]
     else:
         place, head_stride = near
@@ -336,21 +336,21 @@ def key_piece(
 def head_statistics(
     queries, query_channel_stride, keys, rectangle, windows, exponent_scale, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, KEEP: tl.constexpr, SHARES: tl.constexpr,
+    PRECISION: tl.constexpr, LOAD_ONCE: tl.constexpr, ROW_PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """Each head's pivot, scaled for exp2, and sum of exponentials over the tile's keys: tuples of (PIXELS,).
 
-    Until the end each of SHARES shares of a block's keys has a pivot and a sum of its own: where a share is what one
-    thread holds of a product, no thread asks another in the loop.
+    Until the end each of ROW_PARTIALS shares of a block's keys has a pivot and a sum of its own: where a share is what
+    one thread holds of a product, no thread asks another in the loop.
     """
     m_i = ()
     l_i = ()
     for _head in tl.static_range(HEADS):
-        m_i = m_i + (tl.full((PIXELS, SHARES), LOWEST, tl.float32),)
-        l_i = l_i + (tl.zeros((PIXELS, SHARES), tl.float32),)
+        m_i = m_i + (tl.full((PIXELS, ROW_PARTIALS), LOWEST, tl.float32),)
+        l_i = l_i + (tl.zeros((PIXELS, ROW_PARTIALS), tl.float32),)
     for block in tl.range(0, tl.cdiv(rectangle.count, BLOCK)):
         row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
-        near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
+        near = open_keys(keys, row, column, HEADS, PIECE, LOAD_ONCE)
         limit = tl.full((PIXELS, BLOCK), float("inf"), tl.float32)
         if block * BLOCK + BLOCK > core_keys(rectangle):
             limit = visibility(windows, row, column, exists)
@@ -359,10 +359,10 @@ def head_statistics(
         for head in tl.static_range(HEADS):
             raw = head_product(
                 queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
-                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+                WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
             # The smaller of a NaN and a number is the number: what a pixel does not see becomes -inf, NaN included.
-            raw = in_shares(tl.minimum(raw, limit), SHARES)
+            raw = in_shares(tl.minimum(raw, limit), ROW_PARTIALS)
             now = tl.maximum(m_i[head], of_shares(raw, "max") * exponent_scale)
             powers = tl.math.exp2(raw * exponent_scale - now[:, None, :, None])
             now_m = now_m + (now,)
@@ -382,16 +382,16 @@ def head_statistics(
 def mean_weights(
     queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l, opaque_zero,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, LOAD_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The heads' averaged weights of a block of keys, (PIXELS, BLOCK) float32."""
     row, column, exists = key_block(block * BLOCK, rectangle, BLOCK)
-    near = open_keys(keys, row, column, HEADS, PIECE, KEEP)
+    near = open_keys(keys, row, column, HEADS, PIECE, LOAD_ONCE)
     weights = tl.zeros((PIXELS, BLOCK), tl.float32)
     for head in tl.static_range(HEADS):
         raw = head_product(
             queries, near, query_channel_stride, keys.channel_stride, head, block, opaque_zero,
-            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, KEEP=KEEP,
+            WIDTH=WIDTH, PIECE=PIECE, PRECISION=PRECISION, LOAD_ONCE=LOAD_ONCE,
         )  # fmt: skip
         weights += tl.math.exp2(raw * exponent_scale - m_i[head][:, None]) * inv_l[head][:, None]
     if block * BLOCK + BLOCK > core_keys(rectangle):

@@ -14,8 +14,8 @@ QUICK_ASPECTS = ("tile", "block", "num_warps", "num_stages")
 """Where most of the gain is to be expected."""
 
 ASPECTS = (
-    *QUICK_ASPECTS, "residence", "tail_keys", "group_blocks", "channel_slice", "slices", "kept_programs", "keep",
-    "shares", "heads",
+    *QUICK_ASPECTS, "residence", "tail_keys", "group_blocks", "channel_slice", "slices", "kept_programs",
+    "load_once", "row_partials", "heads",
 )  # fmt: skip
 """What configs differ in, in the order in which they are tried."""
 
@@ -30,7 +30,7 @@ _VALUES = {
     "channel_slice": (16, 32, 64, 128),
     "slices": (1, 2, 3, 4, 6),
     "kept_programs": (0, 1, 2),
-    "shares": (1, 2, 4),
+    "row_partials": (1, 2, 4),
     "tail_keys": (0, 16, 32),
     "group_blocks": (1, 2, 4, 8),
 }
@@ -73,9 +73,9 @@ def _changes(config: Any, aspect: str, heads: int) -> Iterator[dict[str, Any]]:
         if hasattr(config, "resident_blocks"):
             other_ways = {name: 0 for name in ("tail_keys", "kept_programs") if hasattr(config, name)}
             yield {**other_ways, "resident_blocks": 0 if config.resident_blocks else 1}
-    elif aspect == "keep":
-        yield {"keep": True}
-        yield from ({"keep": False, "piece": piece} for piece in (16, 32))
+    elif aspect == "load_once":
+        yield {"load_once": True}
+        yield from ({"load_once": False, "piece": piece} for piece in (16, 32))
     elif aspect == "heads":
         if hasattr(config, "heads"):
             yield from ({"heads": number} for number in range(1, heads + 1) if heads % number == 0)

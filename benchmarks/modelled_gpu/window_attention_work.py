@@ -75,9 +75,9 @@ def forward_work(workload: Workload, window: Window, launch: Any) -> Work:
     value_bytes = channels * argument["value"].element_size()
     lse_bytes = 4 * heads if constant["SAVE_LSE"] else 0
     once = query_bytes + value_bytes + lse_bytes
-    query_loads = tiles.padded * (1 if resident or constant["KEEP"] else passes * blocks)
+    query_loads = tiles.padded * (1 if resident or constant["LOAD_ONCE"] else passes * blocks)
     # Each share of a block's keys, or of a group of blocks that stay, scales its sum to another pivot.
-    scaled = tiles.padded * constant["SHARES"] * (-(-len(kept) // constant["GROUP"]) if resident else blocks + 1)
+    scaled = tiles.padded * constant["ROW_PARTIALS"] * (-(-len(kept) // constant["GROUP"]) if resident else blocks + 1)
     if resident:
         masks = [Branch(tiles.mean(lambda _, core, end=f + size: end > core)) for f, size in kept]
         turns = [*masks, *([(heads, masks)] if heads > 1 else masks), (runs, [])]
@@ -164,9 +164,9 @@ def backward_query_work(workload: Workload, window: Window, launch: Any) -> Work
     # Logits, and products with the values: once where they stay, else for delta and for dq.
     passes = 1 if resident else 2
     grad_loads = groups * (1 if resident else 2 * blocks)
-    query_loads = 1 if resident or constant["KEEP"] else 2 * blocks
+    query_loads = 1 if resident or constant["LOAD_ONCE"] else 2 * blocks
     # A head's keys are loaded for the logits and for the sum; where they stay, those that repeat the last as well.
-    key_loads = 2 if resident or constant["KEEP"] else 3
+    key_loads = 2 if resident or constant["LOAD_ONCE"] else 3
     tile_keys = tiles.padded * tiles.keys
     if resident:
         masks = [Branch(tiles.mean(lambda _, core, end=f + size: end > core)) for f, size in kept]
@@ -228,7 +228,7 @@ def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
     repeats = launch.grid[2]  # groups of heads, or runs of channel slices
     loaded = blocks * block * per_pixel  # pixels, for each pixel
     out_bytes = 4 if parts > 1 else argument["query"].element_size()
-    keys_asked = query_bytes * (len(counts) * parts if constant["KEEP"] else blocks) * tile * per_pixel
+    keys_asked = query_bytes * (len(counts) * parts if constant["LOAD_ONCE"] else blocks) * tile * per_pixel
     if of_keys and of_values:
         once = query_bytes + value_bytes + 12 * heads + 2 * (query_bytes + value_bytes) * grid_bytes
         again = 1 + constant["REFETCH"]

@@ -35,8 +35,8 @@ from anyup.window import CellWindow, RatioWindow, Window
 CPU = torch.device("cpu")
 RULE = ForwardConfig(8, 8, 32, 2, 64, 1, num_warps=4, num_stages=2)
 TAILED = ForwardConfig(8, 8, 32, 1, 64, 1, num_warps=4, num_stages=2, tail_keys=16, group_blocks=8)
-SMALLER = ForwardConfig(8, 8, 16, 0, 32, 1, num_warps=4, num_stages=1, keep=False, piece=16)
-QUERY = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=4, keep=False)
+SMALLER = ForwardConfig(8, 8, 16, 0, 32, 1, num_warps=4, num_stages=1, load_once=False, piece=16)
+QUERY = BackwardQueryConfig(8, 8, 32, 0, 64, num_warps=8, num_stages=2, heads=4, load_once=False)
 GRID = BackwardGridConfig(4, 4, 64, 64, 6, 3, num_warps=4, num_stages=2, heads=4)
 
 Seconds = Callable[[Any], float]
@@ -142,7 +142,7 @@ def test_a_last_smaller_block_is_tried_where_it_holds_what_is_left() -> None:
         return {(other.resident_blocks, other.tail_keys) for other in found}
 
     assert tails(RULE, 48) == {(1, 16)}
-    assert tails(replace(RULE, block_keys=64, resident_blocks=1, shares=2), 80) == {(2, 0), (1, 16), (1, 32)}
+    assert tails(replace(RULE, block_keys=64, resident_blocks=1, row_partials=2), 80) == {(2, 0), (1, 16), (1, 32)}
     assert tails(replace(RULE, resident_blocks=2), 64) == set()
     assert tails(TAILED, 48) == {(2, 0)}
     assert tails(replace(RULE, resident_blocks=0), 48) == set()

@@ -235,7 +235,7 @@ def test_a_planted_fault_is_found(rows: Sequence[dict[str, Any]], change: dict[s
 
 
 def test_a_config_that_is_too_large_is_seen_to_spill() -> None:
-    config = ForwardConfig(8, 16, 32, 0, 128, 4, num_warps=4, num_stages=2, shares=4, keep=True)
+    config = ForwardConfig(8, 16, 32, 0, 128, 4, num_warps=4, num_stages=2, row_partials=4, load_once=True)
     text = uninterpreted(
         "-c",
         "from benchmarks.modelled_gpu.compiled import *\n"
@@ -322,14 +322,14 @@ def test_15_by_15_keys_stay_in_registers_where_these_are_enough() -> None:
 
 
 def test_blocks_of_64_keys_would_be_too_many() -> None:
-    config = ForwardConfig(8, 16, 64, 2, 64, 1, num_warps=8, num_stages=2, shares=4, keep=True)
+    config = ForwardConfig(8, 16, 64, 2, 64, 1, num_warps=8, num_stages=2, row_partials=4, load_once=True)
     work = Case(square(448, 32), "90", "bfloat16", config=config).work()
     assert work.logit_slots > SIZES[448, 32] * work.window
 
 
 def test_work_agrees_with_a_count_pixel_by_pixel() -> None:
     workload = Workload((20, 13), (6, 5))
-    config = ForwardConfig(8, 4, 16, 0, 16, 2, num_warps=4, num_stages=1, shares=4, keep=True)
+    config = ForwardConfig(8, 4, 16, 0, 16, 2, num_warps=4, num_stages=1, row_partials=4, load_once=True)
     work = Case(workload, "80", "bfloat16", config=config).work()
     bounds = [axis_bounds(WINDOW, q, k) for q, k in zip(workload.size, workload.grid, strict=True)]
     seen = slots = loaded = 0

@@ -46,12 +46,12 @@ LAYOUTS = {"partial tiles": channels_first, "many keys": with_gaps, "one pixel":
 
 ODD_CONFIGS = {
     "rows of pixels, keys in columns": Configs(
-        ForwardConfig(1, 16, 16, 0, 16, 3, num_warps=4, num_stages=1, shares=1, keep=False, piece=16),
+        ForwardConfig(1, 16, 16, 0, 16, 3, num_warps=4, num_stages=1, row_partials=1, load_once=False, piece=16),
         BackwardQueryConfig(1, 16, 16, 0, 16, num_warps=4, num_stages=1),
         BackwardGridConfig(16, 1, 16, 16, 2, 2, num_warps=4, num_stages=1),
     ),
     "tall tiles, more blocks than keys": Configs(
-        ForwardConfig(16, 2, 16, 3, 32, 1, num_warps=4, num_stages=1, shares=2),
+        ForwardConfig(16, 2, 16, 3, 32, 1, num_warps=4, num_stages=1, row_partials=2),
         BackwardQueryConfig(16, 2, 32, 2, 32, num_warps=4, num_stages=1, tail_keys=16, waiting_blocks=1),
         BackwardGridConfig(2, 8, 32, 16, 1, 1, num_warps=4, num_stages=1, tall=True, refetch=True),
     ),

@@ -23,10 +23,10 @@ from anyup.kernels.window_attention_config import BackwardGridConfig, BackwardQu
 from anyup.ops import window_attention
 from anyup.ops.window_attention import fused
 
-FORWARD = ForwardConfig(4, 8, 16, 3, 32, 1, num_warps=2, num_stages=1, shares=2, keep=False, piece=16)
-QUERY = BackwardQueryConfig(4, 8, 16, 0, 16, num_warps=2, num_stages=1, heads=2, keep=False, piece=16)
+FORWARD = ForwardConfig(4, 8, 16, 3, 32, 1, num_warps=2, num_stages=1, row_partials=2, load_once=False, piece=16)
+QUERY = BackwardQueryConfig(4, 8, 16, 0, 16, num_warps=2, num_stages=1, heads=2, load_once=False, piece=16)
 SHAPE = AttentionShape((11, 9), (5, 4), channels=20, head_dim=16)
-GRID = BackwardGridConfig(4, 8, 32, 16, 2, 1, num_warps=2, num_stages=1, heads=1, keep=False, piece=16)
+GRID = BackwardGridConfig(4, 8, 32, 16, 2, 1, num_warps=2, num_stages=1, heads=1, load_once=False, piece=16)
 
 
 def case(kernel: str = "forward", **changed: Any) -> Case:
@@ -78,7 +78,7 @@ def test_a_config_that_no_kernel_takes_is_refused(config: Any, name: str, value:
     ("config", "name", "value", "message"),
     [
         (FORWARD, "block_keys", 24, "block_keys: expected a power of two, got 24"),
-        (FORWARD, "shares", 16, "shares: expected at most half of 16 keys, got 16"),
+        (FORWARD, "row_partials", 16, "row_partials: expected at most half of 16 keys, got 16"),
         (FORWARD, "slices", 0, "slices.*: expected"),
         (FORWARD, "resident_blocks", -1, "resident_blocks.*: expected"),
         (QUERY, "block_keys", 8, "block_keys: expected at least 16, got 8"),
@@ -131,7 +131,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "gain not finite": (changed_row(gain=float("inf")), "entry 0: gain: expected a positive number, got inf"),
     "no config": (changed_row(config=None), "entry 0: config: expected an object, got NoneType"),
     "a fraction": (changed_config(rows=4.0), "entry 0: config: rows: expected int, got 4.0"),
-    "truth as a number": (changed_config(keep=1), "entry 0: config: keep: expected bool, got 1"),
+    "truth as a number": (changed_config(load_once=1), "entry 0: config: load_once: expected bool, got 1"),
     "no power of two": (changed_config(rows=6), "entry 0: config: rows: expected a power of two, got 6"),
     "unknown attribute": (changed_config(depth=1), "entry 0: config: forward has no depth; it has rows, columns"),
     "attribute missing": (lambda s: s["entries"][0]["config"].pop("rows"), "entry 0: config: rows is missing"),

@@ -25,7 +25,7 @@ CUT = window_attention_config.BackwardGridConfig(4, 8, 128, 32, 1, 1, num_warps=
 CONFIGS = {
     "whole": CUT,
     "in parts": replace(CUT, parts=3, tall=True, refetch=True),
-    "keys in pieces": replace(CUT, keep=False, piece=16),
+    "keys in pieces": replace(CUT, load_once=False, piece=16),
 }
 
 
