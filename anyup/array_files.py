@@ -1,6 +1,6 @@
 """Array files that are written piece by piece: .npy by a memory map, .zarr in chunks.
 
-Pieces go to OUT.part, beside which OUT.part.json tells what was asked for and how many pieces are there; when all
+Pieces go to OUT.part, beside which OUT.part.json says what was asked for and how many pieces are there; when all
 are, the file gets its name. So OUT is complete or absent, and what was interrupted can be completed.
 """
 
@@ -41,14 +41,14 @@ def bytes_there(path: Path) -> int:
 
 
 @contextmanager
-def begun(path: Path, *, resume: bool, tell: Callable[[str], None]) -> Iterator[None]:
-    """Keep other runs from a file, within the block; `tell` gets a message where the file system has no locks.
+def begun(path: Path, *, resume: bool, report: Callable[[str], None]) -> Iterator[None]:
+    """Keep other runs from a file, within the block; `report` gets a message where the file system has no locks.
 
     Raises FileExistsError where another run is at work, or where an interrupted one has left something and `resume` is
     not asked for.
     """
     partial = _partial_of(path)
-    with only_run(partial, tell) as alone:
+    with only_run(partial, report) as alone:
         if partial.exists() and not resume:
             whose = "an interrupted run" if alone else "an interrupted run, or being written by another one"
             raise FileExistsError(f"{partial}: left by {whose}; --resume completes it, deleting it begins anew")

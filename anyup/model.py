@@ -166,8 +166,8 @@ class AnyUp(Network):
         if not compiling and is_plain(image):
             shape = (image.shape[0], *size, self.qk_dim)
             needed = math.prod(shape) * self.compute_dtype(device).itemsize
-            told = " x ".join(map(str, shape))
-            check_room(needed, f"output_size: the queries, {told},", device, "`stream` keeps none")
+            shown = " x ".join(map(str, shape))
+            check_room(needed, f"output_size: the queries, {shown},", device, "`stream` keeps none")
 
         def encode() -> tuple[Tensor, ...]:
             queries, image_keys = self.queries_and_image_keys(image, size, names)

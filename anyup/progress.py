@@ -27,11 +27,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} ZB"
 
 
-def _left(told: list[tuple[float, float]]) -> str:
+def _left(reports: list[tuple[float, float]]) -> str:
     """The text ", 40 %, 18 s left", from the first and the last report (seconds, share done); "" before the second."""
-    if len(told) < 2 or told[1][1] <= told[0][1]:
+    if len(reports) < 2 or reports[1][1] <= reports[0][1]:
         return ""
-    (first, begun), (last, done) = told
+    (first, begun), (last, done) = reports
     return f", {done:.0%}, {(1 - done) * (last - first) / (done - begun):.0f} s left"
 
 
@@ -62,15 +62,15 @@ class Progress:
         """
         start = time.perf_counter()
         over = threading.Event()
-        told: list[tuple[float, float]] = []  # the first and the last report: (seconds, share done)
+        reports: list[tuple[float, float]] = []  # the first and the last report: (seconds, share done)
 
-        def tell(share: float) -> None:
-            told[1 if told else 0 :] = [(time.perf_counter() - start, share)]
+        def report(share: float) -> None:
+            reports[1 if reports else 0 :] = [(time.perf_counter() - start, share)]
 
         def tick() -> None:
             while not over.wait(_TICK):
                 seconds = time.perf_counter() - start
-                self._write(f"\r{text} ... {seconds:.0f} s{_left(told)}   ")
+                self._write(f"\r{text} ... {seconds:.0f} s{_left(reports)}   ")
 
         self._write(f"{text} ... ")
         ticker = threading.Thread(target=tick, daemon=True) if self._live else None
@@ -78,7 +78,7 @@ class Progress:
             ticker.start()
         finished = False
         try:
-            yield tell
+            yield report
             finished = True
         finally:
             over.set()

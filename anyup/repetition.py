@@ -387,12 +387,12 @@ class Repetition:
             self._lock.release()
 
     def _recorded(self, tensors: Sequence[Tensor], peak: int, call: Callable[[], Results]) -> Results:
-        from anyup.kernels.launch import told
+        from anyup.kernels.launch import listening
 
         recorder = Recorder(tensors)
         try:
             # In inference mode a dispatch mode would see composite operations, not the ones that they consist of.
-            with torch.inference_mode(False), torch.no_grad(), told(recorder.launched), recorder:
+            with torch.inference_mode(False), torch.no_grad(), listening(recorder.launched), recorder:
                 results = call()
             line = recorder.line(results)
         except Unrecordable as reason:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 @contextmanager
-def only_run(path: str | os.PathLike[str], tell: Callable[[str], None]) -> Iterator[bool]:
-    """Keep other runs from an output within the block; yields False, after a message to `tell`, where no lock works.
+def only_run(path: str | os.PathLike[str], report: Callable[[str], None]) -> Iterator[bool]:
+    """Keep other runs from an output within the block; yields False, after a message to `report`, where no lock works.
 
     The locked file is PATH.lock; a killed process leaves it behind, unlocked. Raises FileExistsError where
     another run has the lock, and another OSError, naming the output, where the file cannot be made.
@@ -19,7 +19,7 @@ def only_run(path: str | os.PathLike[str], tell: Callable[[str], None]) -> Itera
     file = path.with_name(f"{path.name}.lock")
     handle, reason = _take(file, path)
     if reason:
-        tell(f"{path.parent} has no locks ({reason}): nothing keeps a second run from writing {path.name}")
+        report(f"{path.parent} has no locks ({reason}): nothing keeps a second run from writing {path.name}")
     try:
         yield not reason
     finally:

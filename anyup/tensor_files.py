@@ -141,8 +141,8 @@ def _reason(path: Path, error: Exception) -> str:
     # Torch's message begins with the advice to load the file unsafely, and the reason follows; NumPy's is similar.
     text = text.rpartition("WeightsUnpickler error: ")[2].strip()
     first = next(iter(text.splitlines()), "")
-    told = "" if not first or "weights_only" in first or "allow_pickle" in first else f" ({first})"
-    return f"it is damaged, or no such file{told}"
+    why = "" if not first or "weights_only" in first or "allow_pickle" in first else f" ({first})"
+    return f"it is damaged, or no such file{why}"
 
 
 def _kind(path: Path, begin: bytes) -> str | None:

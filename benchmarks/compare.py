@@ -63,12 +63,12 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any], before: Row, afte
     """What the machines of a row differ in, and so how its times are compared; empty where they are the same."""
     was, now = machine_of(old, before), machine_of(new, after)
     names = ("device", "threads", "torch", "triton", "precision")
-    told = [f"{name} {was.get(name)} and {now.get(name)}" for name in names if was.get(name) != now.get(name)]
+    differences = [f"{name} {was.get(name)} and {now.get(name)}" for name in names if was.get(name) != now.get(name)]
     if not _same_speed(was, now):
         rates = [f"{machine['matmul_rate'] / 1e9:.0f}" for machine in (was, now) if machine.get("matmul_rate")]
-        told += [f"matrix products at {' and '.join(rates)} GFLOP/s"] if len(rates) == 2 else []
-        return f"machines differ ({', '.join(told)}): times are compared as multiples of the floor"
-    return f"versions differ: {', '.join(told)}" if told else ""
+        differences += [f"matrix products at {' and '.join(rates)} GFLOP/s"] if len(rates) == 2 else []
+        return f"machines differ ({', '.join(differences)}): times are compared as multiples of the floor"
+    return f"versions differ: {', '.join(differences)}" if differences else ""
 
 
 def _same_speed(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -113,23 +113,23 @@ def _time_change(
     margin = max(_LEAST, *(BUSY_SPREAD if row.get("spread") is None else row["spread"] for row in (before, after)))
     if _same_speed(was, now):
         pair = [row["seconds"] for row in (before, after)]
-        told = [formatting.seconds(value) for value in pair]
+        shown = [formatting.seconds(value) for value in pair]
     else:
         sides = ((before, was), (after, now))
         if all(row.get("times_floor") for row, _ in sides):
             pair = [row["times_floor"] for row, _ in sides]
-            told = [f"{value:.2f} floors" for value in pair]
+            shown = [f"{value:.2f} floors" for value in pair]
         elif all(machine.get("matmul_rate") for _, machine in sides):
             # Of a row without a floor, the operations that a matrix product makes in its time.
             pair = [row["seconds"] * machine["matmul_rate"] for row, machine in sides]
-            told = [f"{value / 1e9:.3g} GFLOP of a matrix product" for value in pair]
+            shown = [f"{value / 1e9:.3g} GFLOP of a matrix product" for value in pair]
         else:
             result.notes.append(f"{before['id']}: not compared: no floor and no rate of both machines")
             return None
     ratio = pair[1] / pair[0]
     if 1 / (1 + margin) <= ratio <= 1 + margin:
         return None
-    return ratio, f"time {told[0]} before, {told[1]} now ({ratio - 1:+.0%}, spread {margin:.0%})"
+    return ratio, f"time {shown[0]} before, {shown[1]} now ({ratio - 1:+.0%}, spread {margin:.0%})"
 
 
 def _host_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, str] | None:
@@ -139,8 +139,8 @@ def _host_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping[s
     ratio = after["host_seconds"] / before["host_seconds"]
     if 1 / (1 + BUSY_SPREAD) <= ratio <= 1 + BUSY_SPREAD:
         return None
-    told = [formatting.seconds(row["host_seconds"]) for row in (before, after)]
-    return ratio, f"host time {told[0]} before, {told[1]} now ({ratio - 1:+.0%})"
+    shown = [formatting.seconds(row["host_seconds"]) for row in (before, after)]
+    return ratio, f"host time {shown[0]} before, {shown[1]} now ({ratio - 1:+.0%})"
 
 
 def _memory_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, str] | None:
@@ -151,8 +151,8 @@ def _memory_change(before: Row, after: Row, was: Mapping[str, Any], now: Mapping
     ratio = after["peak_bytes"] / before["peak_bytes"]
     if 1 / (1 + _LEAST_MEMORY) <= ratio <= 1 + _LEAST_MEMORY:
         return None
-    told = [human_bytes(row["peak_bytes"]) for row in (before, after)]
-    return ratio, f"peak memory {told[0]} before, {told[1]} now ({ratio - 1:+.0%})"
+    shown = [human_bytes(row["peak_bytes"]) for row in (before, after)]
+    return ratio, f"peak memory {shown[0]} before, {shown[1]} now ({ratio - 1:+.0%})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

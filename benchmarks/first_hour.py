@@ -56,7 +56,7 @@ class Part:
 
     Attributes:
         name: as `--part` names it.
-        told: what it is, for people.
+        description: what it is, for people.
         seconds: its limit.
         command: given the folder of results, and the seconds that it has.
         environment: what it has beside this process's.
@@ -64,7 +64,7 @@ class Part:
     """
 
     name: str
-    told: str
+    description: str
     seconds: float
     command: Callable[[Path, float], Sequence[str]]
     environment: Callable[[Path], Mapping[str, str]] = field(default=lambda folder: {})
@@ -116,7 +116,7 @@ class Outcome:
     """
 
     name: str
-    told: str
+    description: str
     status: str = "running"
     well: bool = False
     seconds: float = 0.0
@@ -132,14 +132,14 @@ def run(
     deadline = time.monotonic() + seconds
     outcomes: list[Outcome] = []
     for part in parts:
-        outcome = Outcome(part.name, part.told)
+        outcome = Outcome(part.name, part.description)
         outcomes.append(outcome)
         _store(folder, outcomes)
         limit = min(part.seconds, deadline - time.monotonic() - grace)
         if limit < min(_LEAST, part.seconds):
             outcome.status, outcome.well = "left out", part.may_end
         else:
-            print(f"== {part.name}: {part.told}, at most {limit:.0f} s", flush=True)
+            print(f"== {part.name}: {part.description}, at most {limit:.0f} s", flush=True)
             _run(part, folder, limit, {**environment, **part.environment(folder)}, outcome, grace)
         print(f"== {part.name}: {outcome.status} after {outcome.seconds:.0f} s", flush=True)
         _store(folder, outcomes)

@@ -246,7 +246,7 @@ def measure(dtype: torch.dtype, output: int, grid: int, channels: int) -> dict[s
     }
 
 
-def told(result: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """The figures for people."""
     counts = result["counts"]
     lines = [
@@ -275,7 +275,7 @@ def main(arguments: list[str]) -> None:
     launches = stand_in_card.put_in()
     result = measure(getattr(torch, options.dtype), options.output, options.grid, options.channels)
     assert launches() > 0, "no launch has reached the driver"
-    print(json.dumps(result) if options.json else told(result))
+    print(json.dumps(result) if options.json else report(result))
 
 
 if __name__ == "__main__":

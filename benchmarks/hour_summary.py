@@ -45,7 +45,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _part(part: Mapping[str, Any]) -> tuple[str, ...]:
     status = part["status"] if part["well"] else f"**{part['status']}**"
     lines = part["output"].strip().splitlines() or [""]
-    return f"{part['name']}: {part['told']}", status, f"{part['seconds']:.0f}", _cell(lines[-1].strip(" ="))
+    return f"{part['name']}: {part['description']}", status, f"{part['seconds']:.0f}", _cell(lines[-1].strip(" ="))
 
 
 def _cell(text: str) -> str:

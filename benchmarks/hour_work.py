@@ -114,7 +114,7 @@ def sanitize(seconds: float) -> int:
     if sanitizer is None:
         print("ran; not checked: compute-sanitizer is not installed")
         return 0
-    told, faults = [], 0
+    lines, faults = [], 0
     for tool in TOOLS:
         # The allocator's blocks would hide an access beyond a tensor in what it keeps for the next one.
         given = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -126,10 +126,10 @@ def sanitize(seconds: float) -> int:
         number = sum(map(int, found))
         faults += number
         if number or (found and _RAN in output):
-            told.append(f"{tool}: {number} errors" + ", and the program did not end" * (_RAN not in output))
+            lines.append(f"{tool}: {number} errors" + ", and the program did not end" * (_RAN not in output))
         else:
-            told.append(f"{tool}: did not run here ({_ended(status)}: {_last(output)})")
-    print("; ".join(told))
+            lines.append(f"{tool}: did not run here ({_ended(status)}: {_last(output)})")
+    print("; ".join(lines))
     return 1 if faults else 0
 
 

@@ -80,9 +80,9 @@ def _model(results: Results) -> str:
         lines.append(
             (
                 workload.name, _time(ours), _range(ours), _time(theirs) + chunk, _range(theirs),
-                _tell(ours.get("speed_up"), formatting.times), _tell(ours.get("times_floor"), "{:.2f}".format),
+                _shown(ours.get("speed_up"), formatting.times), _shown(ours.get("times_floor"), "{:.2f}".format),
                 _size(ours, "peak_bytes"), _size(theirs, "peak_bytes"), _size(ours, "output_bytes"),
-                _tell(ours.get("difference"), "{:.0e}".format),
+                _shown(ours.get("difference"), "{:.0e}".format),
             )
         )  # fmt: skip
     header = (
@@ -98,7 +98,7 @@ def _summary(results: Results) -> str:
     for workload, ours, theirs in _beside_the_published(results):
         lines.append(
             (
-                workload.name, _time(ours), _time(theirs), _tell(ours.get("speed_up"), formatting.times),
+                workload.name, _time(ours), _time(theirs), _shown(ours.get("speed_up"), formatting.times),
                 _size(ours, "peak_bytes"), _size(theirs, "peak_bytes"), _size(ours, "output_bytes"),
             )
         )  # fmt: skip
@@ -120,7 +120,7 @@ def _curve(results: Results) -> str:
             (
                 workload.name, _time(row), f"{row['seconds'] / workload.pixels * 1e6:.1f}",
                 f"{workload.mean_window(RatioWindow(0.1)):.0f} of {workload.keys}",
-                _tell(row.get("times_floor"), "{:.2f}".format),
+                _shown(row.get("times_floor"), "{:.2f}".format),
                 _size(row, "peak_bytes"), _size({**row, "output_bytes": workload.output_bytes}, "output_bytes"),
             )
         )  # fmt: skip
@@ -285,7 +285,7 @@ PHRASES: dict[str, Callable[[Results], str]] = {
 def _time(row: Row) -> str:
     if row["status"] != "ok":
         return str(row["status"])
-    return _tell(row.get("seconds"), formatting.seconds) + ("" if len(row.get("times") or [0, 0]) > 1 else ", once")
+    return _shown(row.get("seconds"), formatting.seconds) + ("" if len(row.get("times") or [0, 0]) > 1 else ", once")
 
 
 def _range(row: Row) -> str:
@@ -299,7 +299,7 @@ def _size(row: Row, name: str) -> str:
     return "" if row.get(name) is None else f"{row[name] / 1e9:.2f} GB"
 
 
-def _tell(value: Any, how: Callable[[Any], str]) -> str:
+def _shown(value: Any, how: Callable[[Any], str]) -> str:
     return "" if value is None else how(value)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.host import told
+from benchmarks.host import report
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,5 +25,5 @@ def test_host_time_of_a_call(dtype: str, capsys: pytest.CaptureFixture[str]) -> 
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     with capsys.disabled():
-        print(f"\n{told(result)}")
+        print(f"\n{report(result)}")
     assert result["repeated"] < result["call"] and result["counts"]["waits"] == 0

@@ -271,7 +271,7 @@ class InForce:
     """The entries that hold for a card, the user's before the shipped ones, and a line about each file looked for."""
 
     entries: Mapping[Case, Entry]
-    told: tuple[str, ...]
+    descriptions: tuple[str, ...]
 
 
 @cache
@@ -284,23 +284,23 @@ def in_force(device: str) -> InForce:
     if folder is None:
         return InForce({}, (f"{VARIABLE}={OFF}: no table is read",))
     entries: dict[Case, Entry] = {}
-    told = []
+    descriptions = []
     for whose, place in (("shipped", _SHIPPED), ("user's", folder)):
         path = place / file_name(device)
         try:
             table = load(path.read_text(encoding="utf-8"), device)
         except (FileNotFoundError, NotADirectoryError):
-            told.append(f"{whose}: none ({path})")
+            descriptions.append(f"{whose}: none ({path})")
         except OtherTable as other:
-            told.append(f"{whose}: ignored, {other} ({path})")
+            descriptions.append(f"{whose}: ignored, {other} ({path})")
         except (OSError, ValueError) as error:
-            told.append(f"{whose}: ignored, {error} ({path})")
+            descriptions.append(f"{whose}: ignored, {error} ({path})")
             warnings.warn(f"anyup: the table of kernel configs {path} is ignored: {error}", stacklevel=2)
         else:
             entries.update(table.entries)
             made = ", ".join(f"{name} {value}" for name, value in table.made_with.items())
-            told.append(f"{whose}: {len(table.entries)} entries{f', {made}' * bool(made)} ({path})")
-    return InForce(entries, tuple(told))
+            descriptions.append(f"{whose}: {len(table.entries)} entries{f', {made}' * bool(made)} ({path})")
+    return InForce(entries, tuple(descriptions))
 
 
 def before_the_rule(

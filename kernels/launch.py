@@ -47,14 +47,14 @@ _MOST_COMPILERS = 8
 """The most threads that compile at a time: each may take hundreds of megabytes."""
 
 
-class _Heard(threading.local):
-    """This thread's listener of launches, and whether its launches are only compiled (`ahead`)."""
+class _ThisThread(threading.local):
+    """This thread's `listener` of launches, and whether its launches are only compiled (`ahead`)."""
 
-    tell: Callable[[Launch, Any], None] | None = None
+    listener: Callable[[Launch, Any], None] | None = None
     ahead: bool = False
 
 
-_heard = _Heard()
+_thread = _ThisThread()
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,16 @@ class Launch:
         device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
         # Triton launches on torch's current device, whatever device the tensors are on. Its interpreter calls
         # operations of torch, which a dispatch mode must not see.
-        unheard = contextlib.nullcontext() if _heard.tell is None else _disable_current_modes()
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), unheard:
+        unseen = contextlib.nullcontext() if _thread.listener is None else _disable_current_modes()
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), unseen:
             # Explicit, because Triton 3.10 changes the default.
             settings = {**self.constants, **self.options, "enable_fp_fusion": True}
-            if _heard.ahead:
+            if _thread.ahead:
                 self.kernel.warmup(grid=self.grid, **self.arguments, **settings)
                 return
             compiled = self.kernel[self.grid](**self.arguments, **settings)
-        if _heard.tell is not None:
-            _heard.tell(self, compiled)
+        if _thread.listener is not None:
+            _thread.listener(self, compiled)
 
     @property
     def values(self) -> list[Any]:
@@ -101,18 +101,18 @@ class Launch:
 
 
 @contextlib.contextmanager
-def told(tell: Callable[[Launch, Any], None]) -> Iterator[None]:
-    """Within the block call `tell` with each launch of this thread and the compiled kernel that Triton launched."""
-    before, _heard.tell = _heard.tell, tell
+def listening(listener: Callable[[Launch, Any], None]) -> Iterator[None]:
+    """Within the block call `listener` with each launch of this thread and the compiled kernel that Triton launched."""
+    before, _thread.listener = _thread.listener, listener
     try:
         yield
     finally:
-        _heard.tell = before
+        _thread.listener = before
 
 
 def compiles_ahead() -> bool:
     """Whether this thread is in a block of `compiled_ahead`."""
-    return _heard.ahead
+    return _thread.ahead
 
 
 @contextlib.contextmanager
@@ -130,13 +130,13 @@ def compiled_ahead() -> Iterator[None]:
     else:
         pool = ThreadPoolExecutor(min(_MOST_COMPILERS, os.cpu_count() or 1))
         beside = AsyncCompileMode(pool)
-    _heard.ahead = True
+    _thread.ahead = True
     try:
         with beside:
             yield
-            _heard.ahead = False
+            _thread.ahead = False
     finally:
-        _heard.ahead = False
+        _thread.ahead = False
         if pool is not None:
             pool.shutdown()
 

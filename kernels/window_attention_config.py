@@ -232,7 +232,7 @@ class BackwardQueryConfig:
         if self.waiting_blocks < 0:
             raise ValueError(f"waiting_blocks: expected at least 0, got {self.waiting_blocks}")
         smallest = min(self.block_keys, self.tail_keys or self.block_keys)
-        # What a thread's share of a block holds is told by the bits of an integer.
+        # The bits of an integer say which keys of a thread's share a pixel sees.
         if self.resident_blocks and not 2 * self.row_partials <= smallest <= self.block_keys <= 32 * self.row_partials:
             raise ValueError(
                 f"row_partials: expected blocks of 2 to 32 keys for each of {self.row_partials}, got {self}"
@@ -313,7 +313,7 @@ def _check_forward(config: ForwardConfig) -> None:
         raise ValueError(f"resident_blocks: expected at most 15, got {config.resident_blocks}")
     if config.resident_blocks and config.kept_programs:
         raise ValueError(f"kept_programs: expected 0 with resident_blocks, got {config.kept_programs}")
-    # What a thread's share of a block holds is told by the bits of an integer.
+    # The bits of an integer say which keys of a thread's share a pixel sees.
     if config.resident_blocks and config.block_keys > 32 * config.row_partials:
         raise ValueError(
             f"block_keys: expected at most 32 for each of {config.row_partials} shares, got {config.block_keys}"

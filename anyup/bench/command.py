@@ -152,8 +152,8 @@ def measure(engine: Engine, suite: Sequence[Comparison], file: ResultsFile, stre
     begun = time.perf_counter()
     for number, comparison in enumerate(todo):
         left = (time.perf_counter() - begun) / number * (len(todo) - number) if number else None
-        told = "" if left is None else f", about {max(left / 60, 1):.0f} min left"
-        _note(f"[{stored + number + 1}/{len(suite)}] {comparison.name}{told}", stream)
+        rest = "" if left is None else f", about {max(left / 60, 1):.0f} min left"
+        _note(f"[{stored + number + 1}/{len(suite)}] {comparison.name}{rest}", stream)
         failure: Exception | None = None
         try:
             rows = engine.run(comparison)

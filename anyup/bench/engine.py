@@ -77,14 +77,14 @@ class Entry:
 
     def mark_error(self, error: Exception) -> None:
         """An error is a result too, and others go on; raises CardLost where the card is lost by it."""
-        told = (str(error).strip().splitlines() or ["no reason given"])[0]
-        named = f"{type(error).__name__}: {told}"
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        named = f"{type(error).__name__}: {reason}"
         if isinstance(error, parity.ParityError):
-            self.mark("wrong", told)
+            self.mark("wrong", reason)
         elif isinstance(error, NotImplementedError):
             self.mark("unsupported", str(error))
         elif memory.is_for_want_of_memory(error):
-            self.mark("out of memory", told)
+            self.mark("out of memory", reason)
         elif self.implementation.backend in (CODE, NATTEN):
             # What others wrote may fail for reasons of its own.
             self.mark("unsupported", f"its code fails here: {named}")
@@ -219,19 +219,19 @@ class Engine:
             needed += baseline.unchunked_bytes(workload) if implementation.backend == UNCHUNKED else 0
         available = free_memory(torch.device(entry.sizes.device))
         if available is not None and needed > available:
-            told = f"needs more than {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
-            entry.mark("out of memory", told)
+            reason = f"needs more than {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+            entry.mark("out of memory", reason)
         elif expected > self.budget:
-            told = f"would take about {expected:.0f} s, the budget of a call is {self.budget:.0f} s"
-            entry.mark("over budget", told, expected_seconds=expected)
+            reason = f"would take about {expected:.0f} s, the budget of a call is {self.budget:.0f} s"
+            entry.mark("over budget", reason, expected_seconds=expected)
 
     def _ask_backends(self, entries: Sequence[Entry]) -> None:
         """Mark the backends that cannot run an operation, with their reasons."""
         alone = [entry for entry in entries if entry.implementation.operation in cases.OPERATIONS]
         for operation in dict.fromkeys(entry.implementation.operation for entry in alone):
-            told = {c.name: c for c in cases.explain(operation, alone[0].sizes).candidates}
+            explained = {c.name: c for c in cases.explain(operation, alone[0].sizes).candidates}
             for entry in alone:
-                candidate = told.get(entry.implementation.backend)
+                candidate = explained.get(entry.implementation.backend)
                 if entry.implementation.operation != operation:
                     continue
                 if candidate is None:
@@ -335,8 +335,8 @@ class Engine:
                 kernels = graphs.kernels_of(stages, device)
             except RuntimeError as error:  # NotImplementedError among them
                 require_a_living_card(error)
-                told = f"each stage is timed alone, no replay could be profiled: {str(error).splitlines()[0]}"
-                return {"stages": stages.seconds(self.repeats, self.clock), "reason": told}
+                reason = f"each stage is timed alone, no replay could be profiled: {str(error).splitlines()[0]}"
+                return {"stages": stages.seconds(self.repeats, self.clock), "reason": reason}
             seconds = dict.fromkeys(STAGES, 0.0)
             for kernel in kernels:
                 seconds[kernel.stage] = seconds.get(kernel.stage, 0.0) + kernel.seconds

@@ -53,7 +53,7 @@ def operation(name: str) -> str:
 
 
 def chunk(value: Any) -> str:
-    """The baseline's queries at a time; empty where none is told."""
+    """The baseline's queries at a time; empty where there is none."""
     if value is None or value == "":
         return ""
     return "unchunked" if value == "all" else f"chunks of {value}"

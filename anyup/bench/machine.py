@@ -61,10 +61,10 @@ def clocks(device: torch.device | str) -> dict[str, str] | None:
     card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={card}"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    values = [value.strip() for value in told.split(",")]
+    values = [value.strip() for value in output.split(",")]
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else None
 
 

@@ -211,7 +211,7 @@ def _floor(axes: Axes, rows: Sequence[Row], field: str, label: str) -> None:
         )  # fmt: skip
 
 
-def _finish_curve(axes: Axes, series: Mapping[str, Sequence[Row]], what: str, tell: Callable[[float], str]) -> None:
+def _finish_curve(axes: Axes, series: Mapping[str, Sequence[Row]], what: str, label: Callable[[float], str]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log", base=2)
@@ -222,7 +222,7 @@ def _finish_curve(axes: Axes, series: Mapping[str, Sequence[Row]], what: str, te
     axes.xaxis.set_minor_locator(FixedLocator(sides))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(tell(float(f"{value:.3g}")))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(label(float(f"{value:.3g}")))))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="major")
     axes.set_xlabel("side of the square output, pixels")

@@ -41,8 +41,10 @@ class ResultsFile:
             stored = read(path)
             differs = [name for name in SAME if stored["machine"].get(name) != machine.get(name)]
             if differs:
-                told = "; ".join(f"{n}: {stored['machine'].get(n)} there, {machine.get(n)} here" for n in differs)
-                raise MachineError(f"{path}: was measured otherwise ({told}): name another folder, or --restart")
+                differences = "; ".join(
+                    f"{n}: {stored['machine'].get(n)} there, {machine.get(n)} here" for n in differs
+                )
+                raise MachineError(f"{path}: was measured otherwise ({differences}): name another folder, or --restart")
             self._rows = {row["id"]: row for row in stored["rows"]}
             self.machine["refused"] = stored["machine"].get("refused", [])
 

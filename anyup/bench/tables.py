@@ -15,11 +15,11 @@ from anyup.progress import human_bytes
 
 @dataclass(frozen=True)
 class Column:
-    """A field of rows: its heading, and how a value is told. A column without a value in any row is left out."""
+    """A field of rows: its heading, and how a value is shown. A column without a value in any row is left out."""
 
     field: str
     heading: str
-    tell: Callable[[Any], str] = str
+    formatted: Callable[[Any], str] = str
     is_number: bool = True
 
 
@@ -47,7 +47,7 @@ def shared(rows: Sequence[Row]) -> dict[str, str]:
         return {}
     fields = {column.field: column for column in COLUMNS if column.field in ("operation", "backend", "dtype", "pass")}
     return {
-        field: column.tell(rows[0][field])
+        field: column.formatted(rows[0][field])
         for field, column in fields.items()
         if all(row[field] == rows[0][field] for row in rows)
     }
@@ -87,7 +87,7 @@ def _cell(column: Column, value: Any) -> str:
         return '<td class="absent">-</td>' if column.is_number else "<td></td>"
     kind = ' class="number"' if column.is_number else ""
     stored = escape(json.dumps(value) if column.is_number else str(value))
-    return f'<td{kind} data-value="{stored}">{escape(column.tell(value))}</td>'
+    return f'<td{kind} data-value="{stored}">{escape(column.formatted(value))}</td>'
 
 
 def _badges(row: Row) -> str:
@@ -117,7 +117,7 @@ def _notes(results: Mapping[str, Any], row: Row) -> list[str]:
         notes.append("run once")
     if row.get("machine"):
         here = machine_of(results, row)
-        notes.append("another run: " + ", ".join(f"{name} {tell(name, here[name])}" for name in row["machine"]))
+        notes.append("another run: " + ", ".join(f"{name} {formatted(name, here[name])}" for name in row["machine"]))
     return notes
 
 
@@ -137,7 +137,7 @@ _TOLD: dict[str, Callable[[Any], str]] = {
 }
 
 
-def tell(name: str, value: Any) -> str:
+def formatted(name: str, value: Any) -> str:
     """A fact about the machine, in words."""
     if value is None and name != "commit":
         return "not known"
@@ -146,7 +146,7 @@ def tell(name: str, value: Any) -> str:
     if name in _TOLD:
         return _TOLD[name](value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {tell(str(key), one)}" for key, one in value.items())
+        return ", ".join(f"{key} {formatted(str(key), one)}" for key, one in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(str(one) for one in value)
     return str(value)
@@ -155,7 +155,7 @@ def tell(name: str, value: Any) -> str:
 def facts(machine: Mapping[str, Any]) -> str:
     """A list of names and values; what is not known is left out, but for the commit."""
     items = "".join(
-        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(tell(name, value))}</dd></div>"
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(formatted(name, value))}</dd></div>"
         for name, value in machine.items()
         if value is not None or name == "commit"
     )

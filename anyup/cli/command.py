@@ -57,7 +57,7 @@ _DEMO = """\
 Upsample stored features of a real encoder to the resolution of the photograph they were computed from, and
 write one picture with four panels side by side: the photograph, the features, bilinear interpolation, and
 AnyUp. Features are shown by their first three principal components, the same basis and colours in all
-panels. Time, memory, backend and why this backend are told in the terminal and, in brief, on the picture.
+panels. The terminal shows time, memory, the backend and why this backend, and the picture in brief.
 """
 
 _ENCODERS = """\
@@ -356,7 +356,7 @@ def _in_words(error: Exception) -> str:
         asked = re.search(r"allocate ([0-9.]+) ?(bytes|[KMGT]iB)", text)
         return "there is not enough memory" + (f" for {asked[1]} {asked[2]} more" if asked else "")
     foreseen = (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError, AssertionError)
-    # What torch has no kernel for is told in a hundred lines.
+    # Torch needs a hundred lines to say that it has no kernel.
     if isinstance(error, foreseen) and text and not text.startswith("Could not run 'aten::"):
         return text
     # Not a mistake we foresaw: its kind tells more than its text.

@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Write one page that needs no other file and no network, about 0.2 MB a photograph: the photograph, the features that
 an encoder gives of it, bilinear interpolation and AnyUp to wipe between, and where a clicked pixel looks. A text file
 beside a photograph, of the same name and .txt, is shown with it: its source and licence, say. Photographs that cannot
-be read are told of and left out.
+be read are reported and left out.
 """
 
 

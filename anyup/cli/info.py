@@ -127,7 +127,7 @@ def _config_lines() -> Iterator[str]:
         name = device_name(torch.device("cuda", index))
         tables = config_tables.in_force(name)
         yield f"cuda:{index} {name}: " + ("tables, then the rule" if tables.entries else "the rule's")
-        yield from (f"  {line}" for line in tables.told)
+        yield from (f"  {line}" for line in tables.descriptions)
 
 
 def _optional_lines() -> Iterator[str]:

@@ -26,7 +26,7 @@ from anyup.cli.upsample_inputs import (
 )
 from anyup.cli.upsample_many import FORMATS, are_many
 from anyup.cli.upsample_many import run as run_many
-from anyup.cli.upsample_result import Files, in_words, told_backends, write_result
+from anyup.cli.upsample_result import Files, in_words, report_backends, write_result
 from anyup.command_paths import Paths, Read, ReadEncoder, Written
 from anyup.options import UsageError, check_output, memory, region, size
 
@@ -40,14 +40,14 @@ Upsample a feature map, guided by the photograph it belongs to, and write the re
 
 The features come from an encoder that is run on the photograph (--encoder), or from a file (--features):
 .npy, .npz, .pt, .pth or .safetensors, of shape (C, h, w) or (1, C, h, w), any C, not normalised in any
-particular way. The photograph is turned by its EXIF orientation; it is taken as stored, and that is told,
+particular way. The photograph is turned by its EXIF orientation; it is taken as stored, and a line says so,
 where features from a file have its proportions only so.
 
 A .npy or .zarr file is written piece by piece and may be larger than the memory; interrupted, it leaves
 OUT.part, which the same command completes with --resume.
 
 Of many photographs, or the frames of a video, each has a file in the folder OUT that is called like it, and a line in
-OUT/manifest.jsonl. One that cannot be read is told of and left out, and the exit status is 1. --resume goes on with
+OUT/manifest.jsonl. One that cannot be read is reported and left out, and the exit status is 1. --resume goes on with
 what has no result.
 """
 
@@ -205,7 +205,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")
     with ExitStack() as stack:
         if output is not None and in_pieces:
-            stack.enter_context(array_files.begun(output, resume=arguments.resume, tell=progress.note))
+            stack.enter_context(array_files.begun(output, resume=arguments.resume, report=progress.note))
         _upsample(arguments, Files(output, picture, in_pieces), progress)
 
 
@@ -265,7 +265,7 @@ def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -
         image = guidance(photo, whole, progress).to(device)
         features, values = features.to(device), None if values is None else values.to(device)
         with torch.inference_mode():
-            told_backends(model, image, features, whole, values, progress)
+            report_backends(model, image, features, whole, values, progress)
             with progress.stage(f"{in_words(low, whole, device)}, at {points.shape[1]} points"):
                 found = model.at_points(image, features, points, whole, values=values, max_memory=arguments.max_memory)
         check_map(found.transpose(1, 2)[..., None], "the result")

@@ -38,7 +38,7 @@ def load_model(arguments: argparse.Namespace, device: torch.device, progress: Pr
 def read_guide(path: str, features: Tensor | None, progress: Progress) -> Tensor:
     """The photograph (1, 3, H, W) in 0..1, turned by its EXIF orientation.
 
-    As it is stored, and told so, where features (1, C, h, w) of a file have its proportions so and not when turned.
+    It is taken as stored, with a report, where features (1, C, h, w) of a file have its proportions so and not turned.
     """
     from anyup.images import read_picture, to_rgb01
 

@@ -141,7 +141,7 @@ def write_result(
     shape = (low.shape[1], *region[2:])
     what = in_words(low, whole, device)
     with torch.inference_mode():
-        told_backends(model, image, features, whole, values, progress)
+        report_backends(model, image, features, whole, values, progress)
 
         def pieces_of(result: Any, tile: tuple[int, ...] | None = None) -> Stream:
             from anyup.limited_memory.request import Request
@@ -194,7 +194,7 @@ def write_result(
     return shape, str(dtype).removeprefix("torch.")
 
 
-def told_backends(
+def report_backends(
     model: AnyUp,
     image: Tensor,
     features: Tensor,

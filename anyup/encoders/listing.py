@@ -88,7 +88,7 @@ def list_encoders() -> list[EncoderEntry]:
 
 
 def describe(name: str | None = None) -> str:
-    """What `anyup encoders` tells: all that there are, or one model's layers, whichever the name chooses.
+    """What `anyup encoders` prints: all that there are, or one model's layers, whichever the name chooses.
 
     Raises ValueError for a name that is none, ImportError where its package is missing.
     """
@@ -96,8 +96,8 @@ def describe(name: str | None = None) -> str:
         others = "\n".join(
             f"{package}/<model>{'' if find_spec(package) else f' ({pip_install(package)})'}" for package in _OF_OTHERS
         )
-        told = "  any model, with the weights that its package downloads; `anyup encoders NAME` lists its layers"
-        return "\n\n".join((*map(str, list_encoders()), f"{others}\n{told}"))
+        any_model = "  any model, with the weights that its package downloads; `anyup encoders NAME` lists its layers"
+        return "\n\n".join((*map(str, list_encoders()), f"{others}\n{any_model}"))
     name = re.sub(r":[^:/\\]*$", "", name)
     known = {entry.name: str(entry) for entry in list_encoders()}
     if name in known:

@@ -152,8 +152,8 @@ def load_split(
 def check_split(samples: Sequence[Sample], labels: Labels, size: int, split: str, reporter: Reporter) -> list[Sample]:
     """The samples that can be used, each with how it is turned, once all files have been read.
 
-    What cannot be read is told of and left out. Told is also which classes never occur at `size` (see `read_mask`), and
-    how much is void.
+    What cannot be read is reported and left out. Classes that never occur at `size` (see `read_mask`) are reported too,
+    and how much is void.
 
     Raises ValueError where an image and its mask differ in size, for a mask of other than class values or with a value
     that must not occur, where fewer than two classes occur, and where no sample is left.
@@ -173,11 +173,11 @@ def check_split(samples: Sequence[Sample], labels: Labels, size: int, split: str
         reporter.tick(f"checking images and masks of {split!r}: {number} of {len(samples)}")
     if not usable:
         raise ValueError(f"data: none of {len(samples)} images with masks in the split {split!r} can be used")
-    _tell(usable, labels, counts, split, reporter)
+    _report(usable, labels, counts, split, reporter)
     return usable
 
 
-def _tell(samples: Sequence[Sample], labels: Labels, counts: Tensor, split: str, reporter: Reporter) -> None:
+def _report(samples: Sequence[Sample], labels: Labels, counts: Tensor, split: str, reporter: Reporter) -> None:
     """Tell what the masks hold, and what of it looks wrong; `counts` are pixels of each label."""
     occurs = (counts[: labels.classes] > 0).tolist()
     void = f"{float(counts[VOID] / counts.sum()):.1%} of the pixels are void"

@@ -72,7 +72,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """One picture for each photograph and encoder; what was written, and of what.
 
-    A photograph that cannot be read is told of and left out; ValueError where no picture is drawn.
+    A photograph that cannot be read is reported and left out; ValueError where no picture is drawn.
     """
     written = []
     total = len(photographs) * len(encoders)

@@ -206,7 +206,7 @@ def run(
 ) -> dict[str, Any]:
     """{task: {"methods": summary, "photographs": {name: {method: [cosine, error]}}}} of one encoder.
 
-    A photograph that cannot be read or measured, or whose short side is less than the view, is told of and left out;
+    A photograph that cannot be read or measured, or whose short side is less than the view, is reported and left out;
     ValueError where none is left.
     """
     encoder_digest = f"{encoder.name} {module_fingerprint(encoder)}"

@@ -103,14 +103,14 @@ class Task:
         """
         height, width = self.piece
         shape = f"{self.batch} x {self.value_channels} x {height} x {width}"
-        told, hint = f"output_size: the result, {shape},", "`stream` makes it in pieces, out= can be a file"
+        what, hint = f"output_size: the result, {shape},", "`stream` makes it in pieces, out= can be a file"
         if not self.returned:
-            told, hint = f"tile: a piece, {shape},", "smaller ones take less"
+            what, hint = f"tile: a piece, {shape},", "smaller ones take less"
         needed = self.batch * self.value_channels * height * width * self.out_dtype.itemsize
-        check_room(needed, told, device, hint)
+        check_room(needed, what, device, hint)
         if whole and self.needs_queries:
             needed += self.batch * pixels_of(self.output) * self.pixel_bytes
-            check_room(needed, f"{told} with the queries of all pixels", device, "max_memory= keeps less")
+            check_room(needed, f"{what} with the queries of all pixels", device, "max_memory= keeps less")
 
 
 def make_task(config: Mapping[str, Any], device_type: str, *, image: Size, **asked: Any) -> Task:

@@ -62,7 +62,7 @@ def run_first(run: Callable[[Config], Result], configs: Sequence[Config], *, ker
             except Exception as error:
                 if not is_refusal(error):
                     raise
-                known, cause = told(error), error
+                known, cause = summary_of(error), error
             remember(f"{_in_words(kernel)}, config {config}: {known}")
             if kernel is not None:
                 _refused[kernel, config] = known
@@ -82,7 +82,7 @@ def is_refusal(error: Exception) -> bool:
     return type(error) is RuntimeError and not any(words in str(error) for words in _NO_REFUSAL)
 
 
-def told(error: Exception) -> str:
+def summary_of(error: Exception) -> str:
     """An error in one line: the last line of a CompilationError, which begins with the source, else the first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1 if _is_of_triton(error, 'CompilationError') else 0]}"

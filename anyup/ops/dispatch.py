@@ -139,7 +139,7 @@ class Operation:
             raise failure
         self._warned_of_slow_path = True  # one warning is enough
         self._failures[_failing(name, problem)] = f"failed before on {problem.device}: {failure}"
-        _tell(
+        _report(
             f"{self.name}: backend {name!r} failed on {_device_name(problem.device)} and is not used for "
             f"this or the like any more ({problem}): {failure}"
         )
@@ -151,7 +151,7 @@ class Operation:
             return
         self._warned_of_slow_path = True
         reasons = "; ".join(f"{other}: {reason}" for other in faster for reason in self._reasons(other, problem))
-        _tell(f"{self.name} runs on its slow backend {name!r} ({reasons})")
+        _report(f"{self.name} runs on its slow backend {name!r} ({reasons})")
 
     def _reasons(self, name: str, problem: Any) -> list[str]:
         if name not in self._backends:
@@ -168,7 +168,7 @@ class Operation:
         return [] if discouraged is None else discouraged(problem)
 
 
-def _tell(refusal: str) -> None:
+def _report(refusal: str) -> None:
     remember(refusal)
     warn(f"anyup: {refusal}")
 

@@ -136,7 +136,7 @@ class Variation:
 
 @dataclass(frozen=True)
 class Run:
-    """How it runs, and what it tells and keeps."""
+    """How it runs, what it reports and which files it writes."""
 
     device: str = ""  # "": cuda where there is one, else cpu
     threads: int = 0  # of a CPU; 0: torch's choice
@@ -152,7 +152,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that `anyup train` is told."""
+    """All settings of `anyup train`."""
 
     output: str = _path(RunFolder)  # folder of the checkpoints and the log
     seed: int = 0

@@ -41,7 +41,7 @@ class LiveFeatures:
         self._read = lru_cache(_PHOTOGRAPHS_KEPT)(lambda path: read_large(path, recipe.min_side))
 
     def usable(self, path: Path) -> bool:
-        """Whether a photograph can be read and is large enough; told once where not."""
+        """Whether a photograph can be read and is large enough; reported once where not."""
         if path in self._unreadable:
             return False
         try:

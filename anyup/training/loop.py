@@ -72,7 +72,7 @@ def _claim(stack: ExitStack, output: Path, latest: Path, resume: bool, reporter:
 
 
 class _Run:
-    """The steps of a trainer, with what is told and kept beside them."""
+    """The steps of a trainer, with its reports and its files."""
 
     def __init__(self, trainer: Trainer, prepared: Prepared, output: Path, reporter: Reporter) -> None:
         self._trainer, self._settings, self._engine = trainer, trainer.settings, trainer.engine
@@ -115,8 +115,8 @@ class _Run:
         if self._engine.first and self._held_out:
             self._baselines = validation.baselines(self._unseen, self._held_out)
         for name, methods in self._baselines.items():
-            told = ", ".join(f"{method} {score.distance:.4f}" for method, score in methods.items())
-            reporter.note(f"held out, 1 - cosine, {name}: {told}")
+            scores = ", ".join(f"{method} {score.distance:.4f}" for method, score in methods.items())
+            reporter.note(f"held out, 1 - cosine, {name}: {scores}")
         steps = self._settings.optimizer.steps
         reporter.note(f"{len(trainer.paths)} photographs, step {trainer.step} of {steps}, on {self._engine.device}")
 
@@ -152,10 +152,10 @@ class _Run:
     def _validate(self) -> None:
         with self._trainer.shipped_weights() as upsampler:
             scores = validation.validate(upsampler, self._unseen, self._held_out, self._engine.device)
-        told = []
+        lines = []
         for name, score in scores.items():
             bilinear = self._baselines[name]["bilinear"].distance
-            told.append(f"{name} {score.distance:.4f} ({score.distance / bilinear - 1:+.1%} of bilinear)")
-        self._reporter.note(f"step {self._trainer.step}: held out, 1 - cosine: {', '.join(told)}")
+            lines.append(f"{name} {score.distance:.4f} ({score.distance / bilinear - 1:+.1%} of bilinear)")
+        self._reporter.note(f"step {self._trainer.step}: held out, 1 - cosine: {', '.join(lines)}")
         if self._log:
             self._log.held_out(self._trainer.step, {name: dataclasses.asdict(s) for name, s in scores.items()})

@@ -28,7 +28,7 @@ class Prepared:
 
 
 def prepare(settings: Settings, found: Sequence[Path], engine: Engine, reporter: Reporter) -> Prepared:
-    """Fill the cache, or get the encoders ready where there is none. Photographs that are broken or small are told.
+    """Fill the cache, or get the encoders ready where there is none. Photographs that are broken or small are reported.
 
     Raises ValueError where no photograph is left, and what `load_encoder` raises.
     """

@@ -35,7 +35,7 @@ class Reporter:
             self._shown = 0
 
     def note_once(self, text: str) -> None:
-        """A line that stays, unless it has been told before."""
+        """A line that stays, unless it has been written before."""
         if text not in self._told:
             self._told.add(text)
             self.note(text)

@@ -136,9 +136,9 @@ class Search:
         for outcome in self.outcomes:
             time = None if outcome.seconds is None else round(outcome.seconds * 1e6, 2)
             best = outcome is self.best and not self.gives_way
-            told = {"us": time, "reason": outcome.reason, "best": best, "rule": outcome is rules}
+            found = {"us": time, "reason": outcome.reason, "best": best, "rule": outcome is rules}
             apart = {"apart": round(self.apart * 1e6, 2)} if self.apart is not None and self.gives_way else {}
-            yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.config), **told, **apart}
+            yield {**asdict(self.case), "workload": self.workload, "config": asdict(outcome.config), **found, **apart}
 
     def __str__(self) -> str:
         c = self.case
@@ -220,19 +220,19 @@ def tune(
         kernels: all of them by default.
         quick: fewer configs for each.
         make: what gives the launches, `AttentionPasses` by default.
-        progress: where to tell what is going on.
+        progress: reports what is going on.
     """
     from anyup.kernels import config_tables
 
-    told = Progress() if progress is None else progress
-    entries = dict(_kept(path, name, told))
+    progress = Progress() if progress is None else progress
+    entries = dict(_kept(path, name, progress))
     seen: set[Case] = set()
     for workload in workloads:
         for dtype in dtypes:
             try:
                 passes = (make or AttentionPasses)(workload, DTYPES[dtype], device)
             except torch.OutOfMemoryError as error:
-                told.note(f"{workload.name}, {dtype}: left out, out of memory ({str(error).splitlines()[0]})")
+                progress.note(f"{workload.name}, {dtype}: left out, out of memory ({str(error).splitlines()[0]})")
                 continue
             times: dict[str, float] = {}
             for kernel in kernels or config_tables.KINDS:
@@ -240,7 +240,7 @@ def tune(
                 if case in seen or not passes.rule(kernel):  # some are not for every workload
                     continue
                 seen.add(case)
-                with told.stage(f"{kernel}, {dtype}, {workload.name}"):
+                with progress.stage(f"{kernel}, {dtype}, {workload.name}"):
                     found = search(passes, kernel, clock, quick=quick)
                 if found.best is not None and found.best.seconds is not None:
                     times[kernel] = found.best.seconds
@@ -254,7 +254,7 @@ def tune(
             del passes  # before the next one takes as much memory
 
 
-def _kept(path: Path, name: str, told: Progress) -> Mapping[Case, Entry]:
+def _kept(path: Path, name: str, progress: Progress) -> Mapping[Case, Entry]:
     """The entries of the table that is there, none where it is not for this card and these kernels."""
     from anyup.kernels import config_tables
 
@@ -263,7 +263,7 @@ def _kept(path: Path, name: str, told: Progress) -> Mapping[Case, Entry]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        told.note(f"{path} is made anew: {error}")
+        progress.note(f"{path} is made anew: {error}")
         return {}
 
 
@@ -371,7 +371,7 @@ def run(
         heads: their number and width.
         window: of the attention.
         precision: torch's matmul precision for float32, "highest" or "high"; None: the one that is set.
-        report: where to tell what became of every config: a page (.html) or data (.json).
+        report: a file that says what became of every config: a page (.html) or data (.json).
 
     Raises ValueError, before any work, where kernels cannot be timed here or do not take such heads, or a name is none;
     ImportError where a page is asked for and matplotlib is missing; OSError where the table cannot be written.

@@ -180,7 +180,7 @@ def row_of(case: Case, code: Code) -> Row:
         "head_dim": case.head_dim,
         "config": asdict(case.configs[0]),
         **code_facts(code, case.arch, code.warps),
-        **told_execution(execution),
+        **execution_facts(execution),
         "bytes_per_pixel": round(work.bytes_compulsory, 1),
         "bytes_asked_per_pixel": round(work.bytes_asked, 1),
         "operations_per_pixel": round(work.logit_operations + work.value_operations),
@@ -207,7 +207,7 @@ def execution_of(code: Code, arch: str, turns: Sequence[Any], *, programs: int, 
     return roofline.Execution(rounded, ahead, code.products_by_warp, running.programs, programs)
 
 
-def told_execution(execution: roofline.Execution) -> Row:
+def execution_facts(execution: roofline.Execution) -> Row:
     """How a launch runs, as rows have it."""
     uses = execution.uses
     return {
@@ -242,7 +242,7 @@ def code_facts(code: Code, arch: str, warps: int) -> Row:
     }
 
 
-def told_times(device: roofline.Device, floor: roofline.Times, modelled: roofline.Times) -> Row:
+def time_facts(device: roofline.Device, floor: roofline.Times, modelled: roofline.Times) -> Row:
     """Floor and modelled time, as rows have them."""
     return {
         "device": device.name,
@@ -259,7 +259,7 @@ def times_of(case: Case, work: Work, execution: roofline.Execution) -> Row:
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(TIMES)
-    return told_times(device, *roofs_of(case, work, execution, device))
+    return time_facts(device, *roofs_of(case, work, execution, device))
 
 
 def roofs_of(

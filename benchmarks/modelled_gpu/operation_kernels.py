@@ -33,9 +33,9 @@ from benchmarks.modelled_gpu.compiled import (
     TIMES,
     WINDOW,
     code_facts,
+    execution_facts,
     execution_of,
-    told_execution,
-    told_times,
+    time_facts,
 )
 from benchmarks.modelled_gpu.machine_code import Code, read
 from benchmarks.modelled_gpu.operation_work import Work
@@ -339,7 +339,7 @@ def row_of(case: Case) -> Row:
         "tensor_core_instructions": code.tensor_instructions if work.operations else None,
         "widest_load_bits": max(code.widest("load"), code.widest("copy")),
         "units": work.units,
-        **told_execution(execution),
+        **execution_facts(execution),
         "bytes_per_pixel": round(work.bytes_compulsory, 1),
         "bytes_asked_per_pixel": round(work.bytes_asked, 1),
         "operations_per_pixel": round(work.operations),
@@ -354,7 +354,7 @@ def times_of(case: Case, work: Work, execution: roofline.Execution) -> Row:
     device = roofline.device_of(case.arch)
     if device is None:
         return dict.fromkeys(TIMES)
-    return told_times(device, *roofs_of(case, work, execution, device))
+    return time_facts(device, *roofs_of(case, work, execution, device))
 
 
 def roofs_of(

@@ -267,7 +267,7 @@ def test_the_page_says_what_is_wrong_and_fits_a_page(tmp_path: Path) -> None:
         "Abacus-9000.json": {"tests": {f"tests/device/test_x.py::test_{number}": failed for number in range(50)}},
     }
     output = "=== 50 failed ===\n"
-    told = {"name": "tests", "told": "", "status": "failed", "well": False, "seconds": 1.0, "output": output}
+    told = {"name": "tests", "description": "", "status": "failed", "well": False, "seconds": 1.0, "output": output}
     files["hour.json"] = {"parts": [told]}
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))

@@ -242,7 +242,10 @@ def test_the_user_s_table_comes_before_the_shipped_one(folders: tuple[Path, Path
     found = config_tables.in_force("cpu")
     assert found.entries[case()] == Entry(faster, 2.0)
     assert found.entries[case("backward_key")] == Entry(GRID, 1.25)
-    assert [line.split(" (")[0] for line in found.told] == ["shipped: 4 entries, triton 3.9.0", "user's: 1 entries"]
+    assert [line.split(" (")[0] for line in found.descriptions] == [
+        "shipped: 4 entries, triton 3.9.0",
+        "user's: 1 entries",
+    ]
     assert config_tables.in_force("another card").entries == {}
 
 
@@ -265,7 +268,7 @@ def test_a_broken_table_is_named_once_and_ignored(folders: tuple[Path, Path], co
         found = [config_tables.in_force("cpu") for _ in range(3)]
     assert len(warned) == 1 and str(path) in str(warned[0].message)
     assert len(found[0].entries) == 4
-    assert found[0].told[1].startswith("user's: ignored, ")
+    assert found[0].descriptions[1].startswith("user's: ignored, ")
 
 
 def test_a_table_of_other_kernels_is_ignored_with_a_reason_and_without_a_warning(folders: tuple[Path, Path]) -> None:
@@ -274,7 +277,7 @@ def test_a_table_of_other_kernels_is_ignored_with_a_reason_and_without_a_warning
         warnings.simplefilter("error")
         found = config_tables.in_force("cpu")
     assert found.entries == {}
-    assert "ignored, made with other kernels (0123)" in found.told[1]
+    assert "ignored, made with other kernels (0123)" in found.descriptions[1]
 
 
 def test_a_table_is_read_once_in_a_process(folders: tuple[Path, Path]) -> None:

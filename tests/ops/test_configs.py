@@ -128,6 +128,6 @@ def test_each_refusal_is_told_once_with_the_kernel_and_its_config() -> None:
 
 def test_a_compiler_s_error_is_told_by_its_last_line() -> None:
     error = triton_errors.CompilationError("def kernel():\n    x\n", None, "x is not defined")
-    assert configs.told(error) == "CompilationError: x is not defined"
-    assert configs.told(RuntimeError("first\nsecond")) == "RuntimeError: first"
-    assert configs.told(OSError()) == "OSError: "
+    assert configs.summary_of(error) == "CompilationError: x is not defined"
+    assert configs.summary_of(RuntimeError("first\nsecond")) == "RuntimeError: first"
+    assert configs.summary_of(OSError()) == "OSError: "

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from anyup.installing import pip_install
-from anyup.ops.configs import is_refusal, told
+from anyup.ops.configs import is_refusal, summary_of
 from anyup.ops.dispatch import WITHOUT_GRADIENT, BackendFailure
 from anyup.ops.precision import working_dtype
 from anyup.ops.tables import kept_for_graphs
@@ -190,7 +190,7 @@ def _run(
             inner = getattr(error, "inner_exception", error)
             wrapped = isinstance(error, torch._dynamo.exc.TorchDynamoException)
             if is_refusal(inner) or (wrapped and not isinstance(inner, torch.OutOfMemoryError)):
-                raise BackendFailure(told(inner)) from error
+                raise BackendFailure(summary_of(inner)) from error
             raise
 
 
