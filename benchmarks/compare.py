@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import formatting, stored
+from anyup.bench import stored
+from anyup.bench.report import formatting
 from anyup.bench.stored import Row, machine_of
 from anyup.bench.timing import BUSY_SPREAD
 from anyup.progress import human_bytes

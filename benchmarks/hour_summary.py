@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import formatting, stored
+from anyup.bench import stored
+from anyup.bench.report import formatting
 from anyup.progress import human_bytes
 from benchmarks.report import table
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import formatting, modelled, stored
+from anyup.bench import stored
 from anyup.bench.machine import PRODUCT_SIDES
+from anyup.bench.report import formatting, modelled
 from anyup.bench.stored import Row, rows_of
 from anyup.bench.workloads import CURVE, REACH, Workload, square
 from anyup.window import RatioWindow

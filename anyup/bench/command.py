@@ -13,11 +13,12 @@ from typing import TextIO
 
 import torch
 
-from anyup.bench import formatting, machine
+from anyup.bench import machine
 from anyup.bench.clock import CudaClock, require_a_living_card
 from anyup.bench.engine import Engine, Speeds
 from anyup.bench.implementations import Builder
 from anyup.bench.published_code import PublishedCode, has_natten
+from anyup.bench.report import formatting
 from anyup.bench.results import MachineError, ResultsFile, Row
 from anyup.bench.stored import FAULTS
 from anyup.bench.suite import Comparison, comparisons
@@ -191,7 +192,7 @@ def line(row: Row) -> str:
 
 
 def _write_report(file: ResultsFile) -> None:
-    from anyup.bench.report_page import write_report
+    from anyup.bench.report.page import write_report
 
     page = file.path.with_name("report.html")
     try:

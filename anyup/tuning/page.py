@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import formatting, plots, tables
+from anyup.bench.report import formatting, plots, tables
 from anyup.bench.stored import read_json
 
 FORMAT = 1

@@ -23,7 +23,7 @@ from anyup._version import __version__
 from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses
 from anyup.bench.clock import require_a_living_card
 from anyup.bench.parity import ParityError
-from anyup.bench.plots import require_matplotlib
+from anyup.bench.report.plots import require_matplotlib
 from anyup.bench.workloads import Workload, find, square
 from anyup.command_paths import Paths, Written
 from anyup.images import complete_or_absent
@@ -420,7 +420,7 @@ def run(
 def write_report(tune: Mapping[str, Any], path: Path) -> None:
     """Write what became of every config, complete or not at all: a page where the name ends in .html, else JSON."""
     if path.suffix.lower() == ".html":
-        from anyup.bench.report_page import write_tune_report
+        from anyup.bench.report.page import write_tune_report
 
         write_tune_report(tune, path)
         return

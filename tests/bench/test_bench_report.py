@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from anyup.bench import formatting, modelled, plots, report_page, stored
+from anyup.bench import stored
+from anyup.bench.report import formatting, modelled, plots
+from anyup.bench.report import page as report_page
 from anyup.tuning import page as tune_page
 from benchmarks import compare, report
 

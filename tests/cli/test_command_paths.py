@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from anyup import options
-from anyup.bench import report_page
+from anyup.bench.report import page as report_page
 from anyup.cli import command as cli
 from anyup.command_paths import Kept, Paths, Read, ReadEncoder, ReadWeights, Written
 from anyup.evaluation import arguments

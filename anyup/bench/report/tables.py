@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from anyup.bench import formatting
+from anyup.bench.report import formatting
 from anyup.bench.stored import Row, machine_of
 from anyup.progress import human_bytes
 

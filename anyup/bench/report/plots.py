@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from anyup.bench import formatting
+from anyup.bench.report import formatting
 from anyup.bench.stored import Row, rows_of
 from anyup.installing import pip_install
 from anyup.progress import human_bytes

@@ -1,6 +1,6 @@
 """`report.html`: one page with everything about a run, which needs no network and no other file.
 
-    python -m anyup.bench.report_page results.json -o report.html [--codegen FILE] [--tune FILE]
+    python -m anyup.bench.report results.json -o report.html [--codegen FILE] [--tune FILE]
 
 makes it again from stored results.
 """
@@ -15,7 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import formatting, modelled, plots, stored, tables
+from anyup.bench import stored
+from anyup.bench.report import formatting, modelled, plots, tables
 from anyup.command_paths import Read, Written, settle_paths
 from anyup.images import complete_or_absent
 from anyup.options import UsageError
@@ -195,7 +196,7 @@ def _write(path: Path, page: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m anyup.bench.report_page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m anyup.bench.report", description=__doc__)
     parser.add_argument("results", type=Read, help="results.json of anyup bench")
     parser.add_argument("-o", "--output", type=Written, default="report.html", help="(default: %(default)s)")
     parser.add_argument(
@@ -217,7 +218,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(arguments.output)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

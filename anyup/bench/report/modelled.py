@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyup.bench import plots, tables
 from anyup.bench.machine import ROOT
+from anyup.bench.report import plots, tables
 from anyup.bench.stored import read_json
 
 STORED = ROOT / "benchmarks" / "results" / "codegen.json"

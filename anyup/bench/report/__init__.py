@@ -1,0 +1,1 @@
+"""The pages of `anyup bench` and `anyup tune`: numbers in words, tables, plots."""
