@@ -247,8 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--report",
         type=Written,
-        metavar="OUT.html",
-        help="also what became of every config tried: a page, or data (.json)",
+        metavar="OUT.json",
+        help="also what became of every config tried, a line of JSON for each",
     )
     tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
 
@@ -458,7 +458,7 @@ def _tune(arguments: argparse.Namespace) -> None:
             find(name)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    report = check_output(arguments.report, (".html", ".json"), "report") if arguments.report else None
+    report = check_output(arguments.report, (".json",), "report") if arguments.report else None
     usual = attention_passes.WINDOW
     window = make_window(arguments.window or usual.kind, usual.ratio if arguments.ratio is None else arguments.ratio)
     try:

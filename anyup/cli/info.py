@@ -25,7 +25,7 @@ _OPTIONAL = (
     ("triton", "triton", "kernels for GPUs"),
     ("PIL", "pillow", "reading and writing pictures"),
     ("safetensors", "safetensors", ".safetensors files"),
-    ("matplotlib", "matplotlib", "vis_attn=True, and the plots of bench and tune"),
+    ("matplotlib", "matplotlib", "vis_attn=True, and the plots of bench"),
     ("zarr", "zarr", ".zarr files"),
     ("av", "av", "upsample the frames of a video"),
     ("h5py", "h5py", 'encoder "squeezenet1_1", --layout nyuv2'),

@@ -23,7 +23,6 @@ from anyup._version import __version__
 from anyup.bench.attention_passes import HEAD_DIM, HEADS, WINDOW, AttentionPasses
 from anyup.bench.clock import require_a_living_card
 from anyup.bench.parity import ParityError
-from anyup.bench.report.plots import require_matplotlib
 from anyup.bench.workloads import Workload, find, square
 from anyup.command_paths import Paths, Written
 from anyup.images import complete_or_absent
@@ -34,7 +33,6 @@ from anyup.ops.window_attention.arguments import WindowAttentionProblem
 from anyup.progress import Progress
 from anyup.run_lock import only_run
 from anyup.tuning.candidates import ASPECTS, QUICK_ASPECTS, variations
-from anyup.tuning.page import FORMAT
 from anyup.window import Window
 
 if TYPE_CHECKING:
@@ -48,6 +46,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 QUICK_WORKLOADS = WORKLOADS[:2]
 QUICK_DTYPES = ("bfloat16", "float32")
+
+_FORMAT = 1
+"""Of a report."""
 
 # Less is within the spread of the clock.
 _LEAST_GAIN = 1.02
@@ -371,16 +372,14 @@ def run(
         heads: their number and width.
         window: of the attention.
         precision: torch's matmul precision for float32, "highest" or "high"; None: the one that is set.
-        report: a file that says what became of every config: a page (.html) or data (.json).
+        report: a JSON file that says what became of every config, to be read by people or by a program.
 
     Raises ValueError, before any work, where kernels cannot be timed here or do not take such heads, or a name is none;
-    ImportError where a page is asked for and matplotlib is missing; OSError where the table cannot be written.
+    OSError where the table cannot be written.
     """
     from anyup.bench.clock import CudaClock
     from anyup.images import check_writable
 
-    if report and report.suffix.lower() == ".html":
-        require_matplotlib()
     sizes = [find(name) for name in workloads] if workloads else (QUICK_WORKLOADS if quick else WORKLOADS)
     place = card(device)
     require_heads(*heads, window, place)
@@ -413,18 +412,13 @@ def run(
                 print(found, flush=True)
     finally:
         if report and rows:
-            write_report({"format": FORMAT, "device": name, **_made_with(), "rows": rows}, report)
+            write_report({"format": _FORMAT, "device": name, **_made_with(), "rows": rows}, report)
     return path
 
 
 def write_report(tune: Mapping[str, Any], path: Path) -> None:
-    """Write what became of every config, complete or not at all: a page where the name ends in .html, else JSON."""
-    if path.suffix.lower() == ".html":
-        from anyup.bench.report.page import write_tune_report
-
-        write_tune_report(tune, path)
-        return
+    """Write what became of every config, a line of JSON for each, complete or not at all."""
     facts = {name: value for name, value in tune.items() if name != "rows"}
-    rows = ",\n".join(map(json.dumps, tune["rows"]))  # a line for each
+    rows = ",\n".join(map(json.dumps, tune["rows"]))
     with complete_or_absent(path) as partial:
         partial.write_text(f'{json.dumps(facts)[:-1]}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")

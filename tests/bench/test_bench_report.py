@@ -16,7 +16,6 @@ import pytest
 from anyup.bench import stored
 from anyup.bench.report import formatting, modelled, plots
 from anyup.bench.report import page as report_page
-from anyup.tuning import page as tune_page
 from benchmarks import compare, report
 
 MACHINE = {
@@ -267,42 +266,6 @@ def test_the_command_makes_a_page_of_stored_results(tmp_path: Path, capsys: pyte
 )
 def test_seconds_have_three_digits(value: float, text: str) -> None:
     assert formatting.seconds(value) == text
-
-
-# The report of the tuner
-
-
-def tuned() -> dict[str, Any]:
-    """Three configs of a kernel: the rule's, a faster one, and one that fails."""
-    case = {"kernel": "forward", "dtype": "bfloat16", "precision": "", "heads": 4, "head_dim": 32, "keys": 64}
-    rows = [
-        {**case, "workload": "448 from 32", "config": {"rows": 8, "num_warps": warps}, "us": us, "reason": reason,
-         "best": warps == 2, "rule": warps == 4}
-        for warps, us, reason in ((4, 120.0, ""), (2, 100.0, ""), (8, None, "wrong: <half> of it"))
-    ]  # fmt: skip
-    return {"format": 1, "device": "Abacus 9000", "rows": rows}
-
-
-def test_the_tuner_s_page_has_every_config_and_the_gain_over_the_rule(tmp_path: Path) -> None:
-    report_page.write_tune_report(tuned(), tmp_path / "tune.html")
-    text = (tmp_path / "tune.html").read_text(encoding="utf-8")
-    for expected in ("Abacus 9000", "num_warps 4 → 2", "1.20x", "0.833", "wrong: &lt;half&gt; of it", "<svg"):
-        assert expected in text, expected
-
-
-def test_a_bench_report_takes_the_tuner_s(tmp_path: Path) -> None:
-    report_page.write_report(planted(), tmp_path / "report.html", codegen=[], tune=tuned())
-    assert "num_warps 4 → 2" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    broken = tuned()
-    del broken["rows"][0]["rule"]
-    with pytest.raises(ValueError, match="tune: row 0: rule missing"):
-        report_page.write_report(planted(), tmp_path / "other.html", codegen=[], tune=broken)
-
-
-def test_where_no_config_of_the_rule_runs_there_is_no_gain() -> None:
-    rows = [{**one, "rule": False} for one in tuned()["rows"]]
-    (case,) = tune_page.cases(rows)
-    assert (case.rule, case.gain, case.changed) == (None, None, "the rule's configs do not run")
 
 
 # The README's tables

@@ -333,7 +333,7 @@ def test_the_demonstration_does_not_replace_its_photograph(source: Path, capsys:
     assert "that is what is read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["results", "--codegen", "--tune"])
+@pytest.mark.parametrize("option", ["results", "--codegen"])
 def test_the_page_of_a_benchmark_does_not_replace_its_results(
     option: str, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

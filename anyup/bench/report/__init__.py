@@ -1,1 +1,1 @@
-"""The pages of `anyup bench` and `anyup tune`: numbers in words, tables, plots."""
+"""The page of `anyup bench`: numbers in words, tables, plots."""

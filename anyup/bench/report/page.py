@@ -1,6 +1,6 @@
 """`report.html`: one page with everything about a run, which needs no network and no other file.
 
-    python -m anyup.bench.report results.json -o report.html [--codegen FILE] [--tune FILE]
+    python -m anyup.bench.report results.json -o report.html [--codegen FILE]
 
 makes it again from stored results.
 """
@@ -20,7 +20,6 @@ from anyup.bench.report import formatting, modelled, plots, tables
 from anyup.command_paths import Read, Written, settle_paths
 from anyup.images import complete_or_absent
 from anyup.options import UsageError
-from anyup.tuning import page as tune_page
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1c20; --soft: #5a606b; --grid: #d9dce1; --shade: #f4f5f7;
@@ -80,16 +79,13 @@ _CAPTIONS = {
 }
 
 
-def write_report(
-    results: dict[str, Any], path: Path, *, codegen: list[Any] | None = None, tune: dict[str, Any] | None = None
-) -> None:
+def write_report(results: dict[str, Any], path: Path, *, codegen: list[Any] | None = None) -> None:
     """Write the page of a run, complete or not at all.
 
     Args:
         results: of `anyup bench`: format, machine and rows.
         path: of the page.
         codegen: rows of `python -m benchmarks.modelled_gpu`; by default those of a checkout. An empty list: none.
-        tune: what `anyup tune --report OUT.json` wrote.
 
     Raises ValueError where one of them is something else, ImportError where matplotlib is missing, both before any
     work; OSError where the page cannot be written.
@@ -98,24 +94,11 @@ def write_report(
     if codegen is None:
         codegen = modelled.stored_rows() or []
     modelled.check(codegen)
-    if tune is not None:
-        tune_page.check(tune)
     plots.require_matplotlib()
-    _write(path, _page(results, codegen, tune))
+    _write(path, _page(results, codegen))
 
 
-def write_tune_report(tune: Mapping[str, Any], path: Path) -> None:
-    """Write the page of `anyup tune` alone; raises as `write_report` does."""
-    tune_page.check(tune)
-    plots.require_matplotlib()
-    body = f"<h1>anyup tune</h1><p class='sub'>{_CONFIGS}</p>{tune_page.section(tune)}"
-    _write(path, _document("anyup tune", body, tune))
-
-
-_CONFIGS = "Times of every config of the window attention's kernels that was tried, and what was chosen."
-
-
-def _page(results: Mapping[str, Any], codegen: Sequence[Mapping[str, Any]], tune: Mapping[str, Any] | None) -> str:
+def _page(results: Mapping[str, Any], codegen: Sequence[Mapping[str, Any]]) -> str:
     machine, rows = results["machine"], results["rows"]
     sections: list[tuple[str, str, str]] = []
     for name, title, figure in (
@@ -134,8 +117,6 @@ def _page(results: Mapping[str, Any], codegen: Sequence[Mapping[str, Any]], tune
     else:
         absent = "<p>No code generation report here: it comes with a checkout of the repository.</p>"
         sections.append(("modelled", "The kernels on GPUs (modelled)", absent))
-    if tune is not None:
-        sections.append(("tune", "Configs of the kernels on this card", f"<p>{_CONFIGS}</p>{tune_page.section(tune)}"))
     links = "".join(f'<a href="#{name}">{escape(title)}</a> ' for name, title, _ in sections)
     counts = ", ".join(
         f"{number} {status}" for status in stored.STATUSES if (number := sum(row["status"] == status for row in rows))
@@ -202,7 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--codegen", type=Read, help="rows of benchmarks.modelled_gpu.codegen (default: the checkout's)"
     )
-    parser.add_argument("--tune", type=Read, help="of anyup tune --report OUT.json")
     arguments = parser.parse_args(argv)
     try:
         settle_paths(arguments)
@@ -211,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             codegen = modelled.stored_rows(Path(arguments.codegen))
             if codegen is None:
                 raise ValueError(f"{arguments.codegen}: there is no such file")
-        tune = tune_page.read(Path(arguments.tune)) if arguments.tune else None
-        write_report(stored.read(Path(arguments.results)), Path(arguments.output), codegen=codegen, tune=tune)
+        write_report(stored.read(Path(arguments.results)), Path(arguments.output), codegen=codegen)
     except (OSError, ValueError, ImportError, UsageError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2

@@ -332,41 +332,6 @@ def _label(row: Row, among: Sequence[Row]) -> str:
     return ", ".join(parts)
 
 
-# Configs of kernels
-
-
-def tune_figure(cases: Sequence[tuple[str, float | None, Sequence[float], float | None]]) -> Figure | None:
-    """The time of every config over the rule's, a row for each case.
-
-    Args:
-        cases: name, seconds of the rule's config (None: it does not run), of all that ran, and of the chosen one.
-    """
-    shown = [case for case in cases if case[1] and case[2]]
-    if not shown:
-        return None
-    figure, axes = _figure(1.3 + 0.32 * len(shown))
-    for position, (_, rule, times, best) in enumerate(shown):
-        assert rule is not None
-        axes.plot(
-            [time / rule for time in times], [position] * len(times), "o", color=SERIES[5], markersize=4, alpha=0.75,
-            markeredgewidth=0, label="a config" if position == 0 else None,
-        )  # fmt: skip
-        if best is not None:
-            axes.plot(
-                best / rule, position, "D", color=SERIES[1], markersize=7, markerfacecolor="none", markeredgewidth=1.8,
-                label="the chosen one" if position == 0 else None,
-            )  # fmt: skip
-    axes.axvline(1, color=INK, linewidth=1.1, linestyle="--", label="the rule's")
-    _factor_axis(
-        axes,
-        [case[0] for case in shown],
-        "time over that of the rule's config (less is faster)",
-        (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0),
-    )
-    _legend_above(figure, axes, columns=3)
-    return figure
-
-
 def modelled_figure(kernels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure | None:
     """Modelled time over the floor: a row for each kernel, a mark for each device and workload.
 
