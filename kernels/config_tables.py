@@ -47,7 +47,7 @@ FORMAT = 1
 """The version of the file format; a file of another version is not read."""
 
 # The number of partial sums of a gradient is not stored: it changes the result, which would depend on the card.
-_NOT_STORED = ("parts",)
+_NOT_STORED = ("partials",)
 _SHIPPED = Path(__file__).parent / "configs"
 
 
@@ -238,7 +238,7 @@ def _config_of(case: Case, stored: Mapping[str, Any], where: str) -> KernelConfi
         raise TableError(f"{where}: {case.kernel} has no {', '.join(sorted(unknown))}; it has {', '.join(wanted)}")
     values: dict[str, Any] = {name: _typed(stored, name, kind, where) for name, kind in wanted.items()}
     if kind is BackwardGridConfig:
-        values["parts"] = 1
+        values["partials"] = 1
     try:
         config = kind(**values)
     except ValueError as error:
@@ -348,5 +348,5 @@ def fitted(
     if slices := getattr(config, "slices", 0):
         changed["slices"] = min(slices, -(-channels // config.channel_slice))
     if isinstance(config, BackwardGridConfig):
-        changed["parts"] = rule[0].parts
+        changed["partials"] = rule[0].partials
     return replace(config, **changed)

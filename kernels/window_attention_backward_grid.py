@@ -2,9 +2,9 @@
 
 dk_a(j) = scale * sum_x dS_a(x, j) q_a(x) and dv(j) = sum_x P(x, j) dO(x) are sums over pixels. A program owns a
 rectangle of keys and adds up alone what belongs to them, in a fixed order: no atomics, the same bits in each run. On a
-small grid the pixels that see it are split into parts, each with sums of its own, so that there are enough programs.
+small grid several programs share the pixels that see it, each with a partial sum, so that there are programs enough.
 
-With one part, a kernel's result is the gradient; with more, (parts, ...) partial sums.
+With one partial sum, a kernel's result is the gradient; with more, it is these sums, (partials, ...).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .window_bounds import WindowRule
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_key_kernel(
     grad, query, key, value, lse, inv_l, delta, grad_key,
-    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) thrice; (parts, *key)
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) thrice; (partials, *key)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
@@ -40,12 +40,12 @@ def _window_attention_backward_key_kernel(
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
     scale, exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
-    PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
+    PRECISION: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
     SLICE: tl.constexpr, LOAD_ONCE: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS x COLUMNS keys, one part of its pixels and GROUP heads.
+    """One tile of ROWS x COLUMNS keys, a share of its pixels and GROUP heads.
 
-    Grid: (tiles of all images, PARTS, groups of heads).
+    Grid: (tiles of all images, PARTIALS, groups of heads).
     """
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
@@ -69,7 +69,7 @@ def _window_attention_backward_key_kernel(
     for _piece in tl.static_range(GROUP * (WIDTH // PIECE)):
         gradients = gradients + (tl.zeros((PIECE, KEYS) if TALL else (KEYS, PIECE), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
-    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTS):
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTIALS):
         row, column, exists = row_block(block, rectangle, PIXELS)
         windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS=ROWS, COLUMNS=COLUMNS, WINDOW=WINDOW)
         grad_offset = row.to(tl.int64) * grad_row_stride + column.to(tl.int64) * grad_column_stride
@@ -118,19 +118,19 @@ def _window_attention_backward_key_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_value_kernel(
     grad, query, key, lse, inv_l, grad_value,
-    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, H, W, heads) twice; (parts, B, h, w, C)
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, H, W, heads) twice; (partials, B, h, w, C)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
     key_image_stride, key_row_stride, key_column_stride, key_head_stride, key_channel_stride,
     exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
+    PARTIALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, LOAD_ONCE: tl.constexpr, TALL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS x COLUMNS keys, a part of its pixels and SLICES channel slices.
+    """One tile of ROWS x COLUMNS keys, a share of its pixels and SLICES channel slices.
 
-    Grid: (tiles of all images, PARTS, runs of SLICES channel slices).
+    Grid: (tiles of all images, PARTIALS, runs of SLICES channel slices).
     """
     KEYS: tl.constexpr = ROWS * COLUMNS
     sizes = (height, width, grid_rows, grid_columns)
@@ -150,7 +150,7 @@ def _window_attention_backward_value_kernel(
     sums = ()  # SLICES x (KEYS, SLICE), the other way round where TALL
     for _slice in tl.static_range(SLICES):
         sums = sums + (tl.zeros((SLICE, KEYS) if TALL else (KEYS, SLICE), tl.float32),)
-    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTS):
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTIALS):
         row, column, exists = row_block(block, rectangle, PIXELS)
         _, limit = visible(row, column, exists, sizes, rule, top, left, ROWS=ROWS, COLUMNS=COLUMNS, WINDOW=WINDOW)
         entry = ((image * height + row) * width + column) * HEADS
@@ -202,7 +202,7 @@ def plan_backward_key(
     precision: str,
     config: BackwardGridConfig,
 ) -> Launch:
-    """The launch that fills `grad_key`, (parts, B, h, w, heads, d), contiguous.
+    """The launch that fills `grad_key`, (partials, B, h, w, heads, d), contiguous.
 
     `share` and `delta` are what the pass over the queries stored; the other arguments are as for that pass.
     """
@@ -248,7 +248,7 @@ def plan_backward_value(
     precision: str,
     config: BackwardGridConfig,
 ) -> Launch:
-    """The launch that fills `grad_value`, (parts, B, h, w, C), contiguous; arguments as for the other passes."""
+    """The launch that fills `grad_value`, (partials, B, h, w, C), contiguous; arguments as for the other passes."""
     tiles = tiles_of(key, config)
     channels = grad_value.shape[4]
     return Launch(

@@ -6,7 +6,7 @@ channels of the gradient with the values, for dP, and with the weights, for dv, 
 the registers for the sums of all channels of a tile's keys, so this is for few heads, half precision and not too many
 channels (`kernels.config.backward_key_value_configs`).
 
-Sums are in a fixed order; with one part the results are the gradients, with more (parts, ...) partial sums.
+Sums are in a fixed order; with one partial sum the results are the gradients, with more these sums, (partials, ...).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .window_bounds import WindowRule
 @triton.jit(do_not_specialize=SIZES)
 def _window_attention_backward_key_value_kernel(
     grad, query, key, value, lse, inv_l, delta, grad_key, grad_value,
-    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) thrice; (parts, *key) and
-    # (parts, *value)
+    # (B, H, W, C), (B, H, W, heads, d), (B, h, w, heads, d), (B, h, w, C), (B, H, W, heads) thrice;
+    # (partials, *key) and (partials, *value)
     height, width, grid_rows, grid_columns, channels, tile_rows, tile_columns, ratio, cell_rows, cell_columns,
     grad_image_stride, grad_row_stride, grad_column_stride, grad_channel_stride,
     query_image_stride, query_row_stride, query_column_stride, query_head_stride, query_channel_stride,
@@ -43,12 +43,12 @@ def _window_attention_backward_key_value_kernel(
     value_image_stride, value_row_stride, value_column_stride, value_channel_stride,
     scale, exponent_scale, images, opaque_zero,
     WINDOW: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
+    PARTIALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, LOAD_ONCE: tl.constexpr, TALL: tl.constexpr, REFETCH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS x COLUMNS keys and a part of its pixels, all heads and all channels.
+    """One tile of ROWS x COLUMNS keys and a share of its pixels, all heads and all channels.
 
-    Grid: (tiles of all images, PARTS).
+    Grid: (tiles of all images, PARTIALS).
     """
     KEYS: tl.constexpr = ROWS * COLUMNS
     PIECES: tl.constexpr = WIDTH // PIECE
@@ -74,7 +74,7 @@ def _window_attention_backward_key_value_kernel(
     for _slice in tl.static_range(SLICES):
         value_sums = value_sums + (tl.zeros((SLICE, KEYS), tl.float32),)
     head_channel = tl.arange(0, PIECE).to(tl.int64)
-    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTS):
+    for block in tl.range(tl.program_id(1), tl.cdiv(rectangle.count, PIXELS), PARTIALS):
         row, column, exists = row_block(block, rectangle, PIXELS)
         windows, limit = visible(row, column, exists, sizes, rule, top, left, ROWS=ROWS, COLUMNS=COLUMNS, WINDOW=WINDOW)
         several = sees_several(windows)
@@ -157,10 +157,10 @@ def plan_backward_key_value(
     precision: str,
     config: BackwardGridConfig,
 ) -> Launch:
-    """The launch that fills `grad_key`, (parts, B, h, w, heads, d), and `grad_value`, (parts, B, h, w, C), contiguous.
+    """The launch that fills `grad_key`, (partials, B, h, w, heads, d), and `grad_value`, (partials, B, h, w, C).
 
-    `share` and `delta` are what the pass over the queries stored; the other arguments are as for that pass. All
-    channels and all heads are a program's: the config's `slices` and `heads` are not looked at.
+    Both are contiguous. `inv_l` and `delta` are what the pass over the queries stored; the other arguments are as for
+    that pass. All channels and all heads are a program's: the config's `slices` and `heads` are not looked at.
     """
     tiles = tiles_of(key, config)
     channels = value.shape[3]

@@ -22,19 +22,19 @@ def tile_grad_weights(
     PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """<dO, v> of all keys of a tile: BLOCKS x (PIXELS, BLOCK) and, unless TAIL is 0, (PIXELS, TAIL)."""
-    PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
+    ALL_BLOCKS: tl.constexpr = BLOCKS + (TAIL > 0)
     near = ()
     products = ()
-    for part in tl.static_range(PARTS):
-        row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
+    for block in tl.static_range(ALL_BLOCKS):
+        row, column, _ = key_block(block * BLOCK, rectangle, BLOCK if block < BLOCKS else TAIL, True)
         near = near + (grid_offsets(row, column, values.row_stride, values.column_stride),)
-        products = products + (tl.zeros((PIXELS, BLOCK if part < BLOCKS else TAIL), tl.float32),)
+        products = products + (tl.zeros((PIXELS, BLOCK if block < BLOCKS else TAIL), tl.float32),)
     for first in tl.range(0, channels, SLICE):
         outer = load_channels(grad, grad_offset, first, channels, grad_channel_stride, SLICE, WHOLE)
         updated = ()
-        for part in tl.static_range(PARTS):
-            carried = load_channels(values.pointer, near[part], first, channels, values.channel_stride, SLICE, WHOLE)
-            updated = updated + (matmul(outer, tl.trans(carried), products[part], PRECISION),)
+        for block in tl.static_range(ALL_BLOCKS):
+            carried = load_channels(values.pointer, near[block], first, channels, values.channel_stride, SLICE, WHOLE)
+            updated = updated + (matmul(outer, tl.trans(carried), products[block], PRECISION),)
         products = updated
     return products
 
@@ -52,19 +52,19 @@ def resident_gradients(
     `grad_weights` are HEADS times dP. The gradient's rows are scaled by `row_scale`, 0 for a pixel that sees a
     single key. KEPT is the dtype of exponentials that wait, those of the first WAITING blocks.
     """
-    PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
+    ALL_BLOCKS: tl.constexpr = BLOCKS + (TAIL > 0)
     core = core_keys(rectangle)
     places = ()
     seen = ()
-    for part in tl.static_range(PARTS):
-        row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
+    for block in tl.static_range(ALL_BLOCKS):
+        row, column, _ = key_block(block * BLOCK, rectangle, BLOCK if block < BLOCKS else TAIL, True)
         place = keys.pointer + grid_offsets(row, column, keys.row_stride, keys.column_stride)[:, None]
         places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys.channel_stride,)
-    for part in tl.static_range(PARTS):
+    for block in tl.static_range(ALL_BLOCKS):
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
-            part * BLOCK, core + opaque_zero * (part + 1), rectangle, windows,
-            PIXELS, BLOCK if part < BLOCKS else TAIL, ROW_PARTIALS,
+            block * BLOCK, core + opaque_zero * (block + 1), rectangle, windows,
+            PIXELS, BLOCK if block < BLOCKS else TAIL, ROW_PARTIALS,
         )  # fmt: skip
         seen = seen + (bits,)
     heads = tl.math.log2(tl.full((), HEADS, tl.float32))
@@ -76,33 +76,33 @@ def resident_gradients(
         l_i = tl.zeros((PIXELS, ROW_PARTIALS), tl.float32)
         mean = tl.zeros((PIXELS, ROW_PARTIALS), tl.float32)
         powers = ()
-        for part in tl.static_range(PARTS):
-            key = tl.load(places[part] + head64 * keys.head_stride)
+        for block in tl.static_range(ALL_BLOCKS):
+            key = tl.load(places[block] + head64 * keys.head_stride)
             raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), ROW_PARTIALS)
-            if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
+            if block * BLOCK + (BLOCK if block < BLOCKS else TAIL) > core:
                 # The zero keeps the compiler from taking the bits apart before the loop, a register each.
-                raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
-            kept, l_i, mean = _add(raw, grad_weights[part], l_i, mean, exponent_scale, m_i, ROW_PARTIALS, KEPT)
-            if part < WAITING:
+                raw = cut_off(raw, seen[block] ^ (head * opaque_zero))
+            kept, l_i, mean = _add(raw, grad_weights[block], l_i, mean, exponent_scale, m_i, ROW_PARTIALS, KEPT)
+            if block < WAITING:
                 powers = powers + (kept,)
         inverse = 1.0 / (tl.sum(l_i, axis=1) * HEADS)
         means = tl.sum(mean, axis=1) * inverse  # delta
         tl.store(inv_l + entry + head, inverse, mask=pixel_exists)
         tl.store(delta + entry + head, means, mask=pixel_exists)
         product = tl.zeros((PIXELS, WIDTH), tl.float32)
-        for part in tl.static_range(PARTS):
-            if part < WAITING:
-                key = tl.load(places[part] + head64 * keys.head_stride)
-                power = unpacked(powers[part]) if KEPT == tl.float16 else powers[part]
+        for block in tl.static_range(ALL_BLOCKS):
+            if block < WAITING:
+                key = tl.load(places[block] + head64 * keys.head_stride)
+                power = unpacked(powers[block]) if KEPT == tl.float16 else powers[block]
             else:
                 # Without the zeros the compiler would keep the logits or the branch's outcome.
-                key = tl.load(places[part] + head64 * keys.head_stride + 16 * opaque_zero)
+                key = tl.load(places[block] + head64 * keys.head_stride + 16 * opaque_zero)
                 raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), ROW_PARTIALS)
-                if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core + opaque_zero:
-                    raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
+                if block * BLOCK + (BLOCK if block < BLOCKS else TAIL) > core + opaque_zero:
+                    raw = cut_off(raw, seen[block] ^ (head * opaque_zero))
                 power = tl.math.exp2(raw * exponent_scale - m_i[:, None, None, None])
-            power = tl.reshape(power, grad_weights[part].shape)
-            inner = power * (grad_weights[part] - (means * HEADS)[:, None])
+            power = tl.reshape(power, grad_weights[block].shape)
+            inner = power * (grad_weights[block] - (means * HEADS)[:, None])
             product = matmul(inner.to(key.dtype), key, product, PRECISION)
         product = product * (inverse * row_scale)[:, None]
         tl.store(grad_query_place + head * WIDTH, product, mask=pixel_exists[:, None])

@@ -253,7 +253,7 @@ class BackwardGridConfig:
         block_pixels: pixels worked on at once.
         channel_slice: channels multiplied at once.
         slices: channel slices that a program adds up, of values.
-        parts: programs that share the pixels of a tile.
+        partials: programs that share the pixels of a tile, each with a partial sum of its own.
         num_warps, num_stages: Triton's.
         heads: of a program, of keys: a divisor of their number; 0: all.
         load_once: whether all heads' keys stay in registers.
@@ -269,7 +269,7 @@ class BackwardGridConfig:
     block_pixels: int
     channel_slice: int
     slices: int
-    parts: int
+    partials: int
     num_warps: int
     num_stages: int
     heads: int = 0
@@ -293,7 +293,7 @@ def check(config: ForwardConfig | BackwardQueryConfig | BackwardGridConfig) -> N
     numbers["rows * columns"] = config.rows * config.columns
     for least, names in (
         (16, ("rows * columns", "block_keys", "block_pixels", "channel_slice", "piece")),
-        (1, ("slices", "parts", "num_stages", "group_blocks")),
+        (1, ("slices", "partials", "num_stages", "group_blocks")),
         (0, ("resident_blocks", "kept_programs", "heads")),
     ):
         for name in names:
@@ -411,9 +411,9 @@ def _heads_of_a_program(heads: int, head_dim: int, most: int) -> int:
 
 # Programs enough for the cards of today; a fixed number, or the sums would depend on the card.
 _GRID_PROGRAMS = 512
-_MOST_PARTS = 16
-# A part of fewer would not be worth its partial sum.
-_LEAST_PIXELS_OF_A_PART = 2048
+_MOST_PARTIALS = 16
+# Fewer would not be worth a partial sum.
+_LEAST_PIXELS_OF_A_PARTIAL = 2048
 
 
 # Of 64 channels: with more the kernel of keys and values spills.
@@ -436,20 +436,20 @@ def backward_key_value_configs(
     uneven = channels % 16 > 0 and (slices > 1 or target.arch == 120)
     if not half or heads not in (1, 2, 4) or head_dim > 32 or not 0 < slices <= most or uneven:
         return []
-    parts = _parts(pixels, keys, channels + heads * head_dim, heads * head_dim, half)
+    partials = _partials(pixels, keys, channels + heads * head_dim, heads * head_dim, half)
     tall = not hip and target.arch not in (90, 100)
     refetch = tall or (target.arch == 100 and slices > 6)
     # Two stages fetch into shared memory, of which sm_90 has enough, and not into registers.
     stages = 2 if target.arch == 90 and slices > 6 else 1
-    return [BackwardGridConfig(4, 4, 64, slice_, 1, parts, 4, stages, heads=heads, tall=tall, refetch=refetch)]
+    return [BackwardGridConfig(4, 4, 64, slice_, 1, partials, 4, stages, heads=heads, tall=tall, refetch=refetch)]
 
 
-def _parts(pixels: int, keys: int, row: int, width: int, half: bool) -> int:
+def _partials(pixels: int, keys: int, row: int, width: int, half: bool) -> int:
     """Programs that share the pixels of a tile; `row`: what a key has of partial sums, `width` of channels."""
-    # The parts' float32 sums are no larger than the queries' gradient.
+    # The partial sums, of float32, are no larger than the queries' gradient.
     as_large = pixels * width * (2 if half else 4) // (4 * max(keys * row, 1))
-    parts = min(_MOST_PARTS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PART, as_large)
-    return max(1, parts)
+    partials = min(_MOST_PARTIALS, _GRID_PROGRAMS * 16 // max(keys, 1), pixels // _LEAST_PIXELS_OF_A_PARTIAL, as_large)
+    return max(1, partials)
 
 
 def backward_grid_configs(
@@ -460,7 +460,7 @@ def backward_grid_configs(
 
     `pixels` are those of one image, `keys` those of all images.
     """
-    parts = _parts(pixels, keys, max(channels, heads * head_dim), heads * head_dim, half)
+    partials = _partials(pixels, keys, max(channels, heads * head_dim), heads * head_dim, half)
     group = _heads_of_a_program(heads, head_dim, most=4)
     few = heads <= 4 and head_dim <= 32
     # Two stages hold every head's queries in shared memory.
@@ -481,18 +481,20 @@ def backward_grid_configs(
         # With 64 channels at once these two targets' keys spill 8 bytes.
         slice_ = 128 if few and not of_values and target.arch in (86, 89) and channels % 128 == 0 else 64
         best = BackwardGridConfig(
-            4, 4, block, slice_, slices, parts, num_warps=4, num_stages=stages, heads=group, load_once=few, tall=tall
+            4, 4, block, slice_, slices, partials, num_warps=4, num_stages=stages, heads=group, load_once=few, tall=tall
         )
     elif few and target.backend == "cuda":
         config = _float32_values(target, channels) if of_values else _float32_keys(target)
-        best = replace(config, parts=parts, heads=group)
+        best = replace(config, partials=partials, heads=group)
     else:
-        best = BackwardGridConfig(4, 4, 16, 32, slices, parts, num_warps=4, num_stages=1, heads=group, load_once=False)
-    return [best, BackwardGridConfig(4, 4, 16, 32, 2, parts, 4, 1, heads=group, load_once=False, piece=16)]
+        best = BackwardGridConfig(
+            4, 4, 16, 32, slices, partials, num_warps=4, num_stages=1, heads=group, load_once=False
+        )
+    return [best, BackwardGridConfig(4, 4, 16, 32, 2, partials, 4, 1, heads=group, load_once=False, piece=16)]
 
 
 def _float32_keys(target: Target) -> BackwardGridConfig:
-    """The keys' config for few heads, but for its parts and heads."""
+    """The keys' config for few heads, but for its partials and heads."""
     if target.arch == 100:
         return BackwardGridConfig(4, 4, 64, 32, 1, 1, num_warps=4, num_stages=1)
     if target.arch in (86, 89, 90):
@@ -503,7 +505,7 @@ def _float32_keys(target: Target) -> BackwardGridConfig:
 
 
 def _float32_values(target: Target, channels: int) -> BackwardGridConfig:
-    """The values' config for few heads, but for its parts and heads; each run of slices makes the logits anew."""
+    """The values' config for few heads, but for its partials and heads; each run of slices makes the logits anew."""
     even = channels % 16 == 0
     if target.arch == 90 or (target.arch == 80 and even):
         slices = min(3, -(-max(channels, 1) // 64))

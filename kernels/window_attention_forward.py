@@ -75,7 +75,7 @@ def _window_attention_forward_kernel(
     pixel = (image * height + pixel_row) * width + pixel_column  # int64, as the image is
     if RESIDENT_BLOCKS:
         place = query + offset[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * query_channel_stride
-        parts = resident_weights(
+        blocks = resident_weights(
             place, query_head_stride, keys, rectangle, windows, exponent_scale, lse + pixel * HEADS, pixel_exists,
             opaque_zero,
             HEADS=HEADS, WIDTH=WIDTH, PIXELS=PIXELS, BLOCK=BLOCK, BLOCKS=RESIDENT_BLOCKS, TAIL=TAIL, GROUP=GROUP,
@@ -83,8 +83,8 @@ def _window_attention_forward_kernel(
             KEPT=tl.float16 if value.dtype.element_ty.primitive_bitwidth == 16 else tl.float32,
         )  # fmt: skip
         weights = ()  # of the keys in runs, (PIXELS, keys)
-        for part in tl.static_range(len(parts)):
-            weights = weights + (parts[part].to(value.dtype.element_ty),)
+        for block in tl.static_range(len(blocks)):
+            weights = weights + (blocks[block].to(value.dtype.element_ty),)
         weights = side_by_side(weights, RESIDENT_BLOCKS)
         near = run_offsets(rectangle, value_row_stride, value_column_stride, opaque_zero, BLOCK, RESIDENT_BLOCKS, TAIL)
         for first in tl.range(0, channels, SLICE):
@@ -111,7 +111,7 @@ def _window_attention_forward_kernel(
             for _slice in tl.static_range(SLICES):
                 products = products + (tl.zeros((PIXELS, SLICE), tl.float32),)
             for block in tl.range(0, tl.cdiv(rectangle.count, BLOCK)):
-                part = mean_weights(
+                averaged = mean_weights(
                     queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l,
                     opaque_zero,
                     HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION,
@@ -124,7 +124,7 @@ def _window_attention_forward_kernel(
                     carried = load_channels(
                         value, near, first + piece * SLICE, channels, value_channel_stride, SLICE, WHOLE
                     )
-                    updated = updated + (matmul(part, carried, products[piece], PRECISION),)
+                    updated = updated + (matmul(averaged, carried, products[piece], PRECISION),)
                 products = updated
             for piece in tl.static_range(SLICES):
                 store_channels(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE, WHOLE)

@@ -86,19 +86,19 @@ def _window_attention_kept_kernel(
         # What one thread writes others read: after all have read the last tile's weights, after all have written these.
         tl.debug_barrier()
         for block in tl.range(0, blocks):
-            part = mean_weights(
+            averaged = mean_weights(
                 queries, query_channel_stride, keys, block, rectangle, windows, exponent_scale, m_i, inv_l, opaque_zero,
                 HEADS=HEADS, WIDTH=WIDTH, PIECE=PIECE, PIXELS=PIXELS, BLOCK=BLOCK, PRECISION=PRECISION,
                 LOAD_ONCE=LOAD_ONCE,
             )  # fmt: skip
-            tl.store(kept + block * (PIXELS * BLOCK) + matrix, part)
+            tl.store(kept + block * (PIXELS * BLOCK) + matrix, averaged)
         tl.debug_barrier()
         for first in tl.range(0, channels, SLICE * SLICES):
             products = ()  # SLICES x (PIXELS, SLICE)
             for _slice in tl.static_range(SLICES):
                 products = products + (tl.zeros((PIXELS, SLICE), tl.float32),)
             for block in tl.range(0, blocks):
-                part = tl.load(kept + block * (PIXELS * BLOCK) + matrix)
+                averaged = tl.load(kept + block * (PIXELS * BLOCK) + matrix)
                 row, column, _ = key_block(block * BLOCK, rectangle, BLOCK)
                 near = grid_offsets(row, column, value_row_stride, value_column_stride)
                 updated = ()
@@ -106,7 +106,7 @@ def _window_attention_kept_kernel(
                     carried = load_channels(
                         values, near, first + piece * SLICE, channels, value_channel_stride, SLICE, WHOLE
                     )
-                    updated = updated + (matmul(part, carried, products[piece], PRECISION),)
+                    updated = updated + (matmul(averaged, carried, products[piece], PRECISION),)
                 products = updated
             for piece in tl.static_range(SLICES):
                 store_channels(out, products[piece], pixel, pixel_exists, first + piece * SLICE, channels, SLICE, WHOLE)

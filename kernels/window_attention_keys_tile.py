@@ -80,7 +80,7 @@ def exponentials_of_head(
 @triton.jit
 def key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, opaque_zero, ROWS: tl.constexpr,
                 COLUMNS: tl.constexpr):  # fmt: skip
-    """Where the program's keys are in partial sums (parts, B, h, w), int64, and whether they exist, (KEYS,) each.
+    """Where the program's keys are in partial sums (partials, B, h, w), int64, and whether they exist, (KEYS,) each.
 
     With `opaque_zero` they are computed anew: where the tile is does not wait in a register for the end of the loop
     over pixels.
@@ -89,8 +89,8 @@ def key_entries(tile_rows, tile_columns, grid_rows, grid_columns, images, opaque
     image, _, _, row, column, exists = tile_pixels(
         tl.program_id(0) + opaque_zero, tile_rows, tile_columns, grid, ROWS, COLUMNS
     )
-    part = tl.program_id(1).to(tl.int64)
-    return ((part * images + image) * grid_rows + row) * grid_columns + column, exists
+    partial = tl.program_id(1).to(tl.int64)
+    return ((partial * images + image) * grid_rows + row) * grid_columns + column, exists
 
 
 def tiles_of(key: Tensor, config: BackwardGridConfig) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def common_arguments(
 
 
 def common_constants(
-    query: Tensor, window: WindowRule, precision: str, config: BackwardGridConfig, parts: int
+    query: Tensor, window: WindowRule, precision: str, config: BackwardGridConfig, partials: int
 ) -> dict[str, object]:
     """Constants that all of them take."""
     return {
@@ -122,7 +122,7 @@ def common_constants(
         "HEADS": query.shape[3],
         "WIDTH": query.shape[4],
         "PRECISION": precision,
-        "PARTS": parts,
+        "PARTIALS": partials,
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "PIXELS": config.block_pixels,

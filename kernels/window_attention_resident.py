@@ -29,23 +29,23 @@ def resident_weights(
     The logits of GROUP blocks are in registers at once. KEPT is the dtype of exponentials and weights. `lse_place` is
     where a pixel's first log-sum-exp is stored, with SAVE_LSE.
     """
-    PARTS: tl.constexpr = BLOCKS + (TAIL > 0)
-    GROUPS: tl.constexpr = (PARTS + GROUP - 1) // GROUP
+    ALL_BLOCKS: tl.constexpr = BLOCKS + (TAIL > 0)
+    GROUPS: tl.constexpr = (ALL_BLOCKS + GROUP - 1) // GROUP
     core = core_keys(rectangle)
     places = ()
     seen = ()
     weights = ()
-    for part in tl.static_range(PARTS):
-        row, column, _ = key_block(part * BLOCK, rectangle, BLOCK if part < BLOCKS else TAIL, True)
+    for block in tl.static_range(ALL_BLOCKS):
+        row, column, _ = key_block(block * BLOCK, rectangle, BLOCK if block < BLOCKS else TAIL, True)
         place = keys.pointer + grid_offsets(row, column, keys.row_stride, keys.column_stride)[:, None]
         places = places + (place + tl.arange(0, WIDTH).to(tl.int64)[None, :] * keys.channel_stride,)
-    for part in tl.static_range(PARTS):
+    for block in tl.static_range(ALL_BLOCKS):
         # Without the zero the compiler would chain the branches, because a block beyond the core is followed by such.
         bits = seen_keys(
-            part * BLOCK, core + opaque_zero * (part + 1), rectangle, windows,
-            PIXELS, BLOCK if part < BLOCKS else TAIL, ROW_PARTIALS,
+            block * BLOCK, core + opaque_zero * (block + 1), rectangle, windows,
+            PIXELS, BLOCK if block < BLOCKS else TAIL, ROW_PARTIALS,
         )  # fmt: skip
-        zeros = tl.zeros((PIXELS, BLOCK if part < BLOCKS else TAIL), KEPT)
+        zeros = tl.zeros((PIXELS, BLOCK if block < BLOCKS else TAIL), KEPT)
         seen = seen + (bits,)
         weights = weights + (in_shares(zeros, ROW_PARTIALS),)
     for head in tl.range(0, HEADS):
@@ -57,17 +57,17 @@ def resident_weights(
         for group in tl.static_range(GROUPS):
             logits = ()
             pivot = tl.full((PIXELS, ROW_PARTIALS), LOWEST, tl.float32)
-            for part in tl.static_range(group * GROUP, min(PARTS, group * GROUP + GROUP)):
-                key = tl.load(places[part] + head64 * keys.head_stride)
+            for block in tl.static_range(group * GROUP, min(ALL_BLOCKS, group * GROUP + GROUP)):
+                key = tl.load(places[block] + head64 * keys.head_stride)
                 raw = in_shares(matmul(query, tl.trans(key), None, PRECISION), ROW_PARTIALS)
-                if part * BLOCK + (BLOCK if part < BLOCKS else TAIL) > core:
+                if block * BLOCK + (BLOCK if block < BLOCKS else TAIL) > core:
                     # The zero keeps the compiler from taking the bits apart before the loop, a register each.
-                    raw = cut_off(raw, seen[part] ^ (head * opaque_zero))
+                    raw = cut_off(raw, seen[block] ^ (head * opaque_zero))
                 pivot = tl.maximum(pivot, of_shares(raw, "max") * exponent_scale)
                 logits = logits + (raw,)
             l_i = tl.zeros((PIXELS, ROW_PARTIALS), tl.float32)
-            for part in tl.static_range(len(logits)):
-                power = tl.math.exp2(logits[part] * exponent_scale - pivot[:, None, :, None])
+            for block in tl.static_range(len(logits)):
+                power = tl.math.exp2(logits[block] * exponent_scale - pivot[:, None, :, None])
                 l_i += of_shares(power, "sum")
                 powers = powers + (power.to(KEPT),)
             pivots = pivots + (pivot,)
@@ -85,13 +85,13 @@ def resident_weights(
             tl.store(lse_place + head, (m_i + tl.math.log2(l_i)) / LOG2_E, mask=pixel_exists)
         inv_l = 1.0 / (l_i * HEADS)
         updated = ()
-        for part in tl.static_range(PARTS):
-            factor = (ratios[part // GROUP] * inv_l[:, None]).to(KEPT)
-            updated = updated + (weights[part] + powers[part] * factor[:, None, :, None],)
+        for block in tl.static_range(ALL_BLOCKS):
+            factor = (ratios[block // GROUP] * inv_l[:, None]).to(KEPT)
+            updated = updated + (weights[block] + powers[block] * factor[:, None, :, None],)
         weights = updated
     matrices = ()
-    for part in tl.static_range(PARTS):
-        matrices = matrices + (tl.reshape(weights[part], (PIXELS, BLOCK if part < BLOCKS else TAIL)),)
+    for block in tl.static_range(ALL_BLOCKS):
+        matrices = matrices + (tl.reshape(weights[block], (PIXELS, BLOCK if block < BLOCKS else TAIL)),)
     return matrices
 
 
@@ -119,10 +119,10 @@ def cut_off(logits, seen):
 
 
 @triton.jit
-def side_by_side(parts, BLOCKS: tl.constexpr):
+def side_by_side(blocks, BLOCKS: tl.constexpr):
     """BLOCKS matrices of a shape in runs of a power of two, the shortest first; what follows them stays."""
     runs = ()
-    level = parts
+    level = blocks
     for power in tl.static_range(4):
         if (BLOCKS >> power) & 1:
             runs = runs + (level[(BLOCKS >> power) - 1],)
@@ -131,8 +131,8 @@ def side_by_side(parts, BLOCKS: tl.constexpr):
             both = tl.permute(tl.join(level[2 * pair], level[2 * pair + 1]), (0, 2, 1))
             above = above + (tl.reshape(both, (both.shape[0], 2 * both.shape[2])),)
         level = above
-    for part in tl.static_range(BLOCKS, len(parts)):
-        runs = runs + (parts[part],)
+    for block in tl.static_range(BLOCKS, len(blocks)):
+        runs = runs + (blocks[block],)
     return runs
 
 

@@ -157,7 +157,7 @@ class AttentionPasses:
             return plan_backward_query(grad, q, k, v, lse, result, *statistics, **shared), (result,)
         filled = {"backward_key": (k,), "backward_value": (v,), "backward_key_value": (k, v)}[kernel]
         results = tuple(
-            like.new_empty((config.parts, *like.shape), dtype=torch.float32 if config.parts > 1 else like.dtype)
+            like.new_empty((config.partials, *like.shape), dtype=torch.float32 if config.partials > 1 else like.dtype)
             for like in filled
         )
         if kernel == "backward_value":

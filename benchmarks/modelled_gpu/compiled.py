@@ -137,8 +137,8 @@ class Case:
             return plan_forward(query, key, value, out, lse, **shared, part=self.part, kept=kept)
         if self.kernel == KERNELS[1]:
             return plan_backward_query(out, query, key, value, statistic, query, statistic, statistic, **shared)
-        sums = torch.float32 if config.parts > 1 else dtype
-        of_key, of_value = (empty(config.parts, *like.shape, dtype=sums) for like in (key, value))
+        sums = torch.float32 if config.partials > 1 else dtype
+        of_key, of_value = (empty(config.partials, *like.shape, dtype=sums) for like in (key, value))
         statistics = (statistic, statistic, statistic)
         if self.kernel == KERNELS[2]:
             return plan_backward_key(out, query, key, value, *statistics, of_key, **shared)

@@ -211,7 +211,7 @@ def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
     """
     constant, argument = launch.constants, launch.arguments
     of_keys, of_values = "grad_key" in argument, "grad_value" in argument
-    block, parts, heads = constant["PIXELS"], constant["PARTS"], constant["HEADS"]
+    block, partials, heads = constant["PIXELS"], constant["PARTIALS"], constant["HEADS"]
     tile = constant["ROWS"] * constant["COLUMNS"]
     sizes = zip(workload.size, workload.grid, (constant["ROWS"], constant["COLUMNS"]), strict=True)
     lengths = [_axis_pixels(window, *each) for each in sizes]
@@ -227,21 +227,21 @@ def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
     grid_bytes = workload.keys * per_pixel
     repeats = launch.grid[2]  # groups of heads, or runs of channel slices
     loaded = blocks * block * per_pixel  # pixels, for each pixel
-    out_bytes = 4 if parts > 1 else argument["query"].element_size()
-    keys_asked = query_bytes * (len(counts) * parts if constant["LOAD_ONCE"] else blocks) * tile * per_pixel
+    out_bytes = 4 if partials > 1 else argument["query"].element_size()
+    keys_asked = query_bytes * (len(counts) * partials if constant["LOAD_ONCE"] else blocks) * tile * per_pixel
     if of_keys and of_values:
         once = query_bytes + value_bytes + 12 * heads + 2 * (query_bytes + value_bytes) * grid_bytes
         again = 1 + constant["REFETCH"]
         asked = loaded * (again * query_bytes + value_bytes + 12 * heads) + keys_asked
         asked += value_bytes * blocks * tile * per_pixel
-        asked += parts * out_bytes * (width + workload.channels) * grid_bytes
+        asked += partials * out_bytes * (width + workload.channels) * grid_bytes
         head_products, value_products = 2, 2 * slices
         exact_operations = 2 * width + workload.channels
     elif of_values:
         once = query_bytes + value_bytes + 8 * heads + (query_bytes + value_bytes) * grid_bytes
         # Every run makes the weights again; its gradients are a share of the channels.
         asked = loaded * (repeats * (query_bytes + 8 * heads) + value_bytes) + repeats * keys_asked
-        asked += parts * out_bytes * workload.channels * grid_bytes
+        asked += partials * out_bytes * workload.channels * grid_bytes
         head_products, value_products, exact_operations = repeats, repeats * constant["SLICES"], width
     else:
         once = query_bytes + value_bytes + 12 * heads + (2 * query_bytes + value_bytes) * grid_bytes
@@ -249,9 +249,9 @@ def backward_grid_work(workload: Workload, window: Window, launch: Any) -> Work:
         # values with every block.
         again = 1 if constant["PIECE"] == constant["WIDTH"] else 2
         asked = loaded * (again * query_bytes + repeats * value_bytes + 12 * heads) + keys_asked
-        asked += repeats * value_bytes * blocks * tile * per_pixel + parts * out_bytes * width * grid_bytes
+        asked += repeats * value_bytes * blocks * tile * per_pixel + partials * out_bytes * width * grid_bytes
         head_products, value_products, exact_operations = 2, repeats * slices, 2 * width
-    turns = blocks / (len(counts) * parts)
+    turns = blocks / (len(counts) * partials)
     bisection = [(math.ceil(math.log2(size + 1)), []) for size in workload.size for _ in range(2)]
     return Work(
         window=exact,

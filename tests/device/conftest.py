@@ -51,8 +51,8 @@ def _described(launch: Launch) -> str:
         name += " resident" if launch.constants["RESIDENT_BLOCKS"] else " streamed"
     if "kept" in launch.arguments:
         name = "forward kept"
-    if "PARTS" in launch.constants:
-        name += " in parts" if launch.constants["PARTS"] > 1 else " whole"
+    if "PARTIALS" in launch.constants:
+        name += " in parts" if launch.constants["PARTIALS"] > 1 else " whole"
     if "query" not in launch.arguments:  # of another operation
         first = next(argument for argument in launch.arguments.values() if isinstance(argument, torch.Tensor))
         return f"{name.strip('_')}, {str(first.dtype).removeprefix('torch.')}"

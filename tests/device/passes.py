@@ -57,8 +57,8 @@ def shipped_configs(shape: AttentionShape, *, half: bool) -> list[Configs]:
     made = []
     for turn in range(max(2, *map(len, choices))):
         *others, grid, both = (choice[min(turn, len(choice) - 1)] for choice in choices)
-        parts = 1 + turn % 2
-        made.append(Configs(*others, replace(grid, parts=parts), replace(both, parts=parts)))
+        partials = 1 + turn % 2
+        made.append(Configs(*others, replace(grid, partials=partials), replace(both, partials=partials)))
     return made
 
 
@@ -109,8 +109,10 @@ def run_passes(
     plan_backward_query(grad, query, key, value, lse, grad_query, inv_l, delta, **shared, config=configs.query)()
 
     def unwritten_parts(config: BackwardGridConfig) -> list[Tensor]:
-        dtypes = (torch.float32 if config.parts > 1 else like.dtype for like in (key, value))
-        return [unwritten((config.parts, *like.shape), dtype) for like, dtype in zip((key, value), dtypes, strict=True)]
+        dtypes = (torch.float32 if config.partials > 1 else like.dtype for like in (key, value))
+        return [
+            unwritten((config.partials, *like.shape), dtype) for like, dtype in zip((key, value), dtypes, strict=True)
+        ]
 
     grad_key, grad_value = unwritten_parts(configs.grid)
     plan_backward_key(grad, query, key, value, lse, inv_l, delta, grad_key, **shared, config=configs.grid)()

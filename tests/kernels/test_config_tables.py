@@ -84,7 +84,7 @@ def test_a_config_that_no_kernel_takes_is_refused(config: Any, name: str, value:
         (QUERY, "block_keys", 8, "block_keys: expected at least 16, got 8"),
         (QUERY, "heads", -1, "heads: expected at least 0, got -1"),
         (GRID, "block_pixels", 8, "block_pixels: expected at least 16, got 8"),
-        (GRID, "parts", 0, "parts: expected at least 1, got 0"),
+        (GRID, "partials", 0, "partials: expected at least 1, got 0"),
     ],
 )
 def test_what_only_some_configs_have_is_checked_too(config: Any, name: str, value: int, message: str) -> None:
@@ -105,7 +105,7 @@ def test_a_table_is_read_as_it_was_written() -> None:
 def test_the_file_has_a_line_for_each_entry_and_no_number_of_parts() -> None:
     text = config_tables.dump(table())
     assert sum('"config"' in line for line in text.splitlines()) == 4
-    assert "parts" not in text
+    assert '"partials"' not in text
     assert config_tables.load(config_tables.dump(Table("cpu", {})), "cpu").entries == {}
 
 
@@ -307,7 +307,7 @@ def test_what_is_shipped_are_tables_of_these_kernels() -> None:
 
 
 def test_a_config_is_fitted_to_the_sizes() -> None:
-    rule = [replace(GRID, parts=7)]
+    rule = [replace(GRID, partials=7)]
 
     def fitted(config: Any, keys: int, channels: int = 384) -> Any:
         return config_tables.fitted(config, rule, most_keys=lambda rows, columns: keys, channels=channels)
@@ -318,7 +318,7 @@ def test_a_config_is_fitted_to_the_sizes() -> None:
     streamed = replace(FORWARD, resident_blocks=0, slices=4)
     assert fitted(streamed, 10_000) == streamed
     assert fitted(streamed, 10_000, channels=70) == replace(streamed, slices=3)
-    assert fitted(GRID, 5, channels=3) == replace(GRID, parts=7, slices=1)
+    assert fitted(GRID, 5, channels=3) == replace(GRID, partials=7, slices=1)
     assert fitted(QUERY, 5) == QUERY
 
 

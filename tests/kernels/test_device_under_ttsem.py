@@ -132,7 +132,7 @@ PLANTED = {
     ),
     "parts that write to one place": Fault(
         "window_attention_keys_tile.py",
-        "((part * images + image) * grid_rows",
+        "((partial * images + image) * grid_rows",
         "(image * grid_rows",
         "_window_attention_backward_key_kernel",
         "both touch element 0 of `grad_key`",

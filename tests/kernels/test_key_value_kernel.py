@@ -24,7 +24,7 @@ pytestmark = [INTERPRETED, pytest.mark.slow]
 CUT = window_attention_config.BackwardGridConfig(4, 8, 128, 32, 1, 1, num_warps=4, num_stages=1)
 CONFIGS = {
     "whole": CUT,
-    "in parts": replace(CUT, parts=3, tall=True, refetch=True),
+    "in parts": replace(CUT, partials=3, tall=True, refetch=True),
     "keys in pieces": replace(CUT, load_once=False, piece=16),
 }
 
@@ -157,8 +157,8 @@ def test_both_partial_sums_are_no_larger_than_the_gradient_of_the_queries(channe
             "head_dim": 32,
         }
         for config in window_attention_config.backward_key_value_configs(side**2, grid**2, channels, **known):
-            split += config.parts > 1
-            assert config.parts == 1 or 4 * config.parts * grid**2 * (channels + 128) <= 2 * side**2 * 128
+            split += config.partials > 1
+            assert config.partials == 1 or 4 * config.partials * grid**2 * (channels + 128) <= 2 * side**2 * 128
     assert split > 3
 
 

@@ -441,9 +441,9 @@ def test_partial_sums_are_no_larger_than_the_gradient_of_the_queries(channels: i
         for config in backward_grid_configs(
             side**2, grid**2, channels, target=Target("cuda", 80), half=half, heads=4, head_dim=32
         ):
-            split += config.parts > 1
-            sums = 4 * config.parts * grid**2 * max(channels, 128)
-            assert config.parts == 1 or sums <= side**2 * 128 * (2 if half else 4)
+            split += config.partials > 1
+            sums = 4 * config.partials * grid**2 * max(channels, 128)
+            assert config.partials == 1 or sums <= side**2 * 128 * (2 if half else 4)
     assert split > 6
 
 

@@ -163,7 +163,7 @@ def _backward_grid(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of key and value: by one kernel if both sums fit its registers, else by a kernel for each.
 
-    With `config.parts` above 1 a kernel computes partial sums, which are added up in a fixed order.
+    With `config.partials` above 1 a kernel computes partial sums, which are added up in a fixed order.
     """
     from anyup.kernels import window_attention_config
     from anyup.kernels.window_attention_backward_grid import plan_backward_key, plan_backward_value
@@ -173,26 +173,28 @@ def _backward_grid(
     sizes = (query.shape[1] * query.shape[2], key.shape[0] * key.shape[1] * key.shape[2], value.shape[3])
     arguments, known = _shared_arguments(query, key, window, scale), _known(query, value)
 
-    def parts_of(like: Tensor, config: Any) -> Tensor:
-        return like.new_empty((config.parts, *like.shape), dtype=torch.float32 if config.parts > 1 else like.dtype)
+    def partials_of(like: Tensor, config: Any) -> Tensor:
+        return like.new_empty(
+            (config.partials, *like.shape), dtype=torch.float32 if config.partials > 1 else like.dtype
+        )
 
-    def sum_of(parts: Tensor, like: Tensor) -> Tensor:
-        return parts[0] if len(parts) == 1 else parts.sum(dim=0).to(like.dtype)
+    def sum_of(partials: Tensor, like: Tensor) -> Tensor:
+        return partials[0] if len(partials) == 1 else partials.sum(dim=0).to(like.dtype)
 
     def of_both(config: Any) -> tuple[Tensor, Tensor]:
-        of_key, of_value = parts_of(key, config), parts_of(value, config)
+        of_key, of_value = partials_of(key, config), partials_of(value, config)
         plan_backward_key_value(grad, query, key, value, *statistics, of_key, of_value, **arguments, config=config)()
         return sum_of(of_key, key), sum_of(of_value, value)
 
     def of_keys(config: Any) -> Tensor:
-        parts = parts_of(key, config)
-        plan_backward_key(grad, query, key, value, *statistics, parts, **arguments, config=config)()
-        return sum_of(parts, key)
+        partials = partials_of(key, config)
+        plan_backward_key(grad, query, key, value, *statistics, partials, **arguments, config=config)()
+        return sum_of(partials, key)
 
     def of_values(config: Any) -> Tensor:
-        parts = parts_of(value, config)
-        plan_backward_value(grad, query, key, *statistics[:2], parts, **arguments, config=config)()
-        return sum_of(parts, value)
+        partials = partials_of(value, config)
+        plan_backward_value(grad, query, key, *statistics[:2], partials, **arguments, config=config)()
+        return sum_of(partials, value)
 
     if both := window_attention_config.backward_key_value_configs(*sizes, **known):
         # It fails where the device refuses all configs, or where two kernels were measured to be faster: run these two.
