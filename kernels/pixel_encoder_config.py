@@ -71,11 +71,13 @@ def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False) -
 def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[EncoderConfig]:
     """Configs, best first; what comes later asks less of a card. Chosen by compiling each pass for each target.
 
-    `kind` is that of a pass, or "pool". At 128 channels none spills a register in half precision. In float32, where the
-    products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's (128 on sm_120), of
-    which a turn of some 5000 instructions reads few numbers back; four warps spill nothing, but for the pooling (16
-    bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
+    `kind` is that of a pass, "pool" or "moments". At 128 channels none spills a register in half precision. In float32,
+    where the products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's (128 on
+    sm_120), of which a turn of some 5000 instructions reads few numbers back; four warps spill nothing, but for the
+    pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
+    if kind == "moments":
+        return [EncoderConfig(1024, num_warps=4, blocks=2)]
     if target.backend == "hip":
         return [EncoderConfig(16, num_warps=4, keeps=True, blocks=2), EncoderConfig(16, num_warps=8, keeps=True)]
     if dtype.itemsize > 2:
@@ -83,11 +85,11 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
     # One program alone on a multiprocessor would load, multiply and activate one after the other: there are two, where
     # registers and shared memory allow it. Three weights and the pixels are 112 KB.
     least = EncoderConfig(16, num_warps=4)
-    streamed = EncoderConfig(64, num_warps=8, keeps=True, blocks=2)
+    streamed = EncoderConfig(64, num_warps=4, keeps=True, blocks=2)
     if target.arch in (90, 100):
         warps = 8 if target.arch == 100 and kind in ("rotate", "pool") else 4
         return [EncoderConfig(64, num_warps=warps, resident=True, blocks=2), streamed, least]
-    if kind == "block":
+    if kind == "block" and target.arch in (86, 120):  # with more pixels it spills
         return [EncoderConfig(32, num_warps=4, keeps=True, blocks=2), least]
     if kind == "pool":
         return [EncoderConfig(64 if target.arch == 80 else 32, num_warps=4, blocks=2), least]

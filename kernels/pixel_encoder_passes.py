@@ -36,10 +36,12 @@ from .pixel_encoder_config import EncoderConfig
 from .pixel_encoder_statistics import (
     GROUPS,
     away_from,
-    group_sums,
+    in_runs,
+    joined_runs,
     joined_threads,
     make_norm,
     no_sums,
+    run_sums,
     slot_channel,
     slot_exists,
     store_sums,
@@ -317,36 +319,68 @@ def encoded_pixels(
     return y
 
 
+SINE = tl.constexpr("sin.approx.ftz.f32 $0, $1;")
+COSINE = tl.constexpr("cos.approx.ftz.f32 $0, $1;")
+"""PTX."""
+
+
 @triton.jit
-def rotated(y, tables, number, width, height, CHANNELS: tl.constexpr, DIM: tl.constexpr):
-    """y cos(angle) + rotate_half(y) sin(angle), in pieces. The angle is the sum of a row's and a column's.
+def sine_and_cosine(angle, FORM: tl.constexpr):
+    """Both of angles in float32; FORM as of silu.
+
+    "tanh" and "exp2": an instruction each, to 2^-20 within a turn and to 2^-14 within fifty (PTX ISA, sin.approx),
+    a quarter of what float16 rounds off. "plain": to 1e-7 and the rounding of the angle, up to some ten thousand turns,
+    by polynomials of least error on an eighth of a turn to each side of the nearest quarter. The library's functions
+    take twice as many instructions, and a way of their own, with a stack, for large angles.
+    """
+    if FORM != "plain":
+        sine = tl.inline_asm_elementwise(SINE, "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1)
+        cosine = tl.inline_asm_elementwise(COSINE, "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1)
+        return sine, cosine
+    else:
+        quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+        # A quarter turn in three numbers, of which the first two are so short that their products are exact.
+        rest = angle - quarter * 1.5703125 - quarter * 4.837512969970703e-4 - quarter * 7.549790126404332e-8
+        square = rest * rest
+        sine = rest + rest * square * (-0.16666651 + square * (0.00833198 - 0.00019495 * square))
+        cosine = 0.0416666468 + square * (-0.00138873645 + 2.44380912e-5 * square)
+        cosine = 1.0 - 0.5 * square + square * square * cosine
+        number = quarter.to(tl.int32)
+        odd = number & 1 != 0
+        swapped, other = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
+        return tl.where(number & 2 != 0, -swapped, swapped), tl.where((number + 1) & 2 != 0, -other, other)
+
+
+@triton.jit
+def rotated(y, coordinates, frequencies, number, width, height, CHANNELS: tl.constexpr, DIM: tl.constexpr,
+            FORM: tl.constexpr):  # fmt: skip
+    """y cos(angle) + rotate_half(y) sin(angle), in pieces. The angle is that of a row's and a column's coordinates.
 
     A piece that is all slots is taken apart for that: a thread holds both halves of what it holds of a product.
     """
     PIXELS: tl.constexpr = y[0].shape[0]
     if len(y) == 1:
         halves = tl.split(tl.permute(tl.reshape(y[0], (PIXELS, 2, DIM // 2)), (0, 2, 1)))
-        first, second = rotated(halves, tables, number, width, height, CHANNELS, DIM)
+        first, second = rotated(halves, coordinates, frequencies, number, width, height, CHANNELS, DIM, FORM)
         return (tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (PIXELS, DIM)),)
     else:
         HALF: tl.constexpr = len(y) // 2
-        down = tables + (number // width)[:, None] * (2 * CHANNELS)
-        across = tables + (height + number % width)[:, None] * (2 * CHANNELS)
+        row, column = coordinates + number // width * 2, coordinates + (height + number % width) * 2
+        down = tl.load(row) + tl.load(column)
+        across = tl.load(row + 1) + tl.load(column + 1)
         pieces = ()
         for piece in tl.static_range(len(y)):
             slot = piece * y[0].shape[1] + tl.arange(0, y[0].shape[1])
-            channel = slot_channel(slot, CHANNELS, DIM)[None, :]
-            mask = None if CHANNELS == DIM else slot_exists(slot, CHANNELS, DIM)[None, :]
-            row_cos = tl.load(down + channel, mask=mask)
-            row_sin = tl.load(down + CHANNELS + channel, mask=mask)
-            column_cos = tl.load(across + channel, mask=mask)
-            column_sin = tl.load(across + CHANNELS + channel, mask=mask)
-            turned = y[piece] * (row_cos * column_cos - row_sin * column_sin)
-            sine = row_sin * column_cos + row_cos * column_sin
+            channel = slot_channel(slot, CHANNELS, DIM)
+            exists = slot_exists(slot, CHANNELS, DIM)
+            of_rows = tl.load(frequencies + channel, mask=exists, other=0.0).to(tl.float32)
+            of_columns = tl.load(frequencies + CHANNELS + channel, mask=exists, other=0.0).to(tl.float32)
+            angle = down[:, None] * of_rows[None, :] + across[:, None] * of_columns[None, :]
+            sine, cosine = sine_and_cosine(angle, FORM)
             if piece < HALF:
-                pieces = pieces + (turned - y[HALF + piece] * sine,)
+                pieces = pieces + (y[piece] * cosine - y[HALF + piece] * sine,)
             else:
-                pieces = pieces + (turned + y[piece - HALF] * sine,)
+                pieces = pieces + (y[piece] * cosine + y[piece - HALF] * sine,)
         return pieces
 
 
@@ -376,9 +410,9 @@ def projected_keys(y, gain, weight, bias, eps, CHANNELS: tl.constexpr, DIM: tl.c
 
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pass_kernel(
-    pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, tables, out, parts,
+    pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, coordinates, frequencies, out, parts,
     # input or map, (D, Cin), a norm (B, rows, DIM), (D, D), a norm, (D, D),
-    # (B, 3, joined, 8), (D,), (D,), (H + W, 2, D), (B, n, D), (B, 3, programs, 8)
+    # (B, 3, joined, 8), (D,), (D,), (H + W, 2), (2, D), (B, n, D), (B, 3, programs, 8)
     key_gain, key_weight, key_bias,
     # (D,), (D, D), (D,)
     count, width, height, opaque_zero, joined, image_stride, pixel_stride, channel_stride, eps, key_eps,
@@ -402,6 +436,8 @@ def _pixel_encoder_pass_kernel(
     HALF: tl.constexpr = dtype != tl.float32
     ROWS: tl.constexpr = 2 if HALF else 3
     GROUP: tl.constexpr = DIM // 8
+    RUN: tl.constexpr = min(GROUP, 8)
+    RUNS: tl.constexpr = GROUP // RUN
     norm1 += image * ROWS * DIM
     norm2 += image * ROWS * DIM
     if JOINS:
@@ -426,30 +462,37 @@ def _pixel_encoder_pass_kernel(
     sums, squares, pivots = (), (), ()
     if MEASURES:
         for _piece in tl.static_range(DIM // PIECE):
-            sums = sums + (no_sums(PIXELS, PIECE // GROUP, GROUP),)
-            squares = squares + (no_sums(PIXELS, PIECE // GROUP, GROUP),)
-            pivots = pivots + (tl.zeros((PIECE // GROUP,), tl.float32),)
+            sums = sums + (no_sums(PIXELS, PIECE // RUN, RUN),)
+            squares = squares + (no_sums(PIXELS, PIECE // RUN, RUN),)
+            pivots = pivots + (tl.zeros((PIECE // RUN,), tl.float32),)
     existing = 0
     for tile in tl.range(program, tl.cdiv(count, PIXELS), programs):
         number = tile * PIXELS + tl.arange(0, PIXELS)
         exists = number < count
         fresh = tl.multiple_of(tile * opaque_zero, 16)
         if HALF:
+            # After each load of a weight a barrier: the compiler would load the next one before the last product is
+            # done, and spill registers.
             x = load_input(mine, number, exists, pixel_stride, channel_stride, INPUTS, 0, INPUT_DIM, PACKED)
             if not RESIDENT:
                 projected = load_matrix(projection + fresh, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True)
             total = tl.dot(x, projected)
-            x0 = total
+            x0 = total.to(dtype)
             if HALVES > 0:
                 active = activated(total, norm1 + fresh, dtype, 0, DIM, False, FORM)
                 if not RESIDENT:
                     matrix1 = load_matrix(weight1 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+                    tl.debug_barrier()
                 total = tl.dot(active, matrix1)
             if HALVES > 1:
                 active = activated(total, norm2 + fresh, dtype, 0, DIM, False, FORM)
                 if not RESIDENT:
                     matrix2 = load_matrix(weight2 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
-                total = tl.dot(active, matrix2, x0) if KEEPS else tl.dot(x, projected, tl.dot(active, matrix2))
+                    tl.debug_barrier()
+                if KEEPS:
+                    total = tl.dot(active, matrix2, x0.to(tl.float32))
+                else:
+                    total = tl.dot(x, projected, tl.dot(active, matrix2))
             y = (total,)
         else:
             y = encoded_pixels(
@@ -458,8 +501,9 @@ def _pixel_encoder_pass_kernel(
                 CHANNELS, INPUTS, DIM, INPUT_DIM, HALVES, PACKED, FETCHES, PIECE, FORM, PRECISION,
             )  # fmt: skip
         if ROTATES:
-            # Past an image's last pixel the tables end.
-            y = rotated(y, tables, tl.minimum(number, count - 1), width, height, CHANNELS, DIM)
+            # Past an image's last pixel there are no coordinates.
+            inside = tl.minimum(number, count - 1)
+            y = rotated(y, coordinates, frequencies, inside, width, height, CHANNELS, DIM, FORM)
         if MEASURES:
             here = tl.minimum(count - tile * PIXELS, PIXELS)
             existing += here
@@ -469,13 +513,13 @@ def _pixel_encoder_pass_kernel(
                 if tile == program:
                     some = tl.where(exists[:, None], y[piece], 0.0)
                     values = here.to(tl.float32) * (CHANNELS // 8)
-                    pivot = joined_threads(group_sums(some, GROUP)) / values
-                away = away_from(y[piece], pivot, exists, GROUP)
+                    pivot = in_runs(joined_runs(joined_threads(run_sums(some, RUN)), RUNS) / values, RUNS)
+                away = away_from(y[piece], pivot, exists, RUN)
                 if CHANNELS < DIM:
                     slot = piece * PIECE + tl.arange(0, PIECE)
                     away = tl.where(slot_exists(slot, CHANNELS, DIM)[None, :], away, 0.0)
-                new_sums = new_sums + (sums[piece] + group_sums(away, GROUP),)
-                new_squares = new_squares + (squares[piece] + group_sums(away * away, GROUP),)
+                new_sums = new_sums + (sums[piece] + run_sums(away, RUN),)
+                new_squares = new_squares + (squares[piece] + run_sums(away * away, RUN),)
                 new_pivots = new_pivots + (pivot,)
             sums, squares, pivots = new_sums, new_squares, new_pivots
         if KEYS:
@@ -488,26 +532,10 @@ def _pixel_encoder_pass_kernel(
             group = piece * (PIECE // GROUP) + tl.arange(0, PIECE // GROUP)
             place = parts + image * 3 * programs * 8 + program * 8 + group
             store_sums(
-                place, programs * 8, joined_threads(sums[piece]), joined_threads(squares[piece]), pivots[piece],
+                place, programs * 8, joined_runs(joined_threads(sums[piece]), RUNS),
+                joined_runs(joined_threads(squares[piece]), RUNS), joined_runs(pivots[piece], RUNS) / RUNS,
                 values, existing.to(tl.float32),
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _pixel_encoder_angles_kernel(frequencies, tables, height, width, CHANNELS: tl.constexpr, DIM: tl.constexpr):
-    """Cosines and sines (2, D) of a row's or a column's angles, coordinates from 0 to 1 times (2, D); grid: H + W."""
-    number = tl.program_id(0)
-    channel = tl.arange(0, DIM)
-    exists = channel < CHANNELS
-    if number < height:
-        coordinate = tl.div_rn(number.to(tl.float32), tl.maximum(height - 1, 1).to(tl.float32))
-    else:
-        coordinate = tl.div_rn((number - height).to(tl.float32), tl.maximum(width - 1, 1).to(tl.float32))
-    axis = tl.where(number < height, 0, CHANNELS)
-    angle = coordinate * tl.load(frequencies + axis + channel, mask=exists, other=0.0).to(tl.float32)
-    place = tables + number * (2 * CHANNELS) + channel
-    tl.store(place, tl.cos(angle), mask=exists)
-    tl.store(place + CHANNELS, tl.sin(angle), mask=exists)
 
 
 def plan_pass(
@@ -517,7 +545,7 @@ def plan_pass(
     norms: Tensor | None = None,
     parts: Tensor | None,
     out: Tensor | None,
-    tables: Tensor | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
     keys: KeyProjection | None = None,
     size: tuple[int, int],
     programs: int,
@@ -533,7 +561,8 @@ def plan_pass(
         norms: (programs, B, rows, D padded) of `allocate_norms`: where each program makes the norm of a join.
         parts: (B, 3, programs, 8) float32, takes the statistics of the result.
         out: (B, n, D), contiguous, takes the result; it may be the map that is read.
-        tables: (H + W, 2, D) of `plan_angles`: rotate what is stored; after two half blocks of a map.
+        rotation: coordinates of the rows and the columns (H + W, 2) float32 and frequencies (2, D), contiguous: rotate
+            what is stored by their products; after two half blocks of a map.
         keys: project what is stored, of maps of float32, to keys; `out`, of any dtype, is then another map.
         programs: of an image, see `EncoderConfig.programs`.
         form: of silu, see `silu_form`.
@@ -565,7 +594,7 @@ def plan_pass(
             "found": found,
             "gain": gain,
             "bias": bias,
-            "tables": nothing if tables is None else tables,
+            **dict(zip(("coordinates", "frequencies"), rotation or (nothing, nothing), strict=True)),
             "out": nothing if out is None else out,
             "parts": nothing if parts is None else parts,
             "key_gain": key_gain,
@@ -590,7 +619,7 @@ def plan_pass(
             "MEASURES": parts is not None,
             "JOINS": join is not None,
             "STORES": out is not None,
-            "ROTATES": tables is not None,
+            "ROTATES": rotation is not None,
             "KEYS": keys is not None,
             "PACKED": pixels.is_contiguous(),
             "FETCHES": waits and not half,
@@ -602,18 +631,6 @@ def plan_pass(
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
-
-
-def plan_angles(frequencies: Tensor, tables: Tensor, *, size: tuple[int, int]) -> Launch:
-    """The launch that fills `tables` (H + W, 2, D) float32 for `frequencies` (2, D), contiguous."""
-    channels = frequencies.shape[1]
-    return Launch(
-        kernel=_pixel_encoder_angles_kernel,
-        grid=(sum(size),),
-        arguments={"frequencies": frequencies, "tables": tables, "height": size[0], "width": size[1]},
-        constants={"CHANNELS": channels, "DIM": padded(channels)},
-        options={"num_warps": 1, "num_stages": 1},
     )
 
 

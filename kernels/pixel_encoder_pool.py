@@ -93,10 +93,14 @@ def _pixel_encoder_pool_kernel(
             fresh = tl.multiple_of((cell + first) * opaque_zero, 16)
             if HALF:
                 x = load_input(mine, number, exists, CHANNELS, 1, CHANNELS, 0, DIM, True)
+                # After each load a barrier: the compiler would load the next weight before the last product is done.
                 if not RESIDENT:
                     projected = load_matrix(projection + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, True)
-                    matrix = load_matrix(weight1 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+                    tl.debug_barrier()
                 active = activated(tl.dot(x, projected), norm1 + fresh, dtype, 0, DIM, False, FORM)
+                if not RESIDENT:
+                    matrix = load_matrix(weight1 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+                    tl.debug_barrier()
                 active = activated(tl.dot(active, matrix), norm2 + fresh, dtype, 0, DIM, False, FORM)
                 ones = tl.broadcast_to(exists[None, :], (16, PIXELS)).to(dtype)
                 passed = tl.dot(ones, x, passed)

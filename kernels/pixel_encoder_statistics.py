@@ -2,8 +2,8 @@
 
 A program leaves count, mean and summed squared deviation of the eight groups of channels over its pixels. It sums what
 a group lies away from a pivot, the group's mean over its first pixels, and the squares of that: numbers as small as the
-deviation, whatever the mean is. A thread adds up those that it holds of a product, and threads join their sums once, at
-the program's end.
+deviation, whatever the mean is. A thread adds up those that it holds of a product, of each run of at most eight
+channels, and threads and runs join their sums once, at the program's end.
 
 The next pass joins the programs' statistics: the mean is their weighted mean, the deviation the sum of theirs and of
 count * (mean - common mean)^2 (Chan, Golub and LeVeque 1983), which subtracts no squares. Each of its programs does so
@@ -40,43 +40,56 @@ def slot_exists(slot, CHANNELS: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def group_sums(y, GROUP: tl.constexpr):
-    """Of pixels (n, groups of GROUP slots): what a thread that holds some of a product can add up of each group.
+def run_sums(y, RUN: tl.constexpr):
+    """Of pixels (n, runs of RUN slots, at most 8): what a thread that holds some of a product can add up of each run.
 
-    The result's axis 2 is the groups'; the others are what is still to be joined.
+    The result's axis 2 is the runs'; the others are what is still to be joined. A warp holds runs of eight slots, where
+    it may not hold a group.
     """
     PIXELS: tl.constexpr = y.shape[0]
-    if GROUP < 8:
-        return tl.sum(tl.reshape(y, (PIXELS // 16, 16, y.shape[1] // GROUP, 1, GROUP)), axis=4)
+    if RUN < 8:
+        return tl.sum(tl.reshape(y, (PIXELS // 16, 16, y.shape[1] // RUN, 1, RUN)), axis=4)
     else:
         # A thread holds two neighbours of each eight channels of a row and of the row eight below; four share a row.
-        parts = tl.reshape(y, (PIXELS // 16, 2, 8, y.shape[1] // GROUP, GROUP // 8, 4, 2))
-        return tl.sum(tl.sum(tl.sum(parts, axis=6), axis=4), axis=1)
+        return tl.sum(tl.sum(tl.reshape(y, (PIXELS // 16, 2, 8, y.shape[1] // 8, 4, 2)), axis=5), axis=1)
 
 
 @triton.jit
 def joined_threads(sums):
-    """Of what `group_sums` leaves: the groups' sums."""
+    """Of what `run_sums` leaves: the runs' sums."""
     return tl.sum(tl.sum(tl.sum(sums, axis=3), axis=1), axis=0)
 
 
 @triton.jit
-def no_sums(PIXELS: tl.constexpr, GROUPS_HERE: tl.constexpr, GROUP: tl.constexpr):
-    """Zeros of the shape that `group_sums` makes."""
-    if GROUP < 8:
-        return tl.zeros((PIXELS // 16, 16, GROUPS_HERE, 1), tl.float32)
-    else:
-        return tl.zeros((PIXELS // 16, 8, GROUPS_HERE, 4), tl.float32)
+def joined_runs(of_runs, RUNS: tl.constexpr):
+    """The sums of groups of RUNS runs."""
+    return tl.sum(tl.reshape(of_runs, (of_runs.shape[0] // RUNS, RUNS)), axis=1)
 
 
 @triton.jit
-def away_from(y, pivot, exists, GROUP: tl.constexpr):
-    """y - pivot, of pixels (n, groups of GROUP slots) and a pivot of each group; zero where no pixel exists.
+def in_runs(of_groups, RUNS: tl.constexpr):
+    """A number of each group for each of its runs."""
+    shape: tl.constexpr = (of_groups.shape[0], RUNS)
+    return tl.reshape(tl.broadcast_to(of_groups[:, None], shape), (of_groups.shape[0] * RUNS,))
+
+
+@triton.jit
+def no_sums(PIXELS: tl.constexpr, RUNS_HERE: tl.constexpr, RUN: tl.constexpr):
+    """Zeros of the shape that `run_sums` makes."""
+    if RUN < 8:
+        return tl.zeros((PIXELS // 16, 16, RUNS_HERE, 1), tl.float32)
+    else:
+        return tl.zeros((PIXELS // 16, 8, RUNS_HERE, 4), tl.float32)
+
+
+@triton.jit
+def away_from(y, pivot, exists, RUN: tl.constexpr):
+    """y - pivot, of pixels (n, runs of RUN slots) and a pivot of each run; zero where no pixel exists.
 
     By one multiplication and addition each, where choosing would take another instruction.
     """
     factor = tl.where(exists, 1.0, 0.0)
-    parts = tl.reshape(y, (y.shape[0], y.shape[1] // GROUP, GROUP))
+    parts = tl.reshape(y, (y.shape[0], y.shape[1] // RUN, RUN))
     parts = parts * factor[:, None, None] - (pivot[None, :] * factor[:, None])[:, :, None]
     return tl.reshape(parts, y.shape)
 
@@ -166,4 +179,4 @@ def make_norm(
 @triton.jit
 def in_slots(of_groups, DIM: tl.constexpr):
     """A number of each group, (8,), for each slot: (DIM,)."""
-    return tl.reshape(tl.broadcast_to(of_groups[:, None], (8, DIM // 8)), (DIM,))
+    return in_runs(of_groups, DIM // 8)

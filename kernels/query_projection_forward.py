@@ -3,7 +3,7 @@
 A program owns a rectangle of pixels and all D channels of its result. The convolution is nine products of the pixels,
 shifted to the nine taps, with D x D weights (an implicit matrix product: nothing is copied). The nine shifted loads go
 through L1, which holds one piece of the rectangle's channels, with the halo, until the last load. So L2 is asked for
-each pixel little more than once, and for the weights once for 256 pixels. All channels of a pixel are in the program's
+each pixel little more than once, and for the weights once for 128 pixels. All channels of a pixel are in the program's
 registers, so the sum of squares for the normalisation is too, and the projection is one more product. The map is read
 once and the queries are written once, where a convolution and separate passes read and write a map three times. The
 queries are stored with the default cache policy, because the window attention reads them next.
@@ -61,14 +61,15 @@ def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionC
     on any target, at 256 nothing in half precision.
     """
     wide = dim > 128
-    rows = 8 if wide else 16  # with more rows the pixels' sums would not fit the registers
-    if half and target.arch in (80, 90):
-        # Three stages of 48 KB fit their shared memory, and leave L1 room for a rectangle with its halo.
-        best = ProjectionConfig(rows, 16, 64, 64, num_warps=8, num_stages=3)
-    elif half and target.arch == 100:  # on larger rectangles it spills
-        best = ProjectionConfig(8, 16, 64, 64, num_warps=8, num_stages=2 if wide else 3)
-    elif half:
-        best = ProjectionConfig(rows, 16, 32, 32, num_warps=8, num_stages=2 if wide or target.backend == "hip" else 3)
+    rows = 8 if wide else 16  # with more rows the pixels' sums would not fit AMD's registers
+    if half and target.arch in (80, 90, 100):
+        # Two programs on a multiprocessor, each with three stages of 32 KB; L1 has room for rectangles with their halo.
+        warps, stages = 8 if wide or target.arch == 100 else 4, 2 if wide and target.arch == 100 else 3
+        best = ProjectionConfig(8, 16, 64, 64, num_warps=warps, num_stages=stages)
+    elif half and target.backend == "hip":
+        best = ProjectionConfig(rows, 16, 32, 32, num_warps=8, num_stages=2)
+    elif half:  # the same in half of their shared memory
+        best = ProjectionConfig(8, 16, 32, 32, num_warps=8 if wide else 4, num_stages=2)
     elif target.arch in (90, 100):  # one operand is in shared memory, split once for all warps
         best = ProjectionConfig(8, 16, 32, 16, num_warps=8, num_stages=2)
     elif target.backend == "hip":

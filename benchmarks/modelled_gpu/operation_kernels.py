@@ -61,7 +61,7 @@ WITHOUT_PRODUCTS = (
     "feature_unification_arrange",
     "feature_unification_normalize",
     "feature_unification_fold",
-    "pixel_encoder_angles",
+    "pixel_encoder_moments",
 )
 """Kernels that move numbers: nothing for the matrix units."""
 POINTS = 1000

@@ -17,6 +17,7 @@ from torch import Tensor
 from anyup.bench.workloads import Workload
 from anyup.kernels.launch import Launch, Target
 from anyup.kernels.pixel_encoder_config import encoder_configs, kind_of, silu_form
+from anyup.kernels.pixel_encoder_moments import plan_moments
 from anyup.kernels.pixel_encoder_passes import (
     HalfBlock,
     Join,
@@ -25,7 +26,6 @@ from anyup.kernels.pixel_encoder_passes import (
     allocate_norms,
     allocate_parts,
     map_source,
-    plan_angles,
     plan_pass,
 )
 from anyup.kernels.pixel_encoder_pool import plan_pool
@@ -40,7 +40,6 @@ IMAGE_CHANNELS = 3
 # Of a pass: channels of the input that is projected (0: none, the map of the first block), half blocks, whether it
 # measures, stores, rotates.
 _PASSES = {
-    "pixel_encoder_image_1": (IMAGE_CHANNELS, 0, True, False, False),
     "pixel_encoder_image_2": (IMAGE_CHANNELS, 1, True, False, False),
     "pixel_encoder_image_3": (IMAGE_CHANNELS, 2, True, True, False),
     "pixel_encoder_map_1": (DIM, 0, True, False, False),
@@ -60,7 +59,7 @@ _PASSES = {
 KERNELS = (
     *_PASSES,
     "pixel_encoder_pool",
-    "pixel_encoder_angles",
+    "pixel_encoder_moments",
 )
 ON_THE_GRID = tuple(f"pixel_encoder_{name}" for name in ("measure_1", "measure_2", "measure_3", "apply", "keys"))
 """What the blocks of the keys need, in float32 whatever the model's dtype is."""
@@ -75,14 +74,14 @@ def plan(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    if kernel == "pixel_encoder_angles":
-        return plan_angles(
-            empty(2, DIM), empty(sum(workload.size), 2, DIM, dtype=torch.float32), size=workload.size
-        ), {}
     inputs, halves, measures, stores, rotates = _PASSES.get(kernel, (0, 2, False, False, False))
     pools = kernel == "pixel_encoder_pool"
     keys = kernel == "pixel_encoder_keys"
-    kind = "pool" if pools else kind_of(halves, measures=measures, rotates=rotates, keys=keys)
+    moments = kernel == "pixel_encoder_moments"
+    if pools or moments:
+        kind = "pool" if pools else "moments"
+    else:
+        kind = kind_of(halves, measures=measures, rotates=rotates, keys=keys)
     config = encoder_configs(kind, dtype, target)[0]
     device = torch.device("meta")
     turns = workload.keys if pools else -(-count // config.pixels)
@@ -106,10 +105,12 @@ def plan(
             size=workload.size, cells=workload.grid, **shared,
         )  # fmt: skip
         return launch, asdict(config)
-    if inputs == IMAGE_CHANNELS:  # an image as it comes has its pixels innermost
-        source = Source(empty(batch, inputs, count).transpose(1, 2), empty(DIM, inputs))
+    if inputs == IMAGE_CHANNELS or moments:  # an image as it comes has its pixels innermost
+        source = Source(empty(batch, IMAGE_CHANNELS, count).transpose(1, 2), empty(DIM, IMAGE_CHANNELS))
     else:
         source = Source(stored, empty(DIM, DIM)) if inputs else map_source(stored)
+    if moments:
+        return plan_moments(source, parts, config=config), asdict(config)
     blocks = (half,) * halves
     if halves and "store" not in kernel:  # of bands, where the statistics are known already
         blocks = (*blocks[:-1], half._replace(norm=join))
@@ -118,7 +119,7 @@ def plan(
     launch = plan_pass(
         source, blocks,
         parts=parts if measures else None, out=stored if stores else None,
-        tables=empty(sum(workload.size), 2, DIM, dtype=torch.float32) if rotates else None,
+        rotation=(empty(sum(workload.size), 2, dtype=torch.float32), empty(2, DIM)) if rotates else None,
         keys=KeyProjection(empty(DIM), empty(DIM, DIM), empty(DIM), 1e-7) if keys else None,
         size=workload.size, **shared,
     )  # fmt: skip
@@ -149,8 +150,8 @@ def name_of(launch: Launch) -> str:
 def work(launch: Launch) -> Work:
     """The work of a launch of these kernels."""
     kernel = name_of(launch)
-    if kernel == "pixel_encoder_angles":
-        return _angles_work(launch)
+    if kernel == "pixel_encoder_moments":
+        return _moments_work(launch)
     return _pool_work(launch) if kernel == "pixel_encoder_pool" else _pass_work(launch)
 
 
@@ -169,15 +170,17 @@ def _pass_work(launch: Launch) -> Work:
     written = channels * argument["out"].element_size() if constant["STORES"] else 0
     # In half precision what was projected is projected again for the residual, unless it waits for it.
     projections = 2 if size == 2 and halves > 1 and not constant["KEEPS"] else 1
-    # Weights for each program or turn, scale, shift and, in float32, centre for each turn. For each pixel that is
-    # rotated: cosines and sines of its column, and for each turn those of its row, which L1 keeps.
+    # Weights for each program or turn, scale, shift and, in float32, centre for each turn. Where pixels are rotated,
+    # the frequencies for each turn, and for each pixel the coordinates of its row and its column.
     each = argument["weight1"].element_size() if halves else size
     squares = halves + constant["KEYS"]
     weights = squares * channels * channels * each + inputs * channels * size
     norms = halves * (2 if size == 2 else 3) * dim * 4
     resident = size == 2 and constant["RESIDENT"]
     shared = ((launch.grid[0] * launch.grid[1] if resident else turns) * weights + turns * norms) / units
-    shared += constant["ROTATES"] * 2 * channels * 4 * (1 + 1 / constant["PIXELS"]) + _join_bytes(launch) / units
+    if constant["ROTATES"]:
+        shared += 2 * 2 * 4 + turns * argument["frequencies"].nbytes / units
+    shared += _join_bytes(launch) / units
     # In float32 what does not wait for the residual is read again, or stored and read.
     fetched = channels * size * (2 if inputs else 1) if constant["FETCHES"] and halves > 1 else 0
     asked = read + written + fetched + constant["MEASURES"] * launch.grid[0] * launch.grid[1] * 3 * 8 * 4 / units
@@ -256,9 +259,14 @@ def _cells(length: int, number: int) -> list[int]:
     return [-((cell + 1) * length // -number) - cell * length // number for cell in range(number)]
 
 
-def _angles_work(launch: Launch) -> Work:
-    argument = launch.arguments
-    units = argument["height"] * argument["width"]
-    written = argument["tables"].numel() * 4 / units
-    exponentials = argument["tables"].numel() / units
-    return Work(units, 0, 0, exponentials, exponentials, written, written, [])
+def _moments_work(launch: Launch) -> Work:
+    argument, constant = launch.arguments, launch.constants
+    units = len(argument["pixels"]) * argument["count"]
+    read = constant["INPUTS"] * argument["pixels"].element_size()
+    programs = math.prod(launch.grid)
+    # The first pixels are read again for the pivot.
+    again = min(programs * constant["PIXELS"], units) * read
+    shared = programs * (argument["projection"].nbytes + 3 * 8 * 4) / units
+    tiles = -(-argument["count"] // constant["PIXELS"])
+    trips = -(-tiles // launch.grid[0])
+    return Work(units, 0, 0, 0, 0, read, read + again / units + shared, [(trips, [])], shared)

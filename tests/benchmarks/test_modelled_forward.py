@@ -27,10 +27,10 @@ SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_si
 AMPERE = Target("cuda", 80)
 
 REACHED_MS = {
-    ("A100 SXM 80GB", "bfloat16"): 2.3,
-    ("H100 SXM", "bfloat16"): 0.65,
-    ("H200", "bfloat16"): 0.58,
-    ("RTX 4090", "bfloat16"): 2.7,
+    ("A100 SXM 80GB", "bfloat16"): 1.5,
+    ("H100 SXM", "bfloat16"): 0.6,
+    ("H200", "bfloat16"): 0.52,
+    ("RTX 4090", "bfloat16"): 2.4,
 }
 """The most that the whole forward may take at 448 from 32, C = 384, by device and dtype."""
 
@@ -60,7 +60,7 @@ def test_the_steps_are_what_a_real_forward_launches(filters: int, keys: int) -> 
         upsampler(image, features)
     steps = steps_of(workload, torch.float32, None, arguments=arguments)
     assert [described(step.launch) for step in steps if step.launch is not None] == launched
-    assert len(launched) == 5 + 1 + 5 + 5 + 1 + 2 + keys + 1
+    assert len(launched) == 5 + 5 + 5 + 1 + 2 + keys + 1
     assert {step.stage for step in steps} == set(STAGES)
 
 
@@ -140,7 +140,7 @@ def test_stages_are_sums_of_their_launches_and_the_forward_of_its_stages(
 
 def test_every_launch_s_instructions_are_the_compiler_s_but_for_the_small_ones(stored: Sequence[Row]) -> None:
     counted = {row["kernel"] for row in part(stored, "launch") if row["source"] != "code"}
-    assert counted <= {"pixel_encoder_angles"}
+    assert not counted
 
 
 @pytest.mark.parametrize(("case", "most"), REACHED_MS.items(), ids=lambda value: str(value))
@@ -156,8 +156,8 @@ def test_the_encoders_move_at_most_6_kb_a_pixel_and_ask_for_little_more(device: 
     """Asked for without the weights and tables that all programs read, which the caches hold."""
     chosen = {"device": device, "dtype": "bfloat16", "workload": "448 from 32"}
     rows = [r for stage in ENCODERS for r in part(stored, "launch", stage=stage, **chosen)]
-    passes = [row for row in rows if row["kernel"] != "pixel_encoder_angles"]
-    assert (len(passes), len(rows)) == (15, 16)
+    passes = [row for row in rows if row["kernel"] != "pixel_encoder_moments"]
+    assert (len(passes), len(rows)) == (14, 15)
     pixels = 448 * 448
     moved = sum(row["bytes"] for row in passes) / pixels
     assert 4096 < moved <= 6144

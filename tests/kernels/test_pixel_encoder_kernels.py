@@ -218,8 +218,12 @@ def test_a_model_that_asks_for_kernels_trains() -> None:
 MUTATIONS = {
     "no residual": ("passes", "encoded_pixels", "(x[piece] + y[piece],)", "(y[piece],)"),
     "the same piece of a weight again": ("passes", "load_matrix", "INNER * INPUT", "0 * INPUT"),
-    "a sign of the rotation": ("passes", "rotated", "turned - y[HALF", "turned + y[HALF"),
-    "a sign of the rotation of pieces": ("passes", "rotated", "turned - y[HALF", "turned + y[HALF"),
+    "a sign of the rotation": ("passes", "rotated", "cosine - y[HALF", "cosine + y[HALF"),
+    "a sign of the rotation of pieces": ("passes", "rotated", "cosine - y[HALF", "cosine + y[HALF"),
+    "the other sign of a cosine": ("passes", "sine_and_cosine", "(number + 1) & 2", "number & 2"),
+    "a product of two channels once": (
+        "moments", "_pixel_encoder_moments_kernel", "(1 if other == channel else 2)", "1",
+    ),
     "a cell too high": ("pool", "_cell", "cells_high - top", "cells_high - top + 1"),
     "pixels that do not exist": (
         "pool", "_pixel_encoder_pool_kernel", "tl.where(exists[:, None], active", "tl.where(True, active",

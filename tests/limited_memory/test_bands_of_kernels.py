@@ -162,7 +162,7 @@ MUTATIONS = {
     "what is kept is not copied": ("            self._trunk.copy_(self._x1)", "            pass"),
     "groups' deviations for their channels'": ("deviations / (self._dim // GROUPS)", "deviations"),
     "a normalisation too early": ("self._norms[number + 1]", "self._norms[max(number, first + 1)]"),
-    "not rotated": ("tables=tables, size=size)", "size=size)"),
+    "not rotated": ("rotation=angles, size=size)", "size=size)"),
 }
 
 

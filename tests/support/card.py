@@ -95,7 +95,7 @@ def as_pretended(patch: Any) -> None:
     """Patch what a card that ttsem pretends has no answer to: memory, captures, calls repeated by Triton's launcher."""
     from triton import knobs
 
-    know_silu()
+    know_instructions()
     patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
     patch.setattr("anyup.budget.free_memory", lambda device: None)
     patch.setattr("anyup.budget.total_memory", lambda device: None)
@@ -103,10 +103,10 @@ def as_pretended(patch: Any) -> None:
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
-def know_silu() -> None:
-    """Tell ttsem, which knows instructions of PTX by their text, what those of the pixel encoder's activation are.
+def know_instructions() -> None:
+    """Tell ttsem, which knows instructions of PTX by their text, what the pixel encoder's are.
 
-    Approximately, as a card makes them: a hyperbolic tangent to eleven bits (PTX ISA, tanh.approx).
+    Approximately, as a card makes them: a hyperbolic tangent to eleven bits, a sine to 2^-20 (PTX ISA).
     """
     import numpy
     from ttsem import ops
@@ -123,7 +123,16 @@ def know_silu() -> None:
         with numpy.errstate(over="ignore"):
             return [x * (1 / (1 + numpy.exp2(x * numpy.float32(-1.4426950408889634))))]
 
-    for text, meaning in ((passes.SILU_OF_HALF, tanh), (passes.SILU, exp2)):
+    def rounded(function: Any) -> Any:
+        return lambda x: [numpy.round(function(numpy.asarray(x, numpy.float64)) * 2**20).astype(numpy.float32) / 2**20]
+
+    meanings = {
+        passes.SILU_OF_HALF: tanh,
+        passes.SILU: exp2,
+        passes.SINE: rounded(numpy.sin),
+        passes.COSINE: rounded(numpy.cos),
+    }
+    for text, meaning in meanings.items():
         ops.PTX_FRAGMENTS[ops._norm_asm(text.value)] = (meaning, "div")
 
 

@@ -23,6 +23,7 @@ from anyup.ops.kernel_device import (
     target,
 )
 from anyup.ops.pixel_encoder.arguments import EPS, EncoderParameters, PixelEncoderProblem
+from anyup.ops.pixel_encoder.rotary import coordinates
 
 if TYPE_CHECKING:
     from anyup.kernels.pixel_encoder_config import EncoderConfig
@@ -102,9 +103,12 @@ class Kernels:
 
         What the pass makes goes to `out`.
         """
+        from anyup.kernels.pixel_encoder_moments import MOST_INPUTS
         from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
 
-        batch, count = source.pixels.shape[:2]
+        batch, count, inputs = source.pixels.shape
+        if not halves and source.projection is not None and inputs <= MOST_INPUTS:
+            return self._measure_moments(source), None
 
         def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
             parts = allocate_parts(batch, programs, self.device)
@@ -116,30 +120,45 @@ class Kernels:
 
         return self._run_pass("measure", run, source, halves, stores=out is not None)
 
+    def _measure_moments(self, source: Source) -> Tensor:
+        """The statistics of the projected pixels of a source of few channels."""
+        from anyup.kernels.pixel_encoder_moments import plan_moments
+        from anyup.kernels.pixel_encoder_passes import allocate_parts
+
+        batch, count, _ = source.pixels.shape
+
+        def run(config: EncoderConfig) -> Tensor:
+            programs = config.programs(-(-count // config.pixels), batch, multiprocessors(self.device))
+            parts = allocate_parts(batch, programs, self.device)
+            plan_moments(source, parts, config=config)()
+            return parts
+
+        return self.run("moments", run, kind="moments")
+
     def store(
         self,
         source: Source,
         halves: tuple[HalfBlock, ...],
         out: Tensor,
         *,
-        tables: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
         size: tuple[int, int] | None = None,
         keys: KeyProjection | None = None,
     ) -> None:
-        """A pass whose result goes to `out`: rotated where there are tables, of a map of that size; or projected."""
+        """A pass whose result goes to `out`: rotated as a map of that size, see `plan_pass`; or projected."""
         from anyup.kernels.pixel_encoder_passes import plan_pass
 
         shape = (1, source.pixels.shape[1]) if size is None else size
 
         def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> None:
             plan_pass(
-                source, halves, norms=norms, parts=None, out=out, tables=tables, keys=keys, size=shape,
+                source, halves, norms=norms, parts=None, out=out, rotation=rotation, keys=keys, size=shape,
                 programs=programs, form=self.form, precision=self.precision, config=config,
             )()  # fmt: skip
 
         # A launch that fails has written nothing: the next config finds the map as it was.
         stored = None if keys is None else out.dtype
-        self._run_pass("store", run, source, halves, rotates=tables is not None, keys=stored)
+        self._run_pass("store", run, source, halves, rotates=rotation is not None, keys=stored)
 
     def pool(
         self,
@@ -243,24 +262,15 @@ class Encoder:
 
     def whole(self, frequencies: Tensor | None = None) -> Tensor:
         """(B, H, W, D), rotated where there are frequencies."""
-        tables = None if frequencies is None else self._angles(frequencies)
-        self._kernels.store(self._stored, self._halves, self._map, tables=tables, size=self._size)
+        rotation = None
+        if frequencies is not None:
+            rotation = coordinates(self._size, torch.float32, self._device), frequencies.contiguous()
+        self._kernels.store(self._stored, self._halves, self._map, rotation=rotation, size=self._size)
         return self._map.unflatten(1, self._size)
 
     def keys(self, projection: KeyProjection, out: Tensor) -> None:
         """Normalised and projected, of float32 into `out` (B, H, W, D), of any dtype."""
         self._kernels.store(self._stored, self._halves, out.flatten(1, 2), keys=projection)
-
-    def _angles(self, frequencies: Tensor) -> Tensor:
-        from anyup.kernels.pixel_encoder_passes import plan_angles
-
-        tables = torch.empty(sum(self._size), 2, self._dim, dtype=torch.float32, device=self._device)
-        run_first(
-            lambda _: plan_angles(frequencies.contiguous(), tables, size=self._size)(),
-            [None],
-            kernel=("pixel_encoder", "angles", self._device, self._dtype, self._dim),
-        )
-        return tables
 
     def pooled(self, cells: tuple[int, int]) -> Tensor:
         """(B, h, w, D), averaged over cells."""

@@ -81,10 +81,11 @@ class Band:
         A rotation is of whole rows, so the band must be its map.
         """
         self._take(norm)
-        size = tables = None
+        size = angles = None
         if rotation is not None:
-            size, tables = (len(self._trunk) // rotation.width, rotation.width), rotation.tables()
-        self._kernels.store(self._stored(), self._halves(_STORED + 1), self._trunk[None], tables=tables, size=size)
+            size = (len(self._trunk) // rotation.width, rotation.width)
+            angles = rotation.coordinates.float(), rotation.frequencies.contiguous()
+        self._kernels.store(self._stored(), self._halves(_STORED + 1), self._trunk[None], rotation=angles, size=size)
         return self._trunk
 
     def finish_pooled(self, norm: Affine, rows: Cells, columns: Cells, out: Tensor) -> None:

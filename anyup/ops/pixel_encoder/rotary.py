@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.precision import working_dtype
+from anyup.ops.tables import kept_for_graphs
 
 
 class Rotation:
@@ -18,15 +20,16 @@ class Rotation:
 
     def __init__(self, size: tuple[int, int], frequencies: Tensor) -> None:
         self.width = size[1]
-        frequencies = frequencies.to(working_dtype(frequencies.dtype))
-        self._rows, self._columns = (_coordinates(length, frequencies) for length in size)  # (H, 1) and (W, 1)
-        rows, columns = self._rows * frequencies[0], self._columns * frequencies[1]
+        self.frequencies = frequencies = frequencies.to(working_dtype(frequencies.dtype))
+        self._rows, self._columns = coordinates(size, frequencies.dtype, frequencies.device).split(size)
+        rows, columns = self._rows[:, :1] * frequencies[0], self._columns[:, 1:] * frequencies[1]
         self._row_cos, self._row_sin = rows.cos()[:, None], rows.sin()[:, None]  # (H, 1, D)
         self._column_cos, self._column_sin = columns.cos(), columns.sin()  # (W, D)
 
     def part(self, rows: slice, columns: slice) -> Rotation:
         """The rotation of a rectangle of the map, as a map of its own."""
         part = copy.copy(self)
+        part._rows, part._columns = self._rows[rows], self._columns[columns]
         part._row_cos, part._row_sin = self._row_cos[rows], self._row_sin[rows]
         part._column_cos, part._column_sin = self._column_cos[columns], self._column_sin[columns]
         part.width = part._column_cos.shape[0]
@@ -35,16 +38,17 @@ class Rotation:
     def at(self, rows: Tensor, columns: Tensor) -> Rotation:
         """The rotation of single pixels (P,) of the map, as of a map of one column."""
         at = copy.copy(self)
+        at._rows, at._columns = self._rows[rows] + self._columns[columns], torch.zeros_like(self._columns[:1])
         across = self._column_cos[columns][:, None], self._column_sin[columns][:, None]
         at._row_cos, at._row_sin = _of_sum(self._row_cos[rows], self._row_sin[rows], *across)  # (P, 1, D)
         at._column_cos, at._column_sin = torch.ones_like(self._column_cos[:1]), torch.zeros_like(self._column_sin[:1])
         at.width = 1
         return at
 
-    def tables(self) -> Tensor:
-        """(H + W, 2, D): cosines and sines of each row's angles, then of each column's."""
-        rows, columns = ((self._row_cos[:, 0], self._row_sin[:, 0]), (self._column_cos, self._column_sin))
-        return torch.cat([torch.stack(pair, dim=1) for pair in (rows, columns)])
+    @property
+    def coordinates(self) -> Tensor:
+        """(H + W, 2): of the rows, then of the columns, as `coordinates` gives them of a whole map."""
+        return torch.cat((self._rows, self._columns))
 
     def __call__(self, x: Tensor, pixels: slice) -> Tensor:
         """Rotate (n, D): these pixels of the map, in the dtype worked in."""
@@ -60,9 +64,9 @@ class Rotation:
         grad_x[:, half:].addcmul_(grad[:, :half], sin[:, :half], value=-1)
         grad_angle = rotated(x, sin.neg_(), cos).mul_(grad).view(-1, self.width, x.shape[1])
         first = pixels.start // self.width
-        rows = self._rows[first : first + len(grad_angle)]
+        rows = self._rows[first : first + len(grad_angle), :1]
         grad_rows = (grad_angle.sum(dim=1) * rows).sum(dim=0)
-        grad_columns = (grad_angle.sum(dim=0) * self._columns).sum(dim=0)
+        grad_columns = (grad_angle.sum(dim=0) * self._columns[:, 1:]).sum(dim=0)
         return grad_x, torch.stack((grad_rows, grad_columns))
 
     def _cos_sin(self, pixels: slice) -> tuple[Tensor, Tensor]:
@@ -86,6 +90,25 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-def _coordinates(length: int, like: Tensor) -> Tensor:
-    """Of an axis, from 0 to 1: (length, 1)."""
-    return torch.arange(length, device=like.device, dtype=like.dtype)[:, None] / max(length - 1, 1)
+def coordinates(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(H + W, 2): of each row of a map (y, 0), then of each column (0, x), from 0 to 1; made once.
+
+    A pixel's angles are the sum of its row's and its column's coordinates times the frequencies (2, D).
+    """
+    kind = (size, dtype, device)
+    found = _coordinates.get(kind)
+    if found is None:
+        with torch.inference_mode(False):  # later calls outside inference mode use the table too
+            rows, columns = (torch.arange(n, dtype=dtype, device=device)[:, None] / max(n - 1, 1) for n in size)
+            found = torch.cat((F.pad(rows, (0, 1)), F.pad(columns, (1, 0))))
+        # What is made while a graph is captured is filled when the graph is replayed.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            if len(_coordinates) == _MOST_SIZES:
+                _coordinates.clear()
+            _coordinates[kind] = found
+    return kept_for_graphs(found, device)
+
+
+_coordinates: dict[tuple[tuple[int, int], torch.dtype, torch.device], Tensor] = {}
+
+_MOST_SIZES = 256
