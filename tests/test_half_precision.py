@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.recipe import fill, wave
 from torch import Tensor
 
 from anyup import AnyUp
+from anyup.ops import precision
 
 
 def wave_weights() -> AnyUp:
@@ -58,8 +60,15 @@ def test_autocast_costs_no_more_than_a_cast_model(weights: str) -> None:
     assert relative_error(out, weights) < 0.02
 
 
+@pytest.fixture(params=[True, False], ids=["bfloat16 products", "float32 products"])
+def bfloat16_units(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU multiplies bfloat16, or does not, whatever it has."""
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: request.param)
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("bfloat16_units")
 def test_half_precision_obeys_the_error_rule(dtype: torch.dtype, weights: str) -> None:
     image, features = (t.to(dtype) for t in inputs(64, 8, 48))
     outs = []
@@ -70,6 +79,17 @@ def test_half_precision_obeys_the_error_rule(dtype: torch.dtype, weights: str) -
         with torch.no_grad():
             outs.append(again(image.to(wide), features.to(wide)))
     assert_close_enough(*outs)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_products_of_bfloat16_cost_little_of_its_accuracy(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outs = []
+    for units in (True, False):
+        monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda units=units: units)
+        with torch.no_grad():
+            outs.append(WEIGHTS[weights]().bfloat16()(*(t.bfloat16() for t in inputs())))
+    assert not torch.equal(*outs)
+    assert relative_error(outs[0], weights) < 1.2 * relative_error(outs[1], weights)
 
 
 def test_large_features_do_not_overflow_in_half_precision() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,22 @@ def check_dense(name: str, tensor: Any) -> None:
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic: float64 for float64, float32 for any other, because half precision is for storage."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the operands of products: bfloat16 for bfloat16 on a CPU that multiplies it, else the working dtype.
+
+    Such a CPU (AVX512-BF16, AMX) adds the products up in float32 and rounds the sum to bfloat16.
+    """
+    if dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.enabled and _multiplies_bfloat16():
+        return dtype
+    return working_dtype(dtype)
+
+
+@lru_cache(maxsize=1)
+def _multiplies_bfloat16() -> bool:
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return units and torch.backends.mkldnn.is_available()
 
 
 def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

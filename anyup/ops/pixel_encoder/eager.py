@@ -28,7 +28,7 @@ from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection
 from anyup.ops.pixel_encoder.tiles import map_pixels, measured, tile_pixels
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import product_dtype, working_dtype
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -99,6 +99,7 @@ class Band:
         """
         self._parameters = parameters
         self.work_dtype = working_dtype(pixels.dtype)
+        self._product_dtype = product_dtype(pixels.dtype, pixels.device)
         self._count, self._device = pixels.shape[0], pixels.device
         self._dim = parameters.block1.weight1.shape[0]
         self._trunk = empty((self._count, self._dim), pixels) if trunk is None else trunk
@@ -147,7 +148,7 @@ class Band:
             self._branch = empty(tuple(self._trunk.shape), self._trunk)
         if step == 2:
             return self._close_block(norm)
-        weight = (self._parameters.block1 if step == 1 else self._parameters.block2).weight1.to(self.work_dtype)
+        weight = (self._parameters.block1 if step == 1 else self._parameters.block2).weight1
         branch, thin = self._branch, self._thin if step == 1 else None
         normalised = None if thin is None else thin.normalised(norm)
 
@@ -156,7 +157,7 @@ class Band:
                 activated = F.silu(thin.project(tile, normalised), inplace=True)
             else:
                 activated = _activate(self._trunk[tile].to(self.work_dtype), norm)
-            return branch[tile].copy_(linear(activated, weight))
+            return branch[tile].copy_(self._product(activated, weight))
 
         return self._statistics(go)
 
@@ -166,15 +167,14 @@ class Band:
         A rotation is of whole rows, so the band must be its map.
         """
         assert self._branch is not None
-        weight = self._parameters.block2.weight2.to(self.work_dtype)
-        branch = self._branch
+        weight, branch = self._parameters.block2.weight2, self._branch
 
         def go(tile: slice) -> None:
-            result = linear(_activate(branch[tile].to(self.work_dtype), norm), weight)
+            result = self._product(_activate(branch[tile].to(self.work_dtype), norm), weight)
             if rotation is None:
                 torch.add(result, self._trunk[tile], out=self._trunk[tile])
             else:
-                self._trunk[tile] = rotation(result.add_(self._trunk[tile]), tile)
+                self._trunk[tile] = rotation(result.to(self.work_dtype).add_(self._trunk[tile]), tile)
 
         self._map(go, 1 if rotation is None else rotation.width)
         return self._trunk
@@ -228,9 +228,9 @@ class Band:
         projection = self._parameters.projection
 
         def go(tile: slice) -> Tensor:
-            result = self._pixels[tile].to(self.work_dtype)
+            result = self._pixels[tile]
             if projection is not None:
-                result = linear(result, projection.to(self.work_dtype))
+                result = self._product(result, projection)
             self._trunk[tile] = result
             return result
 
@@ -239,17 +239,21 @@ class Band:
     def _close_block(self, norm: Affine) -> Statistics | None:
         """The first block's second convolution and residual."""
         assert self._branch is not None
-        weight = self._parameters.block1.weight2.to(self.work_dtype)
+        weight = self._parameters.block1.weight2
         branch, trunk, thin = self._branch, self._trunk, self._thin
         bias = None if thin is None else thin.offset
 
         def go(tile: slice) -> Tensor:
-            result = linear(_activate(branch[tile].to(self.work_dtype), norm), weight, bias)
+            result = self._product(_activate(branch[tile].to(self.work_dtype), norm), weight, bias)
             if thin is None:
                 return torch.add(result, trunk[tile], out=trunk[tile])
-            return trunk[tile].copy_(thin.add(tile, result))
+            return trunk[tile].copy_(thin.add(tile, result.to(self.work_dtype)))
 
         return self._statistics(go)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x, weight = (t.to(self._product_dtype) for t in (x, weight))
+        return linear(x, weight, None if bias is None else bias.to(self._product_dtype))
 
     def _statistics(self, store: Callable[[slice], Tensor]) -> Statistics | None:
         """Of what is stored for each tile, as it is returned."""

@@ -17,7 +17,7 @@ from anyup.ops.convolution import Convolution
 from anyup.ops.linear import linear, sum_of_outer_products
 from anyup.ops.memory import empty
 from anyup.ops.parallel import even_slices, map_tiles
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import product_dtype, working_dtype
 from anyup.ops.query_projection.arguments import ProjectionParameters
 from anyup.ops.winograd import WinogradConvolution
 
@@ -37,17 +37,17 @@ def unsupported(problem: object) -> list[str]:
 def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     """(B, H, W, D) -> (B, H, W, D); float32 inside for half precision."""
     dim, width = encoded.shape[3], encoded.shape[2]
-    wide = working_dtype(encoded.dtype)
+    wide, of_products = working_dtype(encoded.dtype), product_dtype(encoded.dtype, encoded.device)
     convolution, norm, weight, bias = (p.to(wide) for p in parameters)
-    convolve = _convolution(convolution)
-    weight = weight * norm
+    convolve = _convolution(convolution.to(of_products))
+    weight, bias = (weight * norm).to(of_products), bias.to(of_products)
     out = empty(tuple(encoded.shape), encoded)
 
     def go(band: Band) -> None:
         image, rows = band
-        x = convolve(_with_halo(encoded, band).to(wide)).reshape(-1, dim)
+        x = convolve(_with_halo(encoded, band).to(of_products)).reshape(-1, dim).to(wide)
         x *= _inverse_rms(x)
-        out[image, rows] = linear(x, weight, bias).view(-1, width, dim)
+        out[image, rows] = linear(x.to(of_products), weight, bias).view(-1, width, dim)
 
     map_tiles(go, _bands(encoded), encoded.device)
     return out
@@ -110,6 +110,9 @@ def _with_halo(maps: Tensor, band: Band) -> Tensor:
 
 def _convolution(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """What takes rows (n + 2, W + 2, D) to their convolution (n, W, D)."""
+    if weight.dtype == torch.bfloat16:  # Winograd's sums would be rounded; the library's are not
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return lambda rows: F.conv2d(rows.permute(2, 0, 1)[None], weight)[0].permute(1, 2, 0)
     if weight.device.type == "cpu":
         return WinogradConvolution(weight)
     convolve = Convolution(weight)

@@ -21,7 +21,7 @@ from torch import Tensor
 from anyup.ops.linear import grouped_product
 from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
-from anyup.ops.precision import accumulator_dtype, working_dtype
+from anyup.ops.precision import accumulator_dtype, product_dtype, working_dtype
 from anyup.ops.tables import kept_for_graphs
 from anyup.ops.window_attention.eager_points import points, points_backward
 from anyup.ops.window_attention.segments import Segments, axis_segments
@@ -73,6 +73,7 @@ def forward(
     scratch = _Scratch()
     for image in range(batch):
         keys, values = _grids(key[image], value[image])
+        values = values.to(product_dtype(value.dtype, value.device))
 
         def attend(part: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
             logits = part.logits(query[image], keys, scale, scratch)
