@@ -216,13 +216,8 @@ def _size(picture: StoredPicture) -> str:
     return f"{height} x {width}" + (f" (turned: {turned[1]} x {turned[0]})" if turned != (width, height) else "")
 
 
-def read_image(sample: Sample, size: int) -> Tensor:
-    """(1, 3, size, size) in 0..1: the short side resized to `size` (bilinear, antialiased), the centre cut out."""
-    return square_image(sample.photo(), size)
-
-
 def square_image(photo: Tensor, size: int) -> Tensor:
-    """(1, 3, H, W) in 0..1 as (1, 3, size, size), see `read_image`."""
+    """(1, 3, H, W) in 0..1 to (1, 3, size, size): short side resized (bilinear, antialiased), centre cut out."""
     resized = _short_side(photo.shape[2], photo.shape[3], size)
     photo = F.interpolate(photo, size=resized, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
     return _centre(photo, size)
@@ -235,7 +230,7 @@ def square_map(values: Tensor, size: int) -> Tensor:
 
 
 def read_mask(sample: Sample, labels: Labels, size: int) -> Tensor:
-    """(size, size) uint8, classes and VOID, on the geometry of `read_image`; resized by nearest-exact.
+    """(size, size) uint8, classes and VOID, on the geometry of `square_image`; resized by nearest-exact.
 
     Raises ValueError for a mask that is not one channel of whole numbers, or that holds a value which must not occur.
     """
@@ -296,7 +291,7 @@ def _pairs(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png
             continue
         name = image.relative_to(images).as_posix()
         name = name[: -len(image_end)] if image_end else name[: -len(image.suffix)]
-        mask = _in_either_case(masks / f"{name}{mask_end}")
+        mask = in_either_case(masks / f"{name}{mask_end}")
         if mask.is_file():
             samples.append(Sample(name, image, mask))
         else:
@@ -307,7 +302,7 @@ def _pairs(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png
     return samples
 
 
-def _in_either_case(path: Path) -> Path:
+def in_either_case(path: Path) -> Path:
     """The path, with its suffix in upper case where there is such a file and none of the path itself."""
     upper = path.with_suffix(path.suffix.upper())
     return upper if upper.is_file() and not path.is_file() else path
@@ -324,7 +319,7 @@ def _camvid(root: Path, split: str) -> list[Sample]:
 def _voc(root: Path, split: str) -> list[Sample]:
     images, masks = root / "JPEGImages", root / "SegmentationClass"
     return [
-        Sample(name, _in_either_case(images / f"{name}.jpg"), _in_either_case(masks / f"{name}.png"))
+        Sample(name, in_either_case(images / f"{name}.jpg"), in_either_case(masks / f"{name}.png"))
         for name in _read_list(root / "ImageSets" / "Segmentation" / f"{split}.txt")
     ]
 

@@ -112,16 +112,16 @@ def gradient_loss(prediction: Tensor, target: Tensor, *, published: bool = False
     `published`: Probe3D's code before November 2025 took the axes of the batch and of the channel, of which there is
     one, for those of the map: it compares images two apart in the batch, and no neighbours.
     """
-    rows, columns = (1, None) if published else (2, 3)
+    axes = (1,) if published else (2, 3)
     total = prediction.new_zeros(len(prediction))
     for stride in (1, 2, 4, 6):
         thinned, truth = prediction, target
-        for axis in filter(None, (rows, columns)):
+        for axis in axes:
             kept = torch.arange(0, prediction.shape[axis], stride, device=prediction.device)
             thinned, truth = thinned.index_select(axis, kept), truth.index_select(axis - 1, kept)
         ratio, known = _log_ratio(thinned, truth), truth > 0
         count = known.sum().clamp(min=1)
-        for axis in filter(None, (rows, columns)):
+        for axis in axes:
             apart = ratio.shape[axis] - 2
             if apart > 0:
                 both = known.narrow(axis - 1, 0, apart) & known.narrow(axis - 1, 2, apart)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyup.evaluation.datasets import Layout
+from anyup.evaluation.datasets import Layout, in_either_case
 from anyup.evaluation.normals import Camera, normals_of_depth
 from anyup.fingerprint import file_fingerprint, tensor_fingerprint
 from anyup.images import check_readable, read_photo, read_picture
@@ -69,9 +69,14 @@ class FileFrame(Frame):
     normals_file: Path | None
 
     def photo(self) -> Tensor:
+        return read_photo(self.image, turned=not self._as_stored())
+
+    def variant(self) -> Mapping[str, object]:
+        return {"as_stored": True} if self._as_stored() else {}
+
+    def _as_stored(self) -> bool:
         stored = read_picture(self.image)
-        as_stored = stored.turned_size != stored.pixels.size and self._size() == stored.pixels.size
-        return read_photo(self.image, turned=not as_stored)
+        return stored.turned_size != stored.pixels.size and self._size() == stored.pixels.size
 
     def _size(self) -> tuple[int, int]:
         """(width, height) of what is known of the geometry."""
@@ -141,7 +146,7 @@ def _folders(root: Path, split: str) -> list[Frame]:
 
 
 def _first(*paths: Path) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in map(in_either_case, paths) if path.is_file()), None)
 
 
 NYUV2 = Camera(fx=518.85790, fy=519.46961, cx=325.58245, cy=253.73617)
@@ -296,25 +301,37 @@ def _navi(root: Path, split: str) -> list[Frame]:
         raise ValueError(f"data: the split {' or '.join(patterns)} expected with this layout, got {split!r}")
     frames: list[Frame] = []
     for scene in sorted(root.glob(patterns[split])):
-        annotations = {
-            Path(entry["filename"]).stem: entry
-            for entry in json.loads(check_readable(scene / "annotations.json").read_text(encoding="utf-8"))
-        }
+        focal_lengths = _navi_focal_lengths(scene / "annotations.json")
         for image in pictures_below(scene / "images"):
             stem = image.stem.removeprefix("downsampled_")
             depth = scene / "depth" / f"{image.stem}.png"
             # Where there are smaller copies of the photographs, they are taken.
             shrunk = image.with_name(f"downsampled_{image.name}")
-            if stem in annotations and depth.is_file() and not shrunk.is_file():
-                frames.append(_navi_frame(root, image, depth, annotations[stem]))
+            if stem in focal_lengths and depth.is_file() and not shrunk.is_file():
+                frames.append(_navi_frame(root, image, depth, focal_lengths[stem]))
     return frames
 
 
-def _navi_frame(root: Path, image: Path, depth: Path, annotation: Mapping[str, Any]) -> Frame:
+def _navi_focal_lengths(path: Path) -> dict[str, float]:
+    """Of each photograph, by its name without the suffix: its focal length in multiples of its short side."""
+    text = check_readable(path).read_text(encoding="utf-8")
+    try:
+        return {
+            Path(entry["filename"]).stem: entry["camera"]["focal_length"] / min(entry["image_size"])
+            for entry in json.loads(text)
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: filename, image_size and camera, focal_length of each photograph expected "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _navi_frame(root: Path, image: Path, depth: Path, focal_length: float) -> Frame:
     name = image.relative_to(root).with_suffix("").as_posix()
-    # The focal length is in pixels of the photograph's own size; a normal needs no principal point beside the middle's.
+    # A normal needs no principal point beside the middle's.
     width, height = read_picture(depth).pixels.size
-    focal = annotation["camera"]["focal_length"] * min(width, height) / min(annotation["image_size"])
+    focal = focal_length * min(width, height)
     return NaviFrame(name, Camera(focal, focal, width / 2 - 0.5, height / 2 - 0.5), image, depth, None)
 
 

@@ -98,7 +98,7 @@ class Source:
     cache: TensorCache
     device: torch.device
     keep_attention: bool = False
-    _images: dict[Item, str] = field(default_factory=dict)
+    _images: dict[Item, Mapping[str, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.size % self.encoder.stride:
@@ -190,13 +190,12 @@ class Source:
     def described(self, sample: Item, view: View = _AS_IT_IS) -> dict[str, Any]:
         """What features depend on, for a cache."""
         if sample not in self._images:
-            self._images[sample] = sample.fingerprint()
+            self._images[sample] = {"photograph": sample.fingerprint(), **sample.variant()}
         return {
-            "photograph": self._images[sample],
+            **self._images[sample],
             "encoder": self.encoder_digest,
             "short_side": self.size,
             "mirrored": view.mirrored,
-            **sample.variant(),
         }
 
     def _describe_attention(self, upsampler: Learned, sample: Item, view: View) -> dict[str, Any]:

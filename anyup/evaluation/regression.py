@@ -23,6 +23,7 @@ from anyup.evaluation.probe import Probes
 from anyup.evaluation.probing import Source
 from anyup.evaluation.report import spread, table
 from anyup.fingerprint import module_fingerprint, tensor_fingerprint
+from anyup.options import UsageError
 from anyup.training.reporting import Rate, Reporter
 
 
@@ -158,7 +159,9 @@ class Normals(Regression):
             return stored
         camera = self.camera or frame.camera
         if camera is None:
-            raise ValueError(f"{frame.name}: stored normals, or intrinsics to find them by, expected, got neither")
+            raise UsageError(
+                f"--intrinsics: expected, because the layout has neither normals of {frame.name} nor its camera"
+            )
         described = {
             "depth": tensor_fingerprint(frame.depth()),
             "camera": str(camera),
@@ -202,14 +205,15 @@ class Evaluation:
 def check_frames(frames: Sequence[Frame], task: Regression, size: int, split: str, reporter: Reporter) -> list[Frame]:
     """The frames that can be used, once all files have been read; tells how much of them is known.
 
-    What cannot be read, lacks what the task needs, or has no known pixel at `size` is told of and left out.
+    What cannot be read, lacks what the task needs, or has no known pixel at `size` is reported and left out.
 
-    Raises ValueError where an image and its map differ in size, and where no frame is left.
+    Raises ValueError where an image and its map differ in size, and where no frame is left; UsageError where normals
+    are to be fitted and no camera is known.
     """
     usable, shares, largest = [], [], 0.0
     for number, frame in enumerate(frames, 1):
         try:
-            image, target = frame.photo(), task.read(frame)
+            target, image = task.read(frame), frame.photo()
         except (OSError, ValueError) as error:
             reporter.note_once(f"left out: {error}")
         else:

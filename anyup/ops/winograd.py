@@ -26,7 +26,7 @@ class WinogradConvolution:
         self._weights = weights.to(weight.dtype).contiguous()
 
     def __call__(self, padded: Tensor) -> Tensor:
-        """(H + 2, W + 2, Cin) to (H, W, Cout)."""
+        """(H + 2, W + 2, Cin) in the weight's dtype to (H, W, Cout)."""
         height, width = (length - 2 for length in padded.shape[:2])
         if height % 2 or width % 2:
             padded = F.pad(padded, (0, 0, 0, width % 2, 0, height % 2))

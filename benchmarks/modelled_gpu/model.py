@@ -109,15 +109,15 @@ def rows(
                     of_launch = {
                         "kernel": kernel_of(step), "key": key_of(step.launch, str(device.arch)), "execution": execution
                     }  # fmt: skip
-                    found.append({**common, "stage": stage, "level": "launch", **_told([(step, cost)]), **of_launch})
+                    found.append({**common, "stage": stage, "level": "launch", **_sums_of([(step, cost)]), **of_launch})
             for level, part in (("torch", [e for e in own if e[0].launch is None]), ("stage", own)):
                 if part:
-                    found.append({**common, "stage": stage, "level": level, **_told(part)})
-        found.append({**common, "stage": "sum", "level": "sum", **_told(costs), "host_us": roofline.HOST_US})
+                    found.append({**common, "stage": stage, "level": level, **_sums_of(part)})
+        found.append({**common, "stage": "sum", "level": "sum", **_sums_of(costs), "host_us": roofline.HOST_US})
     return found
 
 
-def _told(costs: Sequence[tuple[Step, Cost]]) -> Row:
+def _sums_of(costs: Sequence[tuple[Step, Cost]]) -> Row:
     """What a row says of some steps together; they run one after the other."""
     binding: Counter[str] = Counter()
     for _, cost in costs:

@@ -18,12 +18,13 @@ from anyup.cli import command as cli
 from anyup.evaluation import regression
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import load_split
-from anyup.evaluation.depth_datasets import LAYOUTS, NYUV2, Frame
+from anyup.evaluation.depth_datasets import LAYOUTS, NYUV2, FileFrame, Frame
 from anyup.evaluation.normals import Camera, normals_of_depth
 from anyup.evaluation.probe import Recipe, View, drawn_view
 from anyup.evaluation.regression import Depth, Normals, check_frames
 from anyup.images import save_picture
 from anyup.model import AnyUp
+from anyup.options import UsageError
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -85,6 +86,12 @@ def test_normals_of_a_picture_are_levels_from_minus_one_to_one(tmp_path: Path) -
     assert torch.allclose(normals[:, 0].T, torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 0, 0]]), atol=6e-3)
 
 
+def test_names_may_end_in_upper_case(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/train/x.JPG")
+    write_depth(tmp_path / "depth/train/x.PNG", np.ones((24, 30)))
+    assert [frame.name for frame in load(tmp_path, "folders", "train")] == ["x"]
+
+
 def test_a_depth_map_of_8_bits_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "images/train/x.png")
     (tmp_path / "depth/train").mkdir(parents=True)
@@ -103,6 +110,7 @@ def test_an_image_is_turned_only_where_its_depth_is(tmp_path: Path, shape: tuple
     (frame,) = load(tmp_path, "folders", "train")
     seen = pixels if as_stored else np.rot90(pixels, -1)
     assert torch.equal(frame.photo()[0], torch.from_numpy(seen.copy()).permute(2, 0, 1) / 255)
+    assert frame.variant() == ({"as_stored": True} if as_stored else {})  # features of the one are not the other's
 
 
 @pytest.fixture
@@ -171,6 +179,15 @@ def test_navi_s_photographs_are_cut_around_the_object(tmp_path: Path) -> None:
     assert torch.allclose(frame.fitted_normals(frame.camera, 3), expected) and bool(expected.any())
 
 
+@pytest.mark.parametrize("text", ["[{", '[{"filename": "007.jpg"}]', "[1]"])
+def test_annotations_of_another_form_are_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "toy/wild_set/annotations.json"
+    write_image(path.parent / "images/007.jpg")
+    path.write_text(text)
+    with pytest.raises(ValueError, match="annotations.json: filename, image_size and camera, focal_length of each"):
+        load(tmp_path, "navi", "wild")
+
+
 @pytest.mark.parametrize(("layout", "words"), [("folders", "one is missing"), ("nyuv2", "nyu_depth"), ("navi", "no ")])
 def test_a_folder_of_another_layout_is_told(tmp_path: Path, layout: str, words: str) -> None:
     with pytest.raises((ValueError, OSError), match=words):
@@ -195,7 +212,7 @@ def test_fitted_normals_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytes
     write_image(tmp_path / "images/train/x.png")
     write_depth(tmp_path / "depth/train/x.png", np.full((24, 30), 2000))
     (frame,) = load(tmp_path, "folders", "train")
-    with pytest.raises(ValueError, match="x: stored normals, or intrinsics to find them by, expected"):
+    with pytest.raises(UsageError, match="--intrinsics: expected, because the layout has neither normals of x nor its"):
         Normals().read(frame)
     camera = Camera(20, 20, 15, 12)
     task = Normals(3, camera, TensorCache(tmp_path / "cache"))
@@ -360,6 +377,16 @@ def test_a_test_that_was_stopped_goes_on_after_the_frames_it_measured(
     results = json.loads(Path("out.json").read_text())["results"]
     assert cli.main(words("depth", data, "--bins", "1", "--resume")) == 0
     assert json.loads(Path("out.json").read_text())["results"] == results
+
+
+def test_a_missing_camera_is_met_before_any_image_is_read(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileFrame, "photo", lambda _: pytest.fail("work began before the mistake was met"))
+    typed = words("normals", data)
+    where = typed.index("--intrinsics")
+    assert cli.main(typed[:where] + typed[where + 2 :]) == 2
+    assert "error: --intrinsics: expected" in capsys.readouterr().err
 
 
 def test_every_layout_is_offered_by_the_commands_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from anyup.cli import command as cli
 from anyup.evaluation import datasets, probing
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, NearestWeights, averaged_weights, tile
 from anyup.evaluation.cache import TensorCache
-from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_image, read_mask
+from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_mask, square_image
 from anyup.evaluation.probe import Example, Probes, Recipe, View, losses
 from anyup.evaluation.probe import train_step as step_of
 from anyup.evaluation.segmentation import Segmentation
@@ -205,7 +205,7 @@ def test_image_and_mask_are_resized_and_cut_alike(tmp_path: Path) -> None:
         write_mask(tmp_path / "mask.png", values)
         Image.fromarray((values * 255).astype(np.uint8)).save(tmp_path / "image.png")
         mask = read_mask(mask_at(tmp_path), make_labels("ab"), 40)
-        image = read_image(mask_at(tmp_path), 40)
+        image = square_image(mask_at(tmp_path).photo(), 40)
         assert mask.shape == (40, 40) and image.shape == (1, 3, 40, 40)
         assert ((image[0, 0] > 0.5) == (mask == 1)).float().mean() > 0.97
 
@@ -279,7 +279,7 @@ def test_an_image_and_its_mask_are_turned_together_or_not_at_all(
     assert checked.as_stored == as_stored
     assert any("not turned by their EXIF orientation" in line for line in told) == as_stored
     size = min(shape)
-    image, mask = read_image(checked, size), read_mask(checked, make_labels("ab"), size)
+    image, mask = square_image(checked.photo(), size), read_mask(checked, make_labels("ab"), size)
     stored = read_photo(sample.image, turned=False)
     upright = read_photo(sample.image)
     assert torch.equal(image, datasets._centre(stored if as_stored else upright, size))

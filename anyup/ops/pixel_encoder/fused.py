@@ -107,7 +107,7 @@ class Kernels:
         from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
 
         batch, count, inputs = source.pixels.shape
-        if not halves and source.projection is not None and inputs <= MOST_INPUTS:
+        if out is None and not halves and source.projection is not None and inputs <= MOST_INPUTS:
             return self._measure_moments(source), None
 
         def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
