@@ -1,6 +1,7 @@
 """The least time that a call can take: its products at a matrix product's rate, its bytes at a copy's.
 
 Counts are exact for the model's definition with windows: what is multiplied, not what some implementation multiplies.
+So Winograd's convolution, which multiplies less than its definition, may take the query projection below its floor.
 """
 
 from __future__ import annotations
