@@ -154,7 +154,7 @@ def test_with_gradients_the_forward_pass_keeps_a_number_for_each_pixel_and_head_
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_backward_pass_allocates_gradients_two_statistics_and_the_parts(
+def test_the_backward_pass_allocates_gradients_two_statistics_and_the_partials(
     dtype: torch.dtype, measured: dict[str, Any]
 ) -> None:
     tensors = {name: tensor.requires_grad_() for name, tensor in on_card(REAL, dtype).items()}
@@ -171,13 +171,13 @@ def test_the_backward_pass_allocates_gradients_two_statistics_and_the_parts(
     known: dict[str, Any] = {"target": target(out.device), "half": dtype != torch.float32}
     known |= {"heads": REAL.heads, "head_dim": REAL.head_dim}
     both = backward_key_value_configs(pixels, keys, REAL.channels, **known)
-    parts = (both or backward_grid_configs(pixels, keys, REAL.channels, **known))[0].parts
+    partials = (both or backward_grid_configs(pixels, keys, REAL.channels, **known))[0].partials
     # Of keys and values at once, or one after the other.
     numbers = (sum if both else max)(tensors[name].numel() for name in ("key", "value"))
-    # The parts' sum is made in float32, before it becomes the gradient.
-    in_parts = 4 * (parts + 1) * numbers if parts > 1 else 0
-    allowed = bytes_of(*gradients) + 2 * 4 * tensors["query"].shape[:4].numel() + in_parts
-    measured.update(peak_bytes=peak, allowed_bytes=allowed, parts=parts)
+    # The sum of the partials is made in float32, before it becomes the gradient.
+    of_partials = 4 * (partials + 1) * numbers if partials > 1 else 0
+    allowed = bytes_of(*gradients) + 2 * 4 * tensors["query"].shape[:4].numel() + of_partials
+    measured.update(peak_bytes=peak, allowed_bytes=allowed, partials=partials)
     assert_within(bytes_of(*gradients), peak, allowed)
 
 
