@@ -83,6 +83,7 @@ def test_one_graph_serves_every_output_size() -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_one_graph_in_inductor_serves_every_size_and_number_of_channels_forward_and_backward() -> None:
     results = []
     for compiles in (False, True):

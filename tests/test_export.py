@@ -121,6 +121,7 @@ def test_a_file_with_other_results_is_not_written(file: Path, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file_with_an_encoder_that_takes_photographs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

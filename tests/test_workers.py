@@ -20,6 +20,7 @@ def test_where_it_runs(request):
 """
 
 
+@pytest.mark.slow
 def test_the_suite_runs_in_two_processes_and_no_more(tmp_path: Path) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\nmarkers = slow: long\naddopts = -m 'not slow'\n")

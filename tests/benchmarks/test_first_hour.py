@@ -80,6 +80,7 @@ def test_a_part_that_fails_does_not_stop_the_next_and_both_are_told(tmp_path: Pa
     assert re.search(r"\| first: of first \| \*\*failed\*\* \| \d+ \| illegal memory access \|", page)
 
 
+@pytest.mark.slow
 def test_a_part_that_overruns_is_ended_with_all_that_it_started_and_keeps_what_it_stored(tmp_path: Path) -> None:
     stubborn = f"{STORES}\nimport signal, subprocess, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + (
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"

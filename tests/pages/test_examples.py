@@ -81,7 +81,7 @@ NOT_RUN = {
 }
 """Examples that are not run, and why; commands among them are parsed all the same."""
 
-SLOW = {"demo", "segmentation", "depth", "normals"}
+SLOW = {"demo", "segmentation", "depth", "normals", "onnx"}
 
 
 @dataclass(frozen=True)

@@ -465,6 +465,7 @@ engine.close()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Path) -> None:
     pytest.importorskip("accelerate")
     # An odd number of samples, and of augmented ones: the processes' shares differ.
@@ -506,6 +507,7 @@ def _torchrun(code: str) -> list[subprocess.Popen[str]]:
     return [start(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_report_stop_and_go_on_as_one(folder: Path) -> None:
     pytest.importorskip("accelerate")
     overrides = ["optimizer.steps=3", "loss.self_consistency_share=0.25", "optimizer.clip=1.0"]
