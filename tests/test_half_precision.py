@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -60,16 +59,12 @@ def test_autocast_costs_no_more_than_a_cast_model(weights: str) -> None:
     assert relative_error(out, weights) < 0.02
 
 
-@pytest.fixture(params=[True, False], ids=["bfloat16 products", "float32 products"])
-def bfloat16_units(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU multiplies bfloat16, or does not, whatever it has."""
-    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: request.param)
-
-
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("bfloat16_units")
-def test_half_precision_obeys_the_error_rule(dtype: torch.dtype, weights: str) -> None:
+@pytest.mark.parametrize(("dtype", "units"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)])
+def test_half_precision_obeys_the_error_rule(
+    dtype: torch.dtype, units: bool, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: units)
     image, features = (t.to(dtype) for t in inputs(64, 8, 48))
     outs = []
     for backend, wide in (("torch", dtype), ("reference", dtype), ("reference", torch.float64)):

@@ -297,9 +297,13 @@ def _pairs(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png
         else:
             alone.append(mask)
     if alone:
-        more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-        warnings.warn(f"data: left out, images without a mask: there is no {min(alone)}{more}", stacklevel=2)
+        warnings.warn(f"data: left out, images without a mask: there is no {first_and_number(alone)}", stacklevel=2)
     return samples
+
+
+def first_and_number(names: Sequence[str] | Sequence[Path]) -> str:
+    """Of several names the first, and how many more there are."""
+    return f"{sorted(names)[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def in_either_case(path: Path) -> Path:

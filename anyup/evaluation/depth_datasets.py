@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyup.evaluation.datasets import Layout, in_either_case
+from anyup.evaluation.datasets import Layout, first_and_number, in_either_case
 from anyup.evaluation.normals import Camera, normals_of_depth
 from anyup.fingerprint import file_fingerprint, tensor_fingerprint
 from anyup.images import check_readable, read_photo, read_picture
@@ -140,8 +140,7 @@ def _folders(root: Path, split: str) -> list[Frame]:
         else:
             alone.append(name)
     if alone:
-        more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-        warnings.warn(f"data: left out, images without depth or normals: {min(alone)}{more}", stacklevel=2)
+        warnings.warn(f"data: left out, images without depth or normals: {first_and_number(alone)}", stacklevel=2)
     return frames
 
 

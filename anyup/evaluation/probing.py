@@ -237,8 +237,7 @@ def fill_cache(source: Source, samples: Sequence[Item], recipe: Recipe, first: i
     rate = Rate()
     for count, (sample, view) in enumerate(missing, 1):
         source.make(sample, view)
-        rate.count(count)
-        left = f", {rate.left(len(missing) - count)} left" if count < len(missing) else f": {duration(rate.elapsed)}"
+        left = rate.count_of(count, len(missing)) or f": {duration(rate.elapsed)}"
         reporter.tick(f"{what}, made once: {count} of {len(missing)} images{left}", last=count == len(missing))
 
 

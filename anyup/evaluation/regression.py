@@ -183,25 +183,6 @@ class Normals(Regression):
         return normals.normals_metrics(prediction, target)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """See `probing.Evaluation`."""
-
-    task: Regression
-
-    def check(self, samples: Sequence[Frame], size: int, split: str, reporter: Reporter) -> list[Frame]:
-        """See `check_frames`."""
-        return check_frames(samples, self.task, size, split, reporter)
-
-    def test(self, source: Source, samples: Sequence[Frame], probes: Probes, reporter: Reporter) -> dict[str, Any]:
-        """`summarise` of the metrics over all frames."""
-        return summarise(test(source, self.task, samples, probes, reporter))
-
-    def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
-        """See `as_table`."""
-        return as_table(self.task, results, history)
-
-
 def check_frames(frames: Sequence[Frame], task: Regression, size: int, split: str, reporter: Reporter) -> list[Frame]:
     """The frames that can be used, once all files have been read; tells how much of them is known.
 
@@ -240,63 +221,6 @@ def _size(pixels: Tensor) -> str:
     return f"{pixels.shape[-2]} x {pixels.shape[-1]}"
 
 
-def test(
-    source: Source, task: Regression, frames: Sequence[Frame], probes: Probes, reporter: Reporter
-) -> dict[str, list[dict[str, float]]]:
-    """{method: [metrics of each seed]}, each the mean over the frames.
-
-    As in training, what is carried are the probes' outputs, by the same weights. A frame's metrics are kept in the
-    cache, so that a test that was interrupted goes on.
-    """
-    source = replace(source, keep_attention=False)
-    seeds = len(probes.seeds)
-    probes_digest = module_fingerprint(probes)
-
-    def measure(frame: Frame) -> Tensor:
-        example = source.example(frame)
-        low = probes(example.features)
-        target = example.target.cpu()
-        return torch.tensor(
-            [
-                [list(task.metrics(prediction, target).values()) for prediction in predicted.cpu()]
-                for predicted in (
-                    task.predict(example.weights[method], low[index], seeds)
-                    for index, method in enumerate(source.methods)
-                )
-            ],
-            dtype=torch.float64,
-        )
-
-    total = torch.zeros(len(source.methods), seeds, len(task.metric_names), dtype=torch.float64)
-    rate = Rate()
-    with torch.no_grad():
-        for count, frame in enumerate(frames, 1):
-            described = source.described(frame) | {
-                "target": tensor_fingerprint(source.target(frame)),
-                "task": task.settings(),
-                "probes": probes_digest,
-                "methods": source.methods,
-                "models": source.model_digests,
-            }
-            total += source.cache.get("metrics", described, partial(measure, frame))
-            rate.count(count)
-            left = f", {rate.left(len(frames) - count)} left" if count < len(frames) else ""
-            reporter.tick(f"testing: {count} of {len(frames)} frames{left}", last=count == len(frames))
-    means = (total / len(frames)).tolist()
-    return {
-        method: [dict(zip(task.metric_names, of_seed, strict=True)) for of_seed in of_method]
-        for method, of_method in zip(source.methods, means, strict=True)
-    }
-
-
-def summarise(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """Of each method: mean and spread over the seeds of each metric, and the seeds themselves."""
-    return {
-        method: {name: spread([seed[name] for seed in of_seeds]) for name in of_seeds[0]} | {"seeds": list(of_seeds)}
-        for method, of_seeds in scores.items()
-    }
-
-
 _COLUMNS: dict[type[Regression], dict[str, tuple[str, float, int]]] = {
     Depth: {
         "rmse": ("RMSE, m", 1, 4),
@@ -316,20 +240,75 @@ _COLUMNS: dict[type[Regression], dict[str, tuple[str, float, int]]] = {
 """Of a task's table: a metric's title, what it is multiplied by, and its decimals."""
 
 
-def as_table(
-    task: Regression, results: Mapping[str, Mapping[str, Any]], history: Sequence[Mapping[str, Sequence[float]]]
-) -> str:
-    """The table of `summarise`, with the losses of the last epoch."""
-    columns = _COLUMNS[type(task)]
-    rows = [
-        [
-            method,
-            *(
-                f"{factor * result[name]['mean']:.{digits}f} ± {factor * result[name]['std']:.{digits}f}"
-                for name, (_, factor, digits) in columns.items()
-            ),
-            f"{statistics.fmean(history[-1][method]):.4f}",
+@dataclass(frozen=True)
+class Evaluation:
+    """See `probing.Evaluation`."""
+
+    task: Regression
+
+    def check(self, samples: Sequence[Frame], size: int, split: str, reporter: Reporter) -> list[Frame]:
+        """See `check_frames`."""
+        return check_frames(samples, self.task, size, split, reporter)
+
+    def test(self, source: Source, samples: Sequence[Frame], probes: Probes, reporter: Reporter) -> dict[str, Any]:
+        """Of each method: mean and spread over the seeds of each metric, its mean over the frames, and the seeds
+        themselves.
+
+        As in training, what is carried are the probes' outputs, by the same weights. A frame's metrics are kept in the
+        cache, so that a test that was interrupted goes on.
+        """
+        source = replace(source, keep_attention=False)
+        of_all = {
+            "task": self.task.settings(),
+            "probes": module_fingerprint(probes),
+            "methods": source.methods,
+            "models": source.model_digests,
+        }
+        names = self.task.metric_names
+        total = torch.zeros(len(source.methods), len(probes.seeds), len(names), dtype=torch.float64)
+        rate = Rate()
+        with torch.no_grad():
+            for count, frame in enumerate(samples, 1):
+                make = partial(self._metrics, source, frame, probes)
+                if source.cache.folder is None:  # a description reads the target
+                    total += make()
+                else:
+                    target = {"target": tensor_fingerprint(source.target(frame))}
+                    total += source.cache.get("metrics", source.described(frame) | target | of_all, make)
+                left = rate.count_of(count, len(samples))
+                reporter.tick(f"testing: {count} of {len(samples)} frames{left}", last=count == len(samples))
+        results = {}
+        for method, means in zip(source.methods, (total / len(samples)).tolist(), strict=True):
+            of_seeds = [dict(zip(names, of_seed, strict=True)) for of_seed in means]
+            results[method] = {name: spread([seed[name] for seed in of_seeds]) for name in names} | {"seeds": of_seeds}
+        return results
+
+    def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
+        """The results, with the losses of the last epoch."""
+        columns = _COLUMNS[type(self.task)]
+        rows = [
+            [
+                method,
+                *(
+                    f"{factor * result[name]['mean']:.{digits}f} ± {factor * result[name]['std']:.{digits}f}"
+                    for name, (_, factor, digits) in columns.items()
+                ),
+                f"{statistics.fmean(history[-1][method]):.4f}",
+            ]
+            for method, result in results.items()
         ]
-        for method, result in results.items()
-    ]
-    return table(["method", *(title for title, _, _ in columns.values()), "training loss"], rows)
+        return table(["method", *(title for title, _, _ in columns.values()), "training loss"], rows)
+
+    def _metrics(self, source: Source, frame: Frame, probes: Probes) -> Tensor:
+        """(methods, seeds, metrics) float64 of a frame."""
+        example = source.example(frame)
+        low = probes(example.features)
+        target = example.target.cpu()
+        predictions = (
+            self.task.predict(example.weights[method], low[index], len(probes.seeds))
+            for index, method in enumerate(source.methods)
+        )
+        return torch.tensor(
+            [[list(self.task.metrics(each, target).values()) for each in of.cpu()] for of in predictions],
+            dtype=torch.float64,
+        )

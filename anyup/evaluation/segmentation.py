@@ -63,53 +63,40 @@ class Evaluation:
         return check_split(samples, self.task.labels, size, split, reporter)
 
     def test(self, source: Source, samples: Sequence[Sample], probes: Probes, reporter: Reporter) -> dict[str, Any]:
-        """`summarise` of scores over all samples, the upsamplers run as a user would run them."""
-        return summarise(test(source, self.task.labels, samples, probes, reporter))
+        """Of each method: mean and spread over the seeds, and the seeds themselves.
+
+        The upsamplers run as a user would run them.
+        """
+        scores = Scores(source.methods, probes.seeds, self.task.outputs)
+        size = (source.size, source.size)
+        rate = Rate()
+        with torch.inference_mode():
+            for count, sample in enumerate(samples, 1):
+                features = source.features(sample).to(source.device)
+                image = normalize_imagenet(source.image(sample)).to(source.device)
+                mask = source.target(sample)
+                low = probes(features)
+                for index, upsampler in enumerate(source.upsamplers):
+                    logits = upsampler(image, features, size, values=low[index][None])
+                    scores.update(upsampler.name, logits[0].unflatten(0, (len(probes.seeds), -1)), mask)
+                left = rate.count_of(count, len(samples))
+                reporter.tick(f"testing: {count} of {len(samples)} images{left}", last=count == len(samples))
+        return {
+            method: {
+                "miou": spread([s["miou"] for s in of_seeds]),
+                "accuracy": spread([s["accuracy"] for s in of_seeds]),
+                "seeds": list(of_seeds),
+            }
+            for method, of_seeds in scores.compute().items()
+        }
 
     def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
-        """See `as_table`."""
-        return as_table(results, history)
-
-
-def test(
-    source: Source, labels: Labels, samples: Sequence[Sample], probes: Probes, reporter: Reporter
-) -> dict[str, list[Any]]:
-    """Scores of every method and seed over all samples, the upsamplers run as a user would run them."""
-    scores = Scores(source.methods, probes.seeds, labels.classes)
-    size = (source.size, source.size)
-    rate = Rate()
-    with torch.inference_mode():
-        for count, sample in enumerate(samples, 1):
-            features = source.features(sample).to(source.device)
-            image = normalize_imagenet(source.image(sample)).to(source.device)
-            mask = source.target(sample)
-            low = probes(features)
-            for index, upsampler in enumerate(source.upsamplers):
-                logits = upsampler(image, features, size, values=low[index][None])
-                scores.update(upsampler.name, logits[0].unflatten(0, (len(probes.seeds), -1)), mask)
-            rate.count(count)
-            left = f", {rate.left(len(samples) - count)} left" if count < len(samples) else ""
-            reporter.tick(f"testing: {count} of {len(samples)} images{left}", last=count == len(samples))
-    return scores.compute()
-
-
-def summarise(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Of each method: mean and spread over the seeds, and the seeds themselves."""
-    return {
-        method: {
-            "miou": spread([s["miou"] for s in of_seeds]),
-            "accuracy": spread([s["accuracy"] for s in of_seeds]),
-            "seeds": list(of_seeds),
-        }
-        for method, of_seeds in scores.items()
-    }
-
-
-def as_table(results: Mapping[str, Mapping[str, Any]], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
-    """The table of `summarise`, with the losses of the last epoch; percent."""
-    rows = []
-    for method, result in results.items():
-        cells = [f"{100 * result[name]['mean']:.2f} ± {100 * result[name]['std']:.2f}" for name in ("miou", "accuracy")]
-        last = spread(history[-1][method])
-        rows.append([method, *cells, f"{last['mean']:.4f}"])
-    return table(["method", "mIoU, %", "pixel accuracy, %", "training loss"], rows)
+        """The results, with the losses of the last epoch; percent."""
+        rows = []
+        for method, result in results.items():
+            cells = [
+                f"{100 * result[name]['mean']:.2f} ± {100 * result[name]['std']:.2f}" for name in ("miou", "accuracy")
+            ]
+            last = spread(history[-1][method])
+            rows.append([method, *cells, f"{last['mean']:.4f}"])
+        return table(["method", "mIoU, %", "pixel accuracy, %", "training loss"], rows)

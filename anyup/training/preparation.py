@@ -69,8 +69,7 @@ def _fill(
     rate, total = Rate(), len(paths)
 
     def done(count: int) -> None:
-        rate.count(count)
-        left = f", {rate.left(total - count)} left" if count < total else ""
+        left = rate.count_of(count, total)
         reporter.tick(f"features of {name}: {count} of {total} {what}{left}", last=count == total)
 
     cache.fill(name, encoder, paths, done=done, broken=broken)

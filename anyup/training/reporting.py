@@ -68,6 +68,11 @@ class Rate:
         self._times.append((time.monotonic(), done))
         del self._times[: -self._memory - 1]
 
+    def count_of(self, done: int, total: int) -> str:
+        """Count, and say how long the rest takes: ", 12 min left", or nothing where nothing is left."""
+        self.count(done)
+        return f", {self.left(total - done)} left" if done < total else ""
+
     @property
     def elapsed(self) -> float:
         """Seconds since the first."""

@@ -148,7 +148,8 @@ class Band:
             self._branch = empty(tuple(self._trunk.shape), self._trunk)
         if step == 2:
             return self._close_block(norm)
-        weight = (self._parameters.block1 if step == 1 else self._parameters.block2).weight1
+        block = self._parameters.block1 if step == 1 else self._parameters.block2
+        weight = block.weight1.to(self._product_dtype)
         branch, thin = self._branch, self._thin if step == 1 else None
         normalised = None if thin is None else thin.normalised(norm)
 
@@ -167,7 +168,7 @@ class Band:
         A rotation is of whole rows, so the band must be its map.
         """
         assert self._branch is not None
-        weight, branch = self._parameters.block2.weight2, self._branch
+        weight, branch = self._parameters.block2.weight2.to(self._product_dtype), self._branch
 
         def go(tile: slice) -> None:
             result = self._product(_activate(branch[tile].to(self.work_dtype), norm), weight)
@@ -226,6 +227,8 @@ class Band:
         if self._thin is not None:
             return self._thin.statistics(self._map(self._thin.moments)) if self._measures else None
         projection = self._parameters.projection
+        if projection is not None:
+            projection = projection.to(self._product_dtype)
 
         def go(tile: slice) -> Tensor:
             result = self._pixels[tile]
@@ -239,9 +242,9 @@ class Band:
     def _close_block(self, norm: Affine) -> Statistics | None:
         """The first block's second convolution and residual."""
         assert self._branch is not None
-        weight = self._parameters.block1.weight2
+        weight = self._parameters.block1.weight2.to(self._product_dtype)
         branch, trunk, thin = self._branch, self._trunk, self._thin
-        bias = None if thin is None else thin.offset
+        bias = None if thin is None else thin.offset.to(self._product_dtype)
 
         def go(tile: slice) -> Tensor:
             result = self._product(_activate(branch[tile].to(self.work_dtype), norm), weight, bias)
@@ -252,8 +255,7 @@ class Band:
         return self._statistics(go)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x, weight = (t.to(self._product_dtype) for t in (x, weight))
-        return linear(x, weight, None if bias is None else bias.to(self._product_dtype))
+        return linear(x.to(self._product_dtype), weight, bias)
 
     def _statistics(self, store: Callable[[slice], Tensor]) -> Statistics | None:
         """Of what is stored for each tile, as it is returned."""

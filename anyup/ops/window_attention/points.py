@@ -5,6 +5,7 @@ A kernel gives each point a program (`kernels/window_attention_points.py`). The 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, from_schema, to_schema, wants_gradient
 from anyup.ops.registration import register
-from anyup.ops.window_attention.arguments import WindowAttentionProblem
+from anyup.ops.window_attention.arguments import WindowAttentionProblem, describe
 from anyup.ops.window_attention.operator import OPERATION
 from anyup.window import Window, axis_bounds, describe_window, make_window
 
@@ -58,21 +59,8 @@ def explain_points(
 def _describe(
     query: Tensor, key: Tensor, value: Tensor, window: Window, size: tuple[int, int], needs_gradient: bool
 ) -> WindowAttentionProblem:
-    points, heads, head_dim = query.shape
-    return WindowAttentionProblem(
-        batch=1,
-        output_size=size,
-        grid_size=(key.shape[0], key.shape[1]),
-        heads=heads,
-        head_dim=head_dim,
-        channels=value.shape[2],
-        query_dtype=query.dtype,
-        value_dtype=value.dtype,
-        device=query.device,
-        window=window,
-        needs_gradient=needs_gradient,
-        points=points,
-    )
+    row_of_pixels = describe(query[None, None], key[None], value[None], window, needs_gradient)
+    return replace(row_of_pixels, output_size=size, points=len(query))
 
 
 def _run_forward(
