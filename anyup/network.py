@@ -25,7 +25,7 @@ from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, enc
 from anyup.namesakes import refuse_a_namesake
 from anyup.ops import feature_unification, key_grid, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend, wants_gradient
-from anyup.ops.key_grid import KeyParameters
+from anyup.ops.key_grid import KeyGridProblem, KeyParameters
 from anyup.ops.parallel import on_threads_for
 from anyup.ops.pixel_encoder import EncoderParameters
 from anyup.ops.precision import autocasts, key_dtype, without_autocast, working_dtype
@@ -203,6 +203,14 @@ class Network(nn.Module):
                     stand_in(tuple(basis.shape), wide, basis),
                     backend=self.backends["feature_unification"],
                 ),
+                key_grid.OPERATION.explain(
+                    self._key_problem(
+                        stand_in((batch, h, w, dim), dtype),
+                        features,
+                        self._key_parameters(),
+                        key_dtype(dtype, image.device),
+                    )
+                ),
                 query_projection.explain_backends(
                     stand_in((batch, height, width, dim), dtype),
                     self.cross_decode.query_parameters(dtype),
@@ -311,17 +319,21 @@ class Network(nn.Module):
 
     def keys_by_kernels(self, image_keys: Tensor, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The result of `keys` by the operator `key_grid`, in `dtype`; None where it cannot run, or while traced."""
-        _, block1, block2 = self.key_features_encoder
-        assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
-        if torch.compiler.is_compiling() or dtype != torch.float32 or not block1.keeps_width:
+        if torch.compiler.is_compiling():
             return None
-        parameters = KeyParameters(
-            self._basis,
-            EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op()),
-            *self.aggregation.parts_for_op(),
-            *self.cross_decode.key_parameters(),
-        )
-        problem = key_grid.describe(
+        parameters = self._key_parameters()
+        problem = self._key_problem(image_keys, features, parameters, dtype)
+        copies = not features.permute(0, 2, 3, 1).is_contiguous()
+        made = key_grid.make_keys(image_keys, features, parameters, problem, copies=copies)
+        if made is None:
+            return None
+        keys, copied = made
+        return self.cross_decode.split_heads(keys), copied.permute(0, 3, 1, 2) if copies else features
+
+    def _key_problem(
+        self, image_keys: Tensor, features: Tensor, parameters: KeyParameters, dtype: torch.dtype
+    ) -> KeyGridProblem:
+        return key_grid.describe(
             features,
             parameters,
             dtype=dtype,
@@ -329,12 +341,16 @@ class Network(nn.Module):
             unification_backend=self.backends["feature_unification"],
             blocks_backend=self.backends["pixel_encoder"],
         )
-        copies = not features.permute(0, 2, 3, 1).is_contiguous()
-        made = key_grid.make_keys(image_keys, features, parameters, problem, copies=copies)
-        if made is None:
-            return None
-        keys, copied = made
-        return self.cross_decode.split_heads(keys), copied.permute(0, 3, 1, 2) if copies else features
+
+    def _key_parameters(self) -> KeyParameters:
+        _, block1, block2 = self.key_features_encoder
+        assert isinstance(block1, ResBlock) and isinstance(block2, ResBlock)
+        return KeyParameters(
+            self._basis,
+            EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op()),
+            *self.aggregation.parts_for_op(),
+            *self.cross_decode.key_parameters(),
+        )
 
     def feature_keys(self, unified: Tensor) -> Tensor:
         """The features' keys (B, h, w, D) of unified features (B, M, h, w)."""
@@ -395,18 +411,21 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """The backend of each operation of a call, and why not the others; `print` it."""
+    """The backend of each operation of a call, and why not the others; `print` it.
+
+    Beside `OPERATIONS` it names `key_grid`, which makes the keys in few launches of kernels where it can.
+    """
 
     explanations: tuple[Explanation, ...]
 
     @property
     def chosen(self) -> dict[str, str | None]:
-        """The backend of each operation, None where none can."""
+        """The backend of each operation, None where none can (of `key_grid`: where keys are made step by step)."""
         return {e.operation: e.chosen for e in self.explanations}
 
     def require(self) -> None:
-        """Raise NotImplementedError, with every reason, if some operation has no backend."""
-        impossible = [str(e) for e in self.explanations if e.chosen is None]
+        """Raise NotImplementedError, with every reason, if some operation has no backend and is needed."""
+        impossible = [str(e) for e in self.explanations if e.chosen is None and e.otherwise is None]
         if impossible:
             raise NotImplementedError("no backend can run this:\n" + "\n".join(impossible))
 

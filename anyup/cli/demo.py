@@ -193,7 +193,7 @@ def _grid(features: Tensor) -> str:
 
 def _backends_in_words(explanation: ModelExplanation) -> str:
     """The backend of each operation (one name if all agree), and the first reason against each backend not chosen."""
-    chosen = {operation: name or "none" for operation, name in explanation.chosen.items()}
+    chosen = {e.operation: e.outcome for e in explanation.explanations if e.chosen or not e.otherwise}
     names = set(chosen.values())
     words = ", ".join(names if len(names) == 1 else (f"{o.replace('_', ' ')} {name}" for o, name in chosen.items()))
     against: dict[str, str] = {}

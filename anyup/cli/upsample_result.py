@@ -203,8 +203,8 @@ def report_backends(
     progress: Progress,
 ) -> None:
     """Print which backend runs each operation of the call."""
-    chosen = model.explain(image, features, whole, values=values).chosen
-    progress.note("backends: " + ", ".join(f"{operation} {name}" for operation, name in chosen.items()))
+    explanations = model.explain(image, features, whole, values=values).explanations
+    progress.note("backends: " + ", ".join(f"{e.operation} {e.outcome}" for e in explanations))
 
 
 def in_words(low: Tensor, whole: tuple[int, int], device: torch.device) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyup.limited_memory.task import Task
+from anyup.ops.precision import dtype_name
 from anyup.progress import human_bytes
 
 HALO = 1
@@ -108,7 +109,7 @@ class Plan:
         if task.region[2:] != task.output:
             size = "{} x {} at ({}, {}) of ".format(*task.region[2:], *task.region[:2]) + size
         batch = "" if task.batch == 1 else f", batch {task.batch}"
-        dtype = str(task.dtype).removeprefix("torch.")
+        dtype = dtype_name(task.dtype)
         limit = "" if self.limit is None else f" of {human_bytes(self.limit)}"
         lines = [
             f"{size} from {task.grid[0]} x {task.grid[1]}{batch}, {task.value_channels} channels, {dtype}, "

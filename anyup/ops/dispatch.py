@@ -59,16 +59,22 @@ class Candidate:
 class Explanation:
     """Which backend runs an operation, and why the others do not.
 
-    `chosen` is None where no candidate can.
+    `chosen` is None where no candidate can. `otherwise` says what is done then; None: it is an error.
     """
 
     operation: str
     problem: str
     candidates: tuple[Candidate, ...]
     chosen: str | None
+    otherwise: str | None = None
+
+    @property
+    def outcome(self) -> str:
+        """The backend's name, or what is done without one."""
+        return self.chosen or self.otherwise or "no backend can"
 
     def __str__(self) -> str:
-        lines = [f"{self.operation} ({self.problem}): {self.chosen or 'no backend can'}"]
+        lines = [f"{self.operation} ({self.problem}): {self.outcome}"]
         for candidate in self.candidates:
             if candidate.reasons:
                 lines += [f"  not {candidate.name}: {reason}" for reason in candidate.reasons]
@@ -83,11 +89,14 @@ class Operation:
     """An operation and its backends, in order of preference.
 
     `backends` maps a backend's name to a function that imports and returns its module. The function is called once,
-    when the backend is first asked: so a backend that is never asked is never imported.
+    when the backend is first asked: so a backend that is never asked is never imported. `otherwise` says what is done
+    where no backend can; None: that is an error.
     """
 
-    def __init__(self, name: str, backends: Mapping[str, Callable[[], ModuleType]]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, backends: Mapping[str, Callable[[], ModuleType]], *, otherwise: str | None = None
+    ) -> None:
+        self.name, self.otherwise = name, otherwise
         self._backends = {name: cache(load) for name, load in backends.items()}
         self._logged: set[str] = set()
         self._failures: dict[tuple[str, torch.device, Hashable], str] = {}
@@ -101,7 +110,7 @@ class Operation:
             for name in asked or self._backends
         )
         chosen = next((c.name for c in candidates if not (c.reasons or c.discouraged)), None)
-        return Explanation(self.name, str(problem), candidates, chosen)
+        return Explanation(self.name, str(problem), candidates, chosen, self.otherwise)
 
     def choose(self, problem: Any, backend: Backend = None) -> ModuleType:
         """The module of the first candidate that can run `problem`.

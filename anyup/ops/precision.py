@@ -26,6 +26,11 @@ def check_dense(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got one of {tensor.layout}; use to_dense()")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without its module: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic: float64 for float64, float32 for any other, because half precision is for storage."""
     return torch.float64 if dtype == torch.float64 else torch.float32

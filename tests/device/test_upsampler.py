@@ -59,8 +59,13 @@ def test_the_upsampler_on_a_card_gives_what_the_reference_gives_on_a_cpu(window:
     image, features = (tensor.to("cuda") for tensor in inputs())
     chosen = upsampler.explain(image, features).chosen
     assert chosen.pop("window_attention") == "triton"
-    # The projection's kernel is for inference.
-    assert chosen == {"pixel_encoder": "torch", "feature_unification": "triton", "query_projection": "torch"}
+    # The projection's kernel and the keys' are for inference.
+    assert chosen == {
+        "pixel_encoder": "torch",
+        "feature_unification": "triton",
+        "key_grid": None,
+        "query_projection": "torch",
+    }
     actual = results(upsampler, "cuda", torch.float32)
     assert of_attention(launched).total() == 4 and launched.total() == 10
     narrow, exact = (

@@ -94,15 +94,43 @@ def test_torch_s_counter_counts_them_as_the_reference(monkeypatch: pytest.Monkey
     assert counts[0] == counts[1] > 0
 
 
-def test_where_they_are_not_for_a_call_there_are_none() -> None:
-    image_keys, features = wave((1, 3, 4, 16), 3), wave((1, 16, 3, 4), 7)
-    assert made(model(16, "triton"), image_keys, features) is None  # a gradient is wanted
+BY_STEPS = {
+    "a gradient is wanted": ({}, True, torch.float32, "the pixel_encoder runs on torch"),
+    "another width": ({"lfu_dim": 32}, False, torch.float32, "keys of 16 channels from 32 unified ones"),
+    "float64": ({}, False, torch.float64, "keys are made in float64, the kernels make them in float32"),
+    "the encoder elsewhere": ({"pixel_encoder": "torch"}, False, torch.float32, "the pixel_encoder runs on torch"),
+    "the unification elsewhere": (
+        {"feature_unification": "torch"}, False, torch.float32, "the feature_unification runs on torch",
+    ),
+}  # fmt: skip
+"""What is asked of a model, whether a gradient is wanted, the keys' dtype, and why keys are made step by step."""
+
+
+@pytest.mark.parametrize("name", BY_STEPS)
+def test_where_they_are_not_for_a_call_there_are_none_and_explain_says_why(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, gradient, dtype, reason = BY_STEPS[name]
+    monkeypatch.setattr("anyup.network.key_dtype", lambda *_: dtype)
+    widths = {key: value for key, value in asked.items() if key == "lfu_dim"}
+    backend = {"pixel_encoder": ("triton", "torch"), "feature_unification": "triton"}
+    backend |= {key: value for key, value in asked.items() if key != "lfu_dim"}
+    upsampler, features = model(16, backend, **widths), wave((1, 16, 3, 4), 7)
+    with torch.set_grad_enabled(gradient):
+        assert upsampler.keys_by_kernels(wave((1, 3, 4, 16), 3), features, dtype) is None
+        explanation = upsampler.explain(wave((1, 3, 8, 7), 3, 0.8), features)
+    assert explanation.chosen["key_grid"] is None
+    (told,) = (e for e in explanation.explanations if e.operation == "key_grid")
+    assert str(told).endswith(f"step by step\n  not triton: {told.candidates[0].reasons[0]}")
+    assert reason in told.candidates[0].reasons[0]
+    explanation.require()  # no reason against the call
+
+
+def test_explain_names_them() -> None:
     with torch.no_grad():
-        assert made(model(16, "triton", lfu_dim=32), image_keys, features) is None
-        assert model(16, "triton").keys_by_kernels(image_keys, features, torch.float64) is None
-        for operation in ("pixel_encoder", "feature_unification"):
-            backend = {"pixel_encoder": "triton", "feature_unification": "triton", operation: "torch"}
-            assert made(model(16, backend), image_keys, features) is None
+        explanation = model(16, "triton").explain(wave((1, 3, 8, 7), 3, 0.8), wave((1, 16, 3, 4), 7))
+    assert explanation.chosen["key_grid"] == "triton"
+    assert "\nkey_grid (3 x 4, batch 1, C = 16, 16 filters of 3 x 3, float32, cpu): triton\n" in str(explanation)
 
 
 def test_where_a_kernel_fails_keys_are_made_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

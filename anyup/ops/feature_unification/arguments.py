@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyup.ops.precision import dtype_name
+
 
 @dataclass(frozen=True)
 class FeatureUnificationProblem:
@@ -25,7 +27,7 @@ class FeatureUnificationProblem:
         h, w = self.grid_size
         return (
             f"{h} x {w}, batch {self.batch}, C = {self.channels}, {self.filters} filters of "
-            f"{self.kernel_size} x {self.kernel_size}, {str(self.dtype).removeprefix('torch.')}, {self.device.type}"
+            f"{self.kernel_size} x {self.kernel_size}, {dtype_name(self.dtype)}, {self.device.type}"
         )
 
 

@@ -12,16 +12,22 @@ from anyup.ops.kernel_device import dot_precision, target
 from anyup.ops.key_grid.arguments import KeyGridProblem, KeyParameters
 from anyup.ops.pixel_encoder import fused as pixel_encoder
 from anyup.ops.pixel_encoder.operator import OPERATION as PIXEL_ENCODER
+from anyup.ops.precision import dtype_name
 
 
 def unsupported(problem: KeyGridProblem) -> list[str]:
     """Why the kernels are not for a problem; empty: they are, where each operation alone would run on its kernels."""
+    dtype, filters, dim = problem.blocks.dtype, problem.unification.filters, problem.blocks.dim
+    if dtype != torch.float32:
+        return [f"keys are made in {dtype_name(dtype)}, the kernels make them in float32"]
+    if filters != dim:
+        return [f"keys of {dim} channels from {filters} unified ones, the kernels make as many of as many"]
     reasons = []
-    for operation, part, asked in (
+    for operation, inner, asked in (
         (UNIFICATION, problem.unification, problem.unification_backend),
         (PIXEL_ENCODER, problem.blocks, problem.blocks_backend),
     ):
-        chosen = operation.explain(part, asked).chosen
+        chosen = operation.explain(inner, asked).chosen
         if chosen != "triton":
             reasons.append(f"the {operation.name} runs on {chosen}")
     return reasons

@@ -15,7 +15,11 @@ from anyup.ops.dispatch import BackendFailure, Operation
 from anyup.ops.key_grid.arguments import KeyGridProblem, KeyParameters
 from anyup.ops.registration import register
 
-OPERATION = Operation("key_grid", {"triton": lambda: importlib.import_module("anyup.ops.key_grid.fused")})
+OPERATION = Operation(
+    "key_grid",
+    {"triton": lambda: importlib.import_module("anyup.ops.key_grid.fused")},
+    otherwise="step by step",
+)
 
 
 def make_keys(

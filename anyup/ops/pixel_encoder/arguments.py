@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anyup.ops.precision import converted
+from anyup.ops.precision import converted, dtype_name
 
 GROUPS = 8
 EPS = 1e-5
@@ -63,7 +63,7 @@ class PixelEncoderProblem:
         pooled = "" if self.size == self.output_size else f" to {h} x {w}"
         return (
             f"{height} x {width}{pooled}, batch {self.batch}, {self.input_dim} to {self.dim} channels, "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.device.type}"
+            f"{dtype_name(self.dtype)}, {self.device.type}"
         )
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anyup.ops.precision import dtype_name
+
 
 class ProjectionParameters(NamedTuple):
     """A 3x3 convolution, an RMS normalisation and a linear projection, all of width D."""
@@ -32,8 +34,7 @@ class QueryProjectionProblem:
     def __str__(self) -> str:
         height, width = self.size
         return (
-            f"{height} x {width}, batch {self.batch}, {self.dim} channels, "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.device.type}"
+            f"{height} x {width}, batch {self.batch}, {self.dim} channels, {dtype_name(self.dtype)}, {self.device.type}"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.dispatch import wants_gradient
-from anyup.ops.precision import FLOATING, check_dense
+from anyup.ops.precision import FLOATING, check_dense, dtype_name
 from anyup.window import Part, Window, check_window
 
 
@@ -50,7 +50,7 @@ class WindowAttentionProblem:
         return (
             f"{pixels}{height} x {width}{where} from {h} x {w}, batch {self.batch}, "
             f"{self.heads} heads of {self.head_dim}, C = {self.channels}, "
-            f"{str(self.query_dtype).removeprefix('torch.')}, {self.device.type}"
+            f"{dtype_name(self.query_dtype)}, {self.device.type}"
         )
 
 

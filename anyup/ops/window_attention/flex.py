@@ -25,7 +25,7 @@ from torch import Tensor
 from anyup.installing import pip_install
 from anyup.ops.configs import is_refusal, summary_of
 from anyup.ops.dispatch import WITHOUT_GRADIENT, BackendFailure
-from anyup.ops.precision import working_dtype
+from anyup.ops.precision import dtype_name, working_dtype
 from anyup.ops.tables import kept_for_graphs
 from anyup.ops.window_attention.blocks import KEY_BLOCK, KEYS, QUERIES, QUERY_TILE, Blocks, blocks_of
 from anyup.window import Part, Window, part_bounds
@@ -58,7 +58,7 @@ def unsupported(problem: WindowAttentionProblem) -> list[str]:
         reasons.append("single pixels are wanted, FlexAttention multiplies tiles of pixels")
     for name, dtype in (("query", problem.query_dtype), ("value", problem.value_dtype)):
         if dtype not in _DTYPES:
-            reasons.append(f"{name} is {_short(dtype)}, FlexAttention takes {', '.join(map(_short, _DTYPES))}")
+            reasons.append(f"{name} is {dtype_name(dtype)}, FlexAttention takes {', '.join(map(dtype_name, _DTYPES))}")
     if problem.head_dim > _WIDEST_HEAD:
         reasons.append(f"head_dim is {problem.head_dim}, at most {_WIDEST_HEAD} fits with its values in shared memory")
     if problem.needs_gradient:
@@ -309,7 +309,3 @@ def _lacking_on_cpu() -> tuple[str, ...]:
     if shutil.which(compiler) is None:
         reasons.append(f"no C++ compiler {compiler!r}, torch.compile needs one on a CPU: install it or set CXX")
     return tuple(reasons)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

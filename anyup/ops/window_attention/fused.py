@@ -21,6 +21,7 @@ from anyup.ops.kernel_device import (
     multiprocessors,
     target,
 )
+from anyup.ops.precision import dtype_name
 from anyup.ops.window_attention.arguments import WindowAttentionProblem
 from anyup.ops.window_attention.eager_points import points_backward
 from anyup.ops.window_attention.tiles import most_keys
@@ -242,7 +243,7 @@ def case(kernel: str, query: Tensor, key: Tensor, value: Tensor, window: Window,
     """The key under which a measured config of a kernel is looked up."""
     from anyup.kernels.config_tables import Case, rounded_keys
 
-    names = [str(dtype).removeprefix("torch.") for dtype in (query.dtype, value.dtype)]
+    names = [dtype_name(dtype) for dtype in (query.dtype, value.dtype)]
     return Case(
         kernel=kernel,
         dtype=names[0] if names[0] == names[1] else ", ".join(names),
