@@ -26,14 +26,16 @@ _UNITS = {"": 1, "b": 1, **{f"{prefix}b": 1000**n for n, prefix in enumerate("km
 _UNITS.update({f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)})
 
 
-def parse_memory(max_memory: int | str | None, name: str = "max_memory") -> int | None:
-    """Bytes of "2GB", "1.5 GB", "800 MiB" or a number of bytes; None stays None.
+def parse_memory(max_memory: float | str | None, name: str = "max_memory") -> int | None:
+    """Bytes of "2GB", "1.5 GB", "800 MiB" or a whole number of bytes, as 2e9 is one; None stays None.
 
     Raises a ValueError or TypeError that names the argument, what was expected and what came.
     """
     if max_memory is None:
         return None
     expected = 'expected bytes or a text such as "2GB" or "1.5 GiB"'
+    if isinstance(max_memory, float) and max_memory.is_integer():
+        max_memory = int(max_memory)
     if isinstance(max_memory, bool) or not isinstance(max_memory, (Integral, str)):
         raise TypeError(f"{name}: {expected}, got {max_memory!r}")
     if isinstance(max_memory, str):
@@ -115,7 +117,7 @@ def host_memory() -> dict[str, int]:
         return {}
 
 
-def limit_on(device: torch.device, max_memory: int | str | None) -> int | None:
+def limit_on(device: torch.device, max_memory: float | str | None) -> int | None:
     """The bytes that a call may allocate: the caller's limit, else `SHARE` of a GPU's free memory; None: no limit."""
     limit = parse_memory(max_memory)
     if limit is not None:

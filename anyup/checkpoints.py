@@ -6,7 +6,6 @@ writes the constructor's arguments beside the weights and ``load`` reads them ba
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from anyup.finite import not_finite
 from anyup.images import check_readable, complete_or_absent
 from anyup.model import AnyUp, ModelBackend
 from anyup.ops.parallel import on_one_thread
+from anyup.suggestions import did_you_mean
 from anyup.tensor_files import TORCH_SUFFIXES, read_safetensors, read_torch, safetensors_package, unfit
 
 __all__ = [
@@ -288,11 +288,10 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
             f"{hugging_face.WEIGHTS}, got the folder {str(path)!r}"
         )
     if not path.exists():
-        near = difflib.get_close_matches(str(path), (*PACKAGED, *NAMED), n=1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise CheckpointNotFoundError(
             f"name_or_path: expected one of the names {names} or a file ({', '.join(_SUFFIXES)}); "
-            f"there is no file {str(path)!r}{meant} (looked for at {str(path.absolute())!r})"
+            f"there is no file {str(path)!r} (looked for at {str(path.absolute())!r})"
+            + did_you_mean(str(path), (*PACKAGED, *NAMED))
         )
     _known_suffix(path)
     return check_readable(path, f"name_or_path: {str(path)!r}")

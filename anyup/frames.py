@@ -18,7 +18,7 @@ from anyup.repetition import Repetition, seen_before
 
 
 def upsampled_frames(
-    upsampler: AnyUp, frames: Iterable[Any], output_size: OutputSize, max_memory: int | str | None
+    upsampler: AnyUp, frames: Iterable[Any], output_size: OutputSize, max_memory: float | str | None
 ) -> Iterator[Tensor]:
     """See `AnyUp.frames`."""
     if isinstance(frames, Tensor) or not isinstance(frames, Iterable):
@@ -39,7 +39,7 @@ def _arguments(frame: Any) -> Sequence[Any]:
 class _Call:
     """The call for each frame, with the memory and the graph that frames share."""
 
-    def __init__(self, upsampler: AnyUp, output_size: OutputSize, max_memory: int | str | None) -> None:
+    def __init__(self, upsampler: AnyUp, output_size: OutputSize, max_memory: float | str | None) -> None:
         self._upsampler, self._output_size, self._max_memory = upsampler, output_size, max_memory
         self._pages = Pages()
         self._repetition: Repetition | None = None  # the signature of the frame before

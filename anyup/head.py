@@ -38,7 +38,7 @@ class WithHead(nn.Module):
         vis_attn: bool = False,
         q_chunk_size: int | None = None,
         *,
-        max_memory: int | str | None = None,
+        max_memory: float | str | None = None,
         out: Any = None,
     ) -> Tensor:
         """(B, 3, Hi, Wi), (B, C, h, w) -> (B, head's outputs, H, W), in the head's output dtype.

@@ -58,7 +58,7 @@ class AnyUp(Network):
         q_chunk_size: int | None = None,
         *,
         values: Tensor | None = None,
-        max_memory: int | str | None = None,
+        max_memory: float | str | None = None,
         out: Any = None,
     ) -> Tensor:
         """Bring features to the image's resolution.
@@ -190,7 +190,7 @@ class AnyUp(Network):
         output_size: OutputSize = None,
         *,
         tile: int | Sequence[int] | None = None,
-        max_memory: int | str | None = None,
+        max_memory: float | str | None = None,
         region: Sequence[int] | None = None,
         values: Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -236,7 +236,7 @@ class AnyUp(Network):
         frames: Iterable[Sequence[Tensor | ImageContext]],
         output_size: OutputSize = None,
         *,
-        max_memory: int | str | None = None,
+        max_memory: float | str | None = None,
     ) -> Iterator[Tensor]:
         """Bring one frame after the other to its image's resolution: the results of calls, for less time and memory.
 
@@ -271,7 +271,7 @@ class AnyUp(Network):
         output_size: OutputSize = None,
         *,
         values: Tensor | None = None,
-        max_memory: int | str | None = None,
+        max_memory: float | str | None = None,
     ) -> Tensor:
         """The upsampled features at some points: the whole output's values there, without computing the whole output.
 

@@ -8,12 +8,13 @@ Nothing optional (timm, transformers, torchvision) is imported before an encoder
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from typing import Any
 
 import torch
+
+from anyup.suggestions import did_you_mean
 
 from .adapters import (
     TimmEncoder,
@@ -103,9 +104,8 @@ def _build(name: str, arguments: dict[str, Any]) -> Encoder:
                 raise ValueError(f"name: expected '{packaged}:<number>', got {name!r}")
             arguments = {argument: int(number), **arguments}
         return build(**arguments)
-    near = difflib.get_close_matches(name, PACKAGED, n=1)
-    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = did_you_mean(name, PACKAGED)
     if os.path.isfile(name):
-        meant = " (a file of weights is given beside an encoder's name: weights=, --encoder-weights)"
+        hint = "; a file of weights is given beside an encoder's name: weights=, --encoder-weights"
     known = "\n".join(f"    {pattern:32}{what}" for pattern, what in ENCODERS.items())
-    raise ValueError(f"name: no encoder is called {name!r}{meant}; there are\n{known}")
+    raise ValueError(f"name: expected the name of an encoder, got {name!r}{hint}; there are\n{known}")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 @untraced
-def call(request: Request, *, vis_attn: bool, max_memory: int | str | None, out: Any, seen: Seen | None = None) -> Any:
+def call(
+    request: Request, *, vis_attn: bool, max_memory: float | str | None, out: Any, seen: Seen | None = None
+) -> Any:
     """The call of an `AnyUp`: (B, C, H, W), or `out`. A call with whole maps is recorded for repetition (`seen`)."""
     with request.threads():
         differentiates = request.wants_gradient
@@ -51,7 +53,7 @@ def call(request: Request, *, vis_attn: bool, max_memory: int | str | None, out:
         return _one_by_one(request, retry)
 
 
-def _limit(task: Task, device: torch.device, max_memory: int | str | None) -> int | None:
+def _limit(task: Task, device: torch.device, max_memory: float | str | None) -> int | None:
     """The bytes that a call may allocate; None: no limit, as where whole maps are small beside the GPU's memory."""
     if max_memory is None and device.type == "cuda" and is_small(choice.choose(task, None).peak_bytes, device):
         return None

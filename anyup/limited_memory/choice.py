@@ -70,7 +70,7 @@ def plan(
     channels: int,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    max_memory: int | str | None = None,
+    max_memory: float | str | None = None,
     output_size: OutputSize = None,
     *,
     values: int | None = None,

@@ -16,7 +16,7 @@ from anyup.untraced import untraced
 
 
 @untraced
-def at_points(request: Request, points: Tensor, *, max_memory: int | str | None) -> Tensor:
+def at_points(request: Request, points: Tensor, *, max_memory: float | str | None) -> Tensor:
     """`AnyUp.at_points`: (B, N, C)."""
     values = request.values
     pixels, weights = _pixels(_checked(points, len(request), request.size), request.size)

@@ -30,7 +30,7 @@ def stream(
     request: Request,
     *,
     tile: int | Sequence[int] | None = None,
-    max_memory: int | str | None,
+    max_memory: float | str | None,
     region: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     out: Any = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import math
 import typing
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from anyup.command_paths import Kept, Read, ReadEncoder, ReadWeights, Written
 from anyup.installing import pip_install
 from anyup.options import MOST_THREADS
+from anyup.suggestions import did_you_mean
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -203,9 +203,8 @@ def _find(config: str) -> Path:
     known = shipped()
     if config in known:
         return known[config]
-    near = difflib.get_close_matches(config, known, n=1)
-    meant = f" (did you mean {near[0]}?)" if near else ""
-    raise FileNotFoundError(f"config: expected a TOML file or one of {', '.join(known)}; there is no {config!r}{meant}")
+    expected = f"config: expected a TOML file or one of {', '.join(known)}"
+    raise FileNotFoundError(f"{expected}; there is no {config!r}{did_you_mean(config, known)}")
 
 
 def _toml() -> Any:
@@ -263,12 +262,10 @@ def _build(kind: type[T], table: Mapping[str, Any], prefix: str) -> T:
 
 def _nearest(key: str) -> str:
     names = [*Settings().flat(), *(f.name for f in dataclasses.fields(Settings))]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     # A right name under no section or a wrong one.
     last = key.rsplit(".", 1)[-1]
     elsewhere = [name for name in names if name.rsplit(".", 1)[-1] == last]
-    near = elsewhere[:1] or near
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+    return did_you_mean(elsewhere[0] if elsewhere else key, names, cutoff=0.5) or f"; there are {', '.join(names)}"
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:

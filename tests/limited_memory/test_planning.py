@@ -416,6 +416,7 @@ def test_a_second_failure_is_an_error_with_the_plan(monkeypatch: pytest.MonkeyPa
     [
         (123, 123),
         (np.int64(123), 123),
+        (2e9, 2 * 10**9),
         ("2GB", 2 * 10**9),
         ("1.5 gb", 1_500_000_000),
         ("800 MiB", 800 * 2**20),
@@ -441,7 +442,8 @@ def test_amounts_are_read(text: Any, expected: int | None) -> None:
         ("", ValueError, "max_memory: "),
         (0, ValueError, "max_memory: expected a positive amount of memory, got 0"),
         (True, TypeError, "max_memory: .*True"),
-        (2e9, TypeError, "max_memory: .*2000000000.0"),
+        (2.5, TypeError, "max_memory: expected bytes or a text such as .*2.5"),
+        (float("inf"), TypeError, "max_memory: expected bytes or a text such as .*inf"),
     ],
 )
 def test_an_amount_that_is_none_is_named(amount: Any, error: Any, message: str) -> None:

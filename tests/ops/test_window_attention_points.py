@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support.accuracy import DTYPES, assert_backend_accurate, assert_backend_acc
 from support.point_cases import attention_at, some_pixels, tensors_of
 from support.recipe import ATTENTION_SHAPES, attention_tensors
 
-from anyup.ops.window_attention import eager_points, explain_points, window_attention
+from anyup.ops.window_attention import attend_points, explain_points, gathered_points, window_attention
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,7 +35,7 @@ def test_the_reference_has_the_values_of_the_whole_output(name: str) -> None:
 def test_groups_of_points_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ATTENTION_SHAPES["prime"]
     expected = output_and_gradients(attention_at(shape), tensors_of(shape), "torch")
-    monkeypatch.setitem(eager_points._BUDGET, "cpu", 1)
+    monkeypatch.setitem(gathered_points._BUDGET, "cpu", 1)
     for name, found in output_and_gradients(attention_at(shape), tensors_of(shape), "torch").items():
         torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-7)
 
@@ -59,6 +60,44 @@ def test_a_backend_without_points_says_so() -> None:
     tensors = tensors_of(shape)
     explained = explain_points(**tensors, window=shape.window, size=shape.output, backend=("flex", "torch"))
     assert explained.chosen == "torch"
+
+
+POINTS_MISTAKEN = [
+    (
+        {"query": torch.ones(1, 3, 2, 16)},
+        ValueError,
+        r"query: expected \(N, heads, head_dim\), got shape \(1, 3, 2, 16\)",
+    ),
+    ({"query": [1.0]}, TypeError, "query: expected a tensor, got list"),
+    ({"key": torch.ones(4, 5, 2, 8)}, ValueError, r"key: expected 2 heads of 16, got shape \(4, 5, 2, 8\)"),
+    ({"key": torch.ones(4, 5, 2, 16).half()}, TypeError, "key: expected the query's dtype torch.float32"),
+    ({"value": torch.ones(4, 4, 7)}, ValueError, r"value: expected the keys' grid \(4, 5\), got \(4, 4\)"),
+    ({"value": torch.ones(4, 5, 0)}, ValueError, "query, key, value: expected grids, heads and channels of at least 1"),
+    ({"value": torch.ones(4, 5, 7).int()}, TypeError, "value: expected a floating-point tensor .*int32"),
+    ({"value": torch.ones(4, 5, 7, device="meta")}, ValueError, "value: expected the query's device cpu, got meta"),
+    ({"rows": torch.tensor([0, 1])}, ValueError, r"rows: expected a position for each of 3 queries, got \(2,\)"),
+    ({"rows": torch.tensor([0, 1, 9])}, ValueError, "rows: expected positions from 0 to 8, got from 0 to 9"),
+    ({"columns": torch.tensor([0, -1, 8])}, ValueError, "columns: expected positions from 0 to 6, got from -1 to 8"),
+    ({"columns": torch.ones(3)}, TypeError, "columns: expected int64 on the CPU, got torch.float32 on cpu"),
+    ({"size": (9, 0)}, ValueError, r"size: expected the output's \(H, W\), both at least 1, got \(9, 0\)"),
+    ({"window": 0.1}, TypeError, "window"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), POINTS_MISTAKEN)
+def test_a_mistake_is_named_before_any_work(changed: dict[str, Any], error: Any, message: str) -> None:
+    given: dict[str, Any] = {
+        "query": torch.ones(3, 2, 16), "key": torch.ones(4, 5, 2, 16), "value": torch.ones(4, 5, 7),
+        "rows": torch.tensor([0, 8, 3]), "columns": torch.tensor([6, 0, 3]), "window": None, "size": (9, 7),
+    }  # fmt: skip
+    assert attend_points(**given).shape == (3, 7)
+    with pytest.raises(error, match=message):
+        attend_points(**{**given, **changed})
+    if not changed.keys() & {"rows", "columns"}:
+        with pytest.raises(error, match=message):
+            explain_points(
+                **{name: each for name, each in {**given, **changed}.items() if name not in ("rows", "columns")}
+            )
 
 
 def test_a_gradient_of_the_gradient_is_refused() -> None:

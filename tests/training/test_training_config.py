@@ -41,10 +41,10 @@ def test_an_integer_stands_for_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.stepz=3", "optimizer.stepz: there is no such setting; did you mean optimizer.steps?"),
-        ("steps=3", "steps: there is no such setting; did you mean optimizer.steps?"),
-        ("loss.batch=3", "loss.batch: there is no such setting; did you mean optimizer.batch?"),
-        ("optimiser.steps=3", "optimiser: there is no such setting; did you mean optimizer?"),
+        ("optimizer.stepz=3", "optimizer.stepz: there is no such setting; did you mean 'optimizer.steps'?"),
+        ("steps=3", "steps: there is no such setting; did you mean 'optimizer.steps'?"),
+        ("loss.batch=3", "loss.batch: there is no such setting; did you mean 'optimizer.batch'?"),
+        ("optimiser.steps=3", "optimiser: there is no such setting; did you mean 'optimizer'?"),
         ("optimizer.steps=many", "optimizer.steps: expected an integer, got 'many'"),
         ("optimizer.steps=1.5", "optimizer.steps: expected an integer, got 1.5"),
         ("optimizer.steps=true", "optimizer.steps: expected an integer, got True"),
@@ -122,7 +122,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
 ) -> None:
     assert cli.main(["train", "--config", "mini", "optimizer.stepz=3"]) == 2
     assert capsys.readouterr().err == (
-        "anyup: error: optimizer.stepz: there is no such setting; did you mean optimizer.steps?\n"
+        "anyup: error: optimizer.stepz: there is no such setting; did you mean 'optimizer.steps'?\n"
     )
 
 

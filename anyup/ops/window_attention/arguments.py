@@ -77,20 +77,7 @@ def describe(
 
 def check(query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part | None = None) -> None:
     """Raise a ValueError or TypeError that names the argument unless the call makes sense."""
-    for name, tensor, layout in (
-        ("query", query, "(B, H, W, heads, head_dim)"),
-        ("key", key, "(B, h, w, heads, head_dim)"),
-        ("value", value, "(B, h, w, C)"),
-    ):
-        check_dense(name, tensor)
-        if tensor.dim() != layout.count(",") + 1:
-            raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
-    if key.dtype != query.dtype:
-        raise TypeError(f"key: expected the query's dtype {query.dtype}, got {key.dtype}")
+    _check_tensors(query, key, value, ("(B, H, W, heads, head_dim)", "(B, h, w, heads, head_dim)", "(B, h, w, C)"))
     if key.shape[0] != query.shape[0] or key.shape[3:] != query.shape[3:]:
         raise ValueError(
             f"key: expected batch {query.shape[0]}, {query.shape[3]} heads of {query.shape[4]}, "
@@ -111,3 +98,46 @@ def check(query: Tensor, key: Tensor, value: Tensor, window: Window, part: Part 
     part.check(query.shape[1], query.shape[2])
     if wants_gradient(query, key, value):
         raise NotImplementedError("part: a part of a map has no backward pass: call under torch.no_grad()")
+
+
+def check_points(query: Tensor, key: Tensor, value: Tensor, window: Window, size: tuple[int, int]) -> None:
+    """The same for single pixels of an output of `size`."""
+    _check_tensors(query, key, value, ("(N, heads, head_dim)", "(h, w, heads, head_dim)", "(h, w, C)"))
+    if key.shape[2:] != query.shape[1:]:
+        raise ValueError(f"key: expected {query.shape[1]} heads of {query.shape[2]}, got shape {tuple(key.shape)}")
+    if value.shape[:2] != key.shape[:2]:
+        raise ValueError(f"value: expected the keys' grid {tuple(key.shape[:2])}, got {tuple(value.shape[:2])}")
+    if min(query.shape[1:]) < 1 or min(key.shape[:2]) < 1 or value.shape[2] < 1:
+        raise ValueError(
+            f"query, key, value: expected grids, heads and channels of at least 1, got shapes "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    check_window(window)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: expected the output's (H, W), both at least 1, got {tuple(size)}")
+
+
+def check_positions(rows: Tensor, columns: Tensor, count: int, size: tuple[int, int]) -> None:
+    """Raise a ValueError or TypeError unless `rows` and `columns` are `count` pixels of an output of `size`."""
+    for name, positions, length in (("rows", rows, size[0]), ("columns", columns, size[1])):
+        check_dense(name, positions)
+        if positions.dtype != torch.int64 or positions.device.type != "cpu":
+            raise TypeError(f"{name}: expected int64 on the CPU, got {positions.dtype} on {positions.device}")
+        if positions.shape != (count,):
+            raise ValueError(f"{name}: expected a position for each of {count} queries, got {tuple(positions.shape)}")
+        least, most = (int(positions.min()), int(positions.max())) if count else (0, 0)
+        if least < 0 or most >= length:
+            raise ValueError(f"{name}: expected positions from 0 to {length - 1}, got from {least} to {most}")
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layouts: tuple[str, str, str]) -> None:
+    for name, tensor, layout in zip(("query", "key", "value"), (query, key, value), layouts, strict=True):
+        check_dense(name, tensor)
+        if tensor.dim() != layout.count(",") + 1:
+            raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
+    if key.dtype != query.dtype:
+        raise TypeError(f"key: expected the query's dtype {query.dtype}, got {key.dtype}")

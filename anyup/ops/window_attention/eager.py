@@ -23,7 +23,7 @@ from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.precision import accumulator_dtype, product_dtype, working_dtype
 from anyup.ops.tables import kept_for_graphs
-from anyup.ops.window_attention.eager_points import points, points_backward
+from anyup.ops.window_attention.gathered_points import points, points_backward
 from anyup.ops.window_attention.segments import Segments, axis_segments
 from anyup.window import Part, Window, axis_bounds
 

@@ -23,7 +23,7 @@ from anyup.ops.kernel_device import (
 )
 from anyup.ops.precision import dtype_name
 from anyup.ops.window_attention.arguments import WindowAttentionProblem
-from anyup.ops.window_attention.eager_points import points_backward
+from anyup.ops.window_attention.gathered_points import points_backward
 from anyup.ops.window_attention.tiles import most_keys
 from anyup.window import CellWindow, Part, Window
 

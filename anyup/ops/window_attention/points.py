@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyup.ops.dispatch import Backend, Explanation, from_schema, to_schema, wants_gradient
 from anyup.ops.registration import register
-from anyup.ops.window_attention.arguments import WindowAttentionProblem, describe
+from anyup.ops.window_attention.arguments import WindowAttentionProblem, check_points, check_positions, describe
 from anyup.ops.window_attention.operator import OPERATION
 from anyup.window import Window, axis_bounds, describe_window, make_window
 
@@ -41,8 +41,11 @@ def attend_points(
         backend: as of `window_attention`.
 
     Raises:
+        ValueError, TypeError: arguments that do not fit together.
         NotImplementedError: no requested backend can; lists every reason.
     """
+    check_points(query, key, value, window, size)
+    check_positions(rows, columns, len(query), size)
     kind, ratio = describe_window(window)
     gradient = wants_gradient(query, key, value)
     return _forward(query, key, value, rows, columns, kind, ratio, *size, to_schema(backend), gradient)
@@ -52,6 +55,7 @@ def explain_points(
     query: Tensor, key: Tensor, value: Tensor, *, window: Window, size: tuple[int, int], backend: Backend = None
 ) -> Explanation:
     """Which backend `attend_points` would choose for these arguments, and why not the others."""
+    check_points(query, key, value, window, size)
     problem = _describe(query, key, value, window, size, wants_gradient(query, key, value))
     return OPERATION.explain(problem, backend)
 

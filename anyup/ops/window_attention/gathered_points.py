@@ -1,7 +1,7 @@
 """Window attention of single pixels in plain PyTorch: some points at a time, the keys of each gathered.
 
-The gradient makes the weights anew, so that a forward pass keeps no copy of the windows. `key` and `value` of points
-have no batch: they are one image's.
+The backend `torch` runs on it; its gradient serves the kernels too. The gradient makes the weights anew, so that a
+forward pass keeps no copy of the windows. `key` and `value` of points have no batch: they are one image's.
 """
 
 from __future__ import annotations
