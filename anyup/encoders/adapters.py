@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anyup.installing import pip_install
 
-from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, Layer
+from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, Layer, tokens_to_map
 
 _T = TypeVar("_T")
 
@@ -53,18 +53,6 @@ def _square(patch: Any) -> int | None:
     if rows != columns:
         raise ValueError(f"patch size: expected a square patch, got {rows} x {columns}")
     return int(rows)
-
-
-def tokens_to_map(tokens: Tensor, grid: tuple[int, int], name: str) -> Tensor:
-    """Lay the patch tokens (B, N, C) out as (B, C, h, w); tokens before them (class, registers) are dropped.
-
-    Raises ValueError where there are fewer tokens than cells.
-    """
-    height, width = grid
-    extra = tokens.shape[1] - height * width
-    if extra < 0:
-        raise ValueError(f"{name}: {tokens.shape[1]} tokens do not fill a grid of {height} x {width}")
-    return tokens[:, extra:].mT.unflatten(2, (height, width)).contiguous()
 
 
 def _on_empty_image(encoder: Encoder, size: int, run: Callable[[Tensor], _T]) -> _T:
@@ -172,13 +160,16 @@ class TransformersEncoder(Encoder):
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, h, w)."""
-        output = self._run(image, **self.options)
-        if self.layer is None:
-            return self._as_map(output.last_hidden_state, output, image)
-        states = _hidden_states(output)
-        if not 0 <= self.layer < len(states):
-            raise ValueError(f"layer: {self.name} has the hidden states 0 to {len(states) - 1}, got {self.layer}")
-        return self._as_map(states[self.layer], output, image)
+        hidden, output = self._hidden(image)
+        return self._as_map(hidden, output, image)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """See `Encoder.tokens`; register tokens are dropped."""
+        hidden, output = self._hidden(image)
+        patches = self._as_map(hidden, output, image).flatten(2).mT
+        if hidden.ndim != 3 or hidden.shape[1] == patches.shape[1]:
+            return super().tokens(image)
+        return torch.cat([hidden[:, :1], patches], dim=1)
 
     def list_layers(self) -> list[Layer]:
         """The hidden states, as the model gives them for an empty square image."""
@@ -189,6 +180,16 @@ class TransformersEncoder(Encoder):
 
         states = _on_empty_image(self, _PROBE_SIZE, run)
         return [Layer(str(i), *_channels_and_stride(state, _PROBE_SIZE)) for i, state in enumerate(states)]
+
+    def _hidden(self, image: Tensor) -> tuple[Tensor, Any]:
+        """The chosen hidden state, of tokens or a map, and all that the model gives."""
+        output = self._run(image, **self.options)
+        if self.layer is None:
+            return output.last_hidden_state, output
+        states = _hidden_states(output)
+        if not 0 <= self.layer < len(states):
+            raise ValueError(f"layer: {self.name} has the hidden states 0 to {len(states) - 1}, got {self.layer}")
+        return states[self.layer], output
 
     def _run(self, image: Tensor, **options: Any) -> Any:
         if self._shuffles and self.patch_size:  # by the order of this noise, masked or not

@@ -94,21 +94,43 @@ class Encoder(nn.Module):
         Raises TypeError for integers; ValueError for another shape, for sides that are no multiple of the
         patch, and (on the CPU) for a NaN or an infinity, naming the map that holds it.
         """
-        self._check_image(image, "image")
-        self._check_size(image)
-        require_finite(image, f"{self.name}: image")
+        self._check(image)
         features = self.features(image)
         require_finite(features, f"{self.name}: features")
         return features
+
+    def with_class_token(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, C, h, w) and the class token (B, C) of a normalised image (B, 3, H, W), both of one pass.
+
+        Raises ValueError for a network without a class token, and otherwise what `forward` raises.
+        """
+        self._check(image)
+        tokens = self.tokens(image)
+        grid = (image.shape[2] // self.stride, image.shape[3] // self.stride)
+        features, token = tokens_to_map(tokens, grid, self.name), tokens[:, 0]
+        require_finite(features, f"{self.name}: features")
+        return features, token
 
     def features(self, image: Tensor) -> Tensor:
         """Run the network: (B, 3, H, W), checked and normalised, to (B, C, h, w)."""
         raise NotImplementedError
 
+    def tokens(self, image: Tensor) -> Tensor:
+        """Run a transformer: (B, 3, H, W), checked and normalised, to its tokens (B, 1 + h * w, C), class token first.
+
+        Raises ValueError for a network without a class token.
+        """
+        raise ValueError(f"{self.name}: a network with a class token expected, got {type(self).__name__}")
+
     def extra_repr(self) -> str:
         """The line that ``print`` shows."""
         size = f"channels={self.channels}, stride={self.stride}, patch_size={self.patch_size}"
         return f"name={self.name!r}, {size}"
+
+    def _check(self, image: Tensor) -> None:
+        self._check_image(image, "image")
+        self._check_size(image)
+        require_finite(image, f"{self.name}: image")
 
     def _check_image(self, image: Tensor, argument: str) -> None:
         check_dense(argument, image)
@@ -128,6 +150,18 @@ class Encoder(nn.Module):
                 f"multiples of {patch}, got {height} x {width}. "
                 f"Nearest: height {_nearest(height, patch)}, width {_nearest(width, patch)}"
             )
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int], name: str) -> Tensor:
+    """Lay the patch tokens (B, N, C) out as (B, C, h, w); tokens before them (class, registers) are dropped.
+
+    Raises ValueError where there are fewer tokens than cells.
+    """
+    height, width = grid
+    extra = tokens.shape[1] - height * width
+    if extra < 0:
+        raise ValueError(f"{name}: {tokens.shape[1]} tokens do not fill a grid of {height} x {width}")
+    return tokens[:, extra:].mT.unflatten(2, (height, width)).contiguous()
 
 
 def _nearest(size: int, patch: int) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import Encoder
+from .encoder import Encoder, tokens_to_map
 from .onnx_file import OnnxGraph, read_onnx
 from .weights import WheelWeights
 
@@ -88,13 +88,19 @@ class VisionTransformer(Encoder):
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, width, H / patch, W / patch); blocks behind ``block`` do not run."""
+        grid = (image.shape[2] // self.stride, image.shape[3] // self.stride)
+        return tokens_to_map(self.tokens(image), grid, self.name)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """See `Encoder.tokens`."""
         patches = self.patch_projection(image)  # (B, width, h, w)
         height, width = patches.shape[-2:]
         tokens = torch.cat([self.class_token.expand(image.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
         tokens = tokens + self._positions(height, width).to(tokens.dtype)
         for block in self.blocks[: self.block + 1]:
             tokens = block(tokens)
-        return self.norm(tokens[:, 1:]).mT.unflatten(2, (height, width)).contiguous()
+        normalised: Tensor = self.norm(tokens)
+        return normalised
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Position embedding (1, 1 + height * width, C) of a grid, interpolated in float32 or better."""

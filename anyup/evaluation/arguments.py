@@ -88,6 +88,16 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         )
         made.add_argument("--untrained", action="store_true", help="measure random weights too")
         made.add_argument(
+            "--window-ratio",
+            dest="window_ratios",
+            type=number(above=0),
+            action="append",
+            default=[],
+            metavar="RATIO",
+            help="measure the weights with this window, too: half its side as a fraction of the grid; may be given "
+            "several times (default: their own window alone)",
+        )
+        made.add_argument(
             "--device", type=nonempty, help="cpu, cuda, cuda:1, mps; by default cuda where there is one, else cpu"
         )
         made.add_argument(
@@ -273,6 +283,19 @@ def _add_probes(parser: argparse.ArgumentParser, *, epochs: int, batch: int) -> 
         default=PUBLISHED_VIEW,
         metavar="PIXELS",
         help="short side of resized images and their maps, and side of the centre cut out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--encoder-size",
+        type=_positive,
+        default=0,
+        metavar="PIXELS",
+        help="side of the image that the encoder sees, to compare a small image's features upsampled with a larger "
+        "image's (default: --size)",
+    )
+    parser.add_argument(
+        "--class-token",
+        action="store_true",
+        help="the probe sees the encoder's class token beside the features of each pixel; of vision transformers",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, metavar="N", help="probes of each method (default: %(default)s)"

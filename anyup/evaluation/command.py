@@ -133,7 +133,16 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
         raise UsageError(f"--encoder: one expected, got {len(arguments.encoder)}")
     reporter, device, upsamplers = _start(arguments)
     (encoder,) = _load_encoders(arguments.encoder, device)
-    source = probing.Source(encoder, upsamplers, evaluation.task, arguments.size, cache, device)
+    source = probing.Source(
+        encoder,
+        upsamplers,
+        evaluation.task,
+        arguments.size,
+        cache,
+        device,
+        encoder_size=arguments.encoder_size,
+        class_token=arguments.class_token,
+    )
     to_train, to_test = (
         evaluation.check(samples, arguments.size, split, reporter) for samples, split in zip(found, splits, strict=True)
     )
@@ -151,7 +160,9 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
             "splits": dict(zip(splits, (len(to_train), len(to_test)), strict=True)),
             **evaluation.task.settings(),
             "encoder": encoder.name,
-            "size": arguments.size,
+            "size": source.size,
+            "encoder_size": source.encoder_size,
+            "class_token": source.class_token,
             "recipe": dataclasses.asdict(recipe),
             "seeds": seeds,
             "methods": _describe(upsamplers),
@@ -238,7 +249,11 @@ def _start(arguments: argparse.Namespace) -> tuple[Reporter, torch.device, list[
     device = choose_device(arguments.device)
     with naming_the_options():
         upsamplers = make_upsamplers(
-            arguments.weights, untrained=arguments.untrained, device=device, backend=arguments.backend
+            arguments.weights,
+            untrained=arguments.untrained,
+            window_ratios=arguments.window_ratios,
+            device=device,
+            backend=arguments.backend,
         )
     reporter = Reporter()
     if not (arguments.weights or arguments.untrained):

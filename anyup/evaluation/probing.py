@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from anyup.evaluation.datasets import square_image
 from anyup.evaluation.probe import Example, Objective, Probes, Recipe, View, train_step
 from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
 from anyup.fingerprint import module_fingerprint
-from anyup.images import complete_or_absent, normalize_imagenet
+from anyup.images import complete_or_absent, normalize_imagenet, resize
 from anyup.progress import human_bytes
 from anyup.tensor_files import read_torch
 from anyup.training.reporting import Rate, Reporter, duration
@@ -82,13 +82,22 @@ class Evaluation(Protocol):
         """The results for people."""
 
 
+class Encoded(NamedTuple):
+    """What a frozen encoder makes of an image, float32."""
+
+    features: Tensor  # (1, C, h, w), what upsamplers take
+    probed: Tensor  # (1, C, h, w), what probes see; (1, 2 C, h, w) with the class token, the same in every cell
+
+
 @dataclass
 class Source:
     """What probes are trained and tested on: images, frozen encoder, frozen upsamplers, and what is kept of them.
 
     Attributes:
-        size: side of the images and targets, in pixels; a multiple of the encoder's stride.
+        size: side of the images that guide, and of the targets, in pixels.
         cache: keeps features, and attention weights where `keep_attention`.
+        encoder_size: side of the images that the encoder sees, a multiple of its stride; 0: `size`.
+        class_token: whether probes see the encoder's class token beside the features.
     """
 
     encoder: Encoder
@@ -98,13 +107,22 @@ class Source:
     cache: TensorCache
     device: torch.device
     keep_attention: bool = False
+    encoder_size: int = 0
+    class_token: bool = False
     _images: dict[Item, Mapping[str, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.size % self.encoder.stride:
+        argument = "encoder_size" if self.encoder_size else "size"
+        self.encoder_size = self.encoder_size or self.size
+        if self.encoder_size < 1 or self.encoder_size % self.encoder.stride:
             raise ValueError(
-                f"size: a multiple of {self.encoder.name}'s stride of {self.encoder.stride} expected, got {self.size}"
+                f"{argument}: a multiple of {self.encoder.name}'s stride of {self.encoder.stride} expected, got "
+                f"{self.encoder_size}"
             )
+        if self.class_token:  # asked of two by two cells, so that a network without one is refused now
+            two_cells = torch.zeros(1, 3, *[2 * self.encoder.stride] * 2, device=self.device)
+            with torch.no_grad():
+                self.encoder.with_class_token(two_cells)
         self.encoder_digest = f"{self.encoder.name} {module_fingerprint(self.encoder)}"
         self.model_digests = {learned.name: module_fingerprint(learned.model) for learned in self.learned}
 
@@ -120,16 +138,30 @@ class Source:
         """(1, 3, size, size) in 0..1."""
         return view.image(square_image(sample.photo(), self.size))
 
-    def features(self, sample: Item, view: View = _AS_IT_IS) -> Tensor:
-        """(1, C, h, w) float32, on the CPU."""
+    def encoded(self, sample: Item, view: View = _AS_IT_IS) -> Encoded:
+        """On the CPU."""
 
         def make() -> Tensor:
             with torch.no_grad():
-                image = self.image(sample, view)
-                return self.encoder(self.encoder.normalize(image).to(self.device)).float()
+                image = resize(self.image(sample, view), (self.encoder_size, self.encoder_size))
+                image = self.encoder.normalize(image).to(self.device)
+                if not self.class_token:
+                    return self.encoder(image).float()
+                features, token = self.encoder.with_class_token(image)
+                return torch.cat([token[:, :, None], features.flatten(2)], dim=2).float()
 
         cache = self.cache if view.is_seen_again else TensorCache(None)
-        return cache.get("features", self.described(sample, view), make)
+        made = cache.get("features", self._describe_features(sample, view), make)
+        if not self.class_token:
+            return Encoded(made, made)
+        features = made[:, :, 1:].unflatten(2, self.grid)
+        return Encoded(features, torch.cat([features, made[:, :, :1, None].expand_as(features)], dim=1))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the features."""
+        side = self.encoder_size // self.encoder.stride
+        return side, side
 
     def target(self, sample: Item, view: View = _AS_IT_IS) -> Tensor:
         """(..., size, size), as the task gives it."""
@@ -141,7 +173,7 @@ class Source:
         def make() -> Tensor:
             with torch.no_grad():
                 image = normalize_imagenet(self.image(sample, view)).to(self.device)
-                features = self.features(sample, view).to(self.device)
+                features = self.encoded(sample, view).features.to(self.device)
                 return averaged_weights(upsampler.model, image, features, (self.size, self.size))
 
         cache = self.cache if self.keep_attention and view.is_seen_again else TensorCache(None)
@@ -149,8 +181,8 @@ class Source:
 
     def example(self, sample: Item, view: View = _AS_IT_IS) -> Example:
         """What a step needs of an image, on the device."""
-        features = self.features(sample, view)
-        size, grid = (self.size, self.size), (features.shape[2], features.shape[3])
+        probed = self.encoded(sample, view).probed
+        size, grid = (self.size, self.size), (probed.shape[2], probed.shape[3])
 
         def fixed_weights(upsampler: Upsampler) -> FixedWeights:
             if isinstance(upsampler, Interpolation):
@@ -159,17 +191,17 @@ class Source:
             return AttentionWeights(tile(upsampler.model.window, size, grid), weights)
 
         weights = {upsampler.name: fixed_weights(upsampler) for upsampler in self.upsamplers}
-        return Example(features.to(self.device), self.target(sample, view).to(self.device), weights)
+        return Example(probed.to(self.device), self.target(sample, view).to(self.device), weights)
 
     def make(self, sample: Item, view: View) -> None:
         """Put into the cache what is kept of an image."""
-        self.features(sample, view)
+        self.encoded(sample, view)
         for upsampler in self.learned if self.keep_attention else ():
             self.weights(upsampler, sample, view)
 
     def is_made(self, sample: Item, view: View) -> bool:
         """Whether the cache has all that is kept of an image."""
-        paths = [self.cache.path("features", self.described(sample, view))]
+        paths = [self.cache.path("features", self._describe_features(sample, view))]
         if self.keep_attention:
             described = [self._describe_attention(upsampler, sample, view) for upsampler in self.learned]
             paths += [self.cache.path("attention", description) for description in described]
@@ -177,10 +209,9 @@ class Source:
 
     def attention_bytes(self, samples: Sequence[Item], flips: bool) -> int:
         """Bytes of the attention weights that training on these samples would add to the cache."""
-        side = self.size // self.encoder.stride
         missing = 0
         for upsampler in self.learned:
-            each = tile(upsampler.model.window, (self.size, self.size), (side, side)).count * 2
+            each = tile(upsampler.model.window, (self.size, self.size), self.grid).count * 2
             for sample in samples:
                 for view in (_AS_IT_IS, View(mirrored=True)) if flips else (_AS_IT_IS,):
                     description = self._describe_attention(upsampler, sample, view)
@@ -188,7 +219,7 @@ class Source:
         return missing
 
     def described(self, sample: Item, view: View = _AS_IT_IS) -> dict[str, Any]:
-        """What features depend on, for a cache."""
+        """What an image and its features depend on, for a cache."""
         if sample not in self._images:
             self._images[sample] = {"photograph": sample.fingerprint(), **sample.variant()}
         return {
@@ -196,7 +227,11 @@ class Source:
             "encoder": self.encoder_digest,
             "short_side": self.size,
             "mirrored": view.mirrored,
+            **({} if self.encoder_size == self.size else {"encoder_size": self.encoder_size}),
         }
+
+    def _describe_features(self, sample: Item, view: View) -> dict[str, Any]:
+        return self.described(sample, view) | ({"class_token": True} if self.class_token else {})
 
     def _describe_attention(self, upsampler: Learned, sample: Item, view: View) -> dict[str, Any]:
         model = {"model": self.model_digests[upsampler.name], "arguments": upsampler.model.config}
@@ -259,7 +294,7 @@ def train(
 
     Raises ValueError for a checkpoint of other settings, naming them.
     """
-    channels = int(source.features(samples[0]).shape[1])
+    channels = int(source.encoded(samples[0]).probed.shape[1])
     probes = Probes(source.methods, seeds, channels, source.task.outputs).to(source.device)
     optimizer = torch.optim.AdamW(
         probes.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
@@ -318,6 +353,8 @@ def _settings(source: Source, samples: Sequence[Item], recipe: Recipe, seeds: Se
         "methods": source.methods,
         "weights": source.model_digests,
         "size": source.size,
+        "encoder_size": source.encoder_size,
+        "class_token": source.class_token,
         **source.task.settings(),
         "images": [sample.name for sample in samples],
         "seeds": list(seeds),

@@ -72,10 +72,11 @@ class Evaluation:
         rate = Rate()
         with torch.inference_mode():
             for count, sample in enumerate(samples, 1):
-                features = source.features(sample).to(source.device)
+                encoded = source.encoded(sample)
+                features = encoded.features.to(source.device)
                 image = normalize_imagenet(source.image(sample)).to(source.device)
                 mask = source.target(sample)
-                low = probes(features)
+                low = probes(encoded.probed.to(source.device))
                 for index, upsampler in enumerate(source.upsamplers):
                     logits = upsampler(image, features, size, values=low[index][None])
                     scores.update(upsampler.name, logits[0].unflatten(0, (len(probes.seeds), -1)), mask)

@@ -63,22 +63,35 @@ Upsampler = Interpolation | Learned
 
 
 def make_upsamplers(
-    weights: Sequence[str], *, untrained: bool = False, device: torch.device, backend: str | None = None
+    weights: Sequence[str],
+    *,
+    untrained: bool = False,
+    window_ratios: Sequence[float] = (),
+    device: torch.device,
+    backend: str | None = None,
 ) -> list[Upsampler]:
     """Nearest, bilinear, then the model of each name or file for `anyup.load`, then (if asked for) an untrained one.
 
-    A file is called by its stem, or by its path where two have the same. Raises ValueError for the same weights twice.
+    A file is called by its stem, or by its path where two have the same. Each is there once with its own window, and
+    once with each of `window_ratios`. Raises ValueError for the same weights, or the same ratio, twice.
     """
-    repeated = sorted({source for source in weights if list(weights).count(source) > 1})
-    if repeated:
-        raise ValueError(f"weights: each once expected, got {', '.join(repeated)} more than once")
+    for argument, given in (("weights", list(weights)), ("window_ratio", [f"{ratio:g}" for ratio in window_ratios])):
+        if repeated := sorted({value for value in given if given.count(value) > 1}):
+            raise ValueError(f"{argument}: each once expected, got {', '.join(repeated)} more than once")
     short = [source if source in NAMED else Path(source).stem for source in weights]
     taken = {"nearest", REFERENCE, "untrained"}
     names = [
         name if short.count(name) == 1 and name not in taken else source
         for name, source in zip(short, weights, strict=True)
     ]
-    learned = [Learned(n, load(s, device=device, backend=backend)) for n, s in zip(names, weights, strict=True)]
+    learned = [
+        Learned(
+            name if ratio is None else f"{name} (window {ratio:g})",
+            load(source, device=device, backend=backend, window_ratio=ratio),
+        )
+        for name, source in zip(names, weights, strict=True)
+        for ratio in (None, *window_ratios)
+    ]
     if untrained:
         from anyup.checkpoints import untrained_model
 

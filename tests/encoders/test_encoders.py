@@ -643,6 +643,35 @@ VISION = {
 TEXT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
 
 
+def test_a_class_token_comes_with_the_features_of_the_same_pass() -> None:
+    encoder = tiny_vit()
+    image = torch.randn(2, 3, 28, 42)
+    with torch.no_grad():
+        features, token = encoder.with_class_token(image)
+        assert torch.equal(features, encoder(image)) and token.shape == (2, features.shape[1])
+        assert torch.equal(token, encoder.tokens(image)[:, 0])
+
+
+@pytest.mark.parametrize("model", ["ViT", "Dinov2WithRegisters", "CLIPVision"])
+def test_a_class_token_of_transformers_is_the_first_of_its_tokens(model: str) -> None:
+    transformers = import_or_skip("transformers")
+    module = getattr(transformers, f"{model}Model")(getattr(transformers, f"{model}Config")(**VISION)).eval()
+    encoder = TransformersEncoder(module).eval()
+    image = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        features, token = encoder.with_class_token(image)
+        assert torch.equal(features, encoder(image))
+        assert torch.equal(token, module(pixel_values=image, **encoder.options).last_hidden_state[:, 0])
+
+
+def test_a_network_without_a_class_token_is_refused_by_its_name() -> None:
+    transformers = import_or_skip("transformers")
+    siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION))
+    for encoder in (TransformersEncoder(siglip, name="s"), MobileNetV2(name="s")):
+        with pytest.raises(ValueError, match="s: a network with a class token expected, got"):
+            encoder.with_class_token(torch.randn(1, 3, 32, 48))
+
+
 @pytest.mark.parametrize("model", ["ViT", "Dinov2WithRegisters", "ResNet", "ConvNext", "Swin", "CLIP", "Siglip"])
 def test_transformers_models_give_maps_at_other_sizes_than_the_trained_one(model: str) -> None:
     transformers = import_or_skip("transformers")

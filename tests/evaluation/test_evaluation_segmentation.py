@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import anyup.encoders
 from anyup import checkpoints
 from anyup.cli import command as cli
+from anyup.encoders import MobileNetV2
 from anyup.evaluation import datasets, probing
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, NearestWeights, averaged_weights, tile
 from anyup.evaluation.cache import TensorCache
@@ -34,7 +35,7 @@ from anyup.evaluation.probe import Example, Probes, Recipe, View, losses
 from anyup.evaluation.probe import train_step as step_of
 from anyup.evaluation.segmentation import Segmentation
 from anyup.evaluation.upsamplers import Interpolation, Learned
-from anyup.images import read_photo, save_picture
+from anyup.images import read_photo, resize, save_picture
 from anyup.model import AnyUp
 from anyup.ops.window_attention.reference import window_mask
 from anyup.training import reporting
@@ -743,9 +744,33 @@ def test_the_cache_tells_an_image_that_is_turned_from_the_same_as_stored(data: P
     sample, _ = turned_pair(data, (24, 24), 6, (24, 24), None)
     as_stored = replace(sample, as_stored=True)
     cached, fresh = make_source(TensorCache(tmp_path / "cache")), make_source()
-    assert not torch.equal(fresh.features(sample), fresh.features(as_stored))
+    assert not torch.equal(fresh.encoded(sample).features, fresh.encoded(as_stored).features)
     for each in (sample, as_stored, sample):
-        assert torch.equal(cached.features(each), fresh.features(each))
+        assert torch.equal(cached.encoded(each).features, fresh.encoded(each).features)
+
+
+def test_probes_see_the_class_token_beside_the_features_of_a_smaller_image(data: Path, tmp_path: Path) -> None:
+    whole = make_source(TensorCache(tmp_path / "cache"))
+    source = replace(whole, encoder_size=12, class_token=True)
+    sample = load_split(data, LAYOUTS["camvid"], "train")[0]
+    of_whole = whole.encoded(sample)
+    small = resize(source.image(sample), (12, 12))
+    features = source.encoder(source.encoder.normalize(small))
+    token = features.mean(dim=(2, 3), keepdim=True)
+    for _ in range(2):  # made, then from the cache
+        encoded = source.encoded(sample)
+        assert torch.equal(encoded.features, features)
+        assert torch.allclose(encoded.probed, torch.cat([features, token.expand_as(features)], dim=1))
+    assert torch.equal(whole.encoded(sample).features, of_whole.features) and of_whole.features.shape[2:] == (6, 6)
+    bilinear = source.example(sample).weights["bilinear"]
+    carried = bilinear.whole(bilinear.logits(encoded.probed[0]))
+    assert torch.allclose(carried, F.interpolate(encoded.probed, (24, 24), mode="bilinear")[0], atol=1e-5)
+
+
+def test_an_encoder_without_a_class_token_is_refused_before_any_image() -> None:
+    encoder = MobileNetV2(6, name="net")
+    with pytest.raises(ValueError, match="net: a network with a class token expected, got MobileNetV2"):
+        replace(make_source(), encoder=encoder, class_token=True)
 
 
 def test_a_mirrored_example_mirrors_image_and_mask_alike(data: Path) -> None:
@@ -754,7 +779,7 @@ def test_a_mirrored_example_mirrors_image_and_mask_alike(data: Path) -> None:
     assert torch.equal(source.target(sample, view), source.target(sample).flip(1))
     mirrored = source.image(sample).flip(3)
     assert torch.equal(source.image(sample, view), mirrored)
-    assert torch.equal(source.features(sample, view), make_encoder(4)(source.encoder.normalize(mirrored)))
+    assert torch.equal(source.encoded(sample, view).features, make_encoder(4)(source.encoder.normalize(mirrored)))
     assert not torch.equal(source.target(sample), source.target(sample).flip(1))
 
 
@@ -825,6 +850,24 @@ def test_the_command_trains_tests_and_writes(data: Path, capsys: pytest.CaptureF
     assert json.loads(Path("out.json").read_text())["results"] == results["results"]
 
 
+def test_the_command_measures_other_windows_a_smaller_image_and_the_class_token(data: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    arguments = ["evaluate", "segmentation", "--data", str(data), "--layout", "camvid", "--encoder", "tiny"]
+    arguments += ["--size", "24", "--epochs", "2", "--seeds", "1", "--weights", "anyup_mini"]
+    more = ["--encoder-size", "12", "--class-token", "--window-ratio", "0.3", "--window-ratio", "1"]
+    assert cli.main([*arguments, *more, "-o", "out.json"]) == 0
+    results = json.loads(Path("out.json").read_text())
+    assert (results["size"], results["encoder_size"], results["class_token"]) == (24, 12, True)
+    windows = {
+        name: method["arguments"]["window_ratio"]
+        for name, method in results["methods"].items()
+        if "arguments" in method
+    }
+    assert windows == {"anyup_mini": 0.1, "anyup_mini (window 0.3)": 0.3, "anyup_mini (window 1)": 1}
+    assert len({str(results["losses"][-1][name]) for name in windows}) == 3
+    assert cli.main([*arguments, "-o", "out.json", "--resume"]) == 1  # of other settings
+
+
 def test_whatever_values_the_classes_have_in_masks_the_result_is_the_same(data: Path) -> None:
     pytest.importorskip("torchmetrics")
     for kind, of_kind in (("images", ""), ("masks", "annot")):
@@ -864,6 +907,9 @@ def test_whatever_values_the_classes_have_in_masks_the_result_is_the_same(data: 
         (["--layout", "folders", "--classes", "2", "--first-class", "99999999999"], "--first-class"),
         (["--layout", "folders", "--classes", "2", "--void", "1"], "void"),
         (["--size", "22"], "stride of 4"),
+        (["--encoder-size", "22"], "encoder_size: a multiple of tiny's stride of 4"),
+        (["--window-ratio", "0"], "--window-ratio"),
+        (["--weights", "anyup_mini", "--window-ratio", "0.2", "--window-ratio", "0.20"], "each once expected, got 0.2"),
         (["--test-split", "nowhere"], "one is missing"),
         (["--schedule", "linear"], "--schedule"),
         (["--attention", "keep"], "goes with --cache"),

@@ -24,6 +24,11 @@ class TinyEncoder(Encoder):
         cells: Tensor = self.convolution(image)
         return cells + cells.square()
 
+    def tokens(self, image: Tensor) -> Tensor:
+        """See `Encoder.tokens`: the class token is the cells' mean."""
+        patches = self.features(image).flatten(2).mT
+        return torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1)
+
 
 def make_encoder(stride: int = 4, channels: int = 6, name: str = "tiny") -> TinyEncoder:
     """The encoder as `load_encoder` gives one: frozen, in eval mode."""
