@@ -196,7 +196,7 @@ def losses(fixed_weights: FixedWeights, logits: Tensor, labels: Tensor, seeds: i
 
 @dataclass(frozen=True)
 class Example:
-    """What training needs of one image: what probes see (1, C, h, w), target (..., H, W), and weights of each method."""
+    """What training needs of one image: what probes see (1, C, h, w), target (..., H, W), weights of each method."""
 
     features: Tensor
     target: Tensor
