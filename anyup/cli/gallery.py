@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Write one page that needs no other file and no network, about 0.2 MB a photograph: the photograph, the features that
 an encoder gives of it, bilinear interpolation and AnyUp to wipe between, and where a clicked pixel looks. A text file
 beside a photograph, of the same name and .txt, is shown with it: its source and licence, say. Photographs that cannot
-be read are reported and left out.
+be shown are reported and left out; the exit status is 1 then.
 """
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the page; raises ValueError where no photograph can be shown."""
+    """Write the page; raises ValueError at the end where a photograph cannot be shown."""
     from anyup.cli.upsample_inputs import load_model, load_named_encoder
     from anyup.devices import choose_device
     from anyup.gallery.page import make_section, write_page
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments, device, progress)
     encoder = load_named_encoder(arguments, device, progress)
     sections: list[str] = []
+    left_out: list[str] = []
     for path in paths:
         credit = path.with_suffix(".txt")
         try:
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
                 )
         except (ValueError, OSError) as error:
             progress.note(f"left out: {error}")
+            left_out.append(path.relative_to(arguments.folder).as_posix())
         else:
             sections.append(section)
     if not sections:
@@ -77,3 +79,5 @@ def run(arguments: argparse.Namespace) -> None:
     weights = "untrained weights" if arguments.untrained else f"weights {arguments.weights}"
     write_page(output, sections, f"Features of {encoder.name}, upsampled by anyup with {weights}.")
     print(output)
+    if left_out:
+        raise ValueError(f"folder {arguments.folder}: {len(left_out)} of {len(paths)} left out: {', '.join(left_out)}")

@@ -86,17 +86,21 @@ def _pictures(arguments: argparse.Namespace) -> None:
     reporter, device, upsamplers = _start(arguments)
     encoders = _load_encoders(arguments.encoder, device)
     shown = [upsampler for upsampler in upsamplers if upsampler.name != "nearest"]  # it is the picture of the features
-    written = pictures.run(photographs, encoders, shown, folder, side=arguments.side, device=device, reporter=reporter)
+    settings: dict[str, Any] = {"side": arguments.side, "device": device, "reporter": reporter}
+    written, left_out = pictures.run(photographs, encoders, shown, folder, **settings)
     results = {
         "evaluation": "pictures",
         "side": arguments.side,
         "methods": _describe(shown),
         "made_with": surroundings(device),
         "pictures": written,
+        "left_out": left_out,
     }
     write_json(folder / "index.json", results)
     for entry in written:
         print(folder / entry["picture"])
+    if left_out:
+        raise ValueError(f"photographs: {len(left_out)} of {len(photographs)} left out: {', '.join(left_out)}")
 
 
 def _probes(arguments: argparse.Namespace) -> None:

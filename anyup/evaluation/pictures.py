@@ -69,12 +69,14 @@ def run(
     side: int,
     device: torch.device,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
-    """One picture for each photograph and encoder; what was written, and of what.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One picture for each photograph and encoder: what was written and of what, and the photographs left out.
 
-    A photograph that cannot be read is reported and left out; ValueError where no picture is drawn.
+    A photograph that cannot be read, or that an encoder refuses, is reported and left out; ValueError where no picture
+    is drawn.
     """
-    written = []
+    written: list[dict[str, Any]] = []
+    left_out: dict[str, None] = {}
     total = len(photographs) * len(encoders)
     taken: set[str] = set()
     for name, path in photographs.items():
@@ -82,6 +84,7 @@ def run(
             photo = read_photo(path)
         except (ValueError, OSError) as error:
             reporter.note(f"left out: {error}")
+            left_out[name] = None
             continue
         for encoder in encoders:
             picture = folder / _file_name(name, encoder.name, taken)
@@ -89,9 +92,10 @@ def run(
                 draw(photo, encoder, upsamplers, picture, side=side, device=device)
             except ValueError as error:
                 reporter.note(f"left out: {name}, {encoder.name}: {error}")
+                left_out[name] = None
                 continue
             written.append({"picture": picture.name, "photograph": name, "encoder": encoder.name})
             reporter.tick(f"{len(written)} of {total} pictures", last=len(written) == total)
     if not written:
         raise ValueError("photographs: none could be used")
-    return written
+    return written, list(left_out)

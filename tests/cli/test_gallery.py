@@ -183,13 +183,16 @@ def test_the_command_shows_what_can_be_read_with_its_credit(
     (folder / "broken.jpg").write_bytes(b"no picture")
     output = tmp_path / "gallery.html"
     command = ["gallery", str(folder), "--size", "32", "--untrained", "-o", str(output)]
-    assert cli.main(command) == 0
+    assert cli.main(command) == 1
     told = capsys.readouterr()
-    assert told.out.strip() == str(output) and "left out: " in told.err and "broken.jpg" in told.err
+    assert told.out.strip() == str(output) and f"left out: {folder / 'broken.jpg'}: " in told.err
+    assert told.err.splitlines()[-1] == f"anyup: error: folder {folder}: 1 of 3 left out: broken.jpg"
     page = Page(output.read_text(encoding="utf-8"))
     assert page.texts["h2"] == ["two", "one"] and "by me, CC0" in page.texts["p"]
     assert "Features of tiny, upsampled by anyup with untrained weights." in page.texts["p"]
 
+    (folder / "broken.jpg").unlink()
+    assert cli.main(command) == 0
     for name in ("one.png", "more/two.png"):
         (folder / name).write_bytes(b"no picture")
     before = output.read_bytes()

@@ -402,6 +402,13 @@ def test_pictures_are_written_for_each_photograph_and_encoder(
 def test_a_broken_photograph_is_told_of_once_by_pictures_and_none_at_all_is_an_error(
     photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    arguments = ["evaluate", "pictures", "--photographs", str(photographs), "--every", "0", "-o", "some"]
+    assert cli.main([*arguments, "--encoder", "tiny8", "--side", "64", "--untrained"]) == 1
+    told = capsys.readouterr()
+    index = json.loads(Path("some/index.json").read_text())
+    assert index["left_out"] == ["broken.png", "pipe.png"] and len(told.out.split()) == len(index["pictures"]) > 1
+    total = len(index["pictures"]) + 2
+    assert told.err.splitlines()[-1] == f"anyup: error: photographs: 2 of {total} left out: broken.png, pipe.png"
     for path in photographs.glob("?.png"):
         path.write_bytes(b"broken too")
     (photographs / "small.png").unlink()
