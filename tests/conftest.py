@@ -47,6 +47,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # more of them would wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first: at the end it would keep one process, and the others would have nothing to do."""
+    items.sort(key=lambda item: item.path.name != "test_device_under_ttsem.py")
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say what was left out, and how it runs."""
     if config.option.markexpr == "not slow":

@@ -55,6 +55,7 @@ def assert_one_graph(model: AnyUp, compiler: str) -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -106,6 +107,7 @@ def test_one_graph_in_inductor_serves_every_size_and_number_of_channels_forward_
         assert error <= 1e-3 * expected[name].abs().max(), name
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_under_autocast() -> None:
     eager = model()
     compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -137,6 +139,7 @@ print("torch._dynamo" in sys.modules)
     assert run_python(code, cwd=tmp_path, path=(ROOT,)).strip() == "False"
 
 
+@pytest.mark.slow
 def test_an_exported_program_runs_where_anyup_alone_is_imported(tmp_path: Path) -> None:
     upsampler, (image, features) = model(), inputs((12, 10), (4, 3))
     with torch.no_grad():

@@ -79,6 +79,7 @@ def test_a_window_ratio_that_was_set_is_saved(tmp_path: Path, image: Tensor, fea
     assert again.window_ratio == 0.3 and torch.equal(again(image, features), model(image, features))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_follows_the_window(image: Tensor, features: Tensor) -> None:
     model = small()

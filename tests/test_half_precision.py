@@ -24,6 +24,7 @@ def initial_weights() -> AnyUp:
 
 
 WEIGHTS = {"wave": wave_weights, "initial": initial_weights}
+EACH_WEIGHTS = pytest.mark.parametrize("weights", ["wave", pytest.param("initial", marks=pytest.mark.slow)])
 
 
 def inputs(size: int = 224, grid: int = 16, channels: int = 384) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def relative_error(out: Tensor, weights: str) -> float:
     return ((out - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@EACH_WEIGHTS
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.02), (torch.float16, 0.003), (torch.float32, 2e-5)])
 def test_a_cast_model_is_as_exact_as_its_dtype_allows(dtype: torch.dtype, most: float, weights: str) -> None:
     with torch.no_grad():
@@ -51,7 +52,7 @@ def test_a_cast_model_is_as_exact_as_its_dtype_allows(dtype: torch.dtype, most: 
     assert relative_error(out, weights) < most
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@EACH_WEIGHTS
 def test_autocast_costs_no_more_than_a_cast_model(weights: str) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = WEIGHTS[weights]()(*inputs())
@@ -59,7 +60,7 @@ def test_autocast_costs_no_more_than_a_cast_model(weights: str) -> None:
     assert relative_error(out, weights) < 0.02
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@EACH_WEIGHTS
 @pytest.mark.parametrize(("dtype", "units"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)])
 def test_half_precision_obeys_the_error_rule(
     dtype: torch.dtype, units: bool, weights: str, monkeypatch: pytest.MonkeyPatch
@@ -76,7 +77,7 @@ def test_half_precision_obeys_the_error_rule(
     assert_close_enough(*outs)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@EACH_WEIGHTS
 def test_products_of_bfloat16_cost_little_of_its_accuracy(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outs = []
     for units in (True, False):

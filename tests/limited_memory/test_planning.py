@@ -65,8 +65,11 @@ KEPT = [
 
 
 @pytest.mark.parametrize("bands", KEPT, ids=str)
-@pytest.mark.parametrize("size", [None, (9, 13), (40, 34)], ids=str)
-@pytest.mark.parametrize("arguments", [{}, {"kernel_size": 3, "window": "cell"}], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [*(({}, size) for size in (None, (9, 13), (40, 34))), ({"kernel_size": 3, "window": "cell"}, (9, 13))],
+    ids=str,
+)
 def test_whatever_is_kept_the_result_is_the_plain_call_s(
     arguments: dict[str, Any], size: tuple[int, int] | None, bands: Bands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
