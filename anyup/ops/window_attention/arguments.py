@@ -121,8 +121,8 @@ def check_positions(rows: Tensor, columns: Tensor, count: int, size: tuple[int, 
     """Raise a ValueError or TypeError unless `rows` and `columns` are `count` pixels of an output of `size`."""
     for name, positions, length in (("rows", rows, size[0]), ("columns", columns, size[1])):
         check_dense(name, positions)
-        if positions.dtype != torch.int64 or positions.device.type != "cpu":
-            raise TypeError(f"{name}: expected int64 on the CPU, got {positions.dtype} on {positions.device}")
+        if positions.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64, got {positions.dtype}")
         if positions.shape != (count,):
             raise ValueError(f"{name}: expected a position for each of {count} queries, got {tuple(positions.shape)}")
         least, most = (int(positions.min()), int(positions.max())) if count else (0, 0)
