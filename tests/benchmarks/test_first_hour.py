@@ -90,7 +90,7 @@ def test_a_part_that_overruns_is_ended_with_all_that_it_started_and_keeps_what_i
     )
     begun = time.monotonic()
     # As long as Python takes to begin on a busy machine.
-    found = run(tmp_path, part("slow", stubborn, seconds=20.0), part("next", "print('here')"))
+    found = run(tmp_path, part("slow", stubborn, seconds=10.0), part("next", "print('here')"))
     assert [outcome.status for outcome in found] == ["out of time", "ok"] and not found[0].well
     assert time.monotonic() - begun < 300
     assert not alive(int(found[0].output))

@@ -90,22 +90,25 @@ def _together(found: dict[str, Tensor], exact: dict[str, Tensor], kind: str) -> 
 
 def test_a_stream_on_a_card_gives_what_the_plain_call_gives(wide_output: Tensor, launched: Counter[str]) -> None:
     upsampler = model("cuda", torch.float32).eval()
-    image, features = (tensor.to("cuda") for tensor in inputs())
+    image, features = (tensor[:1].to("cuda") for tensor in inputs())
     with torch.inference_mode():
         pieces = list(upsampler.stream(image, features, tile=(7, 18)))
     assert [(rows.start, rows.stop) for rows, _, _ in pieces] == [(0, 7), (7, 11)]
     # Statistics of four passes of three encoders, the encoded image for two of these and for each piece, the queries.
-    assert launched["pixel_encoder_pass, float32"] >= 12 * len(image)
-    # One for each image of each piece.
+    assert launched["pixel_encoder_pass, float32"] >= 12
+    # One for each piece.
     launched = of_attention(launched)
-    assert launched.total() == 2 * len(image) and all(name.startswith("forward ") for name in launched)
+    assert launched.total() == 2 and all(name.startswith("forward ") for name in launched)
     for rows, columns, piece in pieces:
-        assert (piece - wide_output[:, :, rows, columns]).abs().max() < 1e-4 * wide_output.abs().max()
+        assert (piece - wide_output[:1, :, rows, columns]).abs().max() < 1e-4 * wide_output.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "bands", [Bands(4, 3), Bands(4, 5, together=False, kept=8, kept_for_output=4)], ids=["nothing", "one map"]
+    ("bands", "dtype"),
+    [
+        pytest.param(Bands(4, 3), torch.float32, id="nothing"),
+        pytest.param(Bands(4, 5, together=False, kept=8, kept_for_output=4), torch.bfloat16, id="one map"),
+    ],
 )
 def test_bands_of_an_image_go_through_the_kernels(
     bands: Bands, dtype: torch.dtype, wide_output: Tensor, launched: Counter[str], monkeypatch: pytest.MonkeyPatch

@@ -91,8 +91,17 @@ def test_kernels_obey_the_error_rule(name: str, weights_live: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ["odd", "no window", "cell", "keys finer than pixels", "batch 2", "eight heads"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("odd", torch.float16),
+        ("no window", torch.float32),
+        ("cell", torch.float16),
+        ("keys finer than pixels", torch.float32),
+        ("batch 2", torch.float32),
+        ("eight heads", torch.float16),
+    ],
+)
 def test_all_ways_obey_the_error_rule_in_both_dtypes(name: str, dtype: torch.dtype, weights_live: str) -> None:
     shape = KERNEL_SHAPES[name]
     assert_backend_accurate_over_draws(
