@@ -62,7 +62,11 @@ class Frame(ABC):
 
 @dataclass(frozen=True)
 class FileFrame(Frame):
-    """A frame in files of its own. The image's orientation tag is followed where that makes its size the depth's."""
+    """A frame in files of its own.
+
+    The image is as its file stores it where its size is so the map's, else turned by its orientation tag: as an image
+    beside a mask without a tag (`datasets.Sample`).
+    """
 
     image: Path
     depth_file: Path | None
@@ -76,7 +80,7 @@ class FileFrame(Frame):
 
     def _as_stored(self) -> bool:
         stored = read_picture(self.image)
-        return stored.turned_size != stored.pixels.size and self._size() == stored.pixels.size
+        return (stored.orientation or 1) > 1 and self._size() == stored.pixels.size
 
     def _size(self) -> tuple[int, int]:
         """(width, height) of what is known of the geometry."""

@@ -480,9 +480,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("suffix", ["npy", "zarr"])
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("SIGKILL", "npy"), ("SIGINT", "npy"), ("SIGTERM", "npy"), ("SIGHUP", "npy"), ("SIGKILL", "zarr")],
+)
 def test_a_killed_run_is_completed_to_the_same_bytes(kind: str, suffix: str) -> None:
     if suffix == "zarr":
         pytest.importorskip("zarr")

@@ -101,14 +101,20 @@ def test_a_depth_map_of_8_bits_is_refused(tmp_path: Path) -> None:
         frame.depth()
 
 
-@pytest.mark.parametrize(("shape", "as_stored"), [((24, 30), True), ((30, 24), False)])
-def test_an_image_is_turned_only_where_its_depth_is(tmp_path: Path, shape: tuple[int, int], as_stored: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "orientation", "as_stored"),
+    [((24, 30), 6, True), ((30, 24), 6, False), ((24, 30), 3, True), ((24, 30), 1, False)],
+)
+def test_an_image_is_turned_only_where_its_depth_is(
+    tmp_path: Path, shape: tuple[int, int], orientation: int, as_stored: bool
+) -> None:
+    """A half turn leaves the size: the image is taken as stored then, as beside a mask without a tag."""
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     pixels = write_image(tmp_path / "images/train/x.png", exif=exif)
     write_depth(tmp_path / "depth/train/x.png", np.ones(shape) * 1000)
     (frame,) = load(tmp_path, "folders", "train")
-    seen = pixels if as_stored else np.rot90(pixels, -1)
+    seen = pixels if as_stored or orientation == 1 else np.rot90(pixels, -1)
     assert torch.equal(frame.photo()[0], torch.from_numpy(seen.copy()).permute(2, 0, 1) / 255)
     assert frame.variant() == ({"as_stored": True} if as_stored else {})  # features of the one are not the other's
 
