@@ -30,7 +30,6 @@ _OPTIONAL = (
     ("av", "av", "upsample the frames of a video"),
     ("h5py", "h5py", 'encoder "squeezenet1_1", --layout nyuv2'),
     ("scipy", "scipy", "--layout nyuv2"),
-    ("torchmetrics", "torchmetrics", "evaluate segmentation"),
     ("accelerate", "accelerate", "training in several processes"),
     ("tensorboard", "tensorboard", "the curves of a training"),
     ("timm", "timm", 'encoders "timm/<model>"'),

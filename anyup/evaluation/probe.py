@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from anyup.evaluation.attention_weights import FixedWeights
 from anyup.evaluation.datasets import VOID
 from anyup.images import to_pil, to_rgb01
-from anyup.installing import pip_install
 from anyup.training.randomness import Key, drawer
 
 SCHEDULES = ("epochs", "iterations", "published", "warm-up")
@@ -251,38 +250,29 @@ def train_step(
     return torch.stack(total)
 
 
-class Scores:
-    """Mean intersection over union and pixel accuracy over a whole set, for each method and seed (torchmetrics)."""
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of an image's logits (seeds, classes, H, W) and labels (H, W) with VOID: pixels of each true and predicted class.
 
-    def __init__(self, methods: Sequence[str], seeds: Sequence[int], classes: int) -> None:
-        try:
-            from torchmetrics import MetricCollection
-            from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
-        except ImportError as error:
-            raise ImportError(f"measuring segmentation needs torchmetrics: {pip_install('torchmetrics')}") from error
+    (seeds, classes, classes) int64, on the CPU.
+    """
+    classes = logits.shape[1]
+    known = labels.cpu() != VOID
+    true = labels.cpu()[known].long() * classes
+    predicted = logits.argmax(dim=1).cpu()[:, known]
+    counts = [torch.bincount(true + of_seed, minlength=classes**2) for of_seed in predicted]
+    return torch.stack(counts).view(-1, classes, classes)
 
-        def metrics() -> Any:
-            arguments: dict[str, Any] = {"num_classes": classes, "ignore_index": VOID, "validate_args": False}
-            return MetricCollection(
-                {
-                    "miou": MulticlassJaccardIndex(average="macro", **arguments),
-                    "iou": MulticlassJaccardIndex(average="none", **arguments),
-                    "accuracy": MulticlassAccuracy(average="micro", **arguments),
-                }
-            )
 
-        self._metrics = {method: [metrics() for _ in seeds] for method in methods}
+def scores(counts: Tensor) -> dict[str, Any]:
+    """{"miou", "iou", "accuracy"} in 0..1 of the pixels (classes, classes) of each true and predicted class.
 
-    def update(self, method: str, logits: Tensor, labels: Tensor) -> None:
-        """Count one image: logits (seeds, classes, H, W), labels (H, W) with VOID."""
-        predicted = logits.argmax(dim=1).cpu()
-        for of_seed, metric in zip(predicted, self._metrics[method], strict=True):
-            metric.update(of_seed[None], labels[None].long())
-
-    def compute(self) -> dict[str, list[dict[str, Any]]]:
-        """{method: [{"miou", "accuracy", "iou": [of each class]} for each seed]}, in 0..1."""
-        results: dict[str, list[dict[str, Any]]] = {}
-        for method, of_seeds in self._metrics.items():
-            computed = [metric.compute() for metric in of_seeds]
-            results[method] = [{name: value.tolist() for name, value in values.items()} for values in computed]
-        return results
+    "iou" is each class's, 0 where the class is neither true nor predicted anywhere; the mean is over the others.
+    """
+    right = counts.diagonal().double()
+    union = counts.sum(dim=0) + counts.sum(dim=1) - right
+    iou = right / union.clamp(min=1)
+    return {
+        "miou": iou[union > 0].mean().item(),
+        "iou": iou.tolist(),
+        "accuracy": (right.sum() / counts.sum()).item(),
+    }

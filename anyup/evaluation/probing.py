@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +31,7 @@ from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import square_image
 from anyup.evaluation.probe import Example, Objective, Probes, Recipe, View, train_step
 from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
-from anyup.fingerprint import module_fingerprint
+from anyup.fingerprint import module_fingerprint, tensor_fingerprint
 from anyup.images import complete_or_absent, normalize_imagenet, resize
 from anyup.progress import human_bytes
 from anyup.tensor_files import read_torch
@@ -375,3 +376,35 @@ def _read_checkpoint(path: str | os.PathLike[str], settings: Mapping[str, Any]) 
     if other := sorted(name for name in settings if stored.get(name) != settings[name]):
         raise ValueError(f"{path}: a checkpoint of the same settings expected, got others for: {', '.join(other)}")
     return state
+
+
+def sum_over(
+    source: Source,
+    samples: Sequence[Item],
+    probes: Probes,
+    kind: str,
+    measure: Callable[[Any], Tensor],
+    reporter: Reporter,
+) -> Tensor:
+    """The sum over a split of what `measure` makes of a sample (of one `kind`) with these probes.
+
+    What is made of a sample is kept in the cache, so that a test that was interrupted goes on.
+    """
+    of_all = {
+        "task": source.task.settings(),
+        "probes": module_fingerprint(probes),
+        "methods": source.methods,
+        "models": source.model_digests,
+    }
+    rate = Rate()
+    total = torch.zeros(())
+    for count, sample in enumerate(samples, 1):
+        if source.cache.folder is None:  # a description reads the target
+            made = measure(sample)
+        else:
+            target = {"target": tensor_fingerprint(source.target(sample))}
+            made = source.cache.get(kind, source.described(sample) | target | of_all, partial(measure, sample))
+        total = made if count == 1 else total + made
+        left = rate.count_of(count, len(samples))
+        reporter.tick(f"testing: {count} of {len(samples)} images{left}", last=count == len(samples))
+    return total

@@ -7,7 +7,6 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from anyup.evaluation.datasets import square_map
 from anyup.evaluation.depth_datasets import Frame
 from anyup.evaluation.normals import Camera
 from anyup.evaluation.probe import Probes
-from anyup.evaluation.probing import Source
+from anyup.evaluation.probing import Source, sum_over
 from anyup.evaluation.report import spread, table
-from anyup.fingerprint import module_fingerprint, tensor_fingerprint
+from anyup.fingerprint import tensor_fingerprint
 from anyup.options import UsageError
-from anyup.training.reporting import Rate, Reporter
+from anyup.training.reporting import Reporter
 
 
 class Regression(ABC):
@@ -254,29 +253,15 @@ class Evaluation:
         """Of each method: mean and spread over the seeds of each metric, its mean over the frames, and the seeds
         themselves.
 
-        As in training, what is carried are the probes' outputs, by the same weights. A frame's metrics are kept in the
-        cache, so that a test that was interrupted goes on.
+        As in training, what is carried are the probes' outputs, by the same weights. See `probing.sum_over` for a test
+        that was interrupted.
         """
         source = replace(source, keep_attention=False)
-        of_all = {
-            "task": self.task.settings(),
-            "probes": module_fingerprint(probes),
-            "methods": source.methods,
-            "models": source.model_digests,
-        }
         names = self.task.metric_names
-        total = torch.zeros(len(source.methods), len(probes.seeds), len(names), dtype=torch.float64)
-        rate = Rate()
         with torch.no_grad():
-            for count, frame in enumerate(samples, 1):
-                make = partial(self._metrics, source, frame, probes)
-                if source.cache.folder is None:  # a description reads the target
-                    total += make()
-                else:
-                    target = {"target": tensor_fingerprint(source.target(frame))}
-                    total += source.cache.get("metrics", source.described(frame) | target | of_all, make)
-                left = rate.count_of(count, len(samples))
-                reporter.tick(f"testing: {count} of {len(samples)} frames{left}", last=count == len(samples))
+            total = sum_over(
+                source, samples, probes, "metrics", lambda frame: self._metrics(source, frame, probes), reporter
+            )
         results = {}
         for method, means in zip(source.methods, (total / len(samples)).tolist(), strict=True):
             of_seeds = [dict(zip(names, of_seed, strict=True)) for of_seed in means]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from anyup.evaluation.attention_weights import FixedWeights
 from anyup.evaluation.datasets import VOID, Labels, Sample, check_split, read_mask
-from anyup.evaluation.probe import Probes, Scores, losses
-from anyup.evaluation.probing import Source
+from anyup.evaluation.probe import Probes, confusion, losses, scores
+from anyup.evaluation.probing import Source, sum_over
 from anyup.evaluation.report import spread, table
 from anyup.images import normalize_imagenet
-from anyup.training.reporting import Rate, Reporter
+from anyup.training.reporting import Reporter
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,10 @@ class Segmentation:
 
 
 class Evaluation:
-    """See `probing.Evaluation`; ImportError where torchmetrics is missing, now and not after hours."""
+    """See `probing.Evaluation`."""
 
     def __init__(self, labels: Labels) -> None:
         self.task = Segmentation(labels)
-        Scores([], [], labels.classes)
 
     def check(self, samples: Sequence[Sample], size: int, split: str, reporter: Reporter) -> list[Sample]:
         """See `datasets.check_split`."""
@@ -65,31 +64,18 @@ class Evaluation:
     def test(self, source: Source, samples: Sequence[Sample], probes: Probes, reporter: Reporter) -> dict[str, Any]:
         """Of each method: mean and spread over the seeds, and the seeds themselves.
 
-        The upsamplers run as a user would run them.
+        The upsamplers run as a user would run them. See `probing.sum_over` for a test that was interrupted.
         """
-        scores = Scores(source.methods, probes.seeds, self.task.outputs)
-        size = (source.size, source.size)
-        rate = Rate()
         with torch.inference_mode():
-            for count, sample in enumerate(samples, 1):
-                encoded = source.encoded(sample)
-                features = encoded.features.to(source.device)
-                image = normalize_imagenet(source.image(sample)).to(source.device)
-                mask = source.target(sample)
-                low = probes(encoded.probed.to(source.device))
-                for index, upsampler in enumerate(source.upsamplers):
-                    logits = upsampler(image, features, size, values=low[index][None])
-                    scores.update(upsampler.name, logits[0].unflatten(0, (len(probes.seeds), -1)), mask)
-                left = rate.count_of(count, len(samples))
-                reporter.tick(f"testing: {count} of {len(samples)} images{left}", last=count == len(samples))
-        return {
-            method: {
-                "miou": spread([s["miou"] for s in of_seeds]),
-                "accuracy": spread([s["accuracy"] for s in of_seeds]),
-                "seeds": list(of_seeds),
-            }
-            for method, of_seeds in scores.compute().items()
-        }
+            counts = sum_over(
+                source, samples, probes, "confusion", lambda sample: self._confusion(source, sample, probes), reporter
+            )
+        results: dict[str, dict[str, Any]] = {}
+        for method, of_method in zip(source.methods, counts, strict=True):
+            seeds = [scores(of_seed) for of_seed in of_method]
+            results[method] = {name: spread([seed[name] for seed in seeds]) for name in ("miou", "accuracy")}
+            results[method]["seeds"] = seeds
+        return results
 
     def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
         """The results, with the losses of the last epoch; percent."""
@@ -101,3 +87,16 @@ class Evaluation:
             last = spread(history[-1][method])
             rows.append([method, *cells, f"{last['mean']:.4f}"])
         return table(["method", "mIoU, %", "pixel accuracy, %", "training loss"], rows)
+
+    def _confusion(self, source: Source, sample: Sample, probes: Probes) -> Tensor:
+        """(methods, seeds, classes, classes) of an image."""
+        encoded, size = source.encoded(sample), (source.size, source.size)
+        features = encoded.features.to(source.device)
+        image = normalize_imagenet(source.image(sample)).to(source.device)
+        low, mask = probes(encoded.probed.to(source.device)), source.target(sample)
+        # The carried logits of one method alive at a time.
+        counts = []
+        for index, upsampler in enumerate(source.upsamplers):
+            logits = upsampler(image, features, size, values=low[index][None])[0]
+            counts.append(confusion(logits.unflatten(0, (len(probes.seeds), -1)), mask))
+        return torch.stack(counts)

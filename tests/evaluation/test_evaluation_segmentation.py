@@ -31,7 +31,7 @@ from anyup.evaluation import datasets, probing
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, NearestWeights, averaged_weights, tile
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_mask, square_image
-from anyup.evaluation.probe import Example, Probes, Recipe, View, losses
+from anyup.evaluation.probe import Example, Probes, Recipe, View, confusion, losses, scores
 from anyup.evaluation.probe import train_step as step_of
 from anyup.evaluation.segmentation import Segmentation
 from anyup.evaluation.upsamplers import Interpolation, Learned
@@ -807,25 +807,65 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(data: Path, tmp_path:
 
 
 def test_scores_are_those_of_predictions_over_the_whole_set() -> None:
-    pytest.importorskip("torchmetrics")
-    from anyup.evaluation.probe import Scores
-
-    scores = Scores(["nearest"], [0, 1], 3)
     # Predicted 0 0 1 1 and 2 2, true 0 1 1 void and 2 0: counted over both images together.
+    counts = torch.zeros(2, 3, 3, dtype=torch.int64)
     for predicted, true in (([0, 0, 1, 1], [0, 1, 1, VOID]), ([2, 2], [2, 0])):
         right = F.one_hot(torch.tensor([predicted]), 3).permute(2, 0, 1).float()
         always_two = torch.zeros_like(right)
         always_two[2] = 1
-        scores.update("nearest", torch.stack([right, always_two]), torch.tensor([true], dtype=torch.uint8))
-    good, bad = scores.compute()["nearest"]
+        counts += confusion(torch.stack([right, always_two]), torch.tensor([true], dtype=torch.uint8))
+    good, bad = map(scores, counts)
     assert good["accuracy"] == pytest.approx(3 / 5) and bad["accuracy"] == pytest.approx(1 / 5)
     assert good["iou"] == pytest.approx([1 / 3, 1 / 2, 1 / 2])
     assert good["miou"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
     assert bad["miou"] == pytest.approx((0 + 0 + 1 / 5) / 3)
 
 
+def test_scores_are_those_of_torchmetrics() -> None:
+    classification = pytest.importorskip("torchmetrics.classification")
+    generator = torch.Generator().manual_seed(0)
+    given: dict[str, Any] = {"num_classes": 7, "ignore_index": VOID}
+    theirs = {
+        "miou": classification.MulticlassJaccardIndex(average="macro", **given),
+        "iou": classification.MulticlassJaccardIndex(average="none", **given),
+        "accuracy": classification.MulticlassAccuracy(average="micro", **given),
+    }
+    counts = torch.zeros(7, 7, dtype=torch.int64)
+    for _ in range(3):
+        logits = torch.randn(1, 7, 20, 30, generator=generator)
+        logits[:, 5:] = -9  # 5 is true, 6 neither true nor predicted
+        labels = torch.randint(0, 6, (20, 30), generator=generator).masked_fill(logits[0, 0] > 1, VOID)
+        counts += confusion(logits, labels)[0]
+        for metric in theirs.values():
+            metric.update(logits.argmax(dim=1), labels[None])
+    for name, found in scores(counts).items():
+        assert found == pytest.approx(theirs[name].compute().tolist(), rel=1e-6), name
+
+
+def test_a_test_that_was_stopped_goes_on_after_the_images_it_measured(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["evaluate", "segmentation", "--data", str(data), "--layout", "camvid", "--encoder", "tiny"]
+    arguments += ["--size", "24", "--epochs", "1", "--seeds", "1", "-o", "out.json"]
+    measured = []
+
+    def counting(logits: Tensor, labels: Tensor) -> Tensor:
+        measured.append(0)
+        if len(measured) == 4:  # two methods each of two images
+            raise KeyboardInterrupt
+        return confusion(logits, labels)
+
+    monkeypatch.setattr("anyup.evaluation.segmentation.confusion", counting)
+    assert cli.main([*arguments, "--cache", "cache"]) != 0 and not Path("out.json").exists()
+    assert cli.main([*arguments, "--cache", "cache", "--resume"]) == 0
+    assert len(measured) == 4 + 2
+    results = json.loads(Path("out.json").read_text())["results"]
+    assert cli.main([*arguments, "--resume"]) == 0  # without a cache all is measured again
+    assert len(measured) == 4 + 2 + 4
+    assert json.loads(Path("out.json").read_text())["results"] == results
+
+
 def test_the_command_trains_tests_and_writes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchmetrics")
     checkpoints.save(small_model(), "ours.pth")
     arguments = ["evaluate", "segmentation", "--data", str(data), "--layout", "camvid", "--encoder", "tiny"]
     arguments += ["--size", "24", "--epochs", "30", "--learning-rate", "0.1", "--seeds", "2", "--weights", "ours.pth"]
@@ -851,7 +891,6 @@ def test_the_command_trains_tests_and_writes(data: Path, capsys: pytest.CaptureF
 
 
 def test_the_command_measures_other_windows_a_smaller_image_and_the_class_token(data: Path) -> None:
-    pytest.importorskip("torchmetrics")
     arguments = ["evaluate", "segmentation", "--data", str(data), "--layout", "camvid", "--encoder", "tiny"]
     arguments += ["--size", "24", "--epochs", "2", "--seeds", "1", "--weights", "anyup_mini"]
     more = ["--encoder-size", "12", "--class-token", "--window-ratio", "0.3", "--window-ratio", "1"]
@@ -869,7 +908,6 @@ def test_the_command_measures_other_windows_a_smaller_image_and_the_class_token(
 
 
 def test_whatever_values_the_classes_have_in_masks_the_result_is_the_same(data: Path) -> None:
-    pytest.importorskip("torchmetrics")
     for kind, of_kind in (("images", ""), ("masks", "annot")):
         for split in ("train", "test"):
             (data / kind).mkdir(exist_ok=True)

@@ -409,8 +409,6 @@ def test_command_is_one_that_can_be_typed(words: list[str]) -> None:
 )
 def test_command_runs(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert words[0] == "anyup"
-    if "segmentation" in words:
-        pytest.importorskip("torchmetrics")
     if "video.mp4" in words:
         pytest.importorskip("av")
     if "zarr" in words:
