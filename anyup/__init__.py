@@ -25,7 +25,7 @@ _MODULES = {
     "with_head": "head",
     "plan": "limited_memory",
 }
-_SUBMODULES = ("encoders", "visualization")
+_SUBMODULES = ("encoders", "ray", "visualization")
 _OPERATIONS = ("feature_unification", "pixel_encoder", "query_projection", "window_attention")
 
 

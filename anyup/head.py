@@ -46,7 +46,7 @@ class WithHead(nn.Module):
         `image` may also be a context of `encode_image`. The other arguments are those of the upsampler's call.
         """
         self.upsampler.check(image, features, output_size=output_size, q_chunk_size=q_chunk_size)
-        logits = self._logits(features)
+        logits = self.logits(features)
         return self.upsampler(
             image, features, output_size, vis_attn, q_chunk_size, values=logits, max_memory=max_memory, out=out
         )
@@ -65,10 +65,13 @@ class WithHead(nn.Module):
         if "values" in settings:
             raise TypeError("values: the head's outputs are carried; call the upsampler's own stream for other values")
         self.upsampler.check(image, features, output_size=output_size)
-        return self.upsampler.stream(image, features, output_size, values=self._logits(features), **settings)
+        return self.upsampler.stream(image, features, output_size, values=self.logits(features), **settings)
 
-    def _logits(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, head's outputs, h, w)"""
+    def logits(self, features: Tensor) -> Tensor:
+        """The head's outputs on the features' grid: (B, C, h, w) -> (B, head's outputs, h, w), in the head's dtype.
+
+        Raises ValueError or TypeError for another number of channels, another device or dtype than the head's.
+        """
         channels = self.head.in_features if isinstance(self.head, nn.Linear) else self.head.in_channels
         if features.shape[1] != channels:
             raise ValueError(f"features: expected the head's {channels} channels, got shape {tuple(features.shape)}")

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
     "check_readable",
     "check_writable",
     "complete_or_absent",
+    "decode_photo",
     "fit_within",
     "normalize_imagenet",
     "picture_size",
@@ -118,17 +119,21 @@ def read_picture(path: str | os.PathLike[str]) -> StoredPicture:
     Raises FileNotFoundError or another OSError where there is no regular file that can be opened, and ValueError where
     it is not a picture or cannot be decoded.
     """
-    PIL = _pillow()
     path = check_readable(path)
     with path.open("rb") as file:
-        try:
-            with PIL.Image.open(file) as opened:
-                return _decode(opened)
-        except PIL.UnidentifiedImageError as error:
-            raise ValueError(f"{path}: not a picture in a format that Pillow {PIL.__version__} reads") from error
-        except Exception as error:  # the class of the error depends on the format of the file
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path}: the picture cannot be decoded ({reason})") from error
+        return _read_picture(file, path)
+
+
+def _read_picture(file: BinaryIO, name: str | os.PathLike[str]) -> StoredPicture:
+    PIL = _pillow()
+    try:
+        with PIL.Image.open(file) as opened:
+            return _decode(opened)
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a picture in a format that Pillow {PIL.__version__} reads") from error
+    except Exception as error:  # the class of the error depends on the format of the file
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name}: the picture cannot be decoded ({reason})") from error
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
@@ -185,6 +190,11 @@ def read_photo(path: str | os.PathLike[str], *, turned: bool = True) -> Tensor:
     """
     picture = read_picture(path)
     return to_rgb01(picture.turned() if turned else picture.pixels, path)
+
+
+def decode_photo(file: BinaryIO, name: str = "the photograph") -> Tensor:
+    """The photograph in an open file, as `read_photo` gives it; errors call it `name`."""
+    return to_rgb01(_read_picture(file, name).turned(), name)
 
 
 def to_rgb01(image: Image.Image, path: str | os.PathLike[str]) -> Tensor:

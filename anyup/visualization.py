@@ -171,8 +171,8 @@ def _first_map(feature_map: Tensor, index: int) -> Tensor:
     return (feature_map[0] if feature_map.dim() == 4 else feature_map).detach()
 
 
-def _principal_directions(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and up to three directions (k, C) of largest variance of points (C, N); float64, on the CPU.
+def principal_directions(points: Tensor, most: int = 3) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and up to `most` directions (k, C) of largest variance of points (C, N); float64, on the CPU.
 
     Directions without variance are left out, so k can be 0. Each direction points to where its largest
     entry is positive: the order and the signs of the eigenvectors do not depend on the machine or on the
@@ -197,7 +197,7 @@ def _principal_directions(points: Tensor) -> tuple[Tensor, Tensor]:
         variances, vectors = torch.linalg.eigh(centred.T @ centred)
         directions = (centred @ vectors).T
 
-    variances, directions = variances.flip(0)[:3], directions.flip(0)[:3]
+    variances, directions = variances.flip(0)[:most], directions.flip(0)[:most]
     rounding = torch.finfo(torch.float64).eps * count * mean.abs().max() ** 2
     directions = directions[(variances > _PCA_SMALLEST_SHARE * variances[0]) & (variances > rounding)]
     directions = F.normalize(directions, dim=1)
@@ -240,7 +240,7 @@ def pca_picture(*maps: Tensor, basis_from: int = 0) -> list[Tensor]:
     if not bool(torch.isfinite(basis).all()):
         raise ValueError(f"pca_picture: map {basis_from % len(maps)} holds a NaN or an infinity")
 
-    mean, directions = _principal_directions(basis.flatten(1))
+    mean, directions = principal_directions(basis.flatten(1))
     if not len(directions):
         return [torch.full((3, *m.shape[1:]), 0.5, device=m.device) for m in first]
 

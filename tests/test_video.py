@@ -15,7 +15,9 @@ from torch import Tensor
 
 import anyup
 from anyup.cli import command as cli
+from anyup.cli import upsample_many
 from anyup.images import normalize_imagenet, resize
+from anyup.training.distributed import Engine
 from anyup.video import Video
 
 av = pytest.importorskip("av")
@@ -84,6 +86,21 @@ def test_each_frame_is_upsampled(capsys: pytest.CaptureFixture[str]) -> None:
     Path("video.mp4").rename("other.mp4")
     assert upsample("-o", "out", "--size", "16", "--picture", "pictures", "--resume", video="other.mp4") == 1
     assert "begun with video video.mp4, now other.mp4" in capsys.readouterr().err
+
+
+def test_processes_share_the_frames() -> None:
+    write_video("video.mp4", frames=5)
+    shares = []
+    for rank in range(2):
+        with Video("video.mp4") as video:
+            frames = upsample_many.Frames(video)
+            assert len(frames.sizes()) == 5
+            engine = Engine(torch.device("cpu"))
+            engine.rank, engine.world = rank, 2
+            frames.share(engine, str)
+            shares.append([photograph.name for photograph in frames.read(lambda name, sha256: False)])
+            assert frames.count == len(shares[-1])
+    assert shares == [["000000", "000002", "000004"], ["000001", "000003"]]
 
 
 def test_what_comes_before_a_broken_place_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

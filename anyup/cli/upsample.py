@@ -48,7 +48,7 @@ OUT.part, which the same command completes with --resume.
 
 Of many photographs, or the frames of a video, each has a file in the folder OUT that is called like it, and a line in
 OUT/manifest.jsonl. One that cannot be read is reported and left out, and the exit status is 1. --resume goes on with
-what has no result.
+what has no result. Several processes share them: `torchrun --nproc-per-node 4 -m anyup upsample ...`.
 """
 
 _DTYPES = ("float16", "bfloat16", "float32")

@@ -1,7 +1,7 @@
 """`anyup upsample` for many photographs, or a video's frames: one model, for each a result and a line of the manifest.
 
 A photograph's result depends on nothing but the photograph and what is asked for, and is called like it. So a run goes
-on where an earlier one stopped, and a run may be shared by processes that take some of the photographs each.
+on where an earlier one stopped, and processes of torchrun or `accelerate launch` share the photographs of a run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from anyup.cli.upsample_inputs import (
     carried_by,
@@ -41,7 +41,11 @@ if TYPE_CHECKING:
     from anyup.encoders import Encoder
     from anyup.manifest import Manifest
     from anyup.model import AnyUp
+    from anyup.training.distributed import Engine
     from anyup.video import Video
+
+    Sizes: TypeAlias = Mapping[str, tuple[int, int]]
+    """Heights and widths of photographs, by name."""
 
 FORMATS = ("npy", "safetensors", "zarr")
 
@@ -78,18 +82,23 @@ class Source(Protocol):
     """Where photographs come from.
 
     Attributes:
-        count: how many there are; 0 where nobody knows.
         video: the name of the file, where they are frames.
     """
 
-    count: int
     video: str | None
+
+    @property
+    def count(self) -> int:
+        """How many there are, for this process; 0 where nobody knows."""
+
+    def sizes(self) -> Sizes:
+        """The sizes of all photographs, as far as the headers of the files give them."""
+
+    def share(self, engine: Engine, work: Callable[[str], Any]) -> None:
+        """Leave this process its share; the photographs are dealt out in the order of `work`, a sort key of names."""
 
     def read(self, is_done: IsDone) -> Iterator[Photograph]:
         """Each photograph, in the order of the names; without pixels where its result exists."""
-
-    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Names and sizes (height, width), as far as the headers of the files give them."""
 
 
 def are_many(paths: Sequence[str]) -> bool:
@@ -100,42 +109,59 @@ def are_many(paths: Sequence[str]) -> bool:
 def run(arguments: argparse.Namespace) -> None:
     """Run `anyup upsample` for many photographs: print the written folders on stdout and the progress on stderr.
 
-    Raises ValueError at the end where a photograph has no result.
+    Of several processes the first one finds the photographs, checks and locks the folders and reports for all. Raises
+    ValueError at the end, there, where a photograph has no result.
     """
     from anyup.devices import choose_device
     from anyup.manifest import NAME, Manifest
     from anyup.progress import Progress
     from anyup.run_lock import folder_for, only_run
+    from anyup.training import distributed
 
-    device = choose_device(arguments.device)
-    progress = Progress()
     folders = [Path(folder) for folder in (arguments.output, arguments.picture) if folder]
     manifest_path = folders[0] / NAME
     head = read_head(arguments.head) if arguments.head else None
     with ExitStack() as stack:
-        source = _find(arguments.photo, folders, stack)
-        _check_folders(folders, manifest_path, resume=arguments.resume)
-        for folder in folders:
-            stack.enter_context(folder_for(folder))
-        stack.enter_context(only_run(folders[0], progress.note))
+        engine = stack.enter_context(distributed.start(choose_device(arguments.device), gradients=False))
+        progress = Progress(None if engine.first else io.StringIO())
+        source = _find(arguments.photo, folders, stack, engine)
+        if engine.first:
+            _check_folders(folders, manifest_path, resume=arguments.resume)
+            for folder in folders:
+                stack.enter_context(folder_for(folder))
+            stack.enter_context(only_run(folders[0], progress.note))
         _check_package(arguments.format)
-        model = load_model(arguments, device, progress)
-        work = Work(arguments, model, load_named_encoder(arguments, device, progress), head)
-        work.check_room(source)
-        with Manifest(manifest_path, {"video": source.video, **work.asked()}) as manifest:
-            failed = _work_through(work, source, manifest)
+        model = load_model(arguments, engine.device, progress)
+        work = Work(arguments, model, load_named_encoder(arguments, engine.device, progress), head, engine.rank)
+        sizes = source.sizes()
+        with engine.first_ahead():
+            if engine.first:
+                work.check_room(sizes)
+                work.remove_leftovers()
+            stack.enter_context(work.unfinished())
+            manifest = stack.enter_context(
+                Manifest(manifest_path, {"video": source.video, **work.asked()}, engine.rank)
+            )
+        source.share(engine, work.order(sizes, manifest))
+        failed = _work_through(work, source, manifest, engine)
+        manifest.close()  # what it says can be read elsewhere from here on
+        failed = engine.total(failed)
+        if engine.first:
             manifest.complete()
+    if not engine.first:
+        return
     for folder in folders:
         print(folder)
     if failed:
         raise ValueError(f"{failed} left out; {manifest_path} says why")
 
 
-def _work_through(work: Work, source: Source, manifest: Manifest) -> int:
+def _work_through(work: Work, source: Source, manifest: Manifest, engine: Engine) -> int:
     """Upsample each photograph without a result and note the outcome; return how many have no result in the end."""
     from anyup.training.reporting import Rate, Reporter
 
     reporter, rate = Reporter(), Rate()
+    whose = f", of the first of {engine.world} processes" if engine.world > 1 else ""
     before = dict(manifest.entries)  # a copy for the thread that reads
     failed = made = 0
 
@@ -144,26 +170,26 @@ def _work_through(work: Work, source: Source, manifest: Manifest) -> int:
         return "error" not in entry and entry["sha256"] == sha256 and work.has(name)
 
     try:
-        with work.unfinished():
-            for seen, photograph in enumerate(_ahead(source.read(is_done)), 1):
-                entry: dict[str, Any] = {"error": photograph.error} if photograph.error else {}
-                if photograph.sha256 and (entry or photograph.pixels is not None):
-                    work.discard(photograph.name)
-                if photograph.pixels is not None:
-                    entry = work.upsample(photograph.name, photograph.pixels)
-                    made += 1
-                    rate.count(made)
-                if entry:
-                    manifest.add(photograph.name, {"sha256": photograph.sha256, **entry})
-                if "error" in entry:
-                    failed += 1
-                    reporter.note(f"left out: {photograph.name}: {entry['error']}")
-                of = f" of {source.count}" if source.count else ""
-                left = f", {rate.left(source.count - seen)} left" if made and seen < source.count else ""
-                reporter.tick(f"{seen}{of}{left}", last=seen == source.count)
+        for seen, photograph in enumerate(_ahead(source.read(is_done)), 1):
+            entry: dict[str, Any] = {"error": photograph.error} if photograph.error else {}
+            if photograph.sha256 and (entry or photograph.pixels is not None):
+                work.discard(photograph.name)
+            if photograph.pixels is not None:
+                entry = work.upsample(photograph.name, photograph.pixels)
+                made += 1
+                rate.count(made)
+            if entry:
+                manifest.add(photograph.name, {"sha256": photograph.sha256, **entry})
+            if "error" in entry:
+                failed += 1
+                reporter.note(f"left out: {photograph.name}: {entry['error']}")
+            of = f" of {source.count}" if source.count else ""
+            left = f", {rate.left(source.count - seen)} left" if made and seen < source.count else ""
+            if engine.first:
+                reporter.tick(f"{seen}{of}{whose}{left}", last=seen == source.count)
     except BaseException:
-        there = sum("error" not in entry for entry in manifest.entries.values())
-        reporter.note(f"results that are there: {there}; --resume goes on")
+        if engine.first:
+            reporter.note(f"results that are there: {manifest.there()}; --resume goes on")
         raise
     return failed
 
@@ -179,12 +205,13 @@ def _ahead(photographs: Iterator[Photograph]) -> Iterator[Photograph]:
 
 @dataclass(frozen=True)
 class Work:
-    """The work for one photograph, which does not depend on the others."""
+    """The work for one photograph, which does not depend on the others; `rank` is the process's, of several."""
 
     arguments: argparse.Namespace
     model: AnyUp
     encoder: Encoder
     head: torch.nn.Conv2d | None
+    rank: int
 
     def asked(self) -> dict[str, Any]:
         """The settings that the results depend on, beside the photographs."""
@@ -230,7 +257,23 @@ class Work:
             elif path is not None:
                 path.unlink(missing_ok=True)
 
-    def check_room(self, source: Source) -> None:
+    def order(self, sizes: Sizes, manifest: Manifest) -> Callable[[str], Any]:
+        """A sort key of names: first what has no result, of it what takes longest."""
+
+        def key(name: str) -> tuple[bool, int, int, str]:
+            native = sizes.get(name, (0, 0))
+            there = "error" not in manifest.entries.get(name, {"error": "not begun"}) and self.has(name)
+            return there, -self._pixels(native), -native[0] * native[1], name
+
+        return key
+
+    def _pixels(self, native: tuple[int, int]) -> int:
+        """How many pixels the result for a photograph of this size has."""
+        given = self.arguments
+        height, width = given.region[2:] if given.region else resolve_size(given.size or native, native)
+        return int(height * width)
+
+    def check_room(self, sizes: Sizes) -> None:
         """Raise ValueError where the missing results need more than the free space of their folder."""
         import torch
 
@@ -244,11 +287,10 @@ class Work:
         channels = self.encoder.channels if self.head is None else self.head.weight.shape[0]
         itemsize = Files(None, None, given.format in _IN_PIECES).kept_as(given.dtype, like).itemsize
         needed = missing = 0
-        for name, native in source.sizes():
+        for name, native in sizes.items():
             result = self.result(name)
             if result is not None and not result.exists():
-                height, width = given.region[2:] if given.region else resolve_size(given.size or native, native)
-                needed += channels * height * width * itemsize
+                needed += channels * self._pixels(native) * itemsize
                 missing += 1
         free = free_space(Path(given.output, "any"))
         if needed > free:
@@ -257,18 +299,31 @@ class Work:
                 "is; --size makes them smaller, --dtype float16 halves them"
             )
 
+    def remove_leftovers(self) -> None:
+        """Remove the unfinished files of a killed run."""
+        for folder in self._folders:
+            shutil.rmtree(Path(folder, _UNFINISHED), ignore_errors=True)
+
     @contextmanager
     def unfinished(self) -> Iterator[None]:
-        """Temporary folders for unfinished files, within the block; leftovers of a killed run are removed."""
-        folders = [Path(each, _UNFINISHED) for each in (self.arguments.output, self.arguments.picture) if each]
+        """Temporary folders for unfinished files of this process, within the block."""
+        folders = [self._unfinished(folder) for folder in self._folders]
         try:
             for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
+                folder.mkdir(parents=True)
             yield
         finally:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # other processes have files in it
+                    folder.parent.rmdir()
+
+    @property
+    def _folders(self) -> list[str]:
+        return [folder for folder in (self.arguments.output, self.arguments.picture) if folder]
+
+    def _unfinished(self, folder: str) -> Path:
+        return Path(folder, _UNFINISHED, str(self.rank))
 
     def upsample(self, name: str, photo: Tensor) -> dict[str, Any]:
         """Write the files of a photograph (1, 3, H, W) in 0..1; return its entry for the manifest, an error included.
@@ -300,8 +355,8 @@ class Work:
             values = carried_by(self.head, features, given.head)
         result, picture = self.result(name), self.picture(name)
         files = Files(
-            Path(given.output, _UNFINISHED, f"{Path(name).name}.{given.format}") if result else None,
-            Path(given.picture, _UNFINISHED, picture.name) if picture else None,
+            self._unfinished(given.output) / f"{Path(name).name}.{given.format}" if result else None,
+            self._unfinished(given.picture) / picture.name if picture else None,
             result is not None and given.format in _IN_PIECES,
         )
         low = features if values is None else values
@@ -329,12 +384,29 @@ class Work:
 
 
 class Photographs:
-    """Photographs in files."""
+    """Photographs in files; of several processes the first alone need know them before they are shared."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = {name: files[name] for name in sorted(files)}
-        self.count = len(files)
         self.video: str | None = None
+
+    @property
+    def count(self) -> int:
+        """See `Source`."""
+        return len(self._files)
+
+    def sizes(self) -> Sizes:
+        """See `Source`."""
+        from anyup.images import picture_size
+
+        found = ((name, picture_size(path)) for name, path in self._files.items())
+        return {name: size for name, size in found if size is not None}
+
+    def share(self, engine: Engine, work: Callable[[str], Any]) -> None:
+        """See `Source`."""
+        if engine.world > 1:
+            mine = dict(engine.share([(name, self._files[name]) for name in sorted(self._files, key=work)]))
+            self._files = {name: mine[name] for name in sorted(mine)}
 
     def read(self, is_done: IsDone) -> Iterator[Photograph]:
         """See `Source`."""
@@ -351,22 +423,27 @@ class Photographs:
                 photograph = Photograph(name, sha256, error=reason.removeprefix(f"{path}: "))
             yield photograph
 
-    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """See `Source`."""
-        from anyup.images import picture_size
-
-        for name, path in self._files.items():
-            if (size := picture_size(path)) is not None:
-                yield name, size
-
 
 class Frames:
-    """The frames of a video, named by their numbers from 0 on."""
+    """The frames of a video, named by their numbers from 0 on; of several processes each decodes all of them."""
 
     def __init__(self, video: Video) -> None:
         self._frames = video
-        self.count = video.count
+        self._rank, self._world = 0, 1
         self.video: str | None = video.name
+
+    @property
+    def count(self) -> int:
+        """See `Source`."""
+        return len(range(self._rank, self._frames.count, self._world))
+
+    def sizes(self) -> Sizes:
+        """See `Source`."""
+        return {self._name(number): self._frames.size for number in range(self._frames.count)}
+
+    def share(self, engine: Engine, work: Callable[[str], Any]) -> None:
+        """See `Source`; frames are dealt out in their own order, which no process need know the number of."""
+        self._rank, self._world = engine.rank, engine.world
 
     def read(self, is_done: IsDone) -> Iterator[Photograph]:
         """See `Source`."""
@@ -375,22 +452,22 @@ class Frames:
         number = 0
         try:
             for pixels in self._frames:
-                name, sha256 = self._name(number), tensor_fingerprint(pixels)
-                yield Photograph(name, sha256, None if is_done(name, sha256) else pixels.float().div_(255))
+                if self._is_mine(number):
+                    name, sha256 = self._name(number), tensor_fingerprint(pixels)
+                    yield Photograph(name, sha256, None if is_done(name, sha256) else pixels.float().div_(255))
                 number += 1
         except ValueError as error:
-            yield Photograph(self._name(number), "", error=str(error))
+            if self._is_mine(number):
+                yield Photograph(self._name(number), "", error=str(error))
 
-    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """See `Source`."""
-        for number in range(self.count):
-            yield self._name(number), self._frames.size
+    def _is_mine(self, number: int) -> bool:
+        return number % self._world == self._rank
 
     def _name(self, number: int) -> str:
         return f"{number:06d}"
 
 
-def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack) -> Source:
+def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack, engine: Engine) -> Source:
     """The source that the arguments name: a video, or photographs, folders and patterns, without files in `outside`."""
     if len(named) == 1 and _is_video(named[0]):
         from anyup.video import Video
@@ -398,6 +475,8 @@ def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack) -> So
         return Frames(stack.enter_context(Video(named[0])))
     if videos := [text for text in named if _is_video(text)]:
         raise UsageError(f"{videos[0]}: a video is expected alone, it came with {len(named) - 1} more")
+    if not engine.first:
+        return Photographs({})
     away = [os.path.realpath(folder) for folder in outside]
 
     @cache

@@ -31,6 +31,7 @@ class State:
     optimizer: dict[str, Any]
     settings: dict[str, Any]
     photographs: str  # a hash of their names
+    processes: int = 0  # that shared each step; 0: an older version did not say
 
 
 def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp) -> None:
@@ -50,6 +51,7 @@ def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp)
             "optimizer": state.optimizer,
             "settings": state.settings,
             "photographs": state.photographs,
+            "processes": state.processes,
         },
     }
     with complete_or_absent(path) as partial:

@@ -80,10 +80,12 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         # A process that has nothing to augment has the term all the same.
         sums = dict.fromkeys(self._terms, 0.0)
-        for batch in batches:
-            with autocast(self.settings, engine.device):
-                terms = self._objective(batch.to(engine.device), whole, augmented)
-            terms["loss"].backward()
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            # Processes may have different numbers of micro-batches, and meet once: in the last one's backward pass.
+            with engine.accumulating(self._objective, left > 0):
+                with autocast(self.settings, engine.device):
+                    terms = self._objective(batch.to(engine.device), whole, augmented)
+                terms["loss"].backward()
             for name, value in terms.items():
                 sums[name] += value.item()
         sums = dict(zip(sums, engine.mean(list(sums.values())), strict=True))
@@ -131,6 +133,7 @@ class Trainer:
             self._optimizer.state_dict(),
             settings.flat(),
             self._photographs(),
+            self.engine.world,
         )
         state.save(path, current, self.shipped, self.upsampler)
 
@@ -152,6 +155,11 @@ class Trainer:
         ]
         if stored.photographs != self._photographs():
             changes.append("the photographs are others: the order of the samples changes")
+        if stored.processes not in (0, self.engine.world):
+            changes.append(
+                f"processes: {stored.processes} before, {self.engine.world} now; the samples stay, the sums of their "
+                "gradients are rounded in another order"
+            )
         return changes
 
     def _keep_average(self) -> None:

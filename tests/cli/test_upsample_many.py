@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.checkouts import ROOT
+from support.patience import PATIENCE
 from support.tiny_encoder import make_encoder
 
 import anyup
@@ -22,6 +27,7 @@ from anyup.cli import command as cli
 from anyup.cli import upsample_many
 from anyup.cli.upsample_many import Work
 from anyup.images import read_photo, save_picture
+from anyup.training.distributed import Engine
 
 pytest.importorskip("PIL")
 
@@ -44,9 +50,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("photos/in/broken.png").write_bytes(Path("photos/a.png").read_bytes()[:60])
 
 
-def upsample(*arguments: str, photos: str = "photos", out: str = "out") -> int:
+def command(*arguments: str, photos: str = "photos", out: str = "out") -> list[str]:
     fixed = ("--encoder", "tiny", "--encoder-size", "16", "--weights", "weights.pth")
-    return cli.main(["upsample", photos, *fixed, "-o", out, *arguments])
+    return ["upsample", photos, *fixed, "-o", out, *arguments]
+
+
+def upsample(*arguments: str, photos: str = "photos", out: str = "out") -> int:
+    return cli.main(command(*arguments, photos=photos, out=out))
 
 
 def single(name: str, *arguments: str) -> np.ndarray[Any, Any]:
@@ -251,3 +261,109 @@ def test_a_full_disk_ends_the_run(capsys: pytest.CaptureFixture[str], monkeypatc
     assert upsample("--format", "safetensors") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert tree("out").keys() == {"manifest.jsonl"} and not manifest()
+
+
+# Several processes.
+
+_PROCESS = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+import anyup
+from anyup.cli import command
+from anyup.cli.upsample_many import Work
+from support.tiny_encoder import make_encoder
+
+anyup.encoders.load_encoder = lambda name, device: make_encoder().to(device)
+real, calls = Work._put, []
+
+def killed(work, made, path, folder):
+    calls.append(path)
+    if len(calls) == 4:  # the picture of the second, whose features have their name
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(work, made, path, folder)
+
+if os.environ["RANK"] == os.environ.get("KILLED"):
+    Work._put = killed
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def together(processes: int, *arguments: str, killed: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`upsample` in several processes of torchrun, of which one may be killed at its second photograph."""
+    pytest.importorskip("accelerate")
+    Path("process.py").write_text(_PROCESS.format(paths=[str(ROOT), str(ROOT / "tests")]), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILLED": str(killed)}
+    return subprocess.run(
+        [*launch, "process.py", *command(*arguments)], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["npy", "zarr"])
+def test_processes_leave_together_what_one_leaves(kind: str) -> None:
+    pytest.importorskip("zarr")
+    options = ("--format", kind, "--picture")
+    assert upsample(*options, "whole/pictures", out="whole") == 1
+    run = together(3, *options, "out/pictures")
+    assert run.returncode == 1  # of the broken photograph
+    assert run.stderr.count("left out: in/broken.png: ") == 1
+    assert run.stderr.count("1 left out; out/manifest.jsonl says why") == 1
+    assert run.stdout.split() == ["out", "out/pictures"]
+    assert tree("out") == tree("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+def test_what_a_killed_process_leaves_is_made_by_any_number_of_processes() -> None:
+    Path("photos/in/broken.png").unlink()
+    assert upsample("--picture", "whole/pictures", out="whole") == 0
+    run = together(2, "--picture", "out/pictures", killed=1)
+    assert run.returncode != 0
+    assert Path("out/manifest.jsonl.1").exists() and tree("out") != tree("whole")
+    there = {name: path.stat().st_mtime_ns for name in NAMES if (path := Path(f"out/{name}.npy")).exists()}
+    unfinished = {name for name in there if not Path(f"out/pictures/{name}.png").exists()}
+    assert 2 <= len(there) and len(unfinished) == 1  # one more, perhaps, of the first process
+    shutil.copytree("out", "alone", copy_function=shutil.copy2)
+    assert upsample("--picture", "alone/pictures", "--resume", out="alone") == 0
+    run = together(3, "--picture", "out/pictures", "--resume")
+    assert run.returncode == 0, run.stderr
+    for folder in ("alone", "out"):
+        assert tree(folder) == tree("whole")
+        for name in there.keys() - unfinished:  # each was made once
+            assert Path(f"{folder}/{name}.npy").stat().st_mtime_ns == there[name]
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_has_its_folder_for_itself() -> None:
+    from anyup.run_lock import only_run
+
+    with only_run("out", print):
+        run = together(2)
+    assert run.returncode == 1 and run.stderr.count("out: another run is writing it") == 1
+    assert not Path("out").exists()
+
+
+def test_shares_are_even_and_none_is_lost_or_doubled() -> None:
+    class Shares(Engine):
+        world = 3
+
+        def share(self, items: Sequence[Any]) -> list[Any]:
+            return list(items[self.rank :: self.world])
+
+    sizes = {f"{number:02d}": (8, 8 + number) for number in range(20)}
+    work = Work(argparse.Namespace(output=None, picture=None, size=None, region=None), None, None, None, 0)
+    manifest = SimpleNamespace(entries={f"{number:02d}": {} for number in range(12, 20)})
+    shares = []
+    for rank in range(3):
+        source = upsample_many.Photographs({name: Path(name) for name in sizes})
+        engine = Shares(torch.device("cpu"))
+        engine.rank = rank
+        source.share(engine, work.order(sizes, manifest))
+        shares.append(list(source._files))
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    for names in (sizes.keys() - manifest.entries.keys(), manifest.entries.keys()):
+        pixels = [sum(8 * (8 + int(name)) for name in share if name in names) for share in shares]
+        assert max(pixels) - min(pixels) <= 8 * max(8 + int(name) for name in names)
+        counts = [sum(name in names for name in share) for share in shares]
+        assert max(counts) - min(counts) <= 1

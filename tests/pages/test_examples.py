@@ -8,13 +8,17 @@ import importlib
 import inspect
 import re
 import shlex
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.captured import Graph
@@ -63,6 +67,11 @@ NOT_RUN = {
     "torchrun --nproc-per-node 4 -m anyup train --config published data.photographs=photographs": "days",
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint host:29500 "
     "-m anyup train --config published data.photographs=photographs": "days, on two machines",
+    "torchrun --nproc-per-node 8 -m anyup train --config published data.photographs=photographs": "days",
+    "torchrun --nproc-per-node 8 -m anyup upsample photos --encoder timm/vit_small_patch14_dinov2 --size 448 "
+    "--dtype float16 -o features": "eight processes",
+    "accelerate launch --num_processes 8 -m anyup upsample photos --encoder timm/vit_small_patch14_dinov2 --size 448 "
+    "-o features": "eight processes",
     "anyup bench -o benchmark": "an hour",
     "anyup bench --published ../anyup -o benchmark": "an hour, and a checkout of the published code",
     "anyup tune": "a GPU",
@@ -87,6 +96,28 @@ SMALLER = {
 }
 
 SLOW = {"demo", "segmentation", "depth", "normals", "onnx"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set of Ray with one batch, as far as a page uses it."""
+
+    batch: dict[str, Any]
+
+    def map_batches(self, kind: Any, *, fn_constructor_kwargs: dict[str, Any], **_: object) -> Rows:
+        return Rows(kind(**fn_constructor_kwargs)(self.batch))
+
+    def drop_columns(self, names: list[str]) -> Rows:
+        return Rows({name: column for name, column in self.batch.items() if name not in names})
+
+    def write_parquet(self, path: str) -> None:
+        assert path and not any(self.batch["error"])
+
+    @classmethod
+    def read_binary_files(cls, path: str, *, include_paths: bool) -> Rows:
+        assert path and include_paths
+        content = np.array([Path("photo.jpg").read_bytes()], dtype=object)
+        return cls({"bytes": content, "path": np.array(["photo.jpg"])})
 
 
 @dataclass(frozen=True)
@@ -142,7 +173,7 @@ def _is_call(span: str) -> bool:
 def parser_of(program: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
     """The parser of a command, `anyup` or `python -m MODULE`, and what it is given."""
     words = [word for word in program if not re.fullmatch(r"[A-Z_]+=\S+", word)]
-    if words[0] == "torchrun":
+    if words[0] in ("torchrun", "accelerate"):
         words = ["python", *words[words.index("-m") :]]
     if words[:3] == ["python", "-m", "anyup"]:
         words = words[2:]
@@ -186,7 +217,7 @@ def every_option(parser: argparse.ArgumentParser) -> set[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with what the examples read; encoders, downloads and CUDA graphs are stand-ins."""
+    """A working directory with what the examples read; encoders, downloads, CUDA graphs and Ray are stand-ins."""
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
@@ -226,6 +257,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return make_encoder(stride=14).to(device)
 
     monkeypatch.setattr(anyup.encoders, "load_encoder", load_encoder)
+    ray: Any = module_from_spec(ModuleSpec("ray", None))
+    ray.data = SimpleNamespace(read_binary_files=Rows.read_binary_files, ActorPoolStrategy=lambda size: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(capture, "DEVICES", ("cpu",))
     monkeypatch.setattr(capture, "graph_of", Graph)
     return tmp_path

@@ -460,16 +460,19 @@ prepared = prepare(settings, loop.find_photographs(settings.data.photographs), e
 trainer = Trainer(settings, make_upsampler(settings), prepared.source, prepared.paths, engine)
 terms = trainer.backward()
 grads = {{name: p.grad for name, p in trainer.upsampler.named_parameters() if p.grad is not None}}
-torch.save({{"world": engine.world, "grads": grads}}, folder / f"grads-{{engine.rank}}.pt")
+unused = trainer._objective.find_unused_parameters
+torch.save({{"world": engine.world, "grads": grads, "looks for unused": unused}}, folder / f"grads-{{engine.rank}}.pt")
 engine.close()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Path) -> None:
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Path, micro_batch: int) -> None:
     pytest.importorskip("accelerate")
-    # An odd number of samples, and of augmented ones: the processes' shares differ.
-    overrides = ["optimizer.batch=5", "loss.self_consistency_share=0.6"]
+    # An odd number of samples, and of augmented ones: the processes' shares differ, in micro-batches of 1 in their
+    # number too, 3 and 2.
+    overrides = ["optimizer.batch=5", "loss.self_consistency_share=0.6", f"optimizer.micro_batch={micro_batch}"]
     one = trainer(folder, *overrides)
     one.backward()
     code = _GRADIENTS.format(folder=str(folder), overrides=overrides)
@@ -479,7 +482,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(folder: Pat
     expected = {name: p.grad for name, p in one.upsampler.named_parameters() if p.grad is not None}
     for rank in (0, 1):
         stored = torch.load(folder / f"grads-{rank}.pt", weights_only=True)
-        assert stored["world"] == 2
+        assert stored["world"] == 2 and not stored["looks for unused"]
         assert stored["grads"].keys() == expected.keys()
         for name, grad in expected.items():
             scale = grad.abs().max().item()
@@ -499,6 +502,12 @@ def test_processes_leave_a_group_together_unless_one_has_failed() -> None:
     with pytest.raises(ValueError, match="broken"), engine:
         raise ValueError("broken")
     assert told == ["left"]
+
+
+def test_each_process_has_its_own_device() -> None:
+    pytest.importorskip("accelerate")
+    with pytest.raises(ValueError, match="device: each of several processes has its own: expected cuda, got cuda:1"):
+        AccelerateEngine(torch.device("cuda:1"))
 
 
 def _torchrun(code: str) -> list[subprocess.Popen[str]]:
@@ -531,6 +540,47 @@ def test_two_processes_train_report_stop_and_go_on_as_one(folder: Path) -> None:
     errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert state.load(folder / "together" / "latest.pth")[0].step == losses(folder / "together")[-1][0]
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_samples(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    overrides = ["optimizer.decay=constant", "loss.self_consistency_share=0.25", "variation.turns=true"]
+    train(folder, *overrides, "optimizer.steps=3")
+    alone = records(folder / "run")
+    overrides.append("output=" + (folder / "changing").as_posix())
+    train(folder, *overrides, "optimizer.steps=1")
+    second = [*overrides, "optimizer.steps=2"]
+    run = f"loop.train(small_training.settings(Path({str(folder)!r}), *{second!r}), resume=True)"
+    processes = _torchrun(run)
+    for process in processes:
+        _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        assert ("processes: 1 before, 2 now; the samples stay" in err) == (process is processes[0])
+    told = train(folder, *overrides, "optimizer.steps=3", resume=True)
+    assert "processes: 2 before, 1 now; the samples stay" in "\n".join(told)
+    changing = [record for record in records(folder / "changing") if "loss" in record]
+    expected = [record for record in alone if "loss" in record]
+    assert len(changing) == len(expected) == 3
+    for one, other in zip(expected, changing, strict=True):
+        assert other == {
+            name: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value for name, value in one.items()
+        }
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["loss.place=0.5", "loss.self_consistency=0"], ["variation.synthetic=1.0", "loss.cosine=0.0"]]
+)
+def test_every_parameter_that_learns_gets_a_gradient_in_every_micro_batch(folder: Path, overrides: list[str]) -> None:
+    one = trainer(folder, "optimizer.batch=1", *overrides)  # so several processes need not look for unused ones
+    one.backward()
+    learning = {name: p.grad for name, p in one.upsampler.named_parameters() if p.requires_grad}
+    assert [name for name, grad in learning.items() if grad is None] == []
+    everything = dict(anyup.AnyUp(**one.upsampler.config).named_parameters())
+    assert all(parameter.requires_grad for parameter in everything.values())
+    assert everything.keys() - learning.keys() == {
+        f"cross_decode.cross_attn.attention.out_proj.{name}" for name in ("weight", "bias")
+    }
 
 
 def _free_port() -> int:
