@@ -27,7 +27,7 @@ from anyup.ops.pixel_encoder.gradients import backward, dtype_of_work
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS, ThinProjection
-from anyup.ops.pixel_encoder.tiles import map_pixels, measured, tile_pixels
+from anyup.ops.pixel_encoder.tiles import map_groups, map_pixels, measured, tile_pixels
 from anyup.ops.precision import product_dtype, working_dtype
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -55,17 +55,21 @@ def forward(
     shrinks = pools and output_size[0] <= height and output_size[1] <= width and frequencies is None
     out = empty((batch, *(output_size if shrinks else (height, width)), dim), pixels)
     rotation = None if frequencies is None else Rotation((height, width), frequencies)
-    for image, result in zip(pixels, out, strict=True):
-        band = Band(image.flatten(0, 1), parameters, trunk=None if shrinks else result.flatten(0, 1))
-        norms: list[Affine] = []
-        for norm_weight, norm_bias in norm_parameters(parameters):
-            statistics = band.advance(norms[-1] if norms else None)
-            norms.append(Affine.of(statistics, norm_weight, norm_bias, band.work_dtype))
-        if shrinks:
-            rows, columns = (Cells(0, n, n, length) for n, length in zip(output_size, (height, width), strict=True))
-            band.finish_pooled(norms[-1], rows, columns, result)
-        else:
-            band.finish(norms[-1], rotation)
+
+    def encode(some: slice) -> None:
+        for image, result in zip(pixels[some], out[some], strict=True):
+            band = Band(image.flatten(0, 1), parameters, trunk=None if shrinks else result.flatten(0, 1))
+            norms: list[Affine] = []
+            for norm_weight, norm_bias in norm_parameters(parameters):
+                statistics = band.advance(norms[-1] if norms else None)
+                norms.append(Affine.of(statistics, norm_weight, norm_bias, band.work_dtype))
+            if shrinks:
+                rows, columns = (Cells(0, n, n, length) for n, length in zip(output_size, (height, width), strict=True))
+                band.finish_pooled(norms[-1], rows, columns, result)
+            else:
+                band.finish(norms[-1], rotation)
+
+    map_groups(encode, batch, height * width, pixels.device)
     if pools and not shrinks:
         return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
     return out

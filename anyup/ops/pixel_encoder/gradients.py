@@ -1,5 +1,6 @@
 """The gradients of the pixel encoder in plain PyTorch, tile by tile.
 
+A tile is some rows of one image, or as many whole images as it has room for: all products and sums are theirs together.
 Nothing is kept from the forward pass: the maps before the second, third and fourth normalisation are made again. Once
 some sums are known, the gradient of a normalisation is a scale and a shift of each channel too, of the gradient and of
 the map. So a half block y = W silu(gn(x)) takes one pass over the tiles: it finishes what the last pass left of the
@@ -25,12 +26,12 @@ from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
-from anyup.ops.pixel_encoder.tiles import map_pixels, measured
+from anyup.ops.pixel_encoder.tiles import map_groups, map_pixels, measured
 from anyup.ops.precision import accumulator_dtype, working_dtype
 
 Result = TypeVar("Result")
 Source = Callable[[slice], Tensor]
-"""A tile of a map, (n, D), in the dtype worked in."""
+"""Some of the pixels of each image's map, (k, n, D), in the dtype worked in."""
 
 _FEW_PIXELS = 256
 """A map of at most as many is worked on in the accumulator's dtype.
@@ -51,27 +52,28 @@ def backward(
     """The gradients of the pixels, the parameters and the frequencies, of a result (B, *output_size, D)."""
     if not pixels.numel():
         return _zeros(pixels, parameters, frequencies)
-    size = (pixels.shape[1], pixels.shape[2])
+    batch, height, width, inputs = pixels.shape
+    size, count = (height, width), height * width
     wide = dtype_of_work(pixels.dtype, size, pixels.device)
     rotation = None if frequencies is None else Rotation(size, frequencies)
     spread = None if output_size == size else Spread(size, output_size, wide, pixels.device)
     grad_pixels = empty(tuple(pixels.shape), pixels)
-    wider = parameters.to(wide)
-    found = [
-        _Image(image.flatten(0, 1), wider, size, wide).backward(g, rotation, spread, result.flatten(0, 1))
-        for g, image, result in zip(grad, pixels, grad_pixels, strict=True)
-    ]
-    projections, blocks, rotations = zip(*found, strict=True)
-    grads = _sum(blocks, pixels.dtype)
-    grad_projection = None if projections[0] is None else _sum([(p,) for p in projections], pixels.dtype)[0]
-    grad_frequencies = None if rotations[0] is None else _sum([(r,) for r in rotations], pixels.dtype)[0]
-    whole = EncoderParameters(grad_projection, BlockParameters(*grads[:6]), BlockParameters(*grads[6:]))
-    return grad_pixels, whole, grad_frequencies
+    flat, result, wider = pixels.reshape(batch, count, inputs), grad_pixels.flatten(1, 2), parameters.to(wide)
+
+    def differentiate(some: slice) -> list[Tensor | None]:
+        images = _Images(flat[some], wider, size, wide)
+        return images.backward(grad[some], rotation, spread, result[some])
+
+    found = map_groups(differentiate, batch, count, pixels.device)
+    projection, angles, *blocks = (_total(each, pixels.dtype) for each in zip(*found, strict=True))
+    halves = (BlockParameters(*blocks[:6]), BlockParameters(*blocks[6:]))  # type: ignore[arg-type]
+    return grad_pixels, EncoderParameters(projection, *halves), angles
 
 
-def _sum(images: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """The sum over the images of each of their tensors."""
-    return [torch.stack(each).sum(dim=0).to(dtype) for each in zip(*images, strict=True)]
+def _total(groups: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """The sum over the groups of images of what each gives, if they do."""
+    found = [each for each in groups if each is not None]
+    return torch.stack(found).sum(dim=0).to(dtype) if found else None
 
 
 def _zeros(
@@ -101,21 +103,23 @@ class Spread:
         self._rows, self._columns = (axis / axis.sum(dim=0) for axis in inside)
 
     def over_columns(self, grid: Tensor) -> Tensor:
-        """(h, w, D) to (h, W, D)."""
+        """(..., h, w, D) to (..., h, W, D)."""
         return self._columns @ grid
 
     def over_rows(self, wide: Tensor, pixels: slice) -> Tensor:
-        """(h, W, D) to these pixels, whole rows of the map: (n, D)."""
-        width, dim = wide.shape[1:]
-        return (self._rows[self._of(pixels, width)] @ wide.flatten(1)).view(-1, dim)
+        """(..., h, W, D) to these pixels, whole rows of the map: (..., n, D)."""
+        width, dim = wide.shape[-2:]
+        rows = self._rows[self._of(pixels, width)] @ wide.flatten(-2)
+        return rows.unflatten(-1, (width, dim)).flatten(-3, -2)
 
     def pool_rows(self, x: Tensor, pixels: slice) -> Tensor:
-        """What these pixels (n, D), whole rows, add to the map pooled along its columns: (h, W, D)."""
+        """What these pixels (..., n, D), whole rows, add to the map pooled along its columns: (..., h, W, D)."""
         width = self._columns.shape[0]
-        return (self._rows[self._of(pixels, width)].T @ x.view(-1, width * x.shape[1])).view(-1, width, x.shape[1])
+        rows = x.unflatten(-2, (-1, width)).flatten(-2)
+        return (self._rows[self._of(pixels, width)].T @ rows).unflatten(-1, (width, -1))
 
     def pool_columns(self, wide: Tensor) -> Tensor:
-        """(h, W, D) to (h, w, D)."""
+        """(..., h, W, D) to (..., h, w, D)."""
         return self._columns.T @ wide
 
     @staticmethod
@@ -141,41 +145,44 @@ class _Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class _Norm:
-    """A group normalisation with known statistics, and what its gradient takes.
+    """Some images' group normalisation with known statistics, and what its gradient takes.
 
     The mean is always subtracted first, which costs a pass: sums of products with values far from zero would cancel.
     """
 
-    center: Tensor  # (D,), the mean as the dtype worked in has it
-    scale: Tensor  # (D,)
-    shift: Tensor  # (D,)
-    mean: Tensor  # (D,), what the centre leaves of it
-    rstd: Tensor  # (D,)
+    center: Tensor  # (k, 1, D), the mean as the dtype worked in has it
+    scale: Tensor  # (k, 1, D)
+    shift: Tensor  # (k, 1, D)
+    mean: Tensor  # (k, D), what the centre leaves of it
+    rstd: Tensor  # (k, D)
     weight: Tensor  # (D,)
     count: int  # values of a group
 
     @staticmethod
     def of(statistics: Statistics, parameters: _HalfBlock, dtype: torch.dtype) -> _Norm:
-        each = statistics.mean.numel() // GROUPS
-        mean, variance = (t.expand(GROUPS, each).flatten() for t in statistics.of_groups())
+        """From the statistics of (k, D) channels: each image's are channels of their own."""
+        dim = parameters.norm_weight.shape[0]
+        each = dim // GROUPS
+        mean, variance = (t.expand(-1, each).reshape(-1, dim) for t in statistics.of_groups(each))
         rstd = torch.rsqrt(variance + EPS)
         weight, bias = parameters.norm_weight.to(mean.dtype), parameters.norm_bias.to(mean.dtype)
         center = mean.to(dtype)
         mean = mean - center.to(mean.dtype)
         scale = weight * rstd
         shift = bias - mean * scale
-        return _Norm(center, scale.to(dtype), shift.to(dtype), mean, rstd, weight, statistics.count * each)
+        center, scale, shift = (t.to(dtype)[:, None] for t in (center, scale, shift))
+        return _Norm(center, scale, shift, mean, rstd, weight, statistics.count * each)
 
     def of_centered(self, x: Tensor) -> Tensor:
-        """Normalise pixels (n, D) less the centre."""
+        """Normalise pixels (k, n, D) less the centre."""
         return torch.addcmul(self.shift, x, self.scale)
 
     def activated(self, x: Tensor) -> Tensor:
-        """silu(gn(x)) of pixels (n, D)."""
+        """silu(gn(x)) of pixels (k, n, D)."""
         return F.silu(self.of_centered(x - self.center), inplace=True)
 
     def backward(self, sum_grad: Tensor, sum_product: Tensor, dtype: torch.dtype) -> tuple[_Pending, Tensor, Tensor]:
-        """From the sums over the pixels of the result's gradient and of its product with centred x.
+        """From each image's sums (k, D) over its pixels of the result's gradient and of its product with centred x.
 
         Returns how the gradient of x follows, and the gradients of the weight and the bias.
         """
@@ -184,29 +191,28 @@ class _Norm:
         # rstd (weight grad - mean_grad - normalised mean_product), the normalised x written out.
         slope = -self.rstd.square() * mean_product
         offset = -slope * self.mean - self.rstd * mean_grad
-        pending = _Pending(self.center, self.scale, slope.to(dtype), offset.to(dtype))
-        return pending, grad_weight, sum_grad
+        pending = _Pending(self.scale, slope.to(dtype)[:, None], offset.to(dtype)[:, None])
+        return pending, grad_weight.sum(dim=0), sum_grad.sum(dim=0)
 
     def _group_mean(self, channels: Tensor) -> Tensor:
-        groups = channels.view(GROUPS, -1)
-        return (groups.sum(dim=1, keepdim=True) / self.count).expand_as(groups).flatten()
+        groups = channels.unflatten(1, (GROUPS, -1))
+        return (groups.sum(dim=2, keepdim=True) / self.count).expand_as(groups).flatten(1)
 
 
 @dataclass(frozen=True)
 class _Pending:
     """The gradient of x, given that of its normalised map: scale * grad + slope * centred x + offset."""
 
-    center: Tensor
-    scale: Tensor
+    scale: Tensor  # (k, 1, D), as the others
     slope: Tensor
     offset: Tensor
 
-    def __call__(self, grad: Tensor, x: Tensor) -> Tensor:
-        return torch.addcmul(self.offset, x - self.center, self.slope).addcmul_(grad, self.scale)
+    def __call__(self, grad: Tensor, centered: Tensor) -> Tensor:
+        return torch.addcmul(self.offset, centered, self.slope).addcmul_(grad, self.scale)
 
 
-class _Image:
-    """One image's pixels (n, Cin), whose map of `size` is encoded again and differentiated."""
+class _Images:
+    """The pixels (k, n, Cin) of some images, whose maps of `size` are encoded again and differentiated."""
 
     def __init__(
         self, pixels: Tensor, parameters: EncoderParameters, size: tuple[int, int], dtype: torch.dtype
@@ -228,12 +234,11 @@ class _Image:
 
     def backward(
         self, grad: Tensor, rotation: Rotation | None, spread: Spread | None, result: Tensor
-    ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-        """From the gradient (h, w, D) of the image's result: that of the pixels goes to `result` (n, Cin).
+    ) -> list[Tensor | None]:
+        """From the gradient (k, h, w, D) of the images' result: that of the pixels goes to `result` (k, n, Cin).
 
-        Returns the gradients of the projection, of the blocks' parameters in order, and of the frequencies.
+        Returns the gradients of the projection, of the frequencies and of the blocks' parameters in order.
         """
-        first, map1, map2, map3 = self._maps
         stored = self._empty()
         incoming: Source
         grad_frequencies: Tensor | None = None
@@ -250,25 +255,22 @@ class _Image:
                 grad, grad_frequencies = self._unrotated(grad, rotation)
 
             def incoming(tile: slice) -> Tensor:
-                return grad[tile].to(self._dtype)
+                return grad[:, tile].to(self._dtype)
 
             pending, last = self._half(3, incoming, stored)
-        pending, third = self._half(2, self._after(pending, stored, map3), stored)
+        pending, third = self._half(2, self._after(pending, stored, 3), stored)
         passed = self._empty()
-        whole = self._after(pending, stored, map2)
+        whole = self._after(pending, stored, 2)
 
         def second(tile: slice) -> Tensor:
             total = whole(tile).add_(incoming(tile))
-            passed[tile] = total
+            passed[:, tile] = total
             return total
 
         pending, middle = self._half(1, second, stored)
-        pending, start = self._half(0, self._after(pending, stored, map1), stored)
-        whole = self._after(pending, stored, first)
-
-        grad_projection = self._projected(whole, passed, result)
-        blocks = [tensor for half in (start, middle, third, last) for tensor in half]
-        return grad_projection, blocks, grad_frequencies
+        pending, start = self._half(0, self._after(pending, stored, 1), stored)
+        grad_projection = self._projected(self._after(pending, stored, 0), passed, result)
+        return [grad_projection, grad_frequencies, *start, *middle, *third, *last]
 
     def _projected(self, whole: Source, passed: Tensor, result: Tensor) -> Tensor | None:
         """Backward through the first projection: the pixels' gradient goes to `result`."""
@@ -276,7 +278,7 @@ class _Image:
         if projection is None:
 
             def apply(tile: slice) -> None:
-                result[tile] = whole(tile).add_(passed[tile])
+                torch.add(whole(tile), passed[:, tile], out=result[:, tile])
 
             self._map(apply)
             return None
@@ -284,85 +286,89 @@ class _Image:
         wide = accumulator_dtype(result.device) if projection.shape[1] <= MOST_CHANNELS else self._dtype
 
         def go(tile: slice) -> Tensor:
-            total, pixels = whole(tile).add_(passed[tile]), self._pixels[tile].to(self._dtype)
+            total, pixels = whole(tile).add_(passed[:, tile]), self._pixels[:, tile].to(self._dtype)
             if wide == self._dtype:
-                result[tile], grad_weight = linear_backward(total, pixels, projection)
+                grad, grad_weight = linear_backward(total.flatten(0, 1), pixels.flatten(0, 1), projection)
+                result[:, tile] = grad.view_as(pixels)
                 return grad_weight
-            result[tile] = total @ projection
-            return total.to(wide).T @ pixels.to(wide)
+            result[:, tile] = total @ projection
+            return total.flatten(0, 1).to(wide).T @ pixels.flatten(0, 1).to(wide)
 
         return torch.stack(self._map(go)).sum(dim=0)
 
     def _first_map(self) -> Source:
         projection = self._projection
         if projection is None:
-            return lambda tile: self._pixels[tile].to(self._dtype)
+            return lambda tile: self._pixels[:, tile].to(self._dtype)
         if projection.shape[1] <= MOST_CHANNELS:
-            return lambda tile: F.linear(self._pixels[tile].to(self._dtype), projection)
+            return lambda tile: F.linear(self._pixels[:, tile].to(self._dtype), projection)
         stored = self._empty()
 
         def project(tile: slice) -> None:
-            stored[tile] = linear(self._pixels[tile].to(self._dtype), projection)
+            stored[:, tile] = _linear(self._pixels[:, tile].to(self._dtype), projection)
 
         self._map(project)
-        return lambda tile: stored[tile]
+        return lambda tile: stored[:, tile]
 
     def _next(self, index: int, source: Source, norm: _Norm, residual: Source | None = None) -> tuple[Source, _Norm]:
         """The map behind the half block of that number, and its norm."""
         weight, stored = self._halves[index - 1].weight, self._empty()
 
         def go(tile: slice) -> Tensor:
-            made = linear(norm.activated(source(tile)), weight)
+            made = _linear(norm.activated(source(tile)), weight)
             if residual is not None:
                 made += residual(tile)
-            stored[tile] = made
+            stored[:, tile] = made
             return made
 
-        return (lambda tile: stored[tile]), self._norm(index, go)
+        return (lambda tile: stored[:, tile]), self._norm(index, go)
 
     def _norm(self, index: int, source: Source) -> _Norm:
         """Of the map that it takes."""
-        pixels = self._pixels
-        statistics = measured(source, (pixels.shape[0], self._dim), self._dtype, pixels.device, self._size[1])
+        shape = (*self._pixels.shape[:2], self._dim)
+        statistics = measured(source, shape, self._dtype, self._pixels.device, self._size[1])
         with on_one_thread():
             return _Norm.of(statistics, self._halves[index], self._dtype)
 
     def _half(self, index: int, incoming: Source, stored: Tensor) -> tuple[_Pending, _Gradients]:
         """Backward through a half block: the gradient of its normalised map goes to `stored`."""
-        source, norm, weight = self._maps[index], self._norms[index], self._halves[index].weight
+        norm, weight = self._norms[index], self._halves[index].weight
 
         def go(tile: slice) -> tuple[Tensor, Tensor, Tensor]:
-            x = source(tile) - norm.center
+            x = self._center(index, tile)
             normed = norm.of_centered(x)
-            grad, grad_weight = linear_backward(incoming(tile), F.silu(normed), weight)
-            return (grad_weight, *self._activated(grad, normed, x, stored[tile]))
+            grad, activated = incoming(tile).flatten(0, 1), F.silu(normed).flatten(0, 1)
+            grad, grad_weight = linear_backward(grad, activated, weight)
+            return (grad_weight, *self._activated(grad.view_as(x), normed, x, stored[:, tile]))
 
         return self._sums(norm, self._map(go))
 
     def _pooled_half(self, grad: Tensor, spread: Spread, stored: Tensor) -> tuple[_Pending, _Gradients]:
-        """The last half block, where its convolution runs behind the pooling: on the small grid (h, w, D)."""
-        source, norm, weight = self._maps[3], self._norms[3], self._halves[3].weight
-        h, w, dim = grad.shape
-        wide = spread.over_columns(linear(grad.reshape(-1, dim), weight.T.contiguous()).view(h, w, dim))
+        """The last half block, where its convolution runs behind the pooling: on the small grid (k, h, w, D)."""
+        norm, weight = self._norms[3], self._halves[3].weight
+        cells = grad.reshape(-1, self._dim)
+        wide = spread.over_columns(linear(cells, weight.T.contiguous()).view_as(grad))
 
         def go(tile: slice) -> tuple[Tensor, Tensor, Tensor]:
-            x = source(tile) - norm.center
+            x = self._center(3, tile)
             normed = norm.of_centered(x)
             pooled = spread.pool_rows(F.silu(normed), tile)
-            return (pooled, *self._activated(spread.over_rows(wide, tile), normed, x, stored[tile]))
+            return (pooled, *self._activated(spread.over_rows(wide, tile), normed, x, stored[:, tile]))
 
         tiles = self._map(go)
         pooled = spread.pool_columns(torch.stack([tile[0] for tile in tiles]).sum(dim=0))
         pending, (grad_norm, grad_bias, _) = self._sums(norm, tiles)
-        grad_weight = sum_of_outer_products(grad.reshape(-1, dim), pooled.reshape(-1, dim))
+        grad_weight = sum_of_outer_products(cells, pooled.reshape(-1, self._dim))
         return pending, _Gradients(grad_norm, grad_bias, grad_weight)
 
     @staticmethod
     def _activated(grad: Tensor, normed: Tensor, centered: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the gradient of the normalised map, and give its sum and that of its product with centred x."""
-        grad = torch.ops.aten.silu_backward(grad, normed)
-        stored.copy_(grad)
-        return grad.sum(dim=0), grad.mul_(centered).sum(dim=0)
+        """Store the gradient of the normalised map, and give its sum and that of its product with centred x.
+
+        `grad` is used up.
+        """
+        torch.ops.aten.silu_backward.grad_input(grad, normed, grad_input=stored)
+        return stored.sum(dim=1), torch.mul(stored, centered, out=grad).sum(dim=1)
 
     def _sums(self, norm: _Norm, tiles: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[_Pending, _Gradients]:
         with on_one_thread():
@@ -372,40 +378,49 @@ class _Image:
             pending, grad_norm, grad_bias = norm.backward(sums, products, self._dtype)
             return pending, _Gradients(grad_norm, grad_bias, weights.sum(dim=0))
 
-    @staticmethod
-    def _after(pending: _Pending, stored: Tensor, source: Source) -> Source:
-        """The gradient of the map that a normalisation took."""
-        return lambda tile: pending(stored[tile], source(tile))
+    def _center(self, index: int, tile: slice) -> Tensor:
+        """A tile of a map, less the centre of its norm; so it stays, but for the first map."""
+        x, center = self._maps[index](tile), self._norms[index].center
+        return x.sub_(center) if index else x - center
+
+    def _after(self, pending: _Pending, stored: Tensor, index: int) -> Source:
+        """The gradient of the map that a normalisation took; it is centred by now."""
+        return lambda tile: pending(stored[:, tile], self._maps[index](tile) if index else self._center(0, tile))
 
     def _whole(self, grad: Tensor, spread: Spread | None) -> Tensor:
-        """The gradient (n, D) of the unpooled result."""
+        """The gradient (k, n, D) of the unpooled result."""
         if spread is None:
-            return grad.reshape(-1, self._dim)
+            return grad.flatten(1, 2)
         whole, wide = self._empty(), spread.over_columns(grad.to(self._dtype))
 
         def go(tile: slice) -> None:
-            whole[tile] = spread.over_rows(wide, tile)
+            whole[:, tile] = spread.over_rows(wide, tile)
 
         self._map(go)
         return whole
 
     def _unrotated(self, grad: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """The gradients (n, D) of what was rotated, and of the frequencies."""
+        """The gradients (k, n, D) of what was rotated, and (2, D) of the frequencies."""
         before, norm, weight = self._empty(), self._norms[3], self._halves[3].weight
         source, residual = self._maps[3], self._maps[2]
 
         def go(tile: slice) -> Tensor:
-            encoded = linear(norm.activated(source(tile)), weight).add_(residual(tile))
-            before[tile], grad_frequencies = rotation.backward(grad[tile].to(self._dtype), encoded, tile)
+            encoded = _linear(norm.activated(source(tile)), weight).add_(residual(tile))
+            before[:, tile], grad_frequencies = rotation.backward(grad[:, tile].to(self._dtype), encoded, tile)
             return grad_frequencies
 
         return before, torch.stack(self._map(go)).sum(dim=0)
 
     def _empty(self) -> Tensor:
-        """A map (n, D) in the dtype worked in."""
+        """A map (k, n, D) in the dtype worked in."""
         like = self._pixels.new_empty(0, dtype=self._dtype)
-        return empty((self._pixels.shape[0], self._dim), like)
+        return empty((*self._pixels.shape[:2], self._dim), like)
 
     def _map(self, function: Callable[[slice], Result]) -> list[Result]:
-        """The function's result for each tile of whole rows, in order."""
-        return map_pixels(function, self._pixels.shape[0], self._pixels.device, self._size[1])
+        """The function's result for each tile of whole rows, of all images, in order."""
+        return map_pixels(function, self._pixels.shape[1], self._pixels.device, self._size[1])
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of contiguous pixels (k, n, Cin)."""
+    return linear(x.flatten(0, 1), weight).view(*x.shape[:2], -1)

@@ -55,18 +55,18 @@ class Rotation:
         return rotated(x, *self._cos_sin(pixels))
 
     def backward(self, grad: Tensor, x: Tensor, pixels: slice) -> tuple[Tensor, Tensor]:
-        """From the gradient (n, D) of what these pixels became: that of `x`, and their part of the frequencies'."""
+        """From the gradient (..., n, D) of what these pixels became: that of `x`, and their part of the angles'."""
         cos, sin = self._cos_sin(pixels)
-        half = x.shape[1] // 2
+        dim = x.shape[-1]
+        half = dim // 2
         # The rotation's transpose: the partner's sine, the other sign.
         grad_x = grad * cos
-        grad_x[:, :half].addcmul_(grad[:, half:], sin[:, half:])
-        grad_x[:, half:].addcmul_(grad[:, :half], sin[:, :half], value=-1)
-        grad_angle = rotated(x, sin.neg_(), cos).mul_(grad).view(-1, self.width, x.shape[1])
-        first = pixels.start // self.width
-        rows = self._rows[first : first + len(grad_angle), :1]
-        grad_rows = (grad_angle.sum(dim=1) * rows).sum(dim=0)
-        grad_columns = (grad_angle.sum(dim=0) * self._columns[:, 1:]).sum(dim=0)
+        grad_x[..., :half].addcmul_(grad[..., half:], sin[:, half:])
+        grad_x[..., half:].addcmul_(grad[..., :half], sin[:, :half], value=-1)
+        rows = self._rows[pixels.start // self.width : pixels.stop // self.width, :1]
+        grad_angle = rotated(x, sin.neg_(), cos).mul_(grad).view(-1, len(rows), self.width, dim)
+        grad_rows = (grad_angle.sum(dim=(0, 2)) * rows).sum(dim=0)
+        grad_columns = (grad_angle.sum(dim=(0, 1)) * self._columns[:, 1:]).sum(dim=0)
         return grad_x, torch.stack((grad_rows, grad_columns))
 
     def _cos_sin(self, pixels: slice) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Parts:
 
     Args:
         tiles: how many there will be.
-        dim: channels.
+        dim: channels, those of all images together.
         dtype: of the pixels, float32 or float64.
         device: where they are.
     """
@@ -44,19 +44,23 @@ class Parts:
         self._counts = [[0] * (self._subsets + 1) for _ in range(tiles)]
 
     def take(self, tile: int, pixels: Tensor) -> None:
-        """Of a tile's (n, D) contiguous pixels, by two passes over them: no cancellation."""
-        count, dim = pixels.shape
+        """Of a tile's contiguous pixels (n, D), or (k, n, D) of k images, by two passes over them: no cancellation."""
+        images = pixels.view(-1, *pixels.shape[-2:])
+        _, count, dim = images.shape
         means, variances, counts = self._means[tile], self._variances[tile], self._counts[tile]
         even = count - count % SUBSETS if self._subsets else 0
         if even:
-            # var_mean over the first dimension is not vectorised on a CPU. This is, but sums one value after the
-            # other, so that its error grows with their number: take interleaved subsets as if they were channels.
-            image = pixels[:even].view(1, 1, even // SUBSETS, SUBSETS * dim).permute(0, 3, 1, 2)
-            mean, variance = torch.ops.aten.batch_norm_update_stats(image, None, None, 0.0)
-            means[:SUBSETS], variances[:SUBSETS] = mean.view(SUBSETS, dim), variance.view(SUBSETS, dim)
+            # var_mean over pixels is not vectorised on a CPU. This is, but sums one value after the other, so that its
+            # error grows with their number: take interleaved subsets as if they were channels.
+            for index, image in enumerate(images):
+                subsets = image[:even].view(1, 1, even // SUBSETS, SUBSETS * dim).permute(0, 3, 1, 2)
+                mean, variance = torch.ops.aten.batch_norm_update_stats(subsets, None, None, 0.0)
+                own = slice(index * dim, (index + 1) * dim)
+                means[:SUBSETS, own], variances[:SUBSETS, own] = mean.view(SUBSETS, dim), variance.view(SUBSETS, dim)
             counts[:SUBSETS] = [even // SUBSETS] * SUBSETS
         if even < count:
-            variances[-1], means[-1] = torch.var_mean(pixels[even:], dim=0, correction=0)
+            variance, mean = torch.var_mean(images[:, even:], dim=1, correction=0)
+            variances[-1], means[-1] = variance.flatten(), mean.flatten()
             counts[-1] = count - even
 
     def statistics(self) -> Statistics:
@@ -84,11 +88,11 @@ class Statistics:
     mean: Tensor
     deviation: Tensor
 
-    def of_groups(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each group of neighbouring channels: (groups, 1)."""
-        means = self.mean.view(GROUPS, -1)
+    def of_groups(self, each: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group of so many neighbouring channels: (groups, 1)."""
+        means = self.mean.view(-1, each)
         mean = means.mean(dim=1, keepdim=True)
-        within = (self.deviation / self.count).view(GROUPS, -1)
+        within = (self.deviation / self.count).view(-1, each)
         return mean, (within + (means - mean).square()).mean(dim=1, keepdim=True)
 
     @staticmethod
@@ -140,7 +144,7 @@ class Affine:
     @staticmethod
     def of(statistics: Statistics, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Affine:
         """The normalisation over groups of neighbouring channels with these channel statistics."""
-        mean, variance = statistics.of_groups()
+        mean, variance = statistics.of_groups(weight.shape[0] // GROUPS)
         scale = (weight.to(mean.dtype).view(GROUPS, -1) * torch.rsqrt(variance + EPS)).to(dtype)
         offset = mean * scale.to(mean.dtype)
         # x * scale - offset cancels where the mean is large beside the deviation; subtracting first does not, but is

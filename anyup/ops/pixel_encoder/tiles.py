@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,17 +27,31 @@ def map_pixels(
     return map_tiles(function, _tiles(count, device, multiple), device)
 
 
+def map_groups(function: Callable[[slice], Result], batch: int, count: int, device: torch.device) -> list[Result]:
+    """The function's result for each group of images, in order, that have `count` pixels each.
+
+    As many as fill a tile are a group, and groups run side by side. An image that is larger is one, with tiles that do.
+    """
+    groups = even_slices(batch, max(1, tile_pixels(device) // max(1, count)), device)
+    if count > tile_pixels(device):
+        return [function(some) for some in groups]
+    return map_tiles(function, groups, device)
+
+
 def measured(
     function: Callable[[slice], Tensor],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     multiple: int = 1,
 ) -> Statistics:
-    """The statistics of the pixels (n, D), in that dtype, that the function returns for each tile; `shape` is all's."""
-    count, dim = shape
+    """The statistics of the pixels, in that dtype, that the function returns for each tile; `shape` is all tiles'.
+
+    Pixels are (n, D), or (k, n, D) of several images: each image's channels are then channels of their own, k D.
+    """
+    count, dim = shape[-2:]
     tiles = _tiles(count, device, multiple)
-    parts = Parts(len(tiles), dim, dtype, device)
+    parts = Parts(len(tiles), math.prod(shape[:-2]) * dim, dtype, device)
     map_tiles(lambda index: parts.take(index, function(tiles[index])), range(len(tiles)), device)
     with on_one_thread():
         return parts.statistics()
