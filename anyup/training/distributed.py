@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anyup.installing import pip_install
 
@@ -65,17 +65,17 @@ class Engine:
         """Of the first process's items every `world`-th, from the rank's on; those of the others are not looked at."""
         return list(items)
 
-    def mean(self, values: Sequence[float]) -> list[float]:
+    def mean(self, values: Tensor) -> Tensor:
         """Each value's mean over the processes, every one of which must ask."""
-        return list(values)
+        return values
 
     def total(self, count: int) -> int:
         """The sum of a number below 2^24 over the processes; every process must ask."""
-        return round(self.mean([float(count)])[0] * self.world)
+        return round(self.mean(torch.tensor([float(count)])).item() * self.world)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process; every process must ask."""
-        return self.mean([float(flag)])[0] > 0
+        return self.total(flag) > 0
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the group of processes, with the others; a process that failed does not wait for them."""
@@ -101,7 +101,7 @@ class AccelerateEngine(Engine):
         )
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         super().__init__(self._accelerator.device)
-        self._sums: dict[int, torch.Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
 
     def wrap(self, module: nn.Module) -> nn.Module:
         wrapped: nn.Module = self._accelerator.prepare_model(module)
@@ -131,14 +131,14 @@ class AccelerateEngine(Engine):
         found: list[Item] = mine[0]
         return found
 
-    def mean(self, values: Sequence[float]) -> list[float]:
+    def mean(self, values: Tensor) -> Tensor:
         # In a tensor that stays: a thread of gloo lets go of it after the result is there, some time later on a busy
         # machine. Were it the last to do so it would need the interpreter, whose end it does not survive.
         sums = self._sums.setdefault(len(values), torch.empty(len(values), device=self.device))
-        sums.copy_(torch.tensor(values))
+        sums.copy_(values)
         with _others_alive():
             torch.distributed.all_reduce(sums)
-        return (sums / self.world).tolist()
+        return sums / self.world
 
     def close(self, *, failed: bool = False) -> None:
         if not failed:

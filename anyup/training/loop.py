@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from anyup.training.config import Settings
 from anyup.training.log import Log
 from anyup.training.photographs import find_photographs
 from anyup.training.preparation import Prepared, prepare
+from anyup.training.record import Record
 from anyup.training.reporting import Rate, Reporter, duration
 from anyup.training.trainer import Trainer, make_upsampler, require_backends
 
@@ -83,6 +85,7 @@ class _Run:
         self._baselines: dict[str, dict[str, validation.Score]] = {}
         self._log = Log(output, trainer.step, run.tensorboard) if self._engine.first else None
         self._rate, self._start = Rate(), trainer.step
+        self._done: deque[Record] = deque()
         self._recent: list[dict[str, Any]] = []
 
     def go(self) -> int | None:
@@ -94,6 +97,7 @@ class _Run:
             self._rate = Rate()
             while trainer.step < steps and not engine.any(bool(asked)):
                 self._take(trainer.advance())
+            self._note()
         if self._log:
             self._log.close()
         if trainer.step < steps:
@@ -120,17 +124,27 @@ class _Run:
         steps = self._settings.optimizer.steps
         reporter.note(f"{len(trainer.paths)} photographs, step {trainer.step} of {steps}, on {self._engine.device}")
 
-    def _take(self, record: dict[str, Any]) -> None:
+    def _note(self, unread: int = 0) -> None:
+        """Write down all steps but the last so many, whose numbers a device may not have yet."""
+        while len(self._done) > unread:
+            record = self._done.popleft().read()
+            self._recent.append(record)
+            if self._log:
+                self._log.step(record)
+
+    def _take(self, record: Record) -> None:
         """What follows a step."""
         trainer, run, first = self._trainer, self._settings.run, self._engine.first
         step, last = trainer.step, trainer.step == self._settings.optimizer.steps
         self._rate.count(step - self._start)
-        self._recent.append(record)
-        if self._log:
-            self._log.step(record)
+        self._done.append(record)
+        every = (run.log_every, run.save_every, *([run.keep_every] if run.keep_every else []))
+        validates = bool(self._held_out) and (step % run.validate_every == 0 or last)
+        # Nothing is kept of a step that failed.
+        self._note(unread=0 if last or validates or not all(step % each for each in every) else 1)
         if step % run.log_every == 0 or last:
             self._report(last)
-        if self._held_out and (step % run.validate_every == 0 or last):
+        if validates:
             if first:
                 self._validate()
             self._engine.wait()

@@ -7,7 +7,7 @@ Its view, crops and augmentation are drawn for its number, and a step's encoder 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -92,8 +92,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """With the tensors on a device, but for `places`, which are read by the host."""
-        names = ("guidance", "augmented", "low", "targets", "known")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU copies from while the host goes on."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, changed: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            guidance=changed(self.guidance),
+            augmented=changed(self.augmented),
+            low=changed(self.low),
+            targets=changed(self.targets),
+            known=changed(self.known),
+        )
 
 
 def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:

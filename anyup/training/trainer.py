@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from anyup.training.distributed import Engine
 from anyup.training.initial import start_as_bilateral
 from anyup.training.objective import Objective
 from anyup.training.randomness import number
+from anyup.training.record import Record
 from anyup.training.samples import Batch, FeatureSource, Step
 
 
@@ -45,33 +45,35 @@ class Trainer:
         self._parameters = [p for p in self.upsampler.parameters() if p.requires_grad]
         optimizer = settings.optimizer
         self._optimizer = torch.optim.AdamW(
-            self._parameters, optimizer.learning_rate, optimizer.betas, weight_decay=optimizer.weight_decay
+            self._parameters,
+            optimizer.learning_rate,
+            optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+            fused=engine.device.type in ("cpu", "cuda"),
         )
         self._average = {name: t.detach().clone() for name, t in self.upsampler.state_dict().items()}
         # While a device works, the next step's tensors are made; a CPU has no hand free for that.
         self._pool = None if engine.device.type == "cpu" else ThreadPoolExecutor(1)
         self._next: tuple[int, Future[tuple[Step, list[Batch]]]] | None = None
 
-    def advance(self) -> dict[str, Any]:
-        """One step of the optimizer; what to log of it."""
+    def advance(self) -> Record:
+        """One step of the optimizer; what to log of it. Nothing waits for a GPU here."""
         optimizer = self.settings.optimizer
         rate = learning_rate(optimizer, self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        record = self.backward()
+        step, numbers = self.backward()
         if optimizer.clip:
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters, optimizer.clip)
-            record["norm"] = norm.item()
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(f"step {self.step}: the loss is {record['loss']}; the last checkpoint is whole")
+            numbers["norm"] = torch.nn.utils.clip_grad_norm_(self._parameters, optimizer.clip)
         self._optimizer.step()
         self.step += 1
         self.samples += optimizer.batch
         self._keep_average()
-        return {"step": self.step, **record, "learning_rate": rate}
+        facts = {"encoder": step.encoder, "guidance_size": step.guidance_size, "input_size": step.input_size}
+        return Record(self.step - 1, {"step": self.step, **facts, "learning_rate": rate}, numbers)
 
-    def backward(self) -> dict[str, Any]:
-        """The gradients of the next step's loss, in the parameters; its terms, over all processes."""
+    def backward(self) -> tuple[Step, dict[str, Tensor]]:
+        """The gradients of the next step's loss, in the parameters; the step, and its terms over all processes."""
         engine = self.engine
         step, batches = self._take()
         # A sum over a process's samples, divided by these, has the whole step's mean as its mean over the processes.
@@ -79,17 +81,16 @@ class Trainer:
         augmented = sum(sample.augmented for sample in step.samples) / engine.world
         self._optimizer.zero_grad(set_to_none=True)
         # A process that has nothing to augment has the term all the same.
-        sums = dict.fromkeys(self._terms, 0.0)
+        sums = torch.zeros(len(self._terms), device=engine.device)
         for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             # Processes may have different numbers of micro-batches, and meet once: in the last one's backward pass.
             with engine.accumulating(self._objective, left > 0):
                 with autocast(self.settings, engine.device):
                     terms = self._objective(batch.to(engine.device), whole, augmented)
                 terms["loss"].backward()
-            for name, value in terms.items():
-                sums[name] += value.item()
-        sums = dict(zip(sums, engine.mean(list(sums.values())), strict=True))
-        return {"encoder": step.encoder, "guidance_size": step.guidance_size, "input_size": step.input_size, **sums}
+            none = terms["loss"].detach().new_zeros(())
+            sums += torch.stack([terms.get(name, none).detach() for name in self._terms])
+        return step, dict(zip(self._terms, engine.mean(sums), strict=True))
 
     def _take(self) -> tuple[Step, list[Batch]]:
         """The next step and this process's part of it, in micro-batches."""
@@ -107,7 +108,8 @@ class Trainer:
         mine = step.samples[engine.rank :: engine.world]
         size = settings.optimizer.micro_batch or len(mine)
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
-        return step, [samples.assemble(step, part, self.source, self.paths, settings.seed) for part in parts]
+        batches = [samples.assemble(step, part, self.source, self.paths, settings.seed) for part in parts]
+        return step, [batch.pinned() for batch in batches] if engine.device.type == "cuda" else batches
 
     @property
     def shipped(self) -> dict[str, Tensor]:

@@ -279,13 +279,40 @@ def test_learning_rate_warms_up_and_decays() -> None:
 # The loss of a step.
 
 
+def terms_of(one: Trainer) -> dict[str, float]:
+    """The terms of the next step's loss; its gradients are in the parameters then."""
+    return {name: value.item() for name, value in one.backward()[1].items()}
+
+
+def test_a_step_waits_for_no_device(folder: Path) -> None:
+    extra = ("optimizer.clip=1.0", "loss.self_consistency_size=24", "loss.place=0.5")
+    # Its tensors have no numbers, and asking for one is an error.
+    ready = trainer(folder, *extra)
+    engine = Engine(torch.device("meta"))
+    asked = Trainer(ready.settings, make_upsampler(ready.settings), ready.source, ready.paths, engine)
+    record = asked.advance()
+    assert asked.step == 1
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        record.read()
+
+
+@pytest.mark.parametrize("unread", [0, 1])
+def test_a_record_has_the_numbers_of_its_step(folder: Path, unread: int) -> None:
+    one, other = trainer(folder, "optimizer.clip=1.0"), trainer(folder, "optimizer.clip=1.0")
+    records = [one.advance() for _ in range(1 + unread)]
+    expected = terms_of(other)
+    read = records[0].read()
+    assert {name: read[name] for name in expected} == expected
+    assert read["step"] == 1 and read["norm"] > 0 and read["encoder"] == "tiny:8"
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_micro_batches_give_the_gradients_of_the_whole(folder: Path, backend: str) -> None:
     whole, parts = (
         trainer(folder, f"optimizer.micro_batch={size}", f"run.backend={backend}", "loss.self_consistency_share=0.5")
         for size in (0, 3)
     )
-    terms = [one.backward() for one in (whole, parts)]
+    terms = [terms_of(one) for one in (whole, parts)]
     assert terms[0]["loss"] == pytest.approx(terms[1]["loss"], rel=1e-5)
     assert terms[0]["self"] == pytest.approx(terms[1]["self"], rel=1e-4)
     for (name, one), other in zip(whole.upsampler.named_parameters(), parts.upsampler.parameters(), strict=True):
@@ -297,7 +324,7 @@ def test_micro_batches_give_the_gradients_of_the_whole(folder: Path, backend: st
 def test_synthetic_micro_batches_give_the_gradients_of_the_whole(folder: Path) -> None:
     extra = ("variation.synthetic=1.0", "loss.place=0.5", "loss.self_consistency_share=0.5")
     whole, parts = (trainer(folder, f"optimizer.micro_batch={size}", *extra) for size in (0, 2))
-    terms = [one.backward() for one in (whole, parts)]
+    terms = [terms_of(one) for one in (whole, parts)]
     for name in ("loss", "place", "self"):
         assert terms[0][name] == pytest.approx(terms[1][name], rel=1e-4)
     for (name, one), other in zip(whole.upsampler.named_parameters(), parts.upsampler.parameters(), strict=True):
@@ -308,7 +335,7 @@ def test_synthetic_micro_batches_give_the_gradients_of_the_whole(folder: Path) -
 
 def test_known_maps_take_the_weights_of_the_features_and_leave_these_alone(folder: Path) -> None:
     plain, carried = (trainer(folder, f"loss.place={weight}") for weight in (0, 0.5))
-    terms = plain.backward(), carried.backward()
+    terms = terms_of(plain), terms_of(carried)
     for name in ("cosine", "mse", "input", "self"):
         assert terms[1][name] == pytest.approx(terms[0][name], rel=1e-5)
     assert "place" not in terms[0]
@@ -321,14 +348,14 @@ def test_known_maps_take_the_weights_of_the_features_and_leave_these_alone(folde
 
 
 def test_terms_sum_to_the_loss_and_weights_scale_them(folder: Path) -> None:
-    terms = trainer(folder).backward()
+    terms = terms_of(trainer(folder))
     names = ("cosine", "mse", "input", "self")
     assert terms["loss"] == pytest.approx(sum(terms[name] for name in names))
-    heavier = trainer(folder, "loss.input_consistency=0.4", "loss.self_consistency=0.3", "loss.mse=2.0").backward()
+    heavier = terms_of(trainer(folder, "loss.input_consistency=0.4", "loss.self_consistency=0.3", "loss.mse=2.0"))
     assert heavier["input"] == pytest.approx(4 * (terms["input"] + 0), rel=0.5)
     assert heavier["cosine"] == pytest.approx(terms["cosine"])
     assert heavier["mse"] == pytest.approx(2 * terms["mse"])
-    without = trainer(folder, "loss.input_consistency=0", "loss.self_consistency=0").backward()
+    without = terms_of(trainer(folder, "loss.input_consistency=0", "loss.self_consistency=0"))
     assert without["loss"] == pytest.approx(terms["cosine"] + terms["mse"])
 
 
