@@ -80,27 +80,16 @@ def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionC
     return [best, ProjectionConfig(4, 8, 16, 16, num_warps=4, num_stages=1)]
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _query_projection_forward_kernel(
-    encoded, convolution, norm, weight, bias, out,
-    # (B, H, W, D), (9, D, D) with the result's channels last, (D,), (D, D), (D,), (B, H, W, D)
-    height, width, tile_rows, tile_columns, eps,
-    encoded_image_stride, encoded_row_stride, encoded_column_stride, encoded_channel_stride,
-    DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr,
-    OUTPUTS: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def convolved(
+    encoded, convolution, row, column, height, width,
+    encoded_row_stride, encoded_column_stride, encoded_channel_stride,
+    DIM: tl.constexpr, PADDED: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One rectangle of ROWS x COLUMNS pixels; grid: the rectangles of all images."""
-    tile = tl.program_id(0)
-    image = (tile // (tile_rows * tile_columns)).to(tl.int64)
-    top = tile % (tile_rows * tile_columns) // tile_columns * ROWS
-    left = tile % tile_columns * COLUMNS
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    row = top + pixel // COLUMNS
-    column = left + pixel % COLUMNS
+    """The 3x3 convolution (pixels, PADDED) of one image at these pixels, in float32; padding channels are 0."""
     output = tl.arange(0, PADDED)
-    encoded += image * encoded_image_stride
     centre = encoded + row.to(tl.int64) * encoded_row_stride + column.to(tl.int64) * encoded_column_stride
-    product = tl.zeros((ROWS * COLUMNS, PADDED), tl.float32)
+    product = tl.zeros((row.shape[0], PADDED), tl.float32)
     PIECES: tl.constexpr = (DIM + PIECE - 1) // PIECE
     for step in tl.range(0, 9 * PIECES):
         # All taps of one piece of the channels before the next piece, so that the piece's pixels stay in L1.
@@ -123,6 +112,32 @@ def _query_projection_forward_kernel(
         else:
             weights = tl.load(part)
         product = matmul(pixels, weights, product, PRECISION)
+    return product
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _query_projection_forward_kernel(
+    encoded, convolution, norm, weight, bias, out,
+    # (B, H, W, D), (9, D, D) with the result's channels last, (D,), (D, D), (D,), (B, H, W, D)
+    height, width, tile_rows, tile_columns, eps,
+    encoded_image_stride, encoded_row_stride, encoded_column_stride, encoded_channel_stride,
+    DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr,
+    OUTPUTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One rectangle of ROWS x COLUMNS pixels; grid: the rectangles of all images."""
+    tile = tl.program_id(0)
+    image = (tile // (tile_rows * tile_columns)).to(tl.int64)
+    top = tile % (tile_rows * tile_columns) // tile_columns * ROWS
+    left = tile % tile_columns * COLUMNS
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    row = top + pixel // COLUMNS
+    column = left + pixel % COLUMNS
+    output = tl.arange(0, PADDED)
+    encoded += image * encoded_image_stride
+    product = convolved(
+        encoded, convolution, row, column, height, width,
+        encoded_row_stride, encoded_column_stride, encoded_channel_stride, DIM, PADDED, PIECE, PRECISION,
+    )  # fmt: skip
     # Padding channels are zeros and add nothing.
     inverse = 1.0 / tl.sqrt_rn(tl.sum(product * product, axis=1) / DIM + eps)
     factor = tl.load(norm + output, mask=output < DIM, other=0.0).to(tl.float32)

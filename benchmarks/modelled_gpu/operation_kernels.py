@@ -16,6 +16,7 @@ import torch
 from anyup.bench.workloads import Workload, square
 from anyup.kernels import feature_unification_backward as unification_backward
 from anyup.kernels import feature_unification_forward as unification_forward
+from anyup.kernels import query_projection_backward as projection_backward
 from anyup.kernels import query_projection_forward as projection
 from anyup.kernels.feature_unification_config import backward_configs, forward_configs
 from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_arrange, runs_of
@@ -54,6 +55,9 @@ KERNELS = (
     "feature_unification_fold",
     "key_grid_convolution",
     "query_projection_forward",
+    "query_projection_backward_pixels",
+    "query_projection_backward_map",
+    "query_projection_backward_weights",
     "window_attention_points",
     *pixel_encoder_work.KERNELS,
 )
@@ -64,6 +68,8 @@ WITHOUT_PRODUCTS = (
     "pixel_encoder_moments",
 )
 """Kernels that move numbers: nothing for the matrix units."""
+MULTIPROCESSORS = 132
+"""Of the card that a launch is planned for, where that decides how a sum is shared."""
 POINTS = 1000
 """Points of a launch."""
 
@@ -124,6 +130,35 @@ class Case:
         )  # fmt: skip
         return launch, config._asdict()
 
+    def _query_projection(self, precision: str) -> tuple[Launch, Row]:
+        encoded = self._empty(self.workload.batch, *self.workload.size, DIM)
+        taps, gain, weight = self._empty(9, DIM, DIM), self._empty(DIM), self._empty(DIM, DIM)
+        rules = {"target": self.target, "half": self.half}
+        config: Any
+        if self.kernel == "query_projection_backward_weights":
+            config = projection_backward.weights_configs(**rules)[0]
+            pixels = math.prod(encoded.shape[:3])
+            run = config.run(pixels, DIM, 9, MULTIPROCESSORS)
+            sums = self._empty(-(-pixels // run), 9, DIM, DIM).float()
+            launch = projection_backward.plan_weights(
+                encoded, encoded, sums, run=run, precision=precision, config=config
+            )
+            return launch, asdict(config)
+        if self.kernel == "query_projection_backward_pixels":
+            config = projection_backward.pixels_configs(DIM, **rules)[0]
+            launch = projection_backward.plan_pixels(
+                encoded, encoded, taps, gain, weight, encoded, encoded, eps=1e-7, precision=precision, config=config
+            )
+            return launch, asdict(config)
+        config = projection.forward_configs(DIM, **rules)[0]
+        if self.kernel == "query_projection_backward_map":
+            launch = projection_backward.plan_map(encoded, taps, encoded, precision=precision, config=config)
+        else:
+            launch = projection.plan_forward(
+                encoded, taps, gain, weight, gain, encoded, eps=1e-7, precision=precision, config=config
+            )
+        return launch, asdict(config)
+
     def _arranged(self) -> tuple[torch.Tensor, torch.Tensor, Arranged]:
         w = self.workload
         features, basis = self._empty(w.batch, w.channels, *w.grid), self._empty(FILTERS, 1, KERNEL_SIZE, KERNEL_SIZE)
@@ -141,15 +176,8 @@ class Case:
             return self._convolution(precision)
         if self.kernel == "window_attention_points":
             return self._points()
-        if self.kernel == "query_projection_forward":
-            config = projection.forward_configs(DIM, target=self.target, half=self.half)[0]
-            encoded = self._empty(w.batch, *w.size, DIM)
-            launch = projection.plan_forward(
-                encoded, self._empty(9, DIM, DIM), self._empty(DIM), self._empty(DIM, DIM), self._empty(DIM),
-                torch.empty_like(encoded), eps=1e-7,
-                precision=precision, config=config,
-            )  # fmt: skip
-            return launch, asdict(config)
+        if self.kernel.startswith("query_projection"):
+            return self._query_projection(precision)
         features, basis, arranged = self._arranged()
         out = self._empty(w.batch, FILTERS, *w.grid)
         if self.kernel == "feature_unification_arrange":
@@ -178,22 +206,8 @@ class Case:
         if self.kernel.startswith("pixel_encoder"):
             return pixel_encoder_work.work(launch)
         size = DTYPES[self.dtype].itemsize
-        if self.kernel == "query_projection_forward":
-            tile = constant["ROWS"] * constant["COLUMNS"]
-            padded = math.prod(launch.grid) * tile / w.pixels
-            # L1 answers the loads of the other taps.
-            halo = (constant["ROWS"] + 2) * (constant["COLUMNS"] + 2) / tile
-            exact = 2 * 10 * DIM * DIM
-            return Work(
-                units=w.pixels,
-                exact_operations=exact,
-                operations=padded * exact * (1 if self.half else 3),
-                exact_exponentials=0,
-                exponentials=0,
-                bytes_compulsory=2 * DIM * size,
-                bytes_asked=padded * (halo * DIM + 10 * DIM * DIM / tile) * size + DIM * size,
-                turns=[(9 * DIM // constant["PIECE"], []), (DIM // constant["OUTPUTS"], [])],
-            )
+        if self.kernel.startswith("query_projection"):
+            return _query_projection_work(self.kernel, launch, w, size)
         if self.kernel == "key_grid_convolution":
             return _convolution_work(launch)
         if self.kernel == "window_attention_points":
@@ -262,6 +276,44 @@ class Case:
             ),
             turns=[(tile, []), (parts, [(tile, [])])] if parts > 1 else [(tile, []), (tile, [])],
         )
+
+
+def _query_projection_work(kernel: str, launch: Launch, workload: Workload, size: int) -> Work:
+    constant, pixels = launch.constants, workload.pixels
+    products = 1 if size == 2 else 3
+    if kernel == "query_projection_backward_weights":
+        blocks, runs = launch.grid
+        run = launch.arguments["run"]
+        exact = 2 * 9 * DIM * DIM
+        written = launch.arguments["sums"].nbytes / pixels
+        return Work(
+            units=pixels,
+            exact_operations=exact,
+            operations=runs * run / pixels * exact * products,
+            exact_exponentials=0,
+            exponentials=0,
+            bytes_compulsory=2 * DIM * size,
+            bytes_asked=blocks * 2 * constant["BLOCK"] * size + written,
+            turns=[(-(-run // constant["STEP"]), [])],
+        )
+    tile = constant["ROWS"] * constant["COLUMNS"]
+    padded = math.prod(launch.grid) * tile / pixels
+    # L1 answers the loads of the other taps.
+    halo = (constant["ROWS"] + 2) * (constant["COLUMNS"] + 2) / tile
+    # The convolution, and the projection or its transpose; maps beside the one that is convolved.
+    weights, others = {"forward": (10, 1), "pixels": (10, 3), "map": (9, 1)}[kernel.rsplit("_", 1)[1]]
+    exact = 2 * weights * DIM * DIM
+    loops: list[Any] = [(9 * DIM // constant["PIECE"], [])]
+    return Work(
+        units=pixels,
+        exact_operations=exact,
+        operations=padded * exact * products,
+        exact_exponentials=0,
+        exponentials=0,
+        bytes_compulsory=(1 + others) * DIM * size,
+        bytes_asked=padded * (halo * DIM + weights * DIM * DIM / tile) * size + others * DIM * size,
+        turns=loops + ([(DIM // constant["OUTPUTS"], [])] if weights > 9 else []),
+    )
 
 
 def _convolution_work(launch: Launch) -> Work:

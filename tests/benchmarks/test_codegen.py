@@ -170,7 +170,13 @@ def test_backward_kernels_are_as_sound(tmp_path: Path) -> None:
 
 
 def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
-    kernels = ("feature_unification_forward", "key_grid_convolution", "query_projection_forward")
+    backward = ("pixels", "map", "weights")
+    kernels = (
+        "feature_unification_forward",
+        "key_grid_convolution",
+        "query_projection_forward",
+        *(f"query_projection_backward_{name}" for name in backward),
+    )
     chosen = ["--smallest", "--kernel", *kernels]
     rows = [
         *measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
@@ -178,7 +184,7 @@ def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
     ]
     # The unification also with channels that the filters do not divide.
     assert [(row["kernel"], row["channels"]) for row in rows] == 4 * [
-        (kernels[0], 384), (kernels[0], 192), (kernels[1], 384), (kernels[2], 384)
+        (kernels[0], 384), (kernels[0], 192), *((kernel, 384) for kernel in kernels[1:])
     ]  # fmt: skip
     # A class's results of a program are 8 bytes a thread; for 16 a program would need so many positions that a small
     # grid has too few programs.

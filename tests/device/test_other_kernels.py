@@ -56,11 +56,12 @@ def test_the_unification_obeys_the_error_rule(name: str, dtype: torch.dtype, lau
 @pytest.mark.parametrize("name", PROJECTION)
 def test_the_projection_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
     tensors = projection_tensors(PROJECTION[name], dtype)
-    actual = project(**{key: t.cuda() for key, t in tensors.items()}, backend="triton")
-    assert launched.total() == 1
-    expected = project(**tensors, backend="reference")
-    exact = project(**{key: t.double() for key, t in tensors.items()}, backend="reference")
-    assert_close_enough(actual.cpu(), expected, exact)
+    actual = output_and_gradients(project, {key: t.cuda() for key, t in tensors.items()}, "triton")
+    assert launched.total() == 1 + 4
+    expected = output_and_gradients(project, tensors, "reference")
+    exact = output_and_gradients(project, {key: t.double() for key, t in tensors.items()}, "reference")
+    for key in exact:
+        assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.accuracy import assert_backend_accurate
+from support.accuracy import assert_backend_accurate, output_and_gradients
 from support.mutations import mutate
 from support.query_projection_cases import Shape, run, tensors_of
 from support.recipe import INTERPRETED
 
-from anyup.ops.query_projection import ProjectionParameters, explain_backends, project_queries
+from anyup.ops.query_projection import fused
 
 pytestmark = INTERPRETED
 
@@ -33,7 +33,7 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_kernel_obeys_the_error_rule(name: str, dtype: torch.dtype) -> None:
-    assert_backend_accurate(run, tensors_of(SHAPES[name], dtype), backend="triton", gradients=False)
+    assert_backend_accurate(run, tensors_of(SHAPES[name], dtype), backend="triton")
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e3])
@@ -74,18 +74,18 @@ def test_a_config_that_cannot_be_is_refused(values: dict[str, int]) -> None:
 
 
 MUTATIONS = {
-    "taps in columns": ("down = tap // 3 - 1", "down = tap % 3 - 1"),
-    "a tap too few": ("9 * PIECES", "8 * PIECES"),
-    "a border that is not zero": ("mask=inside[:, None], other=0.0", "mask=inside[:, None], other=1.0"),
-    "a mean over too many": ("axis=1) / DIM + eps", "axis=1) / (2 * DIM) + eps"),
-    "no weight of the norm": ("* factor[None, :]", "* 1.0"),
-    "no bias": ("result += tl.load", "result += 0 * tl.load"),
+    "taps in columns": ("convolved", "down = tap // 3 - 1", "down = tap % 3 - 1"),
+    "a tap too few": ("convolved", "9 * PIECES", "8 * PIECES"),
+    "a border that is not zero": ("convolved", "mask=inside[:, None], other=0.0", "mask=inside[:, None], other=1.0"),
+    "a mean over too many": ("_query_projection_forward_kernel", "axis=1) / DIM + eps", "axis=1) / (2 * DIM) + eps"),
+    "no weight of the norm": ("_query_projection_forward_kernel", "* factor[None, :]", "* 1.0"),
+    "no bias": ("_query_projection_forward_kernel", "result += tl.load", "result += 0 * tl.load"),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutate(monkeypatch, "query_projection_forward", "_query_projection_forward_kernel", *MUTATIONS[mutation])
+    mutate(monkeypatch, "query_projection_forward", *MUTATIONS[mutation])
     with pytest.raises(AssertionError, match="output: error"):
         assert_backend_accurate(run, tensors_of(SHAPES["batch 2"]), backend="triton", gradients=False)
 
@@ -105,12 +105,46 @@ def test_what_the_kernel_does_not_take_is_a_reason_with_the_value(
         run(**tensors_of(shape, dtype), backend="triton")
 
 
-def test_a_gradient_is_a_reason_before_any_work_and_torch_s_to_make() -> None:
-    encoded, *parameters = tensors_of(SHAPES["one pixel"]).values()
-    encoded.requires_grad_()
-    with pytest.raises(NotImplementedError, match="a gradient is wanted"):
-        project_queries(encoded, ProjectionParameters(*parameters), backend="triton")
-    chosen = explain_backends(encoded, ProjectionParameters(*parameters), backend=("triton", "torch")).chosen
-    assert chosen == "torch"
-    project_queries(encoded, ProjectionParameters(*parameters), backend=("triton", "torch")).sum().backward()
-    assert encoded.grad is not None
+BACKWARD_MUTATIONS = {
+    "the length's part of a gradient": ("pixels_kernel", "back - x * along[:, None]", "back"),
+    "a gradient that is not divided": ("pixels_kernel", "along[:, None]) * inverse[:, None]", "along[:, None])"),
+    "no weight of the norm": ("pixels_kernel", "back *= tl.load", "back += 0 * tl.load"),
+    "a tap beside its own": ("weights_kernel", "down * width + along", "down * width"),
+    "pixels of the next run": ("weights_kernel", "(pixel < stop) & ", ""),
+    "values beyond a border": ("weights_kernel", "(column >= 0) & ", ""),
+    "a map that is not turned": ("map_kernel", "width * DIM, DIM, 1", "DIM, width * DIM, 1"),
+}
+
+
+@pytest.mark.parametrize("mutation", BACKWARD_MUTATIONS)
+def test_a_mutated_backward_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 20)  # several runs of pixels
+    kernel, *change = BACKWARD_MUTATIONS[mutation]
+    mutate(monkeypatch, "query_projection_backward", f"_query_projection_backward_{kernel}", *change)
+    with pytest.raises(AssertionError, match="gradient of .*: error"):
+        assert_backend_accurate(run, tensors_of(SHAPES["batch 2"]), backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_runs_of_pixels_add_up_alike_in_each_call(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 20)
+    tensors = tensors_of(Shape((9, 18), batch=2, dim=24), dtype)
+    assert_backend_accurate(run, tensors, backend="triton")
+    first, second = (output_and_gradients(run, tensors, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_backward_config_changes_the_last_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyup.kernels import query_projection_backward as kernel
+
+    monkeypatch.setattr(kernel, "pixels_configs", lambda *_, **__: [kernel.ProjectionConfig(2, 8, 32, 32, 4, 1)])
+    monkeypatch.setattr(kernel, "weights_configs", lambda **_: [kernel.WeightsConfig(16, 32, 4, 1)])
+    assert_backend_accurate(run, tensors_of(Shape((9, 7), dim=48)), backend="triton")
+
+
+@pytest.mark.parametrize("values", [{"block": 8}, {"step": 24}, {"num_warps": 3}, {"num_stages": 0}])
+def test_a_config_of_the_weights_that_cannot_be_is_refused(values: dict[str, int]) -> None:
+    from anyup.kernels.query_projection_backward import WeightsConfig
+
+    with pytest.raises(ValueError, match=next(iter(values))):
+        WeightsConfig(**{"block": 64, "step": 16, "num_warps": 4, "num_stages": 1, **values})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.configs import run_first
+from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.feature_unification import fused as unification
 from anyup.ops.feature_unification.operator import OPERATION as UNIFICATION
 from anyup.ops.kernel_device import dot_precision, target
@@ -23,6 +24,8 @@ def unsupported(problem: KeyGridProblem) -> list[str]:
     if filters != dim:
         return [f"keys of {dim} channels from {filters} unified ones, the kernels make as many of as many"]
     reasons = []
+    if problem.blocks.needs_gradient:
+        reasons.append(f"a gradient is wanted, the kernels have no backward pass: {WITHOUT_GRADIENT}")
     for operation, inner, asked in (
         (UNIFICATION, problem.unification, problem.unification_backend),
         (PIXEL_ENCODER, problem.blocks, problem.blocks_backend),

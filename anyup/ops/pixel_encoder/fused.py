@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.configs import run_first
-from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.kernel_device import (
     device_reasons,
     discouraged,
@@ -23,13 +22,14 @@ from anyup.ops.kernel_device import (
     target,
 )
 from anyup.ops.pixel_encoder.arguments import EPS, EncoderParameters, PixelEncoderProblem
+from anyup.ops.pixel_encoder.gradients import backward
 from anyup.ops.pixel_encoder.rotary import coordinates
 
 if TYPE_CHECKING:
     from anyup.kernels.pixel_encoder_config import EncoderConfig
     from anyup.kernels.pixel_encoder_passes import HalfBlock, Join, KeyProjection, Source
 
-__all__ = ["discouraged", "forward", "unsupported"]
+__all__ = ["backward", "discouraged", "forward", "unsupported"]
 
 Result = TypeVar("Result")
 
@@ -41,8 +41,6 @@ def unsupported(problem: PixelEncoderProblem) -> list[str]:
         return reasons
     from anyup.kernels.pixel_encoder_config import MOST_CHANNELS
 
-    if problem.needs_gradient:
-        reasons.append(f"a gradient is wanted, the kernels have no backward pass: {WITHOUT_GRADIENT}")
     reasons += dtype_reasons("pixels are", problem.dtype)
     for name, channels in (("map", problem.dim), ("input", problem.input_dim)):
         if channels > MOST_CHANNELS:
