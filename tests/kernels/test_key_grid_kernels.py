@@ -95,7 +95,7 @@ def test_torch_s_counter_counts_them_as_the_reference(monkeypatch: pytest.Monkey
 
 
 BY_STEPS = {
-    "a gradient is wanted": ({}, True, torch.float32, "the pixel_encoder runs on torch"),
+    "a gradient is wanted": ({}, True, torch.float32, "a gradient is wanted, the kernels have no backward pass"),
     "another width": ({"lfu_dim": 32}, False, torch.float32, "keys of 16 channels from 32 unified ones"),
     "float64": ({}, False, torch.float64, "keys are made in float64, the kernels make them in float32"),
     "the encoder elsewhere": ({"pixel_encoder": "torch"}, False, torch.float32, "the pixel_encoder runs on torch"),
