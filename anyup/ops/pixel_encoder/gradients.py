@@ -163,7 +163,9 @@ class _Norm:
         """From the statistics of (k, D) channels: each image's are channels of their own."""
         dim = parameters.norm_weight.shape[0]
         each = dim // GROUPS
-        mean, variance = (t.expand(-1, each).reshape(-1, dim) for t in statistics.of_groups(each))
+        mean, variance = (
+            t.expand(-1, each).reshape(-1, dim) for t in statistics.of_groups(statistics.mean.numel() // dim)
+        )
         rstd = torch.rsqrt(variance + EPS)
         weight, bias = parameters.norm_weight.to(mean.dtype), parameters.norm_bias.to(mean.dtype)
         center = mean.to(dtype)

@@ -88,11 +88,11 @@ class Statistics:
     mean: Tensor
     deviation: Tensor
 
-    def of_groups(self, each: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each group of so many neighbouring channels: (groups, 1)."""
-        means = self.mean.view(-1, each)
+    def of_groups(self, images: int = 1) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group of neighbouring channels, of so many images: (groups of all, 1)."""
+        means = self.mean.view(images * GROUPS, -1)
         mean = means.mean(dim=1, keepdim=True)
-        within = (self.deviation / self.count).view(-1, each)
+        within = (self.deviation / self.count).view_as(means)
         return mean, (within + (means - mean).square()).mean(dim=1, keepdim=True)
 
     @staticmethod
@@ -144,7 +144,7 @@ class Affine:
     @staticmethod
     def of(statistics: Statistics, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Affine:
         """The normalisation over groups of neighbouring channels with these channel statistics."""
-        mean, variance = statistics.of_groups(weight.shape[0] // GROUPS)
+        mean, variance = statistics.of_groups()
         scale = (weight.to(mean.dtype).view(GROUPS, -1) * torch.rsqrt(variance + EPS)).to(dtype)
         offset = mean * scale.to(mean.dtype)
         # x * scale - offset cancels where the mean is large beside the deviation; subtracting first does not, but is
