@@ -449,7 +449,7 @@ def _build(
         if all(name.removeprefix(prefix) in expected_shapes for name in unexpected):
             faults.append(f"they were saved from a module around it: take {prefix!r} off their names")
     if other := [
-        f"{name} expected {expected_shapes[name]}, got {shapes[name]}"
+        f"{name}: expected {expected_shapes[name]}, got {shapes[name]}"
         for name in expected_shapes
         if name in shapes and shapes[name] != expected_shapes[name]
     ]:

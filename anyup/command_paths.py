@@ -87,13 +87,13 @@ class Paths:
         for number, (called, path) in enumerate(self.written):
             for other, earlier in self.written[:number]:
                 if _same(Path(path), Path(earlier)):
-                    raise UsageError(f"{called} {path}: that is {other} {earlier}; a name of its own expected")
+                    raise UsageError(f"{called} {path}: that is {other} {earlier}; expected a name of its own")
         there = [(called, path) for called, path in self.written if Path(path).exists()]
         for other, named in self.read if there else ():
             for source in named.paths():
                 for called, path in there:
                     if _same(Path(path), source):
-                        would = "a folder of its own expected" if path.holds else "it would be replaced"
+                        would = "expected a folder of its own" if path.holds else "it would be replaced"
                         raise UsageError(f"{called} {path}: that is what is read ({other}); {would}")
                     if any(fnmatch(name, pattern) for name in _names(Path(path), source) for pattern in path.holds):
                         raise UsageError(

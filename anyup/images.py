@@ -77,10 +77,10 @@ def check_readable(path: str | os.PathLike[str], what: str = "") -> Path:
     path = Path(path)
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{what or path}: a file expected, this is a directory")
+        raise IsADirectoryError(f"{what or path}: expected a file, this is a directory")
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
-        raise OSError(f"{what or path}: a regular file expected, this is a {kinds.get(stat.S_IFMT(mode), 'device')}")
+        raise OSError(f"{what or path}: expected a regular file, this is a {kinds.get(stat.S_IFMT(mode), 'device')}")
     return path
 
 
@@ -207,7 +207,7 @@ def to_rgb01(image: Image.Image, path: str | os.PathLike[str]) -> Tensor:
         top = 1.0 if image.mode == "F" else 65535.0
         low, high = float(levels.min()), float(levels.max())
         if not (0.0 <= low and high <= top):  # a NaN fails both comparisons
-            raise ValueError(f"{path}: grey levels of mode {image.mode} in 0..{top:g} expected, got {low:g}..{high:g}")
+            raise ValueError(f"{path}: expected grey levels of mode {image.mode} in 0..{top:g}, got {low:g}..{high:g}")
         return (levels / top).expand(1, 3, *levels.shape).contiguous()
     try:
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -269,7 +269,7 @@ def to_pil(rgb01: Tensor) -> Image.Image:
 
     picture = rgb01[0] if rgb01.dim() == 4 else rgb01
     if picture.dim() != 3 or picture.shape[0] != 3:
-        raise ValueError(f"a picture must be (3, H, W) or (1, 3, H, W), got {tuple(rgb01.shape)}")
+        raise ValueError(f"picture: expected (3, H, W) or (1, 3, H, W), got {tuple(rgb01.shape)}")
     levels = picture.detach().float().clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
@@ -278,7 +278,7 @@ def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], what
     """The path, if a file can be written there; else OSError, or ValueError for another suffix."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{what} {path}: the name must end in {_one_of(suffixes)}")
+        raise ValueError(f"{what} {path}: expected a name that ends in {_one_of(suffixes)}")
     if path.suffix.lower() == ".safetensors":
         safetensors_package()
     if path.suffix.lower() == ".zarr":
@@ -347,7 +347,7 @@ def save_array(path: str | os.PathLike[str], array: Tensor) -> None:
     array = array.detach().cpu().contiguous()
     suffix = Path(path).suffix.lower()
     if suffix not in ARRAY_SUFFIXES:
-        raise ValueError(f"{path}: the name must end in {_one_of(ARRAY_SUFFIXES)}")
+        raise ValueError(f"{path}: expected a name that ends in {_one_of(ARRAY_SUFFIXES)}")
     with complete_or_absent(path) as temporary:
         if suffix == ".npy":
             import numpy
@@ -372,21 +372,21 @@ def read_features(path: str | os.PathLike[str], what: str = "features") -> Tenso
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         if "features" not in tensors and len(tensors) != 1:
             names = ", ".join(sorted(map(str, found))) or "nothing"
-            raise ValueError(f'{what} {path}: one array, or one named "features", expected; it holds {names}')
+            raise ValueError(f'{what} {path}: expected one array, or one named "features", it holds {names}')
         found = tensors["features"] if "features" in tensors else next(iter(tensors.values()))
     if not isinstance(found, Tensor):
-        raise ValueError(f"{what} {path}: an array expected, it holds a {type(found).__name__}")
+        raise ValueError(f"{what} {path}: expected an array, it holds a {type(found).__name__}")
     if why := unfit(found):
         raise ValueError(f"{what} {path}: {why}")
     if found.dim() == 3 and what == "features" and found.shape[0] == 1:
         raise ValueError(
-            f"{what} {path}: a map (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}, which may be tokens "
+            f"{what} {path}: expected a map (C, h, w) or (1, C, h, w), got {tuple(found.shape)}, which may be tokens "
             "(1, N, C): bring them to (1, C, h, w) without the class token, or a map of one channel to (1, 1, h, w)"
         )
     if found.dim() == 3:
         found = found[None]
     if found.dim() != 4 or found.shape[0] != 1 or 0 in found.shape:
-        raise ValueError(f"{what} {path}: shape (C, h, w) or (1, C, h, w) expected, got {tuple(found.shape)}")
+        raise ValueError(f"{what} {path}: expected shape (C, h, w) or (1, C, h, w), got {tuple(found.shape)}")
     return found.detach().contiguous()
 
 
@@ -397,7 +397,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     found = _read_checked(path, _TENSOR_SUFFIXES, str(path))
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: tensors by name expected, it holds a {type(found).__name__}")
+        raise ValueError(f"{path}: expected tensors by name, it holds a {type(found).__name__}")
     return dict(_named_tensors(found))
 
 
@@ -414,7 +414,7 @@ def _read_checked(path: str | os.PathLike[str], suffixes: tuple[str, ...], what:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in suffixes:
-        raise ValueError(f"{what}: the name must end in {_one_of(suffixes)}")
+        raise ValueError(f"{what}: expected a name that ends in {_one_of(suffixes)}")
     check_readable(path, what)
     try:
         if suffix in (".npy", ".npz"):

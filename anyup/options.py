@@ -32,9 +32,9 @@ def whole_number(least: int | None = None, most: int | None = None) -> Callable[
         found = int(text) if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text) else None
         if found is None or (least is not None and found < least):
             at_least = "" if least is None else f" of at least {least}"
-            raise argparse.ArgumentTypeError(f"a whole number{at_least} expected, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number{at_least}, got {text!r}")
         if most is not None and found > most:
-            raise argparse.ArgumentTypeError(f"a whole number of at most {most} expected, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {most}, got {text!r}")
         return found
 
     return read
@@ -49,7 +49,7 @@ def number(above: float) -> Callable[[str], float]:
         except ValueError:
             found = math.nan
         if not above < found < math.inf:
-            raise argparse.ArgumentTypeError(f"a number more than {above:g} expected, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a number more than {above:g}, got {text!r}")
         return found
 
     return read
@@ -60,7 +60,7 @@ def size(text: str) -> tuple[int, ...]:
     match = re.fullmatch(r"\s*([0-9]{1,9})(?:[xX]([0-9]{1,9}))?\s*", text)
     sides = tuple(int(side) for side in match.groups() if side is not None) if match else ()
     if not sides or 0 in sides:
-        raise argparse.ArgumentTypeError(f"a size is N or HxW in pixels, as 512 or 480x640; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, as 512 or 480x640, got {text!r}")
     return sides
 
 
@@ -69,7 +69,7 @@ def region(text: str) -> tuple[int, int, int, int]:
     match = re.fullmatch(r"\s*" + r"\s*,\s*".join(["([0-9]{1,9})"] * 4) + r"\s*", text)
     if not match:
         raise argparse.ArgumentTypeError(
-            f"a region is TOP,LEFT,HEIGHT,WIDTH in pixels of the result, as 0,128,256,256; got {text!r}"
+            f"expected TOP,LEFT,HEIGHT,WIDTH in pixels of the result, as 0,128,256,256, got {text!r}"
         )
     top, left, height, width = (int(digits) for digits in match.groups())
     return top, left, height, width
@@ -90,7 +90,7 @@ def memory(text: str) -> int:
 def nonempty(text: str) -> str:
     """A text that is not blank: a blank one usually comes from an unset variable of the shell."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("a name or a path expected, got nothing")
+        raise argparse.ArgumentTypeError("expected a name or a path, got nothing")
     return text
 
 

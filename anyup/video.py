@@ -37,7 +37,7 @@ class Video:
             ) from error
         if not self._container.streams.video:
             self._container.close()
-            raise ValueError(f"{path}: a video expected, there is no picture in it")
+            raise ValueError(f"{path}: expected a video, there is no picture in it")
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         self.name = self._path.name

@@ -69,7 +69,7 @@ def key_colors(
     OKLab at L = 0.7 with a = -0.35 + 0.7 i / h down the rows and b = -0.35 + 0.7 j / w along the columns.
     """
     if h < 1 or w < 1:
-        raise ValueError(f"key_colors: h and w must be at least 1, got {h} and {w}")
+        raise ValueError(f"h, w: expected at least 1 each, got {h} and {w}")
     # Computed in float64 on the CPU, because MPS has no float64; the grid is small.
     rows = torch.arange(h, dtype=torch.float64, device="cpu") / h
     columns = torch.arange(w, dtype=torch.float64, device="cpu") / w
@@ -89,9 +89,9 @@ def encode_srgb(linear: Tensor) -> Tensor:
 
 def _check_attention(key_grid: tuple[int, int], painted: Tensor) -> None:
     if len(key_grid) != 2:
-        raise ValueError(f"key_grid must be (h, w), the size of the key grid, got {tuple(key_grid)}")
+        raise ValueError(f"key_grid: expected (h, w), got {tuple(key_grid)}")
     if painted.dim() != 3 or painted.shape[0] != 3:
-        raise ValueError(f"painted must be (3, H, W) in linear sRGB, got {tuple(painted.shape)}")
+        raise ValueError(f"painted: expected (3, H, W) in linear sRGB, got {tuple(painted.shape)}")
 
 
 def _attention_panels(key_grid: tuple[int, int], painted: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,13 +161,13 @@ _FILE_ONLY_BACKENDS = frozenset({"agg", "cairo", "pdf", "pgf", "ps", "svg", "tem
 def _first_map(feature_map: Tensor, index: int) -> Tensor:
     """A map (C, h, w) from (C, h, w) or (B, C, h, w); of a batch the first."""
     if not isinstance(feature_map, Tensor):
-        raise TypeError(f"pca_picture: map {index} must be a Tensor, got {type(feature_map).__name__}")
+        raise TypeError(f"maps: expected tensors, map {index} is a {type(feature_map).__name__}")
     if feature_map.dim() not in (3, 4) or 0 in feature_map.shape:
         raise ValueError(
-            f"pca_picture: map {index} must be (C, h, w) or (B, C, h, w) and not empty, got {tuple(feature_map.shape)}"
+            f"maps: expected (C, h, w) or (B, C, h, w), not empty, map {index} is {tuple(feature_map.shape)}"
         )
     if not feature_map.is_floating_point():
-        raise TypeError(f"pca_picture: map {index} must be floating point, got {feature_map.dtype}")
+        raise TypeError(f"maps: expected floating point, map {index} is {feature_map.dtype}")
     return (feature_map[0] if feature_map.dim() == 4 else feature_map).detach()
 
 
@@ -226,19 +226,19 @@ def pca_picture(*maps: Tensor, basis_from: int = 0) -> list[Tensor]:
     ValueError or TypeError for other shapes and dtypes and for a map that holds a NaN or an infinity.
     """
     if not maps:
-        raise ValueError("pca_picture: expected at least one feature map, got none")
+        raise ValueError("maps: expected at least one, got none")
     if not -len(maps) <= basis_from < len(maps):
-        raise ValueError(f"pca_picture: basis_from must index the {len(maps)} maps, got {basis_from}")
+        raise ValueError(f"basis_from: expected the number of one of {len(maps)} maps, got {basis_from}")
     first = [_first_map(feature_map, index) for index, feature_map in enumerate(maps)]
     basis = first[basis_from]
     for index, feature_map in enumerate(first):
         if feature_map.shape[0] != basis.shape[0]:
             raise ValueError(
-                f"pca_picture: map {index} has {feature_map.shape[0]} channels, expected {basis.shape[0]} "
-                f"as in map {basis_from % len(maps)}"
+                f"maps: expected {basis.shape[0]} channels as in map {basis_from % len(maps)}, map {index} has "
+                f"{feature_map.shape[0]}"
             )
     if not bool(torch.isfinite(basis).all()):
-        raise ValueError(f"pca_picture: map {basis_from % len(maps)} holds a NaN or an infinity")
+        raise ValueError(f"maps: map {basis_from % len(maps)} holds a NaN or an infinity")
 
     mean, directions = principal_directions(basis.flatten(1))
     if not len(directions):
@@ -257,7 +257,7 @@ def pca_picture(*maps: Tensor, basis_from: int = 0) -> list[Tensor]:
     for index, feature_map in enumerate(first):
         coordinates = _project(feature_map.flatten(1), mean, directions)
         if not bool(torch.isfinite(coordinates).all()):
-            raise ValueError(f"pca_picture: map {index} holds a NaN or an infinity")
+            raise ValueError(f"maps: map {index} holds a NaN or an infinity")
         scaled = (coordinates - low.to(coordinates.device)[:, None]) / span.to(coordinates.device)[:, None]
         scaled = scaled.clamp(0, 1).reshape(-1, *feature_map.shape[1:])
         if len(scaled) == 1:

@@ -320,7 +320,7 @@ def test_missing_and_unexpected_keys_and_other_shapes_are_all_listed(small: AnyU
     assert "unexpected keys (2): " in message
     for name in ("rope.freqs", "cross_decode.conv2d.weight", "module.rope.freqs", "norm.weight"):
         assert name in message
-    assert "aggregation.0.weight expected (16, 32, 3, 3), got (16, 32, 1, 1)" in message
+    assert "aggregation.0.weight: expected (16, 32, 3, 3), got (16, 32, 1, 1)" in message
 
 
 def test_weights_of_a_wrapped_model_are_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -547,5 +547,5 @@ def test_damaged_file_in_the_cache_is_named(hub: Path) -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"a{suffix}")
-    with pytest.raises(OSError, match=rf"name_or_path: .*a\{suffix}': a regular file expected, this is a named pipe"):
+    with pytest.raises(OSError, match=rf"name_or_path: .*a\{suffix}': expected a regular file, this is a named pipe"):
         checkpoints.load(tmp_path / f"a{suffix}", device="cpu")

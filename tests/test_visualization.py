@@ -96,7 +96,7 @@ def test_attention_picture_has_the_key_grid_on_the_left_and_the_output_on_the_ri
 
 
 def test_attention_pictures_refuse_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"painted must be \(3, H, W\)"):
+    with pytest.raises(ValueError, match=r"painted: expected \(3, H, W\)"):
         attention_picture((2, 2), torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="key_grid"):
         show_attention((2, 2, 2), torch.zeros(3, 4, 4))  # type: ignore[arg-type]
@@ -249,9 +249,9 @@ def test_pca_refuses_what_is_no_feature_map() -> None:
     good = torch.rand(4, 3, 3)
     with pytest.raises(ValueError, match="at least one"):
         pca_picture()
-    with pytest.raises(ValueError, match=r"map 1 must be \(C, h, w\)"):
+    with pytest.raises(ValueError, match=r"maps: expected \(C, h, w\) .* map 1 is"):
         pca_picture(good, torch.rand(3, 3))
-    with pytest.raises(ValueError, match="map 1 has 5 channels, expected 4"):
+    with pytest.raises(ValueError, match="expected 4 channels as in map 0, map 1 has 5"):
         pca_picture(good, torch.rand(5, 3, 3))
     with pytest.raises(TypeError, match="floating"):
         pca_picture(torch.ones(4, 3, 3, dtype=torch.int64))

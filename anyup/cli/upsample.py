@@ -182,7 +182,7 @@ def run(arguments: argparse.Namespace) -> None:
         for option in ("output", "picture"):
             suffix = Path(getattr(arguments, option) or "").suffix.lower()
             if suffix in (*ARRAY_SUFFIXES, *array_files.SUFFIXES, *PICTURE_SUFFIXES):
-                raise UsageError(f"{option} {getattr(arguments, option)}: of many photographs a folder expected")
+                raise UsageError(f"{option} {getattr(arguments, option)}: expected a folder for many photographs")
         if arguments.format and not arguments.output:
             raise UsageError("--format goes with -o")
         arguments.format = arguments.format or "npy"
@@ -229,7 +229,7 @@ def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -
         check_features(features, name)
         if values is not None and values.shape[2:] != features.shape[2:]:
             raise ValueError(
-                f"{arguments.values}: values on the grid of the features, {by(features)}, expected, got {by(values)}"
+                f"{arguments.values}: expected values on the grid of the features, {by(features)}, got {by(values)}"
             )
         if head is not None:
             check_head(head, features, arguments.head)

@@ -137,16 +137,16 @@ def read_points(path: str, whole: tuple[int, int]) -> Tensor:
                 if number == 1 and not any(character.isdigit() for character in "".join(line)):
                     continue
                 raise ValueError(
-                    f"points {path}: a row and a column expected on line {number}, got {','.join(line)[:80]!r}"
+                    f"points {path}: expected a row and a column on line {number}, got {','.join(line)[:80]!r}"
                 ) from error
             if not (0 <= row <= whole[0] - 1 and 0 <= column <= whole[1] - 1):
                 raise ValueError(
-                    f"points {path}: rows from 0 to {whole[0] - 1} and columns from 0 to {whole[1] - 1} expected, line "
+                    f"points {path}: expected rows from 0 to {whole[0] - 1} and columns from 0 to {whole[1] - 1}, line "
                     f"{number} has {','.join(line)[:80]!r}"
                 )
             points.append((row, column))
     if not points:
-        raise ValueError(f"points {path}: at least one line with a row and a column expected")
+        raise ValueError(f"points {path}: expected at least one line with a row and a column")
     found = torch.tensor(points, dtype=torch.float64)[None]
     return found.long() if bool((found == found.floor()).all()) else found
 
@@ -166,7 +166,7 @@ def read_head(path: str) -> torch.nn.Conv2d:
     biases = [name for name, tensor in tensors.items() if name.rsplit(".", 1)[-1] == "bias" and tensor.dim() == 1]
     if len(weights) != 1 or len(biases) > 1:
         raise ValueError(
-            f"head {path}: one weight (K, C) or (K, C, 1, 1) and at most one bias expected, it holds "
+            f"head {path}: expected one weight (K, C) or (K, C, 1, 1) and at most one bias, it holds "
             f"{', '.join(sorted(tensors)) or 'nothing'}"
         )
     parts = {}
@@ -178,14 +178,14 @@ def read_head(path: str) -> torch.nn.Conv2d:
         raise ValueError(f"head {path}: holds numbers that are not finite: {bad}")
     weight = parts[weights[0]]
     if 0 in weight.shape or (weight.dim() == 4 and weight.shape[2:] != (1, 1)):
-        raise ValueError(f"head {path}: a weight (K, C) or (K, C, 1, 1) expected, got {tuple(weight.shape)}")
+        raise ValueError(f"head {path}: expected a weight (K, C) or (K, C, 1, 1), got {tuple(weight.shape)}")
     head = torch.nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bool(biases))
     with torch.no_grad():
         head.weight.copy_(weight.view_as(head.weight))
         if head.bias is not None:
             bias = parts[biases[0]]
             if bias.shape != head.bias.shape:
-                raise ValueError(f"head {path}: a bias of {len(head.bias)} expected, got {tuple(bias.shape)}")
+                raise ValueError(f"head {path}: expected a bias of {len(head.bias)}, got {tuple(bias.shape)}")
             head.bias.copy_(bias)
     return head
 
@@ -194,7 +194,7 @@ def check_head(head: torch.nn.Conv2d, features: Tensor, path: str) -> None:
     """Raise ValueError where the head in this file takes another number of channels."""
     if head.weight.shape[1] != features.shape[1]:
         raise ValueError(
-            f"{path}: a head for {features.shape[1]} channels expected, got one for {head.weight.shape[1]}"
+            f"{path}: expected a head for {features.shape[1]} channels, got one for {head.weight.shape[1]}"
         )
 
 

@@ -474,7 +474,7 @@ def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack, engin
 
         return Frames(stack.enter_context(Video(named[0])))
     if videos := [text for text in named if _is_video(text)]:
-        raise UsageError(f"{videos[0]}: a video is expected alone, it came with {len(named) - 1} more")
+        raise UsageError(f"{videos[0]}: expected a video alone, it came with {len(named) - 1} more")
     if not engine.first:
         return Photographs({})
     away = [os.path.realpath(folder) for folder in outside]
@@ -493,7 +493,7 @@ def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack, engin
             if os.path.realpath(found.setdefault(name, path)) != os.path.realpath(path):
                 raise UsageError(f"{found[name]} and {path} would have one result, {name}: name a folder above both")
     if not found:
-        raise ValueError(f"{' '.join(named)}: photographs expected, there are none")
+        raise ValueError(f"{' '.join(named)}: expected photographs, there are none")
     return Photographs(found)
 
 
@@ -532,7 +532,7 @@ def _check_folders(folders: Sequence[Path], manifest: Path, *, resume: bool) -> 
     for folder in folders:
         there = os.listdir(folder) if folder.is_dir() else []
         if other := sorted({*there} - {_UNFINISHED, f"{manifest.name}.new"}):
-            raise FileExistsError(f"{folder}: a new or an empty folder expected, this one holds {other[0]}")
+            raise FileExistsError(f"{folder}: expected a new or an empty folder, this one holds {other[0]}")
 
 
 def _check_package(kind: str) -> None:

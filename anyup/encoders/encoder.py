@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
         Raises ValueError for a network without a class token.
         """
-        raise ValueError(f"{self.name}: a network with a class token expected, got {type(self).__name__}")
+        raise ValueError(f"{self.name}: expected a network with a class token, got {type(self).__name__}")
 
     def extra_repr(self) -> str:
         """The line that ``print`` shows."""

@@ -379,12 +379,12 @@ def _intrinsics(text: str) -> tuple[float, ...]:
     """Two focal lengths and the principal point."""
     values = tuple(map(number(above=0), text.split(",")))
     if len(values) != 4:
-        raise argparse.ArgumentTypeError(f"four numbers FX,FY,CX,CY expected, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected four numbers FX,FY,CX,CY, got {text!r}")
     return values
 
 
 def _odd(text: str) -> int:
     value = whole_number(3, 255)(text)
     if value % 2 == 0:
-        raise argparse.ArgumentTypeError(f"an odd number expected, got {text}")
+        raise argparse.ArgumentTypeError(f"expected an odd number, got {text}")
     return value

@@ -134,7 +134,7 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
     splits = arguments.train_split or layout.train, arguments.test_split or layout.test
     found = [datasets.load_split(arguments.data, layout, split, what)[: arguments.limit] for split in splits]
     if len(arguments.encoder) > 1:
-        raise UsageError(f"--encoder: one expected, got {len(arguments.encoder)}")
+        raise UsageError(f"--encoder: expected one, got {len(arguments.encoder)}")
     reporter, device, upsamplers = _start(arguments)
     (encoder,) = _load_encoders(arguments.encoder, device)
     source = probing.Source(
@@ -225,7 +225,7 @@ def _labels(arguments: argparse.Namespace, known: Labels | None) -> Labels:
     elif arguments.first_class is not None:
         raise UsageError("--first-class: goes with the number of classes, got their values too")
     if len(values) > VOID:
-        raise UsageError(f"--classes: at most {VOID} expected, got {len(values)}")
+        raise UsageError(f"--classes: expected at most {VOID}, got {len(values)}")
     void = arguments.void
     if void is None:
         void = sorted({VOID, *range(arguments.first_class or 0)} - set(values))
@@ -240,7 +240,7 @@ def _held_out(folder: str, every: int) -> dict[str, Path]:
     if every:
         _, held_out = split(paths, every)
         if not held_out:
-            raise UsageError(f"--every: at least one of each {every} photographs expected, {folder} has {len(paths)}")
+            raise UsageError(f"--every: expected at least one of each {every} photographs, {folder} has {len(paths)}")
         paths = held_out
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
@@ -270,7 +270,7 @@ def _load_encoders(names: Sequence[str], device: torch.device) -> list[Encoder]:
 
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
-        raise UsageError(f"--encoder: each once expected, got {', '.join(repeated)} more than once")
+        raise UsageError(f"--encoder: expected each once, got {', '.join(repeated)} more than once")
     return [load_encoder(name, device=device) for name in names]
 
 

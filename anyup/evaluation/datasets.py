@@ -110,16 +110,16 @@ def make_labels(names: Sequence[str], void: Sequence[int] = (VOID,), values: Seq
     """The classes have these `values` in masks (0, 1 ... by default), void those of `void`, and no others may occur."""
     values = range(len(names)) if values is None else values
     if len(names) < 2:
-        raise ValueError(f"classes: at least 2 expected, got {len(names)}")
+        raise ValueError(f"classes: expected at least 2, got {len(names)}")
     if len(names) > VOID:
-        raise ValueError(f"classes: at most {VOID} expected, got {len(names)}")
+        raise ValueError(f"classes: expected at most {VOID}, got {len(names)}")
     if len(set(values)) < len(names):
-        raise ValueError(f"classes: a value of its own for each expected, got {_shown(values)}")
+        raise ValueError(f"classes: expected a value of its own for each, got {_shown(values)}")
     if outside := [value for value in (*values, *void) if not 0 <= value <= _LARGEST]:
-        raise ValueError(f"classes and void: values of 0 to {_LARGEST} expected, got {outside[0]}")
+        raise ValueError(f"classes and void: expected values of 0 to {_LARGEST}, got {outside[0]}")
     if clash := sorted(set(void) & set(values)):
         raise ValueError(
-            f"void: values other than those of the classes, {_shown(values)}, expected, got {clash[0]}. {_HINT}"
+            f"void: expected values other than those of the classes, {_shown(values)}, got {clash[0]}. {_HINT}"
         )
     classes = {value: index for index, value in enumerate(values)}
     return Labels(tuple(names), {**classes, **dict.fromkeys(void, VOID)})
@@ -206,7 +206,7 @@ def _match_as_stored(sample: Sample, image: StoredPicture, mask: StoredPicture) 
     stored = image.pixels.size == mask.pixels.size
     turned = image.turned_size == mask.turned_size
     if not (stored or turned):
-        raise ValueError(f"{sample.mask}: the size of its image, {_size(image)}, expected, got {_size(mask)}")
+        raise ValueError(f"{sample.mask}: expected the size of its image, {_size(image)}, got {_size(mask)}")
     turns = (image.orientation or 1) > 1 or (mask.orientation or 1) > 1
     return turns and stored and not (turned and mask.orientation is not None)
 
@@ -252,7 +252,7 @@ def _values_of(pixels: Image.Image, path: Path) -> Tensor:
     """(H, W) int64; a palette's indices are the classes, its colours are for people."""
     if pixels.mode not in ("1", "L", "P", "I") and not pixels.mode.startswith("I;16"):
         raise ValueError(
-            f"{path}: a mask of one channel, the class of each pixel, expected, got Pillow's mode {pixels.mode}; "
+            f"{path}: expected a mask of one channel, the class of each pixel, got Pillow's mode {pixels.mode}; "
             "colours must become class values before"
         )
     values = torch.from_numpy(numpy.array(pixels).astype(numpy.int64))
@@ -284,7 +284,7 @@ def _pairs(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png
     suffixes may be in upper case.
     """
     if not images.is_dir() or not masks.is_dir():
-        raise FileNotFoundError(f"data: folders {str(images)!r} and {str(masks)!r} expected, one is missing")
+        raise FileNotFoundError(f"data: expected folders {str(images)!r} and {str(masks)!r}, one is missing")
     samples, alone = [], []
     for image in pictures_below(images):
         if not image.name.lower().endswith(image_end.lower()):
@@ -335,7 +335,7 @@ def _read_list(path: Path) -> list[str]:
     try:
         lines = data.decode("utf-16" if wide else "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: a list of names in UTF-8 expected ({error})") from error
+        raise ValueError(f"{path}: expected a list of names in UTF-8 ({error})") from error
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -90,7 +90,7 @@ class FileFrame(Frame):
 
     def depth(self) -> Tensor:
         if self.depth_file is None:
-            raise ValueError(f"{self.image}: a depth map expected, there is none")
+            raise ValueError(f"{self.image}: expected a depth map, there is none")
         return _sixteen_bits(self.depth_file) / 1000
 
     def stored_normals(self) -> Tensor | None:
@@ -104,7 +104,7 @@ def _sixteen_bits(path: Path) -> Tensor:
     """(H, W) float32 of a picture of one channel of 16 bits."""
     pixels = read_picture(path).pixels
     if pixels.mode != "I" and not pixels.mode.startswith("I;16"):
-        raise ValueError(f"{path}: a picture of one channel of 16 bits expected, got Pillow's mode {pixels.mode}")
+        raise ValueError(f"{path}: expected a picture of one channel of 16 bits, got Pillow's mode {pixels.mode}")
     return torch.from_numpy(numpy.array(pixels).astype(numpy.float32))
 
 
@@ -114,7 +114,7 @@ def _read_normals(path: Path) -> Tensor:
         array = numpy.load(check_readable(path), allow_pickle=False)
         if array.ndim != 3 or array.shape[2] != 3 or not numpy.issubdtype(array.dtype, numpy.floating):
             raise ValueError(
-                f"{path}: floating-point normals (H, W, 3) expected, got {array.dtype} of shape {array.shape}"
+                f"{path}: expected floating-point normals (H, W, 3), got {array.dtype} of shape {array.shape}"
             )
         return _unit(torch.from_numpy(array.astype(numpy.float32)).permute(2, 0, 1))
     levels = read_photo(path, turned=False)[0]
@@ -131,7 +131,7 @@ def _folders(root: Path, split: str) -> list[Frame]:
     images, depths, normals = (root / kind / split for kind in ("images", "depth", "normals"))
     if not images.is_dir() or not (depths.is_dir() or normals.is_dir()):
         raise FileNotFoundError(
-            f"data: folders {str(images)!r} and {str(depths)!r} or {str(normals)!r} expected, one is missing"
+            f"data: expected folders {str(images)!r} and {str(depths)!r} or {str(normals)!r}, one is missing"
         )
     frames: list[Frame] = []
     alone = []
@@ -183,7 +183,7 @@ class LabelledFrame(Frame):
 def _labelled(root: Path, split: str) -> list[Frame]:
     path, splits = check_readable(root / _LABELLED), check_readable(root / _SPLITS)
     if split not in ("train", "test"):
-        raise ValueError(f"data: the split train or test expected with this layout, got {split!r}")
+        raise ValueError(f"data: expected the split train or test with this layout, got {split!r}")
     try:
         import h5py
     except ImportError as error:
@@ -191,14 +191,14 @@ def _labelled(root: Path, split: str) -> list[Frame]:
     key = f"{split}Ndxs"
     indices = _matlab(splits).get(key)
     if indices is None:
-        raise ValueError(f"{splits}: the array {key} expected, there is none")
+        raise ValueError(f"{splits}: expected the array {key}, there is none")
     with h5py.File(path, "r") as file:
         if missing := sorted({"images", "rawDepths"} - set(file)):
-            raise ValueError(f"{path}: the array {missing[0]} expected, there is none")
+            raise ValueError(f"{path}: expected the array {missing[0]}, there is none")
         count = len(file["images"])
     numbers = [int(index) for index in numpy.ravel(indices)]
     if outside := [number for number in numbers if not 1 <= number <= count]:
-        raise ValueError(f"{splits}: frames of 1 to {count}, those of {path.name}, expected, got {outside[0]}")
+        raise ValueError(f"{splits}: expected frames of 1 to {count}, those of {path.name}, got {outside[0]}")
     return [LabelledFrame(f"{number:04}", NYUV2, path, number - 1) for number in numbers]
 
 
@@ -211,7 +211,7 @@ def _matlab(path: Path) -> dict[str, Any]:
     try:
         arrays: dict[str, Any] = loadmat(check_readable(path))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"{path}: a file of MATLAB 5 expected ({error})") from error
+        raise ValueError(f"{path}: expected a file of MATLAB 5 ({error})") from error
     return arrays
 
 
@@ -238,7 +238,7 @@ class GeoNetFrame(Frame):
     def _read(self, what: str) -> Any:
         arrays = _read_geonet(self.path)
         if what not in arrays:
-            raise ValueError(f"{self.path}: the array {what} expected, there is none")
+            raise ValueError(f"{self.path}: expected the array {what}, there is none")
         return arrays[what][:480, :640]
 
 
@@ -253,7 +253,7 @@ def _geonet(root: Path, split: str) -> list[Frame]:
         return _labelled(root, split)
     folder = root / _GEONET
     if not folder.is_dir():
-        raise FileNotFoundError(f"data: a folder {str(folder)!r} expected, there is none")
+        raise FileNotFoundError(f"data: expected a folder {str(folder)!r}, there is none")
     return [GeoNetFrame(path.stem, NYUV2, path) for path in sorted(folder.glob("*.mat"))]
 
 
@@ -290,7 +290,7 @@ class NaviFrame(FileFrame):
         depth = self._whole()
         rows, columns = ((depth > 0).any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
         if not rows:
-            raise ValueError(f"{self.depth_file}: known depth expected, there is none")
+            raise ValueError(f"{self.depth_file}: expected known depth, there is none")
         side = min(max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1, *depth.shape)
         middles = ((rows[0] + rows[-1] + 1) // 2, (columns[0] + columns[-1] + 1) // 2)
         top, left = (min(max(m - side // 2, 0), length - side) for m, length in zip(middles, depth.shape, strict=True))
@@ -301,7 +301,7 @@ def _navi(root: Path, split: str) -> list[Frame]:
     """OBJECT/multiview_* to train on, OBJECT/wild_set to test on."""
     patterns = {"multiview": "*/multiview_*", "wild": "*/wild_set"}
     if split not in patterns:
-        raise ValueError(f"data: the split {' or '.join(patterns)} expected with this layout, got {split!r}")
+        raise ValueError(f"data: expected the split {' or '.join(patterns)} with this layout, got {split!r}")
     frames: list[Frame] = []
     for scene in sorted(root.glob(patterns[split])):
         focal_lengths = _navi_focal_lengths(scene / "annotations.json")
@@ -325,7 +325,7 @@ def _navi_focal_lengths(path: Path) -> dict[str, float]:
         }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: filename, image_size and camera, focal_length of each photograph expected "
+            f"{path}: expected filename, image_size and camera, focal_length of each photograph "
             f"({type(error).__name__}: {error})"
         ) from error
 

@@ -78,7 +78,7 @@ def normals_of_depth(depth: Tensor, camera: Camera, window: int) -> Tensor:
     where the depth is, and where fewer than a quarter of the window's pixels are fitted.
     """
     if window < 3 or window % 2 == 0:
-        raise ValueError(f"window: an odd number of 3 and more expected, got {window}")
+        raise ValueError(f"window: expected an odd number of 3 and more, got {window}")
     height, width = depth.shape
     reach = window // 2
     depth = depth.double()

@@ -115,12 +115,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule: one of {', '.join(SCHEDULES)} expected, got {self.schedule!r}")
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         for name in ("batch", "epochs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: at least 1 expected, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.schedule == "warm-up" and self.epochs <= WARM_UP:
-            raise ValueError(f"epochs: more than the {WARM_UP} of the warm-up expected, got {self.epochs}")
+            raise ValueError(f"epochs: expected more than the {WARM_UP} of the warm-up, got {self.epochs}")
 
     def rate(self, epoch: int, iteration: int, iterations: int) -> float:
         """The learning rate of an iteration of all `iterations`, in the epoch it lies in; both from 0."""

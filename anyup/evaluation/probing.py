@@ -117,7 +117,7 @@ class Source:
         self.encoder_size = self.encoder_size or self.size
         if self.encoder_size < 1 or self.encoder_size % self.encoder.stride:
             raise ValueError(
-                f"{argument}: a multiple of {self.encoder.name}'s stride of {self.encoder.stride} expected, got "
+                f"{argument}: expected a multiple of {self.encoder.name}'s stride of {self.encoder.stride}, got "
                 f"{self.encoder_size}"
             )
         if self.class_token:  # asked of two by two cells, so that a network without one is refused now
@@ -374,7 +374,7 @@ def _read_checkpoint(path: str | os.PathLike[str], settings: Mapping[str, Any]) 
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a checkpoint of `anyup evaluate` ({error})") from error
     if other := sorted(name for name in settings if stored.get(name) != settings[name]):
-        raise ValueError(f"{path}: a checkpoint of the same settings expected, got others for: {', '.join(other)}")
+        raise ValueError(f"{path}: expected a checkpoint of the same settings, got others for: {', '.join(other)}")
     return state
 
 

@@ -79,12 +79,12 @@ def plan(encoder: Encoder, view: int = 448, crop: int = 224, sides: Sequence[int
     def rounded(side: int, name: str) -> int:
         result = max(1, int(side / stride + 0.5)) * stride
         if side < 1 or result >= viewed:
-            raise ValueError(f"{name}: 1 pixel and more, and less than the view of {viewed}, expected, got {side}")
+            raise ValueError(f"{name}: expected 1 pixel and more, and less than the view of {viewed}, got {side}")
         return result
 
     stride = encoder.stride
     if view < stride:
-        raise ValueError(f"view: at least the stride of {encoder.name}, {stride} pixels, expected, got {view}")
+        raise ValueError(f"view: expected at least the stride of {encoder.name}, {stride} pixels, got {view}")
     viewed = int(view / stride + 0.5) * stride
     tasks = [Task(CROPS, rounded(crop, "crop"), viewed, stride)]
     return tasks + [Task(WHOLE, rounded(side, "sides"), viewed, stride) for side in sides]
@@ -117,7 +117,7 @@ def measure(upsampled: Tensor, truths: Sequence[Truth]) -> Measured:
         part = upsampled[0, :, truth.top : truth.top + h, truth.left : truth.left + w]
         if part.shape != true.shape:
             raise ValueError(
-                f"truths: a part of the map {tuple(upsampled.shape[1:])} expected, got {tuple(true.shape)} from "
+                f"truths: expected a part of the map {tuple(upsampled.shape[1:])}, got {tuple(true.shape)} from "
                 f"row {truth.top}, column {truth.left}"
             )
         part, true = part.double(), true.double()
@@ -126,7 +126,7 @@ def measure(upsampled: Tensor, truths: Sequence[Truth]) -> Measured:
         energy += float(true.square().sum())
         cells += h * w
     if energy == 0:
-        raise ValueError("truths: features other than zero expected")
+        raise ValueError("truths: expected features other than zero")
     return Measured(cosine / cells, squared / energy)
 
 
@@ -221,7 +221,7 @@ def run(
                 continue
             if min(photo.shape[2:]) < smallest:
                 reporter.note_once(
-                    f"left out: {path}: a short side of {smallest} pixels expected, got {min(photo.shape[2:])}"
+                    f"left out: {path}: expected a short side of {smallest} pixels, got {min(photo.shape[2:])}"
                 )
                 continue
             view = View(photo, file_fingerprint(path), encoder, encoder_digest, cache)

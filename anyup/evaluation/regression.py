@@ -199,7 +199,7 @@ def check_frames(frames: Sequence[Frame], task: Regression, size: int, split: st
         else:
             if image.shape[2:] != target.shape[1:]:
                 raise ValueError(
-                    f"{frame.name}: an image of the size of its map, {_size(target)}, expected, got {_size(image)}"
+                    f"{frame.name}: expected an image of the size of its map, {_size(target)}, got {_size(image)}"
                 )
             seen = square_map(target, size)
             if task.known(seen):

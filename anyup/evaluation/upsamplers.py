@@ -77,7 +77,7 @@ def make_upsamplers(
     """
     for argument, given in (("weights", list(weights)), ("window_ratio", [f"{ratio:g}" for ratio in window_ratios])):
         if repeated := sorted({value for value in given if given.count(value) > 1}):
-            raise ValueError(f"{argument}: each once expected, got {', '.join(repeated)} more than once")
+            raise ValueError(f"{argument}: expected each once, got {', '.join(repeated)} more than once")
     short = [source if source in NAMED else Path(source).stem for source in weights]
     taken = {"nearest", REFERENCE, "untrained"}
     names = [

@@ -624,8 +624,8 @@ def test_its_result_must_be_ours(checkout: Path) -> None:
     ("arguments", "words"),
     [
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
-        (["--budget", "0"], "--budget: a number more than 0 expected, got '0'"),
-        (["--repeats", "0"], "--repeats: a whole number of at least 1 expected, got '0'"),
+        (["--budget", "0"], "--budget: expected a number more than 0, got '0'"),
+        (["--repeats", "0"], "--repeats: expected a whole number of at least 1, got '0'"),
         (["--published", "nowhere"], "--published: .* checkout of wimmerth/anyup"),
         (["--only", "everything"], "invalid choice"),
     ],

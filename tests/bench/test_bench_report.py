@@ -238,7 +238,7 @@ def test_what_is_no_result_is_refused_by_name(results: Any, message: str, tmp_pa
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
 def test_results_in_a_pipe_are_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "results.json")
-    with pytest.raises(OSError, match="a regular file expected, this is a named pipe"):
+    with pytest.raises(OSError, match="expected a regular file, this is a named pipe"):
         stored.read(tmp_path / "results.json")
 
 

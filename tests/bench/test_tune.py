@@ -558,9 +558,9 @@ def test_the_command_tunes_for_other_heads_another_window_and_another_precision(
     ("arguments", "status", "message"),
     [
         (["--heads", "9", "32"], 1, "heads: 9 heads, at most 8"),
-        (["--heads", "0", "32"], 2, "--heads: a whole number of at least 1 expected, got '0'"),
+        (["--heads", "0", "32"], 2, "--heads: expected a whole number of at least 1, got '0'"),
         (["--heads", "4", "24"], 1, "heads: heads are 24 wide, the kernels take 16, 32, 64, 128"),
-        (["--ratio", "nan"], 2, "--ratio: a number more than 0 expected, got 'nan'"),
+        (["--ratio", "nan"], 2, "--ratio: expected a number more than 0, got 'nan'"),
         (["--window", "round"], 2, "invalid choice: 'round'"),
         (["--precision", "medium"], 2, "invalid choice: 'medium'"),
     ],

@@ -186,11 +186,15 @@ def _errors(captured: str) -> list[str]:
         (["upsample", "photo.png", "-o", "o.npy"], 2, "--encoder --features"),
         (["upsample", "photo.png", "--features", "features.npy", "--encoder", "x"], 2, "not allowed with"),
         (["upsample", "photo.png", "--features", "features.npy"], 2, "nothing to write"),
-        (["upsample", "photo.png", "--features", "features.npy", "-o", "o.tif"], 2, "must end in .npy, .zarr, .pt"),
+        (
+            ["upsample", "photo.png", "--features", "features.npy", "-o", "o.tif"],
+            2,
+            "a name that ends in .npy, .zarr, .pt",
+        ),
         (
             ["upsample", "photo.png", "--features", "features.npy", "--picture", "o.npy"],
             2,
-            "must end in .png",
+            "a name that ends in .png",
         ),
         (
             ["upsample", "photo.png", "--features", "features.npy", "-o", "o.npy", "--size", "0x4"],
@@ -226,13 +230,13 @@ def _errors(captured: str) -> list[str]:
         (["upsample", "none.png", "--features", "features.npy", "-o", "o.npy"], 1, "none.png: No such file"),
         (["upsample", "features.npy", "--features", "features.npy", "-o", "o.npy"], 1, "not a picture"),
         (["upsample", "photo.png", "--features", "none.npy", "-o", "o.npy"], 1, "none.npy: No such file"),
-        (["upsample", "photo.png", "--features", "photo.png", "-o", "o.npy"], 1, "must end in .npy, .npz"),
+        (["upsample", "photo.png", "--features", "photo.png", "-o", "o.npy"], 1, "a name that ends in .npy, .npz"),
         (
             ["upsample", "photo.png", "--features", "features.npy", "-o", "o.npy", "--device", "cuda:77"],
             1,
             "got 'cuda:77'",
         ),
-        (["demo", "-o", "demo.npy"], 2, "must end in .png"),
+        (["demo", "-o", "demo.npy"], 2, "a name that ends in .png"),
         (["demo", "-o", "none/demo.png"], 1, "no directory"),
         (["demo", "--backend", "magic"], 2, "magic"),
     ],
@@ -270,7 +274,7 @@ def test_values_on_another_grid_are_refused(folder: Path, weights: Path, capsys:
     save_array("values.npy", torch.zeros(2, 3, 3))
     options = ("--features", "features.npy", "--values", "values.npy", "--weights", weights)
     assert upsample(*options, "-o", "o.npy") == 1
-    assert "6 x 8, expected, got 3 x 3" in capsys.readouterr().err
+    assert "expected values on the grid of the features, 6 x 8, got 3 x 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scarce", ["memory", "disk"])
@@ -368,11 +372,11 @@ def test_memory_that_is_not_there_is_said_in_words(error: Exception, words: str)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["features", "-o", "r.txt"], "must end in .json"),
-        (["features", "-o", "r.json", "--every", "99"], "--every: at least one of each 99"),
-        (["features", "-o", "r.json", "--threads", "9999999"], "--threads: a whole number of at most 1024"),
-        (["features", "-o", "r.json", "--threads", "\N{ARABIC-INDIC DIGIT THREE}"], "--threads: a whole number"),
-        (["features", "-o", "r.json", "--encoder", "mobilenet_v2"], "--encoder: each once expected"),
+        (["features", "-o", "r.txt"], "a name that ends in .json"),
+        (["features", "-o", "r.json", "--every", "99"], "--every: expected at least one of each 99"),
+        (["features", "-o", "r.json", "--threads", "9999999"], "--threads: expected a whole number of at most 1024"),
+        (["features", "-o", "r.json", "--threads", "\N{ARABIC-INDIC DIGIT THREE}"], "--threads: expected a whole number"),
+        (["features", "-o", "r.json", "--encoder", "mobilenet_v2"], "--encoder: expected each once"),
     ],
 )
 def test_a_mistake_after_evaluate_is_one_of_usage(

@@ -166,12 +166,12 @@ def test_a_head_is_applied(shape: tuple[int, ...], of_a_training: bool) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weight": torch.ones(3, CHANNELS + 1)}, "a head for 5 channels expected, got one for 6"),
-        ({"weight": torch.ones(3, CHANNELS, 3, 3)}, r"(K, C, 1, 1) expected, got (3, 5, 3, 3)"),
-        ({"weight": torch.ones(3, CHANNELS), "bias": torch.ones(4)}, "a bias of 3 expected, got (4,)"),
+        ({"weight": torch.ones(3, CHANNELS + 1)}, "expected a head for 5 channels, got one for 6"),
+        ({"weight": torch.ones(3, CHANNELS, 3, 3)}, r"expected a weight (K, C) or (K, C, 1, 1), got (3, 5, 3, 3)"),
+        ({"weight": torch.ones(3, CHANNELS), "bias": torch.ones(4)}, "expected a bias of 3, got (4,)"),
         ({"a.weight": torch.ones(3, CHANNELS), "b.weight": torch.ones(3, 3)}, "it holds a.weight, b.weight"),
         ({}, "it holds nothing"),
-        ({"weight": torch.ones(0, CHANNELS)}, "(K, C, 1, 1) expected, got (0, 5)"),
+        ({"weight": torch.ones(0, CHANNELS)}, "expected a weight (K, C) or (K, C, 1, 1), got (0, 5)"),
         ({"weight": torch.ones(3, CHANNELS, dtype=torch.complex64)}, "weight: expected floating-point numbers, got"),
         (
             {"weight": torch.ones(3, CHANNELS), "bias": torch.ones(3).int()},
@@ -236,7 +236,7 @@ def test_what_is_no_map_of_floating_point_numbers_is_refused(
 ) -> None:
     np.save("odd.npy", array)
     assert upsample("-o", "out.npy", option, "odd.npy") == 1
-    assert re.search("odd.npy: (expected floating-point numbers|shape .* expected), got", capsys.readouterr().err)
+    assert re.search("odd.npy: expected (floating-point numbers|shape .*), got", capsys.readouterr().err)
     assert left() == {"odd.npy"}
 
 
@@ -522,7 +522,7 @@ def _pieces(out: Path) -> int:
 def test_a_variable_of_the_shell_that_is_not_set_is_a_mistake(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["upsample", "photo.png", "--features", "features.npy", "-o", "out.npy", option, ""]
     assert cli.main(arguments) == 2
-    assert "a name or a path expected, got nothing" in capsys.readouterr().err
+    assert "expected a name or a path, got nothing" in capsys.readouterr().err
     assert left() == set()
 
 
@@ -547,7 +547,7 @@ def test_points_between_pixels_lie_on_the_size_that_was_asked_for() -> None:
     ("text", "more", "status", "told"),
     [
         ("0,0\n24,0\n", (), 1, "line 2 has '24,0'"),
-        ("0,0\n1;2\n", (), 1, "a row and a column expected on line 2, got '1;2'"),
+        ("0,0\n1;2\n", (), 1, "expected a row and a column on line 2, got '1;2'"),
         ("0,nan\n", (), 1, "line 1 has '0,nan'"),
         ("row,column\n", (), 1, "at least one line"),
         ("0,0\n", ("--region", "0,0,2,2"), 2, "--points goes without --region"),

@@ -167,7 +167,7 @@ def test_a_resumed_run_makes_what_is_gone_what_has_changed_and_what_is_new(monke
         (
             lambda: Path("out/manifest.jsonl").unlink(),
             ("--resume",),
-            "an empty folder expected, this one holds a.png.npy",
+            "expected a new or an empty folder, this one holds a.png.npy",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_folder_of_something_else_is_refused(
     [
         (("photos", "--features", "f.npy", "-o", "out"), "--features goes with one photograph"),
         (("photos", "--encoder", "tiny", "-o", "out", "--points", "p.csv"), "--points goes with one photograph"),
-        (("photos", "--encoder", "tiny", "-o", "out.npy"), "output out.npy: of many photographs a folder expected"),
+        (("photos", "--encoder", "tiny", "-o", "out.npy"), "output out.npy: expected a folder for many photographs"),
         (("photos", "--encoder", "tiny", "-o", "photos"), "that is what is read"),
         (("photos", "--encoder", "tiny", "--picture", "out", "--format", "zarr"), "--format goes with -o"),
         (
@@ -202,7 +202,7 @@ def test_a_folder_of_something_else_is_refused(
             ("photos/a.png", "photos/in/../a.png", "other/a.png", "--encoder", "tiny", "-o", "out"),
             "would have one result",
         ),
-        (("photos", "video.mp4", "--encoder", "tiny", "-o", "out"), "video.mp4: a video is expected alone"),
+        (("photos", "video.mp4", "--encoder", "tiny", "-o", "out"), "video.mp4: expected a video alone"),
     ],
 )
 def test_a_mistake_is_met_before_anything_is_written(

@@ -668,7 +668,7 @@ def test_a_network_without_a_class_token_is_refused_by_its_name() -> None:
     transformers = import_or_skip("transformers")
     siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION))
     for encoder in (TransformersEncoder(siglip, name="s"), MobileNetV2(name="s")):
-        with pytest.raises(ValueError, match="s: a network with a class token expected, got"):
+        with pytest.raises(ValueError, match="s: expected a network with a class token, got"):
             encoder.with_class_token(torch.randn(1, 3, 32, 48))
 
 

@@ -237,7 +237,7 @@ def test_nearest_takes_the_cell_that_a_pixels_centre_lies_in() -> None:
 
 
 def test_the_same_weights_twice_are_refused() -> None:
-    with pytest.raises(ValueError, match="weights: each once expected, got a.pth"):
+    with pytest.raises(ValueError, match="weights: expected each once, got a.pth"):
         make_upsamplers(["a.pth", "a.pth"], device=CPU)
 
 
@@ -358,13 +358,13 @@ def test_a_photograph_that_cannot_be_measured_is_told_of_and_left_out(
     def measure(upsampled: Tensor, truths: list[Truth]) -> Measured:
         calls.append(truths)
         if len(calls) == 6:  # the second photograph's second task
-            raise ValueError("truths: features other than zero expected")
+            raise ValueError("truths: expected features other than zero")
         return plain(upsampled, truths)
 
     monkeypatch.setattr(reconstruction, "measure", measure)
     arguments = ["evaluate", "features", "--photographs", str(photographs), "--encoder", "tiny56", "-o", "out.json"]
     assert cli.main([*arguments, "--every", "0", "--guidance", "32"]) == 0
-    assert "1.png, tiny56: truths: features other than zero expected" in capsys.readouterr().err
+    assert "1.png, tiny56: truths: expected features other than zero" in capsys.readouterr().err
     tasks = json.loads(Path("out.json").read_text())["encoders"]["tiny56"]
     assert all(list(task["photographs"]) == ["0.png", "2.png", "3.png"] for task in tasks.values())
 

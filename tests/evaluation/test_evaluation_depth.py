@@ -244,7 +244,7 @@ def test_normals_end_at_an_edge_of_depth_and_where_depth_is_unknown() -> None:
 
 @pytest.mark.parametrize("window", [1, 4, -3])
 def test_a_window_that_has_no_centre_is_refused(window: int) -> None:
-    with pytest.raises(ValueError, match=f"window: an odd number of 3 and more expected, got {window}"):
+    with pytest.raises(ValueError, match=f"window: expected an odd number of 3 and more, got {window}"):
         normals_of_depth(torch.ones(5, 5), CAMERA, window)
 
 

@@ -70,7 +70,7 @@ def test_a_plain_folder_holds_millimetres_and_normals(tmp_path: Path) -> None:
     normals = y.stored_normals()
     assert normals is not None and not normals[:, 0, :2].any()
     assert np.allclose(normals[:, 1:].permute(1, 2, 0), expected[1:], atol=1e-6)
-    with pytest.raises(ValueError, match="a depth map expected"):
+    with pytest.raises(ValueError, match="expected a depth map"):
         y.depth()
 
 
@@ -97,7 +97,7 @@ def test_a_depth_map_of_8_bits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "depth/train").mkdir(parents=True)
     Image.new("L", (30, 24)).save(tmp_path / "depth/train/x.png")
     (frame,) = load(tmp_path, "folders", "train")
-    with pytest.raises(ValueError, match="one channel of 16 bits expected, got Pillow's mode L"):
+    with pytest.raises(ValueError, match="expected a picture of one channel of 16 bits, got Pillow's mode L"):
         frame.depth()
 
 
@@ -143,7 +143,7 @@ def test_nyu_s_labelled_file_gives_the_frames_of_its_splits(tmp_path: Path, labe
         assert torch.equal(frame.photo()[0], torch.from_numpy(pixels).permute(2, 0, 1) / 255)
         assert torch.equal(frame.depth(), torch.from_numpy(labelled["depths"][..., index]))
     assert frames[0].fingerprint() != frames[1].fingerprint()
-    with pytest.raises(ValueError, match="the split train or test expected"):
+    with pytest.raises(ValueError, match="expected the split train or test"):
         load(tmp_path, "nyuv2", "val")
 
 
@@ -190,7 +190,9 @@ def test_annotations_of_another_form_are_named(tmp_path: Path, text: str) -> Non
     path = tmp_path / "toy/wild_set/annotations.json"
     write_image(path.parent / "images/007.jpg")
     path.write_text(text)
-    with pytest.raises(ValueError, match="annotations.json: filename, image_size and camera, focal_length of each"):
+    with pytest.raises(
+        ValueError, match="annotations.json: expected filename, image_size and camera, focal_length of each"
+    ):
         load(tmp_path, "navi", "wild")
 
 
@@ -241,7 +243,7 @@ def test_frames_that_cannot_be_used_are_told_of_and_left_out(tmp_path: Path) -> 
     assert any("left out" in line and "cut.png" in line for line in told.lines)
     assert told.lines[-1] == "'train': 1 frames, 100.0% of the pixels are known, at most 2.00 m away"
     write_depth(tmp_path / "depth/train/good.png", np.full((24, 31), 1000))
-    with pytest.raises(ValueError, match="good: an image of the size of its map, 24 x 31, expected, got 24 x 30"):
+    with pytest.raises(ValueError, match="good: expected an image of the size of its map, 24 x 31, got 24 x 30"):
         check_frames(frames[-1:], Depth(), 24, "train", told)
     with pytest.raises(ValueError, match="none of 1 frames in the split 'train' can be used"):
         check_frames(frames[1:2], Depth(), 24, "train", told)
@@ -406,15 +408,15 @@ def test_every_layout_is_offered_by_the_commands_and_no_other(capsys: pytest.Cap
     [
         ("depth", ["--bins", "0"], "--bins"),
         ("depth", ["--max-depth", "0.001"], "--max-depth"),
-        ("depth", ["--epochs", "1"], "epochs: more than the 1.5 of the warm-up expected, got 1"),
+        ("depth", ["--epochs", "1"], "epochs: expected more than the 1.5 of the warm-up, got 1"),
         ("depth", ["--layout", "camvid"], "--layout"),
         ("depth", ["--attention", "keep"], "goes with --cache"),
         ("depth", ["--attention", "keep", "--cache", "cache", "--augment"], "goes without --augment"),
         ("depth", ["--size", "22"], "stride of 4"),
         ("depth", ["--test-split", "nowhere"], "one is missing"),
-        ("normals", ["--intrinsics", "1,2,3"], "four numbers FX,FY,CX,CY expected, got '1,2,3'"),
+        ("normals", ["--intrinsics", "1,2,3"], "expected four numbers FX,FY,CX,CY, got '1,2,3'"),
         ("normals", ["--intrinsics", "1,2,x,4"], "--intrinsics"),
-        ("normals", ["--window", "4"], "an odd number expected, got 4"),
+        ("normals", ["--window", "4"], "expected an odd number, got 4"),
         ("normals", ["--window", "1"], "--window"),
     ],
 )

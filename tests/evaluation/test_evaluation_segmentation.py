@@ -150,7 +150,7 @@ def test_a_value_that_is_no_class_is_refused_by_file_and_value(tmp_path: Path) -
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_a_mask_of_colours_is_refused(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (4, 4)).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match=f"mask.png: a mask of one channel, .* expected, got Pillow's mode {mode};"):
+    with pytest.raises(ValueError, match=f"mask.png: expected a mask of one channel, .*, got Pillow's mode {mode};"):
         read_mask(mask_at(tmp_path), make_labels("ab"), 4)
 
 
@@ -294,7 +294,7 @@ def test_an_image_and_a_mask_of_another_size_are_refused(
     tmp_path: Path, orientation: int, mask_shape: tuple[int, int]
 ) -> None:
     sample, _ = turned_pair(tmp_path, (8, 12), orientation, mask_shape, None)
-    with pytest.raises(ValueError, match=r"mask.png: the size of its image, 8 x 12.*, expected, got \d+ x \d+$"):
+    with pytest.raises(ValueError, match=r"mask.png: expected the size of its image, 8 x 12.*, got \d+ x \d+$"):
         check([sample], make_labels("ab"))
 
 
@@ -370,7 +370,7 @@ def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path, encoding: str) 
 def test_a_list_in_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"val\.txt: a list of names in UTF-8 expected"):
+    with pytest.raises(ValueError, match=r"val\.txt: expected a list of names in UTF-8"):
         load_split(tmp_path, LAYOUTS["voc"], "val")
 
 
@@ -769,7 +769,7 @@ def test_probes_see_the_class_token_beside_the_features_of_a_smaller_image(data:
 
 def test_an_encoder_without_a_class_token_is_refused_before_any_image() -> None:
     encoder = MobileNetV2(6, name="net")
-    with pytest.raises(ValueError, match="net: a network with a class token expected, got MobileNetV2"):
+    with pytest.raises(ValueError, match="net: expected a network with a class token, got MobileNetV2"):
         replace(make_source(), encoder=encoder, class_token=True)
 
 
@@ -941,17 +941,17 @@ def test_whatever_values_the_classes_have_in_masks_the_result_is_the_same(data: 
         (["--layout", "folders"], "--classes"),
         (["--layout", "folders", "--classes", "0,255", "--first-class", "1"], "--first-class"),
         (["--layout", "folders", "--classes", "0,x"], "--classes"),
-        (["--layout", "folders", "--classes", "999999999999"], "at most 255 expected"),
+        (["--layout", "folders", "--classes", "999999999999"], "expected at most 255"),
         (["--layout", "folders", "--classes", "2", "--first-class", "99999999999"], "--first-class"),
         (["--layout", "folders", "--classes", "2", "--void", "1"], "void"),
         (["--size", "22"], "stride of 4"),
-        (["--encoder-size", "22"], "encoder_size: a multiple of tiny's stride of 4"),
+        (["--encoder-size", "22"], "encoder_size: expected a multiple of tiny's stride of 4"),
         (["--window-ratio", "0"], "--window-ratio"),
-        (["--weights", "anyup_mini", "--window-ratio", "0.2", "--window-ratio", "0.20"], "each once expected, got 0.2"),
+        (["--weights", "anyup_mini", "--window-ratio", "0.2", "--window-ratio", "0.20"], "expected each once, got 0.2"),
         (["--test-split", "nowhere"], "one is missing"),
         (["--schedule", "linear"], "--schedule"),
         (["--attention", "keep"], "goes with --cache"),
-        (["--encoder", "tiny2"], "--encoder: one expected"),
+        (["--encoder", "tiny2"], "--encoder: expected one"),
         (["-o", "nowhere/out.json"], "nowhere"),
     ],
 )
