@@ -146,8 +146,7 @@ class Upsample:
                 result = self._model(image, features, whole, **how)
                 check_map(result, "the result")
             else:
-                where = torch.as_tensor(points)[None]
-                result = self._model.at_points(image, features, where, whole, **how)
+                result = self._model.at_points(image, features, _tensor(points)[None], whole, **how)
         return {self._output: result[0].to(self._dtype).cpu().numpy(), **beside}
 
     def _carried(self, features: Tensor) -> tuple[Tensor, dict[str, numpy.ndarray]]:
@@ -201,10 +200,19 @@ def _photograph(cell: Any) -> Tensor:
         return decode_photo(io.BytesIO(cell), "the photograph")
     if isinstance(cell, (str, os.PathLike)):
         return read_photo(cell)
-    pixels = torch.as_tensor(cell)
-    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ValueError(f"pixels: expected (H, W, 3) of uint8, got {tuple(pixels.shape)} of {pixels.dtype}")
-    return pixels.permute(2, 0, 1)[None].float().div_(255).contiguous()
+    dtype, shape = getattr(cell, "dtype", None), tuple(getattr(cell, "shape", ()))
+    if dtype is None:
+        raise ValueError(f"photograph: expected a file's bytes, a path or pixels, got {type(cell).__name__}")
+    if str(dtype) != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(f"pixels: expected (H, W, 3) of uint8, got {shape} of {dtype}")
+    return _tensor(cell).permute(2, 0, 1)[None].float().div_(255).contiguous()
+
+
+def _tensor(cell: Any) -> Tensor:
+    """A tensor of its own: Ray's arrays are often read-only, which torch warns of."""
+    import numpy
+
+    return torch.from_numpy(numpy.array(cell))
 
 
 def _column(rows: Sequence[numpy.ndarray], fixed: bool) -> numpy.ndarray:

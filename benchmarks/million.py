@@ -24,7 +24,6 @@ ASSUMED = {
     "bytes a second to a machine's disks": 6e9,
     "bytes a second to a machine's network": 12.5e9,  # 100 Gbit
     "operations a second of the encoder": 30e12,  # float32, of a peak of 67e12
-    "bytes of a photograph": 150e3,
 }
 
 PREPARED_IN = 0.030

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,13 @@ def test_a_row_gets_what_the_command_gives(photographs: list[Path], monkeypatch:
             [(read_photo(path)[0].permute(1, 2, 0) * 255).round().byte().numpy() for path in photographs]
         ),
     }
+    for pixels in kinds["image"]:
+        pixels.flags.writeable = False  # as in Ray's object store
     for column, cells in kinds.items():
         batch = {column: cells, "id": np.arange(3)}
-        found = upsample(photographs, column=column, size=12)(batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = upsample(photographs, column=column, size=12)(batch)
         assert found.keys() == {column, "id", "features", "error"} and list(found["error"]) == [""] * 3
         for path, features in zip(photographs, found["features"], strict=True):
             np.testing.assert_allclose(features, np.load(f"out/{path.name}.npy"), rtol=1e-5, atol=1e-5)
@@ -110,6 +115,20 @@ def test_a_photograph_that_is_broken_has_an_error_and_its_row_stays(
 
 
 @pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (None, "photograph: expected a file's bytes, a path or pixels, got NoneType"),
+        ("gone.png", "No such file"),
+        (np.zeros((4, 4, 3)), "pixels: expected (H, W, 3) of uint8, got (4, 4, 3) of float64"),
+        (np.zeros((4, 4), np.uint8), "pixels: expected (H, W, 3) of uint8, got (4, 4) of uint8"),
+    ],
+)
+def test_a_cell_that_is_no_photograph_is_told(photographs: list[Path], cell: object, message: str) -> None:
+    (error,) = upsample(photographs)({"bytes": of_objects([cell])})["error"]
+    assert message in error
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"dtype": "bfloat16"}, "dtype: expected one of float16, float32, got 'bfloat16'"),
@@ -136,6 +155,9 @@ def test_columns_are_told_that_are_missing_or_there_already(photographs: list[Pa
 _PROGRAM = """
 import json, logging, os, signal, sys
 from pathlib import Path
+
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # Ray reports on standard output whenever it likes
 
 import ray
 
@@ -170,7 +192,7 @@ made = photographs.map_batches(
 )
 made.drop_columns(["bytes"]).write_parquet(str(folder / "out"))
 rows = ray.data.read_parquet(str(folder / "out")).take_all()
-print(json.dumps([[Path(row["path"]).name, row["error"], row["features"].tolist()] for row in rows]))
+print(json.dumps([[Path(row["path"]).name, row["error"], row["features"].tolist()] for row in rows]), file=answer)
 """
 
 

@@ -27,6 +27,7 @@ from anyup.cli import command as cli
 from anyup.cli import upsample_many
 from anyup.cli.upsample_many import Work
 from anyup.images import read_photo, save_picture
+from anyup.manifest import Manifest
 from anyup.training.distributed import Engine
 
 pytest.importorskip("PIL")
@@ -300,10 +301,9 @@ def together(processes: int, *arguments: str, killed: int | None = None) -> subp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["npy", "zarr"])
-def test_processes_leave_together_what_one_leaves(kind: str) -> None:
+def test_processes_leave_together_what_one_leaves() -> None:
     pytest.importorskip("zarr")
-    options = ("--format", kind, "--picture")
+    options = ("--format", "zarr", "--picture")
     assert upsample(*options, "whole/pictures", out="whole") == 1
     run = together(3, *options, "out/pictures")
     assert run.returncode == 1  # of the broken photograph
@@ -342,6 +342,31 @@ def test_a_run_of_several_processes_has_its_folder_for_itself() -> None:
         run = together(2)
     assert run.returncode == 1 and run.stderr.count("out: another run is writing it") == 1
     assert not Path("out").exists()
+
+
+def test_lines_of_all_processes_are_merged_and_those_of_a_killed_run_too() -> None:
+    path, asked = Path("manifest.jsonl"), {"size": 8}
+    first, other = Manifest(path, asked), Manifest(path, asked, 1)
+    first.add("a", {"error": "broken"})
+    other.add("b", {"sha256": "old"})
+    other.add("b", {"sha256": "new"})
+    assert first.there() == 1
+    for each in (first, other):  # and both are killed, the other one within a line
+        each.close()
+    with Path("manifest.jsonl.1").open("a", encoding="utf-8") as file:
+        file.write('{"photograph": "c"')
+    with pytest.raises(ValueError, match="begun with size 8, now 9"):
+        Manifest(path, {"size": 9}, 2)
+    with Manifest(path, asked) as first, Manifest(path, asked, 12) as other:
+        assert other.entries == {"a": {"error": "broken"}, "b": {"sha256": "new"}}
+        other.add("a", {"sha256": "a"})
+        first.complete()
+    asked_line, *lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"photograph": "a", "sha256": "a"},
+        {"photograph": "b", "sha256": "new"},
+    ]
+    assert json.loads(asked_line) == {"asked": asked} and not list(Path().glob("manifest.jsonl.*"))
 
 
 def test_shares_are_even_and_none_is_lost_or_doubled() -> None:
