@@ -82,6 +82,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_file_is_of_standard_operators_and_alone(file: Path) -> None:
     import onnx
 
@@ -93,6 +94,7 @@ def test_the_file_is_of_standard_operators_and_alone(file: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["anyup.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "channels"), [(1, 7), (3, 5)])
 def test_the_file_takes_any_batch_and_channels(file: Path, batch: int, channels: int) -> None:
     inputs = wave((batch, 3, 24, 20), 3, 0.8), wave((batch, channels, 6, 5), 7)
@@ -108,6 +110,7 @@ def test_the_file_takes_any_batch_and_channels(file: Path, batch: int, channels:
         )
 
 
+@pytest.mark.slow
 def test_a_file_with_other_results_is_not_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = export._run
 

@@ -222,6 +222,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, *MUTATIONS[mutation])
@@ -245,6 +246,7 @@ BACKWARD_MUTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", BACKWARD_MUTATIONS)
 def test_a_mutated_backward_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, BACKWARD, *BACKWARD_MUTATIONS[mutation])
