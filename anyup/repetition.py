@@ -426,14 +426,14 @@ class Weights:
     """The dictionaries that hold an upsampler's parameters and buffers: no call walks over its modules."""
 
     def __init__(self, network: Network) -> None:
-        parts = list(network.modules())
-        self._children = [part._modules for part in parts if part._modules]
+        modules = list(network.modules())
+        self._children = [module._modules for module in modules if module._modules]
         self._identities = self._identified()
-        self._held = [held for part in parts for held in (part._parameters, part._buffers) if held]
-        self._hooks = [hooks for part in parts[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._parts = [part.__dict__ for part in parts[1:]]
+        self._held = [held for module in modules for held in (module._parameters, module._buffers) if held]
+        self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._attributes = [module.__dict__ for module in modules[1:]]
         # A module of another package may do something else at each call, and its weights may have no address.
-        self._is_known = all(type(part).__module__.partition(".")[0] in _MAKERS for part in parts) and all(
+        self._is_known = all(type(module).__module__.partition(".")[0] in _MAKERS for module in modules) and all(
             type(tensor) in (Tensor, nn.Parameter) for tensor in self.tensors
         )
 
@@ -448,14 +448,14 @@ class Weights:
 
     def are_watched(self) -> bool:
         """Whether a module of the upsampler has a hook or a `forward` of its own, or comes from another package."""
-        return not self._is_known or any(self._hooks) or any(["forward" in part for part in self._parts])  # noqa: C419
+        return not self._is_known or any(self._hooks) or any(["forward" in held for held in self._attributes])  # noqa: C419
 
     def addresses(self) -> list[int]:
         """The address of each parameter and buffer."""
         return [tensor.data_ptr() for held in self._held for tensor in held.values() if tensor is not None]
 
     def _identified(self) -> list[int]:
-        return [id(part) for children in self._children for part in children.values()]
+        return [id(module) for children in self._children for module in children.values()]
 
 
 class Calls:

@@ -221,6 +221,7 @@ def patch_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     segments.axis_segments.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["several tiles", "odd scale", "cell"])
 @pytest.mark.parametrize(
     "change",

@@ -75,15 +75,15 @@ def forward(
         keys, values = _grids(key[image], value[image])
         values = values.to(product_dtype(value.dtype, value.device))
 
-        def attend(part: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
-            logits = part.logits(query[image], keys, scale, scratch)
+        def attend(tiles: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
+            logits = tiles.logits(query[image], keys, scale, scratch)
             weights = _softmax(logits, scratch)
-            mean = scratch.take("mean", (part.pixels, part.count, part.keys), weights)
+            mean = scratch.take("mean", (tiles.pixels, tiles.count, tiles.keys), weights)
             torch.mean(weights, dim=2, out=mean)
-            mean, near = mean.to(values.dtype), part.take_keys(values)
-            part.put_pixels(out[image], grouped_product(mean, near, partial(scratch.take, "update")).transpose(0, 1))
+            mean, near = mean.to(values.dtype), tiles.take_keys(values)
+            tiles.put_pixels(out[image], grouped_product(mean, near, partial(scratch.take, "update")).transpose(0, 1))
             if save_lse:
-                part.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(0, 1))
+                tiles.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(0, 1))
 
         map_tiles(attend, list(_batches(window, query, keys, channels, max_queries, part=part)), query.device)
     return out, lse
@@ -139,19 +139,19 @@ def backward(
         keys, values = _grids(key[image], value[image])
         # Each is a sum over all pixels that see a key.
         sum_keys, sum_values = (torch.zeros_like(t, dtype=accumulator_dtype(t.device)) for t in (keys, values))
-        for part in _batches(window, query, keys, channels, longest=_LONGEST_SEGMENT_BACKWARD):
-            weights = torch.softmax(part.logits(query[image], keys, scale, scratch), dim=-1)
+        for tiles in _batches(window, query, keys, channels, longest=_LONGEST_SEGMENT_BACKWARD):
+            weights = torch.softmax(tiles.logits(query[image], keys, scale, scratch), dim=-1)
             weights = weights.permute(1, 2, 0, 3)  # (count, heads, pixels, keys)
-            outer = part.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
-            part.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
-            inner = (outer @ part.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
+            outer = tiles.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
+            tiles.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
+            inner = (outer @ tiles.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
             # dS (count, heads, pixels, keys)
             inner = inner.expand_as(weights)
             inner = torch.ops.aten._softmax_backward_data(inner, weights.contiguous(), -1, weights.dtype)
-            queries = part.take_pixels(query[image]).to(keys.dtype).transpose(1, 2)
-            part.add_keys(sum_keys, (inner.transpose(2, 3) @ queries).transpose(1, 2))
-            update = (inner @ part.take_keys(keys).transpose(1, 2)) * scale  # (count, heads, pixels, d)
-            part.put_pixels(grad_query[image], update.transpose(1, 2))
+            queries = tiles.take_pixels(query[image]).to(keys.dtype).transpose(1, 2)
+            tiles.add_keys(sum_keys, (inner.transpose(2, 3) @ queries).transpose(1, 2))
+            update = (inner @ tiles.take_keys(keys).transpose(1, 2)) * scale  # (count, heads, pixels, d)
+            tiles.put_pixels(grad_query[image], update.transpose(1, 2))
         grad_key[image] = sum_keys.mul_(scale).transpose(0, 1)
         grad_value[image] = sum_values.transpose(0, 1)
     return grad_query, grad_key, grad_value

@@ -54,14 +54,14 @@ class Segments:
     def split(self, count: int) -> Iterator[Segments]:
         """The segments in groups of at most `count`."""
         for first in range(0, self.count, count):
-            part = slice(first, first + count)
+            some = slice(first, first + count)
             yield replace(
                 self,
-                starts=self.starts[part],
-                key_starts=self.key_starts[part],
-                query_positions=self.query_positions[part],
-                key_positions=self.key_positions[part],
-                bias=None if self.bias is None else self.bias[part],
+                starts=self.starts[some],
+                key_starts=self.key_starts[some],
+                query_positions=self.query_positions[some],
+                key_positions=self.key_positions[some],
+                bias=None if self.bias is None else self.bias[some],
             )
 
     def queries(self) -> Tensor | slice:
