@@ -26,7 +26,7 @@ from anyup.kernels.launch import Launch, Target
 from anyup.kernels.window_attention_points import CONFIGS, plan_points
 from anyup.ops.window_attention.fused import window_rule
 from anyup.window import axis_bounds
-from benchmarks.modelled_gpu import pixel_encoder_work, roofline
+from benchmarks.modelled_gpu import gradient_work, pixel_encoder_work, roofline
 from benchmarks.modelled_gpu.ahead_of_time import compilation_of, target_of
 from benchmarks.modelled_gpu.compiled import (
     HEAD_DIM,
@@ -60,12 +60,14 @@ KERNELS = (
     "query_projection_backward_weights",
     "window_attention_points",
     *pixel_encoder_work.KERNELS,
+    *gradient_work.KERNELS,
 )
 WITHOUT_PRODUCTS = (
     "feature_unification_arrange",
     "feature_unification_normalize",
     "feature_unification_fold",
     "pixel_encoder_moments",
+    "pixel_encoder_backward_total",
 )
 """Kernels that move numbers: nothing for the matrix units."""
 MULTIPROCESSORS = 132
@@ -170,8 +172,8 @@ class Case:
         w = self.workload
         precision = "ieee" if self.arch.startswith("gfx") else "tf32x3"
         if self.kernel.startswith("pixel_encoder"):
-            dtype = DTYPES[self.dtype]
-            return pixel_encoder_work.plan(self.kernel, w, dtype, target=self.target, precision=precision)
+            of = gradient_work if self.kernel in gradient_work.KERNELS else pixel_encoder_work
+            return of.plan(self.kernel, w, DTYPES[self.dtype], target=self.target, precision=precision)
         if self.kernel == "key_grid_convolution":
             return self._convolution(precision)
         if self.kernel == "window_attention_points":
@@ -204,7 +206,7 @@ class Case:
         """The work of that launch; of the unification where nothing is turned."""
         w, constant = self.workload, launch.constants
         if self.kernel.startswith("pixel_encoder"):
-            return pixel_encoder_work.work(launch)
+            return (gradient_work if self.kernel in gradient_work.KERNELS else pixel_encoder_work).work(launch)
         size = DTYPES[self.dtype].itemsize
         if self.kernel.startswith("query_projection"):
             return _query_projection_work(self.kernel, launch, w, size)

@@ -6,12 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
-from support.accuracy import assert_close_enough
+from support.accuracy import assert_close_enough, output_and_gradients
 from support.card import DTYPES
 from support.encoder_statistics import assert_statistics_lose_nothing
 from support.pixel_encoder_cases import Shape, encoder, parameters_of, tensors_of
 
-from anyup.ops.pixel_encoder import explain_backends, fused
+from anyup.ops.pixel_encoder import explain_backends, fused, fused_gradients
+from anyup.ops.precision import dtype_name
 
 pytestmark = pytest.mark.gpu
 
@@ -47,8 +48,23 @@ def test_statistics_lose_nothing(launched: Counter[str]) -> None:
     assert launched.total() == 2
 
 
-def test_where_a_gradient_is_wanted_no_kernel_runs(launched: Counter[str]) -> None:
-    shape = SHAPES["no projection"]
-    tensors = {key: tensor.to("cuda").requires_grad_() for key, tensor in tensors_of(shape).items()}
-    encoder(shape)(backend=None, **tensors).sum().backward()
-    assert launched.total() == 0
+GRADIENTS = {
+    "rotated, batch 2": Shape((9, 17), rotates=True, batch=2),
+    "pooled to overlapping cells": Shape((11, 9), (4, 3), inputs=16),
+    "channels that are no power of two": Shape((9, 8), inputs=24, dim=40),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_obey_the_error_rule(
+    name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_gradients, "multiprocessors", lambda device: 2)
+    tensors, run = tensors_of(GRADIENTS[name], dtype), encoder(GRADIENTS[name])
+    actual = output_and_gradients(run, {key: tensor.cuda() for key, tensor in tensors.items()}, "triton")
+    assert launched[f"pixel_encoder_backward_half, {dtype_name(dtype)}"] == 4, launched
+    reference = output_and_gradients(run, tensors, "reference")
+    exact = output_and_gradients(run, {key: tensor.double() for key, tensor in tensors.items()}, "reference")
+    for key in exact:
+        assert_close_enough(actual[key].cpu(), reference[key], exact[key], key)

@@ -146,13 +146,67 @@ def test_a_dtype_that_they_do_not_take_is_a_reason(dtype: torch.dtype, reason: s
     assert f"pixels are {reason}" in str(explain_backends(tensors["pixels"], parameters_of(tensors), backend="triton"))
 
 
+GRADIENTS = {
+    "rotated": Shape((9, 11), rotates=True, batch=2),
+    "of a map": Shape((7, 11), inputs=16, batch=2),
+    "of more inputs than channels": Shape((9, 8), inputs=24),
+    "no projection": Shape((9, 8), inputs=None),
+    "pooled": Shape((8, 9), (3, 2), inputs=16),
+    "enlarged": Shape((8, 9), (9, 12), inputs=None, dim=24),
+    "groups of no power of two": Shape((9, 8), inputs=24, dim=40),
+    "few pixels, whose gradients are torch's": Shape((4, 5), rotates=True),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [Shape((7, 9), rotates=True, batch=2), Shape((7, 9), (3, 2), inputs=16)])
-def test_the_gradients_of_what_kernels_make_obey_the_error_rule(shape: Shape, dtype: torch.dtype) -> None:
-    assert_backend_accurate(encoder(shape), tensors_of(shape, dtype), backend="triton")
-    tensors = tensors_of(shape, dtype)
-    asked, plain = (output_and_gradients(encoder(shape), tensors, backend) for backend in ("triton", "torch"))
-    assert all(torch.equal(asked[name], plain[name]) for name in plain if name != "output")  # of the same tensors
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_obey_the_error_rule(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if GRADIENTS[name].batch > 1:  # several programs for an image
+        monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients.multiprocessors", lambda device: 3)
+    assert_backend_accurate(encoder(GRADIENTS[name]), tensors_of(GRADIENTS[name], dtype), backend="triton")
+
+
+@pytest.mark.parametrize("config", [(16, 16, 4, 1, 1), (32, 32, 8, 2, 9)])
+def test_a_config_of_the_gradients_changes_the_last_bits_alone(
+    config: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anyup.kernels import pixel_encoder_backward as kernels
+
+    monkeypatch.setattr(kernels, "half_configs", lambda **_: [kernels.HalfConfig(*config)])
+    tensors = tensors_of(Shape((9, 11), inputs=16), torch.float32)
+    assert_backend_accurate(encoder(Shape((9, 11), inputs=16)), tensors, backend="triton")
+    first, second = (output_and_gradients(encoder(Shape((9, 11), inputs=16)), tensors, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("change", [{"pixels": 8}, {"piece": 24}, {"num_warps": 3}, {"num_stages": 0}, {"blocks": 0}])
+def test_a_config_of_the_gradients_that_cannot_be_is_refused(change: dict[str, int]) -> None:
+    from anyup.kernels.pixel_encoder_backward import HalfConfig
+
+    with pytest.raises(ValueError, match=next(iter(change))):
+        HalfConfig(**{"pixels": 64, "piece": 32, "num_warps": 8, **change})
+
+
+GRADIENT_MUTATIONS = {
+    "a program too few": ("means_kernel", "tl.range(0, programs)", "tl.range(0, programs - 1)"),
+    "a mean over too many": ("means_kernel", "(CHANNELS // 8))", "CHANNELS)"),
+    "no mean": ("total_kernel", "total - mean[None, :] - z", "total - z"),
+    "no slope": ("total_kernel", "- z * slope[None, :]", ""),
+    "no residual": ("total_kernel", "total += tl.load", "total += 0 * tl.load"),
+    "another slope of silu": ("half_kernel", "(1.0 + x * (1.0 - sigmoid))", "(1.0 + x * (1.0 + sigmoid))"),
+    "the sum of another product": ("half_kernel", "tl.sum(back * z, axis=0)", "tl.sum(back * x, axis=0)"),
+    "what was not activated": ("half_kernel", "x * sigmoid, mask", "x, mask"),
+}
+
+
+@pytest.mark.parametrize("mutation", GRADIENT_MUTATIONS)
+def test_a_mutated_kernel_of_the_gradients_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients.multiprocessors", lambda device: 3)
+    kernel, *change = GRADIENT_MUTATIONS[mutation]
+    mutate(monkeypatch, "pixel_encoder_backward", f"_pixel_encoder_backward_{kernel}", *change)
+    shape = GRADIENTS["of a map"]
+    with pytest.raises(AssertionError, match="gradient of .*: error"):
+        assert_backend_accurate(encoder(shape), tensors_of(shape), backend="triton")
 
 
 def model(**arguments: Any) -> AnyUp:

@@ -22,7 +22,6 @@ from anyup.ops.kernel_device import (
     target,
 )
 from anyup.ops.pixel_encoder.arguments import EPS, EncoderParameters, PixelEncoderProblem
-from anyup.ops.pixel_encoder.gradients import backward
 from anyup.ops.pixel_encoder.rotary import coordinates
 
 if TYPE_CHECKING:
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["backward", "discouraged", "forward", "unsupported"]
 
 Result = TypeVar("Result")
+
+_FEWEST_PIXELS = 64
+"""The gradients of maps of as many are torch's, in float64: of so few a group's sums nearly cancel."""
 
 
 def unsupported(problem: PixelEncoderProblem) -> list[str]:
@@ -62,6 +64,22 @@ def forward(
     if output_size == size:
         return out
     return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
+
+
+def backward(
+    grad: Tensor,
+    pixels: Tensor,
+    parameters: EncoderParameters,
+    *,
+    frequencies: Tensor | None,
+    output_size: tuple[int, int],
+) -> tuple[Tensor, EncoderParameters, Tensor | None]:
+    """The gradients of the pixels, the parameters and the frequencies, of a result (B, *output_size, D)."""
+    from anyup.ops.pixel_encoder import fused_gradients, gradients
+
+    if pixels.shape[1] * pixels.shape[2] <= _FEWEST_PIXELS:
+        return gradients.backward(grad, pixels, parameters, frequencies=frequencies, output_size=output_size)
+    return fused_gradients.Gradients(pixels, parameters).backward(grad, frequencies, output_size)
 
 
 @dataclass(frozen=True)

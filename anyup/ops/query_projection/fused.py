@@ -77,8 +77,8 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
         kernel=_kernel("backward_pixels", encoded),
     )
     wide = weight.float()
-    products = _sums(grad, normal, 1)[0]
-    grad_convolution = _sums(grad_convolved, encoded, 9).view(3, 3, dim, dim).permute(2, 3, 0, 1)
+    products = sums_of_outer_products(grad, normal, 1)[0]
+    grad_convolution = sums_of_outer_products(grad_convolved, encoded, 9).view(3, 3, dim, dim).permute(2, 3, 0, 1)
     grad_encoded = normal  # of what it holds nothing is needed any more
     turned = convolution.flip(2, 3).permute(2, 3, 0, 1).reshape(9, dim, dim).contiguous()
     run_first(
@@ -91,7 +91,7 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
     return grad_encoded, ProjectionParameters(*(g.to(dtype) for g in grads))
 
 
-def _sums(grad: Tensor, values: Tensor, taps: int) -> Tensor:
+def sums_of_outer_products(grad: Tensor, values: Tensor, taps: int = 1) -> Tensor:
     """The sums over the pixels of the outer products of a gradient and the values at each tap: (taps, D, D) float32."""
     from anyup.kernels.query_projection_backward import WeightsConfig, plan_weights, weights_configs
 

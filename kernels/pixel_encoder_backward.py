@@ -1,0 +1,290 @@
+"""The pixel encoder, backward: through a half block y = W silu(gn(x)), in three kernels and a small one.
+
+The normalised map without weight and bias is z = (x - mean) / deviation, of each image's eight groups of channels. With
+g the gradient of weight z + bias, that of x is (weight g - m1 - m2 z) / deviation, where m1 and m2 are the means over a
+group of weight g and of weight g z. So it is known once two sums over the image are: `half` goes from the gradient of y
+to g, and takes these sums, program by program; `means` joins them in their order; `total` makes the gradient of x of g,
+and adds that of a residual. W's gradient is a sum of outer products, of the gradient of y and silu(gn(x)), which `half`
+stores for it (`query_projection_backward`).
+
+A group's channels are slots of a tile, padded to a power of two (`pixel_encoder_statistics`). Tables of an image have a
+row for each number of a slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, Target
+from .pixel_encoder_passes import Join
+from .pixel_encoder_statistics import in_slots, make_norm, slot_channel, slot_exists
+from .products import matmul, padded
+
+SIZES = ("count", "programs")
+"""Kernel arguments that the kernels are not specialised on, so that a new image size compiles no new kernel."""
+
+_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class HalfConfig:
+    """A config of the kernel `half`: changes speed and, by the order of its sums, the last bits.
+
+    Attributes:
+        pixels: that a program takes together.
+        piece: channels of one product.
+        num_warps, num_stages: Triton's.
+        blocks: programs that a multiprocessor runs at a time.
+    """
+
+    pixels: int
+    piece: int
+    num_warps: int
+    num_stages: int = 2
+    blocks: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("pixels", 16), ("piece", 16), ("num_warps", 1)):
+            number = getattr(self, name)
+            if number < least or number & (number - 1):
+                raise ValueError(f"{name}: expected a power of two, at least {least}, got {number}")
+        for name in ("num_stages", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def programs(self, count: int, batch: int, multiprocessors: int) -> int:
+        """Programs of each image, of so many pixels: as many as run at a time."""
+        return max(1, min(triton.cdiv(count, self.pixels), self.blocks * multiprocessors // max(batch, 1)))
+
+
+def half_configs(*, target: Target, half: bool) -> list[HalfConfig]:
+    """Configs, best first. Chosen by `python -m benchmarks.modelled_gpu --kernel pixel_encoder_backward_half`."""
+    return [HalfConfig(64 if half else 32, 32 if half else 16, num_warps=8), HalfConfig(16, 16, 4, 1, 1)]
+
+
+@triton.jit
+def _pixel_encoder_unit_norm_kernel(
+    parts, ones, zeros, norm, programs, eps,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """What makes z of x, (3, DIM) for each image: factor, shift and centre; grid: images."""
+    image = tl.program_id(0)
+    make_norm(
+        norm + image * 3 * DIM, parts + image * 3 * programs * 8, ones, zeros, programs, eps,
+        CHANNELS, DIM, False, True, AT_ONCE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _normalized(x, norm, slot, DIM: tl.constexpr):
+    """z of pixels (n, DIM), and the factor that makes it."""
+    factor = tl.load(norm + slot)
+    return (x.to(tl.float32) - tl.load(norm + 2 * DIM + slot)[None, :]) * factor[None, :] + tl.load(norm + DIM + slot)[
+        None, :
+    ], factor
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_encoder_backward_half_kernel(
+    grad, pixels, norm, gain, bias, weight, active, out, sums, count, programs,
+    # (B, n, CHANNELS) twice, (B, 3, DIM), (CHANNELS,) twice, (CHANNELS, CHANNELS), (B, n, CHANNELS) twice,
+    # (B, programs, 2, CHANNELS)
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of y to that of weight z + bias, its sums, and silu(gn(x)); grid: programs, images."""
+    image = tl.program_id(1)
+    slot = tl.arange(0, DIM)
+    channel = slot_channel(slot, CHANNELS, DIM)
+    wanted = slot_exists(slot, CHANNELS, DIM)
+    first_number = image.to(tl.int64) * count
+    scale = tl.load(gain + channel, mask=wanted, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=wanted, other=0.0).to(tl.float32)
+    total = tl.zeros((DIM,), tl.float32)
+    product = tl.zeros((DIM,), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, PIXELS), programs):
+        number = tile * PIXELS + tl.arange(0, PIXELS)
+        exists = number < count
+        row = ((first_number + number) * CHANNELS)[:, None]
+        here = exists[:, None] & wanted[None, :]
+        back = tl.zeros((PIXELS, DIM), tl.float32)
+        for first in tl.range(0, DIM, PIECE):
+            taken = first + tl.arange(0, PIECE)
+            output = slot_channel(taken, CHANNELS, DIM)
+            some = slot_exists(taken, CHANNELS, DIM)
+            outer = tl.load(grad + row + output[None, :], mask=exists[:, None] & some[None, :], other=0.0)
+            place = weight + output[:, None] * CHANNELS + channel[None, :]
+            back = matmul(outer, tl.load(place, mask=some[:, None] & wanted[None, :], other=0.0), back, PRECISION)
+        z, _ = _normalized(
+            tl.load(pixels + row + channel[None, :], mask=here, other=0.0), norm + image * 3 * DIM, slot, DIM
+        )
+        x = z * scale[None, :] + shift[None, :]
+        sigmoid = 1.0 / (1.0 + tl.exp(-x))
+        tl.store(active + row + channel[None, :], x * sigmoid, mask=here)
+        # Where no pixel exists `back` is zero.
+        back = back * sigmoid * (1.0 + x * (1.0 - sigmoid))
+        tl.store(out + row + channel[None, :], back, mask=here)
+        total += tl.sum(back, axis=0)
+        product += tl.sum(back * z, axis=0)
+    place = sums + (image * programs + tl.program_id(0)) * 2 * CHANNELS + channel
+    tl.store(place, total, mask=wanted)
+    tl.store(place + CHANNELS, product, mask=wanted)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_encoder_backward_means_kernel(
+    sums, gain, means, totals, count, programs,
+    # (B, programs, 2, CHANNELS), (CHANNELS,), (B, 2, DIM), (B, 2, CHANNELS)
+    CHANNELS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The sums of all programs, and m1 and m2 of each slot; grid: images, 2."""
+    image, which = tl.program_id(0), tl.program_id(1)
+    slot = tl.arange(0, DIM)
+    channel = slot_channel(slot, CHANNELS, DIM)
+    wanted = slot_exists(slot, CHANNELS, DIM)
+    place = sums + (image * programs * 2 + which) * CHANNELS + channel
+    total = tl.zeros((DIM,), tl.float32)
+    for program in tl.range(0, programs):
+        total += tl.load(place + program * 2 * CHANNELS, mask=wanted, other=0.0)
+    tl.store(totals + (image * 2 + which) * CHANNELS + channel, total, mask=wanted)
+    weighted = total * tl.load(gain + channel, mask=wanted, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.reshape(weighted, (8, DIM // 8)), axis=1) / (count.to(tl.float32) * (CHANNELS // 8))
+    tl.store(means + (image * 2 + which) * DIM + slot, in_slots(mean, DIM))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _pixel_encoder_backward_total_kernel(
+    grad, pixels, norm, gain, means, added, out, count,
+    # (B, n, CHANNELS) twice, (B, 3, DIM), (CHANNELS,), (B, 2, DIM), (B, n, CHANNELS) twice
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, and with ADDS what is added; grid: tiles of pixels, images."""
+    image = tl.program_id(1)
+    slot = tl.arange(0, DIM)
+    channel = slot_channel(slot, CHANNELS, DIM)
+    wanted = slot_exists(slot, CHANNELS, DIM)
+    number = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    here = (number < count)[:, None] & wanted[None, :]
+    place = ((image.to(tl.int64) * count + number) * CHANNELS)[:, None] + channel[None, :]
+    z, factor = _normalized(tl.load(pixels + place, mask=here, other=0.0), norm + image * 3 * DIM, slot, DIM)
+    scale = tl.load(gain + channel, mask=wanted, other=0.0).to(tl.float32)
+    mean, slope = tl.load(means + image * 2 * DIM + slot), tl.load(means + image * 2 * DIM + DIM + slot)
+    total = tl.load(grad + place, mask=here, other=0.0).to(tl.float32) * scale[None, :]
+    total = (total - mean[None, :] - z * slope[None, :]) * factor[None, :]
+    if ADDS:
+        total += tl.load(added + place, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + place, total, mask=here)
+
+
+def plan_unit_norm(join: Join, norm: Tensor) -> Launch:
+    """The launch that fills `norm` (B, 3, D padded) from a pass's statistics; the join's weight is 1, its bias 0."""
+    channels = len(join.weight)
+    return Launch(
+        kernel=_pixel_encoder_unit_norm_kernel,
+        grid=(len(norm),),
+        arguments={
+            "parts": join.parts,
+            "ones": join.weight,
+            "zeros": join.bias,
+            "norm": norm,
+            "programs": join.parts.shape[2],
+            "eps": join.eps,
+        },
+        constants={"CHANNELS": channels, "DIM": padded(channels), "AT_ONCE": _AT_ONCE},
+        options={"num_warps": 4, "num_stages": 1},
+    )
+
+
+def plan_half(
+    grad: Tensor,
+    pixels: Tensor,
+    norm: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    active: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    *,
+    precision: str,
+    config: HalfConfig,
+) -> Launch:
+    """The launch through a half block.
+
+    Args:
+        grad, pixels: (B, n, D), contiguous: the gradient of y, and x.
+        norm: (B, 3, D padded), of `plan_unit_norm`.
+        gain, bias, weight: (D,), (D,), (D, D), contiguous.
+        active, out: (B, n, D): silu(gn(x)), and the gradient of gn(x).
+        sums: (B, programs, 2, D) float32: of `out` and of its product with z.
+        precision: of products of float32, Triton's `input_precision`.
+        config: tiles, warps, stages.
+    """
+    batch, count, channels = pixels.shape
+    return Launch(
+        kernel=_pixel_encoder_backward_half_kernel,
+        grid=(sums.shape[1], batch),
+        arguments={
+            "grad": grad,
+            "pixels": pixels,
+            "norm": norm,
+            "gain": gain,
+            "bias": bias,
+            "weight": weight,
+            "active": active,
+            "out": out,
+            "sums": sums,
+            "count": count,
+            "programs": sums.shape[1],
+        },
+        constants={
+            "CHANNELS": channels,
+            "DIM": padded(channels),
+            "PIXELS": config.pixels,
+            "PIECE": min(config.piece, padded(channels)),
+            "PRECISION": precision,
+        },
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def plan_means(sums: Tensor, gain: Tensor, means: Tensor, totals: Tensor, *, count: int) -> Launch:
+    """The launch that joins `sums` of `plan_half` to `totals` (B, 2, D), and makes `means` (B, 2, D padded) of them."""
+    batch, programs, _, channels = sums.shape
+    return Launch(
+        kernel=_pixel_encoder_backward_means_kernel,
+        grid=(batch, 2),
+        arguments={"sums": sums, "gain": gain, "means": means, "totals": totals, "count": count, "programs": programs},
+        constants={"CHANNELS": channels, "DIM": padded(channels)},
+        options={"num_warps": 1, "num_stages": 1},
+    )
+
+
+def plan_total(
+    grad: Tensor, pixels: Tensor, norm: Tensor, gain: Tensor, means: Tensor, added: Tensor | None, out: Tensor
+) -> Launch:
+    """The launch that fills `out` (B, n, D) with the gradient of `pixels`, of what `plan_half` and `plan_means` made.
+
+    `added` (B, n, D) is added; `out` may be `grad` or `added`.
+    """
+    batch, count, channels = pixels.shape
+    tile = 32
+    return Launch(
+        kernel=_pixel_encoder_backward_total_kernel,
+        grid=(triton.cdiv(count, tile), batch),
+        arguments={
+            "grad": grad,
+            "pixels": pixels,
+            "norm": norm,
+            "gain": gain,
+            "means": means,
+            "added": added,
+            "out": out,
+            "count": count,
+        },
+        constants={"CHANNELS": channels, "DIM": padded(channels), "PIXELS": tile, "ADDS": added is not None},
+        options={"num_warps": 4, "num_stages": 1},
+    )
