@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from anyup._version import __version__
 
 if TYPE_CHECKING:
-    from anyup import encoders, visualization
+    from anyup import distributed, encoders, visualization
     from anyup.checkpoints import load, save
     from anyup.head import with_head
     from anyup.limited_memory import plan
     from anyup.model import AnyUp
 
-__all__ = ["AnyUp", "__version__", "encoders", "load", "plan", "save", "visualization", "with_head"]
+__all__ = ["AnyUp", "__version__", "distributed", "encoders", "load", "plan", "save", "visualization", "with_head"]
 
 _MODULES = {
     "AnyUp": "model",
@@ -25,7 +25,7 @@ _MODULES = {
     "with_head": "head",
     "plan": "limited_memory",
 }
-_SUBMODULES = ("encoders", "ray", "visualization")
+_SUBMODULES = ("distributed", "encoders", "ray", "visualization")
 _OPERATIONS = ("feature_unification", "pixel_encoder", "query_projection", "window_attention")
 
 

@@ -55,6 +55,16 @@ def begun(path: Path, *, resume: bool, report: Callable[[str], None]) -> Iterato
         yield
 
 
+def partial_array(path: Path) -> Any:
+    """The array (1, C, H, W) that another process has begun for a file, to write into."""
+    partial = _partial_of(path)
+    if path.suffix.lower() == ".npy":
+        import numpy
+
+        return numpy.load(partial, mmap_mode="r+")[None]
+    return zarr_package().open_array(str(partial), mode="r+")
+
+
 def _partial_of(path: Path) -> Path:
     path = Path(os.path.realpath(path))
     return path.with_name(path.name + ".part")
@@ -104,7 +114,7 @@ class PartialArray:
                 raise ValueError(
                     f"{self._partial}: begun with {key} {before.get(key)}, now {now.get(key)}; delete it to begin anew"
                 )
-        self._stored = self._open()
+        self._stored = partial_array(path)
         return self
 
     def _begin(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, asked: Mapping[str, Any]) -> None:
@@ -178,13 +188,6 @@ class PartialArray:
         most = (_CHUNK[0], min(_CHUNK[1], rows), _CHUNK[2])
         chunks = (1, *(min(pair) for pair in zip(most, self._shape, strict=True)))
         return zarr.open_array(str(self._partial), mode="w", shape=shape, chunks=chunks, dtype=self._dtype)
-
-    def _open(self) -> Any:
-        if self._is_npy:
-            import numpy
-
-            return numpy.load(self._partial, mmap_mode="r+")[None]
-        return zarr_package().open_array(str(self._partial), mode="r+")
 
 
 def _size(shape: tuple[int, int, int], dtype: str) -> int:

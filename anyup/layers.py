@@ -83,13 +83,13 @@ class BorderConv2d(nn.Conv2d):
         half = self.kernel_size[0] // 2
         return _bordered(_bordered(x.permute(0, 2, 3, 1), 1, half), 2, half)
 
-    def part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """A rectangle of the result, computed in `dtype`."""
+    def part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype, held: tuple[int, int]) -> Tensor:
+        """A rectangle of the result, computed in `dtype`; `held` is that of `prepare_part`."""
         size = self.kernel_size[0]
         half, x = size // 2, x.permute(0, 2, 3, 1)
-        for dim, part in ((1, rows), (2, columns)):
+        for dim, part, (offset, length) in ((1, rows, held), (2, columns, (0, x.shape[2]))):
             first, stop = part.start - half, part.stop - half + size - 1
-            x = _bordered(x, dim, half, first, stop)
+            x = _bordered(x, dim, half, first, stop, offset, length)
         return self._convolved(x.to(dtype)).to(dtype)
 
     def at(self, x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,19 +118,29 @@ def encoded_size(size: tuple[int, int], kernel_size: int) -> tuple[int, int]:
     return height + more, width + more
 
 
-def _bordered(x: Tensor, dim: int, half: int, first: int | None = None, stop: int | None = None) -> Tensor:
+def _bordered(
+    x: Tensor,
+    dim: int,
+    half: int,
+    first: int | None = None,
+    stop: int | None = None,
+    offset: int = 0,
+    length: int | None = None,
+) -> Tensor:
     """The positions `first` to `stop` of an axis, which may lie up to `half` beyond its ends; None: all of them.
 
-    Beyond its ends the axis is reflected, or its last position is repeated where it is too short to reflect.
+    Beyond its ends the axis is reflected, or its last position is repeated where it is too short to reflect. `x` holds
+    the axis from `offset` on, of `length` positions in all (None: `x` is all of it), as far as they are needed.
     """
-    length = x.shape[dim]
+    length = x.shape[dim] if length is None else length
     before = half if first is None else max(-first, 0)
     after = half if stop is None else max(stop - length, 0)
-    inside = x if first is None or stop is None else x.narrow(dim, max(first, 0), min(stop, length) - max(first, 0))
+    begin, end = (0, length) if first is None or stop is None else (max(first, 0), min(stop, length))
+    inside = x.narrow(dim, begin - offset, end - begin)
     reflects = length > half
     ends = [
-        [x.narrow(dim, step if reflects else 0, 1) for step in range(before, 0, -1)],
-        [x.narrow(dim, length - 1 - (step if reflects else 0), 1) for step in range(1, after + 1)],
+        [x.narrow(dim, (step if reflects else 0) - offset, 1) for step in range(before, 0, -1)],
+        [x.narrow(dim, length - 1 - (step if reflects else 0) - offset, 1) for step in range(1, after + 1)],
     ]
     return torch.cat((*ends[0], inside, *ends[1]), dim=dim)
 
@@ -151,12 +161,15 @@ class Encoder(nn.Sequential):
         parameters = self.parameters_for_op(x.dtype)
         return conv(x) if self.kernel_size > 1 else x.permute(0, 2, 3, 1), parameters
 
-    def prepare_part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """The pixels (rows, columns, C or D) of `prepare` for a rectangle of one image (C, H, W), in `dtype`."""
+    def prepare_part(self, x: Tensor, rows: slice, columns: slice, dtype: torch.dtype, held: tuple[int, int]) -> Tensor:
+        """The pixels (rows, columns, C or D) of `prepare` for a rectangle of one image, in `dtype`.
+
+        `x` is (C, h, W): rows of the image. `held` is the number of the first, and the number of all the image has.
+        """
         conv, _, _ = self._layers()
         if self.kernel_size == 1:
-            return x[:, rows, columns].permute(1, 2, 0).to(dtype)
-        return conv.part(x[None], rows, columns, dtype)[0]
+            return x[:, rows.start - held[0] : rows.stop - held[0], columns].permute(1, 2, 0).to(dtype)
+        return conv.part(x[None], rows, columns, dtype, held)[0]
 
     def prepare_at(self, x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
         """The pixels (P, C or D) of `prepare` at `rows`, `columns` (P,) of one image (C, H, W), in `dtype`."""

@@ -8,22 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anyup.cli.upsample_inputs import (
-    ENCODER_LONGER_SIDE,
-    by,
-    carried_by,
-    check_features,
-    check_head,
-    encode,
-    guidance,
-    load_model,
-    load_named_encoder,
-    read_guide,
-    read_head,
-    read_points,
-    read_values,
-    resolve_region,
-)
+from anyup.cli.upsample_inputs import ENCODER_LONGER_SIDE, guidance, read_inputs
 from anyup.cli.upsample_many import FORMATS, are_many
 from anyup.cli.upsample_many import run as run_many
 from anyup.cli.upsample_result import Files, in_words, report_backends, write_result
@@ -31,8 +16,6 @@ from anyup.command_paths import Paths, Read, ReadEncoder, Written
 from anyup.options import UsageError, check_output, memory, region, size
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from anyup.progress import Progress
 
 DESCRIPTION = """\
@@ -122,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='how much the upsampling may allocate, as "2GB"; what has no room is computed again (default: no limit '
         "on a CPU, 90 %% of what is free on a GPU)",
     )
+    parser.add_argument(
+        "--split-over-ranks",
+        action="store_true",
+        help="under torchrun, of one photograph: each process computes some rows of the result, a .npy or .zarr file "
+        "(anyup.distributed)",
+    )
     parser.add_argument("--resume", action="store_true", help="complete what an interrupted run left, if there is any")
     parser.add_argument(
         "--encoder-size",
@@ -185,6 +174,8 @@ def run(arguments: argparse.Namespace) -> None:
                 raise UsageError(f"{option} {getattr(arguments, option)}: expected a folder for many photographs")
         if arguments.format and not arguments.output:
             raise UsageError("--format goes with -o")
+        if arguments.split_over_ranks:
+            raise UsageError("--split-over-ranks goes with one photograph")
         arguments.format = arguments.format or "npy"
         run_many(arguments)
         return
@@ -203,6 +194,16 @@ def run(arguments: argparse.Namespace) -> None:
     in_pieces = output is not None and not arguments.points and output.suffix.lower() in array_files.SUFFIXES
     if arguments.resume and not in_pieces:
         raise UsageError(f"--resume goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")
+    if arguments.split_over_ranks:
+        for option in ("picture", "points", "region", "resume"):
+            if getattr(arguments, option):
+                raise UsageError(f"--split-over-ranks goes without --{option}")
+        if not in_pieces:
+            raise UsageError(f"--split-over-ranks goes with an output that ends in {' or '.join(array_files.SUFFIXES)}")
+        from anyup.cli.upsample_ranks import run as run_ranks
+
+        run_ranks(arguments, Files(output, None, in_pieces))
+        return
     with ExitStack() as stack:
         if output is not None and in_pieces:
             stack.enter_context(array_files.begun(output, resume=arguments.resume, report=progress.note))
@@ -213,56 +214,18 @@ def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -
     import torch
 
     from anyup.devices import choose_device
-    from anyup.fingerprint import file_fingerprint, module_fingerprint
     from anyup.finite import check_map
-    from anyup.images import read_features
 
     device = choose_device(arguments.device)
-    given = read_features(arguments.features) if arguments.features else None
-    photo = read_guide(arguments.photo, given, progress)
-    whole, region = resolve_region(arguments.size, arguments.region, photo)
-    points = read_points(arguments.points, whole) if arguments.points else None
-    values = read_values(arguments.values) if arguments.values else None
-    head = read_head(arguments.head) if arguments.head else None
-
-    def check(features: Tensor, name: str) -> None:
-        check_features(features, name)
-        if values is not None and values.shape[2:] != features.shape[2:]:
-            raise ValueError(
-                f"{arguments.values}: expected values on the grid of the features, {by(features)}, got {by(values)}"
-            )
-        if head is not None:
-            check_head(head, features, arguments.head)
-        channels = features.shape[1] if values is None else values.shape[1]
-        channels = channels if head is None else head.weight.shape[0]
-        itemsize = files.kept_as(arguments.dtype, features if values is None else values).itemsize
-        places = region[2:] if points is None else points.shape[:2]
-        files.check_memory((channels, *places), itemsize, device)
-        files.check_room((channels, *places), itemsize, resume=arguments.resume)
-
-    if given is not None:
-        features = given
-        check(features, arguments.features)
-    model = load_model(arguments, device, progress)
-    if arguments.encoder:
-        encoder = load_named_encoder(arguments, device, progress)
-        features = encode(encoder, photo, arguments.encoder_size, device, progress)
-        check(features, f"features of {arguments.encoder}")
-    if head is not None:
-        values = carried_by(head, features, arguments.head)
-
+    given = read_inputs(arguments, files, device, progress)
+    model, features, values, whole, points = given.model, given.features, given.values, given.whole, given.points
     if points is None:
-        asked = {
-            "photograph": file_fingerprint(arguments.photo),
-            "weights": module_fingerprint(model),
-            "size": list(whole),
-            "region": list(region),
-        }
-        write_result(arguments, model, photo, features, values, files, whole, region, progress, asked)
+        asked = given.asked(arguments)
+        write_result(arguments, model, given.photo, features, values, files, whole, given.region, progress, asked)
     else:
         low = features if values is None else values
         dtype = files.fitting(arguments.dtype, low)
-        image = guidance(photo, whole, progress).to(device)
+        image = guidance(given.photo, whole, progress).to(device)
         features, values = features.to(device), None if values is None else values.to(device)
         with torch.inference_mode():
             report_backends(model, image, features, whole, values, progress)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from anyup.options import UsageError, naming_the_options
 
@@ -12,12 +13,86 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from anyup.cli.upsample_result import Files
     from anyup.encoders import Encoder
     from anyup.model import AnyUp
     from anyup.progress import Progress
 
 ENCODER_LONGER_SIDE = 448
 """The default of --encoder-size: the longer side, in pixels, of the photograph that the encoder sees."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the options of one photograph ask for.
+
+    Attributes:
+        model: the upsampler.
+        photo: (1, 3, H, W) in 0..1.
+        features: (1, C, h, w).
+        values: (1, Cv, h, w), what is upsampled instead of the features; or None.
+        whole: (height, width) of the whole result.
+        region: (top, left, height, width) of it that is computed.
+        points: (1, N, 2), the pixels of it that are computed; or None.
+    """
+
+    model: AnyUp
+    photo: Tensor
+    features: Tensor
+    values: Tensor | None
+    whole: tuple[int, int]
+    region: tuple[int, int, int, int]
+    points: Tensor | None
+
+    def asked(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        """What, beside the features and the values, a resumed run must agree in with the interrupted one."""
+        from anyup.fingerprint import file_fingerprint, module_fingerprint
+
+        return {
+            "photograph": file_fingerprint(arguments.photo),
+            "weights": module_fingerprint(self.model),
+            "size": list(self.whole),
+            "region": list(self.region),
+        }
+
+
+def read_inputs(arguments: argparse.Namespace, files: Files, device: torch.device, progress: Progress) -> Inputs:
+    """Read the files, load the weights and run the encoder; each is checked before what takes longer."""
+    from anyup.images import read_features
+
+    given = read_features(arguments.features) if arguments.features else None
+    photo = read_guide(arguments.photo, given, progress)
+    whole, region = resolve_region(arguments.size, arguments.region, photo)
+    points = read_points(arguments.points, whole) if arguments.points else None
+    values = read_values(arguments.values) if arguments.values else None
+    head = read_head(arguments.head) if arguments.head else None
+
+    def check(features: Tensor, name: str) -> None:
+        check_features(features, name)
+        if values is not None and values.shape[2:] != features.shape[2:]:
+            raise ValueError(
+                f"{arguments.values}: expected values on the grid of the features, {by(features)}, got {by(values)}"
+            )
+        if head is not None:
+            check_head(head, features, arguments.head)
+        channels = features.shape[1] if values is None else values.shape[1]
+        channels = channels if head is None else head.weight.shape[0]
+        itemsize = files.kept_as(arguments.dtype, features if values is None else values).itemsize
+        places = region[2:] if points is None else points.shape[:2]
+        files.check_memory((channels, *places), itemsize, device)
+        files.check_room((channels, *places), itemsize, resume=arguments.resume)
+
+    if given is not None:
+        features = given
+        check(features, arguments.features)
+    model = load_model(arguments, device, progress)
+    if arguments.encoder:
+        encoder = load_named_encoder(arguments, device, progress)
+        features = encode(encoder, photo, arguments.encoder_size, device, progress)
+        check(features, f"features of {arguments.encoder}")
+    if head is not None:
+        values = carried_by(head, features, arguments.head)
+    return Inputs(model, photo, features, values, whole, region, points)
 
 
 def load_model(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> AnyUp:

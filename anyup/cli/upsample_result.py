@@ -183,7 +183,7 @@ def write_result(
             result = torch.empty(1, *shape, dtype=dtype, device=device)
             with progress.stage(what) as share:
                 pieces = pieces_of(result)
-                for number in _numbers(pieces, 1):
+                for number in checked_numbers(pieces, 1):
                     share(number / len(pieces))
     if files.output is not None and partial is None:
         files.save(result[0], progress)
@@ -225,7 +225,7 @@ def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, *, beh
             progress.note(f"going on after {partial.pieces} of {len(pieces)} pieces")
         pieces.skip(partial.pieces)
         with progress.stage(what) as share, partial.telling_what_is_needed():
-            for number in _numbers(pieces, partial.pieces + 1):
+            for number in checked_numbers(pieces, partial.pieces + 1):
                 share(number / len(pieces))
                 if resumable and number > behind:
                     partial.keep(number - behind, tile)
@@ -237,7 +237,7 @@ def _write_pieces(partial: Any, make: Any, what: str, progress: Progress, *, beh
         raise
 
 
-def _numbers(pieces: Stream, first: int) -> Iterator[int]:
+def checked_numbers(pieces: Stream, first: int) -> Iterator[int]:
     """The number of each computed piece, from `first` on.
 
     Raises ValueError where the first piece holds a NaN or an infinity. The inputs are checked, so only absurd weights

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anyup.layers import encoded_size
 from anyup.limited_memory.plans import HALO, Bands
+from anyup.limited_memory.share import Share
 from anyup.ops import memory, query_projection
 from anyup.ops.dispatch import BackendFailure
 from anyup.ops.pixel_encoder.banded import PASSES, BandedEncoder, check_backend, problem_of
@@ -80,6 +81,7 @@ class BandedImage:
         bands: the size of the bands, and which of them store a map.
         workspace: the scratch maps; several images may share it.
         needs_queries: False where the caller needs the pooled keys only.
+        share: what this process has of the image, and takes the statistics of; None: all of it.
     """
 
     def __init__(
@@ -92,9 +94,12 @@ class BandedImage:
         workspace: Workspace,
         *,
         needs_queries: bool = True,
+        share: Share | None = None,
     ) -> None:
         self._network, self._image, self._size, self._dtype = network, image, size, dtype
-        self._height, self._width = encoded_size((image.shape[1], image.shape[2]), network.config["kernel_size"])
+        self._share = Share.whole(image.shape[1], network.config["kernel_size"]) if share is None else share
+        whole = self._share.image_height, image.shape[2]
+        self._height, self._width = encoded_size(whole, network.config["kernel_size"])
         self._work, self._needs_queries = workspace, needs_queries
         self._encoders = {
             name: BandedEncoder(
@@ -112,8 +117,9 @@ class BandedImage:
         """Change the bands: stored maps are dropped, and the statistics of complete passes are kept."""
         self._bands = bands
         self._work.clear()
-        self._kept = _Kept(self._new, bands.kept, bands.kept_for_output)
-        self._encoded = _Kept(self._new, bands.encoded)
+        first = self._share.rows.start
+        self._kept = _Kept(self._new, first, bands.kept, bands.kept_for_output)
+        self._encoded = _Kept(self._new, first, bands.encoded)
         for encoder in self._encoders.values():
             encoder.abandon_pass()
 
@@ -216,13 +222,13 @@ class BandedImage:
             self.use_bands(self._bands)
 
     def _pass(self, gather: Callable[[slice], None], *encoders: BandedEncoder) -> None:
-        """Run `gather` on every band, then merge the statistics of the encoders."""
+        """Run `gather` on every band of this process, then merge the statistics of the encoders."""
         for encoder in encoders:
             encoder.abandon_pass()
         for rows in self._bands_of_rows():
             gather(rows)
         for encoder in encoders:
-            encoder.finish_pass()
+            encoder.finish_pass(self._share.join)
 
     def _gather_image(self, rows: slice) -> None:
         kept = self._kept.band(rows)
@@ -253,9 +259,10 @@ class BandedImage:
     def _pool(self, grid: tuple[int, int]) -> Tensor:
         """The key encoder's map pooled to a grid, (h, w, D)."""
         h, w = grid
-        cells = Cells(0, h, h, self._height), Cells(0, w, w, self._width)
+        own = Cells(0, h, h, self._height).touching(self._share.rows)
+        cells = Cells(own.start, own.stop, h, self._height), Cells(0, w, w, self._width)
         encoder = self._encoders["key"]
-        shape = (*grid, self._network.qk_dim)
+        shape = (len(own), w, self._network.qk_dim)
         wide = working_dtype(self._dtype)
         sums = self._image.new_zeros(shape, dtype=wide), self._image.new_zeros(shape, dtype=wide)
         for rows in self._bands_of_rows():
@@ -267,7 +274,7 @@ class BandedImage:
             if kept is not None and not holds_trunk:
                 trunk = self._work.take("second", *pixels.shape[:2])
             encoder.add_to_cells(pixels, trunk, branch, rows, cells, sums, kept=holds_trunk)
-        return encoder.pooled(cells, sums).to(self._dtype)
+        return self._share.join_cells(encoder.pooled(cells, sums) if own else sums[0], own, h).to(self._dtype)
 
     def _query_trunk(self, rows: slice, columns: slice) -> tuple[Tensor, bool]:
         """A rectangle of the encoded image, and False; or of the query encoder's trunk, and True."""
@@ -322,18 +329,21 @@ class BandedImage:
     def _pixels(self, rows: slice, columns: slice | None = None) -> Tensor:
         """The image encoder's input, (rows, columns, C); `columns` None means all columns."""
         columns = slice(0, self._width) if columns is None else columns
-        return self._network.image_encoder.prepare_part(self._image, rows, columns, self._dtype)
+        held = self._share.first_row, self._share.image_height
+        return self._network.image_encoder.prepare_part(self._image, rows, columns, self._dtype, held)
 
     def _bands_of_rows(self) -> Iterator[slice]:
-        for first in range(0, self._height, self._bands.rows):
-            yield slice(first, min(first + self._bands.rows, self._height))
+        own = self._share.rows
+        for first in range(own.start, own.stop, self._bands.rows):
+            yield slice(first, min(first + self._bands.rows, own.stop))
 
 
 class _Kept:
-    """The stored maps (rows, columns, D) of an image's first bands, and what each of them holds.
+    """The stored maps (rows, columns, D) of a process's first bands, and what each of them holds.
 
     Args:
         new: allocates a map with a number of rows.
+        first: the first band's first row.
         rows: the number of rows that have a stored map.
         lasting: the number of rows, from the first on, whose map `trim` does not free.
 
@@ -342,10 +352,10 @@ class _Kept:
             pass of this encoder, "encoded" is the encoded image.
     """
 
-    def __init__(self, new: Callable[[int], Tensor], rows: int, lasting: int = 0) -> None:
+    def __init__(self, new: Callable[[int], Tensor], first: int, rows: int, lasting: int = 0) -> None:
         self._new = new
         # Two maps, so that `trim` can free one of them.
-        self._parts = [slice(0, lasting), slice(lasting, rows)]
+        self._parts = [slice(first, first + lasting), slice(first + lasting, first + rows)]
         self._maps: dict[int, Tensor] = {}
         self.state: dict[int, str] = {}
 
@@ -370,12 +380,16 @@ class _Kept:
         self.state = {first: state for first, state in self.state.items() if first < self._parts[0].stop}
 
     def pieces(self, rows: slice, state: str) -> Iterator[tuple[slice, Tensor | None]]:
-        """Split rows in two runs: those whose stored map holds `state`, with the map; and the others, with None."""
-        stop = rows.start
-        lasting = self._maps.get(0)
+        """Split rows in runs: those whose stored map holds `state`, with the map; and those around, with None."""
+        start = stop = rows.start
+        lasting, stored = self._maps.get(0), self._parts[0]
         if lasting is not None and set(self.state.values()) == {state}:
-            stop = max(min(rows.stop, self._parts[0].stop), rows.start)
-            if stop > rows.start:
-                yield slice(rows.start, stop), lasting[rows.start : stop]
+            start = min(max(rows.start, stored.start), rows.stop)
+            stop = max(min(rows.stop, stored.stop), start)
+        if rows.start < start:
+            yield slice(rows.start, start), None
+        if start < stop:
+            assert lasting is not None
+            yield slice(start, stop), lasting[start - stored.start : stop - stored.start]
         if stop < rows.stop:
             yield slice(stop, rows.stop), None

@@ -140,7 +140,8 @@ def plan(
 def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """The plan with the least work among those that keep to the limit.
 
-    Without a limit a call keeps whole maps, and so does a stream with `keep`; any other stream keeps no map.
+    Without a limit a call keeps whole maps, and so does a stream with `keep`; any other stream keeps no map. Where
+    several processes share an image, each works in bands, and keeps the maps of all its rows where there is no limit.
 
     Raises:
         BudgetError: no plan keeps to the limit.
@@ -148,12 +149,21 @@ def choose(task: Task, limit: int | None, *, keep: bool = False) -> Plan:
     """
     windows = "output_size: a table of the windows of {} rows and {} columns".format(*task.output)
     check_room(_WINDOW_BYTES * sum(task.output), windows, torch.device("cpu"), "a smaller output is expected")
+    if limit is None and task.own_rows is not None:
+        bands, kept, together = _default_bands(task), task.own_rows, task.dim <= MOST_CHANNELS
+        everything = replace(bands, together=together, kept=kept, kept_for_output=kept)
+        return banded(task, replace(everything, encoded=0 if together else kept), None)
     if limit is None:
-        return whole(task, None) if keep or task.returned or task.context == "all" else _unlimited_stream(task)
+        return (
+            whole(task, None)
+            if keep or task.returned or task.context == "all"
+            else banded(task, _default_bands(task), None)
+        )
     share = _USABLE.get(task.device_type, _USABLE_ELSEWHERE)
     room = int(share * limit)
-    candidates = [plan for plan in _whole_plans(task, limit) if plan.peak_bytes <= room]
-    smallest = min(plan.peak_bytes for plan in _whole_plans(task, limit))
+    plans_of_whole_maps = list(_whole_plans(task, limit))
+    candidates = [plan for plan in plans_of_whole_maps if plan.peak_bytes <= room]
+    smallest: float = min((plan.peak_bytes for plan in plans_of_whole_maps), default=math.inf)
     if not candidates or candidates[0].cost > 1:
         for bands in _candidates(task):
             least = banded(task, bands, limit)
@@ -180,13 +190,15 @@ def rows_at_once(plan: Plan) -> int:
     return min(most, plan.task.region[2])
 
 
-def _unlimited_stream(task: Task) -> Plan:
+def _default_bands(task: Task) -> Bands:
     rows = default_rows(task.image[1])
     least = default_rows(task.output[1])
-    return banded(task, Bands(rows, min(output_rows(rows, task.image[0], task.output[0]), least)), None)
+    return Bands(rows, min(output_rows(rows, task.image[0], task.output[0]), least))
 
 
 def _whole_plans(task: Task, limit: int | None) -> Iterator[Plan]:
+    if task.own_rows is not None:
+        return
     yield whole(task, limit)
     if task.batch > 1 and task.returned:
         yield whole(task, limit, one_by_one=True)
@@ -194,12 +206,14 @@ def _whole_plans(task: Task, limit: int | None) -> Iterator[Plan]:
 
 def _candidates(task: Task) -> Iterator[Bands]:
     """Bands without stored maps, in every size and order worth trying."""
-    height, width = task.image
+    height, width = task.own
     sizes = sorted({min(band_rows(width, pixels), height) for pixels in _BANDS}, reverse=True)
     for rows in sizes:
-        most = min(output_rows(rows, height, task.output[0]), task.region[2])
+        most = min(output_rows(rows, task.image[0], task.output[0]), task.region[2])
         for step in sorted({most, max(1, most // 2), max(1, most // 4)}, reverse=True):
-            yield Bands(rows, step, together=True)
+            # Processes that share an image pass in one order, whatever room each has: they meet after each pass.
+            if task.own_rows is None or task.dim <= MOST_CHANNELS:
+                yield Bands(rows, step, together=True)
             if task.dim > MOST_CHANNELS:
                 yield Bands(rows, step, together=False)
 
@@ -208,7 +222,7 @@ def _fill(task: Task, bands: Bands, limit: int, room: int) -> Plan:
     """The plan with these bands in which as many rows keep a map as have room."""
     if task.context == "all":
         return banded(task, bands, limit)
-    height, width = task.image
+    height, width = task.own
     row = task.images_at_once * width * task.pixel_bytes
     everything = replace(bands, kept=height, kept_for_output=height)
     taken = [stage.peak_bytes for stage in banded(task, bands, limit).stages]

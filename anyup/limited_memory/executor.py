@@ -95,6 +95,12 @@ class Executor:
         """Compute the keys, and the queries that the plan keeps in memory."""
         self._retry.attempt(self._prepare, self._apply_plan)
 
+    def join(self) -> None:
+        """Take part in the passes over an image that several processes share, even where no piece is asked for."""
+        if self._request.share is not None:
+            with self._request.threads():
+                self.prepare()
+
     def new(self, batch: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised map (batch, height, width, C); `dtype` None means the dtype of the values."""
         like = self._request.values if dtype is None else self._request.values.new_empty(0, dtype=dtype)
@@ -192,7 +198,7 @@ class Executor:
                 queries, image = image.queries, image.image
             if not self._banded:
                 work = Workspace(image.new_empty(0, dtype=self._dtype), self._network.qk_dim)
-                make = partial(BandedImage, needs_queries=queries is None)
+                make = partial(BandedImage, needs_queries=queries is None, share=request.share)
                 self._banded = [make(self._network, one, self._request.size, self._dtype, bands, work) for one in image]
             with self._threads():
                 image_keys = torch.cat([one.image_keys(grid) for one in self._banded])

@@ -90,8 +90,8 @@ def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
 
 def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
     """The plan with exactly these bands of each image."""
-    height, width = task.image
-    image, images = pixels_of(task.image), task.images_at_once
+    height, width = task.own
+    image, images = pixels_of(task.own), task.images_at_once
     band = bands.rows * width * task.pixel_bytes
     kept, later, encoded = (rows / height for rows in (bands.kept, bands.kept_for_output, bands.encoded))
     row = images * width * task.pixel_bytes
@@ -134,7 +134,7 @@ def banded(task: Task, bands: Bands, limit: int | None) -> Plan:
         share = task.region[3] / task.output[1] * task.region[2] / task.output[0]
         repeated = 1 + 2 * HALO / bands.output_rows
         again = (5 if bands.together else 2) * later + 9 * (1 - later)
-        attended += repeated * task.batch * share * (image * again + 10 * pixels_of(task.output))
+        attended += repeated * task.batch * share * (pixels_of(task.image) * again + 10 * pixels_of(task.output))
         projected = (min(bands.output_rows, task.region[2]) + 2 * HALO) * min(task.region[3] + 2 * HALO, task.output[1])
         reached = work + projected * task.pixel_bytes * (1 if task.image == task.output else 2)
         tile = _tile_bytes(task, rows * columns)

@@ -12,6 +12,7 @@ from torch import Tensor
 from anyup.argument_checks import OutputSize, integer
 from anyup.budget import is_plain
 from anyup.image_context import ImageContext
+from anyup.limited_memory.share import Share
 from anyup.limited_memory.task import Size, Task, make_task
 from anyup.network import ModelExplanation, Network
 from anyup.untraced import untraced
@@ -28,6 +29,7 @@ class Request:
         values: (B, Cv, h, w), the maps to upsample: the features, or the caller's `values=`.
         size: (H, W) of the output.
         q_chunk_size: the most output pixels that the attention computes at a time; None: the backend's choice.
+        share: what this process has of the image, `image` being rows of it; None: all of it.
     """
 
     network: Network
@@ -36,6 +38,7 @@ class Request:
     values: Tensor
     size: Size
     q_chunk_size: int | None = None
+    share: Share | None = None
 
     @classmethod
     @untraced
@@ -109,9 +112,13 @@ class Request:
         if isinstance(image, ImageContext):
             context, image = "all" if self.grid in image.image_keys else "queries", image.image
         settings = {"out_dtype": self.values.dtype, **settings}
+        height = image.shape[2]
+        if self.share is not None:
+            height, rows = self.share.image_height, self.share.rows
+            settings["own_rows"] = max(rows.stop - rows.start, 1)
         return make_task(
             self.network.config,
-            image=(image.shape[2], image.shape[3]),
+            image=(height, image.shape[3]),
             output=self.size,
             grid=self.grid,
             batch=image.shape[0],

@@ -39,16 +39,24 @@ def stream(
     """Check the arguments of `AnyUp.stream` now; compute each piece when it is taken.
 
     Without a limit the stream stores no map between the passes, or, with `keep`, whole maps of all but the output.
+    Of a process with a share of the image the stream has the share's rows of the output.
     """
-    top, left, height, width = where = check_region(region, request.size)
+    own = None if request.share is None else request.share.output_rows
+    if own is None:
+        top, left, height, width = check_region(region, request.size)
+        origin, shape = (top, left), (height, width)
+    else:  # `out` is that of all processes, each of which writes its rows
+        top, left, height, width = own.start, 0, own.stop - own.start, request.size[1]
+        origin, shape = (0, 0), request.size
+    where = top, left, max(height, 1), width
     if dtype is not None and dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating-point dtype of 16, 32 or 64 bits, got {dtype!r}")
-    tile_size = check_tile(tile, (height, width))
+    tile_size = check_tile(tile, where[2:])
     if request.wants_gradient:
         raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")
     values, destination = request.values, None
     if out is not None:
-        destination = destination_of(out, (len(request), values.shape[1], height, width), request.inputs)
+        destination = destination_of(out, (len(request), values.shape[1], *shape), request.inputs)
     dtype = dtype or (values.dtype if destination is None else destination.dtype)
     narrow = min((dtype, dtype if destination is None else destination.dtype), key=lambda each: torch.finfo(each).max)
     if values.device.type == "cpu" and (why := overflow(values, narrow)):
@@ -61,7 +69,7 @@ def stream(
     if destination is not None and tile_size is None:
         rows -= rows % destination.multiple if rows > destination.multiple else 0
     parts = Parts(range(top, top + height, rows), range(left, left + width, columns), (top + height, left + width))
-    return Stream(Executor(request, plan), parts, dtype, (top, left), destination)
+    return Stream(Executor(request, plan), parts, dtype, origin, destination)
 
 
 class Parts(Sequence[tuple[slice, slice]]):
@@ -128,6 +136,7 @@ class Stream(Iterator[Tile]):
     def _make(self) -> Generator[Tile, None, None]:
         destination, (top, left) = self._destination, self._origin
         try:
+            self._executor.join()
             while self._first < len(self.parts):
                 rows, columns = self.parts[self._first]
                 self._first += 1

@@ -36,6 +36,8 @@ class Task:
         context: what an `ImageContext` holds: "nothing" (there is no context), "queries", or "all" (the pooled keys
             of the grid too).
         mapped: whether pieces are written to a memory map, whose pages are resident until they are on the disk.
+        own_rows: rows of the encoded image whose statistics this process takes, other processes those of the rest;
+            None: all of them, by one process.
     """
 
     image: Size
@@ -55,12 +57,18 @@ class Task:
     tile: Size | None = None
     context: str = "nothing"
     mapped: bool = False
+    own_rows: int | None = None
     dim: int = 128
     heads: int = 4
     input_dim: int = 3
     filters: int = 128
     filter_size: int = 5
     kernel_size: int = 1
+
+    @property
+    def own(self) -> Size:
+        """(rows, columns) of the encoded image whose statistics this process takes."""
+        return self.image[0] if self.own_rows is None else self.own_rows, self.image[1]
 
     @property
     def pixel_bytes(self) -> int:

@@ -388,7 +388,9 @@ def test_work_goes_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     close = banded_encoder.BandedEncoder.finish_pass
     monkeypatch.setattr(
-        banded_encoder.BandedEncoder, "finish_pass", lambda self: (passes.append(self.passes), close(self))[1]
+        banded_encoder.BandedEncoder,
+        "finish_pass",
+        lambda self, join: (passes.append(self.passes), close(self, join))[1],
     )
     follow(monkeypatch, KEPT[1])
     monkeypatch.setattr(executor, "window_attention", Failing(executor.window_attention, 2))

@@ -68,6 +68,8 @@ NOT_RUN = {
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint host:29500 "
     "-m anyup train --config published data.photographs=photographs": "days, on two machines",
     "torchrun --nproc-per-node 8 -m anyup train --config published data.photographs=photographs": "days",
+    "torchrun --nproc-per-node 8 -m anyup upsample photo.jpg --features low.pt --size 16384 --split-over-ranks "
+    "-o features.zarr": "eight processes",
     "torchrun --nproc-per-node 8 -m anyup upsample photos --encoder timm/vit_small_patch14_dinov2 --size 448 "
     "--dtype float16 -o features": "eight processes",
     "accelerate launch --num_processes 8 -m anyup upsample photos --encoder timm/vit_small_patch14_dinov2 --size 448 "

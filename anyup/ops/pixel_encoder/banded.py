@@ -7,6 +7,8 @@ encoder from the start, up to the next normalisation, each time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -111,13 +113,15 @@ class BandedEncoder:
         band = self._band(pixels, trunk, branch, kept, self.passes)
         self._partial_statistics.append(band.advance(self._last_norm(), keep=keep))
 
-    def finish_pass(self) -> None:
-        """All bands have been seen: their statistics together are the next normalisation."""
+    def finish_pass(self, join: Callable[[Statistics | None], Statistics]) -> None:
+        """All bands have been seen: their statistics together are the next normalisation.
+
+        `join` takes the statistics of these bands, None if there are none, to those of the whole image.
+        """
         weight, bias = list(norm_parameters(self._parameters))[len(self._norms)]
         with on_one_thread():
-            self._norms.append(
-                Affine.of(Statistics.merge(self._partial_statistics), weight, bias, working_dtype(weight.dtype))
-            )
+            seen = Statistics.merge(self._partial_statistics) if self._partial_statistics else None
+            self._norms.append(Affine.of(join(seen), weight, bias, working_dtype(weight.dtype)))
         self._partial_statistics.clear()
 
     def abandon_pass(self) -> None:
@@ -163,11 +167,15 @@ class BandedEncoder:
         *,
         kept: bool = False,
     ) -> None:
-        """Add a band of whole rows to two sums (h, w, D) over the cells of the rows and columns of a pooling."""
+        """Add a band of whole rows to two sums (rows, columns, D) over these cells of a pooling."""
         self._ready(pixels, trunk, branch, kept).add_to_cells(self._norms[-1], rows, cells, sums)
 
     def pooled(self, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> Tensor:
-        """(h, w, D), in the dtype worked in, of the sums to which all bands have been added; they are used up."""
+        """(rows, columns, D), in the dtype worked in, of the sums to which bands have been added; they are used up.
+
+        Of several sums over the same cells, to which some of the bands have been added each, the results add up to that
+        of all bands.
+        """
         return pooled(sums, cells, self._parameters)
 
     def _ready(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool) -> Band:

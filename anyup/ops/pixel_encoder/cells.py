@@ -53,12 +53,12 @@ class Cells:
         return pixel.clamp(0, self.length - 1), exists / number
 
     def touching(self, pixels: slice) -> range:
-        """The cells of the axis, all of which these must be, that average one of these pixels."""
-        first = pixels.start * self.count // self.length
-        while first and self.within(first - 1).stop > pixels.start:
+        """Those of these cells that average one of these pixels, counted from the axis' first."""
+        first = min(max(pixels.start * self.count // self.length, self.first), self.stop)
+        while first > self.first and self._bounds(first - 1)[1] > pixels.start:
             first -= 1
         stop = first
-        while stop < self.count and self.within(stop).start < pixels.stop:
+        while stop < self.stop and self._bounds(stop)[0] < pixels.stop:
             stop += 1
         return range(first, stop)
 

@@ -11,6 +11,7 @@ Where the result is pooled, the last convolution and the residual commute with t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import reduce
 from typing import TypeVar
 
@@ -203,7 +204,7 @@ class Band:
     def add_to_cells(self, norm: Affine, rows: slice, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> None:
         """Apply the last normalisation to some whole rows of a map, and add them to the cells of its pooling.
 
-        There are two sums (h, w, D), of activations and of the trunk; `pooled` makes the result of them.
+        There are two sums over these cells, of activations and of the trunk; `pooled` makes the result of them.
         """
         assert self._branch is not None
         row_cells, columns = cells
@@ -211,9 +212,9 @@ class Band:
         total = columns.total(self.work_dtype, self._device)
 
         def go(cell: int) -> None:
-            wanted = row_cells.within(cell)
+            wanted = replace(row_cells, first=cell, stop=cell + 1).pixels
             within = slice(max(wanted.start - rows.start, 0), min(wanted.stop, rows.stop) - rows.start)
-            activations, passed = (s[cell] for s in sums)
+            activations, passed = (s[cell - row_cells.first] for s in sums)
             activations += total(self._sum(branch[within], norm))
             passed += total(self._sum(trunk[within]))
 

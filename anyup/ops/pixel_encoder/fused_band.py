@@ -95,7 +95,7 @@ class Band:
     def add_to_cells(self, norm: Affine, rows: slice, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> None:
         """Apply the last normalisation to some whole rows of a map, and add them to the cells of its pooling.
 
-        There are two sums (h, w, D), of activations and of the trunk; `eager.pooled` makes the result of them.
+        There are two sums over these cells, of activations and of the trunk; `eager.pooled` makes the result of them.
         """
         self._unfinished().add_to_cells(norm, rows, cells, sums)
 

@@ -95,6 +95,11 @@ class Statistics:
         within = (self.deviation / self.count).view_as(means)
         return mean, (within + (means - mean).square()).mean(dim=1, keepdim=True)
 
+    def as_groups(self) -> Statistics:
+        """The statistics of each group of channels."""
+        mean, variance = self.of_groups()
+        return Statistics(self.count, mean[:, 0], variance[:, 0] * self.count)
+
     @staticmethod
     def merge(several: Sequence[Statistics]) -> Statistics:
         """The statistics of all pixels together."""
