@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -118,8 +119,8 @@ class BandedImage:
         self._bands = bands
         self._work.clear()
         first = self._share.rows.start
-        self._kept = _Kept(self._new, first, bands.kept, bands.kept_for_output)
-        self._encoded = _Kept(self._new, first, bands.encoded)
+        self._stored = _StoredMaps(self._new, first, bands.kept, bands.kept_for_output)
+        self._encoded = _StoredMaps(self._new, first, bands.encoded)
         for encoder in self._encoders.values():
             encoder.abandon_pass()
 
@@ -147,7 +148,7 @@ class BandedImage:
             if self._needs_queries:
                 while query.passes < PASSES:
                     self._pass(partial(self._gather_alone, "query"), query)
-        self._kept.trim()
+        self._stored.trim()
         self._encoded.trim()
         self._work.clear()
         return self._pooled[None]
@@ -158,9 +159,9 @@ class BandedImage:
         row_cells, column_cells = (reach(part, count, length) for part, count, length in axes)
 
         def encoded_part() -> Tensor:
-            trunk, kept = self._query_trunk(row_cells.pixels, column_cells.pixels)
+            trunk, resumes = self._query_trunk(row_cells.pixels, column_cells.pixels)
             branch = self._work.take("branch", *trunk.shape[:2])
-            return self._encoders["query"].encode_pooled(trunk, trunk, branch, row_cells, column_cells, kept=kept)
+            return self._encoders["query"].encode_pooled(trunk, trunk, branch, row_cells, column_cells, resumes=resumes)
 
         with without_autocast(self._image.device.type):
             encoded = self._with_fallback(encoded_part)
@@ -231,30 +232,31 @@ class BandedImage:
             encoder.finish_pass(self._share.join)
 
     def _gather_image(self, rows: slice) -> None:
-        kept = self._kept.band(rows)
-        trunk, branch = self._maps(rows, kept)
+        stored = self._stored.band(rows)
+        trunk, branch = self._maps(rows, stored)
+        resumes = self._stored.holds(rows, Holds.IMAGE)
         self._encoders["image"].accumulate_statistics(
-            self._pixels(rows), trunk, branch, keep=kept is not None, kept=self._kept.state.get(rows.start) == "image"
+            self._pixels(rows), trunk, branch, stores=stored is not None, resumes=resumes
         )
-        self._kept.note(rows, "image")
+        self._stored.note(rows, Holds.IMAGE)
 
     def _gather_encoded(self, encoders: list[BandedEncoder], rows: slice) -> None:
-        kept = self._kept.band(rows)
-        guidance = self._guidance_of_band(rows, kept)
+        stored = self._stored.band(rows)
+        guidance = self._guidance_of_band(rows, stored)
         branch = self._work.take("branch", *guidance.shape[:2])
         for encoder in encoders:
-            last = kept is None and encoder is encoders[-1]
+            last = stored is None and encoder is encoders[-1]
             trunk = guidance if last else self._work.take("second", *guidance.shape[:2])
             encoder.accumulate_statistics(guidance, trunk, branch)
 
     def _gather_alone(self, name: str, rows: slice) -> None:
-        kept = self._kept.band(rows)
-        trunk, branch = self._maps(rows, kept)
-        holds_trunk = kept is not None and self._kept.state.get(rows.start) == name
-        if not holds_trunk:
-            trunk = self._guidance_of_band(rows, kept)
-        self._encoders[name].accumulate_statistics(trunk, trunk, branch, keep=kept is not None, kept=holds_trunk)
-        self._kept.note(rows, name)
+        stored = self._stored.band(rows)
+        trunk, branch = self._maps(rows, stored)
+        resumes = self._stored.holds(rows, Holds(name))
+        if not resumes:
+            trunk = self._guidance_of_band(rows, stored)
+        self._encoders[name].accumulate_statistics(trunk, trunk, branch, stores=stored is not None, resumes=resumes)
+        self._stored.note(rows, Holds(name))
 
     def _pool(self, grid: tuple[int, int]) -> Tensor:
         """The key encoder's map pooled to a grid, (h, w, D)."""
@@ -266,14 +268,14 @@ class BandedImage:
         wide = working_dtype(self._dtype)
         sums = self._image.new_zeros(shape, dtype=wide), self._image.new_zeros(shape, dtype=wide)
         for rows in self._bands_of_rows():
-            kept = self._kept.band(rows)
-            holds_trunk = kept is not None and self._kept.state.get(rows.start) == "key"
-            pixels = kept if kept is not None and holds_trunk else self._guidance_of_band(rows, kept)
+            stored = self._stored.band(rows)
+            resumes = self._stored.holds(rows, Holds.KEY)
+            pixels = stored if stored is not None and resumes else self._guidance_of_band(rows, stored)
             branch = self._work.take("branch", *pixels.shape[:2])
             trunk = pixels
-            if kept is not None and not holds_trunk:
+            if stored is not None and not resumes:
                 trunk = self._work.take("second", *pixels.shape[:2])
-            encoder.add_to_cells(pixels, trunk, branch, rows, cells, sums, kept=holds_trunk)
+            encoder.add_to_cells(pixels, trunk, branch, rows, cells, sums, resumes=resumes)
         return self._share.join_cells(encoder.pooled(cells, sums) if own else sums[0], own, h).to(self._dtype)
 
     def _query_trunk(self, rows: slice, columns: slice) -> tuple[Tensor, bool]:
@@ -282,48 +284,46 @@ class BandedImage:
         trunk = self._work.take("trunk", rows.stop - rows.start, width)
         branch = self._work.take("branch", rows.stop - rows.start, width)
         together = self._bands.together
-        state = "encoded" if together else "query"
-        for part, kept in self._kept.pieces(rows, state):
-            place = slice(part.start - rows.start, part.stop - rows.start)
-            if kept is not None:
-                trunk[place] = kept[:, columns]
+        for some, stored in self._stored.pieces(rows, Holds.ENCODED if together else Holds.QUERY):
+            place = slice(some.start - rows.start, some.stop - rows.start)
+            if stored is not None:
+                trunk[place] = stored[:, columns]
                 continue
-            self._guidance(part, trunk[place], branch[place], columns)
+            self._guidance(some, trunk[place], branch[place], columns)
             if not together:
                 self._encoders["query"].begin(trunk[place], trunk[place], branch[place])
         return trunk, not together
 
-    def _guidance_of_band(self, rows: slice, kept: Tensor | None) -> Tensor:
+    def _guidance_of_band(self, rows: slice, stored: Tensor | None) -> Tensor:
         """The encoded image of a band, (rows, columns, D), written into the band's stored map if it has one."""
-        trunk, branch = self._maps(rows, kept)
-        state = None if kept is None else self._kept.state.get(rows.start)
-        if state == "encoded":
+        trunk, branch = self._maps(rows, stored)
+        if self._stored.holds(rows, Holds.ENCODED):
             return trunk
         duplicate = self._encoded.band(rows)
-        if duplicate is not None and self._encoded.state.get(rows.start) == "encoded":
+        if duplicate is not None and self._encoded.holds(rows, Holds.ENCODED):
             return trunk.copy_(duplicate)
-        self._guidance(rows, trunk, branch, kept=state == "image")
-        self._kept.note(rows, "encoded")
+        self._guidance(rows, trunk, branch, resumes=self._stored.holds(rows, Holds.IMAGE))
+        self._stored.note(rows, Holds.ENCODED)
         if duplicate is not None:
             duplicate.copy_(trunk)
-            self._encoded.note(rows, "encoded")
+            self._encoded.note(rows, Holds.ENCODED)
         return trunk
 
     def _guidance(
-        self, rows: slice, trunk: Tensor, branch: Tensor, columns: slice | None = None, *, kept: bool = False
+        self, rows: slice, trunk: Tensor, branch: Tensor, columns: slice | None = None, *, resumes: bool = False
     ) -> Tensor:
         """Encode rows of the image into `trunk`, (rows, columns, D); `columns` None means all columns."""
         columns = slice(0, self._width) if columns is None else columns
         rotation = self._rotation.part(rows, columns)
-        return self._encoders["image"].encode(self._pixels(rows, columns), trunk, branch, rotation, kept=kept)
+        return self._encoders["image"].encode(self._pixels(rows, columns), trunk, branch, rotation, resumes=resumes)
 
     def _new(self, rows: int) -> Tensor:
         return self._work.new(rows, self._width)
 
-    def _maps(self, rows: slice, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _maps(self, rows: slice, stored: Tensor | None) -> tuple[Tensor, Tensor]:
         """A band's maps (rows, columns, D): the trunk, which is the stored map if there is one, and the branch."""
         size = rows.stop - rows.start, self._width
-        trunk = self._work.take("trunk", *size) if kept is None else kept
+        trunk = self._work.take("trunk", *size) if stored is None else stored
         return trunk, self._work.take("branch", *size)
 
     def _pixels(self, rows: slice, columns: slice | None = None) -> Tensor:
@@ -338,7 +338,16 @@ class BandedImage:
             yield slice(first, min(first + self._bands.rows, own.stop))
 
 
-class _Kept:
+class Holds(Enum):
+    """What a band's stored map holds: the trunk after the last pass of an encoder, or the encoded image."""
+
+    IMAGE = "image"
+    KEY = "key"
+    QUERY = "query"
+    ENCODED = "encoded"
+
+
+class _StoredMaps:
     """The stored maps (rows, columns, D) of a process's first bands, and what each of them holds.
 
     Args:
@@ -346,10 +355,6 @@ class _Kept:
         first: the first band's first row.
         rows: the number of rows that have a stored map.
         lasting: the number of rows, from the first on, whose map `trim` does not free.
-
-    Attributes:
-        state: what a band's map holds, by the band's first row: "image", "key" or "query" is the trunk after the last
-            pass of this encoder, "encoded" is the encoded image.
     """
 
     def __init__(self, new: Callable[[int], Tensor], first: int, rows: int, lasting: int = 0) -> None:
@@ -357,7 +362,7 @@ class _Kept:
         # Two maps, so that `trim` can free one of them.
         self._parts = [slice(first, first + lasting), slice(first + lasting, first + rows)]
         self._maps: dict[int, Tensor] = {}
-        self.state: dict[int, str] = {}
+        self._contents: dict[int, Holds] = {}  # by the band's first row
 
     def band(self, rows: slice) -> Tensor | None:
         """The stored map of a band; None where it has none."""
@@ -368,22 +373,26 @@ class _Kept:
                 return self._maps[index][rows.start - part.start : rows.stop - part.start]
         return None
 
-    def note(self, rows: slice, state: str) -> None:
+    def holds(self, rows: slice, what: Holds) -> bool:
+        """Whether a band has a stored map, and it holds this."""
+        return self._contents.get(rows.start) is what
+
+    def note(self, rows: slice, what: Holds) -> None:
         """Record what the stored map of a band holds from now on; nothing for a band without one."""
         if rows.start < self._parts[-1].stop:
-            self.state[rows.start] = state
+            self._contents[rows.start] = what
 
     def trim(self) -> None:
         """Free the maps of the rows beyond `lasting`."""
         self._maps.pop(1, None)
         self._parts = self._parts[:1]
-        self.state = {first: state for first, state in self.state.items() if first < self._parts[0].stop}
+        self._contents = {first: what for first, what in self._contents.items() if first < self._parts[0].stop}
 
-    def pieces(self, rows: slice, state: str) -> Iterator[tuple[slice, Tensor | None]]:
-        """Split rows in runs: those whose stored map holds `state`, with the map; and those around, with None."""
+    def pieces(self, rows: slice, what: Holds) -> Iterator[tuple[slice, Tensor | None]]:
+        """Split rows in runs: those whose stored map holds this, with the map; and those around, with None."""
         start = stop = rows.start
         lasting, stored = self._maps.get(0), self._parts[0]
-        if lasting is not None and set(self.state.values()) == {state}:
+        if lasting is not None and set(self._contents.values()) == {what}:
             start = min(max(rows.start, stored.start), rows.stop)
             stop = max(min(rows.stop, stored.stop), start)
         if rows.start < start:

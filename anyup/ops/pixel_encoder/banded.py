@@ -1,7 +1,7 @@
 """The pixel encoder for maps that are not whole: bands of pixels that go through one after the other.
 
 A band can go on only when the statistics of the next normalisation are known, which are those of the whole map. So the
-bands pass four times. A band that keeps its trunk between the passes goes on from there; any other goes through the
+bands pass four times. A band whose trunk is stored between the passes resumes there; any other goes through the
 encoder from the start, up to the next normalisation, each time.
 """
 
@@ -67,9 +67,9 @@ def check_backend(problem: PixelEncoderProblem, backend: Backend) -> None:
 class BandedEncoder:
     """An encoder of one image, `PASSES` times `accumulate_statistics` for each band and `finish_pass`, then `encode`.
 
-    The maps that it works in, `trunk` and `branch`, are (rows, columns, D), contiguous, the caller's. With `kept` the
-    trunk holds what `accumulate_statistics` left in it in the last pass, so that the pixels are not needed again (but
-    for those of a thin first projection).
+    The maps that it works in, `trunk` and `branch`, are (rows, columns, D), contiguous, the caller's. With `resumes`
+    the trunk holds what `accumulate_statistics` left in it in the last pass, so that the pixels are not needed again
+    (but for those of a thin first projection).
     """
 
     def __init__(self, parameters: EncoderParameters, problem: PixelEncoderProblem, backend: Backend = None) -> None:
@@ -86,7 +86,7 @@ class BandedEncoder:
         return self._kind is not eager.Band
 
     def choose(self) -> None:
-        """Take the first backend that can; between two passes, where no trunk is kept."""
+        """Take the first backend that can; between two passes, where no trunk is stored."""
         self._module = OPERATION.choose(self._problem, self._backend)
         self._kind: type[Band] = eager.Band if self._module is eager else fused_band.Band
 
@@ -100,18 +100,18 @@ class BandedEncoder:
         return len(self._norms)
 
     def accumulate_statistics(
-        self, pixels: Tensor, trunk: Tensor, branch: Tensor, *, keep: bool = False, kept: bool = False
+        self, pixels: Tensor, trunk: Tensor, branch: Tensor, *, stores: bool = False, resumes: bool = False
     ) -> None:
         """Take the statistics of a band (rows, columns, Cin) before the next normalisation.
 
-        With `keep` the trunk is fit to be kept afterwards. The pixels may lie in the trunk, unless they are thin.
+        With `stores` the trunk is fit to be stored afterwards. The pixels may lie in the trunk, unless they are thin.
         """
         assert len(self._norms) < PASSES
-        # A thin projection is not stored: in the first block it is the branch that is worth keeping.
-        if keep and self.is_thin and self.passes < 3:
+        # A thin projection is not stored: in the first block it is the branch that is worth it.
+        if stores and self.is_thin and self.passes < 3:
             branch = trunk
-        band = self._band(pixels, trunk, branch, kept, self.passes)
-        self._partial_statistics.append(band.advance(self._last_norm(), keep=keep))
+        band = self._band(pixels, trunk, branch, resumes, self.passes)
+        self._partial_statistics.append(band.advance(self._last_norm(), stores=stores))
 
     def finish_pass(self, join: Callable[[Statistics | None], Statistics]) -> None:
         """All bands have been seen: their statistics together are the next normalisation.
@@ -129,28 +129,28 @@ class BandedEncoder:
         self._partial_statistics.clear()
 
     def begin(self, pixels: Tensor, trunk: Tensor, branch: Tensor) -> None:
-        """Bring a band to where a trunk that has been kept through all passes is."""
+        """Bring a band to where a trunk that has been stored through all passes is."""
         assert len(self._norms) == PASSES
-        self._band(pixels, trunk, branch, kept=False, steps=PASSES - 1).keep()
+        self._band(pixels, trunk, branch, resumes=False, steps=PASSES - 1).store_trunk()
 
     def encode(
-        self, pixels: Tensor, trunk: Tensor, branch: Tensor, rotation: Rotation | None = None, *, kept: bool = False
+        self, pixels: Tensor, trunk: Tensor, branch: Tensor, rotation: Rotation | None = None, *, resumes: bool = False
     ) -> Tensor:
         """(rows, columns, Cin) -> (rows, columns, D) in the trunk, rotated as the map of that size."""
-        self._ready(pixels, trunk, branch, kept).finish(self._norms[-1], rotation)
+        self._ready(pixels, trunk, branch, resumes).finish(self._norms[-1], rotation)
         return trunk
 
     def encode_pooled(
-        self, pixels: Tensor, trunk: Tensor, branch: Tensor, rows: Cells, columns: Cells, *, kept: bool = False
+        self, pixels: Tensor, trunk: Tensor, branch: Tensor, rows: Cells, columns: Cells, *, resumes: bool = False
     ) -> Tensor:
         """The pixels (rows, columns, Cin) that these cells need -> the cells (rows, columns, D)."""
         if rows.count == rows.length and columns.count == columns.length:
-            return self.encode(pixels, trunk, branch, kept=kept)
+            return self.encode(pixels, trunk, branch, resumes=resumes)
         out = empty((rows.stop - rows.first, columns.stop - columns.first, trunk.shape[2]), trunk)
         if rows.shrinks and columns.shrinks:
-            self._ready(pixels, trunk, branch, kept).finish_pooled(self._norms[-1], rows, columns, out)
+            self._ready(pixels, trunk, branch, resumes).finish_pooled(self._norms[-1], rows, columns, out)
             return out
-        encoded = self.encode(pixels, trunk, branch, kept=kept)
+        encoded = self.encode(pixels, trunk, branch, resumes=resumes)
         mean = columns.mean(working_dtype(encoded.dtype), encoded.device)
         for row in range(out.shape[0]):
             out[row] = mean(encoded[rows.within(row)].to(working_dtype(encoded.dtype)))
@@ -165,10 +165,10 @@ class BandedEncoder:
         cells: tuple[Cells, Cells],
         sums: tuple[Tensor, Tensor],
         *,
-        kept: bool = False,
+        resumes: bool = False,
     ) -> None:
         """Add a band of whole rows to two sums (rows, columns, D) over these cells of a pooling."""
-        self._ready(pixels, trunk, branch, kept).add_to_cells(self._norms[-1], rows, cells, sums)
+        self._ready(pixels, trunk, branch, resumes).add_to_cells(self._norms[-1], rows, cells, sums)
 
     def pooled(self, cells: tuple[Cells, Cells], sums: tuple[Tensor, Tensor]) -> Tensor:
         """(rows, columns, D), in the dtype worked in, of the sums to which bands have been added; they are used up.
@@ -178,16 +178,16 @@ class BandedEncoder:
         """
         return pooled(sums, cells, self._parameters)
 
-    def _ready(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool) -> Band:
+    def _ready(self, pixels: Tensor, trunk: Tensor, branch: Tensor, resumes: bool) -> Band:
         """A band that waits for the last normalisation."""
         assert len(self._norms) == PASSES
-        band = self._band(pixels, trunk, branch, kept, PASSES - 1)
+        band = self._band(pixels, trunk, branch, resumes, PASSES - 1)
         band.apply(self._norms[-2])
         return band
 
-    def _band(self, pixels: Tensor, trunk: Tensor, branch: Tensor, kept: bool, steps: int) -> Band:
+    def _band(self, pixels: Tensor, trunk: Tensor, branch: Tensor, resumes: bool, steps: int) -> Band:
         """A band that has taken so many steps."""
-        taken = min(self._kind.steps_kept(self.is_thin)[self.passes], steps) if kept else 0
+        taken = min(self._kind.steps_stored(self.is_thin)[self.passes], steps) if resumes else 0
         band = self._kind(pixels.flatten(0, 1), self._parameters, trunk.flatten(0, 1), branch.flatten(0, 1), taken)
         for step in range(taken, steps):
             band.apply(self._norms[step - 1] if step else None)

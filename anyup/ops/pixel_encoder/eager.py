@@ -121,17 +121,17 @@ class Band:
             self._pixels = pixels.contiguous()
 
     @staticmethod
-    def steps_kept(thin: bool) -> tuple[int, ...]:
-        """The steps that a trunk has behind it that is kept after no, one ... four passes over all bands."""
+    def steps_stored(thin: bool) -> tuple[int, ...]:
+        """The steps that a trunk has behind it that is stored after no, one ... four passes over all bands."""
         return (0, 0, 2, 3, 3) if thin else (0, 1, 1, 3, 3)
 
-    def keep(self) -> None:
-        """Make the trunk what is kept of the last step: it is."""
+    def store_trunk(self) -> None:
+        """Make the trunk what is stored of the last step: it is."""
 
-    def advance(self, norm: Affine | None, *, keep: bool = False) -> Statistics:
+    def advance(self, norm: Affine | None, *, stores: bool = False) -> Statistics:
         """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input.
 
-        The trunk is fit to be kept afterwards, wanted or not.
+        The trunk is fit to be stored afterwards, wanted or not.
         """
         self._measures = True
         statistics = self._step(norm)

@@ -38,7 +38,7 @@ class Band:
         """Of (n, Cin) pixels, or with `steps` of the encoder behind it, of which x1 (n, D) is in the trunk."""
         assert steps in (0, _STORED)
         self._pixels, self._parameters, self._trunk = pixels, parameters, trunk
-        # x1 is made of pixels that may lie where it will be kept: programs would read what others have written.
+        # x1 is made of pixels that may lie where it will be stored: programs would read what others have written.
         self._x1, self._other = (trunk, branch) if steps or eager.is_thin(parameters) else (branch, trunk)
         self._dim = trunk.shape[1]
         inputs = 0 if parameters.projection is None else pixels.shape[1]
@@ -47,26 +47,26 @@ class Band:
         self._steps = steps
 
     @staticmethod
-    def steps_kept(thin: bool) -> tuple[int, ...]:
-        """The steps that a trunk has behind it that is kept after no, one ... four passes over all bands."""
+    def steps_stored(thin: bool) -> tuple[int, ...]:
+        """The steps that a trunk has behind it that is stored after no, one ... four passes over all bands."""
         return (0, 0, 0, _STORED, _STORED)
 
-    def keep(self) -> None:
-        """Make the trunk what is kept of the last step."""
+    def store_trunk(self) -> None:
+        """Make the trunk what is stored of the last step."""
         if self._steps >= _STORED and self._x1 is not self._trunk:
             self._trunk.copy_(self._x1)
 
-    def advance(self, norm: Affine | None, *, keep: bool = False) -> Statistics:
+    def advance(self, norm: Affine | None, *, stores: bool = False) -> Statistics:
         """Apply a normalisation and what follows it, up to the next; the statistics of the next one's input.
 
-        Without `keep` it is the last step of this band, and leaves nothing.
+        Without `stores` it is the last step of this band, and leaves nothing.
         """
         step = self._take(norm)
-        out = self._x1[None] if keep and step == _STORED - 1 else None
+        out = self._x1[None] if stores and step == _STORED - 1 else None
         source = self._stored() if step == _STORED else self._source
         parts, _ = self._kernels.measure(source, self._halves(step), out=out)
-        if keep:
-            self.keep()
+        if stores:
+            self.store_trunk()
         return self._joined(parts)
 
     def apply(self, norm: Affine | None) -> None:
