@@ -79,7 +79,7 @@ def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> N
 def test_what_needs_a_real_card_is_rehearsed() -> None:
     run = run_under_ttsem("-p", "rehearsal", "tests/device/test_on_a_card.py")
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
-    assert number_of("passed", run.stdout) >= 26 and not number_of("skipped", run.stdout), run.stdout[-2_000:]
+    assert number_of("passed", run.stdout) >= 23 and not number_of("skipped", run.stdout), run.stdout[-2_000:]
 
 
 def test_who_asks_for_a_card_alone_is_told_that_there_is_none() -> None:
