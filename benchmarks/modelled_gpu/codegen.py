@@ -2,11 +2,12 @@
 
     python -m benchmarks.modelled_gpu [--kernel NAME] [--arch 80 90 gfx942] [--dtype bfloat16] [--json FILE [--merge]]
     python -m benchmarks.modelled_gpu --model [--workload "448 from 32"] [--dtype bfloat16] [--json FILE]
+    python -m benchmarks.modelled_gpu --model --backward [--dtype bfloat16] [--json FILE]
 
 Every launch is planned by the package itself, with the config that it would choose, and compiled ahead of time.
 Registers, spills, shared memory and instructions are the compiler's; bytes, operations and times are *modelled*
 (`roofline`). A target with a device in the roofline's table gets that device's times. With `--model` the launches are
-those of whole forwards, on each of these devices (`model`).
+those of whole forwards, on each of these devices (`model`), and with `--backward` those of a training step.
 """
 
 from __future__ import annotations
@@ -83,6 +84,17 @@ def print_model(workloads: Sequence[str], dtypes: Sequence[str], channels: int, 
     print("", *model.verdicts(rows), sep="\n")
 
 
+def print_training_step(dtypes: Sequence[str], file: Path | None) -> None:
+    """Print a training step on each device; store it in `file`, where there is one."""
+    from benchmarks.modelled_gpu import roofline, training_step
+
+    rows = [row for dtype in dtypes for row in training_step.rows(dtype, roofline.DEVICES)]
+    if file:
+        write(file, rows)
+    print("Counted from launches, torch's calls and code; times modelled.\n")
+    print(training_step.table(rows))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from benchmarks.modelled_gpu import operation_kernels
@@ -109,8 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--merge", action="store_true", help="keep the file's rows of other cases")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     parser.add_argument("--model", action="store_true", help="the whole forward, stage by stage, modelled")
+    parser.add_argument("--backward", action="store_true", help="of --model: a training step of the published recipe")
     parser.add_argument("--workload", nargs="+", default=["448 from 32"], help="of --model: output and grid")
     chosen = parser.parse_args(arguments)
+    if chosen.backward:
+        if not chosen.model:
+            parser.error("--backward: belongs to --model")
+        print_training_step(chosen.dtype, chosen.json)
+        return
     if chosen.model:
         print_model(chosen.workload, chosen.dtype, chosen.channels[0], chosen.json)
         return

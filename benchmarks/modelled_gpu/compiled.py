@@ -148,8 +148,12 @@ class Case:
 
     def work(self, number: int = 0) -> Work:
         """The work of that launch, for each pixel."""
-        count = {KERNELS[0]: forward_work, KERNELS[1]: backward_query_work}.get(self.kernel, backward_grid_work)
-        return count(self.workload, WINDOW, self.launch(number))
+        return self.count(self.workload, WINDOW, self.launch(number))
+
+    @property
+    def count(self) -> Callable[[Workload, RatioWindow, Any], Work]:
+        """What counts the work of a launch of the kernel."""
+        return {KERNELS[0]: forward_work, KERNELS[1]: backward_query_work}.get(self.kernel, backward_grid_work)
 
 
 def compile_case(case: Case, number: int = 0) -> Code:

@@ -149,13 +149,13 @@ def kernel_of(step: Step) -> str:
 
 
 def cost_of(step: Step, workload: Workload, dtype: str, device: roofline.Device, executions: Executions) -> Cost:
-    """The cost of a step of a forward of `workload` in a dtype on a device."""
+    """The cost of a step of a forward of `workload`, or of its backward pass, in a dtype on a device."""
     if step.launch is None:
         return _torch_cost(step, device)
     launch, kernel, arch = step.launch, kernel_of(step), str(device.arch)
     if kernel in compiled.KERNELS:
         attention = compiled.Case(workload, arch, _dtype_of(launch, dtype), kernel=kernel)
-        work = compiled.forward_work(workload, compiled.WINDOW, launch)
+        work = attention.count(workload, compiled.WINDOW, launch)
         execution = executions(launch, arch, work.turns, workload.pixels)
         operations = (work.logit_operations + work.value_operations) * (1 if attention.half else 3)
         floor, modelled = compiled.roofs_of(attention, work, execution, device)

@@ -59,7 +59,7 @@ class Step:
     kernels: int = 1
 
 
-class _Noted(TorchDispatchMode):
+class watched(TorchDispatchMode):
     """Notes the calls that torch answers with a kernel."""
 
     def __init__(self, steps: list[Step], stage: Callable[[], str], device_type: str) -> None:
@@ -135,7 +135,7 @@ def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
             # The operator's body as a plain function: what happens inside is seen, and runs on the meta device.
             module = importlib.import_module(f"anyup.ops.{name}.operator")
             stack.enter_context(patch.object(module, "_forward", entered(name, module._run_forward)))
-        stack.enter_context(_Noted(steps, lambda: stages[-1], device_type))
+        stack.enter_context(watched(steps, lambda: stages[-1], device_type))
         yield steps
 
 

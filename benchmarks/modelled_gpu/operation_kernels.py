@@ -286,7 +286,7 @@ def _query_projection_work(kernel: str, launch: Launch, workload: Workload, size
     if kernel == "query_projection_backward_weights":
         blocks, runs = launch.grid
         run = launch.arguments["run"]
-        exact = 2 * 9 * DIM * DIM
+        exact = 2 * constant["TAPS"] * DIM * DIM
         written = launch.arguments["sums"].nbytes / pixels
         return Work(
             units=pixels,

@@ -16,7 +16,7 @@ from support.recipe import INTERPRETED, fill, wave
 from anyup import AnyUp
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.launch import Launch, Target
-from benchmarks.modelled_gpu import model, roofline
+from benchmarks.modelled_gpu import model, roofline, training_step
 from benchmarks.modelled_gpu.model_steps import ENCODERS, STAGES, Step, noted, pretended_card, steps_of
 
 Row = dict[str, Any]
@@ -199,3 +199,20 @@ def test_no_more_than_3_maps_or_the_output_and_one_and_a_half_are_alive(channels
     map_bytes, output = workload.pixels * 128 * dtype.itemsize, workload.pixels * channels * dtype.itemsize
     peak = peak_of(workload, dtype)
     assert max(2 * map_bytes, output) < peak <= max(3 * map_bytes, output + 1.5 * map_bytes)
+
+
+def test_a_training_step_is_mostly_kernels_of_ours() -> None:
+    steps = training_step.steps_of(torch.bfloat16, Target("cuda", 90), multiprocessors=132)
+    stages = [*training_step.DIFFERENTIABLE, "key_grid"]
+    launched = Counter(step.stage for step in steps if step.launch is not None)
+    # The clean half of the self-consistency wants no gradient: its keys are made at once.
+    assert launched.keys() == {
+        *(stage.replace("_", " ") for stage in stages),
+        *(f"{stage.replace('_', ' ')}, back" for stage in training_step.DIFFERENTIABLE),
+    }
+    assert launched.total() <= 352, launched  # what has been reached
+    torch_s = Counter(step.stage for step in steps if step.launch is None)
+    assert torch_s.total() <= 1016, torch_s
+    table = training_step.table([{**dict.fromkeys(("device", "dtype", "stage", "launches", "torch_kernels"), "x"),
+                                  "bytes": 2e9, "floor_us": 1000.0, "modelled_us": 2500.0}])  # fmt: skip
+    assert "| 2.00 | 1.00 | 2.50 |" in table
