@@ -5,7 +5,7 @@ g the gradient of weight z + bias, that of x is (weight g - m1 - m2 z) / deviati
 group of weight g and of weight g z. So it is known once two sums over the image are: `half` goes from the gradient of y
 to g, and takes these sums, program by program; `means` joins them in their order; `total` makes the gradient of x of g,
 and adds that of a residual. W's gradient is a sum of outer products, of the gradient of y and silu(gn(x)), which `half`
-stores for it (`query_projection_backward`).
+stores for it (`query_projection_backward`). Where the result was rotated, another kernel turns its gradient back first.
 
 A group's channels are slots of a tile, padded to a power of two (`pixel_encoder_statistics`). Tables of an image have a
 row for each number of a slot.
@@ -20,12 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Target
-from .pixel_encoder_passes import Join
+from .pixel_encoder_passes import Join, sine_and_cosine
 from .pixel_encoder_statistics import in_slots, make_norm, slot_channel, slot_exists
 from .products import matmul, padded
 
 SIZES = ("count", "programs")
 """Kernel arguments that the kernels are not specialised on, so that a new image size compiles no new kernel."""
+
+ROTATION_SIZES = ("count", "width", "height")
+"""The same, of the rotation."""
+
+TILE = 32
+"""Pixels of a program of `total` and of the rotation."""
 
 _AT_ONCE = 128
 
@@ -179,6 +185,50 @@ def _pixel_encoder_backward_total_kernel(
     tl.store(out + place, total, mask=here)
 
 
+@triton.jit(do_not_specialize=ROTATION_SIZES)
+def _pixel_encoder_backward_rotation_kernel(
+    grad, encoded, coordinates, frequencies, out, sums, count, width, height,
+    # (B, n, CHANNELS) twice, (height + width, 2), (2, CHANNELS), (B, n, CHANNELS), (B, tiles, 2, CHANNELS)
+    CHANNELS: tl.constexpr, HALF: tl.constexpr, PIXELS: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """The gradients of what was rotated, and of the frequencies, of a tile of pixels; grid: tiles, images."""
+    tile, image = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, HALF)
+    wanted = channel < CHANNELS // 2
+    number = tile * PIXELS + tl.arange(0, PIXELS)
+    here = (number < count)[:, None] & wanted[None, :]
+    place = ((image.to(tl.int64) * count + number) * CHANNELS)[:, None] + channel[None, :]
+    inside = tl.minimum(number, count - 1)
+    down = tl.load(coordinates + inside // width * 2)[:, None]
+    along = tl.load(coordinates + (height + inside % width) * 2 + 1)[:, None]
+    first_angle = _angles(frequencies, down, along, channel, wanted, CHANNELS)
+    second_angle = _angles(frequencies + CHANNELS // 2, down, along, channel, wanted, CHANNELS)
+    first_sine, first_cosine = sine_and_cosine(first_angle, FORM)
+    second_sine, second_cosine = sine_and_cosine(second_angle, FORM)
+    first_grad = tl.load(grad + place, mask=here, other=0.0).to(tl.float32)
+    second_grad = tl.load(grad + place + CHANNELS // 2, mask=here, other=0.0).to(tl.float32)
+    # The rotation's transpose: the partner's sine, the other sign.
+    tl.store(out + place, first_grad * first_cosine + second_grad * second_sine, mask=here)
+    tl.store(out + place + CHANNELS // 2, second_grad * second_cosine - first_grad * first_sine, mask=here)
+    first = tl.load(encoded + place, mask=here, other=0.0).to(tl.float32)
+    second = tl.load(encoded + place + CHANNELS // 2, mask=here, other=0.0).to(tl.float32)
+    first_grad *= -first * first_sine - second * first_cosine
+    second_grad *= first * second_cosine - second * second_sine
+    place = sums + ((image * tl.num_programs(0) + tile) * 2) * CHANNELS + channel
+    tl.store(place, tl.sum(first_grad * down, axis=0), mask=wanted)
+    tl.store(place + CHANNELS // 2, tl.sum(second_grad * down, axis=0), mask=wanted)
+    tl.store(place + CHANNELS, tl.sum(first_grad * along, axis=0), mask=wanted)
+    tl.store(place + CHANNELS + CHANNELS // 2, tl.sum(second_grad * along, axis=0), mask=wanted)
+
+
+@triton.jit
+def _angles(frequencies, down, along, channel, wanted, CHANNELS: tl.constexpr):
+    """Of pixels at coordinates (n, 1), for some channels: (n, channels)."""
+    of_rows = tl.load(frequencies + channel, mask=wanted, other=0.0).to(tl.float32)
+    of_columns = tl.load(frequencies + CHANNELS + channel, mask=wanted, other=0.0).to(tl.float32)
+    return down * of_rows[None, :] + along * of_columns[None, :]
+
+
 def plan_unit_norm(join: Join, norm: Tensor) -> Launch:
     """The launch that fills `norm` (B, 3, D padded) from a pass's statistics; the join's weight is 1, its bias 0."""
     channels = len(join.weight)
@@ -271,10 +321,9 @@ def plan_total(
     `added` (B, n, D) is added; `out` may be `grad` or `added`.
     """
     batch, count, channels = pixels.shape
-    tile = 32
     return Launch(
         kernel=_pixel_encoder_backward_total_kernel,
-        grid=(triton.cdiv(count, tile), batch),
+        grid=(triton.cdiv(count, TILE), batch),
         arguments={
             "grad": grad,
             "pixels": pixels,
@@ -285,6 +334,47 @@ def plan_total(
             "out": out,
             "count": count,
         },
-        constants={"CHANNELS": channels, "DIM": padded(channels), "PIXELS": tile, "ADDS": added is not None},
+        constants={"CHANNELS": channels, "DIM": padded(channels), "PIXELS": TILE, "ADDS": added is not None},
+        options={"num_warps": 4, "num_stages": 1},
+    )
+
+
+def plan_rotation(
+    grad: Tensor,
+    encoded: Tensor,
+    coordinates: Tensor,
+    frequencies: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    *,
+    size: tuple[int, int],
+    form: str,
+) -> Launch:
+    """The launch back through the rotation of maps of `size` (H, W).
+
+    Args:
+        grad, encoded: (B, n, D), contiguous: the gradient of the rotated maps, and the maps before.
+        coordinates, frequencies: (H + W, 2) float32 and (2, D), contiguous, as the forward pass takes them.
+        out: (B, n, D), the gradient of `encoded`; it may be `encoded`.
+        sums: (B, tiles of `TILE` pixels, 2, D) float32, what each adds to the frequencies' gradient.
+        size: of the maps.
+        form: of sine and cosine, see `pixel_encoder_passes.sine_and_cosine`.
+    """
+    batch, count, channels = grad.shape
+    return Launch(
+        kernel=_pixel_encoder_backward_rotation_kernel,
+        grid=(sums.shape[1], batch),
+        arguments={
+            "grad": grad,
+            "encoded": encoded,
+            "coordinates": coordinates,
+            "frequencies": frequencies,
+            "out": out,
+            "sums": sums,
+            "count": count,
+            "width": size[1],
+            "height": size[0],
+        },
+        constants={"CHANNELS": channels, "HALF": padded(channels // 2), "PIXELS": TILE, "FORM": form},
         options={"num_warps": 4, "num_stages": 1},
     )

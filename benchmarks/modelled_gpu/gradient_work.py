@@ -11,13 +11,15 @@ from torch import Tensor
 
 from anyup.bench.workloads import Workload
 from anyup.kernels.launch import Launch, Target
-from anyup.kernels.pixel_encoder_backward import half_configs, plan_half, plan_total
+from anyup.kernels.pixel_encoder_backward import TILE, half_configs, plan_half, plan_rotation, plan_total
+from anyup.kernels.pixel_encoder_config import silu_form
 from anyup.ops.kernel_device import multiprocessors
 from benchmarks.modelled_gpu import roofline
 from benchmarks.modelled_gpu.operation_work import Work
 
 DIM = 128
-KERNELS = ("pixel_encoder_backward_half", "pixel_encoder_backward_total")
+KERNELS = ("pixel_encoder_backward_half", "pixel_encoder_backward_total", "pixel_encoder_backward_rotation")
+WITHOUT_PRODUCTS = KERNELS[1:]
 
 
 def plan(
@@ -33,6 +35,10 @@ def plan(
     unit, means = empty(batch, 3, DIM, dtype=wide), empty(batch, 2, DIM, dtype=wide)
     if kernel == "pixel_encoder_backward_total":
         return plan_total(pixels, pixels, unit, vector, means, pixels, pixels), {}
+    if kernel == "pixel_encoder_backward_rotation":
+        places, sums = empty(sum(workload.size), 2, dtype=wide), empty(batch, -(-count // TILE), 2, DIM, dtype=wide)
+        form = silu_form(dtype, target)
+        return plan_rotation(pixels, pixels, places, empty(2, DIM), pixels, sums, size=workload.size, form=form), {}
     config = half_configs(target=target, half=dtype.itemsize == 2)[0]
     card = roofline.device_of(str(target.arch))
     number = multiprocessors(torch.device("meta")) if card is None else card.sms
@@ -46,8 +52,11 @@ def plan(
 def work(launch: Launch) -> Work:
     """The work of a launch: compulsory are its maps, asked for the weights of each turn too."""
     argument, constant = launch.arguments, launch.constants
-    pixels = argument["pixels"]
+    pixels = argument["out"]
     size, units = pixels.element_size(), pixels.shape[0] * pixels.shape[1]
+    if "coordinates" in argument:
+        moved = 3 * DIM * size + argument["sums"].nbytes / units
+        return Work(units, 0, 0, 2 * DIM, 2 * DIM, 3 * DIM * size, moved, [])
     if "weight" not in argument:
         moved = (3 + constant["ADDS"]) * DIM * size
         return Work(units, 0, 0, 0, 0, moved, moved, [])

@@ -67,7 +67,7 @@ WITHOUT_PRODUCTS = (
     "feature_unification_normalize",
     "feature_unification_fold",
     "pixel_encoder_moments",
-    "pixel_encoder_backward_total",
+    *gradient_work.WITHOUT_PRODUCTS,
 )
 """Kernels that move numbers: nothing for the matrix units."""
 MULTIPROCESSORS = 132

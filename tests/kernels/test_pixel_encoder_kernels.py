@@ -196,6 +196,8 @@ GRADIENT_MUTATIONS = {
     "another slope of silu": ("half_kernel", "(1.0 + x * (1.0 - sigmoid))", "(1.0 + x * (1.0 + sigmoid))"),
     "the sum of another product": ("half_kernel", "tl.sum(back * z, axis=0)", "tl.sum(back * x, axis=0)"),
     "what was not activated": ("half_kernel", "x * sigmoid, mask", "x, mask"),
+    "the sine of another half": ("rotation_kernel", "second_grad * second_sine", "second_grad * first_sine"),
+    "columns by rows": ("rotation_kernel", "first_grad * along", "first_grad * down"),
 }
 
 
@@ -204,7 +206,7 @@ def test_a_mutated_kernel_of_the_gradients_fails_the_error_rule(mutation: str, m
     monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients.multiprocessors", lambda device: 3)
     kernel, *change = GRADIENT_MUTATIONS[mutation]
     mutate(monkeypatch, "pixel_encoder_backward", f"_pixel_encoder_backward_{kernel}", *change)
-    shape = GRADIENTS["of a map"]
+    shape = GRADIENTS["rotated" if kernel == "rotation_kernel" else "of a map"]
     with pytest.raises(AssertionError, match="gradient of .*: error"):
         assert_backend_accurate(encoder(shape), tensors_of(shape), backend="triton")
 

@@ -2,7 +2,7 @@
 
 The maps before the second, third and fourth normalisation are made again, by the passes of the forward, and stored.
 Then three kernels go back through each half block (`kernels/pixel_encoder_backward.py`). Eight maps of D channels are
-alive, in the dtype of the pixels. What is smaller than a map, and the pooling and the rotation, is torch's.
+alive, in the dtype of the pixels. What is smaller than a map, and the pooling, is torch's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from anyup.ops.linear import sum_of_outer_products
 from anyup.ops.pixel_encoder.arguments import EPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.fused import Kernels, source_of
 from anyup.ops.pixel_encoder.gradients import Spread
-from anyup.ops.pixel_encoder.rotary import Rotation
+from anyup.ops.pixel_encoder.rotary import coordinates
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
-from anyup.ops.precision import accumulator_dtype
+from anyup.ops.precision import accumulator_dtype, converted
 from anyup.ops.query_projection.fused import sums_of_outer_products
 
 if TYPE_CHECKING:
@@ -70,11 +70,8 @@ class Gradients:
         grad_pixels, grad_projection = self._projected(incoming)
         sums = torch.stack([totals for _, totals in reversed(found)]).sum(dim=1)  # (4, 2, D)
         products = [product for product, _ in reversed(found)]
-        halves = [(sums[k, 1], sums[k, 0], products[k]) for k in range(4)]
-        block1, block2 = (
-            BlockParameters(*(t.to(self._dtype) for half in halves[first : first + 2] for t in half))
-            for first in (0, 2)
-        )
+        tensors = converted([t for k in range(4) for t in (sums[k, 1], sums[k, 0], products[k])], self._dtype)
+        block1, block2 = BlockParameters(*tensors[:6]), BlockParameters(*tensors[6:])
         return grad_pixels, EncoderParameters(grad_projection, block1, block2), grad_angles
 
     def _encoded(self) -> list[_Stage]:
@@ -88,7 +85,7 @@ class Gradients:
         if projection is not None:
             first = torch.matmul(first, projection.T)
         source = source_of(self._flat, projection)
-        kernels, ones = self._kernels, first.new_ones(self._dim)
+        kernels, ones = self._kernels, torch.ones(self._dim, device=self._device)
         zeros = torch.zeros_like(ones)
         maps = [first, *(torch.empty_like(first) for _ in range(3))]
         halves = [[t.contiguous() for t in half] for block in (block1, block2) for half in (block[:3], block[3:])]
@@ -169,11 +166,19 @@ class Gradients:
 
     def _unrotated(self, grad: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients (B, n, D) of what was rotated, and (2, D) of the frequencies."""
-        rotation = Rotation(self._size, frequencies)
+        from anyup.kernels.pixel_encoder_backward import TILE, plan_rotation
+
         encoded = torch.empty_like(grad)
         self._kernels.store(*self._last_block, encoded)
-        before, angles = rotation.backward(grad.float(), encoded.float(), slice(0, grad.shape[1]))
-        return before.to(self._dtype), angles.to(self._dtype)
+        batch, count, dim = grad.shape
+        sums = torch.empty(batch, -(-count // TILE), 2, dim, dtype=torch.float32, device=self._device)
+        places = coordinates(self._size, torch.float32, self._device)
+        out = torch.empty_like(grad)
+        launch = plan_rotation(
+            grad, encoded, places, frequencies.contiguous(), out, sums, size=self._size, form=self._kernels.form
+        )
+        self._run("rotation", launch)
+        return out, sums.sum(dim=(0, 1)).to(self._dtype)
 
     def _run(self, name: str, launch: Launch) -> None:
         """Launch a kernel that has one config."""
