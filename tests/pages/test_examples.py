@@ -94,7 +94,7 @@ NOT_RUN = {
 
 # The exporter takes a minute for the sizes of the page.
 SMALLER = {
-    "anyup export onnx --size 448 --grid 32 -o anyup.onnx": "anyup export onnx --size 56 --grid 4 -o anyup.onnx",
+    "anyup export onnx --size 448 --grid 32 -o anyup.onnx": "anyup export onnx --size 16 --grid 2 -o anyup.onnx",
 }
 
 SLOW = {"demo", "segmentation", "depth", "normals", "onnx"}
