@@ -204,6 +204,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         run_ranks(arguments, Files(output, None, in_pieces))
         return
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UsageError(f"one photograph and {processes} processes: --split-over-ranks splits it over them")
     with ExitStack() as stack:
         if output is not None and in_pieces:
             stack.enter_context(array_files.begun(output, resume=arguments.resume, report=progress.note))

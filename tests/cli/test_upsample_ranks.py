@@ -134,3 +134,11 @@ def test_what_does_not_go_with_it_is_an_error(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert cli.main([*COMMAND, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_photograph_is_not_made_by_each_of_several_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([*COMMAND[:-1], "-o", "out.npy"]) == 2
+    assert "one photograph and 2 processes: --split-over-ranks splits it over them" in capsys.readouterr().err
