@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         print("received by a rank of 8, bytes:", sent(16384, 1024, 384, 8, itemsize=2))
         return
-    rows, first = [], None
+    first = None
     with tempfile.TemporaryDirectory() as folder:
         for ranks in options.ranks:
             row = measure(options.size, options.grid, options.channels, ranks, Path(folder))
@@ -194,13 +194,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise AssertionError(f"{ranks} ranks: differs by {row['difference']:.1e}")
             row["machine"] = describe()
             print(json.dumps(row), flush=True)
-            rows.append(row)
-    if options.json:
-        stored = json.loads(options.json.read_text()) if options.json.exists() else []
-        names = ("size", "grid", "channels", "ranks")
-        made = {tuple(row[name] for name in names) for row in rows}
-        kept = [row for row in stored if tuple(row[name] for name in names) not in made]
-        options.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*kept, *rows]) + "\n]\n")
+            if options.json:
+                _store(options.json, row)
+
+
+def _store(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file, in the place of one of the same size and number of ranks."""
+    kept = json.loads(path.read_text()) if path.exists() else []
+    names = ("size", "grid", "channels", "ranks")
+    rows = [each for each in kept if any(each[name] != row[name] for name in names)] + [row]
+    path.write_text("[\n" + ",\n".join(json.dumps(each) for each in rows) + "\n]\n")
 
 
 if __name__ == "__main__":
