@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=whole_number(1, MOST_THREADS), help="torch's threads on a CPU (default: torch's own)"
     )
-    parser.add_argument("--repeats", type=whole_number(1), default=5, help="of each call, at most (default: 5)")
+    parser.add_argument(
+        "--repeats", type=whole_number(1), default=5, help="times that each call is measured, at most (default: 5)"
+    )
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"only these: {', '.join(GROUPS)}")
     parser.add_argument("--restart", action="store_true", help="measure again what the folder holds already")
     parser.add_argument("--debug", action="store_true", help="show Python's traceback with an error")

@@ -188,16 +188,16 @@ def _parser() -> argparse.ArgumentParser:
         description=_EXPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("--size", type=size, required=True, metavar="N|HxW", help="of the image, in pixels")
+    export.add_argument("--size", type=size, required=True, metavar="N|HxW", help="size of the image, in pixels")
     features = export.add_mutually_exclusive_group(required=True)
-    features.add_argument("--grid", type=size, metavar="N|HxW", help="of the features, in cells")
+    features.add_argument("--grid", type=size, metavar="N|HxW", help="size of the features, in cells")
     features.add_argument("--encoder", type=ReadEncoder, metavar="NAME", help="in the file too: see `anyup encoders`")
-    export.add_argument("--output-size", type=size, metavar="N|HxW", help="of the result (default: the image's)")
+    export.add_argument("--output-size", type=size, metavar="N|HxW", help="size of the result (default: the image's)")
     export.add_argument(
         "--channels",
         type=whole_number(1),
         metavar="C",
-        help="of the features that the file is checked with, with --grid; it takes any number (default: 384)",
+        help="channels of the features that the file is checked with, with --grid; it takes any number (default: 384)",
     )
     export.add_argument(
         "--encoder-size",
@@ -237,10 +237,14 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--workload", type=nonempty, nargs="+", metavar="SIZE", help='only these, as "448 from 32"')
     tune.add_argument("--dtype", nargs="+", choices=_DTYPES, help="only these")
     tune.add_argument(
-        "--heads", nargs=2, type=whole_number(1), metavar=("NUMBER", "WIDTH"), help="of the attention (default: 4 32)"
+        "--heads",
+        nargs=2,
+        type=whole_number(1),
+        metavar=("NUMBER", "WIDTH"),
+        help="number and width of the attention's heads (default: 4 32)",
     )
     tune.add_argument("--window", choices=("ratio", "cell", "none"), help="kind of the window (default: ratio)")
-    tune.add_argument("--ratio", type=number(above=0), help="of the window (default: 0.1)")
+    tune.add_argument("--ratio", type=number(above=0), help="ratio of the window (default: 0.1)")
     tune.add_argument(
         "--precision", choices=("highest", "high"), help="torch's matmul precision, for float32 (default: highest)"
     )

@@ -19,7 +19,9 @@ be shown are reported and left out; the exit status is 1 then.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `anyup gallery`, except those for the device, the backend and the weights."""
-    parser.add_argument("folder", type=Read, metavar="FOLDER", help="of photographs, in folders of it too")
+    parser.add_argument(
+        "folder", type=Read, metavar="FOLDER", help="folder of photographs, searched with the folders in it"
+    )
     parser.add_argument("-o", "--output", type=Written, required=True, metavar="OUT.html", help="the page to write")
     parser.add_argument(
         "--encoder",

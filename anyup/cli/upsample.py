@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="of the features of many photographs (default: npy); zarr: one group, features.zarr, of arrays",
+        help="format of the features of many photographs (default: npy); zarr: one group, features.zarr, of arrays",
     )
     parser.add_argument(
         "--size",
@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only at these points of the result, each a line with a row and a column of its pixels (whole numbers are "
         "pixels, others are interpolated bilinearly); OUT, of shape (N, C), is .npy, .pt or .safetensors",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the result (default: that of the features)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the result (default: that of the features)")
     parser.add_argument(
         "--max-memory",
         type=memory,

@@ -305,10 +305,18 @@ def _add_probes(parser: argparse.ArgumentParser, *, epochs: int, batch: int) -> 
         "--batch", type=_positive, default=batch, metavar="N", help="images a step (default: %(default)s)"
     )
     parser.add_argument(
-        "--learning-rate", type=number(above=0), default=5e-4, metavar="RATE", help="of AdamW (default: %(default)s)"
+        "--learning-rate",
+        type=number(above=0),
+        default=5e-4,
+        metavar="RATE",
+        help="learning rate of AdamW (default: %(default)s)",
     )
     parser.add_argument(
-        "--order-seed", type=whole_number(), default=0, metavar="N", help="of the images' order (default: %(default)s)"
+        "--order-seed",
+        type=whole_number(),
+        default=0,
+        metavar="N",
+        help="seed of the images' order (default: %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="go on after the last complete epoch")
     parser.add_argument(
@@ -337,7 +345,11 @@ def _implied(arguments: argparse.Namespace) -> Paths:
 
 def _add_photographs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--photographs", type=Read, required=True, metavar="FOLDER", help="photographs, also in the folders in it"
+        "--photographs",
+        type=Read,
+        required=True,
+        metavar="FOLDER",
+        help="folder of photographs, searched with the folders in it",
     )
     parser.add_argument(
         "--every",
