@@ -155,6 +155,7 @@ GRADIENTS = {
     "enlarged": Shape((8, 9), (9, 12), inputs=None, dim=24),
     "groups of no power of two": Shape((9, 8), inputs=24, dim=40),
     "few pixels, whose gradients are torch's": Shape((4, 5), rotates=True),
+    "no images": Shape((9, 11), batch=0, inputs=16),
 }
 
 
@@ -164,6 +165,12 @@ def test_gradients_obey_the_error_rule(name: str, dtype: torch.dtype, monkeypatc
     if GRADIENTS[name].batch > 1:  # several programs for an image
         monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients.multiprocessors", lambda device: 3)
     assert_backend_accurate(encoder(GRADIENTS[name]), tensors_of(GRADIENTS[name], dtype), backend="triton")
+
+
+def test_gradients_of_groups_of_images_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients._MOST_PIXELS", 2 * 7 * 11)
+    shape = Shape((7, 11), rotates=True, batch=3)
+    assert_backend_accurate(encoder(shape), tensors_of(shape), backend="triton")
 
 
 @pytest.mark.parametrize("config", [(16, 16, 4, 1, 1), (32, 32, 8, 2, 9)])

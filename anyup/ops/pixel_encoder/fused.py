@@ -77,9 +77,9 @@ def backward(
     """The gradients of the pixels, the parameters and the frequencies, of a result (B, *output_size, D)."""
     from anyup.ops.pixel_encoder import fused_gradients, gradients
 
-    if pixels.shape[1] * pixels.shape[2] <= _FEWEST_PIXELS:
-        return gradients.backward(grad, pixels, parameters, frequencies=frequencies, output_size=output_size)
-    return fused_gradients.Gradients(pixels, parameters).backward(grad, frequencies, output_size)
+    few = not pixels.numel() or pixels.shape[1] * pixels.shape[2] <= _FEWEST_PIXELS
+    run = gradients.backward if few else fused_gradients.backward
+    return run(grad, pixels, parameters, frequencies=frequencies, output_size=output_size)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The gradients of the pixel encoder in Triton kernels.
 
 The maps before the second, third and fourth normalisation are made again, by the passes of the forward, and stored.
-Then three kernels go back through each half block (`kernels/pixel_encoder_backward.py`). Eight maps of D channels are
+Then three kernels go back through each half block (`kernels/pixel_encoder_backward.py`). Seven maps of D channels are
 alive, in the dtype of the pixels. What is smaller than a map, and the pooling, is torch's.
 """
 
@@ -37,8 +37,34 @@ class _Stage(NamedTuple):
     weight: Tensor  # (D, D)
 
 
-class Gradients:
-    """The encoder of some pixels (B, H, W, Cin), made again, on its way back."""
+_MOST_PIXELS = 2**18
+"""Of the images that are worked on at a time, unless one alone has more: they fill a card, and bound the memory."""
+
+
+def backward(
+    grad: Tensor,
+    pixels: Tensor,
+    parameters: EncoderParameters,
+    *,
+    frequencies: Tensor | None,
+    output_size: tuple[int, int],
+) -> tuple[Tensor, EncoderParameters, Tensor | None]:
+    """The gradients of the pixels, the parameters and the frequencies, of a result (B, *output_size, D)."""
+    batch, height, width, _ = pixels.shape
+    some = max(1, _MOST_PIXELS // (height * width))
+    groups = [slice(first, min(first + some, batch)) for first in range(0, batch, some)]
+    found = [_Images(pixels[part], parameters).backward(grad[part], frequencies, output_size) for part in groups]
+    parts, sums = zip(*found, strict=True)
+    tensors = sums[0] if len(sums) == 1 else [torch.stack(each).sum(dim=0) for each in zip(*sums, strict=True)]
+    tensors = list(converted(tensors, pixels.dtype))
+    blocks = BlockParameters(*tensors[:6]), BlockParameters(*tensors[6:12])
+    angles = None if frequencies is None else tensors.pop()
+    projection = None if parameters.projection is None else tensors.pop()
+    return parts[0] if len(parts) == 1 else torch.cat(parts), EncoderParameters(projection, *blocks), angles
+
+
+class _Images:
+    """The encoder of some images' pixels (B, H, W, Cin), made again, on its way back."""
 
     def __init__(self, pixels: Tensor, parameters: EncoderParameters) -> None:
         self._size = (pixels.shape[1], pixels.shape[2])
@@ -51,28 +77,33 @@ class Gradients:
 
     def backward(
         self, grad: Tensor, frequencies: Tensor | None, output_size: tuple[int, int]
-    ) -> tuple[Tensor, EncoderParameters, Tensor | None]:
-        """The gradients of the pixels, the parameters and the frequencies, from that of the result."""
-        grad_angles = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of the pixels, from that of the result, and those of the parameters in float32 or wider.
+
+        These are the blocks' twelve in order, then the projection's and the frequencies', where they are there. What is
+        kept of the encoder is used up.
+        """
+        last: list[Tensor] = []
         grad = self._spread(grad, output_size)
         if frequencies is not None:
-            grad, grad_angles = self._unrotated(grad, frequencies)
+            grad, angles = self._unrotated(grad, frequencies)
+            last.append(angles)
         found: list[tuple[Tensor, Tensor]] = []
         incoming = passed = grad
         for index in (3, 2, 1, 0):
-            stage = self._stages[index]
+            stage = self._stages.pop()
             active, out = torch.empty_like(stage.pixels), torch.empty_like(stage.pixels)
             means, totals = self._half(stage, incoming, active, out)
             found.append((sums_of_outer_products(self._as_image(incoming), self._as_image(active))[0], totals))
             incoming = self._total(stage, out, means, passed if index in (2, 0) else None, active)
             if index == 2:
                 passed = incoming
-        grad_pixels, grad_projection = self._projected(incoming)
+        grad_pixels, projection = self._projected(incoming)
+        if projection is not None:
+            last.insert(0, projection)
         sums = torch.stack([totals for _, totals in reversed(found)]).sum(dim=1)  # (4, 2, D)
         products = [product for product, _ in reversed(found)]
-        tensors = converted([t for k in range(4) for t in (sums[k, 1], sums[k, 0], products[k])], self._dtype)
-        block1, block2 = BlockParameters(*tensors[:6]), BlockParameters(*tensors[6:])
-        return grad_pixels, EncoderParameters(grad_projection, block1, block2), grad_angles
+        return grad_pixels, [t for k in range(4) for t in (sums[k, 1], sums[k, 0], products[k])] + last
 
     def _encoded(self) -> list[_Stage]:
         """The half blocks, in order, with the maps that they take."""
@@ -154,7 +185,7 @@ class Gradients:
             product = left.to(wide).T @ right.to(wide)
         else:
             product = sum_of_outer_products(left.float(), right.float())
-        return self._as_image(torch.matmul(total, projection)), product.to(self._dtype)
+        return self._as_image(torch.matmul(total, projection)), product
 
     def _spread(self, grad: Tensor, output_size: tuple[int, int]) -> Tensor:
         """The gradient (B, n, D) of the unpooled result."""
@@ -178,7 +209,7 @@ class Gradients:
             grad, encoded, places, frequencies.contiguous(), out, sums, size=self._size, form=self._kernels.form
         )
         self._run("rotation", launch)
-        return out, sums.sum(dim=(0, 1)).to(self._dtype)
+        return out, sums.sum(dim=(0, 1))
 
     def _run(self, name: str, launch: Launch) -> None:
         """Launch a kernel that has one config."""
