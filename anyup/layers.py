@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from anyup.cross_attention import setup_cross_attention_block as setup_cross_attention_block  # the published place
 from anyup.gaussian_derivatives import gaussian_derivatives
@@ -213,6 +214,17 @@ class Encoder(nn.Sequential):
     def _layers(self) -> tuple[BorderConv2d, ResBlock, ResBlock]:
         conv, block1, block2 = self
         return conv, block1, block2  # type: ignore[return-value]
+
+
+def calls_are_unseen(encoder: nn.Module) -> bool:
+    """Whether nothing sees or changes an encoder's calls: no hook, no `forward` of its own, no module in its place."""
+    hooks = (
+        encoder._forward_hooks,
+        encoder._forward_pre_hooks,
+        modules._global_forward_hooks,
+        modules._global_forward_pre_hooks,
+    )
+    return type(encoder) is Encoder and "forward" not in vars(encoder) and not any(hooks)
 
 
 class RoPE(nn.Module):

@@ -21,7 +21,7 @@ from anyup.argument_checks import OutputSize, check_inputs
 from anyup.caller_warning import warn
 from anyup.cross_attention import CrossAttentionBlock
 from anyup.image_context import ImageContext, weights_of
-from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, encoded_size
+from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, calls_are_unseen, encoded_size
 from anyup.namesakes import refuse_a_namesake
 from anyup.ops import feature_unification, key_grid, memory, pixel_encoder, query_projection
 from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend, wants_gradient
@@ -189,14 +189,26 @@ class Network(nn.Module):
         dim, heads = self.qk_dim, self.cross_decode.num_heads
         size = encoded_size((image.shape[2], image.shape[3]), self.config["kernel_size"])
         encoded = stand_in((batch, *size, dim), dtype)
+        channels_first = encoded.permute(0, 3, 1, 2)
         wide, basis = working_dtype(dtype), self._basis
         return ModelExplanation(
             (
                 pixel_encoder.explain_backends(
                     encoded,
-                    self.query_encoder.prepare(encoded.permute(0, 3, 1, 2))[1],
+                    self.query_encoder.prepare(channels_first)[1],
                     output_size=(height, width),
                     backend=self.backends["pixel_encoder"],
+                ),
+                pixel_encoder.PAIR.explain(
+                    pixel_encoder.describe_pair(
+                        encoded,
+                        self.key_encoder.prepare(channels_first)[1],
+                        self.query_encoder.prepare(channels_first)[1],
+                        self.cross_decode.conv2d.weight,
+                        sizes=[(h, w)],
+                        output_size=(height, width),
+                        backend=self.backends["pixel_encoder"],
+                    )
                 ),
                 feature_unification.explain_backends(
                     stand_in(tuple(features.shape), wide),
@@ -273,18 +285,45 @@ class Network(nn.Module):
         With `encoded`, `image` is the encoded and rotated image (B, D, Hi, Wi).
         """
         guidance = image.to(self.compute_dtype(image.device)) if encoded else self.guidance(image)
-        image_keys = []
-        with _stage("key encoder"):
-            for grid in grids:  # no comprehension: torch.compile cannot delete a variable of a closure
-                image_keys.append(self.encode(self.key_encoder, guidance, grid))
-        with _stage("query encoder"):
-            queries = self.encode(self.query_encoder, guidance, size)
+        parameters = self.cross_decode.query_parameters(guidance.dtype)
+        with _stage("key and query encoder"):
+            made = self._encoded_by_a_pair(guidance, size, grids, parameters.convolution)
+            if made is not None:
+                image_keys, queries, convolution = made
+                parameters = parameters._replace(convolution=convolution)
+            else:
+                image_keys = []
+                with _stage("key encoder"):
+                    for grid in grids:  # no comprehension: torch.compile cannot delete a variable of a closure
+                        image_keys.append(self.encode(self.key_encoder, guidance, grid))
+                with _stage("query encoder"):
+                    queries = self.encode(self.query_encoder, guidance, size)
         del guidance  # a map of D channels at full resolution
         with _stage("query projection"):
-            queries = query_projection.project_queries(
-                queries, self.cross_decode.query_parameters(queries.dtype), backend=self.backends["query_projection"]
-            )
+            queries = query_projection.project_queries(queries, parameters, backend=self.backends["query_projection"])
         return self.cross_decode.split_heads(queries), image_keys
+
+    def _encoded_by_a_pair(
+        self, guidance: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]], convolution: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor] | None:
+        """The image keys (B, h, w, D) of each grid and the map (B, H, W, D) of the queries, in the same launches.
+
+        And the weight of the queries' convolution, laid out as its kernel reads it. By the operator
+        `pixel_encoder_pair`; None where it cannot run, while traced, or where a hook sees an encoder's calls.
+        """
+        encoders = self.key_encoder, self.query_encoder
+        if torch.compiler.is_compiling() or not all(calls_are_unseen(encoder) for encoder in encoders):
+            return None
+        (pixels, of_keys), (_, of_queries) = (encoder.prepare(guidance) for encoder in encoders)
+        return pixel_encoder.encode_pair(
+            pixels,
+            of_keys,
+            of_queries,
+            convolution,
+            sizes=grids,
+            output_size=size,
+            backend=self.backends["pixel_encoder"],
+        )
 
     def guidance(self, image: Tensor) -> Tensor:
         """The encoded and rotated image (B, D, ...) of `encoded_size`: the input of the key and the query encoder."""

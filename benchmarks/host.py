@@ -26,8 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from anyup import AnyUp
 from anyup.ops.precision import working_dtype
-
-OPERATIONS = ("pixel_encoder", "feature_unification", "query_projection", "key_grid", "window_attention")
+from benchmarks.modelled_gpu.model_steps import OPERATORS
 
 Change = Callable[[], AbstractContextManager[object]]
 
@@ -130,8 +129,8 @@ def decided_as_on_a_card() -> Iterator[None]:
 def bodies() -> Iterator[None]:
     """Each operator's body is called directly, so that a dispatch mode sees what it does."""
     with ExitStack() as stack:
-        for name in OPERATIONS:
-            operator = importlib.import_module(f"anyup.ops.{name}.operator")
+        for place in OPERATORS.values():
+            operator = importlib.import_module(f"anyup.ops.{place}")
             stack.enter_context(patch.object(operator, "_forward", operator._run_forward))
         yield
 

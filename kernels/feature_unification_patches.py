@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .launch import Launch, strides_of
 from .products import padded
+from .weight_arrangement import arrange_weight, arrangement
 
 SIZES = (
     "height", "width", "positions", "tiles", "runs", "entries", "first_step", "channels", "opaque_zero", "square_rows",
@@ -46,7 +47,6 @@ _LEAST_RUN = 16
 
 _ROW_BLOCK = 16
 _ENTRY_BLOCK = 64
-_WEIGHT_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -227,24 +227,7 @@ def _feature_unification_arrange_kernel(
             to = transposed + number[:, None] + (tap * COLUMNS)[None, :]
             _store_planes(to, COLUMNS * TAPS, taps, None, PLANES)
     if OUTPUTS > 0:
-        _arrange_weight(weight, arranged_weight, OUTPUTS, INPUTS, WEIGHT_TAPS, BLOCK)
-
-
-@triton.jit
-def _arrange_weight(weight, arranged, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TAPS: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
-    """From (OUTPUTS, INPUTS, TAPS) to (TAPS, INPUTS, OUTPUTS), in squares that all programs share."""
-    NUMBERS: tl.constexpr = INPUTS * TAPS
-    SQUARES: tl.constexpr = (NUMBERS + BLOCK - 1) // BLOCK
-    program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
-    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    for square in tl.range(program, SQUARES * ((OUTPUTS + BLOCK - 1) // BLOCK), programs):
-        output = square // SQUARES * BLOCK + tl.arange(0, BLOCK)
-        number = square % SQUARES * BLOCK + tl.arange(0, BLOCK)
-        mask = (output < OUTPUTS)[:, None] & (number < NUMBERS)[None, :]
-        values = tl.load(weight + (output * NUMBERS)[:, None] + number[None, :], mask=mask)
-        place = (number % TAPS * INPUTS + number // TAPS) * OUTPUTS
-        tl.store(arranged + output[:, None] + place[None, :], values, mask=mask)
+        arrange_weight(weight, arranged_weight, OUTPUTS, INPUTS, WEIGHT_TAPS, BLOCK)
 
 
 def plan_arrange(
@@ -264,14 +247,12 @@ def plan_arrange(
         arranged: the arrangement to fill.
         normalizes: divide a position's features by their Euclidean norm, or by 1e-12 where that is less.
         copied: (B, h, w, C), contiguous, to which the unnormalised features are copied; with `normalizes` only.
-        weights: a convolution's (D, Cin, k, k), and (k, k, Cin, D) to which it is copied; contiguous, of one dtype. So
-            the copy is no launch of its own.
+        weights: a convolution's weight and its arrangement, which the launch takes along (`arrangement`).
     """
     assert normalizes or copied is None
     batch, channels, height, width = features.shape
     _, high, wide, planes, entries, columns = arranged.features.shape
-    weight, arranged_weight = (arranged.features, arranged.features) if weights is None else weights
-    outputs, inputs, size = (0, 0, 0) if weights is None else weight.shape[:3]
+    copy, of_copy = arrangement(weights, arranged.features)
     return Launch(
         kernel=_feature_unification_arrange_kernel,
         grid=(batch * high, triton.cdiv(wide, _ROW_BLOCK), triton.cdiv(entries * columns, _ENTRY_BLOCK)),
@@ -282,8 +263,7 @@ def plan_arrange(
             "filters": arranged.filters,
             "transposed": arranged.taps,
             "copied": arranged.features if copied is None else copied,
-            "weight": weight,
-            "arranged_weight": arranged_weight,
+            **copy,
             "height": height,
             "width": width,
             "channels": channels,
@@ -303,10 +283,7 @@ def plan_arrange(
             "COPIES": copied is not None,
             "ACROSS": _ROW_BLOCK,
             "ENTRIES": _ENTRY_BLOCK,
-            "OUTPUTS": outputs,
-            "INPUTS": inputs,
-            "WEIGHT_TAPS": size * size,
-            "BLOCK": _WEIGHT_BLOCK,
+            **of_copy,
         },
         options={"num_warps": 4, "num_stages": 1},
     )

@@ -72,7 +72,7 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
     """Configs, best first; what comes later asks less of a card. Chosen by compiling each pass for each target.
 
     `kind` is that of a pass, "pool" or "moments". At 128 channels none spills a register in half precision. In float32,
-    where the products take 32 channels at a time, passes with two warps spill up to 112 bytes of a thread's (128 on
+    where the products take 32 channels at a time, passes with two warps spill up to 120 bytes of a thread's (128 on
     sm_120), of which a turn of some 5000 instructions reads few numbers back; four warps spill nothing, but for the
     pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
@@ -91,9 +91,9 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
         return [EncoderConfig(64, num_warps=warps, resident=True, blocks=2), streamed, least]
     if kind == "block" and target.arch in (86, 120):  # with more pixels it spills
         return [EncoderConfig(32, num_warps=4, keeps=True, blocks=2), least]
-    if kind == "pool":
-        return [EncoderConfig(64 if target.arch == 80 else 32, num_warps=4, blocks=2), least]
-    if (kind, target.arch) == ("pass", 80):
+    if kind == "pool" and target.arch != 80:
+        return [EncoderConfig(32, num_warps=4, blocks=2), least]
+    if (target.arch, kind) in ((80, "pass"), (80, "pool")):
         return [EncoderConfig(64, num_warps=4, resident=True, blocks=2), streamed, least]
     return [streamed, least]
 

@@ -97,7 +97,7 @@ def _pixel_encoder_moments_kernel(
 
 def plan_moments(source: Source, parts: Tensor, *, config: EncoderConfig) -> Launch:
     """The launch that puts the statistics of a source's projected pixels into `parts` (B, 3, programs, 8)."""
-    pixels, projection = source
+    pixels, projection, _ = source
     assert projection is not None
     channels, inputs = projection.shape
     return Launch(

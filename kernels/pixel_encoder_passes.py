@@ -52,6 +52,7 @@ SIZES = (
     "count",
     "width",
     "height",
+    "images",
     "opaque_zero",
     "joined",
     "cells_high",
@@ -69,6 +70,7 @@ class Join(NamedTuple):
     weight: Tensor  # (D,)
     bias: Tensor  # (D,)
     eps: float
+    second: tuple[Tensor, Tensor] | None = None  # weight and bias of the second encoder of a pair
 
 
 class HalfBlock(NamedTuple):
@@ -76,13 +78,24 @@ class HalfBlock(NamedTuple):
 
     norm: Tensor | Join  # (B, rows, D padded) float32, see `norm_rows`; of a pass's last half block it may be a join
     weight: Tensor  # (D, D)
+    second: Tensor | None = None  # the weight of the second encoder of a pair
 
 
 class Source(NamedTuple):
-    """What a pass reads: a contiguous map (B, n, D), or an input (B, n, Cin) of any strides and what projects it."""
+    """What a pass reads: a contiguous map (B, n, D), or an input (B, n, Cin) of any strides and what projects it.
+
+    Two encoders of the same input go through the passes as a pair, in the same launches. Their maps, norms and
+    statistics are those of one batch: of all images by the first encoder, then by the second.
+    """
 
     pixels: Tensor
     projection: Tensor | None  # (D, Cin); of a map None, or the identity, see `map_source`
+    second: Tensor | None = None  # the projection of the second encoder of a pair
+
+    @property
+    def images(self) -> int:
+        """Of the maps that a pass makes."""
+        return len(self.pixels) * (1 if self.second is None else 2)
 
 
 def map_source(pixels: Tensor) -> Source:
@@ -413,25 +426,36 @@ def _pixel_encoder_pass_kernel(
     pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, coordinates, frequencies, out, parts,
     # input or map, (D, Cin), a norm (B, rows, DIM), (D, D), a norm, (D, D),
     # (B, 3, joined, 8), (D,), (D,), (H + W, 2), (2, D), (B, n, D), (B, 3, programs, 8)
+    second_projection, second_weight1, second_weight2, second_gain, second_bias,  # as the first encoder's, or None
     key_gain, key_weight, key_bias,
     # (D,), (D, D), (D,)
-    count, width, height, opaque_zero, joined, image_stride, pixel_stride, channel_stride, eps, key_eps,
+    count, width, height, images, opaque_zero, joined, image_stride, pixel_stride, channel_stride, eps, key_eps,
     CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
     PIXELS: tl.constexpr, MEASURES: tl.constexpr, JOINS: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr,
-    KEYS: tl.constexpr, PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
-    RESIDENT: tl.constexpr, KEEPS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PAIR: tl.constexpr, PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr,
+    FORM: tl.constexpr, RESIDENT: tl.constexpr, KEEPS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """An image's pixels through HALVES half blocks, with the residual after two; grid: programs of an image, images.
 
     A program takes every so many'th PIXELS pixels. JOINS: it makes the last normalisation of the statistics that the
     pass before has `found`, in its own of the norms (programs, B, rows, DIM). MEASURES: it leaves those of its result
     in `parts`. STORES: put the result into `out`, ROTATES: rotated, KEYS: normalised and projected as attention's keys
-    are. RESIDENT: the weights are loaded once. KEEPS: what was projected waits for the residual, or it is projected
+    are. PAIR: half of the images are the second encoder's; `pixels` may be of so few `images` that both read the same.
+    RESIDENT: the weights are loaded once. KEEPS: what was projected waits for the residual, or it is projected
     again. With `opaque_zero` the normalisations are loaded for each tile and take no registers between tiles.
     A width is a constant of the code: as a number, it would take registers for all the places in the weights.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
+    if PAIR:
+        # Neighbours are the two encoders of an image: what the one has loaded is in the cache for the other.
+        if image % 2 == 1:
+            projection = second_projection
+            weight1 = second_weight1
+            weight2 = second_weight2
+            gain = second_gain
+            bias = second_bias
+        image = image % 2 * (tl.num_programs(1) // 2) + image // 2
     dtype: tl.constexpr = pixels.dtype.element_ty
     HALF: tl.constexpr = dtype != tl.float32
     ROWS: tl.constexpr = 2 if HALF else 3
@@ -452,7 +476,8 @@ def _pixel_encoder_pass_kernel(
         )  # fmt: skip
         tl.debug_barrier()  # other threads have stored it
     result = out + image * count * CHANNELS
-    mine = pixels + image * (count * (INPUTS if INPUT_DIM > 0 else CHANNELS) if PACKED else image_stride)
+    read = image % images if PAIR else image
+    mine = pixels + read * (count * (INPUTS if INPUT_DIM > 0 else CHANNELS) if PACKED else image_stride)
     if HALF and RESIDENT:
         projected = load_matrix(projection, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True)
         if HALVES > 0:
@@ -569,8 +594,8 @@ def plan_pass(
         precision: of products of float32; Triton's `input_precision`.
         config: sizes of tiles, warps, stages.
     """
-    pixels, projection = source
-    batch, count, _ = pixels.shape
+    pixels, projection, _ = source
+    count = pixels.shape[1]
     channels = (pixels if projection is None else projection).shape[2 if projection is None else 0]
     dim = padded(channels)
     inputs = 0 if projection is None else pixels.shape[2]
@@ -578,22 +603,33 @@ def plan_pass(
     nothing = pixels  # for pointers that are not followed
     join = halves[-1].norm if halves and isinstance(halves[-1].norm, Join) else None
     weights: list[Tensor | Join | None] = []
-    for norm, weight in halves:
-        weights += (norms if norm is join else norm, weight)
+    for half_block in halves:
+        weights += (norms if half_block.norm is join else half_block.norm, half_block.weight)
     weights += [nothing] * (4 - len(weights))
     waits = len(halves) > 0 if projection is None else len(halves) > 1 and out is not None
-    found, gain, bias, eps = (nothing, nothing, nothing, 0.0) if join is None else join
+    found, gain, bias, eps = (nothing, nothing, nothing, 0.0) if join is None else join[:4]
+    firsts = {
+        "projection": nothing if projection is None else projection,
+        "weight1": weights[1],
+        "weight2": weights[3],
+        "gain": gain,
+        "bias": bias,
+    }
+    of_second = dict(zip(("weight1", "weight2"), (half_block.second for half_block in halves), strict=False))
+    of_second |= dict(zip(("gain", "bias"), join.second if join and join.second else (), strict=False))
+    of_second = {name: own for name, own in (*of_second.items(), ("projection", source.second)) if own is not None}
     key_gain, key_weight, key_bias, key_eps = (nothing, nothing, nothing, 0.0) if keys is None else keys
     return Launch(
         kernel=_pixel_encoder_pass_kernel,
-        grid=(programs, batch),
+        grid=(programs, source.images),
         arguments={
             "pixels": pixels,
-            "projection": nothing if projection is None else projection,
-            **dict(zip(("norm1", "weight1", "norm2", "weight2"), weights, strict=True)),
+            **firsts,
+            "norm1": weights[0],
+            "norm2": weights[2],
             "found": found,
-            "gain": gain,
-            "bias": bias,
+            # What is not the second encoder's own is shared.
+            **{f"second_{name}": of_second.get(name, first) if of_second else None for name, first in firsts.items()},
             **dict(zip(("coordinates", "frequencies"), rotation or (nothing, nothing), strict=True)),
             "out": nothing if out is None else out,
             "parts": nothing if parts is None else parts,
@@ -603,6 +639,7 @@ def plan_pass(
             "count": count,
             "width": size[1],
             "height": size[0],
+            "images": len(pixels),
             "opaque_zero": 0,
             "joined": 0 if join is None else found.shape[2],
             **dict(zip(("image_stride", "pixel_stride", "channel_stride"), pixels.stride(), strict=True)),
@@ -621,6 +658,7 @@ def plan_pass(
             "STORES": out is not None,
             "ROTATES": rotation is not None,
             "KEYS": keys is not None,
+            "PAIR": bool(of_second),
             "PACKED": pixels.is_contiguous(),
             "FETCHES": waits and not half,
             "PIECE": dim if half else min(config.piece, dim),

@@ -26,6 +26,7 @@ from .pixel_encoder_passes import (
 )
 from .pixel_encoder_statistics import make_norm, slot_channel, slot_exists
 from .products import padded
+from .weight_arrangement import arrange_weight, arrangement
 
 
 @triton.jit
@@ -49,18 +50,22 @@ def _product(x, weight, output, NUMBER: tl.constexpr, CHANNELS: tl.constexpr, DI
 
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pool_kernel(
-    pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, out,
+    pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, out, weight, arranged_weight,
     # (B, n, D), (D, D), a norm (B, rows, DIM), (D, D), norms (programs, B, rows, DIM), (D, D), (B, 3, joined, 8), (D,),
-    # (D,), (B, cells, D)
+    # (D,), (B, cells, D), (OUTPUTS, INPUTS, WEIGHT_TAPS), (WEIGHT_TAPS, INPUTS, OUTPUTS)
     count, width, height, cells_high, cells_wide, opaque_zero, joined, eps,
     CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
-    RESIDENT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr, WEIGHT_TAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The means over cells of x + weight2 silu(norm2(weight1 silu(norm1(x)))); grid: programs of an image, images.
 
     The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h); a program takes every so
-    many'th. The second norm is made as in `_pixel_encoder_pass_kernel`.
+    many'th. The second norm is made as in `_pixel_encoder_pass_kernel`. With OUTPUTS a convolution's weight is arranged
+    as well.
     """
+    if OUTPUTS > 0:
+        arrange_weight(weight, arranged_weight, OUTPUTS, INPUTS, WEIGHT_TAPS, BLOCK)
     program, programs = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = pixels.dtype.element_ty
@@ -97,13 +102,16 @@ def _pixel_encoder_pool_kernel(
                 if not RESIDENT:
                     projected = load_matrix(projection + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, True)
                     tl.debug_barrier()
+                # Added up before the products, as is seen to by a barrier, x does not wait for them in shared memory,
+                # which has room for a second program so. Where no pixel exists x is zero.
+                passed = tl.dot(tl.full((16, PIXELS), 1.0, dtype), x, passed)
+                tl.debug_barrier()
                 active = activated(tl.dot(x, projected), norm1 + fresh, dtype, 0, DIM, False, FORM)
                 if not RESIDENT:
                     matrix = load_matrix(weight1 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
                     tl.debug_barrier()
                 active = activated(tl.dot(active, matrix), norm2 + fresh, dtype, 0, DIM, False, FORM)
                 ones = tl.broadcast_to(exists[None, :], (16, PIXELS)).to(dtype)
-                passed = tl.dot(ones, x, passed)
                 activations = tl.dot(ones, active, activations)
             else:
                 updated = ()
@@ -143,6 +151,7 @@ def plan_pool(
     norms: Tensor,
     size: tuple[int, int],
     cells: tuple[int, int],
+    weights: tuple[Tensor, Tensor] | None = None,
     programs: int,
     form: str,
     precision: str,
@@ -155,13 +164,15 @@ def plan_pool(
         half, last: the last block's half blocks; the second one's norm is a join.
         out: contiguous, in the map's dtype.
         size, cells: (H, W) of the map and (h, w) of the pooled one.
+        weights: a convolution's weight and its arrangement, which the launch takes along (`arrangement`).
         norms, programs, form, precision, config: as of `plan_pass`.
     """
-    pixels, projection = source
+    pixels, projection, _ = source
     join = last.norm
     assert isinstance(join, Join)
     batch, count, channels = pixels.shape
     dim = padded(channels)
+    copy, of_copy = arrangement(weights, pixels)
     return Launch(
         kernel=_pixel_encoder_pool_kernel,
         grid=(programs, batch),
@@ -176,6 +187,7 @@ def plan_pool(
             "gain": join.weight,
             "bias": join.bias,
             "out": out,
+            **copy,
             "count": count,
             "width": size[1],
             "height": size[0],
@@ -194,6 +206,7 @@ def plan_pool(
             "RESIDENT": config.resident,
             "AT_ONCE": 32 * config.num_warps,
             "PRECISION": precision,
+            **of_copy,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

@@ -527,7 +527,7 @@ def test_explain_says_what_would_run_and_computes_nothing(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Operation, "run", None)
     explanation = small().explain(*inputs())
-    assert explanation.chosen == {**dict.fromkeys(OPERATIONS, "torch"), "key_grid": None}
+    assert explanation.chosen == {**dict.fromkeys(OPERATIONS, "torch"), "pixel_encoder_pair": None, "key_grid": None}
     text = str(explanation)
     assert all(operation in text for operation in OPERATIONS)
     assert "24 x 20 from 6 x 5" in text and "reference: can, comes after torch" in text
@@ -543,7 +543,7 @@ def test_explain_converts_no_weight() -> None:
 
 def test_a_name_binds_the_attention_and_is_a_preference_for_the_rest() -> None:
     chosen = small(backend="reference").explain(*inputs()).chosen
-    assert chosen == {**dict.fromkeys(OPERATIONS, "reference"), "key_grid": None}
+    assert chosen == {**dict.fromkeys(OPERATIONS, "reference"), "pixel_encoder_pair": None, "key_grid": None}
     explanation = small(backend="flex").explain(*inputs())
     # Not what has no flex: the next that can, which is triton where it interprets kernels.
     others = {name: explanation.chosen[name] for name in ("pixel_encoder", "feature_unification")}
@@ -557,6 +557,7 @@ def test_a_mapping_binds_each_operation() -> None:
         "pixel_encoder": "reference",
         "window_attention": "reference",
         "feature_unification": "torch",
+        "pixel_encoder_pair": None,
         "key_grid": None,
         "query_projection": "torch",
     }
@@ -582,8 +583,8 @@ def test_explain_says_how_to_have_the_kernels_that_a_gradient_excludes() -> None
     image, features = inputs()
     model = small()
     reason = "a gradient is wanted, .*: call it under torch.no_grad\\(\\) or torch.inference_mode\\(\\)"
-    # FlexAttention's only.
-    assert len(re.findall(reason, str(model.explain(image, features)))) == 1
+    # FlexAttention's, and that of a pair of encoders.
+    assert len(re.findall(reason, str(model.explain(image, features)))) == 2
     with torch.no_grad():
         assert "a gradient" not in str(model.explain(image, features))
 

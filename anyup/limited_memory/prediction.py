@@ -57,14 +57,16 @@ def whole(task: Task, limit: int | None, one_by_one: bool = False) -> Plan:
     before = out if one_by_one and task.batch > 1 else 0
     keys = _key_bytes(task, images)
     tile = _tile_bytes(task, image)
-    # The encoded image, plus one map while it is computed, plus two maps while an encoder reads it.
+    # The encoded image, plus one map while it is computed, plus two maps while an encoder reads it. On a GPU kernels
+    # run both encoders that read it at once, each with a map of every image.
     encoded = images * one
+    pair = 0 if task.device_type == "cpu" else 2 * images * one
     if task.output == task.image:
-        most = encoded + max(images * one + one, 2 * one)
+        most = encoded + max(images * one + one, 2 * one, pair)
     elif shrinks:
-        most = encoded + 2 * one + queries
+        most = encoded + max(2 * one, pair) + queries
     else:
-        most = encoded + images * one + one + 2 * queries
+        most = encoded + max(images * one + one, pair) + 2 * queries
     held = most if task.device_type == "cpu" else queries
     made = 23 if task.needs_queries else 8
     if task.context == "all":

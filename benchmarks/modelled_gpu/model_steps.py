@@ -25,11 +25,19 @@ from anyup.bench.workloads import Workload
 from anyup.kernels.launch import Launch, Target
 from anyup.ops import kernel_device
 
-ENCODERS = ("image encoder", "key encoder", "query encoder")
+ENCODERS = ("image encoder", "key and query encoder")
 STAGES = (*ENCODERS, "query projection", "feature unification", "keys", "window attention")
 """In the order of the table. "keys" is what happens on the small grid: the blocks, and what the model asks of torch."""
 
-_OPERATIONS = ("pixel_encoder", "query_projection", "feature_unification", "key_grid", "window_attention")
+OPERATORS = {
+    "pixel_encoder": "pixel_encoder.operator",
+    "pixel_encoder_pair": "pixel_encoder.pair",
+    "query_projection": "query_projection.operator",
+    "feature_unification": "feature_unification.operator",
+    "key_grid": "key_grid.operator",
+    "window_attention": "window_attention.operator",
+}
+"""The module of each operator in `anyup.ops`."""
 
 # Kernels that torch launches for a call, where it is not one: of a group normalisation one for the moments, one for
 # scale and shift, one to apply them.
@@ -121,7 +129,7 @@ def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
     def entered(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             stage = "keys" if name == "key_grid" else name.replace("_", " ")
-            stages.append(next(encoders, "keys") if name == "pixel_encoder" else stage)
+            stages.append(next(encoders, "keys") if name.startswith("pixel_encoder") else stage)
             try:
                 return forward(*arguments)
             finally:
@@ -131,9 +139,9 @@ def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", note))
-        for name in _OPERATIONS:
+        for name, place in OPERATORS.items():
             # The operator's body as a plain function: what happens inside is seen, and runs on the meta device.
-            module = importlib.import_module(f"anyup.ops.{name}.operator")
+            module = importlib.import_module(f"anyup.ops.{place}")
             stack.enter_context(patch.object(module, "_forward", entered(name, module._run_forward)))
         stack.enter_context(watched(steps, lambda: stages[-1], device_type))
         yield steps

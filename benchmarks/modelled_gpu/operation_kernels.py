@@ -239,10 +239,8 @@ class Case:
             # Once for all positions, the weight of the keys' convolution is read and written.
             weight = 2 * launch.arguments["weight"].nbytes / units
             moved = read + constant["COPIES"] * channels * size + bordered * planes + weight
-            squares = math.prod(
-                -(-n // constant["BLOCK"]) for n in (constant["OUTPUTS"], constant["INPUTS"] * constant["WEIGHT_TAPS"])
-            )
-            loops: list[Any] = [(-(-channels // constant["ENTRIES"]), []), (-(-squares // math.prod(launch.grid)), [])]
+            loops: list[Any] = [(-(-channels // constant["ENTRIES"]), [])]
+            loops += pixel_encoder_work.arrangement_turns(launch)
             compulsory = (1 + constant["COPIES"]) * channels * size + weight
             return Work(units, 0, 0, 0, 0, compulsory, moved, loops)
         if self.kernel == "feature_unification_fold":

@@ -45,6 +45,11 @@ _PASSES = {
     "pixel_encoder_map_1": (DIM, 0, True, False, False),
     "pixel_encoder_map_2": (DIM, 1, True, False, False),
     "pixel_encoder_map_3": (DIM, 2, True, True, False),
+    # Of two encoders of the same map, in one launch; the fourth reads the map of each.
+    "pixel_encoder_pair_1": (DIM, 0, True, False, False),
+    "pixel_encoder_pair_2": (DIM, 1, True, False, False),
+    "pixel_encoder_pair_3": (DIM, 2, True, True, False),
+    "pixel_encoder_pair_4": (0, 1, True, False, False),
     "pixel_encoder_measure_1": (0, 0, True, False, False),
     "pixel_encoder_measure_2": (0, 1, True, False, False),
     "pixel_encoder_measure_3": (0, 2, True, True, False),
@@ -86,12 +91,14 @@ def plan(
     device = torch.device("meta")
     turns = workload.keys if pools else -(-count // config.pixels)
     card = roofline.device_of(str(target.arch))
-    programs = config.programs(turns, batch, multiprocessors(device) if card is None else card.sms)
-    parts = allocate_parts(batch, programs, device)
-    norms = allocate_norms(batch, programs, DIM, dtype, device)
-    join = Join(parts, empty(DIM), empty(DIM), 1e-5)
-    half = HalfBlock(norms[0], empty(DIM, DIM))
-    stored = empty(batch, count, DIM)
+    pair = "pair" in kernel
+    images = batch * (2 if pair else 1)
+    programs = config.programs(turns, images, multiprocessors(device) if card is None else card.sms)
+    parts = allocate_parts(images, programs, device)
+    norms = allocate_norms(images, programs, DIM, dtype, device)
+    join = Join(parts, empty(DIM), empty(DIM), 1e-5, (empty(DIM), empty(DIM)) if pair else None)
+    half = HalfBlock(norms[0], empty(DIM, DIM), empty(DIM, DIM) if pair else None)
+    stored = empty(images, count, DIM)
     shared: dict[str, Any] = {
         "norms": norms,
         "programs": programs,
@@ -108,7 +115,8 @@ def plan(
     if inputs == IMAGE_CHANNELS or moments:  # an image as it comes has its pixels innermost
         source = Source(empty(batch, IMAGE_CHANNELS, count).transpose(1, 2), empty(DIM, IMAGE_CHANNELS))
     else:
-        source = Source(stored, empty(DIM, DIM)) if inputs else map_source(stored)
+        of_second = empty(DIM, DIM) if pair else None
+        source = Source(empty(batch, count, DIM), empty(DIM, DIM), of_second) if inputs else map_source(stored)
     if moments:
         return plan_moments(source, parts, config=config), asdict(config)
     blocks = (half,) * halves
@@ -137,6 +145,9 @@ def name_of(launch: Launch) -> str:
     constant = launch.constants
     projected = constant["INPUTS"]
     source = "image" if projected < constant["CHANNELS"] else "map"
+    if constant["PAIR"]:
+        shares = len(launch.arguments["pixels"]) < launch.grid[1]
+        return f"pixel_encoder_pair_{constant['HALVES'] + 1 if shares else 4}"
     for option, name in (("ROTATES", "rotate"), ("KEYS", "keys")):
         if constant[option]:
             return f"pixel_encoder_{name}"
@@ -160,7 +171,8 @@ def _pass_work(launch: Launch) -> Work:
     size = argument["pixels"].element_size()
     split = 1 if size == 2 else 3
     channels, inputs, dim = constant["CHANNELS"], constant["INPUTS"], constant["DIM"]
-    units = len(argument["pixels"]) * argument["count"]
+    # Pixels of all maps that are made; those of two encoders come from one.
+    units = launch.grid[1] * argument["count"]
     tiles = -(-argument["count"] // constant["PIXELS"])
     trips = -(-tiles // launch.grid[0])  # of the program with the most
     turns = trips * launch.grid[0] * launch.grid[1]
@@ -193,11 +205,21 @@ def _pass_work(launch: Launch) -> Work:
         operations=split * padded * 2 * dim * (squares * dim + projections * constant["INPUT_DIM"]),
         exact_exponentials=exponentials,
         exponentials=padded * halves * dim,
-        bytes_compulsory=read + written,
+        bytes_compulsory=read * len(argument["pixels"]) / launch.grid[1] + written,
         bytes_asked=asked + shared,
         turns=[*_join_turns(launch), (trips, firsts)],
         bytes_shared=shared,
     )
+
+
+def arrangement_turns(launch: Launch) -> list[Any]:
+    """The loop in which a program arranges its share of a convolution's weight, where it does."""
+    constant = launch.constants
+    if not constant["OUTPUTS"]:
+        return []
+    lengths = constant["OUTPUTS"], constant["INPUTS"] * constant["WEIGHT_TAPS"]
+    squares = math.prod(-(-length // constant["BLOCK"]) for length in lengths)
+    return [(-(-squares // math.prod(launch.grid)), [])]
 
 
 def _joins(launch: Launch) -> bool:
@@ -241,15 +263,17 @@ def _pool_work(launch: Launch) -> Work:
     last = batch * len(turns) * channels * channels * size
     shared = (loads * weights + norms + last + _join_bytes(launch)) / units
     written = channels * size * batch * len(turns) / units
+    # A convolution's weight is read and written on the way.
+    arranged = 2 * argument["weight"].nbytes / units if constant["OUTPUTS"] else 0
     return Work(
         units=units,
         exact_operations=2 * channels * channels * (2 if half else 1),
         operations=split * padded * 2 * dim * products,
         exact_exponentials=2 * channels,
         exponentials=padded * 2 * dim,
-        bytes_compulsory=channels * size + written,
-        bytes_asked=seen * channels * size + written + shared,
-        turns=[*_join_turns(launch), (trips, [(sum(turns) / len(turns), [])])],
+        bytes_compulsory=channels * size + written + arranged,
+        bytes_asked=seen * channels * size + written + arranged + shared,
+        turns=[*arrangement_turns(launch), *_join_turns(launch), (trips, [(sum(turns) / len(turns), [])])],
         bytes_shared=shared,
     )
 

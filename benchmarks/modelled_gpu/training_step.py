@@ -27,7 +27,7 @@ from anyup.training.config import Loss
 from anyup.training.objective import Objective
 from anyup.training.samples import Batch
 from benchmarks.modelled_gpu import compiled, model, operation_kernels, roofline
-from benchmarks.modelled_gpu.model_steps import Step, pretended_card, watched
+from benchmarks.modelled_gpu.model_steps import OPERATORS, Step, pretended_card, watched
 
 BATCH, GUIDANCE, CHANNELS, GRID, SIDE = 4, 224, 384, 16, 32
 DIFFERENTIABLE = ("pixel_encoder", "query_projection", "feature_unification", "window_attention")
@@ -76,8 +76,8 @@ def _noted() -> Iterator[list[Step]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", note))
-        for name in (*DIFFERENTIABLE, "key_grid"):
-            module = importlib.import_module(f"anyup.ops.{name}.operator")
+        for name, place in OPERATORS.items():
+            module = importlib.import_module(f"anyup.ops.{place}")
             words = name.replace("_", " ")
             forward = staged(words, module._run_forward)
             if name in DIFFERENTIABLE:

@@ -32,13 +32,13 @@ print(json.dumps({"chosen": chosen, **counts, "repeated": repeated}))
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("dtype", "operations", "statements"), [("bfloat16", 1, 43), ("float32", 1, 43)])
+@pytest.mark.parametrize(("dtype", "operations", "statements"), [("bfloat16", 0, 43), ("float32", 0, 43)])
 def test_a_call_asks_a_card_for_no_more_than_it_did(dtype: str, operations: int, statements: int) -> None:
     found = in_a_process(COUNTS, dtype)
     assert set(found["chosen"].values()) == {"triton"}, found["chosen"]
-    assert found["launches"] <= 29, found["kernels"]
+    assert found["launches"] <= 25, found["kernels"]
     assert found["operations"] <= operations, found["torch"]
-    assert found["allocations"] <= 57
+    assert found["allocations"] <= 50
     assert found["waits"] == 0
     # Of a call that is repeated, line for line.
     assert found["repeated"]["launches"] == found["launches"]

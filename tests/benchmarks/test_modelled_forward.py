@@ -13,9 +13,11 @@ import torch
 from support.allocations import Allocations, operators_open
 from support.recipe import INTERPRETED, fill, wave
 
+import anyup
 from anyup import AnyUp
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.launch import Launch, Target
+from anyup.limited_memory.prediction import _OVERHEAD_ELSEWHERE
 from benchmarks.modelled_gpu import model, roofline, training_step
 from benchmarks.modelled_gpu.model_steps import ENCODERS, STAGES, Step, noted, pretended_card, steps_of
 
@@ -27,10 +29,10 @@ SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_si
 AMPERE = Target("cuda", 80)
 
 REACHED_MS = {
-    ("A100 SXM 80GB", "bfloat16"): 1.5,
-    ("H100 SXM", "bfloat16"): 0.6,
-    ("H200", "bfloat16"): 0.52,
-    ("RTX 4090", "bfloat16"): 2.4,
+    ("A100 SXM 80GB", "bfloat16"): 1.42,
+    ("H100 SXM", "bfloat16"): 0.56,
+    ("H200", "bfloat16"): 0.5,
+    ("RTX 4090", "bfloat16"): 2.2,
 }
 """The most that the whole forward may take at 448 from 32, C = 384, by device and dtype."""
 
@@ -60,7 +62,7 @@ def test_the_steps_are_what_a_real_forward_launches(filters: int, keys: int) -> 
         upsampler(image, features)
     steps = steps_of(workload, torch.float32, None, arguments=arguments)
     assert [described(step.launch) for step in steps if step.launch is not None] == launched
-    assert len(launched) == 5 + 5 + 5 + 1 + 2 + keys + 1
+    assert len(launched) == 5 + 6 + 1 + 2 + keys + 1
     assert {step.stage for step in steps} == set(STAGES)
 
 
@@ -152,16 +154,16 @@ def test_the_modelled_forward_takes_no_more_than_it_did(
 
 
 @pytest.mark.parametrize("device", [device.name for device in roofline.DEVICES])
-def test_the_encoders_move_at_most_6_kb_a_pixel_and_ask_for_little_more(device: str, stored: Sequence[Row]) -> None:
+def test_the_encoders_move_at_most_4_kb_a_pixel_and_ask_for_little_more(device: str, stored: Sequence[Row]) -> None:
     """Asked for without the weights and tables that all programs read, which the caches hold."""
     chosen = {"device": device, "dtype": "bfloat16", "workload": "448 from 32"}
     rows = [r for stage in ENCODERS for r in part(stored, "launch", stage=stage, **chosen)]
     passes = [row for row in rows if row["kernel"] != "pixel_encoder_moments"]
-    assert (len(passes), len(rows)) == (14, 15)
+    assert (len(passes), len(rows)) == (10, 11)
     pixels = 448 * 448
     moved = sum(row["bytes"] for row in passes) / pixels
-    assert 4096 < moved <= 6144
-    assert sum(row["bytes"] for row in rows) / pixels <= 6144
+    assert 3072 < moved <= 4096
+    assert sum(row["bytes"] for row in rows) / pixels <= 4096
     asked = sum(row["bytes_asked"] - row["bytes_shared"] for row in rows) / pixels
     assert moved < asked <= 1.3 * moved
 
@@ -175,7 +177,7 @@ def test_a_workload_that_is_none_is_refused(text: str) -> None:
 # Memory.
 
 
-def peak_of(workload: Workload, dtype: torch.dtype, **arguments: Any) -> int:
+def peak_of(workload: Workload, dtype: torch.dtype, output: tuple[int, int] | None = None, **arguments: Any) -> int:
     """The most bytes alive at a time in a forward whose launches allocate nothing, inputs and weights left out."""
     with torch.device("meta"):
         upsampler = AnyUp(**arguments, backend="triton").to(dtype).eval()
@@ -186,7 +188,7 @@ def peak_of(workload: Workload, dtype: torch.dtype, **arguments: Any) -> int:
     patches = pytest.MonkeyPatch()
     patches.setattr(Launch, "__call__", lambda self: None)
     with patches.context() as patched, torch.no_grad(), pretended_card(AMPERE), operators_open(patched), allocations:
-        upsampler(image, features)
+        upsampler(image, features, output)
     patches.undo()
     return allocations.peak
 
@@ -198,19 +200,30 @@ def test_no_more_than_3_maps_or_the_output_and_one_and_a_half_are_alive(channels
     workload = square(1024, 64, channels=channels)
     map_bytes, output = workload.pixels * 128 * dtype.itemsize, workload.pixels * channels * dtype.itemsize
     peak = peak_of(workload, dtype)
-    assert max(2 * map_bytes, output) < peak <= max(3 * map_bytes, output + 1.5 * map_bytes)
+    # Beside the encoded image, those of the key and the query encoder, and what small tensors take.
+    assert max(2 * map_bytes, output) < peak <= max(3.01 * map_bytes, output + 1.5 * map_bytes)
+
+
+@pytest.mark.parametrize("output", [None, (1200, 900), (3000, 2500)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_plan_has_room_for_the_maps_of_two_encoders_at_once(batch: int, output: tuple[int, int] | None) -> None:
+    workload = Workload((2048, 1600), (128, 100), channels=16, batch=batch)
+    peak = peak_of(workload, torch.bfloat16, output)
+    plan = anyup.plan(workload.size, workload.grid, 16, torch.bfloat16, "cuda", output_size=output, batch=batch)
+    (image,) = (stage.peak_bytes - _OVERHEAD_ELSEWHERE for stage in plan.stages if stage.name == "image")
+    assert plan.order == "whole" and peak <= image <= 1.6 * peak
 
 
 def test_a_training_step_is_mostly_kernels_of_ours() -> None:
     steps = training_step.steps_of(torch.bfloat16, Target("cuda", 90), multiprocessors=132)
-    stages = [*training_step.DIFFERENTIABLE, "key_grid"]
+    stages = [*training_step.DIFFERENTIABLE, "pixel_encoder_pair", "key_grid"]
     launched = Counter(step.stage for step in steps if step.launch is not None)
-    # The clean half of the self-consistency wants no gradient: its keys are made at once.
+    # The clean half of the self-consistency wants no gradient: its encoders are a pair, its keys are made at once.
     assert launched.keys() == {
         *(stage.replace("_", " ") for stage in stages),
         *(f"{stage.replace('_', ' ')}, back" for stage in training_step.DIFFERENTIABLE),
     }
-    assert launched.total() <= 352, launched  # what has been reached
+    assert launched.total() <= 350, launched  # what has been reached
     torch_s = Counter(step.stage for step in steps if step.launch is None)
     assert torch_s.total() <= 1016, torch_s
     table = training_step.table([{**dict.fromkeys(("device", "dtype", "stage", "launches", "torch_kernels"), "x"),

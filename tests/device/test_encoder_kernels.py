@@ -9,7 +9,7 @@ import torch
 from support.accuracy import assert_close_enough, output_and_gradients
 from support.card import DTYPES
 from support.encoder_statistics import assert_statistics_lose_nothing
-from support.pixel_encoder_cases import Shape, encoder, parameters_of, tensors_of
+from support.pixel_encoder_cases import PAIRS, Shape, assert_pair_accurate, encoder, parameters_of, tensors_of
 
 from anyup.ops.pixel_encoder import explain_backends, fused, fused_gradients
 from anyup.ops.precision import dtype_name
@@ -41,6 +41,15 @@ def test_the_encoder_obeys_the_error_rule(
         reference = run(backend="reference", **{key: tensor.cpu() for key, tensor in tensors.items()})
         exact = run(backend="reference", **{key: tensor.cpu().double() for key, tensor in tensors.items()})
     assert_close_enough(actual.cpu(), reference, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_encoders_of_the_same_pixels_obey_the_error_rule(
+    dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 4)  # programs walk over several tiles
+    assert_pair_accurate(PAIRS["batch 2"], dtype, "cuda", backend=None)
+    assert launched.total() == 4 + 2, launched
 
 
 def test_statistics_lose_nothing(launched: Counter[str]) -> None:

@@ -59,10 +59,11 @@ def test_the_upsampler_on_a_card_gives_what_the_reference_gives_on_a_cpu(window:
     image, features = (tensor.to("cuda") for tensor in inputs())
     chosen = upsampler.explain(image, features).chosen
     assert chosen.pop("window_attention") == "triton"
-    # The projection's kernel and the keys' are for inference.
+    # A pair's operator and the keys' are for inference.
     assert chosen == {
         "pixel_encoder": "torch",
         "feature_unification": "triton",
+        "pixel_encoder_pair": None,
         "key_grid": None,
         "query_projection": "torch",
     }

@@ -170,7 +170,7 @@ MUTATIONS = {
         "feature_unification_patches", "_feature_unification_arrange_kernel", "tl.range(0, channels", "tl.range(0, 1",
     ),
     "a weight whose inputs lie otherwise": (
-        "feature_unification_patches", "_arrange_weight", "+ number // TAPS", "+ (INPUTS - 1 - number // TAPS)",
+        "feature_unification_patches", "arrange_weight", "+ number // TAPS", "+ (INPUTS - 1 - number // TAPS)",
     ),
     "a mean of squares that is a sum": ("pixel_encoder_passes", "projected_keys", "squares / CHANNELS", "squares"),
     "no bias": ("pixel_encoder_passes", "projected_keys", "+ shift[None, :]", ""),

@@ -9,13 +9,14 @@ import torch
 from support.accuracy import assert_backend_accurate, assert_close_enough, output_and_gradients
 from support.encoder_statistics import assert_statistics_lose_nothing
 from support.mutations import mutate
+from support.pixel_encoder_cases import PAIRS, Shape, assert_pair_accurate, encoder, pair_of, parameters_of, tensors_of
 from support.pixel_encoder_cases import SHAPES as ALL
-from support.pixel_encoder_cases import Shape, encoder, parameters_of, tensors_of
 from support.recipe import INTERPRETED, fill, wave
 from torch import Tensor
 
 from anyup import AnyUp
-from anyup.ops.pixel_encoder import explain_backends, fused
+from anyup.ops.dispatch import BackendFailure
+from anyup.ops.pixel_encoder import PAIR, describe_pair, encode_pair, explain_backends, fused, fused_pair
 from anyup.ops.pixel_encoder.arguments import EPS
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 
@@ -218,6 +219,84 @@ def test_a_mutated_kernel_of_the_gradients_fails_the_error_rule(mutation: str, m
         assert_backend_accurate(encoder(shape), tensors_of(shape), backend="triton")
 
 
+# Two encoders of the same pixels.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_obeys_the_error_rule(
+    name: str, dtype: torch.dtype, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 4)
+    assert_pair_accurate(PAIRS[name], dtype)
+
+
+def test_a_pair_s_operator_keeps_to_its_schema() -> None:
+    first, second = (parameters_of(own) for own in pair_of(PAIRS["batch 2"], torch.float32))
+    pixels = pair_of(PAIRS["batch 2"], torch.float32)[0]["pixels"]
+    flat = [[p.projection, *p.block1, *p.block2] for p in (first, second)]
+    arguments = (pixels, *flat, torch.randn(4, 5, 3, 3), [3, 2], 5, 7)
+    with torch.no_grad():
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.anyup.pixel_encoder_pair.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"sizes": [(3, 2), (5, 7)]}, "keys of 5 x 7 are not pooled from 5 x 7 pixels"),
+        ({"sizes": [(6, 2)]}, "keys of 6 x 2 are not pooled"),
+        ({"sizes": []}, "keys of 5 x 7 are not pooled"),
+        ({"backend": "torch"}, "the pixel_encoder runs on torch"),
+        ({"convolution": torch.zeros(4, 5, 3, 3, requires_grad=True)}, "a gradient is wanted"),
+        ({"pixels": torch.zeros(0, 5, 7, 16)}, "there are no pixels"),
+    ],
+)
+def test_where_encoders_do_not_run_as_a_pair_a_reason_says_so(change: dict[str, Any], reason: str) -> None:
+    first, second = pair_of(PAIRS["batch 2"], torch.float32)
+    arguments: dict[str, Any] = {"pixels": first["pixels"], "sizes": [(3, 2)], "output_size": (5, 7)}
+    arguments |= {
+        "first": parameters_of(first),
+        "second": parameters_of(second),
+        "convolution": torch.zeros(4, 5, 3, 3),
+    }
+    assert PAIR.explain(describe_pair(**arguments, backend="triton")).chosen == "triton"
+    arguments = {"backend": "triton", **arguments, **change}
+    assert encode_pair(**arguments) is None
+    explanation = str(PAIR.explain(describe_pair(**arguments)))
+    assert "one encoder after the other" in explanation and reason in explanation
+
+
+def queries_and_keys(upsampler: AnyUp) -> list[Tensor]:
+    with torch.no_grad():
+        queries, (keys,) = upsampler.queries_and_image_keys(wave((1, 3, 6, 7), 3, 0.8), (6, 7), [(3, 2)])
+    return [queries, keys]
+
+
+def test_where_a_pair_fails_the_encoders_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise BackendFailure("no such instruction")
+
+    monkeypatch.setattr(PAIR, "_failures", {})
+    monkeypatch.setattr(fused_pair, "forward", fail)
+    with pytest.warns(UserWarning, match="pixel_encoder_pair: backend 'triton' failed .*no such instruction"):
+        found = queries_and_keys(model(backend="triton"))
+    torch.testing.assert_close(found, queries_and_keys(model(backend="torch")), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_sees_an_encoder_that_would_run_in_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    forward = fused_pair.forward
+    monkeypatch.setattr(fused_pair, "forward", lambda *a, **k: made.append(None) or forward(*a, **k))
+    upsampler, told = model(backend="triton"), []
+    expected = queries_and_keys(upsampler)
+    assert made
+    made.clear()
+    upsampler.key_encoder.register_forward_hook(lambda *_: told.append(None))
+    torch.testing.assert_close(queries_and_keys(upsampler), expected, rtol=1e-5, atol=1e-5)
+    assert told and not made
+
+
 def model(**arguments: Any) -> AnyUp:
     return fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, **arguments), 0).eval()
 
@@ -293,6 +372,23 @@ MUTATIONS = {
     "a pivot forgotten": ("passes", "store_sums", "pivot + offset", "offset"),
     "a centre forgotten": ("passes", "activated", "x - tl.load(norm + 2 * DIM + slot)[None, :]", "x"),
 }  # fmt: skip
+
+
+PAIR_MUTATIONS = {
+    "the first encoder's weight": ("passes", "_pixel_encoder_pass_kernel", "weight1 = second_weight1", "pass"),
+    "the first encoder's bias": ("passes", "_pixel_encoder_pass_kernel", "bias = second_bias", "pass"),
+    "another image": ("passes", "_pixel_encoder_pass_kernel", "image % images if PAIR", "image // 2 if PAIR"),
+    "a weight that is not arranged": ("pool", "arrange_weight", "number % TAPS * INPUTS", "number % INPUTS"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", PAIR_MUTATIONS)
+def test_a_mutated_pair_fails(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, right, wrong = PAIR_MUTATIONS[mutation]
+    mutate(monkeypatch, f"pixel_encoder_{module}", name, right, wrong)
+    with pytest.raises(AssertionError):
+        assert_pair_accurate(PAIRS["batch 2"], torch.float32)
 
 
 @pytest.mark.slow

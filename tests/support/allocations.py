@@ -14,7 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_OPERATORS = ("feature_unification", "pixel_encoder", "query_projection", "window_attention")
+_OPERATORS = tuple(
+    f"{name}.operator" for name in ("feature_unification", "pixel_encoder", "query_projection", "window_attention")
+)
+_OF_KERNELS_ALONE = ("pixel_encoder.pair",)
 
 
 class Allocations(TorchDispatchMode):
@@ -64,9 +67,12 @@ def operators_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Our operators run as plain functions, so that what happens inside is seen, on the meta device too."""
     with monkeypatch.context() as patch:
         for name in _OPERATORS:
-            module = importlib.import_module(f"anyup.ops.{name}.operator")
+            module = importlib.import_module(f"anyup.ops.{name}")
             patch.setattr(module, "_forward", _opened(module))
             patch.setattr(module, "_backward", module._run_backward)
+        for name in _OF_KERNELS_ALONE:
+            module = importlib.import_module(f"anyup.ops.{name}")
+            patch.setattr(module, "_forward", module._run_forward)
         yield
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from support.accuracy import assert_close_enough
 from torch import Tensor
 
-from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pixels
+from anyup.ops.pixel_encoder import BlockParameters, EncoderParameters, encode_pair, encode_pixels
 
 
 class Shape(NamedTuple):
@@ -90,3 +91,42 @@ def encoder(shape: Shape) -> Any:
         )
 
     return run
+
+
+class PairShape(NamedTuple):
+    encoders: Shape  # the second's output among it
+    sizes: tuple[tuple[int, int], ...]  # to which the first's is pooled
+
+
+PAIRS = {
+    "batch 2": PairShape(Shape((5, 7), inputs=16, batch=2), ((3, 2),)),
+    "pooled both, two grids": PairShape(Shape((5, 4), (4, 4), inputs=24, dim=24), ((3, 2), (2, 2))),
+    "channels in pieces, enlarged": PairShape(Shape((3, 5), (4, 6), inputs=64, dim=64), ((2, 2),)),
+}
+
+
+def pair_of(shape: PairShape, dtype: torch.dtype, device: str = "cpu") -> list[dict[str, Tensor]]:
+    """The tensors of the two encoders, which read the same pixels."""
+    first, second = tensors_of(shape.encoders, dtype), tensors_of(shape.encoders, dtype, seed=1)
+    return [{name: t.to(device) for name, t in {**own, "pixels": first["pixels"]}.items()} for own in (first, second)]
+
+
+def assert_pair_accurate(shape: PairShape, dtype: torch.dtype, device: str = "cpu", backend: Any = "triton") -> None:
+    """Raise an AssertionError unless kernels run both encoders, and each result obeys the error rule."""
+    tensors = pair_of(shape, dtype, device)
+    size = shape.encoders.output or shape.encoders.size
+    weight = torch.randn(5, 6, 3, 3, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    with torch.no_grad():
+        parameters = [parameters_of(own) for own in tensors]
+        settings: dict[str, Any] = {"sizes": shape.sizes, "output_size": size, "backend": backend}
+        made = encode_pair(tensors[0]["pixels"], *parameters, weight, **settings)
+        assert made is not None
+        pooled, whole, arranged = made
+        assert torch.equal(arranged, weight) and arranged.permute(2, 3, 1, 0).is_contiguous()
+        several = [*((tensors[0], *each) for each in zip(pooled, shape.sizes, strict=True)), (tensors[1], whole, size)]
+        for own, actual, output in several:
+            run = encoder(shape.encoders._replace(output=output))
+            here = {name: tensor.cpu() for name, tensor in own.items()}
+            wide = {name: tensor.double() for name, tensor in here.items()}
+            reference, exact = (run(backend="reference", **given) for given in (here, wide))
+            assert_close_enough(actual.cpu(), reference, exact)

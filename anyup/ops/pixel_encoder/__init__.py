@@ -2,5 +2,15 @@
 
 from anyup.ops.pixel_encoder.arguments import BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.operator import encode_pixels, explain_backends
+from anyup.ops.pixel_encoder.pair import OPERATION as PAIR
+from anyup.ops.pixel_encoder.pair import describe_pair, encode_pair
 
-__all__ = ["BlockParameters", "EncoderParameters", "encode_pixels", "explain_backends"]
+__all__ = [
+    "PAIR",
+    "BlockParameters",
+    "EncoderParameters",
+    "describe_pair",
+    "encode_pair",
+    "encode_pixels",
+    "explain_backends",
+]

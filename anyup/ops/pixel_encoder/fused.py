@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +27,7 @@ from anyup.ops.pixel_encoder.rotary import coordinates
 
 if TYPE_CHECKING:
     from anyup.kernels.pixel_encoder_config import EncoderConfig
-    from anyup.kernels.pixel_encoder_passes import HalfBlock, Join, KeyProjection, Source
+    from anyup.kernels.pixel_encoder_passes import HalfBlock, KeyProjection, Source
 
 __all__ = ["backward", "discouraged", "forward", "unsupported"]
 
@@ -54,16 +55,9 @@ def forward(
     pixels: Tensor, parameters: EncoderParameters, *, frequencies: Tensor | None, output_size: tuple[int, int]
 ) -> Tensor:
     """(B, H, W, Cin) -> (B, *output_size, D); one map (B, H, W, D) is allocated, and the pooled one."""
-    size = (pixels.shape[1], pixels.shape[2])
     if 0 in pixels.shape:
         return pixels.new_zeros(pixels.shape[0], *output_size, parameters.block1.weight1.shape[0])
-    encoder = Encoder(pixels, parameters)
-    if frequencies is None and output_size != size and output_size[0] <= size[0] and output_size[1] <= size[1]:
-        return encoder.pooled(output_size)
-    out = encoder.whole(frequencies)
-    if output_size == size:
-        return out
-    return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
+    return Encoder(pixels, parameters).result(output_size, frequencies)
 
 
 def backward(
@@ -122,12 +116,13 @@ class Kernels:
         from anyup.kernels.pixel_encoder_moments import MOST_INPUTS
         from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
 
-        batch, count, inputs = source.pixels.shape
-        if out is None and not halves and source.projection is not None and inputs <= MOST_INPUTS:
+        _, count, inputs = source.pixels.shape
+        few = source.projection is not None and source.second is None and inputs <= MOST_INPUTS
+        if few and out is None and not halves:
             return self._measure_moments(source), None
 
         def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            parts = allocate_parts(batch, programs, self.device)
+            parts = allocate_parts(source.images, programs, self.device)
             plan_pass(
                 source, halves, norms=norms, parts=parts, out=out, size=(1, count), programs=programs,
                 form=self.form, precision=self.precision, config=config,
@@ -184,6 +179,7 @@ class Kernels:
         *,
         size: tuple[int, int],
         cells: tuple[int, int],
+        weights: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """The means over cells of what a map of that size becomes, into `out` (B, cells, D); see `plan_pool`."""
         from anyup.kernels.pixel_encoder_passes import allocate_norms
@@ -196,10 +192,10 @@ class Kernels:
             plan_pool(
                 source, *halves, out,
                 norms=allocate_norms(batch, programs, self.dim, self.dtype, self.device), size=size, cells=cells,
-                programs=programs, form=self.form, precision=self.precision, config=config,
+                weights=weights, programs=programs, form=self.form, precision=self.precision, config=config,
             )()  # fmt: skip
 
-        self.run("pool", run, kind="pool")
+        self.run("pool", run, kind="pool", weight=None if weights is None else weights[0].shape)
 
     def _run_pass(
         self,
@@ -219,62 +215,85 @@ class Kernels:
         from anyup.kernels.pixel_encoder_config import kind_of
         from anyup.kernels.pixel_encoder_passes import Join, allocate_norms
 
-        batch, count = source.pixels.shape[:2]
+        images, count = source.images, source.pixels.shape[1]
         joins = bool(halves) and isinstance(halves[-1].norm, Join)
 
         def with_room(config: EncoderConfig) -> Result:
-            programs = config.programs(-(-count // config.pixels), batch, multiprocessors(self.device))
-            norms = allocate_norms(batch, programs, self.dim, self.dtype, self.device) if joins else None
+            programs = config.programs(-(-count // config.pixels), images, multiprocessors(self.device))
+            norms = allocate_norms(images, programs, self.dim, self.dtype, self.device) if joins else None
             return run(config, programs, norms)
 
         projects = source.projection is not None
         kind = kind_of(len(halves), measures=name == "measure", rotates=rotates, keys=keys is not None)
-        known |= {"halves": len(halves), "projects": projects, "joins": joins, "keys": keys}
+        pair = source.second is not None or any(half.second is not None for half in halves)
+        known |= {"halves": len(halves), "projects": projects, "joins": joins, "keys": keys, "pair": pair}
         return self.run(name, with_room, kind=kind, **known)
 
 
-def source_of(pixels: Tensor, projection: Tensor | None) -> Source:
-    """What the encoder takes (B, n, Cin), of any strides, as the kernels read it."""
+def source_of(pixels: Tensor, projection: Tensor | None, second: Tensor | None = None) -> Source:
+    """What the encoder takes (B, n, Cin), of any strides, as the kernels read it; `second` is another's projection."""
     from anyup.kernels.pixel_encoder_passes import Source, map_source
 
-    return map_source(pixels.contiguous()) if projection is None else Source(pixels, projection.contiguous())
+    if projection is None:
+        return map_source(pixels.contiguous())
+    return Source(pixels, projection.contiguous(), None if second is None else second.contiguous())
 
 
 class Encoder:
     """The passes over the images' pixels up to the last normalisation, whose statistics are known then.
 
     `parts` are the statistics of x0, (B, 3, programs, 8), where they are known before. Of float32 pixels the parameters
-    may be of any dtype.
+    may be of any dtype. With the parameters of a `second` encoder, which projects too, a pass is one launch for both.
     """
 
-    def __init__(self, pixels: Tensor, parameters: EncoderParameters, parts: Tensor | None = None) -> None:
-        from anyup.kernels.pixel_encoder_passes import HalfBlock, map_source
+    def __init__(
+        self,
+        pixels: Tensor,
+        parameters: EncoderParameters,
+        parts: Tensor | None = None,
+        *,
+        second: EncoderParameters | None = None,
+    ) -> None:
+        from anyup.kernels.pixel_encoder_passes import map_source
 
-        batch, height, width, inputs = pixels.shape
+        _, height, width, inputs = pixels.shape
         self._size = (height, width)
         self._dim = parameters.block1.weight1.shape[0]
         self._dtype, self._device = pixels.dtype, pixels.device
         inputs = 0 if parameters.projection is None else inputs
         weights = parameters.block1.weight1.dtype
         self._kernels = Kernels(self._dtype, self._device, self._dim, inputs, weights)
-        block1, block2 = parameters.block1, parameters.block2
-        source = source_of(pixels.flatten(1, 2), parameters.projection)  # a view where rows follow each other
+        self._parameters, self._second = parameters, second
+        # A view where rows follow each other.
+        source = source_of(pixels.flatten(1, 2), parameters.projection, None if second is None else second.projection)
         measure = self._kernels.measure
         if parts is None:
             parts, _ = measure(source, ())
-        first = HalfBlock(_join(parts, *block1[:2]), block1.weight1.contiguous())
+        first = self._half(0, parts)
         parts, norm = measure(source, (first,))
         first = first._replace(norm=norm)
-        second = HalfBlock(_join(parts, *block1[3:5]), block1.weight2.contiguous())
-        self._map = pixels.new_empty(batch, height * width, self._dim)
-        parts, _ = measure(source, (first, second), out=self._map)
-        third = HalfBlock(_join(parts, *block2[:2]), block2.weight1.contiguous())
+        self._map = pixels.new_empty(source.images, height * width, self._dim)
+        parts, _ = measure(source, (first, self._half(1, parts)), out=self._map)
         self._stored = map_source(self._map)
+        third = self._half(2, parts)
         parts, norm = measure(self._stored, (third,))
-        self._halves = (
-            third._replace(norm=norm),
-            HalfBlock(_join(parts, *block2[3:5]), block2.weight2.contiguous()),
-        )
+        self._halves = third._replace(norm=norm), self._half(3, parts)
+
+    def apart(self) -> tuple[Encoder, Encoder]:
+        """Each of two encoders for itself."""
+        assert self._second is not None
+        images = len(self._map) // 2
+        return self._some(slice(images), self._parameters), self._some(slice(images, None), self._second)
+
+    def result(self, output_size: tuple[int, int], frequencies: Tensor | None = None) -> Tensor:
+        """(B, *output_size, D), rotated where there are frequencies."""
+        shrinks = all(length <= whole for length, whole in zip(output_size, self._size, strict=True))
+        if frequencies is None and output_size != self._size and shrinks:
+            return self.pooled(output_size)
+        out = self.whole(frequencies)
+        if output_size == self._size:
+            return out
+        return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
 
     def whole(self, frequencies: Tensor | None = None) -> Tensor:
         """(B, H, W, D), rotated where there are frequencies."""
@@ -288,15 +307,38 @@ class Encoder:
         """Normalised and projected, of float32 into `out` (B, H, W, D), of any dtype."""
         self._kernels.store(self._stored, self._halves, out.flatten(1, 2), keys=projection)
 
-    def pooled(self, cells: tuple[int, int]) -> Tensor:
-        """(B, h, w, D), averaged over cells."""
+    def pooled(self, cells: tuple[int, int], weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, h, w, D), averaged over cells; a convolution's weight is arranged on the way."""
         out = self._map.new_empty(len(self._map), *cells, self._dim)
-        self._kernels.pool(self._stored, self._halves, out, size=self._size, cells=cells)
+        self._kernels.pool(self._stored, self._halves, out, size=self._size, cells=cells, weights=weights)
         return out
 
+    def _half(self, number: int, parts: Tensor) -> HalfBlock:
+        """The half block of a number, its normalisation of what a pass has measured."""
+        from anyup.kernels.pixel_encoder_passes import HalfBlock, Join
 
-def _join(parts: Tensor, weight: Tensor, bias: Tensor) -> Join:
-    """The group normalisation with these parameters of what a pass has measured."""
-    from anyup.kernels.pixel_encoder_passes import Join
+        def own(parameters: EncoderParameters) -> tuple[Tensor, ...]:
+            half = (*parameters.block1, *parameters.block2)[3 * number :][:3]
+            return tuple(tensor.contiguous() for tensor in half)
 
-    return Join(parts, weight.contiguous(), bias.contiguous(), EPS)
+        gain, bias, weight = own(self._parameters)
+        if self._second is None:
+            return HalfBlock(Join(parts, gain, bias, EPS), weight)
+        *norm, second = own(self._second)
+        return HalfBlock(Join(parts, gain, bias, EPS, tuple(norm)), weight, second)
+
+    def _some(self, images: slice, parameters: EncoderParameters) -> Encoder:
+        """It with some of the images, whose encoder has these parameters."""
+        from anyup.kernels.pixel_encoder_passes import Join, map_source
+
+        some = copy.copy(self)
+        some._parameters, some._second = parameters, None
+        some._map = self._map[images]
+        some._stored = map_source(some._map)
+        third, last = self._halves
+        assert isinstance(third.norm, Tensor) and isinstance(last.norm, Join)
+        some._halves = (
+            some._half(2, last.norm.parts[images])._replace(norm=third.norm[images]),
+            some._half(3, last.norm.parts[images]),
+        )
+        return some
