@@ -225,7 +225,7 @@ def test_a_training_step_is_mostly_kernels_of_ours() -> None:
     }
     assert launched.total() <= 350, launched  # what has been reached
     torch_s = Counter(step.stage for step in steps if step.launch is None)
-    assert torch_s.total() <= 896, torch_s
+    assert torch_s.total() <= 895, torch_s
     table = training_step.table([{**dict.fromkeys(("device", "dtype", "stage", "launches", "torch_kernels"), "x"),
                                   "bytes": 2e9, "floor_us": 1000.0, "modelled_us": 2500.0}])  # fmt: skip
     assert "| 2.00 | 1.00 | 2.50 |" in table
