@@ -105,7 +105,7 @@ def test_when_a_process_dies_the_others_say_so_and_leave_no_file(folder: Path, b
     (status, out, err), (died, _, _) = run(folder, "-o", "out.npy", before=before)
     assert (status, died) == (1, 9), err
     assert out == ""
-    assert "error: rank 0 of 2: another rank ended, or did not answer within the group's timeout" in err
+    assert "rank 0 of 2: another rank ended, or did not answer within the group's timeout" in err
     assert left() == set()
 
 
