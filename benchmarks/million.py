@@ -6,8 +6,10 @@ What is counted: bytes that are stored, and floating-point operations of a ViT-S
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +108,9 @@ def _bytes(count: float) -> str:
     return f"{count / 1000:.3g} TB"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table into the page."""
+    argparse.ArgumentParser(prog="python -m benchmarks.million", description=main.__doc__).parse_args(arguments)
     PAGE.write_text(page(PAGE.read_text()))
     return 0
 

@@ -97,6 +97,8 @@ SMALLER = {
     "anyup export onnx --size 448 --grid 32 -o anyup.onnx": "anyup export onnx --size 16 --grid 2 -o anyup.onnx",
 }
 
+TORCHRUN_OPTIONS = {"--max-restarts", "--rdzv-endpoint", "--nproc-per-node", "--nnodes"}
+
 SLOW = {"demo", "segmentation", "depth", "normals", "onnx"}
 
 
@@ -464,7 +466,7 @@ def test_what_is_not_run_is_still_an_example() -> None:
 
 def test_commands_and_options_in_the_text_are_there() -> None:
     spans = {span for name in PAGES for span in read(name).spans}
-    known = every_option(cli._parser())
+    known = every_option(cli._parser()) | TORCHRUN_OPTIONS
     for span in spans:
         if not re.match(r"(anyup|python -m|[A-Z_]+=\S+ anyup) ", span):
             continue
