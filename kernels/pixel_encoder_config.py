@@ -59,10 +59,10 @@ def silu_form(dtype: torch.dtype, target: Target) -> str:
     return "tanh" if dtype == torch.bfloat16 else "exp2"
 
 
-def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False) -> str:
-    """The kind of a pass for `encoder_configs`."""
+def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False, pair: bool = False) -> str:
+    """The kind of a pass for `encoder_configs`; the first pass of two encoders is a "pair"."""
     if halves < 2:
-        return "pass"
+        return "pair" if pair and not halves else "pass"
     if keys:
         return "keys"
     return "rotate" if rotates else "block" if measures else "apply"
@@ -87,13 +87,14 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
     least = EncoderConfig(16, num_warps=4)
     streamed = EncoderConfig(64, num_warps=4, keeps=True, blocks=2)
     if target.arch in (90, 100):
-        warps = 8 if target.arch == 100 and kind in ("rotate", "pool") else 4
+        warps = 8 if target.arch == 100 and kind in ("pair", "block", "rotate", "pool") else 4
         return [EncoderConfig(64, num_warps=warps, resident=True, blocks=2), streamed, least]
-    if kind == "block" and target.arch in (86, 120):  # with more pixels it spills
+    passes = kind == "pass" and dtype == torch.float16 and target.arch == 120
+    if passes or (kind == "block" and target.arch in (86, 120)):  # with more pixels they spill
         return [EncoderConfig(32, num_warps=4, keeps=True, blocks=2), least]
     if kind == "pool" and target.arch != 80:
         return [EncoderConfig(32, num_warps=4, blocks=2), least]
-    if (target.arch, kind) in ((80, "pass"), (80, "pool")):
+    if target.arch == 80 and kind in ("pass", "pair", "pool"):
         return [EncoderConfig(64, num_warps=4, resident=True, blocks=2), streamed, least]
     return [streamed, least]
 

@@ -82,16 +82,16 @@ def plan(
     inputs, halves, measures, stores, rotates = _PASSES.get(kernel, (0, 2, False, False, False))
     pools = kernel == "pixel_encoder_pool"
     keys = kernel == "pixel_encoder_keys"
+    pair = "pair" in kernel
     moments = kernel == "pixel_encoder_moments"
     if pools or moments:
         kind = "pool" if pools else "moments"
     else:
-        kind = kind_of(halves, measures=measures, rotates=rotates, keys=keys)
+        kind = kind_of(halves, measures=measures, rotates=rotates, keys=keys, pair=pair)
     config = encoder_configs(kind, dtype, target)[0]
     device = torch.device("meta")
     turns = workload.keys if pools else -(-count // config.pixels)
     card = roofline.device_of(str(target.arch))
-    pair = "pair" in kernel
     images = batch * (2 if pair else 1)
     programs = config.programs(turns, images, multiprocessors(device) if card is None else card.sms)
     parts = allocate_parts(images, programs, device)

@@ -224,8 +224,8 @@ class Kernels:
             return run(config, programs, norms)
 
         projects = source.projection is not None
-        kind = kind_of(len(halves), measures=name == "measure", rotates=rotates, keys=keys is not None)
         pair = source.second is not None or any(half.second is not None for half in halves)
+        kind = kind_of(len(halves), measures=name == "measure", rotates=rotates, keys=keys is not None, pair=pair)
         known |= {"halves": len(halves), "projects": projects, "joins": joins, "keys": keys, "pair": pair}
         return self.run(name, with_room, kind=kind, **known)
 
