@@ -172,12 +172,17 @@ def stream(
     A rank without rows has no pieces, and must ask for one all the same: `for ... in` does.
 
     Args:
-        upsampler, image, features, output_size, values, group: as of `upsample`.
+        upsampler: as of `upsample`.
+        image: as of `upsample`.
+        features: as of `upsample`.
+        output_size: as of `upsample`.
+        values: as of `upsample`.
         tile: as of `AnyUp.stream`.
         max_memory: as of `upsample`; two pieces are counted, and no other part of the result.
         dtype: of the pieces; None means that of `out`, else of the features (or values).
         out: an array (B, C or Cv, H, W) of the whole output that every rank can write into: a memory map of a file, or
             a zarr array. Each writes its rows, of which no two ranks have the same chunk of a zarr array.
+        group: as of `upsample`.
 
     Raises as `upsample`.
     """
