@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anyup import AnyUp
 from anyup.ops.dispatch import BackendFailure
-from anyup.ops.pixel_encoder import PAIR, describe_pair, encode_pair, explain_backends, fused, fused_pair
+from anyup.ops.pixel_encoder import PAIR, describe_pair, encode_pair, explain_backends, fused, fused_pair, fused_passes
 from anyup.ops.pixel_encoder.arguments import EPS
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 
@@ -92,7 +92,7 @@ def test_a_norm_that_is_known_is_one_that_a_pass_makes(dim: int, dtype: torch.dt
 
     pixels = wave((1, 37, dim), 3, shift=5.0).to(dtype)
     weight, bias, identity = wave((dim,), 5, 0.2, 1.0), wave((dim,), 7), torch.eye(dim, dtype=dtype)
-    kernels = fused.Kernels(dtype, pixels.device, dim, 0)
+    kernels = fused_passes.Kernels(dtype, pixels.device, dim, 0)
     join = Join(kernels.measure(map_source(pixels), ())[0], weight.to(dtype), bias.to(dtype), EPS)
     made = kernels.measure(map_source(pixels), (HalfBlock(join, identity),))[1]
     statistics = Statistics(37, *(f(pixels[0].double()) for f in (_mean, _deviation)))
@@ -227,7 +227,7 @@ def test_a_mutated_kernel_of_the_gradients_fails_the_error_rule(mutation: str, m
 def test_a_pair_obeys_the_error_rule(
     name: str, dtype: torch.dtype, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(fused_passes, "multiprocessors", lambda device: 4)
     assert_pair_accurate(PAIRS[name], dtype)
 
 
@@ -346,7 +346,7 @@ def test_the_blocks_of_the_keys_run_on_kernels_where_they_keep_their_width(
 def test_a_model_that_asks_for_kernels_trains() -> None:
     image, features = wave((1, 3, 6, 7), 3, 0.8), wave((1, 16, 3, 2), 7)
     upsampler = model(backend="triton")
-    assert upsampler.explain(image, features).chosen["pixel_encoder"] == "torch"
+    assert upsampler.explain(image, features).chosen["pixel_encoder"] == "triton"
     upsampler(image, features).sum().backward()
     assert upsampler.key_encoder[0].weight.grad is not None
 
@@ -399,6 +399,6 @@ def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytes
     name = "pooled to overlapping cells" if module == "pool" else "several tiles, batch 2"
     shape = SHAPES["channels in pieces" if "piece" in mutation else name]
     # More programs than walk over a small map in the interpreter.
-    monkeypatch.setattr(fused, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(fused_passes, "multiprocessors", lambda device: 4)
     with pytest.raises(AssertionError, match="result: error"):
         assert_kernels_accurate(shape, tensors_of(shape))

@@ -11,7 +11,7 @@ from anyup.ops.feature_unification import fused as unification
 from anyup.ops.feature_unification.operator import OPERATION as UNIFICATION
 from anyup.ops.kernel_device import dot_precision, target
 from anyup.ops.key_grid.arguments import KeyGridProblem, KeyParameters
-from anyup.ops.pixel_encoder import fused as pixel_encoder
+from anyup.ops.pixel_encoder.fused_passes import Encoder
 from anyup.ops.pixel_encoder.operator import OPERATION as PIXEL_ENCODER
 from anyup.ops.precision import dtype_name
 
@@ -48,7 +48,7 @@ def forward(image_keys: Tensor, features: Tensor, parameters: KeyParameters, *, 
     unified, parts = unification.unify_normalized(
         features, parameters.basis, copied=copied if copies else None, weights=(weight, arranged)
     )
-    feature_keys = pixel_encoder.Encoder(unified, parameters.features, parts).whole()
+    feature_keys = Encoder(unified, parameters.features, parts).whole()
     convolved, parts = _convolved(image_keys.contiguous(), feature_keys, arranged)
     projection = KeyProjection(
         parameters.gain.contiguous(),
@@ -57,7 +57,7 @@ def forward(image_keys: Tensor, features: Tensor, parameters: KeyParameters, *, 
         torch.finfo(torch.float32).eps,
     )
     keys = torch.empty_like(image_keys, memory_format=torch.contiguous_format)
-    pixel_encoder.Encoder(convolved, parameters.aggregation, parts).keys(projection, keys)
+    Encoder(convolved, parameters.aggregation, parts).keys(projection, keys)
     return keys, copied
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from anyup.ops.pixel_encoder import eager
 from anyup.ops.pixel_encoder.arguments import GROUPS, EncoderParameters
 from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.fused import Kernels, source_of
+from anyup.ops.pixel_encoder.fused_passes import Kernels, source_of
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import Affine, Statistics
 from anyup.ops.precision import accumulator_dtype

@@ -16,7 +16,7 @@ from anyup.ops.configs import run_first
 from anyup.ops.kernel_device import multiprocessors, target
 from anyup.ops.linear import sum_of_outer_products
 from anyup.ops.pixel_encoder.arguments import EPS, BlockParameters, EncoderParameters
-from anyup.ops.pixel_encoder.fused import Kernels, source_of
+from anyup.ops.pixel_encoder.fused_passes import Kernels, source_of
 from anyup.ops.pixel_encoder.gradients import Spread
 from anyup.ops.pixel_encoder.rotary import coordinates
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anyup.ops.dispatch import WITHOUT_GRADIENT
 from anyup.ops.pixel_encoder.arguments import EncoderParameters
-from anyup.ops.pixel_encoder.fused import Encoder
+from anyup.ops.pixel_encoder.fused_passes import Encoder
 from anyup.ops.pixel_encoder.operator import OPERATION as PIXEL_ENCODER
 
 if TYPE_CHECKING:
