@@ -32,7 +32,7 @@ def _arguments(frame: Any) -> Sequence[Any]:
     if not isinstance(frame, (tuple, list)):
         raise TypeError(f"{expected}, got {type(frame).__name__}")
     if len(frame) not in (2, 3):
-        raise ValueError(f"{expected}, got {len(frame)} things")
+        raise ValueError(f"{expected}, got a {type(frame).__name__} of {len(frame)}")
     return frame
 
 

@@ -88,6 +88,6 @@ def weights_of(parameters: Iterable[Tensor]) -> Weights:
 
 def check_grids(grids: Any) -> list[tuple[int, int]]:
     """The distinct grids (h, w); raises a ValueError or TypeError that says what was expected."""
-    if not isinstance(grids, Sequence) or isinstance(grids, str):
+    if not isinstance(grids, Sequence) or isinstance(grids, str) or any(isinstance(grid, int) for grid in grids):
         raise TypeError(f"grids: expected a sequence of (height, width), got {grids!r}")
     return list(dict.fromkeys(check_size("grids", grid) for grid in grids))

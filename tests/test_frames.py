@@ -141,7 +141,7 @@ def test_a_mistake_is_named(model: AnyUp) -> None:
             model.frames(given)  # type: ignore[arg-type]
     for each, error, message in (
         (torch.cat([image, image]), TypeError, "of each, got Tensor"),
-        ((image,), ValueError, "of each, got 1 things"),
+        ((image,), ValueError, "of each, got a tuple of 1"),
         ((image, features[0]), ValueError, r"features: expected \(B, C, height, width\)"),
     ):
         with pytest.raises(error, match=message):

@@ -122,7 +122,7 @@ def test_gradients_through_a_context_are_those_of_the_calls() -> None:
         ({"image": IMAGE[0]}, ValueError, r"image: expected \(B, 3, height, width\)"),
         ({"image": "photo.jpg"}, TypeError, "image: expected a tensor, got str"),
         ({"output_size": (0, 4)}, ValueError, "output_size: .*0"),
-        ({"grids": (6, 5)}, ValueError, "grids: expected two positive integers .*6"),
+        ({"grids": (6, 5)}, TypeError, r"grids: expected a sequence of \(height, width\), got \(6, 5\)"),
         ({"grids": [(6, 0)]}, ValueError, "grids: .*0"),
         ({"grids": 6}, TypeError, r"grids: expected a sequence of \(height, width\), got 6"),
     ],
