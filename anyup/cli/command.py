@@ -28,6 +28,7 @@ from anyup.evaluation.command import run as _evaluate
 from anyup.options import BACKENDS, UsageError, check_output, naming_the_options, nonempty, number, size, whole_number
 from anyup.standard_streams import forgiving_streams, plain_warnings
 from anyup.stopping import Stopped, on_request, stop
+from anyup.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from anyup.training.config import Settings
@@ -108,6 +109,14 @@ Models with other heads, another window or another precision of float32 have con
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        found, left = super().parse_known_args(args, namespace)
+        unknown = [text for text in left if text.startswith("-")]
+        if unknown:  # an error of the subcommand's parser, which knows its options
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return found, left
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
@@ -265,12 +274,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, left = parser.parse_known_args(argv)
     if arguments.command == "train":
-        arguments.settings += [text for text in left if not text.startswith("-")]
-        left = [text for text in left if text.startswith("-")]
-    if left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if arguments.command == "train":
+        arguments.settings += left
         arguments.settings = _settings(arguments)
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     return arguments
 
 

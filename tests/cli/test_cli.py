@@ -391,6 +391,26 @@ def test_a_mistake_after_evaluate_is_one_of_usage(
     assert message in error and len(_errors(error)) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "upsample a.png --encoder e --sise 64 -o b.npy",
+            "--sise; did you mean '--size'? (see `anyup upsample --help`)",
+        ),
+        ("evaluate features --photographs p --encoder e --resume -o r.json", "--resume (see `anyup evaluate features"),
+        ("train --config mini --resum2 output=runs", "--resum2; did you mean '--resume'? (see `anyup train --help`)"),
+        ("--degub info", "--degub (see `anyup --help`)"),
+        ("info more", "more (see `anyup --help`)"),
+    ],
+)
+def test_an_unknown_option_names_its_nearest_and_the_help_of_its_command(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == 2
+    assert f"unrecognized arguments: {message}" in capsys.readouterr().err
+
+
 def _reddish(path: Path) -> int:
     """Pixels of the alarm's colour above the panels."""
     title = (read_photo(path)[0, :, : panels._MARGIN + panels._TITLE_POINTS] * 255).round()
