@@ -43,7 +43,7 @@ from anyup.ops.memory import empty
 from anyup.ops.pixel_encoder.arguments import GROUPS
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.statistics import Statistics
-from anyup.ops.precision import accumulator_dtype
+from anyup.ops.precision import accumulator_dtype, check_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -112,7 +112,8 @@ def upsample(
     Args:
         upsampler: with the same weights on every rank, on the rank's device.
         image: this rank's rows of the image, (B, input_dim, rows, Wi); those of the ranks, in their order, make up the
-            image. None: this rank has none. So rank 0 may have the whole image, and the others None.
+            image. None: this rank has none. So rank 0 may have the whole image, and the others None; the whole image
+            on each of them would be the rows of a taller one.
         features: (B, C, h, w) on rank 0, which sends them to the others; these pass None, or a tensor of this shape.
         output_size: as in the call; None means the whole image's size. The same on every rank.
         values: as in the call; on rank 0, as the features.
@@ -140,11 +141,11 @@ def upsample(
         shape = batch, rows.stop - rows.start, request.size[1], channels
         like = carried.new_empty(0, dtype=dtype)
         needed = torch.Size(shape).numel() * like.element_size()
-        what = "output_size: this rank's part of the result, {} x {} x {} x {},".format(*shape)
-        check_room(needed, what, request.device, "more ranks take smaller parts")
+        what = "this rank's part of the result, {} x {} x {} x {}".format(*shape)
+        check_room(needed, f"output_size: {what},", request.device, "more ranks take smaller parts")
         limit = parse_memory(max_memory)
         if limit is not None and limit <= needed:
-            raise ValueError(f"max_memory: {what.split(': ')[1]} takes {needed} bytes, got {limit}")
+            raise ValueError(f"max_memory: expected more than the {needed} bytes of {what}, got {limit}")
         out = empty(shape, like).permute(0, 3, 1, 2)
         return out, stream_of(request, max_memory=None if limit is None else limit - needed, dtype=dtype)
 
@@ -345,6 +346,7 @@ class _Offer:
     compute_dtype: torch.dtype
     device: str
     weights: str
+    settings: dict[str, Any]
     multiple: int
 
 
@@ -353,7 +355,8 @@ _SAME = {
     "dtype": "dtype",
     "compute_dtype": "upsampler: the dtype of queries and keys",
     "device": "upsampler: the type of the device",
-    "weights": "upsampler: the hash of its weights and settings",
+    "weights": "upsampler: the hash of its weights",
+    "settings": "upsampler: its settings",
     "multiple": "out: the rows of a chunk",
 }
 
@@ -371,6 +374,7 @@ def _offer(
     for name, each in (("image", image), ("features", features), ("values", values)):
         if each is not None and not isinstance(each, Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {type(each).__name__}")
+    check_dtype("dtype", dtype)
     device, channels = upsampler.rope.freqs.device, upsampler.config["input_dim"]
     if image is not None and (image.dim() != 4 or image.shape[2]):
         check_image(image, None, input_dim=channels, device=device)
@@ -392,7 +396,8 @@ def _offer(
         dtype=dtype,
         compute_dtype=upsampler.compute_dtype(device),
         device=device.type,
-        weights=f"{module_fingerprint(upsampler)} {upsampler.config}",
+        weights=module_fingerprint(upsampler),
+        settings=dict(upsampler.config),
         multiple=1 if out is None else int((getattr(out, "chunks", None) or (1, 1, 1))[2]),
     )
 

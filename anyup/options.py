@@ -104,9 +104,19 @@ def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
         raise UsageError(str(error)) from error
 
 
+_OPTIONS = {
+    **dict.fromkeys(("name_or_path", "path"), "--weights"),
+    **dict.fromkeys(("name", "index", "block", "layer"), "--encoder"),
+    "window_ratio": "--window-ratio",
+}
+"""Options, by the arguments of `load`, `load_encoder` and `make_upsamplers` that they give."""
+
+
 @contextmanager
 def naming_the_options() -> Iterator[None]:
-    """Within the block an error of `load` names the option --weights; a failed download also names alternatives."""
+    """Within the block errors of `load` and `load_encoder` name --weights and --encoder; a failed download also names
+    alternatives.
+    """
     from anyup.checkpoints import DownloadError
 
     try:
@@ -116,6 +126,7 @@ def naming_the_options() -> Iterator[None]:
         raise OSError(f"{error}\n  {options}") from error
     except (ValueError, OSError) as error:
         argument, colon, rest = str(error).partition(": ")
-        if argument not in ("name_or_path", "path"):
+        option = _OPTIONS.get(argument)
+        if option is None:
             raise
-        raise type(error)(f"--weights{colon}{rest}") from error
+        raise type(error)(f"{option}{colon}{rest}") from error

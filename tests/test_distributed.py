@@ -259,17 +259,19 @@ BAD = {
     "output_size: expected that of rank 0": {"output_size": (12, 13)},
     "output_size: expected positive integers": {"output_size": (0, 4)},
     "dtype: expected that of rank 0": {"dtype": torch.float64},
-    "the hash of its weights and settings": {"weight": 1.0},
+    "dtype: expected a floating-point dtype of 16, 32 or 64 bits, got 'float16'": {"dtype": "float16"},
+    "upsampler: the hash of its weights": {"weight": 1.0},
+    "upsampler: its settings": {"ratio": 0.2},
     "upsample does not differentiate": {"gradient": True},
     "max_memory: expected bytes": {"max_memory": "a lot"},
-    "max_memory: this rank's part of the result": {"max_memory": 12},
+    "max_memory: expected more than the .* bytes of this rank's part of the result": {"max_memory": 12},
     "this call cannot be done in": {"max_memory": "1MB"},
 }
 
 
 def bad_job(group: Any, image: Tensor | None, given: dict[str, Any]) -> None:
     given = {"image": image, "features": FEATURES, **given}
-    model, gradient = upsampler(), given.pop("gradient", False)
+    model, gradient = upsampler(window_ratio=given.pop("ratio", 0.1)), given.pop("gradient", False)
     with torch.no_grad():
         model.rope.freqs += given.pop("weight", 0.0)
     with torch.set_grad_enabled(gradient):

@@ -140,7 +140,7 @@ def load_named_encoder(arguments: argparse.Namespace, device: torch.device, prog
     from anyup.encoders import load_encoder
 
     extra = {"weights": arguments.encoder_weights} if arguments.encoder_weights else {}
-    with progress.stage(f"loading encoder {arguments.encoder}"):
+    with progress.stage(f"loading encoder {arguments.encoder}"), naming_the_options():
         return load_encoder(arguments.encoder, device=device, **extra)
 
 

@@ -271,7 +271,8 @@ def _load_encoders(names: Sequence[str], device: torch.device) -> list[Encoder]:
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise UsageError(f"--encoder: expected each once, got {', '.join(repeated)} more than once")
-    return [load_encoder(name, device=device) for name in names]
+    with naming_the_options():
+        return [load_encoder(name, device=device) for name in names]
 
 
 def _describe(upsamplers: Sequence[Upsampler]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from anyup.limited_memory.plans import Bands, Plan, band_rows, output_rows
 from anyup.limited_memory.prediction import banded, default_rows, whole
 from anyup.limited_memory.task import Task, make_task
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
-from anyup.ops.precision import FLOATING
+from anyup.ops.precision import check_dtype
 from anyup.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def plan(
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}: expected a positive integer, got {number!r}")
     for name, kind in (("dtype", dtype), ("out_dtype", out_dtype or dtype)):
-        if kind not in FLOATING:
-            raise TypeError(f"{name}: expected a floating-point dtype of 16, 32 or 64 bits, got {kind!r}")
+        check_dtype(name, kind)
     if not stream and not (region is None and tile is None and out_dtype is None):
         raise ValueError("region, tile and out_dtype belong to a stream: pass stream=True")
     device = torch.device(device)

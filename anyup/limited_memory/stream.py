@@ -18,7 +18,7 @@ from anyup.limited_memory.destinations import Destination, MemoryMap, destinatio
 from anyup.limited_memory.executor import Executor
 from anyup.limited_memory.plans import Plan
 from anyup.limited_memory.request import Request
-from anyup.ops.precision import FLOATING
+from anyup.ops.precision import check_dtype
 from anyup.untraced import untraced
 
 Tile = tuple[slice, slice, Tensor]
@@ -49,8 +49,7 @@ def stream(
         top, left, height, width = own.start, 0, own.stop - own.start, request.size[1]
         origin, shape = (0, 0), request.size
     where = top, left, max(height, 1), width
-    if dtype is not None and dtype not in FLOATING:
-        raise TypeError(f"dtype: expected a floating-point dtype of 16, 32 or 64 bits, got {dtype!r}")
+    check_dtype("dtype", dtype)
     tile_size = check_tile(tile, where[2:])
     if request.wants_gradient:
         raise RuntimeError("stream does not differentiate: call it under torch.no_grad() or torch.inference_mode()")

@@ -26,6 +26,12 @@ def check_dense(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got one of {tensor.layout}; use to_dense()")
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raise TypeError, which names the argument, unless it is None or a dtype that every operation takes."""
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating-point dtype of 16, 32 or 64 bits, got {dtype!r}")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name without its module: "float32"."""
     return str(dtype).removeprefix("torch.")

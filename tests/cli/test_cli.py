@@ -543,6 +543,31 @@ def test_errors_of_weights_name_the_option(
     assert "anyup: error: --weights: " in err and said in err, err
 
 
+@pytest.mark.parametrize(
+    "command", ["upsample photo.png -o o.npy", "evaluate features --photographs . --every 0 -o o.json"]
+)
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("mobilnet_v2", "got 'mobilnet_v2'"),
+        ("mobilenet_v2:99", "a layer 0 to 18"),
+        ("efficientnet_lite0:99", "one of the blocks"),
+    ],
+)
+def test_errors_of_encoders_name_the_option(
+    command: str, named: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command.split(), "--encoder", named]) == 1
+    err = capsys.readouterr().err
+    assert "anyup: error: --encoder: " in err and said in err, err
+
+
+def test_an_error_of_windows_names_the_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "evaluate features --photographs . --encoder mobilenet_v2 --every 0 -o o.json"
+    assert cli.main([*command.split(), *("--window-ratio", "0.1") * 2]) == 1
+    assert "anyup: error: --window-ratio: expected each once, got 0.1 more than once" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("started_as", ["/usr/bin/anyup", "anyup.exe"])
 def test_help_of_the_command_does_not_wait_for_torch(started_as: str) -> None:
     program = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; from anyup.cli import main; main()"
