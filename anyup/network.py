@@ -452,14 +452,15 @@ class Network(nn.Module):
 class ModelExplanation:
     """The backend of each operation of a call, and why not the others; `print` it.
 
-    Beside `OPERATIONS` it names `key_grid`, which makes the keys in few launches of kernels where it can.
+    Beside `OPERATIONS` it names `pixel_encoder_pair`, which runs the key and the query encoder together, and
+    `key_grid`, which makes the keys in few launches; both have kernels alone.
     """
 
     explanations: tuple[Explanation, ...]
 
     @property
     def chosen(self) -> dict[str, str | None]:
-        """The backend of each operation, None where none can (of `key_grid`: where keys are made step by step)."""
+        """The backend of each operation, None where none can (of the two others: where the steps run one by one)."""
         return {e.operation: e.chosen for e in self.explanations}
 
     def require(self) -> None:

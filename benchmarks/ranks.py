@@ -1,6 +1,6 @@
 """One image over ranks of gloo on this machine: memory and processor time of each number of ranks, and what is sent.
 
-    python -m benchmarks.ranks --size 1536 --grid 96 --channels 8 --ranks 1 2 4 --json benchmarks/results/ranks.json
+    python -m benchmarks.ranks --size 1536 --grid 96 --channels 8 --ranks 1 2 --json benchmarks/results/ranks.json
     python -m benchmarks.ranks --modelled
 
 Each rank is a process with one thread. Before it counts, a result must be that of one rank. Peak memory is that of the
@@ -34,7 +34,6 @@ from anyup.ops.pixel_encoder.arguments import GROUPS
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.window import RatioWindow
 from benchmarks.modelled_gpu.model import RESULT as MODEL
-from benchmarks.modelled_gpu.model_steps import STAGES
 
 PASSES = 12
 """Of the three encoders, four each."""
@@ -71,14 +70,15 @@ def modelled(size: int, grid: int, channels: int, ranks: int) -> dict[str, float
     assert channels == seen.channels
     asked, window = square(size, grid), RatioWindow(0.1)
     pixels, keys = asked.pixels / seen.pixels / ranks, asked.keys / seen.keys
-    scale = dict.fromkeys(STAGES, pixels) | {"feature unification": keys, "keys": keys}
-    scale["window attention"] = pixels * asked.mean_window(window) / seen.mean_window(window)
+    windows = pixels * asked.mean_window(window) / seen.mean_window(window)
+    others = {"feature unification": keys, "keys": keys, "window attention": windows}
     rows = [
         row
         for row in json.loads(MODEL.read_text())
         if (row["device"], row["dtype"], row["workload"], row["level"]) == ("H100 SXM", "bfloat16", seen.name, "stage")
     ]
-    parts = {row["stage"]: row["modelled_us"] / 1e3 * scale[row["stage"]] for row in rows}
+    # Stored rows may be of a forward with other stages, such as one encoder after the other: those go by the pixels.
+    parts = {row["stage"]: row["modelled_us"] / 1e3 * others.get(row["stage"], pixels) for row in rows}
     received = sent(size, grid, channels, ranks, itemsize=2)
     # Rank 0 has the image and the features. It sends each rank its rows; the others receive at the same time.
     moved = received["image rows"] * (ranks - 1) + received["features"] + received["pooled keys"]

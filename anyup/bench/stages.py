@@ -31,6 +31,9 @@ STAGES = (
 class Stages:
     """The forward pass of a model in inference mode, stage by stage; the stages add up to the call.
 
+    On the kernels they come to a little more: the encoders run one after the other, where a call runs the key and the
+    query encoder together.
+
     Args:
         model: in eval mode.
         image: (B, 3, H, W); the output has its size.

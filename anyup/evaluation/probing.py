@@ -238,6 +238,11 @@ class Source:
         model = {"model": self.model_digests[upsampler.name], "arguments": upsampler.model.config}
         return self.described(sample, view) | model
 
+    @property
+    def model_arguments(self) -> dict[str, dict[str, Any]]:
+        """Of each upsampler, what beside its weights its results depend on, such as the window."""
+        return {learned.name: learned.model.config for learned in self.learned}
+
 
 def keep_attention(source: Source, samples: Sequence[Item], recipe: Recipe, wanted: str, reporter: Reporter) -> bool:
     """Whether attention weights are kept in the cache: as wanted, or for "auto" where they fit; tells the count."""
@@ -353,6 +358,7 @@ def _settings(source: Source, samples: Sequence[Item], recipe: Recipe, seeds: Se
         "encoder": source.encoder_digest,
         "methods": source.methods,
         "weights": source.model_digests,
+        "arguments": source.model_arguments,
         "size": source.size,
         "encoder_size": source.encoder_size,
         "class_token": source.class_token,
@@ -395,6 +401,7 @@ def sum_over(
         "probes": module_fingerprint(probes),
         "methods": source.methods,
         "models": source.model_digests,
+        "arguments": source.model_arguments,
     }
     rate = Rate()
     total = torch.zeros(())

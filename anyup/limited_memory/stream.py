@@ -39,7 +39,8 @@ def stream(
     """Check the arguments of `AnyUp.stream` now; compute each piece when it is taken.
 
     Without a limit the stream stores no map between the passes, or, with `keep`, whole maps of all but the output.
-    Of a process with a share of the image the stream has the share's rows of the output.
+    Of a process with a share of the image the stream has the share's rows of the output, and without a limit it keeps
+    the maps of all the share's rows.
     """
     own = None if request.share is None else request.share.output_rows
     if own is None:

@@ -1,7 +1,8 @@
-"""What ranks receive, as the benchmark counts it on paper, against the exchanges that happen."""
+"""What ranks receive, as the benchmark counts it on paper, against the exchanges that happen; the page's numbers."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch.distributed as dist
 from support.ranks import Ranks
 
 import anyup
-from benchmarks.ranks import sent
+from benchmarks.million import PAGE
+from benchmarks.ranks import modelled, sent
 
 SIZE, GRID, CHANNELS, COUNT = 24, 6, 5, 3
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "ranks.json"
 
 NAMES = {"merging statistics": "statistics", "joining the pooled keys": "pooled keys"}
 
@@ -59,3 +63,37 @@ def test_what_ranks_receive_is_what_is_counted_on_paper(tmp_path: Path) -> None:
     counted = sent(SIZE, GRID, CHANNELS, COUNT)
     del counted["of these, halos"]
     assert {name: max(each.get(name, 0) for each in found) for name in counted} == counted
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the documentation is not here")
+def test_the_page_s_times_on_paper_are_those_of_the_benchmark() -> None:
+    text = " ".join(PAGE.read_text().split())
+    one, parts = (modelled(16384, 1024, 384, ranks) for ranks in (1, 8))
+    total, attention, exchange = sum(parts.values()), parts.pop("window attention"), parts.pop("exchange")
+    keys = parts.pop("feature unification") + parts.pop("keys")
+    received = sent(16384, 1024, 384, 8, itemsize=2)
+    for sentence in (
+        f"takes {total / 1e3:.1f} s on eight H100 of one machine, and {sum(one.values()) / 1e3:.0f} s on one",
+        f"the window attention is {attention / 1e3:.2f} s of the {total / 1e3:.1f}",
+        f"Encoders and projection take {sum(parts.values()):.0f} ms; unification and keys, which every rank makes, "
+        f"{keys:.0f} ms; the exchange {exchange:.0f} ms",
+        f"receives {received['image rows'] / 1e6:.0f} MB of the image",
+        f"{received['features'] / 1e6:.0f} MB of features, {received['pooled keys'] / 1e6:.0f} MB of pooled keys and "
+        f"{received['statistics'] / 1e3:.0f} KB of statistics",
+    ):
+        assert sentence in text
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the documentation is not here")
+def test_the_page_s_memory_and_processor_time_of_ranks_are_stored() -> None:
+    text = " ".join(PAGE.read_text().split())
+    alone, both = json.loads(RESULTS.read_text())
+    assert (alone["ranks"], both["ranks"]) == (1, 2)
+    size, grid = alone["size"], alone["grid"]
+    seconds = [sum(row["processor_seconds"]) for row in (alone, both)]
+    for sentence in (
+        f"{size} x {size} from {grid} x {grid} with C = {alone['channels']} in float32",
+        f"{alone['peak_mb'][0] / 1e3:.2f} GB on one rank, {max(both['peak_mb']) / 1e3:.2f} GB on each of two",
+        f"{seconds[0]:.0f} and {seconds[1]:.0f} seconds of a processor",
+    ):
+        assert sentence in text

@@ -801,6 +801,10 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(data: Path, tmp_path:
     other.__post_init__()
     with pytest.raises(ValueError, match="got others for: weights$"):
         run_training(data, tmp_path / "a.pt", other, resume=True)
+    same_weights = make_source()
+    same_weights.learned[0].model.cross_decode.window_ratio = 0.5
+    with pytest.raises(ValueError, match="got others for: arguments$"):
+        run_training(data, tmp_path / "a.pt", same_weights, resume=True)
     (tmp_path / "a.pt").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="not a checkpoint"):
         run_training(data, tmp_path / "a.pt", make_source(), resume=True)

@@ -1,4 +1,4 @@
-"""Two encoders of the same pixels in Triton kernels: two maps alive beside the input, and half of the launches."""
+"""Two encoders of the same pixels in Triton kernels: two maps alive beside the input, a launch of a pass for both."""
 
 from __future__ import annotations
 
