@@ -101,7 +101,7 @@ def upsample(
     output_size: OutputSize = None,
     *,
     values: Tensor | None = None,
-    max_memory: int | str | None = None,
+    max_memory: float | str | None = None,
     dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Part:
@@ -163,7 +163,7 @@ def stream(
     *,
     values: Tensor | None = None,
     tile: int | Sequence[int] | None = None,
-    max_memory: int | str | None = None,
+    max_memory: float | str | None = None,
     dtype: torch.dtype | None = None,
     out: Any = None,
     group: dist.ProcessGroup | None = None,

@@ -53,7 +53,7 @@ class Upsample:
         points: str | None = None,
         device: str | None = None,
         backend: str | None = None,
-        max_memory: int | str | None = None,
+        max_memory: float | str | None = None,
     ) -> None:
         """Load the encoder and the weights, once in each worker.
 
