@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,15 @@ def test_the_page_s_times_on_paper_are_those_of_the_benchmark() -> None:
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the documentation is not here")
-def test_the_page_s_memory_and_processor_time_of_ranks_are_stored() -> None:
-    text = " ".join(PAGE.read_text().split())
-    alone, both = json.loads(RESULTS.read_text())
-    assert (alone["ranks"], both["ranks"]) == (1, 2)
-    size, grid = alone["size"], alone["grid"]
-    seconds = [sum(row["processor_seconds"]) for row in (alone, both)]
-    for sentence in (
-        f"{size} x {size} from {grid} x {grid} with C = {alone['channels']} in float32",
-        f"{alone['peak_mb'][0] / 1e3:.2f} GB on one rank, {max(both['peak_mb']) / 1e3:.2f} GB on each of two",
-        f"{seconds[0]:.0f} and {seconds[1]:.0f} seconds of a processor",
-    ):
-        assert sentence in text
+def test_the_page_s_memory_and_processor_time_are_those_stored() -> None:
+    numbers = r"\| (\d+) \| (\S+) GB \| (\S+) GB \| (\S+) s \|"
+    table = [[float(number) for number in row] for row in re.findall(numbers, PAGE.read_text())]
+    rows = sorted(json.loads(RESULTS.read_text()), key=lambda row: (-row["size"], row["ranks"]))
+    stored = [
+        [row["ranks"], max(row["peak_mb"]) / 1e3, max(row["before_mb"]) / 1e3, max(row["processor_seconds"])]
+        for row in rows
+    ]
+    assert len(table) == len(stored)
+    for shown, measured in zip(table, stored, strict=True):
+        assert shown == pytest.approx(measured, abs=0.051, rel=0)
+        assert shown[:3] == pytest.approx(measured[:3], abs=0.0051, rel=0)
