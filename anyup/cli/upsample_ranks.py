@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from anyup.cli.upsample_inputs import guidance, load_model, read_inputs
 from anyup.cli.upsample_result import Files, checked_numbers, in_words
 from anyup.options import UsageError
 from anyup.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(arguments: argparse.Namespace, files: Files) -> None:
@@ -23,7 +27,6 @@ def run(arguments: argparse.Namespace, files: Files) -> None:
     import torch
     import torch.distributed as dist
 
-    from anyup import array_files, distributed
     from anyup.devices import choose_device
 
     device = choose_device(arguments.device)
@@ -32,6 +35,17 @@ def run(arguments: argparse.Namespace, files: Files) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        _upsample(arguments, files, device)
+    finally:  # threads of the group may not survive the interpreter's end
+        dist.destroy_process_group()
+
+
+def _upsample(arguments: argparse.Namespace, files: Files, device: torch.device) -> None:
+    import torch
+
+    from anyup import array_files, distributed
+
     ranks = distributed.Ranks(None, device)
     first = ranks.rank == 0
     output = files.output
@@ -77,4 +91,3 @@ def run(arguments: argparse.Namespace, files: Files) -> None:
             partial.complete()
             print(output)
         ranks.each(lambda: None)  # no process ends before the file has its name
-        dist.destroy_process_group()

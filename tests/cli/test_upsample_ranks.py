@@ -30,7 +30,9 @@ from anyup.limited_memory import prediction
 from anyup.cli import command
 prediction.BAND_PIXELS = 4 * 30
 dist.init_process_group = lambda backend: None  # it is there, and meets in a file
-sys.exit(command.main({arguments!r}))
+status = command.main({arguments!r})
+assert not dist.is_initialized(), "its threads may not survive the interpreter's end"
+sys.exit(status)
 """
 
 DIES = """
