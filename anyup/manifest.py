@@ -89,8 +89,8 @@ class Manifest:
         for key in sorted({*before, *self._asked}):
             if before.get(key) != self._asked.get(key):
                 raise ValueError(
-                    f"{self._path}: begun with {key} {before.get(key)}, now {self._asked.get(key)}; another folder "
-                    "expected, or delete this one to begin anew"
+                    f"{self._path}: begun with {key} {before.get(key)}, now {self._asked.get(key)}; "
+                    "name another folder, or delete this one to begin anew"
                 )
         return found
 

@@ -1,4 +1,4 @@
-"""The pixel encoder, backward: through a half block y = W silu(gn(x)), in three kernels and a small one.
+"""The pixel encoder, backward: through a half block y = W silu(gn(x)), in two kernels and two small ones.
 
 The normalised map without weight and bias is z = (x - mean) / deviation, of each image's eight groups of channels. With
 g the gradient of weight z + bias, that of x is (weight g - m1 - m2 z) / deviation, where m1 and m2 are the means over a

@@ -1,8 +1,9 @@
 """The gradients of the pixel encoder in Triton kernels.
 
 The maps before the second, third and fourth normalisation are made again, by the passes of the forward, and stored.
-Then three kernels go back through each half block (`kernels/pixel_encoder_backward.py`). Seven maps of D channels are
-alive, in the dtype of the pixels. What is smaller than a map, and the pooling, is torch's.
+Then four kernels go back through each half block (`kernels/pixel_encoder_backward.py`), and one of the query projection
+makes its weight's gradient. Seven maps of D channels are alive, in the dtype of the pixels. What is smaller than a map,
+and the pooling, is torch's.
 """
 
 from __future__ import annotations
