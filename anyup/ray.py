@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from anyup import encoders
+from anyup.budget import parse_memory
 from anyup.checkpoints import MINI, load
 from anyup.devices import choose_device
 from anyup.finite import check_map, overflow
@@ -83,16 +85,18 @@ class Upsample:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
         if head is not None and components is not None:
             raise ValueError("components: expected without a head")
-        if components is not None and components < 1:
-            raise ValueError(f"components: expected 1 or more, got {components}")
+        if components is not None and (not isinstance(components, int) or components < 1):
+            raise ValueError(f"components: expected a whole number of 1 or more, got {components!r}")
+        if not (isinstance(encoder, str) or callable(encoder)):
+            raise TypeError(f"encoder: expected a name or a function, got {type(encoder).__name__}")
         self._size, self._encoder_size = _sides("size", size), _sides("encoder_size", encoder_size)
         self._column, self._output, self._points = column, output, points
-        self._dtype, self._components, self._max_memory = _DTYPES[dtype], components, max_memory
+        self._dtype, self._components, self._max_memory = _DTYPES[dtype], components, parse_memory(max_memory)
         self._device = choose_device(device)
         made = encoders.load_encoder(encoder, device=self._device) if isinstance(encoder, str) else encoder()
         self._encoder = made.to(self._device)
         self._model = load(weights, device=self._device, backend=backend)
-        self._head = None if head is None else with_head(self._model, head.to(self._device))
+        self._head = None if head is None else with_head(self._model, head).to(self._device)
         if components is not None and components > self._encoder.channels:
             raise ValueError(f"components: expected at most the encoder's {self._encoder.channels}, got {components}")
 
@@ -182,10 +186,12 @@ class Upsample:
 
 
 def _sides(name: str, given: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    sides = None if given is None else (given,) if isinstance(given, int) else tuple(int(side) for side in given)
-    if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
-        raise ValueError(f"{name}: expected the longer side or (height, width) in pixels, got {given}")
-    return sides
+    if given is None:
+        return None
+    sides = [given] if isinstance(given, Integral) else [*given] if isinstance(given, Sequence) else []
+    if len(sides) not in (1, 2) or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
+        raise ValueError(f"{name}: expected the longer side or (height, width) in pixels, got {given!r}")
+    return tuple(int(side) for side in sides)
 
 
 def _resolve(wanted: tuple[int, ...] | None, native: tuple[int, int]) -> tuple[int, int]:

@@ -37,7 +37,8 @@ def photographs(tmp_path: Path) -> list[Path]:
 
 def upsample(photographs: list[Path], **arguments: Any) -> anyup.ray.Upsample:
     weights = photographs[0].with_name("weights.pth")
-    return anyup.ray.Upsample(make_encoder, weights, **{"encoder_size": 16, "dtype": "float32", **arguments})
+    given = {"encoder": make_encoder, "weights": weights, "encoder_size": 16, "dtype": "float32", **arguments}
+    return anyup.ray.Upsample(**given)
 
 
 def of_objects(cells: list[Any]) -> np.ndarray[Any, Any]:
@@ -133,14 +134,20 @@ def test_a_cell_that_is_no_photograph_is_told(photographs: list[Path], cell: obj
     [
         ({"dtype": "bfloat16"}, "dtype: expected one of float16, float32, got 'bfloat16'"),
         ({"size": (4, 4, 4)}, "size: expected the longer side or"),
+        ({"size": "64"}, "size: expected the longer side or .*, got '64'"),
+        ({"size": 64.5}, "size: expected the longer side or .*, got 64.5"),
         ({"encoder_size": 0}, "encoder_size: expected the longer side or"),
+        ({"encoder": None}, "encoder: expected a name or a function, got NoneType"),
+        ({"max_memory": "2GX"}, 'max_memory: expected bytes or a text such as "2GB"'),
         ({"components": 7}, "components: expected at most the encoder's 6, got 7"),
-        ({"components": 0}, "components: expected 1 or more, got 0"),
+        ({"components": 0}, "components: expected a whole number of 1 or more, got 0"),
+        ({"components": 2.5}, "components: expected a whole number of 1 or more, got 2.5"),
+        ({"head": torch.nn.ReLU()}, "head: expected nn.Conv2d or nn.Linear, got ReLU"),
         ({"components": 2, "head": torch.nn.Linear(6, 3)}, "components: expected without a head"),
     ],
 )
 def test_mistakes_are_told_at_once(photographs: list[Path], arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         upsample(photographs, **arguments)
 
 
