@@ -132,7 +132,7 @@ def upsample(
             another rank ended or did not answer within the group's timeout.
         NotImplementedError: no requested backend can; lists every reason.
     """
-    ranks, request = _begin(upsampler, image, features, values, output_size, dtype, None, group)
+    ranks, request = _begin(upsampler, image, features, values, output_size, max_memory, dtype, None, group)
     assert request.share is not None and request.share.output_rows is not None
     rows, carried = request.share.output_rows, request.values
 
@@ -187,7 +187,7 @@ def stream(
 
     Raises as `upsample`.
     """
-    ranks, request = _begin(upsampler, image, features, values, output_size, dtype, out, group)
+    ranks, request = _begin(upsampler, image, features, values, output_size, max_memory, dtype, out, group)
     return ranks.each(lambda: stream_of(request, tile=tile, max_memory=max_memory, dtype=dtype, out=out))
 
 
@@ -367,6 +367,7 @@ def _offer(
     features: Tensor | None,
     values: Tensor | None,
     output_size: OutputSize,
+    max_memory: float | str | None,
     dtype: torch.dtype | None,
     out: Any,
 ) -> _Offer:
@@ -375,6 +376,7 @@ def _offer(
         if each is not None and not isinstance(each, Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {type(each).__name__}")
     check_dtype("dtype", dtype)
+    parse_memory(max_memory)
     device, channels = upsampler.rope.freqs.device, upsampler.config["input_dim"]
     if image is not None and (image.dim() != 4 or image.shape[2]):
         check_image(image, None, input_dim=channels, device=device)
@@ -408,6 +410,7 @@ def _begin(
     features: Tensor | None,
     values: Tensor | None,
     output_size: OutputSize,
+    max_memory: float | str | None,
     dtype: torch.dtype | None,
     out: Any,
     group: dist.ProcessGroup | None,
@@ -417,7 +420,7 @@ def _begin(
         raise TypeError(f"upsampler: expected an AnyUp, got {type(upsampler).__name__}")
     device = upsampler.rope.freqs.device
     ranks = Ranks(group, device)
-    offers = ranks.all_of(lambda: _offer(upsampler, image, features, values, output_size, dtype, out))
+    offers = ranks.all_of(lambda: _offer(upsampler, image, features, values, output_size, max_memory, dtype, out))
     (batch, channels, height, width), kind = _check_together(upsampler, offers)
     size = check_output_size(offers[0].output_size, (height, width))
     maps = [

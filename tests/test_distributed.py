@@ -274,8 +274,16 @@ def bad_job(group: Any, image: Tensor | None, given: dict[str, Any]) -> None:
     model, gradient = upsampler(window_ratio=given.pop("ratio", 0.1)), given.pop("gradient", False)
     with torch.no_grad():
         model.rope.freqs += given.pop("weight", 0.0)
-    with torch.set_grad_enabled(gradient):
-        anyup.distributed.upsample(model, group=group, **given)
+
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was done")
+
+    accumulate, BandedEncoder.accumulate_statistics = BandedEncoder.accumulate_statistics, work  # type: ignore
+    try:
+        with torch.set_grad_enabled(gradient):
+            anyup.distributed.upsample(model, group=group, **given)
+    finally:
+        BandedEncoder.accumulate_statistics = accumulate  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("message", BAD)
