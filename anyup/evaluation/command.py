@@ -109,7 +109,12 @@ def _probes(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output, (".json",), "results")
     checkpoint = check_output(str(checkpoint_of(arguments)), (".pt",), "checkpoint")
     with only_run(checkpoint, Reporter().note):
-        _probe(arguments, output, checkpoint)
+        try:
+            _probe(arguments, output, checkpoint)
+        except KeyboardInterrupt:
+            if checkpoint.exists():
+                Reporter().note(f"{checkpoint}: what is done; --resume goes on")
+            raise
 
 
 def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> None:

@@ -847,7 +847,7 @@ def test_scores_are_those_of_torchmetrics() -> None:
 
 
 def test_a_test_that_was_stopped_goes_on_after_the_images_it_measured(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", "segmentation", "--data", str(data), "--layout", "camvid", "--encoder", "tiny"]
     arguments += ["--size", "24", "--epochs", "1", "--seeds", "1", "-o", "out.json"]
@@ -861,6 +861,7 @@ def test_a_test_that_was_stopped_goes_on_after_the_images_it_measured(
 
     monkeypatch.setattr("anyup.evaluation.segmentation.confusion", counting)
     assert cli.main([*arguments, "--cache", "cache"]) != 0 and not Path("out.json").exists()
+    assert "out.probes.pt: what is done; --resume goes on" in capsys.readouterr().err
     assert cli.main([*arguments, "--cache", "cache", "--resume"]) == 0
     assert len(measured) == 4 + 2
     results = json.loads(Path("out.json").read_text())["results"]
