@@ -1,4 +1,4 @@
-"""Configs of the pixel encoder's kernels: pixels of a program, warps. A `Config` changes speed and never a result."""
+"""Configs of the pixel encoder: an `EncoderConfig` changes speed and, by the order of its sums, the last bits."""
 
 from __future__ import annotations
 
