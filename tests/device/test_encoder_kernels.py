@@ -11,7 +11,7 @@ from support.card import DTYPES
 from support.encoder_statistics import assert_statistics_lose_nothing
 from support.pixel_encoder_cases import PAIRS, Shape, assert_pair_accurate, encoder, parameters_of, tensors_of
 
-from anyup.ops.pixel_encoder import explain_backends, fused, fused_gradients
+from anyup.ops.pixel_encoder import explain_backends, fused_gradients, fused_passes
 from anyup.ops.precision import dtype_name
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,7 @@ SHAPES = {
 def test_the_encoder_obeys_the_error_rule(
     name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "multiprocessors", lambda device: 2)  # programs walk over several tiles
+    monkeypatch.setattr(fused_passes, "multiprocessors", lambda device: 2)  # programs walk over several tiles
     shape = SHAPES[name]
     tensors = {key: tensor.to("cuda") for key, tensor in tensors_of(shape, dtype).items()}
     run = encoder(shape)
@@ -47,7 +47,7 @@ def test_the_encoder_obeys_the_error_rule(
 def test_two_encoders_of_the_same_pixels_obey_the_error_rule(
     dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "multiprocessors", lambda device: 4)  # programs walk over several tiles
+    monkeypatch.setattr(fused_passes, "multiprocessors", lambda device: 4)  # programs walk over several tiles
     assert_pair_accurate(PAIRS["batch 2"], dtype, "cuda", backend=None)
     assert launched.total() == 4 + 2, launched
 

