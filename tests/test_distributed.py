@@ -355,6 +355,7 @@ cases.job(None, cases.IMAGE if dist.get_rank() == 0 else None, cases.FEATURES)
 """
 
 
+@pytest.mark.slow
 def test_when_a_rank_dies_the_others_end_with_an_error(tmp_path: Path) -> None:
     processes = [start(DIES, tmp_path, rank, 2) for rank in (0, 1)]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]

@@ -107,6 +107,7 @@ def test_a_part_that_loses_the_card_goes_on_in_a_new_process(tmp_path: Path) -> 
     assert (found.status, found.exit_status, found.output.split()) == ("failed", 1, ["1", "2", "3"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["as started", "in background"])
 def test_a_part_that_may_end_is_asked_to_first_and_is_well(handler: Any, tmp_path: Path) -> None:
     told = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('kept what was found')"
@@ -125,6 +126,7 @@ def test_a_file_that_the_page_cannot_read_stops_no_part(tmp_path: Path) -> None:
     assert "No page, see hour.json: JSONDecodeError" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_ends_its_part(tmp_path: Path) -> None:
     program = f"{STORES.replace('some', 'begun')}; import time; time.sleep(600)"
     code = (

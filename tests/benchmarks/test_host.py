@@ -31,6 +31,7 @@ print(json.dumps({"chosen": chosen, **counts, "repeated": repeated}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("dtype", "operations", "statements"), [("bfloat16", 0, 43), ("float32", 0, 43)])
 def test_a_call_asks_a_card_for_no_more_than_it_did(dtype: str, operations: int, statements: int) -> None:

@@ -46,6 +46,7 @@ def described(launch: Launch) -> tuple[Any, ...]:
     return launch.kernel.__name__, launch.grid, arguments, dict(launch.constants), dict(launch.options)
 
 
+@pytest.mark.slow
 @INTERPRETED
 @pytest.mark.parametrize(("filters", "keys"), [(16, 5), (32, 4 + 1 + 4)], ids=["in steps", "by kernels alone"])
 def test_the_steps_are_what_a_real_forward_launches(filters: int, keys: int) -> None:

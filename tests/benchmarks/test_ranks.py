@@ -55,6 +55,7 @@ def received(group: Any) -> dict[str, int]:
     return dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 def test_what_ranks_receive_is_what_is_counted_on_paper(tmp_path: Path) -> None:
     ranks = Ranks(COUNT, tmp_path)

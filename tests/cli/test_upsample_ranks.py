@@ -111,6 +111,7 @@ def test_when_a_process_dies_the_others_say_so_and_leave_no_file(folder: Path, b
     assert left() == set()
 
 
+@pytest.mark.slow
 def test_what_process_0_cannot_read_is_an_error_of_all(folder: Path) -> None:
     (folder / "features.npy").write_bytes(b"nothing")
     (status, _, err), (other, _, its) = run(folder, "-o", "out.npy")

@@ -168,12 +168,14 @@ def test_gradients_obey_the_error_rule(name: str, dtype: torch.dtype, monkeypatc
     assert_backend_accurate(encoder(GRADIENTS[name]), tensors_of(GRADIENTS[name], dtype), backend="triton")
 
 
+@pytest.mark.slow
 def test_gradients_of_groups_of_images_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients._MOST_PIXELS", 2 * 7 * 11)
     shape = Shape((7, 11), rotates=True, batch=3)
     assert_backend_accurate(encoder(shape), tensors_of(shape), backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [(16, 16, 4, 1, 1), (32, 32, 8, 2, 9)])
 def test_a_config_of_the_gradients_changes_the_last_bits_alone(
     config: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

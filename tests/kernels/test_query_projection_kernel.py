@@ -125,6 +125,7 @@ def test_a_mutated_backward_kernel_fails_the_error_rule(mutation: str, monkeypat
         assert_backend_accurate(run, tensors_of(SHAPES["batch 2"]), backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_runs_of_pixels_add_up_alike_in_each_call(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "multiprocessors", lambda device: 20)

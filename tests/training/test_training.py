@@ -373,6 +373,7 @@ def test_no_gradient_flows_through_the_clean_half_of_the_self_consistency(folder
 # Going on.
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_losses_and_weights_bit_by_bit(folder: Path) -> None:
     extra = ("optimizer.steps=7", "encoders=['tiny:8', 'tiny:4']", "loss.self_consistency_share=0.5")
     train(folder, *extra)
