@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -38,12 +38,14 @@ __all__ = [
     "complete_or_absent",
     "decode_photo",
     "fit_within",
+    "guidance_size",
     "normalize_imagenet",
     "picture_size",
     "read_features",
     "read_photo",
     "read_picture",
     "resize",
+    "resolve_size",
     "round_to_multiple",
     "save_array",
     "save_picture",
@@ -254,6 +256,18 @@ def fit_within(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     longer = max(size)
     height, width = (max(1, round(side * max_side / longer)) for side in size)
     return height, width
+
+
+def resolve_size(wanted: Sequence[int] | None, native: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that is wanted of a picture: both, or (N,), its longer side; None: its own size, `native`."""
+    if wanted is None:
+        return native
+    return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
+
+
+def guidance_size(native: tuple[int, int], output: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the image that guides: the picture's, or the output's where that has fewer pixels."""
+    return output if output[0] * output[1] < native[0] * native[1] else native
 
 
 def round_to_multiple(size: tuple[int, int], multiple: int) -> tuple[int, int]:

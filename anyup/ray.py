@@ -21,7 +21,15 @@ from anyup.checkpoints import MINI, load
 from anyup.devices import choose_device
 from anyup.finite import check_map, overflow
 from anyup.head import with_head
-from anyup.images import decode_photo, fit_within, normalize_imagenet, read_photo, resize, round_to_multiple
+from anyup.images import (
+    decode_photo,
+    guidance_size,
+    normalize_imagenet,
+    read_photo,
+    resize,
+    resolve_size,
+    round_to_multiple,
+)
 from anyup.visualization import principal_directions
 
 if TYPE_CHECKING:
@@ -135,9 +143,9 @@ class Upsample:
     def _row(self, photo: Tensor, points: Any) -> dict[str, numpy.ndarray]:
         """The row's part of each column for a photograph (1, 3, H, W) in 0..1."""
         native = (int(photo.shape[2]), int(photo.shape[3]))
-        seen = round_to_multiple(_resolve(self._encoder_size, native), self._encoder.patch_size or 1)
-        whole = _resolve(self._size, native)
-        guide = min(native, whole, key=lambda size: size[0] * size[1])
+        seen = round_to_multiple(resolve_size(self._encoder_size, native), self._encoder.patch_size or 1)
+        whole = resolve_size(self._size, native)
+        guide = guidance_size(native, whole)
         with torch.inference_mode():
             features = self._encoder(self._encoder.normalize(resize(photo, seen).to(self._device)))
             check_map(features, f"features of {self._encoder.name}")
@@ -192,12 +200,6 @@ def _sides(name: str, given: int | Sequence[int] | None) -> tuple[int, ...] | No
     if len(sides) not in (1, 2) or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
         raise ValueError(f"{name}: expected the longer side or (height, width) in pixels, got {given!r}")
     return tuple(int(side) for side in sides)
-
-
-def _resolve(wanted: tuple[int, ...] | None, native: tuple[int, int]) -> tuple[int, int]:
-    if wanted is None:
-        return native
-    return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
 
 
 def _photograph(cell: Any) -> Tensor:

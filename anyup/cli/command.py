@@ -393,8 +393,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     import torch
 
-    from anyup.cli.upsample_inputs import ENCODER_LONGER_SIDE, load_model, load_named_encoder, resolve_size
+    from anyup.cli.upsample_inputs import ENCODER_LONGER_SIDE, load_model, load_named_encoder
     from anyup.export import to_onnx
+    from anyup.images import resolve_size
     from anyup.progress import Progress
 
     output = check_output(arguments.output, (".onnx",), "output")

@@ -150,7 +150,7 @@ def encode(
     """Features (1, C, h, w) of the photograph, resized so that the encoder's patches divide its sides."""
     import torch
 
-    from anyup.images import resize, round_to_multiple
+    from anyup.images import resize, resolve_size, round_to_multiple
 
     native = (int(photo.shape[2]), int(photo.shape[3]))
     asked = resolve_size(wanted or (ENCODER_LONGER_SIDE,), native)
@@ -167,10 +167,10 @@ def encode(
 
 def guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tensor:
     """The photograph as the guidance image: resized to the result where it is larger."""
-    from anyup.images import normalize_imagenet, resize
+    from anyup.images import guidance_size, normalize_imagenet, resize
 
     native = (int(photo.shape[2]), int(photo.shape[3]))
-    guide = whole if whole[0] * whole[1] < native[0] * native[1] else native
+    guide = guidance_size(native, whole)
     if guide != native:
         progress.note(f"photograph of {native[0]} x {native[1]} reduced to {guide[0]} x {guide[1]}")
     return normalize_imagenet(resize(photo, guide))
@@ -285,21 +285,15 @@ def carried_by(head: torch.nn.Conv2d, features: Tensor, path: str) -> Tensor:
     return values
 
 
-def resolve_size(wanted: tuple[int, ...], native: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) that --size (N or HxW) means for a photograph of the size `native`."""
-    from anyup.images import fit_within
-
-    return (wanted[0], wanted[1]) if len(wanted) == 2 else fit_within(native, wanted[0])
-
-
 def resolve_region(
     wanted: tuple[int, ...] | None, region: tuple[int, int, int, int] | None, photo: Tensor
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """The (height, width) of the whole result, and the region (top, left, height, width) of it to compute."""
     from anyup.argument_checks import check_region
+    from anyup.images import resolve_size
 
     native = (int(photo.shape[2]), int(photo.shape[3]))
-    whole = resolve_size(wanted, native) if wanted else native
+    whole = resolve_size(wanted, native)
     try:
         return whole, check_region(region, whole)
     except ValueError as error:

@@ -29,7 +29,6 @@ from anyup.cli.upsample_inputs import (
     load_named_encoder,
     read_head,
     resolve_region,
-    resolve_size,
 )
 from anyup.cli.upsample_result import Files, write_result
 from anyup.options import UsageError
@@ -269,8 +268,10 @@ class Work:
 
     def _pixels(self, native: tuple[int, int]) -> int:
         """How many pixels the result for a photograph of this size has."""
+        from anyup.images import resolve_size
+
         given = self.arguments
-        height, width = given.region[2:] if given.region else resolve_size(given.size or native, native)
+        height, width = given.region[2:] if given.region else resolve_size(given.size, native)
         return int(height * width)
 
     def check_room(self, sizes: Sizes) -> None:
