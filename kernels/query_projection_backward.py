@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Target, strides_of
+from .launch import Launch, strides_of
 from .products import matmul, padded
-from .query_projection_forward import SIZES, ProjectionConfig, convolved
+from .query_projection_forward import SIZES, ProjectionConfig, convolved, launch_of_rectangles, rectangle
 
 TAPS = 9
 
@@ -62,7 +62,7 @@ class WeightsConfig:
         return triton.cdiv(triton.cdiv(pixels, runs), self.step) * self.step
 
 
-def pixels_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionConfig]:
+def pixels_configs(dim: int, *, half: bool) -> list[ProjectionConfig]:
     """Configs of the pixels' kernel, best first. It holds two sums of all channels where the forward pass holds one.
 
     Chosen by `python -m benchmarks.modelled_gpu --kernel query_projection_backward_pixels`.
@@ -76,7 +76,7 @@ def pixels_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionCo
     return [best, ProjectionConfig(4, 8, 16, 16, num_warps=4, num_stages=1)]
 
 
-def weights_configs(*, target: Target, half: bool) -> list[WeightsConfig]:
+def weights_configs(*, half: bool) -> list[WeightsConfig]:
     """Configs of the weights' kernel, best first.
 
     Chosen by `python -m benchmarks.modelled_gpu --kernel query_projection_backward_weights`.
@@ -94,13 +94,7 @@ def _query_projection_backward_pixels_kernel(
     OUTPUTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One rectangle of ROWS x COLUMNS pixels; grid: the rectangles of all images."""
-    tile = tl.program_id(0)
-    image = (tile // (tile_rows * tile_columns)).to(tl.int64)
-    top = tile % (tile_rows * tile_columns) // tile_columns * ROWS
-    left = tile % tile_columns * COLUMNS
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    row = top + pixel // COLUMNS
-    column = left + pixel % COLUMNS
+    image, row, column = rectangle(tile_rows, tile_columns, ROWS, COLUMNS)
     channel = tl.arange(0, PADDED)
     x = convolved(
         encoded + image * encoded_image_stride, convolution, row, column, height, width,
@@ -135,13 +129,7 @@ def _query_projection_backward_map_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One rectangle of ROWS x COLUMNS pixels; grid: the rectangles of all images."""
-    tile = tl.program_id(0)
-    image = (tile // (tile_rows * tile_columns)).to(tl.int64)
-    top = tile % (tile_rows * tile_columns) // tile_columns * ROWS
-    left = tile % tile_columns * COLUMNS
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    row = top + pixel // COLUMNS
-    column = left + pixel % COLUMNS
+    image, row, column = rectangle(tile_rows, tile_columns, ROWS, COLUMNS)
     channel = tl.arange(0, PADDED)
     result = convolved(
         grad_convolved + image * height * width * DIM, turned, row, column, height, width,
@@ -209,12 +197,10 @@ def plan_pixels(
         convolution, norm, weight, eps, precision, config: as the forward pass takes them.
         grad_convolved, normal: the results.
     """
-    batch, height, width, dim = encoded.shape
-    tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
-    return Launch(
-        kernel=_query_projection_backward_pixels_kernel,
-        grid=(batch * tiles[0] * tiles[1],),
-        arguments={
+    return launch_of_rectangles(
+        _query_projection_backward_pixels_kernel,
+        encoded,
+        {
             "grad": grad,
             "encoded": encoded,
             "convolution": convolution,
@@ -222,15 +208,11 @@ def plan_pixels(
             "weight": weight,
             "grad_convolved": grad_convolved,
             "normal": normal,
-            "height": height,
-            "width": width,
-            "tile_rows": tiles[0],
-            "tile_columns": tiles[1],
-            "eps": eps,
-            **strides_of("encoded", encoded, "image row column channel"),
         },
-        constants={**_constants(dim, precision, config), "OUTPUTS": min(config.outputs, padded(dim))},
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        {"eps": eps, **strides_of("encoded", encoded, "image row column channel")},
+        {"OUTPUTS": min(config.outputs, padded(encoded.shape[3]))},
+        precision=precision,
+        config=config,
     )
 
 
@@ -241,22 +223,14 @@ def plan_map(
 
     `turned` is (9, D, D): the taps in reverse, from the convolution's result to its map.
     """
-    batch, height, width, dim = out.shape
-    tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
-    return Launch(
-        kernel=_query_projection_backward_map_kernel,
-        grid=(batch * tiles[0] * tiles[1],),
-        arguments={
-            "grad_convolved": grad_convolved,
-            "turned": turned,
-            "out": out,
-            "height": height,
-            "width": width,
-            "tile_rows": tiles[0],
-            "tile_columns": tiles[1],
-        },
-        constants=_constants(dim, precision, config),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    return launch_of_rectangles(
+        _query_projection_backward_map_kernel,
+        out,
+        {"grad_convolved": grad_convolved, "turned": turned, "out": out},
+        {},
+        {},
+        precision=precision,
+        config=config,
     )
 
 
@@ -290,14 +264,3 @@ def plan_weights(
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-
-
-def _constants(dim: int, precision: str, config: ProjectionConfig) -> dict[str, int | str]:
-    return {
-        "DIM": dim,
-        "PADDED": padded(dim),
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "PIECE": config.piece,
-        "PRECISION": precision,
-    }

@@ -12,6 +12,7 @@ queries are stored with the default cache policy, because the window attention r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -81,6 +82,19 @@ def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionC
 
 
 @triton.jit
+def rectangle(tile_rows, tile_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's image, and the row and the column of each pixel of its rectangle; see `launch_of_rectangles`."""
+    tile = tl.program_id(0)
+    image = (tile // (tile_rows * tile_columns)).to(tl.int64)
+    top = tile % (tile_rows * tile_columns) // tile_columns * ROWS
+    left = tile % tile_columns * COLUMNS
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    row = top + pixel // COLUMNS
+    column = left + pixel % COLUMNS
+    return image, row, column
+
+
+@triton.jit
 def convolved(
     encoded, convolution, row, column, height, width,
     encoded_row_stride, encoded_column_stride, encoded_channel_stride,
@@ -125,13 +139,7 @@ def _query_projection_forward_kernel(
     OUTPUTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One rectangle of ROWS x COLUMNS pixels; grid: the rectangles of all images."""
-    tile = tl.program_id(0)
-    image = (tile // (tile_rows * tile_columns)).to(tl.int64)
-    top = tile % (tile_rows * tile_columns) // tile_columns * ROWS
-    left = tile % tile_columns * COLUMNS
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    row = top + pixel // COLUMNS
-    column = left + pixel % COLUMNS
+    image, row, column = rectangle(tile_rows, tile_columns, ROWS, COLUMNS)
     output = tl.arange(0, PADDED)
     encoded += image * encoded_image_stride
     product = convolved(
@@ -182,33 +190,49 @@ def plan_forward(
         precision: of products of float32, Triton's `input_precision`.
         config: sizes of tiles, warps, stages.
     """
-    batch, height, width, dim = encoded.shape
-    channels = padded(dim)
-    tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
-    return Launch(
-        kernel=_query_projection_forward_kernel,
-        grid=(batch * tiles[0] * tiles[1],),
-        arguments={
+    return launch_of_rectangles(
+        _query_projection_forward_kernel,
+        encoded,
+        {
             "encoded": encoded,
             "convolution": convolution,
             "norm": norm,
             "weight": weight,
             "bias": bias,
             "out": out,
-            "height": height,
-            "width": width,
-            "tile_rows": tiles[0],
-            "tile_columns": tiles[1],
-            "eps": eps,
-            **strides_of("encoded", encoded, "image row column channel"),
         },
+        {"eps": eps, **strides_of("encoded", encoded, "image row column channel")},
+        {"OUTPUTS": min(config.outputs, padded(encoded.shape[3]))},
+        precision=precision,
+        config=config,
+    )
+
+
+def launch_of_rectangles(
+    kernel: Any,
+    maps: Tensor,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, int | float],
+    constants: dict[str, int],
+    *,
+    precision: str,
+    config: ProjectionConfig,
+) -> Launch:
+    """The launch of a kernel whose programs own a `rectangle` each of maps (B, H, W, D)."""
+    batch, height, width, dim = maps.shape
+    tiles = (triton.cdiv(height, config.rows), triton.cdiv(width, config.columns))
+    sizes = {"height": height, "width": width, "tile_rows": tiles[0], "tile_columns": tiles[1]}
+    return Launch(
+        kernel=kernel,
+        grid=(batch * tiles[0] * tiles[1],),
+        arguments={**tensors, **sizes, **numbers},
         constants={
             "DIM": dim,
-            "PADDED": channels,
+            "PADDED": padded(dim),
             "ROWS": config.rows,
             "COLUMNS": config.columns,
             "PIECE": config.piece,
-            "OUTPUTS": min(config.outputs, channels),
+            **constants,
             "PRECISION": precision,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},

@@ -135,10 +135,9 @@ class Case:
     def _query_projection(self, precision: str) -> tuple[Launch, Row]:
         encoded = self._empty(self.workload.batch, *self.workload.size, DIM)
         taps, gain, weight = self._empty(9, DIM, DIM), self._empty(DIM), self._empty(DIM, DIM)
-        rules = {"target": self.target, "half": self.half}
         config: Any
         if self.kernel == "query_projection_backward_weights":
-            config = projection_backward.weights_configs(**rules)[0]
+            config = projection_backward.weights_configs(half=self.half)[0]
             pixels = math.prod(encoded.shape[:3])
             run = config.run(pixels, DIM, 9, MULTIPROCESSORS)
             sums = self._empty(-(-pixels // run), 9, DIM, DIM).float()
@@ -147,12 +146,12 @@ class Case:
             )
             return launch, asdict(config)
         if self.kernel == "query_projection_backward_pixels":
-            config = projection_backward.pixels_configs(DIM, **rules)[0]
+            config = projection_backward.pixels_configs(DIM, half=self.half)[0]
             launch = projection_backward.plan_pixels(
                 encoded, encoded, taps, gain, weight, encoded, encoded, eps=1e-7, precision=precision, config=config
             )
             return launch, asdict(config)
-        config = projection.forward_configs(DIM, **rules)[0]
+        config = projection.forward_configs(DIM, target=self.target, half=self.half)[0]
         if self.kernel == "query_projection_backward_map":
             launch = projection_backward.plan_map(encoded, taps, encoded, precision=precision, config=config)
         else:

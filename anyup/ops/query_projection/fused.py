@@ -64,7 +64,7 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
     if not encoded.numel():
         return torch.zeros_like(encoded), ProjectionParameters(*map(torch.zeros_like, parameters))
     dim, dtype, precision = encoded.shape[3], encoded.dtype, dot_precision()
-    rules = {"target": target(encoded.device), "half": dtype in _HALF}
+    half = dtype in _HALF
     grad, encoded = grad.contiguous(), encoded.contiguous()
     convolution, norm, weight, _ = parameters
     grad_convolved, normal = torch.empty_like(encoded), torch.empty_like(encoded)
@@ -73,17 +73,17 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
         lambda config: plan_pixels(
             grad, encoded, taps, scale, rows, grad_convolved, normal, eps=_EPS, precision=precision, config=config
         )(),
-        pixels_configs(dim, **rules),
+        pixels_configs(dim, half=half),
         kernel=_kernel("backward_pixels", encoded),
     )
     wide = weight.float()
     products = sums_of_outer_products(grad, normal, 1)[0]
     grad_convolution = sums_of_outer_products(grad_convolved, encoded, 9).view(3, 3, dim, dim).permute(2, 3, 0, 1)
     grad_encoded = normal  # of what it holds nothing is needed any more
-    turned = convolution.flip(2, 3).permute(2, 3, 0, 1).reshape(9, dim, dim).contiguous()
+    turned = _arranged(convolution.flip(2, 3).transpose(0, 1))
     run_first(
         lambda config: plan_map(grad_convolved, turned, grad_encoded, precision=precision, config=config)(),
-        forward_configs(dim, **rules),
+        forward_configs(dim, target=target(encoded.device), half=half),
         kernel=_kernel("backward_map", encoded),
     )
     grad_bias = grad.sum(dim=(0, 1, 2), dtype=torch.float32)
@@ -103,7 +103,7 @@ def sums_of_outer_products(grad: Tensor, values: Tensor, taps: int = 1) -> Tenso
         plan_weights(grad, values, sums, run=length, precision=dot_precision(), config=config)()
         return sums
 
-    configs = weights_configs(target=target(grad.device), half=grad.dtype in _HALF)
+    configs = weights_configs(half=grad.dtype in _HALF)
     return run_first(run, configs, kernel=(*_kernel("backward_weights", grad), taps)).sum(dim=0)
 
 
