@@ -13,13 +13,12 @@ row for each number of a slot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Target
+from .launch import Launch
+from .pixel_encoder_config import EncoderConfig
 from .pixel_encoder_passes import Join, sine_and_cosine
 from .pixel_encoder_statistics import in_slots, make_norm, slot_channel, slot_exists
 from .products import matmul, padded
@@ -34,42 +33,6 @@ TILE = 32
 """Pixels of a program of `total` and of the rotation."""
 
 _AT_ONCE = 128
-
-
-@dataclass(frozen=True)
-class HalfConfig:
-    """A config of the kernel `half`: changes speed and, by the order of its sums, the last bits.
-
-    Attributes:
-        pixels: that a program takes together.
-        piece: channels of one product.
-        num_warps, num_stages: Triton's.
-        blocks: programs that a multiprocessor runs at a time.
-    """
-
-    pixels: int
-    piece: int
-    num_warps: int
-    num_stages: int = 2
-    blocks: int = 2
-
-    def __post_init__(self) -> None:
-        for name, least in (("pixels", 16), ("piece", 16), ("num_warps", 1)):
-            number = getattr(self, name)
-            if number < least or number & (number - 1):
-                raise ValueError(f"{name}: expected a power of two, at least {least}, got {number}")
-        for name in ("num_stages", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-    def programs(self, count: int, batch: int, multiprocessors: int) -> int:
-        """Programs of each image, of so many pixels: as many as run at a time."""
-        return max(1, min(triton.cdiv(count, self.pixels), self.blocks * multiprocessors // max(batch, 1)))
-
-
-def half_configs(*, target: Target, half: bool) -> list[HalfConfig]:
-    """Configs, best first. Chosen by `python -m benchmarks.modelled_gpu --kernel pixel_encoder_backward_half`."""
-    return [HalfConfig(64 if half else 32, 32 if half else 16, num_warps=8), HalfConfig(16, 16, 4, 1, 1)]
 
 
 @triton.jit
@@ -260,7 +223,7 @@ def plan_half(
     sums: Tensor,
     *,
     precision: str,
-    config: HalfConfig,
+    config: EncoderConfig,
 ) -> Launch:
     """The launch through a half block.
 

@@ -19,7 +19,7 @@ class EncoderConfig:
     Attributes:
         pixels: that a program takes together, a power of two.
         num_warps, num_stages: Triton's.
-        piece: channels that a product of float32 takes at a time, a power of two.
+        piece: channels that a product of float32 takes at a time, and each product of "half"; a power of two.
         resident: whether weights of half precision are loaded once, and not for each `pixels`.
         keeps: whether x of half precision, which was projected, waits for the residual in registers; else it is
             projected again.
@@ -71,13 +71,19 @@ def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False, p
 def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[EncoderConfig]:
     """Configs, best first; what comes later asks less of a card. Chosen by compiling each pass for each target.
 
-    `kind` is that of a pass, "pool" or "moments". At 128 channels none spills a register in half precision. In float32,
-    where the products take 32 channels at a time, passes with two warps spill up to 120 bytes of a thread's (128 on
-    sm_120), of which a turn of some 5000 instructions reads few numbers back; four warps spill nothing, but for the
-    pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
+    `kind` is that of a pass, "pool", "moments", or "half", of the backward pass. At 128 channels none spills a register
+    in half precision. In float32, where the products take 32 channels at a time, passes with two warps spill up to 120
+    bytes of a thread's (128 on sm_120), of which a turn of some 5000 instructions reads few numbers back; four warps
+    spill nothing, but for the pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
     if kind == "moments":
         return [EncoderConfig(1024, num_warps=4, blocks=2)]
+    if kind == "half":
+        pixels, piece = (64, 32) if dtype.itemsize == 2 else (32, 16)
+        return [
+            EncoderConfig(pixels, num_warps=8, num_stages=2, piece=piece, blocks=2),
+            EncoderConfig(16, num_warps=4, piece=16),
+        ]
     if target.backend == "hip":
         return [EncoderConfig(16, num_warps=4, keeps=True, blocks=2), EncoderConfig(16, num_warps=8, keeps=True)]
     if dtype.itemsize > 2:

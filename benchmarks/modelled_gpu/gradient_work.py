@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anyup.bench.workloads import Workload
 from anyup.kernels.launch import Launch, Target
-from anyup.kernels.pixel_encoder_backward import TILE, half_configs, plan_half, plan_rotation, plan_total
-from anyup.kernels.pixel_encoder_config import silu_form
+from anyup.kernels.pixel_encoder_backward import TILE, plan_half, plan_rotation, plan_total
+from anyup.kernels.pixel_encoder_config import encoder_configs, silu_form
 from anyup.ops.kernel_device import multiprocessors
 from benchmarks.modelled_gpu import roofline
 from benchmarks.modelled_gpu.operation_work import Work
@@ -39,10 +39,10 @@ def plan(
         places, sums = empty(sum(workload.size), 2, dtype=wide), empty(batch, -(-count // TILE), 2, DIM, dtype=wide)
         form = silu_form(dtype, target)
         return plan_rotation(pixels, pixels, places, empty(2, DIM), pixels, sums, size=workload.size, form=form), {}
-    config = half_configs(target=target, half=dtype.itemsize == 2)[0]
+    config = encoder_configs("half", dtype, target)[0]
     card = roofline.device_of(str(target.arch))
     number = multiprocessors(torch.device("meta")) if card is None else card.sms
-    sums = empty(batch, config.programs(count, batch, number), 2, DIM, dtype=wide)
+    sums = empty(batch, config.programs(-(-count // config.pixels), batch, number), 2, DIM, dtype=wide)
     launch = plan_half(
         pixels, pixels, unit, vector, vector, empty(DIM, DIM), pixels, pixels, sums, precision=precision, config=config
     )

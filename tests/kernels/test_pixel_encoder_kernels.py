@@ -180,9 +180,11 @@ def test_gradients_of_groups_of_images_add_up(monkeypatch: pytest.MonkeyPatch) -
 def test_a_config_of_the_gradients_changes_the_last_bits_alone(
     config: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anyup.kernels import pixel_encoder_backward as kernels
+    from anyup.kernels import pixel_encoder_config as rules
 
-    monkeypatch.setattr(kernels, "half_configs", lambda **_: [kernels.HalfConfig(*config)])
+    pixels, piece, warps, stages, blocks = config
+    chosen, others = rules.EncoderConfig(pixels, warps, stages, piece, blocks=blocks), rules.encoder_configs
+    monkeypatch.setattr(rules, "encoder_configs", lambda kind, *of: [chosen] if kind == "half" else others(kind, *of))
     tensors = tensors_of(Shape((9, 11), inputs=16), torch.float32)
     assert_backend_accurate(encoder(Shape((9, 11), inputs=16)), tensors, backend="triton")
     first, second = (output_and_gradients(encoder(Shape((9, 11), inputs=16)), tensors, "triton") for _ in range(2))
@@ -191,10 +193,10 @@ def test_a_config_of_the_gradients_changes_the_last_bits_alone(
 
 @pytest.mark.parametrize("change", [{"pixels": 8}, {"piece": 24}, {"num_warps": 3}, {"num_stages": 0}, {"blocks": 0}])
 def test_a_config_of_the_gradients_that_cannot_be_is_refused(change: dict[str, int]) -> None:
-    from anyup.kernels.pixel_encoder_backward import HalfConfig
+    from anyup.kernels.pixel_encoder_config import EncoderConfig
 
     with pytest.raises(ValueError, match=next(iter(change))):
-        HalfConfig(**{"pixels": 64, "piece": 32, "num_warps": 8, **change})
+        EncoderConfig(**{"pixels": 64, "piece": 32, "num_warps": 8, **change})
 
 
 GRADIENT_MUTATIONS = {

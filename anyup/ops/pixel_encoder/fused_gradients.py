@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anyup.ops.configs import run_first
-from anyup.ops.kernel_device import multiprocessors, target
+from anyup.ops.kernel_device import multiprocessors
 from anyup.ops.linear import sum_of_outer_products
 from anyup.ops.pixel_encoder.arguments import EPS, BlockParameters, EncoderParameters
 from anyup.ops.pixel_encoder.fused_passes import Kernels, source_of
@@ -26,6 +26,7 @@ from anyup.ops.query_projection.fused import sums_of_outer_products
 
 if TYPE_CHECKING:
     from anyup.kernels.launch import Launch
+    from anyup.kernels.pixel_encoder_config import EncoderConfig
 
 
 class _Stage(NamedTuple):
@@ -146,19 +147,18 @@ class _Images:
 
     def _half(self, stage: _Stage, grad: Tensor, active: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Through a half block: m1 and m2 (B, 2, D padded), and the sums (B, 2, D) of both."""
-        from anyup.kernels.pixel_encoder_backward import HalfConfig, half_configs, plan_half, plan_means
+        from anyup.kernels.pixel_encoder_backward import plan_half, plan_means
 
         batch, count, dim = out.shape
         kernels = self._kernels
 
-        def run(config: HalfConfig) -> Tensor:
-            programs = config.programs(count, batch, multiprocessors(self._device))
+        def run(config: EncoderConfig) -> Tensor:
+            programs = config.programs(-(-count // config.pixels), batch, multiprocessors(self._device))
             sums = out.new_empty(batch, programs, 2, dim, dtype=torch.float32)
             plan_half(grad, *stage, active, out, sums, precision=kernels.precision, config=config)()
             return sums
 
-        configs = half_configs(target=target(self._device), half=self._dtype.itemsize == 2)
-        sums = run_first(run, configs, kernel=self._key("half"))
+        sums = kernels.run("backward_half", run, kind="half")
         means = sums.new_empty(batch, 2, self._padded)
         totals = sums.new_empty(batch, 2, dim)
         self._run("means", plan_means(sums, stage.gain, means, totals, count=count))
@@ -214,12 +214,9 @@ class _Images:
 
     def _run(self, name: str, launch: Launch) -> None:
         """Launch a kernel that has one config."""
-        run_first(lambda _: launch(), [None], kernel=self._key(name))
-
-    def _key(self, name: str) -> tuple[object, ...]:
-        """What a kernel is compiled for."""
-        kernels = self._kernels
-        return "pixel_encoder", f"backward_{name}", self._device, self._dtype, self._dim, kernels.precision
+        # What it is compiled for.
+        kernel = ("pixel_encoder", f"backward_{name}", self._device, self._dtype, self._dim, self._kernels.precision)
+        run_first(lambda _: launch(), [None], kernel=kernel)
 
     def _as_image(self, flat: Tensor) -> Tensor:
         return flat.unflatten(1, self._size)
