@@ -110,6 +110,24 @@ def _bytes(tensor: Tensor) -> int:
     return functools.reduce(lambda a, b: a * b, sizes, 1) * tensor.element_size()
 
 
+def name_of(launch: Launch) -> str:
+    """The kernel's, as a step has it."""
+    return str(launch.kernel.__name__).strip("_").removesuffix("_kernel")
+
+
+def staged(stages: list[str], stage: Callable[[], str], body: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with its stage on top of `stages` while it runs."""
+
+    def run(*arguments: Any) -> Any:
+        stages.append(stage())
+        try:
+            return body(*arguments)
+        finally:
+            stages.pop()
+
+    return run
+
+
 @contextmanager
 def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
     """The steps of a forward on a kind of device that runs in this block; with `launches` they are launched too."""
@@ -120,29 +138,25 @@ def noted(device_type: str, *, launches: bool) -> Iterator[list[Step]]:
 
     def note(self: Launch) -> None:
         if all(self.grid):
-            name = str(self.kernel.__name__).strip("_").removesuffix("_kernel")
+            name = name_of(self)
             stage = "feature unification" if name.startswith("feature_unification") else stages[-1]
             steps.append(Step(stage, name, self))
         if launches:
             launch(self)
 
-    def entered(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            stage = "keys" if name == "key_grid" else name.replace("_", " ")
-            stages.append(next(encoders, "keys") if name.startswith("pixel_encoder") else stage)
-            try:
-                return forward(*arguments)
-            finally:
-                stages.pop()
-
-        return run
+    def stage_of(name: str) -> str:
+        if name.startswith("pixel_encoder"):
+            return next(encoders, "keys")
+        return "keys" if name == "key_grid" else name.replace("_", " ")
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", note))
         for name, place in OPERATORS.items():
             # The operator's body as a plain function: what happens inside is seen, and runs on the meta device.
             module = importlib.import_module(f"anyup.ops.{place}")
-            stack.enter_context(patch.object(module, "_forward", entered(name, module._run_forward)))
+            stack.enter_context(
+                patch.object(module, "_forward", staged(stages, functools.partial(stage_of, name), module._run_forward))
+            )
         stack.enter_context(watched(steps, lambda: stages[-1], device_type))
         yield steps
 

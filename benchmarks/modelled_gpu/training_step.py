@@ -27,7 +27,7 @@ from anyup.training.config import Loss
 from anyup.training.objective import Objective
 from anyup.training.samples import Batch
 from benchmarks.modelled_gpu import compiled, model, operation_kernels, roofline
-from benchmarks.modelled_gpu.model_steps import OPERATORS, Step, pretended_card, watched
+from benchmarks.modelled_gpu.model_steps import OPERATORS, Step, name_of, pretended_card, staged, watched
 
 BATCH, GUIDANCE, CHANNELS, GRID, SIDE = 4, 224, 384, 16, 32
 DIFFERENTIABLE = ("pixel_encoder", "query_projection", "feature_unification", "window_attention")
@@ -61,28 +61,20 @@ def _noted() -> Iterator[list[Step]]:
 
     def note(self: Launch) -> None:
         if all(self.grid):
-            name = str(self.kernel.__name__).strip("_").removesuffix("_kernel")
-            steps.append(Step(stages[-1], name, self))
+            steps.append(Step(stages[-1], name_of(self), self))
 
-    def staged(stage: str, body: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            stages.append(stage)
-            try:
-                return body(*arguments)
-            finally:
-                stages.pop()
-
-        return run
+    def within(stage: str, body: Callable[..., Any]) -> Callable[..., Any]:
+        return staged(stages, lambda: stage, body)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", note))
         for name, place in OPERATORS.items():
             module = importlib.import_module(f"anyup.ops.{place}")
             words = name.replace("_", " ")
-            forward = staged(words, module._run_forward)
+            forward = within(words, module._run_forward)
             if name in DIFFERENTIABLE:
                 forward = _differentiable(forward, module)
-                stack.enter_context(patch.object(module, "_backward", staged(f"{words}, back", module._run_backward)))
+                stack.enter_context(patch.object(module, "_backward", within(f"{words}, back", module._run_backward)))
             stack.enter_context(patch.object(module, "_forward", forward))
         stack.enter_context(watched(steps, lambda: stages[-1], "meta"))
         yield steps
