@@ -53,6 +53,12 @@ def test_page_installs_extras_from_the_checkout_and_only_those_there_are(name: s
         assert set(extras.split(",")) <= project()["optional-dependencies"].keys()
 
 
+def test_quickstart_lists_every_extra() -> None:
+    table = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8").partition("| extra |")[2].partition("\n\n")[0]
+    first = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first))) == sorted(project()["optional-dependencies"])
+
+
 def addresses(readme: str) -> set[str]:
     """Repositories that the README clones, installs from, or gives to torch.hub."""
     return {
