@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 
 from anyup.argument_checks import OutputSize
-from anyup.capture import CapturedCall
+from anyup.capture import CapturedCall, capture
 from anyup.image_context import ImageContext
-from anyup.model import AnyUp
+from anyup.network import Network
 from anyup.ops.memory import Pages
 from anyup.repetition import Repetition, seen_before
 
 
 def upsampled_frames(
-    upsampler: AnyUp, frames: Iterable[Any], output_size: OutputSize, max_memory: float | str | None
+    upsampler: Network,
+    frames: Iterable[Any],
+    output_size: OutputSize,
+    max_memory: float | str | None,
+    *,
+    repeats: bool,
 ) -> Iterator[Tensor]:
-    """See `AnyUp.frames`."""
+    """See `AnyUp.frames`. `repeats`: a call may be repeated from its record, which nothing of a subclass is in."""
     if isinstance(frames, Tensor) or not isinstance(frames, Iterable):
         raise TypeError(f"frames: expected an iterable of (image, features), got {type(frames).__name__}")
-    call = _Call(upsampler, output_size, max_memory)
+    call = _Call(upsampler, output_size, max_memory, repeats and max_memory is None)
     return (call(*_arguments(frame)) for frame in frames)
 
 
@@ -39,8 +44,11 @@ def _arguments(frame: Any) -> Sequence[Any]:
 class _Call:
     """The call for each frame, with the memory and the graph that frames share."""
 
-    def __init__(self, upsampler: AnyUp, output_size: OutputSize, max_memory: float | str | None) -> None:
+    def __init__(
+        self, upsampler: Network, output_size: OutputSize, max_memory: float | str | None, repeats: bool
+    ) -> None:
         self._upsampler, self._output_size, self._max_memory = upsampler, output_size, max_memory
+        self._repeats = repeats
         self._pages = Pages()
         self._repetition: Repetition | None = None  # the signature of the frame before
         self._captured: CapturedCall | None = None
@@ -61,7 +69,7 @@ class _Call:
     def _capture(self, image: Tensor | ImageContext, features: Tensor, values: Tensor | None) -> CapturedCall | None:
         """The captured call that serves this frame; None where the frame needs a call in full."""
         seen = None
-        if self._max_memory is None and type(self._upsampler) is AnyUp:
+        if self._repeats:
             seen = seen_before(self._upsampler, image, features, self._output_size, None, values)
         repetition = None if seen is None else seen.repetition
         if repetition is None or repetition is not self._repetition:
@@ -70,5 +78,5 @@ class _Call:
             self._tried = True
             # Whole maps do not fit, or an operation cannot be captured. A wrong argument raises again in the call.
             with suppress(ValueError, NotImplementedError, torch.OutOfMemoryError):
-                self._captured = self._upsampler.capture(image, features, self._output_size, values=values)
+                self._captured = capture(self._upsampler, image, features, self._output_size, values)
         return self._captured

@@ -261,7 +261,7 @@ class AnyUp(Network):
         """
         from anyup.frames import upsampled_frames
 
-        return upsampled_frames(self, frames, output_size, max_memory)
+        return upsampled_frames(self, frames, output_size, max_memory, repeats=type(self) is AnyUp)
 
     def at_points(
         self,
@@ -324,15 +324,15 @@ class AnyUp(Network):
 
         Raises as `anyup.load`.
         """
-        from anyup import checkpoints
+        from anyup import stored_weights
 
-        return checkpoints.load_pretrained(repository_or_folder, device, backend, revision, arguments)
+        return stored_weights.load_pretrained(AnyUp, repository_or_folder, device, backend, revision, arguments)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` into a folder, as Hugging Face's mixin for torch modules does."""
-        from anyup import checkpoints
+        from anyup import stored_weights
 
-        checkpoints.save_pretrained(self, folder)
+        stored_weights.save_pretrained(self, folder)
 
     def push_to_hub(
         self,

@@ -514,7 +514,7 @@ def test_machine_without_network_is_told_address_path_and_alternatives(
     def refused(*args: Any, **kwargs: Any) -> None:
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(checkpoints, "urlopen", refused)
+    monkeypatch.setattr("anyup.stored_weights.urlopen", refused)
     with pytest.raises(DownloadError, match="not cached.*Name or service") as caught:
         load("anyup")
     assert_says_what_to_do(caught.value, hub, NAMED["anyup"].url)

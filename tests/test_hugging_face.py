@@ -159,7 +159,7 @@ def test_a_folder_without_both_files_is_refused(folder: Path) -> None:
 
 def test_an_interrupted_save_leaves_the_old_files(model: AnyUp, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(anyup.checkpoints, "_safetensors_torch", lambda path: SimpleNamespace(save=_fail))
+    monkeypatch.setattr("anyup.stored_weights._safetensors_torch", lambda path: SimpleNamespace(save=_fail))
     with pytest.raises(OSError, match="disk full"):
         fill(AnyUp(**ARGUMENTS), 1).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -98,7 +98,7 @@ def test_pretrained_weights_that_cannot_be_had_say_where_to_put_them(
     def refused(*args: object, **kwargs: object) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("anyup.checkpoints.urlopen", refused)
+    monkeypatch.setattr("anyup.stored_weights.urlopen", refused)
     with pytest.raises(DownloadError, match="no network") as caught:
         torch.hub.load(str(ROOT), "anyup", source="local")
     assert str(hub / "anyup_paper.pth") in str(caught.value)
