@@ -88,8 +88,8 @@ class BorderConv2d(nn.Conv2d):
         """A rectangle of the result, computed in `dtype`; `held` is that of `prepare_part`."""
         size = self.kernel_size[0]
         half, x = size // 2, x.permute(0, 2, 3, 1)
-        for dim, part, (offset, length) in ((1, rows, held), (2, columns, (0, x.shape[2]))):
-            first, stop = part.start - half, part.stop - half + size - 1
+        for dim, span, (offset, length) in ((1, rows, held), (2, columns, (0, x.shape[2]))):
+            first, stop = span.start - half, span.stop - half + size - 1
             x = _bordered(x, dim, half, first, stop, offset, length)
         return self._convolved(x.to(dtype)).to(dtype)
 
@@ -185,7 +185,7 @@ class Encoder(nn.Sequential):
         projection = conv.weight.flatten(1) if self.kernel_size == 1 else None
         return EncoderParameters(projection, block1.parameters_for_op(), block2.parameters_for_op()).to(dtype)
 
-    def parts_for_op(self) -> tuple[Tensor, EncoderParameters]:
+    def unprojected_parameters_for_op(self) -> tuple[Tensor, EncoderParameters]:
         """The convolution's weight and the tensors of the blocks, in the dtypes of the parameters."""
         conv, block1, block2 = self._layers()
         return conv.weight, EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op())

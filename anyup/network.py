@@ -387,7 +387,7 @@ class Network(nn.Module):
         return KeyParameters(
             self._basis,
             EncoderParameters(None, block1.parameters_for_op(), block2.parameters_for_op()),
-            *self.aggregation.parts_for_op(),
+            *self.aggregation.unprojected_parameters_for_op(),
             *self.cross_decode.key_parameters(),
         )
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from anyup.network import Network
 
 
-def reach(part: slice, count: int, length: int) -> Cells:
+def reach(span: slice, count: int, length: int) -> Cells:
     """The output cells of an axis that the 3x3 convolution reads for a slice of the output."""
-    return Cells(max(part.start - HALO, 0), min(part.stop + HALO, count), count, length)
+    return Cells(max(span.start - HALO, 0), min(span.stop + HALO, count), count, length)
 
 
 class Workspace:
@@ -156,22 +156,22 @@ class BandedImage:
     def queries(self, rows: slice, columns: slice) -> Tensor:
         """The queries of a rectangle of the output, (1, rows, columns, heads, head_dim); call `image_keys` first."""
         axes = zip((rows, columns), self._size, (self._height, self._width), strict=True)
-        row_cells, column_cells = (reach(part, count, length) for part, count, length in axes)
+        row_cells, column_cells = (reach(span, count, length) for span, count, length in axes)
 
-        def encoded_part() -> Tensor:
+        def encoded_cells() -> Tensor:
             trunk, resumes = self._query_trunk(row_cells.pixels, column_cells.pixels)
             branch = self._work.take("branch", *trunk.shape[:2])
             return self._encoders["query"].encode_pooled(trunk, trunk, branch, row_cells, column_cells, resumes=resumes)
 
         with without_autocast(self._image.device.type):
-            encoded = self._with_fallback(encoded_part)
+            encoded = self._with_fallback(encoded_cells)
             parameters = self._network.cross_decode.query_parameters(self._dtype)
             projected = query_projection.project_queries(
                 encoded[None], parameters, backend=self._network.backends["query_projection"]
             )
         within = [
-            slice(part.start - cells.first, part.stop - cells.first)
-            for part, cells in zip((rows, columns), (row_cells, column_cells), strict=True)
+            slice(span.start - cells.first, span.stop - cells.first)
+            for span, cells in zip((rows, columns), (row_cells, column_cells), strict=True)
         ]
         return self._network.cross_decode.split_heads(projected[:, within[0], within[1]])
 
@@ -183,10 +183,10 @@ class BandedImage:
         ]
         pixels_of_point = math.prod(pixel.shape[1] * pixel.shape[2] for pixel, _ in axes)
         step = max(1, self._bands.rows * self._width // pixels_of_point)
-        parts = zip(*(each.split(step) for axis in axes for each in axis), strict=True)
+        batches = zip(*(each.split(step) for axis in axes for each in axis), strict=True)
         parameters = self._network.cross_decode.query_parameters(self._dtype)
         with without_autocast(self._image.device.type):
-            found = [project_neighbourhoods(self._neighbourhoods(*part), parameters) for part in parts]
+            found = [project_neighbourhoods(self._neighbourhoods(*batch), parameters) for batch in batches]
         return self._network.cross_decode.split_heads(torch.cat(found))
 
     def _neighbourhoods(self, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor) -> Tensor:
@@ -360,17 +360,17 @@ class _StoredMaps:
     def __init__(self, new: Callable[[int], Tensor], first: int, rows: int, lasting: int = 0) -> None:
         self._new = new
         # Two maps, so that `trim` can free one of them.
-        self._parts = [slice(first, first + lasting), slice(first + lasting, first + rows)]
+        self._ranges = [slice(first, first + lasting), slice(first + lasting, first + rows)]
         self._maps: dict[int, Tensor] = {}
         self._contents: dict[int, Holds] = {}  # by the band's first row
 
     def band(self, rows: slice) -> Tensor | None:
         """The stored map of a band; None where it has none."""
-        for index, part in enumerate(self._parts):
-            if part.start <= rows.start < part.stop:
+        for index, held in enumerate(self._ranges):
+            if held.start <= rows.start < held.stop:
                 if index not in self._maps:
-                    self._maps[index] = self._new(part.stop - part.start)
-                return self._maps[index][rows.start - part.start : rows.stop - part.start]
+                    self._maps[index] = self._new(held.stop - held.start)
+                return self._maps[index][rows.start - held.start : rows.stop - held.start]
         return None
 
     def holds(self, rows: slice, what: Holds) -> bool:
@@ -379,19 +379,19 @@ class _StoredMaps:
 
     def note(self, rows: slice, what: Holds) -> None:
         """Record what the stored map of a band holds from now on; nothing for a band without one."""
-        if rows.start < self._parts[-1].stop:
+        if rows.start < self._ranges[-1].stop:
             self._contents[rows.start] = what
 
     def trim(self) -> None:
         """Free the maps of the rows beyond `lasting`."""
         self._maps.pop(1, None)
-        self._parts = self._parts[:1]
-        self._contents = {first: what for first, what in self._contents.items() if first < self._parts[0].stop}
+        self._ranges = self._ranges[:1]
+        self._contents = {first: what for first, what in self._contents.items() if first < self._ranges[0].stop}
 
     def pieces(self, rows: slice, what: Holds) -> Iterator[tuple[slice, Tensor | None]]:
         """Split rows in runs: those whose stored map holds this, with the map; and those around, with None."""
         start = stop = rows.start
-        lasting, stored = self._maps.get(0), self._parts[0]
+        lasting, stored = self._maps.get(0), self._ranges[0]
         if lasting is not None and set(self._contents.values()) == {what}:
             start = min(max(rows.start, stored.start), rows.stop)
             stop = max(min(rows.stop, stored.stop), start)

@@ -125,8 +125,8 @@ class Executor:
         def step() -> int:
             stop = min(done + rows_at_once(self._retry.plan), rows.stop)
             for index in range(len(out)):
-                part = self._attend(index, slice(done, stop), columns)
-                out[index, done - rows.start : stop - rows.start] = part[0]
+                found = self._attend(index, slice(done, stop), columns)
+                out[index, done - rows.start : stop - rows.start] = found[0]
             return stop
 
         while done < rows.stop:

@@ -152,7 +152,7 @@ def _reached(task: Task, step: int) -> Size:
     tile = task.tile[1] if task.tile else task.region[3]
     lengths = zip((min(step, task.region[2]), min(tile, task.region[3])), task.output, task.image, strict=True)
     return tuple(  # type: ignore[return-value]
-        min(length, -(-(part + 2 * HALO) * length // total) + (length != total)) for part, total, length in lengths
+        min(length, -(-(count + 2 * HALO) * length // total) + (length != total)) for count, total, length in lengths
     )
 
 

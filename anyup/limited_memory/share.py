@@ -36,6 +36,6 @@ class Share:
         assert statistics is not None
         return statistics
 
-    def join_cells(self, part: Tensor, cells: range, count: int) -> Tensor:
-        """The pooled map (count, w, D) from what `rows` contribute to its rows `cells`."""
-        return part
+    def join_cells(self, pooled: Tensor, cells: range, count: int) -> Tensor:
+        """The pooled map (count, w, D) from `pooled` (cells, w, D), what `rows` contribute to its rows `cells`."""
+        return pooled

@@ -150,5 +150,5 @@ class Stream(Iterator[Tile]):
                 destination.finish()
 
 
-def _less(part: slice, origin: int) -> slice:
-    return slice(part.start - origin, part.stop - origin)
+def _less(span: slice, origin: int) -> slice:
+    return slice(span.start - origin, span.stop - origin)

@@ -19,6 +19,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+PIXELS_AT_A_TIME = 2**18
+"""Of a map on a GPU that is worked on in pieces: so many fill it, and bound the scratch memory."""
+
 # Bytes. The allocator reuses its memory for smaller tensors, which is faster than new pages.
 _LARGE = 2**23
 

@@ -30,7 +30,7 @@ from anyup.ops.pixel_encoder import (
 )
 from anyup.ops.pixel_encoder.gradients import Spread
 from anyup.ops.pixel_encoder.rotary import Rotation
-from anyup.ops.pixel_encoder.statistics import Affine, Parts, Statistics
+from anyup.ops.pixel_encoder.statistics import Affine, Statistics, TileStatistics
 from anyup.ops.pixel_encoder.thin import ThinProjection
 
 
@@ -179,10 +179,10 @@ def test_bands_with_merged_statistics_are_the_whole_map(inputs: int | None, dtyp
 
 
 def statistics_of(*tiles: Tensor) -> Statistics:
-    parts = Parts(len(tiles), tiles[0].shape[1], tiles[0].dtype, tiles[0].device)
+    found = TileStatistics(len(tiles), tiles[0].shape[1], tiles[0].dtype, tiles[0].device)
     for index, tile in enumerate(tiles):
-        parts.take(index, tile)
-    return parts.statistics()
+        found.take(index, tile)
+    return found.statistics()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])

@@ -22,7 +22,7 @@ _TILES_AT_ONCE = 256  # whose sets are widened
 _LARGEST_OFFSET = 4.0
 
 
-class Parts:
+class TileStatistics:
     """Mean and variance of each channel over each of some sets of pixels, several sets for each tile.
 
     Tiles leave them in one block of memory: small tensors that live until the last tile would lie between the buffers

@@ -9,15 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from anyup.ops.memory import PIXELS_AT_A_TIME
 from anyup.ops.parallel import even_slices, map_tiles, on_one_thread
-from anyup.ops.pixel_encoder.statistics import Parts, Statistics
+from anyup.ops.pixel_encoder.statistics import Statistics, TileStatistics
 
 Result = TypeVar("Result")
 
 # Pixels of a tile: on a CPU a tile's working set of some 5 MB stays in a shared cache and still amortises handing
-# work to the threads; elsewhere a tile bounds the scratch memory.
+# work to the threads.
 _TILE_PIXELS = {"cpu": 4096}
-_TILE_PIXELS_ELSEWHERE = 2**18
 
 
 def map_pixels(
@@ -51,20 +51,20 @@ def measured(
     """
     count, dim = shape[-2:]
     tiles = _tiles(count, device, multiple)
-    parts = Parts(len(tiles), math.prod(shape[:-2]) * dim, dtype, device)
-    map_tiles(lambda index: parts.take(index, function(tiles[index])), range(len(tiles)), device)
+    found = TileStatistics(len(tiles), math.prod(shape[:-2]) * dim, dtype, device)
+    map_tiles(lambda index: found.take(index, function(tiles[index])), range(len(tiles)), device)
     with on_one_thread():
-        return parts.statistics()
+        return found.statistics()
 
 
 def tile_pixels(device: torch.device) -> int:
     """The most pixels of a tile."""
-    return _TILE_PIXELS.get(device.type, _TILE_PIXELS_ELSEWHERE)
+    return _TILE_PIXELS.get(device.type, PIXELS_AT_A_TIME)
 
 
 def scratch_bytes(pixels: int, pixel_bytes: int, device_type: str, workers: int) -> int:
     """Bytes of one map, of so many for a pixel, of the tiles that the workers hold at a time."""
-    tiles = max(1, -(-pixels // _TILE_PIXELS.get(device_type, _TILE_PIXELS_ELSEWHERE)))  # of about one size
+    tiles = max(1, -(-pixels // _TILE_PIXELS.get(device_type, PIXELS_AT_A_TIME)))  # of about one size
     return workers * -(-pixels // tiles) * pixel_bytes
 
 

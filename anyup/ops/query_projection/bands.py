@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.convolution import Convolution
+from anyup.ops.memory import PIXELS_AT_A_TIME
 from anyup.ops.parallel import even_slices
 from anyup.ops.winograd import WinogradConvolution
 
@@ -17,12 +18,11 @@ Band = tuple[int, slice]
 
 # Pixels of a band: on a CPU as many as keep what Winograd's convolution makes of them in a core's cache.
 _BAND_PIXELS = {"cpu": 1024}
-_BAND_PIXELS_ELSEWHERE = 2**18
 
 
 def bands_of(encoded: Tensor) -> list[Band]:
     batch, height, width, _ = encoded.shape
-    most = max(2, _BAND_PIXELS.get(encoded.device.type, _BAND_PIXELS_ELSEWHERE) // max(1, width))
+    most = max(2, _BAND_PIXELS.get(encoded.device.type, PIXELS_AT_A_TIME) // max(1, width))
     return [(image, rows) for image in range(batch) for rows in even_slices(height, most, encoded.device, 2)]
 
 
