@@ -19,8 +19,7 @@ Features, keys and values are small beside the image's maps, and every rank has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,15 +34,12 @@ from anyup.fingerprint import module_fingerprint
 from anyup.layers import encoded_size
 from anyup.limited_memory.bands import reach
 from anyup.limited_memory.request import Request
-from anyup.limited_memory.share import Share
 from anyup.limited_memory.stream import Stream
 from anyup.limited_memory.stream import stream as stream_of
 from anyup.network import Network
 from anyup.ops.memory import empty
-from anyup.ops.pixel_encoder.arguments import GROUPS
-from anyup.ops.pixel_encoder.cells import Cells
-from anyup.ops.pixel_encoder.statistics import Statistics
-from anyup.ops.precision import accumulator_dtype, check_dtype
+from anyup.ops.precision import check_dtype
+from anyup.ranks import Ranks, RankShare, length_of, less, on_every_rank
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -132,27 +128,27 @@ def upsample(
             another rank ended or did not answer within the group's timeout.
         NotImplementedError: no requested backend can; lists every reason.
     """
-    ranks, request = _begin(upsampler, image, features, values, output_size, max_memory, dtype, None, group)
-    assert request.share is not None and request.share.output_rows is not None
-    rows, carried = request.share.output_rows, request.values
 
-    def prepare() -> tuple[Tensor, Stream]:
-        batch, channels = carried.shape[:2]
+    def prepare(request: Request) -> tuple[Part, Stream]:
+        assert request.share is not None and request.share.output_rows is not None
+        rows, (batch, channels) = request.share.output_rows, request.values.shape[:2]
         shape = batch, rows.stop - rows.start, request.size[1], channels
-        like = carried.new_empty(0, dtype=dtype)
+        like = request.values.new_empty(0, dtype=dtype)
         needed = torch.Size(shape).numel() * like.element_size()
         what = "this rank's part of the result, {} x {} x {} x {}".format(*shape)
         check_room(needed, f"output_size: {what},", request.device, "more ranks take smaller parts")
         limit = parse_memory(max_memory)
         if limit is not None and limit <= needed:
             raise ValueError(f"max_memory: expected more than the {needed} bytes of {what}, got {limit}")
-        out = empty(shape, like).permute(0, 3, 1, 2)
-        return out, stream_of(request, max_memory=None if limit is None else limit - needed, dtype=dtype)
+        pieces = stream_of(request, max_memory=None if limit is None else limit - needed, dtype=dtype)
+        return Part(rows, empty(shape, like).permute(0, 3, 1, 2), request.size, group), pieces
 
-    out, pieces = ranks.each(prepare)
-    for part, columns, piece in pieces:
-        out[:, :, part.start - rows.start : part.stop - rows.start, columns] = piece
-    return Part(rows, out, request.size, group)
+    part, pieces = _prepared(
+        _Arguments(upsampler, image, features, values, output_size, max_memory, dtype), group, prepare
+    )
+    for rows, columns, piece in pieces:
+        part.values[:, :, less(rows, part.rows), columns] = piece
+    return part
 
 
 def stream(
@@ -187,151 +183,26 @@ def stream(
 
     Raises as `upsample`.
     """
-    ranks, request = _begin(upsampler, image, features, values, output_size, max_memory, dtype, out, group)
-    return ranks.each(lambda: stream_of(request, tile=tile, max_memory=max_memory, dtype=dtype, out=out))
+
+    def prepare(request: Request) -> Stream:
+        return stream_of(request, tile=tile, max_memory=max_memory, dtype=dtype, out=out)
+
+    arguments = _Arguments(upsampler, image, features, values, output_size, max_memory, dtype, out)
+    return _prepared(arguments, group, prepare)
 
 
-class Ranks:
-    """The processes of a group, of which this is one."""
+@dataclass(frozen=True)
+class _Arguments:
+    """This rank's arguments of a call; those of `stream`, or of `upsample`, that the ranks have to agree on."""
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError(
-                "group: torch.distributed is not initialised; start the processes with torchrun, and call "
-                "torch.distributed.init_process_group() in each"
-            )
-        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError("group: this process is not one of the group's ranks")
-        self._group, self._device = group, device
-
-    def all_of(self, step: Callable[[], Result]) -> list[Result]:
-        """What a step returns on each rank; it raises on every rank where it raises on one."""
-        error: Exception | None = None
-        result: Result | None = None
-        try:
-            result = step()
-        except Exception as raised:
-            error = raised
-        told = None if error is None else (_kind(error), str(error))
-        found: list[Any] = [None] * self.count
-        with self._exchange("agreeing on the arguments"):
-            dist.all_gather_object(found, (result, told), group=self._group)
-        if error is not None:
-            raise error
-        for rank, (_, failed) in enumerate(found):
-            if failed is not None:
-                raise _KINDS[failed[0]](f"rank {rank}: {failed[1]}")
-        return [each for each, _ in found]
-
-    def each(self, step: Callable[[], Result]) -> Result:
-        """What a step returns here; it raises on every rank where it raises on one."""
-        results: list[Result] = []
-        self.all_of(lambda: results.append(step()))
-        return results[0]
-
-    def gather(self, tensor: Tensor, what: str) -> list[Tensor]:
-        """Each rank's tensor; all are of one shape and dtype."""
-        found = [torch.empty_like(tensor) for _ in range(self.count)]
-        with self._exchange(what):
-            dist.all_gather(found, tensor, group=self._group)
-        return found
-
-    def from_first(self, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Rank 0's tensor, of this shape and dtype, on every rank."""
-        if self.count > 1:
-            sent = tensor.detach().contiguous() if self.rank == 0 and tensor is not None else None
-            tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device) if sent is None else sent
-            with self._exchange("sending the features"):
-                dist.broadcast(tensor, self._global(0), group=self._group)
-        assert tensor is not None
-        return tensor
-
-    def rows(self, image: Tensor | None, had: Sequence[slice], needed: Sequence[slice], like: Tensor) -> Tensor:
-        """The rows of an image that this rank needs, from those that each rank has.
-
-        Args:
-            image: (B, C, rows, W), this rank's; None: it has none.
-            had, needed: of each rank.
-            like: (B, C, 0, W).
-        """
-        own, wanted = had[self.rank], needed[self.rank]
-        batch, channels, _, width = like.shape
-        complete = image is not None and own == wanted
-        strip = image if image is not None and complete else like.new_empty(batch, channels, _length(wanted), width)
-        transfers = []
-        for peer in range(self.count):
-            sent, received = _common(own, needed[peer]), _common(had[peer], wanted)
-            # Plane by plane: rows of one are a run of memory, which goes without another copy.
-            for plane in ((b, c) for b in range(batch) for c in range(channels)):
-                mine = [] if image is None or not sent else [image.detach()[plane][_less(sent, own)].contiguous()]
-                place = [strip[plane][_less(received, wanted)]] if received else []
-                if peer == self.rank:
-                    for source, target in () if complete else zip(mine, place, strict=True):
-                        target.copy_(source)
-                    continue
-                for tensors, direction in ((mine, dist.isend), (place, dist.irecv)):
-                    transfers += [dist.P2POp(direction, each, self._global(peer), self._group) for each in tensors]
-        with self._exchange("sending rows of the image"):
-            for work in dist.batch_isend_irecv(transfers) if transfers else []:
-                work.wait()
-        return strip
-
-    def _global(self, rank: int) -> int:
-        return rank if self._group is None else dist.get_global_rank(self._group, rank)
-
-    @contextmanager
-    def _exchange(self, what: str) -> Iterator[None]:
-        """Name the rank and the step where an exchange fails.
-
-        The error is never one after which a step is repeated: the other ranks would not repeat it.
-        """
-        try:
-            if self._device.type == "cuda":  # where the objects go
-                with torch.cuda.device(self._device):
-                    yield
-            else:
-                yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of {self.count}: another rank ended, or did not answer within the group's timeout, "
-                f"while {what}: {error}"
-            ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankShare(Share):
-    """A rank's rows of an image.
-
-    Attributes:
-        ranks: all of them.
-        all_rows: `rows` of each.
-        size: (height, width) of the encoded image.
-        device: of its tensors.
-    """
-
-    ranks: Ranks
-    all_rows: Sequence[slice]
-    size: tuple[int, int]
-    device: torch.device
-
-    def join(self, statistics: Statistics | None) -> Statistics:
-        if statistics is None:
-            sent = torch.zeros(2, GROUPS, dtype=accumulator_dtype(self.device), device=self.device)
-        else:
-            groups = statistics.as_groups()
-            sent = torch.stack((groups.mean, groups.deviation))
-        means, deviations = torch.stack(self.ranks.gather(sent, "merging statistics")).unbind(1)
-        return Statistics.joined([_length(rows) * self.size[1] for rows in self.all_rows], means, deviations)
-
-    def join_cells(self, part: Tensor, cells: range, count: int) -> Tensor:
-        ranges = [Cells(0, count, count, self.size[0]).touching(rows) for rows in self.all_rows]
-        sent = part.new_zeros(max(map(len, ranges)), *part.shape[1:])
-        sent[: len(cells)] = part
-        whole = part.new_zeros(count, *part.shape[1:])
-        for its, each in zip(ranges, self.ranks.gather(sent, "joining the pooled keys"), strict=True):
-            whole[its.start : its.stop] += each[: len(its)]  # in the order of the ranks
-        return whole
+    upsampler: Network
+    image: Tensor | None
+    features: Tensor | None
+    values: Tensor | None
+    output_size: OutputSize
+    max_memory: float | str | None
+    dtype: torch.dtype | None
+    out: Any = None
 
 
 @dataclass(frozen=True)
@@ -361,22 +232,14 @@ _SAME = {
 }
 
 
-def _offer(
-    upsampler: Network,
-    image: Tensor | None,
-    features: Tensor | None,
-    values: Tensor | None,
-    output_size: OutputSize,
-    max_memory: float | str | None,
-    dtype: torch.dtype | None,
-    out: Any,
-) -> _Offer:
+def _offer(given: _Arguments) -> _Offer:
     """Check this rank's arguments, as far as it can alone."""
+    upsampler, image, features, values = given.upsampler, given.image, given.features, given.values
     for name, each in (("image", image), ("features", features), ("values", values)):
         if each is not None and not isinstance(each, Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {type(each).__name__}")
-    check_dtype("dtype", dtype)
-    parse_memory(max_memory)
+    check_dtype("dtype", given.dtype)
+    parse_memory(given.max_memory)
     device, channels = upsampler.rope.freqs.device, upsampler.config["input_dim"]
     if image is not None and (image.dim() != 4 or image.shape[2]):
         check_image(image, None, input_dim=channels, device=device)
@@ -393,40 +256,32 @@ def _offer(
         # A side is the image's, which no rank knows yet, where it differs for images of one pixel and of two a side.
         output_size=tuple(
             one if one == two else None
-            for one, two in zip(*(check_output_size(output_size, (n, n)) for n in (1, 2)), strict=True)
+            for one, two in zip(*(check_output_size(given.output_size, (n, n)) for n in (1, 2)), strict=True)
         ),
-        dtype=dtype,
+        dtype=given.dtype,
         compute_dtype=upsampler.compute_dtype(device),
         device=device.type,
         weights=module_fingerprint(upsampler),
         settings=dict(upsampler.config),
-        multiple=1 if out is None else int((getattr(out, "chunks", None) or (1, 1, 1))[2]),
+        multiple=1 if given.out is None else int((getattr(given.out, "chunks", None) or (1, 1, 1))[2]),
     )
 
 
-def _begin(
-    upsampler: Network,
-    image: Tensor | None,
-    features: Tensor | None,
-    values: Tensor | None,
-    output_size: OutputSize,
-    max_memory: float | str | None,
-    dtype: torch.dtype | None,
-    out: Any,
-    group: dist.ProcessGroup | None,
-) -> tuple[Ranks, Request]:
-    """Check the arguments of all ranks, and bring to each what it needs of the image, features and values."""
+def _prepared(given: _Arguments, group: dist.ProcessGroup | None, prepare: Callable[[Request], Result]) -> Result:
+    """What `prepare` makes of the request, once all ranks' arguments are checked and each has what it needs.
+
+    `prepare` checks what is left. So it is called before too, for inputs of the same shapes that are all zero: what one
+    rank cannot do is an error of all before anything large is sent.
+    """
+    upsampler = given.upsampler
     if not isinstance(upsampler, Network):
         raise TypeError(f"upsampler: expected an AnyUp, got {type(upsampler).__name__}")
     device = upsampler.rope.freqs.device
     ranks = Ranks(group, device)
-    offers = ranks.all_of(lambda: _offer(upsampler, image, features, values, output_size, max_memory, dtype, out))
-    (batch, channels, height, width), kind = _check_together(upsampler, offers)
+    offers = ranks.all_of(lambda: _offer(given))
+    with on_every_rank():
+        (batch, channels, height, width), kind = _check_together(upsampler, offers)
     size = check_output_size(offers[0].output_size, (height, width))
-    maps = [
-        None if offered is None else ranks.from_first(given, *offered)
-        for given, offered in ((features, offers[0].features), (values, offers[0].values))
-    ]
     encoded = encoded_size((height, width), upsampler.config["kernel_size"])
     all_rows = [rows_of(encoded[0], ranks.count, rank) for rank in range(ranks.count)]
     output_rows = [rows_of(size[0], ranks.count, rank, offers[0].multiple) for rank in range(ranks.count)]
@@ -436,8 +291,6 @@ def _begin(
     ]
     ends = accumulate((0 if offer.image is None else offer.image[0][2] for offer in offers), initial=0)
     had = [slice(*pair) for pair in pairwise(ends)]
-    like = torch.empty(batch, channels, 0, width, dtype=kind, device=device)
-    strip = ranks.rows(image, had, needed, like)
     share = RankShare(
         first_row=needed[ranks.rank].start,
         image_height=height,
@@ -448,9 +301,24 @@ def _begin(
         size=encoded,
         device=device,
     )
-    carried = maps[0] if maps[1] is None else maps[1]
-    assert maps[0] is not None and carried is not None
-    return ranks, Request(upsampler, strip, maps[0], carried, size, share=share)
+
+    def request(image: Tensor, features: Tensor, values: Tensor | None) -> Request:
+        return Request(upsampler, image, features, features if values is None else values, size, share=share)
+
+    def zeros(form: Form) -> Tensor:
+        return torch.zeros((), dtype=form[1], device=device).expand(form[0])
+
+    of_features, of_values = offers[0].features, offers[0].values
+    assert of_features is not None
+    strip = (batch, channels, length_of(needed[ranks.rank]), width), kind
+    ranks.each(lambda: prepare(request(zeros(strip), zeros(of_features), of_values and zeros(of_values))))
+    like = torch.empty(batch, channels, 0, width, dtype=kind, device=device)
+    sent = request(
+        ranks.rows(given.image, had, needed, like),
+        ranks.from_first(given.features, *of_features),
+        of_values and ranks.from_first(given.values, *of_values),
+    )
+    return ranks.each(lambda: prepare(sent))
 
 
 def _check_together(upsampler: Network, offers: Sequence[_Offer]) -> tuple[tuple[int, int, int, int], torch.dtype]:
@@ -494,12 +362,12 @@ def _check_together(upsampler: Network, offers: Sequence[_Offer]) -> tuple[tuple
 def needed_rows(rows: slice, output_rows: slice, output_height: int, height: int, kernel_size: int) -> slice:
     """The image rows that a rank needs for these rows of the encoded image and of the output."""
     length, half = encoded_size((height, 1), kernel_size)[0], kernel_size // 2
-    parts = [rows] if _length(rows) else []
-    if _length(output_rows):
-        parts.append(reach(output_rows, output_height, length).pixels)
-    if not parts:
+    encoded = [rows] if length_of(rows) else []
+    if length_of(output_rows):
+        encoded.append(reach(output_rows, output_height, length).pixels)
+    if not encoded:
         return slice(0, 0)
-    first, stop = min(part.start for part in parts), max(part.stop for part in parts)
+    first, stop = min(each.start for each in encoded), max(each.stop for each in encoded)
     # With an even kernel the last row of the encoded image lies beyond the image, and reflects one row more.
     return slice(max(first - half - (1 - kernel_size % 2), 0), min(stop + half, height))
 
@@ -510,24 +378,3 @@ def _form(tensor: Tensor | None) -> Form | None:
 
 def _words(form: tuple[tuple[Any, ...], torch.dtype]) -> str:
     return f"{form[0]} of {form[1]}"
-
-
-def _length(rows: slice) -> int:
-    return rows.stop - rows.start
-
-
-def _less(rows: slice, origin: slice) -> slice:
-    return slice(rows.start - origin.start, rows.stop - origin.start)
-
-
-def _common(one: slice, other: slice) -> slice | None:
-    first, stop = max(one.start, other.start), min(one.stop, other.stop)
-    return slice(first, stop) if first < stop else None
-
-
-_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, RuntimeError)}
-
-
-def _kind(error: Exception) -> str:
-    """The name of the class that an error of another rank is raised as."""
-    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError")

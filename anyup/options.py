@@ -17,6 +17,10 @@ class UsageError(Exception):
     """A mistake of usage; the command ends with exit status 2."""
 
 
+class PrintedElsewhere(Exception):
+    """A failure that another process prints; the command ends with exit status 1."""
+
+
 BACKENDS = ("triton", "flex", "torch", "reference")
 """A copy of `anyup.ops.dispatch.BACKEND_NAMES`, because that module imports torch."""
 

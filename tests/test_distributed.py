@@ -25,6 +25,7 @@ from anyup.ops.pixel_encoder.banded import BandedEncoder
 from anyup.ops.pixel_encoder.cells import Cells
 from anyup.ops.pixel_encoder.statistics import Statistics
 from anyup.ops.precision import working_dtype
+from anyup.ranks import RankShare
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 
@@ -236,7 +237,7 @@ def test_merging_asks_no_device_for_a_number() -> None:
     meta = torch.device("meta")
     stub: Any = SimpleNamespace(gather=lambda tensor, what: [torch.empty_like(tensor) for _ in range(3)])
     rows = [slice(0, 8), slice(8, 16), slice(16, 23)]
-    share = anyup.distributed.RankShare(
+    share = RankShare(
         first_row=8, image_height=23, rows=rows[1], output_rows=rows[1],
         ranks=stub, all_rows=rows, size=(23, 17), device=meta,
     )  # fmt: skip
@@ -266,6 +267,8 @@ BAD = {
     "max_memory: expected bytes": {"max_memory": "a lot"},
     "max_memory: expected more than the .* bytes of this rank's part of the result": {"max_memory": 12},
     "this call cannot be done in": {"max_memory": "1MB"},
+    "tile: .*0": {"tile": 0},
+    "out: expected shape": {"out": np.zeros((1, 9, 3, 3), np.float32)},
 }
 
 
@@ -276,18 +279,16 @@ def bad_job(group: Any, image: Tensor | None, given: dict[str, Any]) -> None:
         model.rope.freqs += given.pop("weight", 0.0)
 
     def work(*_: Any, **__: Any) -> None:
-        raise AssertionError("work was done")
+        raise AssertionError("something large was sent")
 
-    accumulate, BandedEncoder.accumulate_statistics = BandedEncoder.accumulate_statistics, work  # type: ignore
-    try:
-        with torch.set_grad_enabled(gradient):
-            anyup.distributed.upsample(model, group=group, **given)
-    finally:
-        BandedEncoder.accumulate_statistics = accumulate  # type: ignore[method-assign]
+    call = anyup.distributed.upsample if given.keys().isdisjoint(("tile", "out")) else anyup.distributed.stream
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(gradient):
+        patch.setattr("anyup.ranks.Ranks.rows", work)
+        call(model, group=group, **given)
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_a_mistake_of_one_rank_is_an_error_on_every_rank_and_no_work_is_done(ranks: Ranks, message: str) -> None:
+def test_a_mistake_of_one_rank_is_an_error_on_every_rank_and_nothing_is_sent(ranks: Ranks, message: str) -> None:
     first, second = shares(IMAGE, SPLITS[2])
     found = ranks.run([(*first, {}), (*second, BAD[message])], bad_job)
     for error in found:
@@ -343,7 +344,7 @@ def test_all_ranks_write_one_array(ranks: Ranks, tmp_path: Path, suffix: str) ->
 DIES = """
 import os, sys
 import test_distributed as cases
-from anyup.distributed import Ranks
+from anyup.ranks import Ranks
 gather, calls = Ranks.gather, []
 def dying(self, tensor, what):
     calls.append(what)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from anyup.cli.upsample_inputs import guidance, load_model, read_inputs
 from anyup.cli.upsample_result import Files, checked_numbers, in_words
-from anyup.options import UsageError
+from anyup.options import PrintedElsewhere, UsageError
 from anyup.progress import Progress
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace, files: Files) -> None:
-    """Run the command in one of the processes; process 0 prints the written path and the progress."""
+    """Run the command in one of the processes; process 0 prints the path, the progress and what fails in all."""
     if "LOCAL_RANK" not in os.environ:
         raise UsageError("--split-over-ranks goes with torchrun: torchrun --nproc-per-node N -m anyup upsample ...")
     import torch
     import torch.distributed as dist
 
     from anyup.devices import choose_device
+    from anyup.ranks import is_of_every_rank
 
     device = choose_device(arguments.device)
     if device == torch.device("cuda"):
@@ -37,6 +38,10 @@ def run(arguments: argparse.Namespace, files: Files) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         _upsample(arguments, files, device)
+    except Exception as error:
+        if dist.get_rank() and is_of_every_rank(error):
+            raise PrintedElsewhere from error
+        raise
     finally:  # threads of the group may not survive the interpreter's end
         dist.destroy_process_group()
 
@@ -45,8 +50,9 @@ def _upsample(arguments: argparse.Namespace, files: Files, device: torch.device)
     import torch
 
     from anyup import array_files, distributed
+    from anyup.ranks import Ranks
 
-    ranks = distributed.Ranks(None, device)
+    ranks = Ranks(None, device)
     first = ranks.rank == 0
     output = files.output
     assert output is not None

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from support.ranks import Ranks
 
-import anyup
+import anyup.ranks
 from benchmarks.million import PAGE
 from benchmarks.ranks import modelled, sent
 
@@ -27,9 +27,10 @@ NAMES = {"merging statistics": "statistics", "joining the pooled keys": "pooled 
 def received(group: Any) -> dict[str, int]:
     """Bytes that come to this rank from others in a call, by what they are."""
     found: Counter[str] = Counter()
-    gather, operation, broadcast = anyup.distributed.Ranks.gather, dist.P2POp, dist.broadcast
+    exchange = anyup.ranks.Ranks
+    gather, operation, broadcast = exchange.gather, dist.P2POp, dist.broadcast
 
-    def gathered(self: anyup.distributed.Ranks, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
+    def gathered(self: anyup.ranks.Ranks, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
         found[NAMES[what]] += tensor.nbytes * (self.count - 1)
         return gather(self, tensor, what)
 
@@ -41,7 +42,7 @@ def received(group: Any) -> dict[str, int]:
         found["features"] += tensor.nbytes
         return broadcast(tensor, *peer, **more)
 
-    anyup.distributed.Ranks.gather = gathered  # type: ignore[method-assign]
+    exchange.gather = gathered  # type: ignore[method-assign]
     dist.P2POp, dist.broadcast = transfer, sending  # type: ignore[assignment,misc]
     try:
         torch.manual_seed(0)
@@ -50,7 +51,7 @@ def received(group: Any) -> dict[str, int]:
             first = dist.get_rank() == 0
             anyup.distributed.upsample(anyup.AnyUp(), *((image, features) if first else (None, None)), group=group)
     finally:
-        anyup.distributed.Ranks.gather = gather  # type: ignore[method-assign]
+        exchange.gather = gather  # type: ignore[method-assign]
         dist.P2POp, dist.broadcast = operation, broadcast  # type: ignore[misc]
     return dict(found)
 

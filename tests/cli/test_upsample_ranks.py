@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +29,23 @@ pytestmark = [
 COMMAND = ["upsample", "photo.png", "--features", "features.npy", "--weights", "weights.pth", "--split-over-ranks"]
 
 RUN = """
+import contextlib, io, json
 from anyup.limited_memory import prediction
 from anyup.cli import command
 prediction.BAND_PIXELS = 4 * 30
+meet, ends = dist.init_process_group, []
 dist.init_process_group = lambda backend: None  # it is there, and meets in a file
-status = command.main({arguments!r})
-assert not dist.is_initialized(), "its threads may not survive the interpreter's end"
-sys.exit(status)
+for number, arguments in enumerate({commands!r}):
+    if number:
+        meet("gloo", init_method="file://{folder}/meeting-" + str(number), rank={rank}, world_size=2)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        ends.append([command.main(arguments), out, err])
+    assert not dist.is_initialized(), "its threads may not survive the interpreter's end"
+print(json.dumps([[status, out.getvalue(), err.getvalue()] for status, out, err in ends]))
 """
 
 DIES = """
-from anyup.distributed import Ranks
+from anyup.ranks import Ranks
 gather, calls = Ranks.gather, []
 def dying(self, tensor, what):
     calls.append(what)
@@ -70,16 +79,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str, before: str = "") -> list[tuple[int, str, str]]:
-    """The exit status, stdout and stderr of each of two processes."""
-    code = "import os, sys\n" + before + RUN.format(arguments=[*COMMAND, *arguments])
-    processes = [start(code, folder, rank, 2, LOCAL_RANK=str(rank)) for rank in (0, 1)]
-    ends = [process.communicate(timeout=PATIENCE) for process in processes]
-    return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
+End = tuple[int, str, str]
+"""Exit status, stdout and stderr of a command."""
+
+
+def run(folder: Path, *commands: Sequence[str], before: str = "") -> list[tuple[int, list[End]]]:
+    """Of each of two processes, which run the commands one after the other, its exit status and the commands' ends."""
+    given = [[*COMMAND, *arguments] for arguments in commands]
+    processes = []
+    for rank in (0, 1):
+        code = "import os, sys\n" + before + RUN.format(commands=given, folder=folder, rank=rank)
+        processes.append(start(code, folder, rank, 2, LOCAL_RANK=str(rank)))
+    told = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert processes[0].returncode == 0, told[0][1]
+    return [(each.returncode, json.loads(out or "[]")) for each, (out, _) in zip(processes, told, strict=True)]
 
 
 def left() -> set[str]:
-    return {path.name for path in Path().iterdir()} - {"photo.png", "features.npy", "weights.pth", "meeting"}
+    meetings = {path.name for path in Path().glob("meeting*")}
+    return {path.name for path in Path().iterdir()} - {"photo.png", "features.npy", "weights.pth"} - meetings
 
 
 def expected(size: tuple[int, int]) -> Tensor:
@@ -89,35 +107,30 @@ def expected(size: tuple[int, int]) -> Tensor:
     return result[0]
 
 
-@pytest.mark.parametrize("name", ["out.npy", pytest.param("out.zarr", marks=pytest.mark.slow)])
-def test_two_processes_write_what_the_model_returns(folder: Path, name: str) -> None:
-    zarr = pytest.importorskip("zarr") if name.endswith("zarr") else None
-    (status, out, err), other = run(folder, "-o", name, "--size", "47x60")
-    assert (status, other[0]) == (0, 0), (err, other[2])
-    assert out == f"{folder.resolve() / name}\n" or out == f"{name}\n"
-    assert "upsampling 5 x 6 x 8 to 47 x 60 on cpu, on 2 ranks" in err
-    assert other[1:] == ("", "")
-    written = np.load(name) if zarr is None else zarr.open_array(name, mode="r")[...][0]
-    torch.testing.assert_close(torch.from_numpy(written), expected((47, 60)), rtol=1e-5, atol=1e-5)
-    assert left() == {name}
-
-
-@pytest.mark.parametrize("before", [DIES, pytest.param(DIES_LATE, marks=pytest.mark.slow)], ids=["passes", "pieces"])
-def test_when_a_process_dies_the_others_say_so_and_leave_no_file(folder: Path, before: str) -> None:
-    (status, out, err), (died, _, _) = run(folder, "-o", "out.npy", before=before)
-    assert (status, died) == (1, 9), err
-    assert out == ""
-    assert "rank 0 of 2: another rank ended, or did not answer within the group's timeout" in err
-    assert left() == set()
+def test_two_processes_write_what_the_model_returns_and_one_says_what_is_wrong(folder: Path) -> None:
+    names = ["out.npy", *(["out.zarr"] if find_spec("zarr") else [])]
+    (folder / "broken.npy").write_bytes(b"nothing")
+    commands = [("-o", name, "--size", "47x60") for name in names]
+    (_, first), (_, second) = run(folder, *commands, ("-o", "none.npy", "--features", "broken.npy"))
+    for name, (status, out, err), other in zip(names, first, second, strict=False):
+        assert (status, *other) == (0, 0, "", ""), (err, other)
+        assert out in (f"{folder.resolve() / name}\n", f"{name}\n")
+        assert "upsampling 5 x 6 x 8 to 47 x 60 on cpu, on 2 ranks" in err
+        written = np.load(name) if name == "out.npy" else pytest.importorskip("zarr").open_array(name, mode="r")[...][0]
+        torch.testing.assert_close(torch.from_numpy(written), expected((47, 60)), rtol=1e-5, atol=1e-5)
+    (status, _, err), other = first[-1], second[-1]
+    assert (status, *other) == (1, 1, "", "")
+    assert err.count("anyup: error: ") == 1 and "broken.npy" in err
+    assert left() == {*names, "broken.npy"}
 
 
 @pytest.mark.slow
-def test_what_process_0_cannot_read_is_an_error_of_all(folder: Path) -> None:
-    (folder / "features.npy").write_bytes(b"nothing")
-    (status, _, err), (other, _, its) = run(folder, "-o", "out.npy")
-    assert (status, other) == (1, 1)
-    assert "features.npy" in err
-    assert its.startswith("anyup: error: rank 0: ") and "features.npy" in its
+@pytest.mark.parametrize("before", [DIES, DIES_LATE], ids=["passes", "pieces"])
+def test_when_a_process_dies_the_others_say_so_and_leave_no_file(folder: Path, before: str) -> None:
+    (_, ((status, out, err),)), (died, _) = run(folder, ("-o", "out.npy"), before=before)
+    assert (status, died) == (1, 9), err
+    assert out == ""
+    assert "rank 0 of 2: another rank ended, or did not answer within the group's timeout" in err
     assert left() == set()
 
 
