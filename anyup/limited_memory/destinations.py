@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,9 @@ from anyup.ops.precision import FLOATING, check_dense
 from anyup.progress import human_bytes
 
 Shape = tuple[int, int, int, int]
+
+_WORK: Any = 10_000
+"""Steps of the search for a number that two tensors have in common; those that need more are taken for sharing one."""
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -89,16 +93,33 @@ def _tensor_destination(out: Tensor, shape: Shape, inputs: Mapping[str, Tensor],
 
 def _check_apart(out: Tensor, inputs: Mapping[str, Tensor]) -> None:
     """Raise ValueError where `out` shares memory with an input, which the call still reads while it writes `out`."""
-
-    def extent(tensor: Tensor) -> tuple[int, int]:
-        last = sum(stride * (length - 1) for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
-        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
     for name, tensor in inputs.items():
-        if out.numel() and tensor.numel() and tensor.device == out.device:
-            (first, end), (other_first, other_end) = extent(out), extent(tensor)
-            if first < other_end and other_first < end:
-                raise ValueError(f"out: shares memory with {name}, which is read while it is written")
+        if tensor.device == out.device and _share_memory(out, tensor):
+            raise ValueError(f"out: shares memory with {name}, which is read while it is written")
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have a number in common. Channels of one batch, say, may lie between another's."""
+    import numpy
+
+    def places(tensor: Tensor) -> numpy.ndarray:
+        """The tensor's memory, which may be a GPU's: the array is asked where its items lie, never what they are."""
+        size = tensor.element_size()
+        interface = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "data": (tensor.data_ptr(), True),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
+        return numpy.asarray(SimpleNamespace(__array_interface__=interface))
+
+    if not one.numel() or not other.numel():
+        return False
+    try:
+        return numpy.shares_memory(places(one), places(other), max_work=_WORK)
+    except numpy.exceptions.TooHardError:
+        return True
 
 
 def _array_destination(out: Any, dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> Destination:

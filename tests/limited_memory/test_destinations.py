@@ -313,6 +313,18 @@ def test_neighbours_in_one_block_of_memory_are_apart(model: AnyUp) -> None:
         torch.testing.assert_close(block[2:], model(IMAGE, FEATURES), rtol=1e-5, atol=1e-5)
 
 
+def test_channels_between_those_of_another_map_are_apart(model: AnyUp) -> None:
+    """Of a batch in one block: their extents overlap, and they have no number in common."""
+    batch, channels, height, width = SHAPE
+    block = torch.zeros(batch, channels + 3, height, width)
+    image, out = block[:, channels:].copy_(IMAGE), block[:, :channels]
+    with torch.no_grad():
+        model(image, FEATURES, out=out)
+        torch.testing.assert_close(out, model(IMAGE, FEATURES), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="out: shares memory with image"):
+            model(block[:, channels - 1 : channels + 2], FEATURES, out=out)
+
+
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
