@@ -32,6 +32,13 @@ def check_map(tensor: Tensor, name: str) -> None:
     )
 
 
+def check_features(features: Tensor, name: str) -> None:
+    """Raise ValueError, which names the features `name`, where features (B, C, h, w) or their norm are not finite."""
+    check_map(features, name)
+    # Their norm, a sum of squares in float32, is what the model divides by.
+    check_map(features.float().norm(dim=1, keepdim=True), f"the norm in float32 of {name}")
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
     """The names of the tensors that hold a NaN or an infinity, with counts, in words; "" if none does."""
     counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}

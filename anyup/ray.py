@@ -19,7 +19,7 @@ from anyup import encoders
 from anyup.budget import parse_memory
 from anyup.checkpoints import MINI, load
 from anyup.devices import choose_device
-from anyup.finite import check_map, overflow
+from anyup.finite import check_features, check_map, overflow
 from anyup.head import with_head
 from anyup.images import (
     decode_photo,
@@ -148,7 +148,7 @@ class Upsample:
         guide = guidance_size(native, whole)
         with torch.inference_mode():
             features = self._encoder(self._encoder.normalize(resize(photo, seen).to(self._device)))
-            check_map(features, f"features of {self._encoder.name}")
+            check_features(features, f"features of {self._encoder.name}")
             low, beside = self._carried(features)
             if why := overflow(low, self._dtype):
                 raise ValueError(f"dtype: {why}; take float32")

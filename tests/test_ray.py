@@ -115,6 +115,17 @@ def test_a_photograph_that_is_broken_has_an_error_and_its_row_stays(
     assert np.isfinite(found["features"][0]).all() and found["features"][0].shape[0] == channels
 
 
+def test_features_whose_norm_overflows_are_told(photographs: list[Path]) -> None:
+    def loud() -> Any:
+        encoder = make_encoder()
+        quiet = encoder.features
+        encoder.features = lambda image: quiet(image) * 1e25
+        return encoder
+
+    found = upsample(photographs, encoder=loud)({"bytes": of_objects([photographs[0].read_bytes()])})
+    assert "the norm in float32 of features of" in found["error"][0]
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

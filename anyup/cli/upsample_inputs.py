@@ -58,6 +58,7 @@ class Inputs:
 
 def read_inputs(arguments: argparse.Namespace, files: Files, device: torch.device, progress: Progress) -> Inputs:
     """Read the files, load the weights and run the encoder; each is checked before what takes longer."""
+    from anyup.finite import check_features
     from anyup.images import read_features
 
     given = read_features(arguments.features) if arguments.features else None
@@ -174,15 +175,6 @@ def guidance(photo: Tensor, whole: tuple[int, int], progress: Progress) -> Tenso
     if guide != native:
         progress.note(f"photograph of {native[0]} x {native[1]} reduced to {guide[0]} x {guide[1]}")
     return normalize_imagenet(resize(photo, guide))
-
-
-def check_features(features: Tensor, name: str) -> None:
-    """Raise ValueError, which names the features `name`, where features (1, C, h, w) or their norm are not finite."""
-    from anyup.finite import check_map
-
-    check_map(features, name)
-    # Their norm, a sum of squares in float32, is what the model divides by.
-    check_map(features.float().norm(dim=1, keepdim=True), f"the norm in float32 of {name}")
 
 
 def read_values(path: str) -> Tensor:
