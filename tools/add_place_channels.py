@@ -23,12 +23,12 @@ from torch import Tensor
 import anyup
 from anyup.layers import Encoder
 from anyup.model import AnyUp
+from anyup.photographs import find_photographs
+from anyup.reporting import Reporter
 from anyup.training import config, samples
 from anyup.training.distributed import Engine
 from anyup.training.losses import cosine_loss, windows
-from anyup.training.photographs import find_photographs
 from anyup.training.preparation import prepare
-from anyup.training.reporting import Reporter
 from anyup.training.samples import Batch
 from anyup.training.trainer import make_upsampler
 

@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     from anyup.devices import choose_device
     from anyup.gallery.page import make_section, write_page
     from anyup.images import read_photo
+    from anyup.photographs import find_photographs
     from anyup.progress import Progress
-    from anyup.training.photographs import find_photographs
 
     output = check_output(arguments.output, (".html",), "output")
     paths = find_photographs(arguments.folder)

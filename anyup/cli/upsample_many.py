@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from anyup.cli.upsample_inputs import (
     carried_by,
-    check_features,
     check_head,
     encode,
     load_model,
@@ -157,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _work_through(work: Work, source: Source, manifest: Manifest, engine: Engine) -> int:
     """Upsample each photograph without a result and note the outcome; return how many have no result in the end."""
-    from anyup.training.reporting import Rate, Reporter
+    from anyup.reporting import Rate, Reporter
 
     reporter, rate = Reporter(), Rate()
     whose = f", of the first of {engine.world} processes" if engine.world > 1 else ""
@@ -183,8 +182,8 @@ def _work_through(work: Work, source: Source, manifest: Manifest, engine: Engine
                 failed += 1
                 reporter.note(f"left out: {photograph.name}: {entry['error']}")
             of = f" of {source.count}" if source.count else ""
-            left = f", {rate.left(source.count - seen)} left" if made and seen < source.count else ""
             if engine.first:
+                left = rate.time_left(source.count - seen)
                 reporter.tick(f"{seen}{of}{whose}{left}", last=seen == source.count)
     except BaseException:
         if engine.first:
@@ -344,6 +343,7 @@ class Work:
             return {"error": "there is not enough memory"}
 
     def _upsample(self, name: str, photo: Tensor) -> dict[str, Any]:
+        from anyup.finite import check_features
         from anyup.progress import Progress
 
         given, device, silent = self.arguments, self.model.rope.freqs.device, Progress(io.StringIO())
@@ -500,7 +500,7 @@ def _find(named: Sequence[str], outside: Sequence[Path], stack: ExitStack, engin
 
 def _matches(text: str) -> tuple[Path, list[Path]]:
     """The files that an argument names, and the folder that their names are relative to."""
-    from anyup.training.photographs import find_photographs
+    from anyup.photographs import find_photographs
 
     path = Path(text)
     if path.is_dir():

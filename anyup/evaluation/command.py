@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anyup.evaluation.probe import Recipe
     from anyup.evaluation.probing import Evaluation
     from anyup.evaluation.upsamplers import Upsampler
-    from anyup.training.reporting import Reporter
+    from anyup.reporting import Reporter
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -104,7 +104,7 @@ def _pictures(arguments: argparse.Namespace) -> None:
 
 
 def _probes(arguments: argparse.Namespace) -> None:
-    from anyup.training.reporting import Reporter
+    from anyup.reporting import Reporter
 
     output = check_output(arguments.output, (".json",), "results")
     checkpoint = check_output(str(checkpoint_of(arguments)), (".pt",), "checkpoint")
@@ -239,7 +239,8 @@ def _labels(arguments: argparse.Namespace, known: Labels | None) -> Labels:
 
 def _held_out(folder: str, every: int) -> dict[str, Path]:
     """The photographs that training held out, by their path below the folder."""
-    from anyup.training.photographs import find_photographs, split
+    from anyup.photographs import find_photographs
+    from anyup.training.photographs import split
 
     paths = find_photographs(folder)
     if every:
@@ -253,7 +254,7 @@ def _held_out(folder: str, every: int) -> dict[str, Path]:
 def _start(arguments: argparse.Namespace) -> tuple[Reporter, torch.device, list[Upsampler]]:
     from anyup.devices import choose_device
     from anyup.evaluation.upsamplers import make_upsamplers
-    from anyup.training.reporting import Reporter
+    from anyup.reporting import Reporter
 
     device = choose_device(arguments.device)
     with naming_the_options():

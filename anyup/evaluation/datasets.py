@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from anyup.fingerprint import file_fingerprint
 from anyup.images import StoredPicture, check_readable, read_photo, read_picture, to_rgb01
-from anyup.training.photographs import pictures_below
-from anyup.training.reporting import Reporter
+from anyup.photographs import pictures_below
+from anyup.reporting import Reporter
 
 if TYPE_CHECKING:
     from PIL import Image

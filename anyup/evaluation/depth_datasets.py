@@ -21,7 +21,7 @@ from anyup.evaluation.normals import Camera, normals_of_depth
 from anyup.fingerprint import file_fingerprint, tensor_fingerprint
 from anyup.images import check_readable, read_photo, read_picture
 from anyup.installing import pip_install
-from anyup.training.photographs import pictures_below
+from anyup.photographs import pictures_below
 
 
 @dataclass(frozen=True)

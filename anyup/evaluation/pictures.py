@@ -14,8 +14,8 @@ from anyup.encoders import Encoder
 from anyup.evaluation.upsamplers import Learned, Upsampler
 from anyup.images import normalize_imagenet, read_photo, round_to_multiple, save_picture
 from anyup.panels import draw_panels
+from anyup.reporting import Reporter
 from anyup.training.photographs import square_crop
-from anyup.training.reporting import Reporter
 from anyup.visualization import pca_picture
 
 

@@ -34,8 +34,8 @@ from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
 from anyup.fingerprint import module_fingerprint, tensor_fingerprint
 from anyup.images import complete_or_absent, normalize_imagenet, resize
 from anyup.progress import human_bytes
+from anyup.reporting import Rate, Reporter, duration
 from anyup.tensor_files import read_torch
-from anyup.training.reporting import Rate, Reporter, duration
 
 _SHARE_OF_THE_DISK = 0.8
 _AS_IT_IS = View()
@@ -329,10 +329,8 @@ def train(
                 total += mean
                 steps += 1
             rate.count(iteration + 1 - first * in_epoch)
-            left = rate.left((recipe.epochs * in_epoch) - iteration - 1)
-            reporter.tick(
-                f"epoch {epoch + 1} of {recipe.epochs}, batch {number + 1} of {in_epoch}, {left} left to train"
-            )
+            left = rate.time_left(recipe.epochs * in_epoch - iteration - 1)
+            reporter.tick(f"epoch {epoch + 1} of {recipe.epochs}, batch {number + 1} of {in_epoch}{left}")
         means = (total / max(steps, 1)).tolist()
         history.append(dict(zip(source.methods, means, strict=True)))
         with complete_or_absent(checkpoint) as partial:

@@ -34,8 +34,8 @@ from anyup.evaluation.report import number, spread, table
 from anyup.evaluation.upsamplers import REFERENCE, Upsampler
 from anyup.fingerprint import file_fingerprint, module_fingerprint
 from anyup.images import normalize_imagenet, read_photo, resize
+from anyup.reporting import Reporter
 from anyup.training.photographs import square_crop
-from anyup.training.reporting import Reporter
 
 CROPS, WHOLE = "crops", "whole"
 

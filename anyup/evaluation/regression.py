@@ -23,7 +23,7 @@ from anyup.evaluation.probing import Source, sum_over
 from anyup.evaluation.report import spread, table
 from anyup.fingerprint import tensor_fingerprint
 from anyup.options import UsageError
-from anyup.training.reporting import Reporter
+from anyup.reporting import Reporter
 
 
 class Regression(ABC):

@@ -15,7 +15,7 @@ from anyup.evaluation.probe import Probes, confusion, losses, scores
 from anyup.evaluation.probing import Source, sum_over
 from anyup.evaluation.report import spread, table
 from anyup.images import normalize_imagenet
-from anyup.training.reporting import Reporter
+from anyup.reporting import Reporter
 
 
 @dataclass(frozen=True)

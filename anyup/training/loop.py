@@ -11,15 +11,15 @@ from typing import Any
 
 import anyup
 from anyup.devices import choose_device
+from anyup.photographs import find_photographs
+from anyup.reporting import Rate, Reporter, duration
 from anyup.run_lock import folder_for, only_run
 from anyup.stopping import on_request
 from anyup.training import distributed, state, validation
 from anyup.training.config import Settings
 from anyup.training.log import Log
-from anyup.training.photographs import find_photographs
 from anyup.training.preparation import Prepared, prepare
 from anyup.training.record import Record
-from anyup.training.reporting import Rate, Reporter, duration
 from anyup.training.trainer import Trainer, make_upsampler, require_backends
 
 FINAL = "final.pth"
@@ -157,7 +157,7 @@ class _Run:
         step, steps = self._trainer.step, self._settings.optimizer.steps
         speed = self._rate.per_second * self._settings.optimizer.batch
         loss = sum(record["loss"] for record in self._recent) / len(self._recent)
-        left = f", {self._rate.left(steps - step)} left" if not last else ""
+        left = self._rate.time_left(steps - step)
         self._reporter.tick(f"step {step} of {steps}: loss {loss:.4f}, {speed:.1f} samples/s{left}", last=last)
         if self._log:
             self._log.means(self._recent, speed)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyup.encoders import Encoder, load_encoder
+from anyup.reporting import Rate, Reporter
 from anyup.training.config import Settings
 from anyup.training.distributed import Engine
 from anyup.training.feature_cache import FeatureCache, Recipe
 from anyup.training.live_features import LiveFeatures
 from anyup.training.photographs import split
-from anyup.training.reporting import Rate, Reporter
 from anyup.training.samples import FeatureSource
 
 

@@ -25,8 +25,8 @@ from anyup.evaluation.upsamplers import Interpolation, Learned, make_upsamplers
 from anyup.fingerprint import file_fingerprint, module_fingerprint
 from anyup.images import normalize_imagenet, resize, save_picture
 from anyup.model import AnyUp
+from anyup.reporting import Reporter
 from anyup.training.photographs import square_crop
-from anyup.training.reporting import Reporter
 
 pytest.importorskip("PIL")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anyup.encoders
-from anyup import checkpoints
+from anyup import checkpoints, reporting
 from anyup.cli import command as cli
 from anyup.encoders import MobileNetV2
 from anyup.evaluation import datasets, probing
@@ -38,8 +38,7 @@ from anyup.evaluation.upsamplers import Interpolation, Learned
 from anyup.images import read_photo, resize, save_picture
 from anyup.model import AnyUp
 from anyup.ops.window_attention.reference import window_mask
-from anyup.training import reporting
-from anyup.training.reporting import Reporter
+from anyup.reporting import Reporter
 from anyup.window import CellWindow, RatioWindow, Window
 
 Image = pytest.importorskip("PIL.Image")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from anyup.encoders import Encoder
 from anyup.images import complete_or_absent, save_picture
+from anyup.reporting import Reporter
 from anyup.training import config
 from anyup.training.config import Settings
-from anyup.training.reporting import Reporter
 
 SETTINGS = """
 output = "{folder}/run"

@@ -14,13 +14,14 @@ pytest.importorskip("PIL")
 
 from support.small_training import TinyEncoder, make_photographs, settings
 
+from anyup.photographs import find_photographs
 from anyup.training import samples
 from anyup.training.augmentations import CHANGES, augment
 from anyup.training.config import ConfigError
 from anyup.training.feature_cache import FeatureCache, Recipe
 from anyup.training.live_features import LiveFeatures
 from anyup.training.losses import cosine_loss, normalised_error, windows
-from anyup.training.photographs import View, draw_view, find_photographs, split, square_crop, view_of
+from anyup.training.photographs import View, draw_view, split, square_crop, view_of
 
 RECIPE = Recipe(
     seed=0,

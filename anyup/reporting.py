@@ -69,9 +69,9 @@ class Rate:
         del self._times[: -self._memory - 1]
 
     def count_of(self, done: int, total: int) -> str:
-        """Count, and say how long the rest takes: ", 12 min left", or nothing where nothing is left."""
+        """`count`, and the `time_left` of so many in all."""
         self.count(done)
-        return f", {self.left(total - done)} left" if done < total else ""
+        return self.time_left(total - done)
 
     @property
     def elapsed(self) -> float:
@@ -83,5 +83,7 @@ class Rate:
         (start, first), (end, last) = self._times[0], self._times[-1]
         return (last - first) / max(end - start, 1e-9)
 
-    def left(self, remaining: int) -> str:
-        return duration(remaining / self.per_second) if self.per_second > 0 else "?"
+    def time_left(self, remaining: int) -> str:
+        """How long so many take: ", 12 min left"; "" where none remains, or none is counted yet."""
+        speed = self.per_second
+        return f", {duration(remaining / speed)} left" if remaining > 0 and speed > 0 else ""
