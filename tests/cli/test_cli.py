@@ -60,7 +60,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise URLError("no network in this test")
 
-    monkeypatch.setattr(checkpoints, "urlopen", refuse)
+    monkeypatch.setattr("anyup.stored_weights.urlopen", refuse)
 
 
 @pytest.fixture
