@@ -110,16 +110,16 @@ def check_output(path: str, suffixes: tuple[str, ...], what: str) -> Path:
 
 _OPTIONS = {
     **dict.fromkeys(("name_or_path", "path"), "--weights"),
-    **dict.fromkeys(("name", "index", "block", "layer"), "--encoder"),
-    "window_ratio": "--window-ratio",
+    **dict.fromkeys(("name", "index", "block", "layer", "encoder"), "--encoder"),
+    **{name: f"--{name.replace('_', '-')}" for name in ("window_ratio", "size", "encoder_size", "class_token")},
 }
-"""Options, by the arguments of `load`, `load_encoder` and `make_upsamplers` that they give."""
+"""Options, by the arguments of `load`, `load_encoder`, `make_upsamplers` and `probing.Source` that they give."""
 
 
 @contextmanager
 def naming_the_options() -> Iterator[None]:
-    """Within the block errors of `load` and `load_encoder` name --weights and --encoder; a failed download also names
-    alternatives.
+    """Within the block an error that begins with an argument of `_OPTIONS` names its option instead; a failed download
+    also names alternatives.
     """
     from anyup.checkpoints import DownloadError
 

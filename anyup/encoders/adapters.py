@@ -113,11 +113,21 @@ class TimmEncoder(Encoder):
 
     def features(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, h, w)."""
+        result: Tensor = self._last_map(image)
+        return result.contiguous()
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """See `Encoder.tokens`; register tokens are dropped."""
+        # Networks without a class token have no such attribute, or None; those with one put it before all others.
+        if getattr(self.module, "cls_token", None) is None:
+            return super().tokens(image)
+        patches, prefix = self._last_map(image, return_prefix_tokens=True)
+        return torch.cat([prefix[:, :1], patches.flatten(2).mT], dim=1)
+
+    def _last_map(self, image: Tensor, **options: Any) -> Any:
         run: Any = self.module.forward_intermediates
         indices = 1 if self.layer is None else [self.layer]  # an integer counts maps from the end
-        maps = run(image, indices=indices, norm=True, output_fmt="NCHW", intermediates_only=True)
-        result: Tensor = maps[-1]
-        return result.contiguous()
+        return run(image, indices=indices, norm=True, output_fmt="NCHW", intermediates_only=True, **options)[-1]
 
 
 class TransformersEncoder(Encoder):

@@ -798,6 +798,30 @@ def test_timm_maps_are_asked_for_in_channels_first_order() -> None:
         TimmEncoder(Backbone(), layer=2)
 
 
+def test_a_class_token_of_timm_is_the_first_of_the_tokens_before_the_patches() -> None:
+    class Transformer(nn.Module):
+        """A class token and two registers before the patches, as timm gives them when asked for both."""
+
+        feature_info = ({"num_chs": 4, "reduction": 2},)
+
+        def __init__(self, has_class_token: bool) -> None:
+            super().__init__()
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 4)) if has_class_token else None
+
+        def forward_intermediates(self, image: Tensor, return_prefix_tokens: bool = False, **options: Any) -> list[Any]:
+            assert options == {"indices": 1, "norm": True, "output_fmt": "NCHW", "intermediates_only": True}
+            cells = image[:, :1, ::2, ::2].repeat(1, 4, 1, 1)
+            prefix = torch.tensor([7.0, 8, 9])[:, None].expand(len(image), 3, 4)
+            return [(cells, prefix)] if return_prefix_tokens else [cells]
+
+    image = torch.randn(2, 3, 8, 12)
+    encoder = TimmEncoder(Transformer(has_class_token=True)).eval()
+    features, token = encoder.with_class_token(image)
+    assert torch.equal(features, encoder(image)) and token.tolist() == [[7] * 4] * 2
+    with pytest.raises(ValueError, match="v: expected a network with a class token, got TimmEncoder"):
+        TimmEncoder(Transformer(has_class_token=False), name="v").with_class_token(image)
+
+
 @pytest.mark.parametrize(
     ("model", "size"),
     [("vit_tiny_patch16_224", (64, 96)), ("resnet18", (64, 96)), ("convnext_atto", (64, 96))],
@@ -810,6 +834,11 @@ def test_timm_models_give_maps_at_other_sizes_than_the_trained_one(model: str, s
     first = encoder.list_layers()[0]
     encoder = load_encoder(f"timm/{model}:0", pretrained=False)
     assert (encoder.channels, encoder.stride) == (first.channels, first.stride)
+    if model.startswith("vit"):
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            features, token = encoder.with_class_token(image)
+            assert torch.equal(features, encoder(image)) and token.shape == (1, encoder.channels)
 
 
 @pytest.mark.parametrize(
