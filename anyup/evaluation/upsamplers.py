@@ -73,25 +73,28 @@ def make_upsamplers(
     """Nearest, bilinear, then the model of each name or file for `anyup.load`, then (if asked for) an untrained one.
 
     A file is called by its stem, or by its path where two have the same. Each is there once with its own window, and
-    once with each of `window_ratios`. Raises ValueError for the same weights, or the same ratio, twice.
+    once with each of `window_ratios` that is not its own. Raises ValueError for the same weights or the same ratio
+    twice, and for a ratio that is not positive.
     """
     for argument, given in (("weights", list(weights)), ("window_ratio", [f"{ratio:g}" for ratio in window_ratios])):
         if repeated := sorted({value for value in given if given.count(value) > 1}):
             raise ValueError(f"{argument}: expected each once, got {', '.join(repeated)} more than once")
+    if wrong := [ratio for ratio in window_ratios if not ratio > 0]:
+        raise ValueError(f"window_ratio: expected more than 0, got {wrong[0]:g}")
     short = [source if source in NAMED else Path(source).stem for source in weights]
     taken = {"nearest", REFERENCE, "untrained"}
     names = [
         name if short.count(name) == 1 and name not in taken else source
         for name, source in zip(short, weights, strict=True)
     ]
-    learned = [
-        Learned(
-            name if ratio is None else f"{name} (window {ratio:g})",
-            load(source, device=device, backend=backend, window_ratio=ratio),
-        )
-        for name, source in zip(names, weights, strict=True)
-        for ratio in (None, *window_ratios)
-    ]
+    learned = []
+    for name, source in zip(names, weights, strict=True):
+        own = load(source, device=device, backend=backend)
+        learned.append(Learned(name, own))
+        for ratio in window_ratios:
+            if ratio != own.window_ratio:
+                other = load(source, device=device, backend=backend, window_ratio=ratio)
+                learned.append(Learned(f"{name} (window {ratio:g})", other))
     if untrained:
         from anyup.checkpoints import untrained_model
 

@@ -241,6 +241,16 @@ def test_the_same_weights_twice_are_refused() -> None:
         make_upsamplers(["a.pth", "a.pth"], device=CPU)
 
 
+def test_other_windows_are_measured_beside_the_weights_own_which_is_there_once(tmp_path: Path) -> None:
+    own, file = small_model().window_ratio, tmp_path / "a.pth"
+    checkpoints.save(small_model(), file)
+    upsamplers = make_upsamplers([str(file)], window_ratios=[own, 2 * own], device=CPU)
+    assert [u.name for u in upsamplers[2:]] == ["a", f"a (window {2 * own:g})"]
+    assert [u.model.window_ratio for u in upsamplers if isinstance(u, Learned)] == [own, 2 * own]
+    with pytest.raises(ValueError, match="window_ratio: expected more than 0, got -1"):
+        make_upsamplers([str(file)], window_ratios=[-1], device=CPU)
+
+
 # Results
 
 
