@@ -63,6 +63,7 @@ that a layout stores, else those of planes fitted to the depth. Ctrl-C loses at 
 {_GEOMETRY}"""
 
 PUBLISHED_VIEW, PUBLISHED_CROP = 448, 224  # pixels
+PUBLISHED_WIDTH = 512  # channels of the DPT head
 
 _positive = whole_number(1)
 _value = whole_number(0, 65535)  # of a mask's pixel, which has up to 16 bits
@@ -114,7 +115,7 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
 
     features = command("features", "reconstruction of an encoder's features of a larger image", _FEATURES)
     _add_photographs(features)
-    _add_encoders(features, several=True)
+    _add_encoders(features)
     _add_cache(features)
     features.add_argument(
         "--from",
@@ -139,7 +140,7 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
     pictures = command("pictures", "principal components of features, side by side", _PICTURES)
     pictures.set_defaults(cache=None)
     _add_photographs(pictures)
-    _add_encoders(pictures, several=True)
+    _add_encoders(pictures)
     pictures.add_argument(
         "--count", type=_positive, default=10, metavar="N", help="photographs to draw (default: %(default)s)"
     )
@@ -200,12 +201,18 @@ def _add_depth(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="depths whose weighted mean is predicted; 1: one output, a sigmoid of it (default: %(default)s)",
     )
-    parser.add_argument(
+    bound = parser.add_mutually_exclusive_group()
+    bound.add_argument(
         "--max-depth",
         type=number(above=0.001),
         default=10.0,
         metavar="METRES",
         help="the last bin; what lies farther is taken as unknown (default: %(default)s)",
+    )
+    bound.add_argument(
+        "--relative-depth",
+        action="store_true",
+        help="learn no metres: each image's depth goes from 0.01, its nearest point, to 1, its farthest",
     )
     parser.add_argument(
         "--published-gradient",
@@ -268,7 +275,7 @@ def _add_probes(parser: argparse.ArgumentParser, *, epochs: int, batch: int) -> 
         "--test-split", type=nonempty, metavar="SPLIT", help="split to measure on (default: the layout's)"
     )
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N images of each split, to try it out")
-    _add_encoders(parser, several=False)
+    _add_encoders(parser, "; four of them with --head dpt")
     _add_cache(parser)
     parser.add_argument(
         "--attention",
@@ -296,6 +303,19 @@ def _add_probes(parser: argparse.ArgumentParser, *, epochs: int, batch: int) -> 
         "--class-token",
         action="store_true",
         help="the probe sees the encoder's class token beside the features of each pixel; of vision transformers",
+    )
+    parser.add_argument(
+        "--head",
+        choices=("linear", "dpt"),
+        default="linear",
+        help="what is trained: a linear map, or Probe3D's DPT over four blocks without its interpolations, which takes "
+        "four --encoder, from the first block to the last (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--width",
+        type=_positive,
+        metavar="CHANNELS",
+        help=f"of the DPT head's convolutions, which run for each pixel (default: {PUBLISHED_WIDTH})",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=3, metavar="N", help="probes of each method (default: %(default)s)"
@@ -360,8 +380,7 @@ def _add_photographs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_encoders(parser: argparse.ArgumentParser, several: bool) -> None:
-    more = "; may be given several times" if several else ""
+def _add_encoders(parser: argparse.ArgumentParser, more: str = "; may be given several times") -> None:
     parser.add_argument(
         "--encoder",
         type=ReadEncoder,

@@ -11,13 +11,14 @@ channels instead of 1024 give all weights, 25.7 MB an image in float16.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from anyup.model import AnyUp
 from anyup.ops.window_attention.segments import Segments, axis_segments
@@ -218,3 +219,38 @@ def _linear(pixels: int, cells: int) -> Tensor:
 
 
 FixedWeights = AttentionWeights | BilinearWeights | NearestWeights
+
+
+class HeadedWeights:
+    """Carries by fixed weights to (H, W), and then runs a head for each seed, which sees a pixel's neighbours too.
+
+    What is at the pixels is made again in the backward pass, for one seed and image at a time, and never held.
+
+    Args:
+        heads: of each seed, from (C, H, W) to (outputs, H, W).
+    """
+
+    def __init__(self, weights: FixedWeights, heads: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        self._weights, self._heads = weights, heads
+
+    def logits(self, values: Tensor) -> Iterator[Tensor]:
+        """(seeds * C, h, w) to (H, seeds * outputs, W): a row of pixels is a tile; differentiable."""
+
+        def of_seed(head: Callable[[Tensor], Tensor], low: Tensor) -> Tensor:
+            return head(self._weights.whole(self._weights.logits(low)))
+
+        of_seeds = zip(self._heads, values.unflatten(0, (len(self._heads), -1)), strict=True)
+        yield torch.cat([checkpoint(of_seed, *each, use_reentrant=False) for each in of_seeds]).transpose(0, 1)
+
+    def whole(self, parts: Iterable[Tensor]) -> Tensor:
+        """The one map (H, C, W) to (C, H, W)."""
+        (part,) = parts
+        return part.transpose(0, 1)
+
+    def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
+        """(H, W) uint8 to int64 (H, W)."""
+        yield labels.long()
+
+
+Carrier = FixedWeights | HeadedWeights
+"""What brings a probe's values from the small grid to the pixels."""

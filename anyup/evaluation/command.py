@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW, checkpoint_of
+from anyup.evaluation.arguments import PUBLISHED_CROP, PUBLISHED_VIEW, PUBLISHED_WIDTH, checkpoint_of
 from anyup.options import UsageError, check_output, naming_the_options
 from anyup.run_lock import folder_for, only_run
 
@@ -122,6 +122,7 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
 
     from anyup.evaluation import datasets, probing
     from anyup.evaluation.cache import TensorCache
+    from anyup.evaluation.dpt import BLOCKS, FourBlocks
     from anyup.evaluation.report import surroundings, write_json
 
     if checkpoint.exists() and not arguments.resume:
@@ -138,20 +139,23 @@ def _probe(arguments: argparse.Namespace, output: Path, checkpoint: Path) -> Non
         raise UsageError(f"--attention keep: goes {beside}")
     splits = arguments.train_split or layout.train, arguments.test_split or layout.test
     found = [datasets.load_split(arguments.data, layout, split, what)[: arguments.limit] for split in splits]
-    if len(arguments.encoder) > 1:
-        raise UsageError(f"--encoder: expected one, got {len(arguments.encoder)}")
+    wanted, beside = (1, "") if recipe.head == "linear" else (BLOCKS, " with --head dpt, the blocks it sees")
+    if len(arguments.encoder) != wanted:
+        raise UsageError(f"--encoder: expected {wanted}{beside}, got {len(arguments.encoder)}")
     reporter, device, upsamplers = _start(arguments)
-    (encoder,) = _load_encoders(arguments.encoder, device)
-    source = probing.Source(
-        encoder,
-        upsamplers,
-        evaluation.task,
-        arguments.size,
-        cache,
-        device,
-        encoder_size=arguments.encoder_size,
-        class_token=arguments.class_token,
-    )
+    encoders = _load_encoders(arguments.encoder, device)
+    with naming_the_options():
+        encoder = encoders[0] if recipe.head == "linear" else FourBlocks(encoders).eval()
+        source = probing.Source(
+            encoder,
+            upsamplers,
+            evaluation.task,
+            arguments.size,
+            cache,
+            device,
+            encoder_size=arguments.encoder_size,
+            class_token=arguments.class_token,
+        )
     to_train, to_test = (
         evaluation.check(samples, arguments.size, split, reporter) for samples, split in zip(found, splits, strict=True)
     )
@@ -196,7 +200,8 @@ def _evaluation(arguments: argparse.Namespace, cache: TensorCache) -> tuple[Layo
 
     task: regression.Regression
     if arguments.evaluation == "depth":
-        task = regression.Depth(arguments.bins, arguments.max_depth, arguments.published_gradient)
+        largest = 1.0 if arguments.relative_depth else arguments.max_depth
+        task = regression.Depth(arguments.bins, largest, arguments.published_gradient, arguments.relative_depth)
     else:
         camera = Camera(*arguments.intrinsics) if arguments.intrinsics else None
         task = regression.Normals(arguments.window, camera, cache)
@@ -206,7 +211,10 @@ def _evaluation(arguments: argparse.Namespace, cache: TensorCache) -> tuple[Layo
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     from anyup.evaluation.probe import Recipe
 
-    common = {name: getattr(arguments, name) for name in ("learning_rate", "batch", "epochs", "order_seed")}
+    if arguments.width and arguments.head == "linear":
+        raise UsageError("--width: goes with --head dpt")
+    common = {name: getattr(arguments, name) for name in ("learning_rate", "batch", "epochs", "order_seed", "head")}
+    common["width"] = (arguments.width or PUBLISHED_WIDTH) if arguments.head == "dpt" else 0
     if arguments.evaluation == "segmentation":
         return Recipe(**common, schedule=arguments.schedule, flips=arguments.flips)
     return Recipe(**common, schedule="warm-up", weight_decay=1e-2, augment=arguments.augment)

@@ -143,6 +143,20 @@ def scaled_and_shifted(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.double() - of.mean()) * scale + to.mean()
 
 
+def relative_depth(depth: Tensor) -> Tensor:
+    """Of an image's depth (H, W), 0 unknown: from 0.01 at its nearest known point to 1 at its farthest, 0 unknown.
+
+    As Probe3D has it for objects, whose depth varies by less than they are away. Depths that differ by less than 10 mm
+    in all are not stretched to the whole range.
+    """
+    known = depth > 0
+    if not known.any():
+        return depth
+    nearest = depth[known].min()
+    share = (depth - nearest) / (depth.max() - nearest).clamp(min=0.01)
+    return torch.where(known, (0.01 + 0.99 * share).clamp(max=1), 0)
+
+
 def depth_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """Of one image, over the known pixels of (H, W): `delta1` to `delta3`, the shares of pixels whose depth is wrong by
     a factor below 1.25, 1.25^2 and 1.25^3, and `rmse` in metres. Summed in float64."""

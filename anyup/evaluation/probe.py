@@ -1,7 +1,8 @@
-"""Linear probes: 1x1 convolutions on upsampled features, many trained side by side, everything below them frozen.
+"""Probes of upsampled features, many trained side by side, everything below them frozen.
 
-A probe is linear and the weights of a pixel sum to one, so it is applied on the small grid and its logits are brought
-to the pixels (`attention_weights`): exact, and features at image resolution never exist. Every method has one probe for
+A linear probe is a 1x1 convolution, and the weights of a pixel sum to one, so it is applied on the small grid and its
+logits are brought to the pixels (`attention_weights`): exact, and features at image resolution never exist. So is the
+linear beginning of a DPT head (`dpt`). Every method has one probe for
 each seed; the probes of a seed begin with the same values, see the same images in the same order, and do not influence
 one another.
 """
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anyup.evaluation.attention_weights import FixedWeights
+from anyup.evaluation.attention_weights import Carrier, FixedWeights
 from anyup.evaluation.datasets import VOID
 from anyup.images import to_pil, to_rgb01
 from anyup.training.randomness import Key, drawer
+
+HEADS = ("linear", "dpt")
 
 SCHEDULES = ("epochs", "iterations", "published", "warm-up")
 """How the learning rate follows a cosine: see `Recipe`."""
@@ -99,6 +102,7 @@ class Recipe:
             the rate goes down and up again all through the training. "warm-up" is Probe3D's: a line from 1 % of the
             rate up to all of it over 1.5 epochs, then a quarter period of a cosine down to 1 %, changing after each
             iteration.
+        head: "linear", or "dpt" of `width` channels (`dpt.DptHead`).
         flips: mirror a batch with probability one half.
         augment: each image is seen once as it is drawn anew in each epoch, by Probe3D's protocol (`drawn_view`).
     """
@@ -112,10 +116,16 @@ class Recipe:
     flips: bool = False
     augment: bool = False
     order_seed: int = 0
+    head: str = "linear"
+    width: int = 0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.head not in HEADS:
+            raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
+        if (self.width > 0) != (self.head == "dpt"):
+            raise ValueError(f"width: expected with the head dpt alone, got {self.width} with {self.head}")
         for name in ("batch", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -152,11 +162,30 @@ class Recipe:
 
 
 class Probes(nn.Module):
-    """The probes of `methods` x `seeds`, each a linear map from `channels` to `outputs`."""
+    """The probes of `methods` x `seeds`: what they do on the small grid, and what is left for the pixels."""
 
-    def __init__(self, methods: Sequence[str], seeds: Sequence[int], channels: int, outputs: int) -> None:
+    def __init__(self, methods: Sequence[str], seeds: Sequence[int]) -> None:
         super().__init__()
         self.methods, self.seeds = tuple(methods), tuple(seeds)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(1, C, h, w) to what is carried (methods, seeds * ..., h, w)."""
+        raise NotImplementedError
+
+    def carrier(self, method: int, weights: FixedWeights) -> Carrier:
+        """What brings a method's `forward` (seeds * ..., h, w) to the pixels, as the outputs of its probes there."""
+        return weights
+
+    def finish(self, method: int, carried: Tensor) -> Tensor:
+        """The outputs (seeds * outputs, H, W) from a method's `forward`, brought to the pixels by an upsampler."""
+        return carried
+
+
+class LinearProbes(Probes):
+    """Probes that are a linear map each, from `channels` to `outputs`."""
+
+    def __init__(self, methods: Sequence[str], seeds: Sequence[int], channels: int, outputs: int) -> None:
+        super().__init__(methods, seeds)
         self.channels, self.outputs = channels, outputs
         weights, biases = zip(*(self._start(seed) for seed in seeds), strict=True)
         self.weight = nn.Parameter(torch.stack(weights).expand(len(methods), -1, -1, -1).clone())
@@ -176,13 +205,13 @@ class Probes(nn.Module):
         return logits.flatten(1, 2).unflatten(2, features.shape[2:])
 
 
-def losses(fixed_weights: FixedWeights, logits: Tensor, labels: Tensor, seeds: int) -> Tensor:
+def losses(fixed_weights: Carrier, logits: Tensor, labels: Tensor, seeds: int, classes: int) -> Tensor:
     """Cross-entropy summed over an image's valid pixels, of each seed's probe: (seeds,).
 
-    logits (seeds * classes, h, w) on the small grid, labels (H, W) uint8 with VOID.
+    logits (seeds * ..., h, w) on the small grid, which are carried to those of the classes; labels (H, W) uint8 with
+    VOID.
     """
     total = logits.new_zeros(seeds)
-    classes = logits.shape[0] // seeds
     for carried, targets in zip(fixed_weights.logits(logits), fixed_weights.targets(labels, classes), strict=True):
         carried = carried.unflatten(1, (seeds, classes)).flatten(0, 1)  # (tiles * seeds, classes, pixels)
         targets = targets.unsqueeze(1).expand(-1, seeds, *targets.shape[1:]).flatten(0, 1)
@@ -212,12 +241,12 @@ class Objective(Protocol):
         """The number of pixels that count."""
 
     def backward(
-        self, weights: Sequence[FixedWeights], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
+        self, weights: Sequence[Carrier], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
     ) -> Tensor:
         """One method's mean loss over a batch's known pixels, (seeds,) on the CPU, detached; each logits' gradient is
         added to its `.grad`.
 
-        The logits are (seeds * outputs, h, w) on the small grid, one tensor for each image.
+        The logits are what the probes give on the small grid (`Probes.forward`), one tensor for each image.
         """
 
 
@@ -237,7 +266,7 @@ def train_step(
     targets = [example.target for example in batch]
     total = [
         objective.backward(
-            [example.weights[method] for example in batch],
+            [probes.carrier(index, example.weights[method]) for example in batch],
             [leaf[index] for leaf in leaves],
             targets,
             len(probes.seeds),

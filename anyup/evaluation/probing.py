@@ -29,7 +29,8 @@ from anyup.evaluation.attention_weights import (
 )
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import square_image
-from anyup.evaluation.probe import Example, Objective, Probes, Recipe, View, train_step
+from anyup.evaluation.dpt import BLOCKS, DptProbes
+from anyup.evaluation.probe import Example, LinearProbes, Objective, Probes, Recipe, View, train_step
 from anyup.evaluation.upsamplers import Interpolation, Learned, Upsampler
 from anyup.fingerprint import module_fingerprint, tensor_fingerprint
 from anyup.images import complete_or_absent, normalize_imagenet, resize
@@ -122,8 +123,11 @@ class Source:
             )
         if self.class_token:  # asked of two by two cells, so that a network without one is refused now
             two_cells = torch.zeros(1, 3, *[2 * self.encoder.stride] * 2, device=self.device)
-            with torch.no_grad():
-                self.encoder.with_class_token(two_cells)
+            try:
+                with torch.no_grad():
+                    self.encoder.with_class_token(two_cells)
+            except ValueError as error:
+                raise ValueError(f"class_token: {error}") from error
         self.encoder_digest = f"{self.encoder.name} {module_fingerprint(self.encoder)}"
         self.model_digests = {learned.name: module_fingerprint(learned.model) for learned in self.learned}
 
@@ -300,8 +304,7 @@ def train(
 
     Raises ValueError for a checkpoint of other settings, naming them.
     """
-    channels = int(source.encoded(samples[0]).probed.shape[1])
-    probes = Probes(source.methods, seeds, channels, source.task.outputs).to(source.device)
+    probes = _probes(source, recipe, seeds).to(source.device)
     optimizer = torch.optim.AdamW(
         probes.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
@@ -348,6 +351,15 @@ def train(
         reporter.note(f"epoch {epoch + 1} of {recipe.epochs}: {duration(time.monotonic() - started)}, loss {shown}")
         after_epoch(epoch)
     return probes, history
+
+
+def _probes(source: Source, recipe: Recipe, seeds: Sequence[int]) -> Probes:
+    of_encoder, outputs = source.encoder.channels, source.task.outputs
+    channels = of_encoder * (2 if source.class_token else 1)
+    if recipe.head == "linear":
+        return LinearProbes(source.methods, seeds, channels, outputs)
+    of_block = of_encoder // BLOCKS
+    return DptProbes(source.methods, seeds, channels, outputs, of_block=of_block, width=recipe.width)
 
 
 def _settings(source: Source, samples: Sequence[Item], recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:

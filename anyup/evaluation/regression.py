@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyup.evaluation import depth, normals
-from anyup.evaluation.attention_weights import FixedWeights, NearestWeights
+from anyup.evaluation.attention_weights import Carrier, HeadedWeights, NearestWeights
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import square_map
 from anyup.evaluation.depth_datasets import Frame
@@ -48,8 +48,8 @@ class Regression(ABC):
         """All that decides the targets and the loss, as plain values."""
 
     @abstractmethod
-    def predict(self, weights: FixedWeights, logits: Tensor, seeds: int) -> Tensor:
-        """What probes say of an image: (seeds * outputs, h, w) on the small grid to (seeds, channels, H, W)."""
+    def predict(self, weights: Carrier, logits: Tensor, seeds: int) -> Tensor:
+        """What probes say of an image: `Probes.forward` of a method to (seeds, channels, H, W)."""
 
     @abstractmethod
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Regression(ABC):
         return int((target != 0).any(dim=0).sum())
 
     def backward(
-        self, weights: Sequence[FixedWeights], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
+        self, weights: Sequence[Carrier], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
     ) -> Tensor:
         """See `probe.Objective`."""
         predictions = [self.predict(of_image, low, seeds) for of_image, low in zip(weights, logits, strict=True)]
@@ -84,12 +84,14 @@ class Depth(Regression):
     Attributes:
         bins: outputs whose mean depth is predicted; 1: one output between the smallest and the largest depth.
         largest: in metres; what lies farther is unknown.
+        relative: learn each frame's `depth.relative_depth` instead of metres, with 1 for the largest.
         published_gradient: see `depth.gradient_loss`.
     """
 
     bins: int = depth.BINS
     largest: float = depth.LARGEST
     published_gradient: bool = False
+    relative: bool = False
 
     @property
     def outputs(self) -> int:
@@ -100,14 +102,19 @@ class Depth(Regression):
         return (*depth.METRICS, *(f"scaled_{name}" for name in depth.METRICS))
 
     def read(self, frame: Frame) -> Tensor:
-        metres = frame.depth()
-        return metres.masked_fill(metres > self.largest, 0)[None]
+        known = depth.relative_depth(frame.depth()) if self.relative else frame.depth()
+        return known.masked_fill(known > self.largest, 0)[None]
 
     def settings(self) -> dict[str, Any]:
         return {"task": {"depth": dataclasses.asdict(self)}}
 
-    def predict(self, weights: FixedWeights, logits: Tensor, seeds: int) -> Tensor:
-        """Carried before the ReLU and the normalisation of the bins: until there the head is linear."""
+    def predict(self, weights: Carrier, logits: Tensor, seeds: int) -> Tensor:
+        """Carried before the ReLU and the normalisation of the bins: until there a linear head is linear."""
+        if isinstance(weights, HeadedWeights):
+            maps = weights.whole(weights.logits(logits)).unflatten(0, (seeds, -1))  # (seeds, bins, H, W)
+            if self.bins == 1:
+                return depth.depth_of_sigmoid(maps, self.largest)
+            return depth.depth_of_bins(maps.flatten(2), self.largest).unflatten(2, maps.shape[2:])
 
         def of_seed(low: Tensor) -> Tensor:
             if self.bins == 1:
@@ -172,7 +179,7 @@ class Normals(Regression):
     def settings(self) -> dict[str, Any]:
         return {"task": {"normals": {"window": self.window, "camera": str(self.camera)}}}
 
-    def predict(self, weights: FixedWeights, logits: Tensor, seeds: int) -> Tensor:
+    def predict(self, weights: Carrier, logits: Tensor, seeds: int) -> Tensor:
         return weights.whole(weights.logits(logits)).unflatten(0, (seeds, self.outputs))
 
     def loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -211,7 +218,9 @@ def check_frames(frames: Sequence[Frame], task: Regression, size: int, split: st
         reporter.tick(f"checking images and maps of {split!r}: {number} of {len(frames)}")
     if not usable:
         raise ValueError(f"data: none of {len(frames)} frames in the split {split!r} can be used")
-    metres = f", at most {largest:.2f} m away" if isinstance(task, Depth) else ""
+    metres = f", at most {largest:.2f} m away" if isinstance(task, Depth) and not task.relative else ""
+    if isinstance(task, Normals) and task.cache.folder is None and usable[0].stored_normals() is None:
+        reporter.note_once("normals are fitted to the depth anew in each epoch: --cache FOLDER would keep them")
     reporter.note(f"{split!r}: {len(usable)} frames, {statistics.fmean(shares):.1%} of the pixels are known{metres}")
     return usable
 
@@ -271,6 +280,7 @@ class Evaluation:
     def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
         """The results, with the losses of the last epoch."""
         columns = _COLUMNS[type(self.task)]
+        metres = not (isinstance(self.task, Depth) and self.task.relative)
         rows = [
             [
                 method,
@@ -282,7 +292,14 @@ class Evaluation:
             ]
             for method, result in results.items()
         ]
-        return table(["method", *(title for title, _, _ in columns.values()), "training loss"], rows)
+        return table(
+            [
+                "method",
+                *(title if metres else title.removesuffix(", m") for title, _, _ in columns.values()),
+                "training loss",
+            ],
+            rows,
+        )
 
     def _metrics(self, source: Source, frame: Frame, probes: Probes) -> Tensor:
         """(methods, seeds, metrics) float64 of a frame."""
@@ -290,7 +307,7 @@ class Evaluation:
         low = probes(example.features)
         target = example.target.cpu()
         predictions = (
-            self.task.predict(example.weights[method], low[index], len(probes.seeds))
+            self.task.predict(probes.carrier(index, example.weights[method]), low[index], len(probes.seeds))
             for index, method in enumerate(source.methods)
         )
         return torch.tensor(

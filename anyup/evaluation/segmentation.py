@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyup.evaluation.attention_weights import FixedWeights
+from anyup.evaluation.attention_weights import Carrier
 from anyup.evaluation.datasets import VOID, Labels, Sample, check_split, read_mask
 from anyup.evaluation.probe import Probes, confusion, losses, scores
 from anyup.evaluation.probing import Source, sum_over
@@ -39,13 +39,13 @@ class Segmentation:
         return {"classes": list(self.labels.names), "values": self.labels.describe()}
 
     def backward(
-        self, weights: Sequence[FixedWeights], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
+        self, weights: Sequence[Carrier], logits: Sequence[Tensor], targets: Sequence[Tensor], seeds: int
     ) -> Tensor:
         valid = sum(map(self.known, targets))
         total = torch.zeros(seeds)
         # The carried logits of one image alive at a time.
         for of_image, low, labels in zip(weights, logits, targets, strict=True):
-            each = losses(of_image, low, labels, seeds)
+            each = losses(of_image, low, labels, seeds, self.outputs)
             (each.sum() / valid).backward()
             total += each.detach().cpu() / valid
         return total
@@ -97,6 +97,6 @@ class Evaluation:
         # The carried logits of one method alive at a time.
         counts = []
         for index, upsampler in enumerate(source.upsamplers):
-            logits = upsampler(image, features, size, values=low[index][None])[0]
+            logits = probes.finish(index, upsampler(image, features, size, values=low[index][None])[0])
             counts.append(confusion(logits.unflatten(0, (len(probes.seeds), -1)), mask))
         return torch.stack(counts)

@@ -18,11 +18,12 @@ from anyup.evaluation.depth import (
     depth_of_bins,
     depth_of_sigmoid,
     gradient_loss,
+    relative_depth,
     scale_invariant_loss,
     scaled_and_shifted,
 )
 from anyup.evaluation.normals import Camera, normals_loss, normals_metrics, normals_of_depth
-from anyup.evaluation.probe import Probes
+from anyup.evaluation.probe import LinearProbes
 from anyup.evaluation.regression import Depth, Normals, Regression
 from anyup.window import RatioWindow
 
@@ -146,6 +147,14 @@ def test_the_metrics_of_depth_by_hand() -> None:
     assert metrics["rmse"] == pytest.approx(math.sqrt((0.2**2 + 0.3**2 + 4**2) / 4), rel=1e-6)
     below_zero = depth_metrics(torch.tensor([[-1.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
     assert below_zero["delta3"] == 0.5
+
+
+def test_relative_depth_by_hand() -> None:
+    found = relative_depth(torch.tensor([[0, 2.0], [2.5, 3.0]]))
+    assert torch.allclose(found, torch.tensor([[0, 0.01], [0.505, 1]])) and float(found.max()) <= 1
+    flat = relative_depth(torch.tensor([[2.0, 2.005]]))  # stretched as if 10 mm were between them
+    assert torch.allclose(flat, torch.tensor([[0.01, 0.505]]), atol=1e-4)
+    assert torch.equal(relative_depth(torch.zeros(2, 2)), torch.zeros(2, 2))
 
 
 def test_scale_and_shift_are_those_of_least_squares() -> None:
@@ -290,7 +299,7 @@ def test_a_head_before_the_upsampling_is_the_head_after_it(
     task: Regression, method: str, size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
     features, seeds = uniform(1, 5, *grid, low=-2, high=2), 2
-    probes = Probes([method], range(seeds), 5, task.outputs)
+    probes = LinearProbes([method], range(seeds), 5, task.outputs)
     weights = fixed_weights(method, size, grid)
     before = task.predict(weights, probes(features)[0], seeds)
     upsampled = carried_whole(method, weights, features[0])[None]

@@ -311,11 +311,15 @@ def words(what: str, data: Path, *more: str) -> list[str]:
     return [*typed, *(["--intrinsics", CAMERA, "--window", "3"] if what == "normals" else []), *more]
 
 
-@pytest.mark.parametrize("more", [[], ["--bins", "1"], ["--published-gradient"], ["--augment"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--bins", "1"], ["--published-gradient"], ["--augment"], ["--relative-depth", "--bins", "1"]]
+)
 def test_depth_is_learned_and_written(data: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words("depth", data, "--cache", "cache", *more)) == 0
     shown = capsys.readouterr()
-    assert "'train': 6 frames, 91.7% of the pixels are known" in shown.err and "RMSE, m" in shown.out
+    assert "'train': 6 frames, 91.7% of the pixels are known" in shown.err and "RMSE" in shown.out
+    relative = "--relative-depth" in more
+    assert ("m away" in shown.err) == ("RMSE, m" in shown.out) != relative
     results = json.loads(Path("out.json").read_text())
     assert results["evaluation"] == "depth" and results["splits"] == {"train": 6, "val": 3}
     assert results["task"]["depth"]["bins"] == (1 if "--bins" in more else 256)
@@ -323,7 +327,8 @@ def test_depth_is_learned_and_written(data: Path, more: list[str], capsys: pytes
     assert list(results["results"]) == ["nearest", "bilinear", "ours"]
     for result in results["results"].values():
         assert len(result["seeds"]) == 2 and 0 <= result["delta1"]["mean"] <= result["delta3"]["mean"] <= 1
-        assert result["rmse"]["mean"] < 2.5  # about 2.7 by the mean depth everywhere
+        # By the mean depth everywhere about 2.7, and 0.5 of relative depth.
+        assert result["rmse"]["mean"] < (0.45 if relative else 2.5)
         assert result["scaled_rmse"]["mean"] <= result["rmse"]["mean"] + 1e-9
     assert not Path("cache/attention").exists() or "--augment" not in more
     # Nothing but the test is left, and it finds the same.
@@ -333,12 +338,20 @@ def test_depth_is_learned_and_written(data: Path, more: list[str], capsys: pytes
 
 def test_normals_are_learned_and_written(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words("normals", data, "--cache", "cache")) == 0
-    assert "mean, °" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "mean, °" in shown.out and "fitted to the depth anew" not in shown.err
     results = json.loads(Path("out.json").read_text())
     assert results["task"]["normals"]["window"] == 3
     for result in results["results"].values():  # every wall faces the camera
         assert result["mean"]["mean"] < 30 and result["median"]["mean"] < 30  # about 90 before
     assert list(Path("cache/normals").iterdir())
+
+
+def test_without_a_cache_the_command_says_that_normals_are_fitted_in_each_epoch(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words("normals", data)) == 0
+    assert capsys.readouterr().err.count("normals are fitted to the depth anew in each epoch: --cache FOLDER") == 1
 
 
 def test_a_training_that_was_stopped_goes_on_with_the_same_bits(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +400,31 @@ def test_a_test_that_was_stopped_goes_on_after_the_frames_it_measured(
     assert json.loads(Path("out.json").read_text())["results"] == results
 
 
+@pytest.mark.parametrize("what", ["depth", "normals", "segmentation"])
+def test_a_dpt_head_over_four_blocks_is_learned_and_goes_on_after_a_stop(data: Path, what: str) -> None:
+    typed = [*words(what, data, "--head", "dpt", "--width", "6", "--cache", "cache", "--class-token")]
+    typed += [word for block in "abc" for word in ("--encoder", block)]
+    typed[typed.index("--learning-rate") + 1] = "0.01"
+    if what == "segmentation":  # near or far
+        for split in ("train", "val"):
+            for path in (data / "depth" / split).iterdir():
+                near = np.array(Image.open(path)) < 4500
+                (data / "masks" / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(near.astype(np.uint8)).save(data / "masks" / split / path.name)
+        typed += ["--classes", "2"]
+    assert cli.main(typed) == 0
+    found = json.loads(Path("out.json").read_text())
+    assert found["encoder"] == "tiny, a, b, c" and found["class_token"]
+    assert (found["recipe"]["head"], found["recipe"]["width"]) == ("dpt", 6)
+    assert list(found["results"]) == ["nearest", "bilinear", "ours"]
+    name, bound = {"depth": ("rmse", 2.5), "normals": ("mean", 30), "segmentation": ("accuracy", 1)}[what]
+    for result in found["results"].values():
+        assert result[name]["mean"] < bound and (what != "segmentation" or result[name]["mean"] > 0.8)
+    assert cli.main([*typed, "--resume"]) == 0
+    assert json.loads(Path("out.json").read_text())["results"] == found["results"]
+    assert cli.main([*typed[: typed.index("--width") + 1], "7", *typed[typed.index("--width") + 2 :], "--resume"]) == 1
+
+
 def test_a_missing_camera_is_met_before_any_image_is_read(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,11 +446,14 @@ def test_every_layout_is_offered_by_the_commands_and_no_other(capsys: pytest.Cap
     [
         ("depth", ["--bins", "0"], "--bins"),
         ("depth", ["--max-depth", "0.001"], "--max-depth"),
+        ("depth", ["--max-depth", "2", "--relative-depth"], "not allowed with argument"),
         ("depth", ["--epochs", "1"], "epochs: expected more than the 1.5 of the warm-up, got 1"),
         ("depth", ["--layout", "camvid"], "--layout"),
         ("depth", ["--attention", "keep"], "goes with --cache"),
         ("depth", ["--attention", "keep", "--cache", "cache", "--augment"], "goes without --augment"),
-        ("depth", ["--size", "22"], "stride of 4"),
+        ("depth", ["--size", "22"], "--size: expected a multiple of tiny's stride of 4"),
+        ("depth", ["--head", "dpt"], "--encoder: expected 4 with --head dpt, the blocks it sees, got 1"),
+        ("normals", ["--width", "8"], "--width: goes with --head dpt"),
         ("depth", ["--test-split", "nowhere"], "one is missing"),
         ("normals", ["--intrinsics", "1,2,3"], "expected four numbers FX,FY,CX,CY, got '1,2,3'"),
         ("normals", ["--intrinsics", "1,2,x,4"], "--intrinsics"),

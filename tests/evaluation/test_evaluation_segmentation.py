@@ -31,7 +31,7 @@ from anyup.evaluation import datasets, probing
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, NearestWeights, averaged_weights, tile
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_mask, square_image
-from anyup.evaluation.probe import Example, Probes, Recipe, View, confusion, losses, scores
+from anyup.evaluation.probe import Example, LinearProbes, Recipe, View, confusion, losses, scores
 from anyup.evaluation.probe import train_step as step_of
 from anyup.evaluation.segmentation import Segmentation
 from anyup.evaluation.upsamplers import Interpolation, Learned
@@ -473,7 +473,7 @@ def test_the_loss_of_interpolated_logits_and_its_gradient_are_those_of_the_map(
     labels[:1, 1:] = VOID
     values = random_tensor(6, *grid).requires_grad_()
     each = losses(
-        NearestWeights(size, grid) if method == "nearest" else BilinearWeights(size, grid), values, labels, seeds=2
+        NearestWeights(size, grid) if method == "nearest" else BilinearWeights(size, grid), values, labels, 2, 3
     )
     logits = Interpolation(method)(torch.empty(0), values[None], size)[0].unflatten(0, (2, 3))
     targets = labels.long().expand(2, *size)
@@ -492,7 +492,7 @@ def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> Non
         weights = averaged_weights(model, image, features, size)
     fixed_weights = AttentionWeights(tile(model.window, size, grid), weights)
     values = random_tensor(6, *grid, seed=2).requires_grad_()
-    each = losses(fixed_weights, values, labels, seeds=2)
+    each = losses(fixed_weights, values, labels, seeds=2, classes=3)
     (gradient,) = torch.autograd.grad(each.sum(), values)
 
     through_model = values.detach().requires_grad_()
@@ -504,7 +504,7 @@ def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> Non
     assert (gradient - expected_gradient).norm() < 2e-3 * expected_gradient.norm()
 
 
-# Probes
+# LinearProbes
 
 
 def make_example(size: int = 12, grid: int = 3, channels: int = 5, seed: int = 0) -> Example:
@@ -517,16 +517,16 @@ def make_example(size: int = 12, grid: int = 3, channels: int = 5, seed: int = 0
     return Example(random_tensor(1, channels, grid, grid, seed=seed), labels, weights)
 
 
-def train_step(probes: Probes, optimizer: torch.optim.Optimizer, batch: list[Example]) -> Tensor | None:
+def train_step(probes: LinearProbes, optimizer: torch.optim.Optimizer, batch: list[Example]) -> Tensor | None:
     return step_of(probes, optimizer, batch, Segmentation(make_labels("abc")))
 
 
-def make_optimizer(probes: Probes) -> torch.optim.AdamW:
+def make_optimizer(probes: LinearProbes) -> torch.optim.AdamW:
     return torch.optim.AdamW(probes.parameters(), lr=1e-2, weight_decay=1e-5)
 
 
 def test_a_probe_beside_others_learns_what_it_learns_alone() -> None:
-    together = Probes(["nearest", "bilinear"], [0, 7], 5, 3)
+    together = LinearProbes(["nearest", "bilinear"], [0, 7], 5, 3)
     optimizer = torch.optim.SGD(together.parameters(), lr=0.5)  # unlike AdamW, it sees how long a gradient is
     alone = torch.nn.Conv2d(5, 3, 1)
     with torch.no_grad():
@@ -548,7 +548,7 @@ def test_a_probe_beside_others_learns_what_it_learns_alone() -> None:
 
 
 def test_probes_of_a_seed_start_alike_for_every_method_and_apart_for_every_seed() -> None:
-    probes = Probes(["nearest", "bilinear"], [0, 1], 5, 3)
+    probes = LinearProbes(["nearest", "bilinear"], [0, 1], 5, 3)
     assert torch.equal(probes.weight[0], probes.weight[1]) and torch.equal(probes.bias[0], probes.bias[1])
     assert not torch.equal(probes.weight[0, 0], probes.weight[0, 1])
     with torch.random.fork_rng():
@@ -561,16 +561,16 @@ def test_making_probes_leaves_the_callers_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    Probes(["nearest"], [0, 1], 5, 3)
+    LinearProbes(["nearest"], [0, 1], 5, 3)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_void_pixels_change_nothing() -> None:
     (a, b) = (make_example() for _ in range(2))
-    probes = Probes(["nearest", "bilinear"], [0], 5, 3)
+    probes = LinearProbes(["nearest", "bilinear"], [0], 5, 3)
     void = replace(b, target=torch.full_like(b.target, VOID))
-    first = train_step(Probes(["nearest", "bilinear"], [0], 5, 3), make_optimizer(probes), [a])
-    second = train_step(Probes(["nearest", "bilinear"], [0], 5, 3), make_optimizer(probes), [a, void])
+    first = train_step(LinearProbes(["nearest", "bilinear"], [0], 5, 3), make_optimizer(probes), [a])
+    second = train_step(LinearProbes(["nearest", "bilinear"], [0], 5, 3), make_optimizer(probes), [a, void])
     assert first is not None and second is not None and torch.equal(first, second)
     before = probes.weight.clone()
     assert train_step(probes, make_optimizer(probes), [void]) is None
@@ -768,7 +768,7 @@ def test_probes_see_the_class_token_beside_the_features_of_a_smaller_image(data:
 
 def test_an_encoder_without_a_class_token_is_refused_before_any_image() -> None:
     encoder = MobileNetV2(6, name="net")
-    with pytest.raises(ValueError, match="net: expected a network with a class token, got MobileNetV2"):
+    with pytest.raises(ValueError, match="class_token: net: expected a network with a class token, got MobileNetV2"):
         replace(make_source(), encoder=encoder, class_token=True)
 
 
@@ -949,13 +949,13 @@ def test_whatever_values_the_classes_have_in_masks_the_result_is_the_same(data: 
         (["--layout", "folders", "--classes", "2", "--first-class", "99999999999"], "--first-class"),
         (["--layout", "folders", "--classes", "2", "--void", "1"], "void"),
         (["--size", "22"], "stride of 4"),
-        (["--encoder-size", "22"], "encoder_size: expected a multiple of tiny's stride of 4"),
+        (["--encoder-size", "22"], "--encoder-size: expected a multiple of tiny's stride of 4"),
         (["--window-ratio", "0"], "--window-ratio"),
         (["--weights", "anyup_mini", "--window-ratio", "0.2", "--window-ratio", "0.20"], "expected each once, got 0.2"),
         (["--test-split", "nowhere"], "one is missing"),
         (["--schedule", "linear"], "--schedule"),
         (["--attention", "keep"], "goes with --cache"),
-        (["--encoder", "tiny2"], "--encoder: expected one"),
+        (["--encoder", "tiny2"], "--encoder: expected 1, got 2"),
         (["-o", "nowhere/out.json"], "nowhere"),
     ],
 )
