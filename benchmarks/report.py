@@ -22,11 +22,12 @@ from anyup.bench.report import formatting, modelled
 from anyup.bench.stored import Row, rows_of
 from anyup.bench.workloads import CURVE, REACH, Workload, square
 from anyup.window import RatioWindow
+from benchmarks.evaluated import EVALUATED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "evaluation.md")
 
 _PLACE = re.compile(r"(<!-- benchmarks: (?P<file>[\w.-]+)/(?P<name>[\w-]+) -->).*?(<!-- end -->)", re.DOTALL)
 
@@ -48,11 +49,13 @@ def made(file: str, name: str, folder: Path = RESULTS) -> str:
         if name not in tables:
             raise ValueError(f"benchmarks: {file}/{name}: expected one of {', '.join(tables)}")
         return f"\n{tables[name](path)}\n"
+    if name in EVALUATED:
+        return f"\n{table(*EVALUATED[name](path))}\n"
     results = stored.read(path)
     if name in PHRASES:
         return PHRASES[name](results)
     if name not in TABLES:
-        raise ValueError(f"benchmarks: {file}/{name}: expected one of {', '.join((*TABLES, *PHRASES))}")
+        raise ValueError(f"benchmarks: {file}/{name}: expected one of {', '.join((*TABLES, *EVALUATED, *PHRASES))}")
     return f"\n{TABLES[name](results)}\n"
 
 

@@ -282,12 +282,13 @@ def test_a_page_s_tables_are_the_stored_results(path: Path) -> None:
 def test_the_pages_take_their_measured_numbers_from_the_stored_results() -> None:
     if not all(page.exists() for page in report.PAGES):
         pytest.skip("the documentation is not here")
-    readme, benchmarks = (
+    readme, benchmarks, evaluation = (
         {f"{found['file']}/{found['name']}" for found in report._PLACE.finditer(path.read_text(encoding="utf-8"))}
         for path in report.PAGES
     )
     assert readme == {"cpu/summary", "cpu/machine", "cpu/speed-up-448", "cpu/speed-up-1024"}
     assert benchmarks >= {"cpu/model", "cpu/curve", "cpu/head", "cpu/unification", "cpu/machine", "model/forward"}
+    assert evaluation >= {"nyuv2_segmentation/probes", "nyuv2_depth/probes", "replica_normals/probes"}
 
 
 def test_tables_follow_the_stored_numbers(tmp_path: Path) -> None:
@@ -316,6 +317,28 @@ def test_stages_are_told_as_shares_and_large_images_with_what_was_planned(tmp_pa
     text = report.page("\n".join(f"<!-- benchmarks: cpu/{name} --><!-- end -->" for name in names), tmp_path)
     assert "| 448 from 32 | 43% | 57% |" in text
     assert "| 2048 from 128 | head | 1.31 GB | 1.40 GB | 90 s | 21.5 | nothing |" in text
+
+
+def test_tables_of_evaluations_name_weights_as_code_and_show_the_spread(tmp_path: Path) -> None:
+    methods = {"bilinear": {"kind": "interpolation"}, "ours": {"kind": "weights"}}
+    probes = {
+        "evaluation": "segmentation",
+        "methods": methods,
+        "results": {
+            name: {"miou": {"mean": mean, "std": 0.01}, "accuracy": {"mean": 0.5, "std": 0.0}}
+            for name, mean in (("bilinear", 0.1234), ("ours", 0.2))
+        },
+        "losses": [{"bilinear": [9.0], "ours": [9.0]}, {"bilinear": [1.0, 2.0], "ours": [0.5, 0.5]}],
+    }
+    of_task = {name: {"relative": {"ratio": ratio}} for name, ratio in (("bilinear", 1.0), ("ours", 0.9514))}
+    features = {"evaluation": "features", "methods": methods, "encoders": {"net:3": {"2x": {"methods": of_task}}}}
+    (tmp_path / "a.json").write_text(json.dumps(probes))
+    (tmp_path / "b.json").write_text(json.dumps(features))
+    made = report.made("a", "probes", tmp_path)
+    assert "| method | mIoU, % | pixel accuracy, % | training loss |" in made
+    assert "| bilinear | 12.34 ± 1.00 | 50.00 ± 0.00 | 1.5000 |" in made and "| `ours` | 20.00 ± 1.00 |" in made
+    made = report.made("b", "features", tmp_path)
+    assert "| encoder | task | `ours` |" in made and "| `net:3` | 2x | 0.951 |" in made
 
 
 @pytest.mark.parametrize(
