@@ -23,11 +23,11 @@ from torch import Tensor
 import anyup
 from anyup.layers import Encoder
 from anyup.model import AnyUp
+from anyup.ops.feature_distance import feature_distance
 from anyup.photographs import find_photographs
 from anyup.reporting import Reporter
 from anyup.training import config, samples
 from anyup.training.distributed import Engine
-from anyup.training.losses import cosine_loss, windows
 from anyup.training.preparation import prepare
 from anyup.training.samples import Batch
 from anyup.training.trainer import make_upsampler
@@ -91,8 +91,8 @@ def importance(model: AnyUp, batches: Sequence[Batch]) -> dict[str, Tensor]:
             mean = x.mean((0, 2, 3), keepdim=True)
             return mean + (x - mean) * kept[name][:, None, None]
 
-        near = windows(forward(model, batch, fade), batch.places, tuple(batch.targets.shape[-2:]))
-        loss = cosine_loss(near, batch.targets).mean()
+        cosine, _ = feature_distance(forward(model, batch, fade), batch.targets, batch.places)
+        loss = cosine.mean()
         for name, slope in zip(kept, torch.autograd.grad(loss.log(), list(kept.values())), strict=True):
             total[name] += slope.square()
     return total

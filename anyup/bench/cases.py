@@ -18,6 +18,7 @@ from anyup.bench.workloads import Workload
 from anyup.layers import Encoder
 from anyup.ops import window_attention
 from anyup.ops.dispatch import Explanation
+from anyup.ops.feature_distance import feature_distance
 from anyup.ops.feature_unification import explain_backends as explain_unification
 from anyup.ops.feature_unification import unify_features
 from anyup.ops.pixel_encoder import encode_pixels
@@ -25,7 +26,6 @@ from anyup.ops.pixel_encoder import explain_backends as explain_encoder
 from anyup.ops.query_projection import explain_backends as explain_projection
 from anyup.ops.query_projection import project_queries
 from anyup.ops.window_attention import explain_backends as explain_attention
-from anyup.training.losses import cosine_loss, normalised_error
 from anyup.window import Part
 
 Call = Callable[[], Tensor]
@@ -173,7 +173,7 @@ class _TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(kind, dtype if enabled else None, enabled=enabled):
             out: Tensor = self._upsampler(self._image, self._features)
-            loss = (cosine_loss(out, self._target) + normalised_error(out, self._target)).mean()
+            loss = torch.stack(feature_distance(out, self._target)).sum(dim=0).mean()
         loss.backward()
         self._optimizer.step()
         return out.detach()

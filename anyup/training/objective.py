@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyup.model import AnyUp
+from anyup.ops.feature_distance import feature_distance
 from anyup.training.config import Loss
-from anyup.training.losses import cosine_loss, normalised_error, squared_error, windows
+from anyup.training.losses import squared_error
 from anyup.training.samples import Batch
 
 
@@ -36,21 +37,18 @@ class Objective(nn.Module):
         """
         loss = self.loss
         out, carried = self._upsample(batch)
-        near = windows(out, batch.places, (batch.targets.shape[3], batch.targets.shape[4]))
-        terms = {
-            "cosine": loss.cosine * cosine_loss(near, batch.targets).sum() / images,
-            "mse": loss.mse * normalised_error(near, batch.targets).sum() / images,
-        }
+        cosine, error = feature_distance(out, batch.targets, batch.places)
+        terms = {"cosine": cosine.sum() * (loss.cosine / images), "mse": error.sum() * (loss.mse / images)}
         if loss.input_consistency:
             small = F.adaptive_avg_pool2d(out, (batch.low.shape[2], batch.low.shape[3]))
-            terms["input"] = loss.input_consistency * self._distance(small, batch.low).sum() / images
+            terms["input"] = self._distance(small, batch.low) * (loss.input_consistency / images)
         if loss.place:
-            terms["place"] = loss.place * squared_error(carried, batch.known).sum() / images
+            terms["place"] = squared_error(carried, batch.known).sum() * (loss.place / images)
         if loss.self_consistency and len(batch.augmented):
             count = len(batch.augmented)
             clean = self._clean(out, batch, count)
             changed = self.upsampler(batch.augmented, batch.low[:count], clean.shape[2:])
-            terms["self"] = loss.self_consistency * self._distance(changed, clean).sum() / augmented
+            terms["self"] = self._distance(changed, clean) * (loss.self_consistency / augmented)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         return terms
 
@@ -74,5 +72,6 @@ class Objective(nn.Module):
         return clean
 
     def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        loss = self.loss
-        return loss.cosine * cosine_loss(prediction, target) + loss.mse * normalised_error(prediction, target)
+        """Both distances of maps, weighted, summed over the images."""
+        cosine, error = feature_distance(prediction, target)
+        return (cosine * self.loss.cosine + error * self.loss.mse).sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyup.images import normalize_imagenet
 from anyup.model import AnyUp
-from anyup.training.losses import cosine_loss, normalised_error, windows
+from anyup.ops.feature_distance import feature_distance
 from anyup.training.samples import FeatureSource
 
 Method = Callable[[Tensor, Tensor, int], Tensor]
@@ -67,11 +67,7 @@ def _score(run: Method, encoder: str, source: FeatureSource, paths: Sequence[Pat
         guidance = normalize_imagenet(source.guidance(path, 0)[None].float() / 255).to(device)
         features = source.features(path, encoder, 0, size, range(recipe.crops))
         targets = features.targets[None].to(device)
-        near = windows(
-            run(guidance, features.low[None].to(device), side),
-            features.places[None],
-            (targets.shape[3], targets.shape[4]),
-        )
-        sums += torch.stack((cosine_loss(near, targets)[0], normalised_error(near, targets)[0])).double().cpu()
+        out = run(guidance, features.low[None].to(device), side)
+        sums += torch.cat(feature_distance(out, targets, features.places[None].to(device))).double().cpu()
     distance, error = (sums / len(paths)).tolist()
     return Score(distance, error)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from support.accuracy import assert_close_enough, output_and_gradients
 from support.card import DTYPES
+from support.feature_distance_cases import Shape as DistanceShape
+from support.feature_distance_cases import measured
+from support.feature_distance_cases import tensors_of as distance_tensors
 from support.feature_unification_cases import Shape as UnificationShape
 from support.feature_unification_cases import tensors_of as unification_tensors
 from support.point_cases import attention_at
@@ -32,6 +35,11 @@ PROJECTION = {
     "partial rectangles, batch 2": ProjectionShape((9, 5), dim=16, batch=2),
     "one pixel": ProjectionShape((1, 1), dim=32),
     "a width that is no power of two": ProjectionShape((3, 18), dim=40),
+}
+
+DISTANCES = {
+    "whole maps, batch 2": DistanceShape((3, 7), channels=130, batch=2, channels_last=False),
+    "windows that overlap": DistanceShape((6, 7), windows=3, window=(4, 5)),
 }
 
 POINTS = {
@@ -60,6 +68,20 @@ def test_the_projection_obeys_the_error_rule(name: str, dtype: torch.dtype, laun
     assert launched.total() == 1 + 4
     expected = output_and_gradients(project, tensors, "reference")
     exact = output_and_gradients(project, {key: t.double() for key, t in tensors.items()}, "reference")
+    for key in exact:
+        assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_distances_obey_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
+    prediction, target, places = distance_tensors(DISTANCES[name], dtype)
+    # As in a training under autocast: what the windows are compared with is of float32.
+    run = measured(target if places is None else target.float(), places)
+    actual = output_and_gradients(run, {"prediction": prediction.cuda()}, "triton")
+    assert launched.total() == 2
+    expected = output_and_gradients(run, {"prediction": prediction}, "reference")
+    exact = output_and_gradients(run, {"prediction": prediction.double()}, "reference")
     for key in exact:
         assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)
 

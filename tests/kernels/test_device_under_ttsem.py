@@ -69,7 +69,10 @@ def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> N
             *(f"backward_{of} {split}" for of in ("key", "value", "key_value") for split in ("whole", "in parts")),
         ):
             assert f"launched: {kernel}, {dtype}, {dtype}: " in launched, f"{kernel} in {dtype} was not launched"
-        for kernel in ("feature_unification_arrange", "key_grid_convolution", "query_projection_forward"):
+        for kernel in (
+            "feature_unification_arrange", "key_grid_convolution", "query_projection_forward",
+            "feature_distance_forward", "feature_distance_backward",
+        ):  # fmt: skip
             assert f"launched: {kernel}, {dtype}: " in launched, f"{kernel} in {dtype} was not launched"
     with capsys.disabled():  # a number that a reader of the log should see
         launches = sum(int(line.rsplit(": ", 1)[1]) for line in lines if line not in skipped)

@@ -185,7 +185,7 @@ def test_the_command_line_offers_every_backend() -> None:
 
 
 def test_backends_import_neither_each_other_nor_the_reference() -> None:
-    for folder in ("window_attention", "pixel_encoder", "feature_unification", "query_projection"):
+    for folder in ("window_attention", "pixel_encoder", "feature_unification", "query_projection", "feature_distance"):
         for file in (Path(__file__).parents[2] / "anyup" / "ops" / folder).glob("*.py"):
             if file.stem in ("eager", "flex", "fused", "reference"):
                 lines = [line for line in file.read_text().splitlines() if "import" in line]

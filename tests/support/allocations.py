@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _OPERATORS = tuple(
-    f"{name}.operator" for name in ("feature_unification", "pixel_encoder", "query_projection", "window_attention")
+    f"{name}.operator"
+    for name in ("feature_distance", "feature_unification", "pixel_encoder", "query_projection", "window_attention")
 )
 _OF_KERNELS_ALONE = ("pixel_encoder.pair",)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("PIL")
 
@@ -20,7 +19,6 @@ from anyup.training.augmentations import CHANGES, augment
 from anyup.training.config import ConfigError
 from anyup.training.feature_cache import FeatureCache, Recipe
 from anyup.training.live_features import LiveFeatures
-from anyup.training.losses import cosine_loss, normalised_error, windows
 from anyup.training.photographs import View, draw_view, split, square_crop, view_of
 
 RECIPE = Recipe(
@@ -145,7 +143,8 @@ def test_cached_features_are_those_of_the_encoder(tmp_path: Path, photographs: l
     torch.testing.assert_close(features.low, low, rtol=1e-3, atol=1e-3)
     # Patches of a convolution without padding: the features of a crop are a window of the whole view's.
     whole = encoder(encoder.normalize(image))
-    torch.testing.assert_close(features.targets, windows(whole, features.places[None], (4, 4))[0], rtol=1e-3, atol=1e-3)
+    windows = torch.stack([whole[0, :, top : top + 4, left : left + 4] for top, left in features.places.tolist()])
+    torch.testing.assert_close(features.targets, windows, rtol=1e-3, atol=1e-3)
 
 
 def test_places_differ_between_crops_and_stay_inside(tmp_path: Path, photographs: list[Path]) -> None:
@@ -367,34 +366,3 @@ def test_augmented_images_are_images_of_the_same_size() -> None:
 
 def test_probabilities_are_the_published_ones() -> None:
     assert [probability for probability, _ in CHANGES] == [0.5, 0.5, 0.1, 0.35, 1.0, 0.2, 0.15, 0.2, 0.1, 0.05, 0.02]
-
-
-# Losses.
-
-
-def test_losses_of_equal_maps_are_zero() -> None:
-    target = torch.randn(2, 3, 5, 4, 4)
-    torch.testing.assert_close(cosine_loss(target, target), torch.zeros(2), rtol=0, atol=1e-6)
-    assert torch.equal(normalised_error(target, target), torch.zeros(2))
-
-
-def test_cosine_loss_is_the_cosine_embedding_loss() -> None:
-    prediction, target = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 4, 6)
-    rows, others = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (prediction, target))
-    expected = F.cosine_embedding_loss(rows, others, torch.ones(len(rows)))
-    torch.testing.assert_close(cosine_loss(prediction, target).mean(), expected)
-
-
-def test_normalised_error_is_the_error_of_maps_normalised_by_the_target() -> None:
-    prediction, target = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 4, 6)
-    low, high = target.amin(1, keepdim=True), target.amax(1, keepdim=True)
-    maps = [(t - low) / (high - low + 1e-6) for t in (prediction, target)]
-    torch.testing.assert_close(normalised_error(prediction, target).mean(), F.mse_loss(*maps))
-
-
-def test_windows_are_config_where_the_places_say() -> None:
-    maps = torch.arange(2 * 36.0).view(2, 1, 6, 6)
-    config = windows(maps, torch.tensor([[[0, 1], [2, 3]], [[4, 0], [1, 1]]]), (2, 3))
-    assert config.shape == (2, 2, 1, 2, 3)
-    assert config[0, 1, 0, 0].tolist() == [15, 16, 17]
-    assert config[1, 0, 0, 1].tolist() == [66, 67, 68]
