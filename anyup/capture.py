@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,27 +28,33 @@ DEVICES = ("cuda",)
 
 _WARMING = 3
 
+Out = TypeVar("Out")
+
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(Generic[Out]):
     """A call as a CUDA graph that is replayed.
 
     Attributes:
-        out: the result, which each replay overwrites; it lies in the graph's memory.
+        out: the result, a tensor or several, which each replay overwrites; it lies in the graph's memory.
         held_bytes: the memory that the graph keeps allocated as long as it lives.
     """
 
     graph: torch.cuda.CUDAGraph
-    out: Tensor
+    out: Out
     held_bytes: int
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Out:
         self.graph.replay()
         return self.out
 
 
-def graph_of(call: Callable[[], Tensor], device: torch.device) -> Graph:
-    """Capture a call; raises NotImplementedError where the call has an operation that no graph can hold."""
+def graph_of(call: Callable[[], Out], device: torch.device, pool: Any = None) -> Graph[Out]:
+    """Capture a call; raises NotImplementedError where the call has an operation that no graph can hold.
+
+    Graphs with the same `pool`, of `torch.cuda.graph_pool_handle`, share their memory: what one has returned is used
+    up before the next one is replayed.
+    """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -61,8 +67,9 @@ def graph_of(call: Callable[[], Tensor], device: torch.device) -> Graph:
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         try:
-            # Without `stream=` torch would capture on a stream of the device on which it captured first.
-            with torch.cuda.graph(graph, stream=side):
+            # Without `stream=` torch would capture on a stream of the device on which it captured first. Another thread
+            # may pin memory meanwhile, which "global" takes for a mistake of this one.
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 out = call()
         except torch.OutOfMemoryError:
             raise

@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parent / "configs"
 DECAYS = ("constant", "cosine")
 DRAWS = ("stride", "encoder")
 INITIALS = ("random", "bilateral")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 T = TypeVar("T")
 
@@ -142,6 +142,7 @@ class Run:
     threads: int = 0  # of a CPU; 0: torch's choice
     precision: str = "bfloat16"
     backend: str = ""  # of the upsampler; "": the fastest that can
+    graphs: bool = False  # whether steps whose shapes repeat run as CUDA graphs
     log_every: int = 10  # steps
     save_every: int = 500
     keep_every: int = 0  # steps between checkpoints that stay; 0: only the latest stays

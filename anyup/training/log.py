@@ -46,7 +46,7 @@ class Log:
         step = records[-1]["step"]
         names = [name for name, value in records[-1].items() if isinstance(value, float)]
         for name in names:
-            self._show(name, [record[name] for record in records if name in record], step)
+            self._show(name, [record[name] for record in records if record.get(name) is not None], step)
         for encoder in sorted({record["encoder"] for record in records}):
             self._show(f"loss/{encoder}", [r["loss"] for r in records if r["encoder"] == encoder], step)
         self._show("samples_per_second", [samples_per_second], step)

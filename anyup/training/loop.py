@@ -20,7 +20,7 @@ from anyup.training.config import Settings
 from anyup.training.log import Log
 from anyup.training.preparation import Prepared, prepare
 from anyup.training.record import Record
-from anyup.training.trainer import Trainer, make_upsampler, require_backends
+from anyup.training.trainer import Trainer, make_upsampler, require_backends, require_graphs
 
 FINAL = "final.pth"
 
@@ -50,6 +50,7 @@ def train(
         engine = stack.enter_context(distributed.start(choose_device(settings.run.device or None)))
         if settings.optimizer.batch < engine.world:
             raise ValueError(f"optimizer.batch: expected one sample or more for each of {engine.world} processes")
+        require_graphs(settings, engine)
         if upsampler is not None:
             require_backends(upsampler.to(engine.device), settings)
         prepared = prepare(settings, found, engine, reporter)

@@ -31,10 +31,13 @@ class Record:
             self._arrived.record()
 
     def read(self) -> dict[str, Any]:
-        """All of it, when the device has done the step; FloatingPointError where the loss is not finite."""
+        """All of it, when the device has done the step; FloatingPointError where the loss is not finite.
+
+        Another number that is not finite is None: the norm of a gradient that has overflowed.
+        """
         if self._arrived is not None:
             self._arrived.synchronize()
         numbers = dict(zip(self._names, self._numbers.tolist(), strict=True))
         if not math.isfinite(numbers["loss"]):
             raise FloatingPointError(f"step {self._step}: the loss is {numbers['loss']}; the last checkpoint is whole")
-        return {**self._facts, **numbers}
+        return {**self._facts, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}

@@ -7,11 +7,11 @@ Its view, crops and augmentation are drawn for its number, and a step's encoder 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -91,22 +91,34 @@ class Batch:
     side: int
 
     def to(self, device: torch.device) -> Batch:
-        """With the tensors on a device, but for `places`, which are read by the host."""
+        """With the tensors on a device."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """In memory that a GPU copies from while the host goes on."""
         return self._with(torch.Tensor.pin_memory)
 
+    def copied_to(self, device: torch.device) -> Batch:
+        """With tensors of its own on a device."""
+        return self._with(lambda tensor: tensor.to(device, copy=True))
+
+    def copy_(self, other: Batch) -> None:
+        """Overwrite the tensors with those of a batch with the same `layout`, while the host goes on."""
+        for own, given in zip(self.tensors().values(), other.tensors().values(), strict=True):
+            own.copy_(given, non_blocking=True)
+
+    @property
+    def layout(self) -> Hashable:
+        """What batches have in common that differ in numbers alone."""
+        return (self.side, *((tuple(tensor.shape), tensor.dtype) for tensor in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def _with(self, changed: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            guidance=changed(self.guidance),
-            augmented=changed(self.augmented),
-            low=changed(self.low),
-            targets=changed(self.targets),
-            known=changed(self.known),
-        )
+        made: dict[str, Any] = {name: changed(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **made)
 
 
 def plan(settings: Settings, source: FeatureSource, photographs: int, number: int, first_sample: int) -> Step:

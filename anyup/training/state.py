@@ -6,7 +6,7 @@ A file holds the weights to use (the average, where there is one) under "anyup" 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class State:
     settings: dict[str, Any]
     photographs: str  # a hash of their names
     processes: int = 0  # that shared each step; 0: an older version did not say
+    scaler: dict[str, Any] = field(default_factory=dict)  # of float16's gradients; empty: another precision
 
 
 def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp) -> None:
@@ -52,6 +53,7 @@ def save(path: Path, state: State, shipped: dict[str, Tensor], upsampler: AnyUp)
             "settings": state.settings,
             "photographs": state.photographs,
             "processes": state.processes,
+            "scaler": state.scaler,
         },
     }
     with complete_or_absent(path) as partial:

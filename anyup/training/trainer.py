@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 import anyup
+from anyup.capture import DEVICES
 from anyup.model import AnyUp
 from anyup.training import samples, state
 from anyup.training.config import ConfigError, Optimizer, Settings
 from anyup.training.distributed import Engine
 from anyup.training.initial import start_as_bilateral
 from anyup.training.objective import Objective
+from anyup.training.pass_graphs import PassGraphs
 from anyup.training.randomness import number
 from anyup.training.record import Record
 from anyup.training.samples import Batch, FeatureSource, Step
@@ -51,6 +53,9 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
             fused=engine.device.type in ("cpu", "cuda"),
         )
+        # Gradients of half precision would vanish beside float16's smallest number.
+        self._scaler = torch.amp.GradScaler(engine.device.type, enabled=settings.run.precision == "float16")
+        self._graphs = PassGraphs(self._passes_alone, engine.device) if settings.run.graphs else None
         self._average = {name: t.detach().clone() for name, t in self.upsampler.state_dict().items()}
         # While a device works, the next step's tensors are made; a CPU has no hand free for that.
         self._pool = None if engine.device.type == "cpu" else ThreadPoolExecutor(1)
@@ -63,9 +68,13 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         step, numbers = self.backward()
+        if self._scaler.is_enabled():
+            numbers["scale"] = self._scaler.scale(torch.ones_like(numbers["loss"]))
         if optimizer.clip:
+            self._scaler.unscale_(self._optimizer)
             numbers["norm"] = torch.nn.utils.clip_grad_norm_(self._parameters, optimizer.clip)
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)  # nothing where a gradient has overflowed
+        self._scaler.update()
         self.step += 1
         self.samples += optimizer.batch
         self._keep_average()
@@ -73,7 +82,10 @@ class Trainer:
         return Record(self.step - 1, {"step": self.step, **facts, "learning_rate": rate}, numbers)
 
     def backward(self) -> tuple[Step, dict[str, Tensor]]:
-        """The gradients of the next step's loss, in the parameters; the step, and its terms over all processes."""
+        """The gradients of the next step's loss, in the parameters; the step, and its terms over all processes.
+
+        In float16 the gradients are scaled.
+        """
         engine = self.engine
         step, batches = self._take()
         # A sum over a process's samples, divided by these, has the whole step's mean as its mean over the processes.
@@ -84,13 +96,28 @@ class Trainer:
         sums = torch.zeros(len(self._terms), device=engine.device)
         for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
             # Processes may have different numbers of micro-batches, and meet once: in the last one's backward pass.
-            with engine.accumulating(self._objective, left > 0):
-                with autocast(self.settings, engine.device):
-                    terms = self._objective(batch.to(engine.device), whole, augmented)
-                terms["loss"].backward()
-            none = terms["loss"].detach().new_zeros(())
-            sums += torch.stack([terms.get(name, none).detach() for name in self._terms])
+            if self._graphs is not None and len(batches) == 1:
+                terms, gradients = self._graphs(batch, whole, augmented)
+                for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                    parameter.grad = gradient
+            else:
+                with engine.accumulating(self._objective, left > 0):
+                    terms = self._passes(batch.to(engine.device), whole, augmented)
+            sums += terms
         return step, dict(zip(self._terms, engine.mean(sums), strict=True))
+
+    def _passes(self, batch: Batch, whole: float, augmented: float) -> Tensor:
+        """Add a batch's gradients to those of the parameters; the terms of its loss."""
+        with autocast(self.settings, self.engine.device):
+            terms = self._objective(batch, whole, augmented)
+        self._scaler.scale(terms["loss"]).backward()
+        none = terms["loss"].detach().new_zeros(())
+        return torch.stack([terms.get(name, none).detach() for name in self._terms])
+
+    def _passes_alone(self, batch: Batch, whole: float, augmented: float) -> tuple[Tensor, list[Tensor | None]]:
+        """The terms of a batch's loss, and its gradients alone."""
+        self._optimizer.zero_grad(set_to_none=True)
+        return self._passes(batch, whole, augmented), [parameter.grad for parameter in self._parameters]
 
     def _take(self) -> tuple[Step, list[Batch]]:
         """The next step and this process's part of it, in micro-batches."""
@@ -136,6 +163,7 @@ class Trainer:
             settings.flat(),
             self._photographs(),
             self.engine.world,
+            self._scaler.state_dict(),
         )
         state.save(path, current, self.shipped, self.upsampler)
 
@@ -146,6 +174,8 @@ class Trainer:
             raise ValueError(f"{path}: holds another model; --resume goes on with the same one")
         self.upsampler.load_state_dict(stored.weights)
         self._optimizer.load_state_dict(stored.optimizer)
+        if stored.scaler:
+            self._scaler.load_state_dict(stored.scaler)
         self._average = {name: tensor.to(self.engine.device) for name, tensor in shipped.items()}
         self.step, self.samples = stored.step, stored.samples
         now = json.loads(json.dumps(self.settings.flat()))
@@ -217,9 +247,17 @@ def require_backends(upsampler: AnyUp, settings: Settings) -> None:
         upsampler.explain(image, features).require()
 
 
+def require_graphs(settings: Settings, engine: Engine) -> None:
+    """Raise ConfigError where steps are to be CUDA graphs, and cannot be."""
+    if settings.run.graphs and (engine.world > 1 or engine.device.type not in DEVICES):
+        here = f"{engine.world} processes" if engine.world > 1 else f"a run on {engine.device}"
+        raise ConfigError(f"run.graphs: expected one process on a GPU, got {here}")
+
+
 def autocast(settings: Settings, device: torch.device) -> AbstractContextManager[object]:
     """What a step computes in."""
-    return nullcontext() if settings.run.precision == "float32" else torch.autocast(device.type, torch.bfloat16)
+    precision = settings.run.precision
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
 
 
 def learning_rate(optimizer: Optimizer, step: int) -> float:

@@ -31,8 +31,9 @@ class _Graph:
 
     def replay(self) -> None:
         """Make them again."""
+        made = self._function()
         with torch.inference_mode():  # a real one writes whatever the tensors' mode
-            for old, new in zip(tree_leaves(self.results), tree_leaves(self._function()), strict=True):
+            for old, new in zip(tree_leaves(self.results), tree_leaves(made), strict=True):
                 old.copy_(new)
 
     def __call__(self) -> Any:
@@ -101,5 +102,7 @@ def pretended_card() -> Iterator[pytest.MonkeyPatch]:
 def _a_card_is_pretended() -> Iterator[None]:
     with pretended_card() as patch:
         patch.setattr("test_on_a_card.captured", _captured)
-        patch.setattr("anyup.capture.graph_of", lambda call, device: _Graph(call))
+        for module in ("anyup.capture", "anyup.training.pass_graphs"):
+            patch.setattr(f"{module}.graph_of", lambda call, device, pool=None: _Graph(call))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         yield

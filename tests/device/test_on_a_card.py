@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ from anyup.limited_memory import choice, prediction
 from anyup.limited_memory.plans import Bands
 from anyup.ops import explain_backends, window_attention
 from anyup.ops.kernel_device import target
+from anyup.training import pass_graphs
+from anyup.training.config import Loss
+from anyup.training.objective import Objective
+from anyup.training.samples import Batch
 from anyup.window import RatioWindow
 
 pytestmark = pytest.mark.gpu
@@ -225,6 +229,47 @@ def test_a_training_step_does_not_wait_for_the_device(backend: str | None) -> No
     step()  # the first call compiles, and brings tables to the card
     with no_waiting():
         step()
+
+
+def test_the_passes_of_a_training_step_are_a_graph_that_is_replayed_on_another_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pass_graphs, "_TIMES", 1)
+    objective = Objective(model().train(), Loss(self_consistency=0.1 * (not rehearsed))).cuda()
+
+    objective.upsampler.cross_decode.cross_attn.attention.out_proj.requires_grad_(False)
+
+    def passes(batch: Batch, images: float, augmented: float) -> tuple[Tensor, list[Tensor | None]]:
+        objective.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = objective(batch, images, augmented)["loss"]
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in objective.parameters() if parameter.requires_grad]
+
+    graphs = pass_graphs.PassGraphs(passes, torch.device("cuda"))
+    for phase in range(2):
+        batch = training_batch(phase)
+        expected, gradients = passes(batch.to(torch.device("cuda")), 2, 2)
+        expected_gradients = [gradient.double() for gradient in gradients if gradient is not None]
+        with nullcontext() if phase == 0 else no_waiting():
+            found, replayed = graphs(batch, 2, 2)
+        assert relative_error(found, expected.double()) < 1e-2
+        for own, gradient in zip(replayed, expected_gradients, strict=True):
+            assert own is not None and relative_error(own, gradient) < 5e-2
+
+
+def training_batch(phase: int) -> Batch:
+    """Two images and their features, pinned where a card is, with two windows each."""
+    side, crop = GRID * 2, GRID
+    batch = Batch(
+        *wave((2, 2, 3, SIDE // 2, SIDE // 2), phase, 0.8),
+        wave((2, CHANNELS, GRID, GRID), phase + 4),
+        wave((2, 2, CHANNELS, crop, crop), phase + 5),
+        torch.tensor([[[0, 0], [1, phase]], [[2, 1], [phase, crop]]]),
+        torch.empty(2, 0, side, side),
+        side,
+    )
+    return batch if rehearsed else batch.pinned()
 
 
 def test_bands_and_a_context_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

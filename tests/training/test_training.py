@@ -18,12 +18,13 @@ import torch
 pytest.importorskip("PIL")
 
 from support import small_training
+from support.captured import Graph
 from support.checkouts import ROOT
 from support.patience import PATIENCE, wait_until
 from support.small_training import Told, make_photographs, records, settings
 
 import anyup
-from anyup.training import loop, preparation, state
+from anyup.training import loop, pass_graphs, preparation, state
 from anyup.training.config import ConfigError, Optimizer, RunFolder
 from anyup.training.distributed import AccelerateEngine, Engine
 from anyup.training.objective import Objective
@@ -226,6 +227,7 @@ def test_resuming_needs_a_checkpoint(folder: Path) -> None:
         ("run.backend=flex", NotImplementedError, "no backend can run this"),
         ("run.device=cuda:77", ValueError, "cuda:77"),
         ("model.weights=nothing", FileNotFoundError, "nothing"),
+        ("run.graphs=true", ConfigError, "run.graphs: expected one process on a GPU, got a run on cpu"),
     ],
 )
 def test_a_run_that_cannot_be_stops_before_any_features_are_made(
@@ -371,6 +373,94 @@ def test_no_gradient_flows_through_the_clean_half_of_the_self_consistency(folder
 
 
 # Going on.
+
+
+# Steps as CUDA graphs, made up here: a replay makes the passes again, of the tensors that it has taken.
+
+
+def test_steps_as_graphs_have_the_losses_and_weights_of_steps_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Graph] = []
+    monkeypatch.setattr(pass_graphs, "graph_of", lambda *arguments: made.append(Graph(*arguments)) or made[-1])
+    # Two shapes of guidance: two graphs, from the third time on.
+    extra = ("guidance.schedule=[[0, 16], [5, 12]]", "optimizer.clip=0.5", "loss.place=0.5", "optimizer.batch=2")
+    plain, graphs = trainer(folder, *extra), trainer(folder, *extra, "run.graphs=true")
+    for _ in range(10):
+        assert graphs.advance().read() == plain.advance().read()
+    assert len(made) == 2
+    weights = graphs.upsampler.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.upsampler.state_dict().items())
+
+
+def test_micro_batches_are_no_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pass_graphs, "graph_of", lambda *_: pytest.fail("is captured"))
+    extra = ("optimizer.batch=2", "optimizer.micro_batch=1", "guidance.schedule=[[0, 16]]")
+    plain, graphs = trainer(folder, *extra), trainer(folder, *extra, "run.graphs=true")
+    for _ in range(3):
+        assert graphs.advance().read() == plain.advance().read()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no graph can hold it"), torch.OutOfMemoryError("too large")])
+def test_what_cannot_be_captured_runs_as_it_is_and_is_told_once(
+    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pass_graphs, "graph_of", fail)
+    extra = ("guidance.schedule=[[0, 16]]", "optimizer.batch=1")
+    plain, graphs = (trainer(folder, *extra, f"run.graphs={on}") for on in ("false", "true"))
+    expected = [plain.advance().read() for _ in range(5)]
+    with pytest.warns(UserWarning, match=f"run.graphs: {error}") as told:
+        found = [graphs.advance().read() for _ in range(5)]
+    assert found == expected and len(told) == 1
+
+
+# Gradients in float16.
+
+
+def test_scaled_gradients_move_the_weights_as_others_do(folder: Path) -> None:
+    extra = ("guidance.schedule=[[0, 16]]", "optimizer.clip=0.5")
+    half, plain = (trainer(folder, *extra, f"run.precision={precision}") for precision in ("float16", "float32"))
+    for _ in range(2):
+        ours, expected = half.advance().read(), plain.advance().read()
+        assert ours["scale"] == 2.0**16
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+        assert ours["norm"] == pytest.approx(expected["norm"], rel=5e-2)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_step_whose_gradients_overflow_is_left_out_and_the_scale_is_halved(clip: float, folder: Path) -> None:
+    running = trainer(folder, "run.precision=float16", f"optimizer.clip={clip}", "optimizer.average=0")
+    running.advance()
+    before = {name: tensor.clone() for name, tensor in running.upsampler.state_dict().items()}
+    running._scaler.load_state_dict({**running._scaler.state_dict(), "scale": 2.0**127})
+    record = running.advance().read()
+    assert record["scale"] == 2.0**127 and record.get("norm") is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in running.upsampler.state_dict().items())
+    assert running.step == 2 and running._scaler.get_scale() == 2.0**126
+    running._scaler.load_state_dict({**running._scaler.state_dict(), "scale": 2.0**10})
+    running.advance()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in running.upsampler.state_dict().items())
+
+
+def test_a_resumed_run_has_the_scale_of_its_checkpoint(folder: Path) -> None:
+    first = trainer(folder, "run.precision=float16")
+    first._scaler.load_state_dict({**first._scaler.state_dict(), "scale": 2.0**127})
+    for _ in range(2):
+        first.advance()
+    (folder / "run").mkdir()
+    first.save(folder / "run" / state.LATEST)
+    second = trainer(folder, "run.precision=float16")
+    second.resume(folder / "run" / state.LATEST)
+    assert second._scaler.state_dict() == first._scaler.state_dict()
+    assert second._scaler.get_scale() < 2.0**127
+    assert second.advance().read() == first.advance().read()
+    # Another precision takes the weights alone.
+    third = trainer(folder, "run.precision=bfloat16")
+    third.resume(folder / "run" / state.LATEST)
+    assert "scale" not in third.advance().read()
 
 
 @pytest.mark.slow

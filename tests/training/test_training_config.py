@@ -63,7 +63,7 @@ def test_an_integer_stands_for_a_number(tmp_path: Path) -> None:
         ("data.held_out_every=1", "data.held_out_every: expected 0, or 2 and more, got 1"),
         ("variation.synthetic=1.5", "variation.synthetic: expected a number in [0, 1], got 1.5"),
         ("loss.place=-1", "loss.place: expected 0 or more, got -1.0"),
-        ("run.precision=half", "run.precision: expected one of float32, bfloat16, got 'half'"),
+        ("run.precision=half", "run.precision: expected one of float32, bfloat16, float16, got 'half'"),
         ("data.photographs=", "data.photographs: expected a folder, got ''"),
         ("nothing", "expected key=value"),
     ],
