@@ -15,7 +15,7 @@ from torch.nn.modules import module as modules
 
 from anyup.cross_attention import setup_cross_attention_block as setup_cross_attention_block  # the published place
 from anyup.gaussian_derivatives import gaussian_derivatives
-from anyup.ops.convolution import Convolution
+from anyup.ops.convolution import convolve
 from anyup.ops.dispatch import Backend
 from anyup.ops.feature_unification import unify_features
 from anyup.ops.linear import linear
@@ -109,7 +109,7 @@ class BorderConv2d(nn.Conv2d):
         """Convolve bordered pixels (B, H, W, in); half precision is computed in float32."""
         wide = working_dtype(padded.dtype)
         with without_autocast(padded.device.type):
-            return Convolution(self.weight.to(padded.dtype).to(wide))(padded.to(wide))
+            return convolve(padded.to(wide), self.weight.to(padded.dtype).to(wide))
 
 
 def encoded_size(size: tuple[int, int], kernel_size: int) -> tuple[int, int]:

@@ -7,11 +7,14 @@ whatever precision is set for products.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyup.ops.linear import goes_through_convolution
+from anyup.ops.dispatch import wants_gradient
+from anyup.ops.linear import goes_through_convolution, sum_of_outer_products
 
 _FEWEST_TERMS = 128
 """The fewest terms of a product: taps with fewer channels are joined to one product."""
@@ -66,3 +69,46 @@ class Convolution:
         channels = out.shape[2]
         strides = (count * channels, stride * channels, channels, 1)
         return out.as_strided((batch, height, width, channels), strides)
+
+
+def convolve(padded: Tensor, weight: Tensor) -> Tensor:
+    """`Convolution(weight)(padded)`, with a gradient of few operations."""
+    if torch.compiler.is_compiling() or not wants_gradient(padded, weight):
+        return Convolution(weight)(padded)
+    found: Tensor = _Convolved.apply(padded, weight)
+    return found
+
+
+class _Convolved(torch.autograd.Function):
+    """Its gradients are a product each, of all taps together; autograd would go through the forward's tap by tap."""
+
+    @staticmethod
+    def forward(padded: Tensor, weight: Tensor) -> Tensor:
+        return Convolution(weight)(padded)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        padded, weight = ctx.saved_tensors
+        outputs, inputs, size, _ = weight.shape
+        grad_padded = grad_weight = None
+        _, height, width, _ = grad.shape
+        taps = [
+            (slice(None), slice(row, row + height), slice(column, column + width))
+            for row in range(size)
+            for column in range(size)
+        ]
+        pixels = grad.flatten(0, 2)
+        if ctx.needs_input_grad[0]:
+            back = (pixels @ weight.permute(0, 2, 3, 1).flatten(1)).view(*grad.shape[:3], size * size, inputs)
+            grad_padded = torch.zeros_like(padded)
+            for tap, part in zip(taps, back.unbind(3), strict=True):
+                grad_padded[tap] += part
+        if ctx.needs_input_grad[1]:
+            joined = torch.cat([padded[tap] for tap in taps], dim=3).flatten(0, 2)
+            product = sum_of_outer_products(pixels, joined)
+            grad_weight = product.view(outputs, size, size, inputs).permute(0, 3, 1, 2)
+        return grad_padded, grad_weight

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.accuracy import assert_close_enough
 from support.allocations import operators_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anyup import AnyUp
 from anyup.layers import BorderConv2d
 from anyup.ops import convolution
-from anyup.ops.convolution import Convolution
+from anyup.ops.convolution import Convolution, convolve
 from anyup.ops.ieee import ieee, in_ieee
 from anyup.ops.winograd import WinogradConvolution
 
@@ -49,6 +51,29 @@ def test_a_convolution_is_the_cross_correlation(batch: int, kernel: int, channel
     result = Convolution(weight.double())(padded.double())
     assert result.shape == exact.shape
     torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_the_gradients_are_those_of_finite_differences(kernel: int, way: str) -> None:
+    padded, weight, _ = tensors(2, (3, 4), (5, 3), kernel)
+    inputs = (padded.double().requires_grad_(), weight.double().requires_grad_())
+    assert torch.autograd.gradcheck(convolve, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(partial(convolve, inputs[0].detach()), inputs[1:], fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: convolve(x, inputs[1].detach()), inputs[:1], fast_mode=True)
+
+
+def test_the_gradients_of_many_pixels_are_no_less_exact_than_autograd_s(way: str) -> None:
+    padded, weight, exact = tensors(2, (20, 30), (40, 32), 3)
+    outer = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+
+    def gradients(function: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (padded, weight)]
+        return torch.autograd.grad(function(*leaves), leaves, outer.to(dtype))
+
+    by_autograd = gradients(lambda x, w: Convolution(w)(x), torch.float32)
+    expected = gradients(convolve, torch.float64)
+    for ours, theirs, true in zip(gradients(convolve, torch.float32), by_autograd, expected, strict=True):
+        assert_close_enough(ours, theirs, true)
 
 
 def test_a_convolution_of_nothing_is_nothing(way: str) -> None:
