@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from anyup.bench.workloads import Workload, square
+from anyup.kernels import feature_distance
 from anyup.kernels import feature_unification_backward as unification_backward
 from anyup.kernels import feature_unification_forward as unification_forward
 from anyup.kernels import query_projection_backward as projection_backward
@@ -59,6 +60,8 @@ KERNELS = (
     "query_projection_backward_map",
     "query_projection_backward_weights",
     "window_attention_points",
+    "feature_distance_forward",
+    "feature_distance_backward",
     *pixel_encoder_work.KERNELS,
     *gradient_work.KERNELS,
 )
@@ -66,6 +69,8 @@ WITHOUT_PRODUCTS = (
     "feature_unification_arrange",
     "feature_unification_normalize",
     "feature_unification_fold",
+    "feature_distance_forward",
+    "feature_distance_backward",
     "pixel_encoder_moments",
     *gradient_work.WITHOUT_PRODUCTS,
 )
@@ -132,6 +137,22 @@ class Case:
         )  # fmt: skip
         return launch, config._asdict()
 
+    def _distance(self) -> tuple[Launch, Row]:
+        """Of whole maps, which a training compares under two guidance images."""
+        w, config, wide = self.workload, feature_distance.CONFIGS[0], torch.float32
+        made = self._empty(w.batch, *w.size, w.channels)
+        maps = made.permute(0, 3, 1, 2)
+        statistics = self._empty(w.batch, 1, *w.size, 3).to(wide)
+        if self.kernel == "feature_distance_forward":
+            parts = statistics.new_empty(w.batch, 1, config.tiles(math.prod(w.size)), 2)
+            launch = feature_distance.plan_forward(
+                maps, maps[:, None], None, parts, statistics, norm_eps=1e-8, span_eps=1e-6, config=config
+            )
+        else:
+            grad = statistics.new_empty(w.batch, 2)
+            launch = feature_distance.plan_backward(grad, maps, maps[:, None], None, statistics, made, config=config)
+        return launch, asdict(config)
+
     def _query_projection(self, precision: str) -> tuple[Launch, Row]:
         encoded = self._empty(self.workload.batch, *self.workload.size, DIM)
         taps, gain, weight = self._empty(9, DIM, DIM), self._empty(DIM), self._empty(DIM, DIM)
@@ -177,6 +198,8 @@ class Case:
             return self._convolution(precision)
         if self.kernel == "window_attention_points":
             return self._points()
+        if self.kernel.startswith("feature_distance"):
+            return self._distance()
         if self.kernel.startswith("query_projection"):
             return self._query_projection(precision)
         features, basis, arranged = self._arranged()
@@ -213,6 +236,8 @@ class Case:
             return _convolution_work(launch)
         if self.kernel == "window_attention_points":
             return _points_work(launch, w)
+        if self.kernel.startswith("feature_distance"):
+            return _distance_work(launch)
         channels = w.channels
         runs = runs_of(channels, FILTERS)
         if runs.turned:
@@ -357,6 +382,21 @@ def _points_work(launch: Launch, workload: Workload) -> Work:
         bytes_asked=blocks * block * (2 * DIM * slices + workload.channels) * size + ends,
         turns=[(blocks, []), (blocks, [])],
     )
+
+
+def _distance_work(launch: Launch) -> Work:
+    """Of a pixel of the windows forward, of a pixel of the map backward."""
+    argument, block = launch.arguments, launch.constants["BLOCK"]
+    prediction, target, channels = argument["prediction"], argument["target"], argument["channels"]
+    near, true = (channels * tensor.element_size() for tensor in (prediction, target))
+    pixels = target.numel() // channels
+    statistics = 0 if argument["statistics"] is None else argument["statistics"].nbytes / pixels
+    if "parts" in argument:
+        moved = near + true + statistics
+        return Work(pixels, 0, 0, 0, 0, moved, moved, [(-(-channels // block), [])])
+    units = prediction.numel() // channels
+    compulsory, asked = (2 * near + pixels / units * (true + times * statistics) for times in (1, launch.grid[1]))
+    return Work(units, 0, 0, 0, 0, compulsory, asked, [(argument["windows"], [])])
 
 
 _codes: dict[str, Code] = {}
