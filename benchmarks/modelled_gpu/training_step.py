@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,23 +29,30 @@ from benchmarks.modelled_gpu import compiled, model, operation_kernels, roofline
 from benchmarks.modelled_gpu.model_steps import OPERATORS, Step, name_of, pretended_card, staged, watched
 
 BATCH, GUIDANCE, CHANNELS, GRID, SIDE = 4, 224, 384, 16, 32
-DIFFERENTIABLE = ("pixel_encoder", "query_projection", "feature_unification", "window_attention")
+DIFFERENTIABLE = (
+    "pixel_encoder", "query_projection", "feature_unification", "window_attention", "feature_distance"
+)  # fmt: skip
 OUTSIDE = "torch's own"
 
 Row = dict[str, Any]
 
 
-def steps_of(dtype: torch.dtype, card: Target | None, *, multiprocessors: int | None = None) -> list[Step]:
-    """The launches and torch's calls of the objective, forward and backward."""
+def published_step(dtype: torch.dtype) -> tuple[Objective, Batch]:
+    """The objective and a batch of the published recipe, on "meta"."""
     with torch.device("meta"):
         objective = Objective(AnyUp(backend="triton").to(dtype).train(), Loss())
         images = torch.empty(2, BATCH, 3, GUIDANCE, GUIDANCE, dtype=dtype)
         low = torch.empty(BATCH, CHANNELS, GRID, GRID, dtype=dtype)
         batch = Batch(
-            images[0], images[1], low, torch.empty(BATCH, 4, CHANNELS, GRID, GRID), torch.empty(0),
-            torch.empty(BATCH, 0, SIDE, SIDE), SIDE,
+            images[0], images[1], low, torch.empty(BATCH, 4, CHANNELS, GRID, GRID),
+            torch.empty(BATCH, 4, 2, dtype=torch.long), torch.empty(BATCH, 0, SIDE, SIDE), SIDE,
         )  # fmt: skip
-    batch = replace(batch, places=torch.zeros(BATCH, 4, 2, dtype=torch.long, device="cpu"))
+    return objective, batch
+
+
+def steps_of(dtype: torch.dtype, card: Target | None, *, multiprocessors: int | None = None) -> list[Step]:
+    """The launches and torch's calls of the objective, forward and backward."""
+    objective, batch = published_step(dtype)
     with pretended_card(card, multiprocessors):
         for _ in range(2):  # the first makes what later ones find
             with _noted() as steps:
@@ -68,7 +74,7 @@ def _noted() -> Iterator[list[Step]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Launch, "__call__", note))
-        for name, place in OPERATORS.items():
+        for name, place in {**OPERATORS, "feature_distance": "feature_distance.operator"}.items():
             module = importlib.import_module(f"anyup.ops.{place}")
             words = name.replace("_", " ")
             forward = within(words, module._run_forward)
