@@ -106,7 +106,7 @@ class _Convolved(torch.autograd.Function):
             back = (pixels @ weight.permute(0, 2, 3, 1).flatten(1)).view(*grad.shape[:3], size * size, inputs)
             grad_padded = torch.zeros_like(padded)
             for tap, part in zip(taps, back.unbind(3), strict=True):
-                grad_padded[tap] += part
+                grad_padded[tap].add_(part)
         if ctx.needs_input_grad[1]:
             joined = torch.cat([padded[tap] for tap in taps], dim=3).flatten(0, 2)
             product = sum_of_outer_products(pixels, joined)

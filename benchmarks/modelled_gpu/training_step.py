@@ -55,6 +55,7 @@ def steps_of(dtype: torch.dtype, card: Target | None, *, multiprocessors: int | 
     objective, batch = published_step(dtype)
     with pretended_card(card, multiprocessors):
         for _ in range(2):  # the first makes what later ones find
+            objective.zero_grad(set_to_none=True)
             with _noted() as steps:
                 objective(batch, BATCH, BATCH)["loss"].backward()
     return steps

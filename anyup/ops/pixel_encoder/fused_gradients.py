@@ -23,6 +23,7 @@ from anyup.ops.pixel_encoder.rotary import coordinates
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.ops.precision import accumulator_dtype, converted
 from anyup.ops.query_projection.fused import sums_of_outer_products
+from anyup.ops.tables import made_once
 
 if TYPE_CHECKING:
     from anyup.kernels.launch import Launch
@@ -118,8 +119,10 @@ class _Images:
         if projection is not None:
             first = torch.matmul(first, projection.T)
         source = source_of(self._flat, projection)
-        kernels, ones = self._kernels, torch.ones(self._dim, device=self._device)
-        zeros = torch.zeros_like(ones)
+        kernels, dim, device = self._kernels, self._dim, self._device
+        ones, zeros = made_once(
+            ("ones and zeros", dim), device, lambda: (torch.ones(dim, device=device), torch.zeros(dim, device=device))
+        )
         maps = [first, *(torch.empty_like(first) for _ in range(3))]
         halves = [[t.contiguous() for t in half] for block in (block1, block2) for half in (block[:3], block[3:])]
         parts, _ = kernels.measure(source, ())

@@ -28,6 +28,7 @@ from anyup.ops.pixel_encoder.statistics import Statistics
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.ops.pixel_encoder.tiles import map_groups, map_pixels, measured
 from anyup.ops.precision import accumulator_dtype, working_dtype
+from anyup.ops.tables import made_once
 
 Result = TypeVar("Result")
 Source = Callable[[slice], Tensor]
@@ -95,12 +96,15 @@ class Spread:
     def __init__(
         self, size: tuple[int, int], output_size: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        # The weight of each cell's gradient in each position of an axis: (length, cells).
-        inside = (
-            Cells(0, cells, cells, length).indicator(dtype, device).T
-            for length, cells in zip(size, output_size, strict=True)
-        )
-        self._rows, self._columns = (axis / axis.sum(dim=0) for axis in inside)
+        def make() -> list[Tensor]:
+            """The weight of each cell's gradient in each position of an axis: (length, cells)."""
+            inside = (
+                Cells(0, cells, cells, length).indicator(dtype, device).T
+                for length, cells in zip(size, output_size, strict=True)
+            )
+            return [axis / axis.sum(dim=0) for axis in inside]
+
+        self._rows, self._columns = made_once(("spread", size, output_size, dtype), device, make)
 
     def over_columns(self, grid: Tensor) -> Tensor:
         """(..., h, w, D) to (..., h, W, D)."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.precision import working_dtype
-from anyup.ops.tables import kept_for_graphs
+from anyup.ops.tables import made_once
 
 
 class Rotation:
@@ -95,20 +95,9 @@ def coordinates(size: tuple[int, int], dtype: torch.dtype, device: torch.device)
 
     A pixel's angles are the sum of its row's and its column's coordinates times the frequencies (2, D).
     """
-    kind = (size, dtype, device)
-    found = _coordinates.get(kind)
-    if found is None:
-        with torch.inference_mode(False):  # later calls outside inference mode use the table too
-            rows, columns = (torch.arange(n, dtype=dtype, device=device)[:, None] / max(n - 1, 1) for n in size)
-            found = torch.cat((F.pad(rows, (0, 1)), F.pad(columns, (1, 0))))
-        # What is made while a graph is captured is filled when the graph is replayed.
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            if len(_coordinates) == _MOST_SIZES:
-                _coordinates.clear()
-            _coordinates[kind] = found
-    return kept_for_graphs(found, device)
 
+    def make() -> Tensor:
+        rows, columns = (torch.arange(n, dtype=dtype, device=device)[:, None] / max(n - 1, 1) for n in size)
+        return torch.cat((F.pad(rows, (0, 1)), F.pad(columns, (1, 0))))
 
-_coordinates: dict[tuple[tuple[int, int], torch.dtype, torch.device], Tensor] = {}
-
-_MOST_SIZES = 256
+    return made_once(("coordinates", size, dtype), device, make)
