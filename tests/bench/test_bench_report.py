@@ -288,7 +288,12 @@ def test_the_pages_take_their_measured_numbers_from_the_stored_results() -> None
     )
     assert readme == {"cpu/summary", "cpu/machine", "cpu/speed-up-448", "cpu/speed-up-1024"}
     assert benchmarks >= {"cpu/model", "cpu/curve", "cpu/head", "cpu/unification", "cpu/machine", "model/forward"}
-    assert evaluation >= {"nyuv2_segmentation/probes", "nyuv2_depth/probes", "replica_normals/probes", "features/features"}
+    assert evaluation >= {
+        "nyuv2_segmentation/probes",
+        "nyuv2_depth/probes",
+        "replica_normals/probes",
+        "features/features",
+    }
 
 
 def test_tables_follow_the_stored_numbers(tmp_path: Path) -> None:
