@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from support.accuracy import assert_close_enough, output_and_gradients
-from support.card import DTYPES
+from support.card import DTYPES, in_dtypes
 from support.encoder_statistics import assert_statistics_lose_nothing
 from support.pixel_encoder_cases import PAIRS, Shape, assert_pair_accurate, encoder, parameters_of, tensors_of
 
@@ -25,8 +25,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(SHAPES))
 def test_the_encoder_obeys_the_error_rule(
     name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,8 +63,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(GRADIENTS))
 def test_gradients_obey_the_error_rule(
     name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

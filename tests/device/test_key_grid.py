@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_keys_obey_the_error_rule(dtype: torch.dtype, launched: Counter[str]) -> None:
-    image_keys, features = wave((2, 5, 7, 16), 3).to(dtype), wave((2, 20, 5, 7), 7).to(dtype)
+    image_keys, features = wave((2, 3, 7, 16), 3).to(dtype), wave((2, 20, 3, 7), 7).to(dtype)
 
     def upsampler() -> AnyUp:
         return fill(AnyUp(qk_dim=16, num_heads=2, kernel_size_lfu=3), 0).eval().to(dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from passes import channels_first
 from support.accuracy import assert_backend_accurate
-from support.card import DTYPES
+from support.card import in_dtypes
 from support.recipe import AttentionShape, attention_tensors
 from torch import Tensor
 
@@ -41,8 +41,7 @@ def on_device(shape: AttentionShape, dtype: torch.dtype = torch.float32) -> dict
     return {**tensors, "value": channels_first(tensors["value"])}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(SHAPES))
 def test_operator_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
     shape = SHAPES[name]
     assert_backend_accurate(attention(shape), on_device(shape, dtype), backend="triton")

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from support.accuracy import assert_close_enough, output_and_gradients
-from support.card import DTYPES
+from support.card import in_dtypes
 from support.feature_distance_cases import Shape as DistanceShape
 from support.feature_distance_cases import measured
 from support.feature_distance_cases import tensors_of as distance_tensors
@@ -48,8 +48,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", UNIFICATION)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(UNIFICATION))
 def test_the_unification_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
     tensors = unification_tensors(UNIFICATION[name], dtype)
     actual = output_and_gradients(unify_features, {key: t.cuda() for key, t in tensors.items()}, "triton")
@@ -60,8 +59,7 @@ def test_the_unification_obeys_the_error_rule(name: str, dtype: torch.dtype, lau
         assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", PROJECTION)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(PROJECTION))
 def test_the_projection_obeys_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
     tensors = projection_tensors(PROJECTION[name], dtype)
     actual = output_and_gradients(project, {key: t.cuda() for key, t in tensors.items()}, "triton")
@@ -72,8 +70,7 @@ def test_the_projection_obeys_the_error_rule(name: str, dtype: torch.dtype, laun
         assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(DISTANCES))
 def test_the_distances_obey_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
     prediction, target, places = distance_tensors(DISTANCES[name], dtype)
     # As in a training under autocast: what the windows are compared with is of float32.
@@ -86,8 +83,7 @@ def test_the_distances_obey_the_error_rule(name: str, dtype: torch.dtype, launch
         assert_close_enough(actual[key].cpu(), expected[key], exact[key], key)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(POINTS))
 def test_single_pixels_obey_the_error_rule(name: str, dtype: torch.dtype, launched: Counter[str]) -> None:
     attention, tensors = attention_at(POINTS[name]), point_tensors(POINTS[name], dtype)
     actual = output_and_gradients(attention, {key: t.cuda() for key, t in tensors.items()}, "triton")

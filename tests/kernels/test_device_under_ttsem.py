@@ -14,6 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 from packaging.version import Version
@@ -59,7 +60,7 @@ def test_the_device_tests_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> N
     lines = [line for line in run.stdout.splitlines() if line.startswith(("SKIPPED", "launched: "))]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
     assert skipped and all("test_on_a_card" in line and "needs a real card" in line for line in skipped), skipped
-    assert number_of("passed", run.stdout) >= 56, run.stdout[-2_000:]
+    assert number_of("passed", run.stdout) >= 80, run.stdout[-2_000:]
     launched = "\n".join(lines)
     for dtype in ("float32", "float16", "bfloat16"):
         for kernel in (
@@ -151,45 +152,62 @@ PLANTED = {
 }
 
 PLANTED_TEST = """
-import anyup.kernels
-anyup.kernels.__path__[:] = [{folder!r}]
+import importlib
+import sys
+
+import pytest
 import torch
-from passes import device_tensors, run_passes, shipped_configs
+from support.card import as_pretended
 from support.recipe import AttentionShape
 
-def test_passes():
+import anyup.kernels
+
+@pytest.mark.parametrize("folder", {folders!r})
+def test_passes(folder, monkeypatch):
+    as_pretended(monkeypatch)
+    for name in [name for name in sys.modules if name == "passes" or name.startswith("anyup.kernels.")]:
+        del sys.modules[name]
+        vars(anyup.kernels).pop(name.rpartition(".")[2], None)
+    anyup.kernels.__path__[:] = [folder]
+    passes = importlib.import_module("passes")
     shape = AttentionShape((5, 9), (4, 5), channels=21, head_dim=16)
-    tensors = device_tensors(shape, torch.float32, torch.float32)
-    run_passes(**tensors, window=shape.window, configs=shipped_configs(shape, half=False)[1])
+    tensors = passes.device_tensors(shape, torch.float32, torch.float32)
+    passes.run_passes(**tensors, window=shape.window, configs=passes.shipped_configs(shape, half=False)[1])
 """
 
 
-def run_planted(folder: Path, fault: Fault | None) -> subprocess.CompletedProcess[str]:
-    """All kernels launched from a copy that holds a fault, or none."""
-    copy = folder / "planted"
-    shutil.copytree(ROOT / "kernels", copy, ignore=shutil.ignore_patterns("__pycache__"))
+def planted(folder: Path, fault: Fault | None) -> Path:
+    """A copy of the kernels in a new folder, with a fault or none."""
+    shutil.copytree(ROOT / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))
     if fault is not None:
-        source = (copy / fault.file).read_text()
+        source = (folder / fault.file).read_text()
         assert fault.right in source, "what the fault changes is no longer there"
-        (copy / fault.file).write_text(source.replace(fault.right, fault.wrong))
-    (folder / "test_planted.py").write_text(PLANTED_TEST.format(folder=str(copy)))
-    return run_under_ttsem("test_planted.py", "--rootdir", str(folder), cwd=folder)
+        (folder / fault.file).write_text(source.replace(fault.right, fault.wrong))
+    return folder
 
 
-def test_a_copy_without_a_fault_passes(tmp_path: Path) -> None:
-    run = run_planted(tmp_path, None)
-    assert run.returncode == 0 and number_of("passed", run.stdout) == 1, run.stdout[-5_000:] + run.stderr[-2_000:]
-
-
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_fault_fails_and_is_named(name: str, tmp_path: Path) -> None:
-    fault = PLANTED[name]
-    run = run_planted(tmp_path, fault)
-    assert run.returncode == 1 and number_of("failed", run.stdout) == 1, run.stdout[-5_000:] + run.stderr[-2_000:]
-    told = next(line for line in run.stdout.splitlines() if line.startswith("E") and "KernelFault: " in line)
+def assert_named(fault: Fault, folder: Path, failure: str) -> None:
+    """Raise an AssertionError unless what pytest says of a failure names the kernel, the fault and its line."""
+    told = next(line for line in failure.splitlines() if "KernelFault: " in line)
     assert f"kernel `{fault.kernel}`" in told and fault.message in told
     if fault.line is not None:
         named = re.search(r"`(\w+\.py):(\d+): (.*?)`", told)
         assert named is not None, told
-        source = (tmp_path / "planted" / named[1]).read_text().splitlines()
+        source = (folder / named[1]).read_text().splitlines()
         assert source[int(named[2]) - 1].strip() == named[3] and named[3].startswith(fault.line)
+
+
+def test_each_planted_fault_fails_and_is_named_and_a_copy_without_one_passes(tmp_path: Path) -> None:
+    """In one process, because to start one takes as long as to run a copy's kernels."""
+    faults: list[Fault | None] = [None, *PLANTED.values()]
+    folders = [planted(tmp_path / f"copy{number}", fault) for number, fault in enumerate(faults)]
+    (tmp_path / "test_planted.py").write_text(PLANTED_TEST.format(folders=list(map(str, folders))))
+    run = run_under_ttsem("test_planted.py", "--rootdir", str(tmp_path), "--junitxml=out.xml", cwd=tmp_path)
+    output = run.stdout[-5_000:] + run.stderr[-2_000:]
+    assert number_of("passed", run.stdout) == 1 and number_of("failed", run.stdout) == len(PLANTED), output
+    cases = list(ElementTree.parse(tmp_path / "out.xml").iter("testcase"))
+    failures = [case.find("failure") for case in cases]
+    assert failures[0] is None, output
+    for fault, folder, failure in zip(PLANTED.values(), folders[1:], failures[1:], strict=True):
+        assert failure is not None, fault
+        assert_named(fault, folder, failure.text or "")

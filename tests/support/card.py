@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+_KERNELS_READ = 128
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels compute in."""
+
+
+def under_ttsem() -> bool:
+    """Whether ttsem runs these tests; `pretended` is whether it executes what is launched now."""
+    return "ttsem" in sys.modules
+
+
+def in_dtypes(names: Iterable[str]) -> list[tuple[str, torch.dtype]]:
+    """The (name, dtype) to test: on a card each name in each dtype.
+
+    ttsem looks for accesses out of bounds, races and undefined values. These follow from the shape and the config, and
+    configs from whether a dtype is half: so under it the first name has all dtypes, and each other one has one, by
+    turns. Triton's interpreter has the numbers of each dtype, on more shapes.
+    """
+    pairs = [(number, name, dtype) for number, name in enumerate(names) for dtype in DTYPES]
+    if under_ttsem():
+        pairs = [(number, name, dtype) for number, name, dtype in pairs if not number or DTYPES[number % 3] is dtype]
+    return [(name, dtype) for _, name, dtype in pairs]
+
 
 rehearsed = False
 """Whether tests of a real card run where there is none, to see that they run (`rehearsal`)."""
@@ -94,8 +118,14 @@ def first_stage_only(
 def as_pretended(patch: Any) -> None:
     """Patch what a card that ttsem pretends has no answer to: memory, captures, calls repeated by Triton's launcher."""
     from triton import knobs
+    from ttsem import mlir, sanitize
 
     know_instructions()
+    # Reading a kernel's text again at each launch would take half of the time. What is read is not changed.
+    patch.setattr(mlir, "parse", lru_cache(_KERNELS_READ)(mlir.parse))
+    # It would print each tensor that is converted, to see whether that says "cuda".
+    is_cuda = sanitize._is_cuda
+    patch.setattr(sanitize, "_is_cuda", lambda device: not isinstance(device, torch.Tensor) and is_cuda(device))
     patch.setattr(knobs.runtime, "add_stages_inspection_hook", first_stage_only)
     patch.setattr("anyup.budget.free_memory", lambda device: None)
     patch.setattr("anyup.budget.total_memory", lambda device: None)
