@@ -140,11 +140,6 @@ def test_show_attention_falls_back_where_the_window_toolkit_has_no_display() -> 
     assert done.stdout.strip() == "FigureCanvasAgg"
 
 
-def test_importing_the_module_imports_no_matplotlib() -> None:
-    program = "import sys, anyup.visualization; sys.exit('matplotlib' in sys.modules or 'PIL' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=PATIENCE).returncode == 0
-
-
 def _features(channels: int, h: int, w: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.linspace(3, 0.5, min(channels, 5))

@@ -518,12 +518,6 @@ def _python(*arguments: str, **keywords: object) -> subprocess.CompletedProcess[
     )
 
 
-def test_importing_the_package_and_the_command_imports_nothing_optional() -> None:
-    optional = ["matplotlib", "timm", "transformers", "torchvision", "triton", "PIL", "safetensors", "zarr"]
-    program = f"import sys, anyup, anyup.cli; print([m for m in {optional} if m in sys.modules])"
-    assert _python("-c", program).stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize(
     "command",
     [

@@ -186,17 +186,6 @@ def test_source_tree_on_the_path_hides_no_other_package_of_that_name(
     run_python(CHECK_BRIDGE, cwd=tmp_path, path=(checkout, other))
 
 
-def test_import_of_the_package_imports_no_optional_package(tmp_path: Path) -> None:
-    code = """
-import sys, torch
-before = set(sys.modules)
-import anyup
-optional = {"triton", "matplotlib", "timm", "transformers", "torchvision", "PIL", "safetensors"}
-print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & optional))
-"""
-    assert run_python(code, cwd=tmp_path, path=(ROOT,)).strip() == "[]"
-
-
 def load_bridge(package: Path) -> ModuleType:
     """Run a copy of the bridge as ``anyup.kernels`` of a package folder, without importing that package."""
     package.mkdir(parents=True, exist_ok=True)

@@ -102,13 +102,10 @@ def test_a_model_s_cost_is_told_by_module() -> None:
     assert {torch.ops.anyup.feature_unification, torch.ops.anyup.window_attention} <= set(counts["AnyUp"])
 
 
-@pytest.mark.parametrize("first", ["import anyup", "import torch.utils.flop_counter"])
-def test_whichever_is_imported_first_the_formulas_are_there_and_cost_no_import(first: str) -> None:
-    program = f"""
-import sys
-{first}
-if "anyup" in sys.modules:
-    assert "torch.utils.flop_counter" not in sys.modules and "triton" not in sys.modules
+def test_the_formulas_are_there_where_the_counter_is_imported_first() -> None:
+    """And where `anyup` is, as in this process."""
+    program = """
+import torch.utils.flop_counter
 import anyup
 from torch.utils.flop_counter import flop_registry
 print(sum("anyup" in str(operator) for operator in flop_registry))
