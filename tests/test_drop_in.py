@@ -83,7 +83,7 @@ def test_a_window_ratio_that_was_set_is_saved(tmp_path: Path, image: Tensor, fea
 @torch.no_grad()
 def test_a_compiled_model_follows_the_window(image: Tensor, features: Tensor) -> None:
     model = small()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # what is asked of is the guards
     compiled(image, features)
     model.cross_decode.window_ratio = 0.3
     assert torch.equal(compiled(image, features), model(image, features))

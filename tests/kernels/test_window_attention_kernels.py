@@ -733,36 +733,3 @@ def test_operator_on_the_kernels_passes_torch_s_own_check(direction: str) -> Non
         leaves = (t.requires_grad_() for t in tensors.values())
         arguments = (*leaves, "ratio", 0.1, 0.25, "triton", 0, True)
     torch.library.opcheck(getattr(torch.ops.anyup, f"window_attention{direction}").default, arguments)
-
-
-@pytest.mark.slow
-def test_one_graph_serves_every_size_on_the_kernels() -> None:
-    from support.recipe import fill, wave
-    from torch._dynamo.utils import counters
-
-    from anyup import AnyUp
-
-    torch._dynamo.reset()
-    counters.clear()
-    backend = {"window_attention": "triton"}
-    model = fill(AnyUp(qk_dim=32, num_heads=2, lfu_dim=16, kernel_size_lfu=3, backend=backend), 0).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad():
-        for size, grid in (((12, 20), (4, 6)), ((15, 18), (7, 5)), ((20, 14), (5, 4))):
-            image, features = wave((1, 3, *size), 3, 0.8), wave((1, 5, *grid), 7)
-            torch.testing.assert_close(compiled(image, features), model(image, features), rtol=1e-4, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.slow
-def test_export_keeps_the_operator_as_one_node_on_the_kernels() -> None:
-    class Attention(torch.nn.Module):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return window_attention(query, key, value, window=RatioWindow(0.1), backend="triton")
-
-    tensors = attention_tensors(KERNEL_SHAPES["odd"])
-    program = torch.export.export(Attention(), tuple(tensors.values()), strict=False)
-    nodes = [node for node in program.graph.nodes if "anyup" in str(node.target)]
-    assert [str(node.target) for node in nodes] == ["anyup.window_attention.default"]
-    expected = window_attention(**tensors, window=RatioWindow(0.1), backend="reference")
-    torch.testing.assert_close(program.module()(*tensors.values()), expected)
