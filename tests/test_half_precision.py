@@ -27,13 +27,13 @@ WEIGHTS = {"wave": wave_weights, "initial": initial_weights}
 EACH_WEIGHTS = pytest.mark.parametrize("weights", ["wave", pytest.param("initial", marks=pytest.mark.slow)])
 
 
-def inputs(size: int = 224, grid: int = 16, channels: int = 384) -> tuple[Tensor, Tensor]:
+def inputs(size: int = 112, grid: int = 8, channels: int = 96) -> tuple[Tensor, Tensor]:
     return wave((1, 3, size, size), 3, 0.8), wave((1, channels, grid, grid), 7)
 
 
 @cache
 def exact(weights: str) -> Tensor:
-    """224 x 224 from 16 x 16, C = 384, in float64."""
+    """112 x 112 from 8 x 8, C = 96, in float64."""
     with torch.no_grad():
         return WEIGHTS[weights]().double()(*(t.double() for t in inputs()))
 
@@ -66,7 +66,7 @@ def test_half_precision_obeys_the_error_rule(
     dtype: torch.dtype, units: bool, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: units)
-    image, features = (t.to(dtype) for t in inputs(64, 8, 48))
+    image, features = (t.to(dtype) for t in inputs(40, 5, 48))
     outs = []
     for backend, wide in (("torch", dtype), ("reference", dtype), ("reference", torch.float64)):
         model = WEIGHTS[weights]().to(dtype).to(wide)

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,16 @@ PAIRS = [
 SPELLINGS = ("itself", "relative", "link", "hard link", "link in a linked folder")
 
 
+def by_turns(pairs: Sequence[Any], ways: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The first pair in all ways, and each other one in one: names are resolved in one place, whatever the option."""
+    return [
+        pytest.param(*pair.values, *way, id=f"{pair.id}, {', '.join(map(str, way))}")
+        for number, pair in enumerate(pairs)
+        for turn, way in enumerate(ways)
+        if not number or number % len(ways) == turn
+    ]
+
+
 def spell(source: Path, spelling: str) -> str:
     """Another name of a file or folder."""
     if spelling == "relative":
@@ -179,8 +189,9 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize(("command", "read", "written"), PAIRS)
+@pytest.mark.parametrize(
+    ("command", "read", "written", "spelling"), by_turns(PAIRS, [(spelling,) for spelling in SPELLINGS])
+)
 def test_what_is_read_is_not_replaced(
     command: str,
     read: tuple[str, type],
@@ -232,9 +243,10 @@ def test_every_command_that_writes_into_a_folder_is_tried() -> None:
     assert HELD.keys() == {pair.values[0] for pair in FOLDERS}
 
 
-@pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("deeper", ["", "deeper"])
-@pytest.mark.parametrize(("command", "read", "written"), FOLDERS)
+@pytest.mark.parametrize(
+    ("command", "read", "written", "deeper", "linked"),
+    by_turns(FOLDERS, list(itertools.product(("", "deeper"), (False, True)))),
+)
 def test_what_is_read_in_a_folder_is_not_replaced_there(
     command: str,
     read: tuple[str, type],
@@ -254,9 +266,10 @@ def test_what_is_read_in_a_folder_is_not_replaced_there(
             link.unlink()
 
 
-@pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("inside", ["of its own", "deeper/latest.pth"])
-@pytest.mark.parametrize(("command", "read", "written"), FOLDERS)
+@pytest.mark.parametrize(
+    ("command", "read", "written", "inside", "linked"),
+    by_turns(FOLDERS, list(itertools.product(("of its own", "deeper/latest.pth"), (False, True)))),
+)
 def test_a_folder_that_is_written_into_may_hold_what_is_read_under_another_name(
     command: str,
     read: tuple[str, type],

@@ -481,10 +481,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
-@pytest.mark.parametrize(
-    ("kind", "suffix"),
-    [("SIGKILL", "npy"), ("SIGINT", "npy"), ("SIGTERM", "npy"), ("SIGHUP", "npy"), ("SIGKILL", "zarr")],
-)
+# `test_stopping.py` has the other signals.
+@pytest.mark.parametrize(("kind", "suffix"), [("SIGKILL", "npy"), ("SIGTERM", "npy"), ("SIGKILL", "zarr")])
 def test_a_killed_run_is_completed_to_the_same_bytes(kind: str, suffix: str) -> None:
     if suffix == "zarr":
         pytest.importorskip("zarr")

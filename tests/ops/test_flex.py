@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -218,12 +215,14 @@ def test_tiles_and_lists_give_what_the_error_rule_asks(name: str, emulated: list
     assert_accurate(SHAPES[name])
 
 
-@pytest.mark.parametrize("name", ["several tiles", "odd", "batch 2", "keys finer than pixels", "cell", "no window"])
+# How FlexAttention is called depends on the numbers of tiles and images: a window comes as bounds, whatever its kind.
+# The tests above have all shapes.
+@pytest.mark.parametrize("name", ["several tiles", "batch 2"])
 def test_uncompiled_flex_obeys_the_error_rule(name: str, dense: None) -> None:
     assert_accurate(ATTENTION_SHAPES[name])
 
 
-@pytest.mark.parametrize("name", ["odd", "batch 2", "keys finer than pixels", "cell", "no window"])
+@pytest.mark.parametrize("name", ["odd", "batch 2"])
 def test_a_part_of_a_map_obeys_the_error_rule(name: str, dense: None) -> None:
     shape = ATTENTION_SHAPES[name]
     for rows, columns in parts_of(shape.output):
@@ -517,14 +516,3 @@ def test_a_gpu_gets_it_before_torch_and_after_triton() -> None:
     names = [candidate.name for candidate in OPERATION.explain(PROBLEM).candidates]
     assert names.index("flex") == names.index("torch") - 1
     assert "triton" not in names[names.index("flex") :]
-
-
-def test_asking_what_it_can_imports_neither_triton_nor_the_compiler() -> None:
-    code = (
-        "import sys, torch; from anyup.ops import explain_backends; q = torch.ones(1, 4, 4, 2, 16);"
-        "explain_backends(q, q, q[:, :, :, 0], window=None, backend='flex');"
-        "print([n for n in ('triton', 'torch._inductor', 'torch._dynamo') if n in sys.modules])"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.strip() == "[]"
