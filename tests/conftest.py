@@ -47,10 +47,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # more of them would wait for each other
 
 
+LONGEST = ("test_device_under_ttsem.py", "test_compile.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes comes first: at the end it would keep one process, and the others would have nothing to do."""
-    items.sort(key=lambda item: item.path.name != "test_device_under_ttsem.py")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
