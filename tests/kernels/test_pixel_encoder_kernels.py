@@ -11,7 +11,7 @@ from support.encoder_statistics import assert_statistics_lose_nothing
 from support.mutations import mutate
 from support.pixel_encoder_cases import PAIRS, Shape, assert_pair_accurate, encoder, pair_of, parameters_of, tensors_of
 from support.pixel_encoder_cases import SHAPES as ALL
-from support.recipe import INTERPRETED, fill, wave
+from support.recipe import INTERPRETED, fill, in_two_dtypes, wave
 from torch import Tensor
 
 from anyup import AnyUp
@@ -48,8 +48,7 @@ def assert_kernels_accurate(shape: Shape, tensors: dict[str, Tensor], **settings
     assert_close_enough(actual, reference, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), in_two_dtypes(SHAPES))
 def test_kernels_obey_the_error_rule(name: str, dtype: torch.dtype, poisoned_memory: None) -> None:
     assert_kernels_accurate(SHAPES[name], tensors_of(SHAPES[name], dtype))
 

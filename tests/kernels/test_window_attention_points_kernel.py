@@ -11,7 +11,7 @@ import torch
 from support.accuracy import assert_backend_accurate, assert_backend_accurate_over_draws
 from support.mutations import mutate
 from support.point_cases import attention_at, some_pixels, tensors_of
-from support.recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape
+from support.recipe import INTERPRETED, KERNEL_SHAPES, AttentionShape, in_two_dtypes
 
 from anyup.ops.window_attention import explain_points
 from anyup.window import CellWindow, RatioWindow, axis_bounds
@@ -19,8 +19,7 @@ from anyup.window import CellWindow, RatioWindow, axis_bounds
 pytestmark = INTERPRETED
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", KERNEL_SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), in_two_dtypes(KERNEL_SHAPES))
 def test_the_kernel_obeys_the_error_rule_gradients_included(name: str, dtype: torch.dtype) -> None:
     shape = KERNEL_SHAPES[name]
     draw: Any = lambda seed: tensors_of(shape, dtype, seed=seed)  # noqa: E731

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +130,15 @@ KERNEL_SHAPES = {
     "wide heads": AttentionShape((18, 20), (6, 5), heads=1, head_dim=128),
     "heads of the model": AttentionShape((18, 20), (6, 5), channels=70, heads=4, head_dim=32),
 }
+
+
+def in_two_dtypes(names: Iterable[str]) -> list[tuple[str, torch.dtype]]:
+    """(name, dtype): each name in float32, and every second one in float16 too.
+
+    What kernels do in another way for a dtype (loads, stores, products) they do for all shapes alike.
+    """
+    halves = [(name, torch.float16) for number, name in enumerate(names) if not number % 2]
+    return [(name, torch.float32) for name in names] + halves
 
 
 def parts_of(size: tuple[int, int]) -> list[tuple[slice, slice]]:
