@@ -68,13 +68,15 @@ def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False, p
     return "rotate" if rotates else "block" if measures else "apply"
 
 
-def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[EncoderConfig]:
+def encoder_configs(kind: str, dtype: torch.dtype, target: Target, precision: str = "") -> list[EncoderConfig]:
     """Configs, best first; what comes later asks less of a card. Chosen by compiling each pass for each target.
 
-    `kind` is that of a pass, "pool", "moments", or "half", of the backward pass. At 128 channels none spills a register
-    in half precision. In float32, where the products take 32 channels at a time, passes with two warps spill up to 120
-    bytes of a thread's (128 on sm_120), of which a turn of some 5000 instructions reads few numbers back; four warps
-    spill nothing, but for the pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
+    `kind` is that of a pass, "pool", "moments", or "half", of the backward pass; `precision` that of products of
+    float32. At 128 channels none spills a register in half precision. In float32 a turn of some 5000 instructions reads
+    few numbers back of what is spilled. As "float16x3" it is up to 168 bytes of a thread's with 64 pixels (the rotation
+    432 on sm_80) and 24 with 32, which take a quarter more instructions. As "tf32x3", where products take 32 channels
+    at a time, passes with two warps spill up to 120 (128 on sm_120); four warps spill nothing, but for the pooling (16
+    bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
     if kind == "moments":
         return [EncoderConfig(1024, num_warps=4, blocks=2)]
@@ -88,6 +90,8 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
         ]
     if target.backend == "hip":
         return [EncoderConfig(16, num_warps=4, keeps=True, blocks=2), EncoderConfig(16, num_warps=8, keeps=True)]
+    if precision == "float16x3":
+        return _float16x3_configs(target)
     if dtype.itemsize > 2:
         return _float32_configs(kind, target)
     # One program alone on a multiprocessor would load, multiply and activate one after the other: there are two, where
@@ -105,6 +109,11 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target) -> list[Encod
     if target.arch == 80 and kind in ("pass", "pair", "pool"):
         return [EncoderConfig(64, num_warps=4, resident=True, blocks=2), streamed, least]
     return [streamed, least]
+
+
+def _float16x3_configs(target: Target) -> list[EncoderConfig]:
+    pixels = 64 if target.arch in (80, 90) else 32  # where the matrix units bind, with room for the registers
+    return [EncoderConfig(size, num_warps=4, piece=64, blocks=2) for size in (pixels, 16)]
 
 
 def _float32_configs(kind: str, target: Target) -> list[EncoderConfig]:

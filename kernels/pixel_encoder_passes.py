@@ -46,7 +46,7 @@ from .pixel_encoder_statistics import (
     slot_exists,
     store_sums,
 )
-from .products import matmul, mixed_matmul, padded
+from .products import matrix_scale, padded, split_matmul
 
 SIZES = (
     "count",
@@ -161,17 +161,17 @@ def load_matrix(weight, OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.c
 
 
 @triton.jit
-def multiplied(totals, x, weight, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.constexpr,
+def multiplied(totals, x, weight, scale, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.constexpr,
                PIECE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """`totals`, pieces (n, PIECE) of a product, and what piece NUMBER of the other factor, x, adds to each.
 
-    Of the weight only a piece's rows and columns are in registers, where a product of float32 takes them apart into two
-    numbers each.
+    Of the weight, whose `matrix_scale` is known, only a piece's rows and columns are in registers, where a product of
+    float32 takes them apart into two numbers each.
     """
     updated = ()
     for outer in tl.static_range(DIM // PIECE):
         matrix = load_matrix(weight, outer, NUMBER, CHANNELS, CHANNELS, DIM, PIECE, PIECE, False)
-        updated = updated + (mixed_matmul(x, matrix, None if NUMBER == 0 else totals[outer], PRECISION),)
+        updated = updated + (split_matmul(x, matrix, scale, None if NUMBER == 0 else totals[outer], PRECISION),)
     return updated
 
 
@@ -209,20 +209,20 @@ def activated(x, norm, dtype: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.conste
 
 @triton.jit
 def half_block(
-    x, norm, weight, CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
+    x, norm, weight, scale, CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weight silu(norm(x)) of pixels of float32, both in pieces (n, PIECE)."""
     totals = ()
     for number in tl.static_range(len(x)):
         active = activated(x[number], norm, tl.float32, number, DIM, True, FORM)
-        totals = multiplied(totals, active, weight, CHANNELS, number, DIM, PIECE, PRECISION)
+        totals = multiplied(totals, active, weight, scale, CHANNELS, number, DIM, PIECE, PRECISION)
     return totals
 
 
 @triton.jit
 def half_block_of_map(
-    pixels, number, exists, norm, weight,
+    pixels, number, exists, norm, weight, scale,
     CHANNELS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`half_block` of pixels of a contiguous map, each piece of them loaded when it is needed."""
@@ -230,7 +230,7 @@ def half_block_of_map(
     for piece in tl.static_range(DIM // PIECE):
         x = load_piece(pixels, number, exists, CHANNELS, DIM, piece, PIECE)
         active = activated(x, norm, tl.float32, piece, DIM, True, FORM)
-        totals = multiplied(totals, active, weight, CHANNELS, piece, DIM, PIECE, PRECISION)
+        totals = multiplied(totals, active, weight, scale, CHANNELS, piece, DIM, PIECE, PRECISION)
     return totals
 
 
@@ -277,7 +277,7 @@ def load_input(pixels, number, exists, pixel_stride, channel_stride, INPUTS: tl.
 
 @triton.jit
 def load_pixels(
-    pixels, projection, number, exists, pixel_stride, channel_stride,
+    pixels, projection, scale, number, exists, pixel_stride, channel_stride,
     CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, PACKED: tl.constexpr,
     PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -290,7 +290,7 @@ def load_pixels(
             updated = ()
             for outer in tl.static_range(DIM // PIECE):
                 matrix = load_matrix(projection, outer, piece, CHANNELS, INPUTS, DIM, PIECE, WIDTH, True)
-                updated = updated + (matmul(x, matrix, None if piece == 0 else totals[outer], PRECISION),)
+                updated = updated + (split_matmul(x, matrix, scale, None if piece == 0 else totals[outer], PRECISION),)
             totals = updated
         return totals
     else:
@@ -299,27 +299,30 @@ def load_pixels(
 
 @triton.jit
 def encoded_pixels(
-    mine, projection, norm1, weight1, norm2, weight2, result, number, exists, opaque_zero, pixel_stride, channel_stride,
+    mine, projection, norm1, weight1, norm2, weight2, scales, result, number, exists, opaque_zero, pixel_stride,
+    channel_stride,
     CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
     PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some pixels of float32 through HALVES half blocks, with the residual after two, in pieces (n, PIECE).
 
+    `scales` are those of the weights in their order.
+
     FETCHES: x does not wait in registers for the residual: it is loaded again, and what was projected is stored for
     that in `result`.
     """
     if FETCHES and INPUT_DIM == 0:
-        y = half_block_of_map(mine, number, exists, norm1, weight1, CHANNELS, DIM, PIECE, FORM, PRECISION)
+        y = half_block_of_map(mine, number, exists, norm1, weight1, scales[1], CHANNELS, DIM, PIECE, FORM, PRECISION)
     else:
         x = load_pixels(
-            mine, projection, number, exists, pixel_stride, channel_stride, CHANNELS, INPUTS, DIM, INPUT_DIM, PACKED,
-            PIECE, PRECISION,
+            mine, projection, scales[0], number, exists, pixel_stride, channel_stride, CHANNELS, INPUTS, DIM, INPUT_DIM,
+            PACKED, PIECE, PRECISION,
         )  # fmt: skip
         if FETCHES:
             store_map(result, x, number, exists, CHANNELS, DIM)
-        y = half_block(x, norm1, weight1, CHANNELS, DIM, PIECE, FORM, PRECISION) if HALVES > 0 else x
+        y = half_block(x, norm1, weight1, scales[1], CHANNELS, DIM, PIECE, FORM, PRECISION) if HALVES > 0 else x
     if HALVES > 1:
-        y = half_block(y, norm2, weight2, CHANNELS, DIM, PIECE, FORM, PRECISION)
+        y = half_block(y, norm2, weight2, scales[2], CHANNELS, DIM, PIECE, FORM, PRECISION)
         if FETCHES:
             if INPUT_DIM > 0:
                 tl.debug_barrier()  # other threads have stored it
@@ -398,7 +401,8 @@ def rotated(y, coordinates, frequencies, number, width, height, CHANNELS: tl.con
 
 
 @triton.jit
-def projected_keys(y, gain, weight, bias, eps, CHANNELS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr):
+def projected_keys(y, gain, weight, weight_scale, bias, eps, CHANNELS: tl.constexpr, DIM: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
     """weight (gain y / rms(y)) + bias of pixels y of float32, both in pieces (n, PIECE)."""
     PIECE: tl.constexpr = y[0].shape[1]
     squares = tl.sum(y[0] * y[0], axis=1)
@@ -411,7 +415,7 @@ def projected_keys(y, gain, weight, bias, eps, CHANNELS: tl.constexpr, DIM: tl.c
         exists = slot_exists(slot, CHANNELS, DIM)
         factor = tl.load(gain + slot_channel(slot, CHANNELS, DIM), mask=exists, other=0.0).to(tl.float32)
         normed = y[piece] * scale[:, None] * factor[None, :]
-        totals = multiplied(totals, normed, weight, CHANNELS, piece, DIM, PIECE, PRECISION)
+        totals = multiplied(totals, normed, weight, weight_scale, CHANNELS, piece, DIM, PIECE, PRECISION)
     shifted = ()
     for piece in tl.static_range(len(totals)):
         slot = piece * PIECE + tl.arange(0, PIECE)
@@ -484,6 +488,13 @@ def _pixel_encoder_pass_kernel(
             matrix1 = load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
         if HALVES > 1:
             matrix2 = load_matrix(weight2, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+    if not HALF:
+        scales = (
+            matrix_scale(projection, CHANNELS * INPUTS if INPUT_DIM > 0 else 0, PRECISION),
+            matrix_scale(weight1, CHANNELS * CHANNELS if HALVES > 0 else 0, PRECISION),
+            matrix_scale(weight2, CHANNELS * CHANNELS if HALVES > 1 else 0, PRECISION),
+            matrix_scale(key_weight, CHANNELS * CHANNELS if KEYS else 0, PRECISION),
+        )
     sums, squares, pivots = (), (), ()
     if MEASURES:
         for _piece in tl.static_range(DIM // PIECE):
@@ -521,8 +532,8 @@ def _pixel_encoder_pass_kernel(
             y = (total,)
         else:
             y = encoded_pixels(
-                mine, projection + fresh, norm1 + fresh, weight1 + fresh, norm2 + fresh, weight2 + fresh, result,
-                number, exists, fresh, pixel_stride, channel_stride,
+                mine, projection + fresh, norm1 + fresh, weight1 + fresh, norm2 + fresh, weight2 + fresh, scales,
+                result, number, exists, fresh, pixel_stride, channel_stride,
                 CHANNELS, INPUTS, DIM, INPUT_DIM, HALVES, PACKED, FETCHES, PIECE, FORM, PRECISION,
             )  # fmt: skip
         if ROTATES:
@@ -548,7 +559,7 @@ def _pixel_encoder_pass_kernel(
                 new_pivots = new_pivots + (pivot,)
             sums, squares, pivots = new_sums, new_squares, new_pivots
         if KEYS:
-            y = projected_keys(y, key_gain, key_weight + fresh, key_bias, key_eps, CHANNELS, DIM, PRECISION)
+            y = projected_keys(y, key_gain, key_weight + fresh, scales[3], key_bias, key_eps, CHANNELS, DIM, PRECISION)
         if STORES:
             store_map(result, y, number, exists, CHANNELS, DIM)
     if MEASURES:
@@ -591,7 +602,7 @@ def plan_pass(
         keys: project what is stored, of maps of float32, to keys; `out`, of any dtype, is then another map.
         programs: of an image, see `EncoderConfig.programs`.
         form: of silu, see `silu_form`.
-        precision: of products of float32; Triton's `input_precision`.
+        precision: of products of float32, see `products`.
         config: sizes of tiles, warps, stages.
     """
     pixels, projection, _ = source

@@ -25,7 +25,7 @@ from .pixel_encoder_passes import (
     multiplied,
 )
 from .pixel_encoder_statistics import make_norm, slot_channel, slot_exists
-from .products import padded
+from .products import matrix_scale, padded
 from .weight_arrangement import arrange_weight, arrangement
 
 
@@ -81,6 +81,8 @@ def _pixel_encoder_pool_kernel(
     if HALF and RESIDENT:
         projected = load_matrix(projection, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, True)
         matrix = load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+    if not HALF:
+        scale = matrix_scale(weight1, CHANNELS * CHANNELS, PRECISION)
     for cell in tl.range(program, cells_high * cells_wide, programs):
         top, left, rows, columns = _cell(cell, width, height, cells_high, cells_wide)
         place = out + (image * cells_high * cells_wide + cell) * CHANNELS
@@ -120,7 +122,7 @@ def _pixel_encoder_pool_kernel(
                     x = load_piece(mine, number, exists, CHANNELS, DIM, piece, PIECE)
                     updated = updated + (sums[piece] + tl.sum(x, axis=0),)
                     active = activated(x, norm1 + fresh, dtype, piece, DIM, True, FORM)
-                    y = multiplied(y, active, weight1 + fresh, CHANNELS, piece, DIM, PIECE, PRECISION)
+                    y = multiplied(y, active, weight1 + fresh, scale, CHANNELS, piece, DIM, PIECE, PRECISION)
                 for piece in tl.static_range(DIM // PIECE):
                     active = activated(y[piece], norm2 + fresh, dtype, piece, DIM, True, FORM)
                     more = tl.sum(tl.where(exists[:, None], active, 0.0), axis=0)

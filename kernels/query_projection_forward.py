@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Target, strides_of
-from .products import matmul, padded
+from .products import padded, split_matmul
 
 SIZES = ("height", "width", "tile_rows", "tile_columns")
 """Kernel arguments that the kernel is not specialised on, so that a new image size compiles no new kernel."""
@@ -55,8 +55,8 @@ class ProjectionConfig:
             raise ValueError(f"num_stages: expected at least 1, got {self.num_stages}")
 
 
-def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionConfig]:
-    """Configs, best first; what comes later asks less of a card.
+def forward_configs(dim: int, *, target: Target, half: bool, precision: str = "") -> list[ProjectionConfig]:
+    """Configs, best first; what comes later asks less of a card. `precision` is that of products of float32.
 
     Chosen by `python -m benchmarks.modelled_gpu --kernel query_projection_forward`: at 128 channels they spill nothing
     on any target, at 256 nothing in half precision.
@@ -75,6 +75,8 @@ def forward_configs(dim: int, *, target: Target, half: bool) -> list[ProjectionC
         best = ProjectionConfig(8, 16, 32, 16, num_warps=8, num_stages=2)
     elif target.backend == "hip":
         best = ProjectionConfig(8, rows, 16, 16, num_warps=rows // 2, num_stages=2)
+    elif precision == "float16x3" and target.arch == 80 and not wide:
+        best = ProjectionConfig(8, 8, 32, 32, num_warps=4, num_stages=2)
     else:
         best = ProjectionConfig(8, 8, 16, 16, num_warps=4, num_stages=2)
     best = replace(best, piece=min(best.piece, max(16, dim & -dim)))
@@ -125,7 +127,7 @@ def convolved(
             weights = tl.load(part, mask=(channel < DIM)[:, None] & (output < DIM)[None, :], other=0.0)
         else:
             weights = tl.load(part)
-        product = matmul(pixels, weights, product, PRECISION)
+        product = split_matmul(pixels, weights, None, product, PRECISION)
     return product
 
 
@@ -159,7 +161,7 @@ def _query_projection_forward_kernel(
             weights = tl.load(part, mask=(taken < DIM)[:, None] & (output < DIM)[None, :], other=0.0)
         else:
             weights = tl.load(part)
-        result = matmul(normal, tl.trans(weights), None, PRECISION)
+        result = split_matmul(normal, tl.trans(weights), None, None, PRECISION)
         result += tl.load(bias + taken, mask=taken < DIM, other=0.0).to(tl.float32)[None, :]
         if DIM < PADDED:
             tl.store(place + taken[None, :], result, mask=exists[:, None] & (taken < DIM)[None, :])
@@ -187,7 +189,7 @@ def plan_forward(
         norm, weight, bias: (D,), (D, D), (D,), contiguous.
         out: the result.
         eps: of the normalisation.
-        precision: of products of float32, Triton's `input_precision`.
+        precision: of products of float32, see `products`.
         config: sizes of tiles, warps, stages.
     """
     return launch_of_rectangles(

@@ -47,7 +47,7 @@ class Cost:
         moved: bytes that must cross device memory.
         asked: bytes that the programs load and store.
         shared: of these, of weights and tables that all programs of the pixel encoder read: the caches hold them.
-        operations: of the matrix units, each product of `tf32x3` counted; or of torch's products.
+        operations: of the matrix units, of float32 those of tf32 or what takes as long; or of torch's products.
         floor, modelled: microseconds by term.
         source: "code" where the compiler's instructions are among the terms, "count" where they are not, "torch".
         execution: of a launch.

@@ -24,6 +24,7 @@ from anyup.kernels.feature_unification_patches import Arranged, allocate, plan_a
 from anyup.kernels.key_grid_config import convolution_configs
 from anyup.kernels.key_grid_convolution import plan_convolution
 from anyup.kernels.launch import Launch, Target
+from anyup.kernels.products import in_float16
 from anyup.kernels.window_attention_points import CONFIGS, plan_points
 from anyup.ops.window_attention.fused import window_rule
 from anyup.window import axis_bounds
@@ -40,7 +41,7 @@ from benchmarks.modelled_gpu.compiled import (
     time_facts,
 )
 from benchmarks.modelled_gpu.machine_code import Code, read
-from benchmarks.modelled_gpu.operation_work import Work
+from benchmarks.modelled_gpu.operation_work import SPLIT, Work
 
 DIM = FILTERS = 128
 CHANNELS_OF_CLASSES = 192
@@ -172,7 +173,9 @@ class Case:
                 encoded, encoded, taps, gain, weight, encoded, encoded, eps=1e-7, precision=precision, config=config
             )
             return launch, asdict(config)
-        config = projection.forward_configs(DIM, target=self.target, half=self.half)[0]
+        if self.kernel == "query_projection_forward" and not self.half:
+            precision = in_float16(precision, self.target)
+        config = projection.forward_configs(DIM, target=self.target, half=self.half, precision=precision)[0]
         if self.kernel == "query_projection_backward_map":
             launch = projection_backward.plan_map(encoded, taps, encoded, precision=precision, config=config)
         else:
@@ -304,7 +307,6 @@ class Case:
 
 def _query_projection_work(kernel: str, launch: Launch, workload: Workload, size: int) -> Work:
     constant, pixels = launch.constants, workload.pixels
-    products = 1 if size == 2 else 3
     if kernel == "query_projection_backward_weights":
         blocks, runs = launch.grid
         run = launch.arguments["run"]
@@ -313,7 +315,7 @@ def _query_projection_work(kernel: str, launch: Launch, workload: Workload, size
         return Work(
             units=pixels,
             exact_operations=exact,
-            operations=runs * run / pixels * exact * products,
+            operations=runs * run / pixels * exact * (1 if size == 2 else 3),
             exact_exponentials=0,
             exponentials=0,
             bytes_compulsory=2 * DIM * size,
@@ -327,6 +329,7 @@ def _query_projection_work(kernel: str, launch: Launch, workload: Workload, size
     # The convolution, and the projection or its transpose; maps beside the one that is convolved.
     weights, others = {"forward": (10, 1), "pixels": (10, 3), "map": (9, 1)}[kernel.rsplit("_", 1)[1]]
     exact = 2 * weights * DIM * DIM
+    products = 1 if size == 2 else SPLIT if constant["PRECISION"] == "float16x3" else 3
     loops: list[Any] = [(9 * DIM // constant["PIECE"], [])]
     return Work(
         units=pixels,

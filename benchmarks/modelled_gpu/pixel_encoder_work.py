@@ -29,10 +29,12 @@ from anyup.kernels.pixel_encoder_passes import (
     plan_pass,
 )
 from anyup.kernels.pixel_encoder_pool import plan_pool
+from anyup.kernels.products import in_float16
 from anyup.ops.kernel_device import multiprocessors
+from anyup.ops.pixel_encoder.fused_passes import MANY_PIXELS
 from benchmarks.modelled_gpu import roofline
 from benchmarks.modelled_gpu.machine_code import Branch
-from benchmarks.modelled_gpu.operation_work import Work
+from benchmarks.modelled_gpu.operation_work import SPLIT, Work
 
 DIM = 128
 IMAGE_CHANNELS = 3
@@ -88,7 +90,9 @@ def plan(
         kind = "pool" if pools else "moments"
     else:
         kind = kind_of(halves, measures=measures, rotates=rotates, keys=keys, pair=pair)
-    config = encoder_configs(kind, dtype, target)[0]
+    if dtype == torch.float32 and count >= MANY_PIXELS:
+        precision = in_float16(precision, target)
+    config = encoder_configs(kind, dtype, target, precision)[0]
     device = torch.device("meta")
     turns = workload.keys if pools else -(-count // config.pixels)
     card = roofline.device_of(str(target.arch))
@@ -169,7 +173,7 @@ def work(launch: Launch) -> Work:
 def _pass_work(launch: Launch) -> Work:
     constant, argument = launch.constants, launch.arguments
     size = argument["pixels"].element_size()
-    split = 1 if size == 2 else 3
+    split = 1 if size == 2 else SPLIT if constant["PRECISION"] == "float16x3" else 3
     channels, inputs, dim = constant["CHANNELS"], constant["INPUTS"], constant["DIM"]
     # Pixels of all maps that are made; those of two encoders come from one.
     units = launch.grid[1] * argument["count"]
@@ -189,7 +193,9 @@ def _pass_work(launch: Launch) -> Work:
     weights = squares * channels * channels * each + inputs * channels * size
     norms = halves * (2 if size == 2 else 3) * dim * 4
     resident = size == 2 and constant["RESIDENT"]
-    shared = ((launch.grid[0] * launch.grid[1] if resident else turns) * weights + turns * norms) / units
+    programs = launch.grid[0] * launch.grid[1]
+    loads = programs if resident else turns + (programs if split == SPLIT else 0)  # once for their scales
+    shared = (loads * weights + turns * norms) / units
     if constant["ROTATES"]:
         shared += 2 * 2 * 4 + turns * argument["frequencies"].nbytes / units
     shared += _join_bytes(launch) / units
@@ -242,7 +248,7 @@ def _pool_work(launch: Launch) -> Work:
     constant, argument = launch.constants, launch.arguments
     size = argument["pixels"].element_size()
     half = size == 2
-    split = 1 if half else 3
+    split = 1 if half else SPLIT if constant["PRECISION"] == "float16x3" else 3
     channels, dim = constant["CHANNELS"], constant["DIM"]
     batch = len(argument["pixels"])
     units = batch * argument["count"]
@@ -257,7 +263,8 @@ def _pool_work(launch: Launch) -> Work:
     # In half precision there are products with the identity, and with 16 rows of ones for each of the sums.
     products = (2 if half else 1) * dim + (2 * 16 if half else 0)
     weights = (2 if half else 1) * channels * channels * size
-    loads = math.prod(launch.grid) if half and constant["RESIDENT"] else batch * sum(turns)
+    programs = math.prod(launch.grid)
+    loads = programs if half and constant["RESIDENT"] else batch * sum(turns) + (programs if split == SPLIT else 0)
     norms = batch * sum(turns) * 2 * (2 if half else 3) * dim * 4
     # And for each cell the last weight, which no matrix unit multiplies with.
     last = batch * len(turns) * channels * channels * size

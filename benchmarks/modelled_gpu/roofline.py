@@ -198,8 +198,9 @@ def modelled(
 ) -> Times:
     """The time of a kernel by what it really does, its work given for one unit.
 
-    `operations` are those of the matrix units, each of the three products of `tf32x3` counted. The multiprocessor with
-    the most programs is waited for. Without code each exponential counts as two special functions.
+    `operations` are those of the matrix units; of factors of float32 those of tf32, of which three make a product, or
+    what takes as long. The multiprocessor with the most programs is waited for. Without code each exponential counts as
+    two special functions.
     """
     rate = (device.tensor if half else device.tensor_tf32) * (device.by_warp if execution.by_warp else 1.0)
     uses = {"special": 2 * exponentials / 32} if execution.uses is None else execution.uses

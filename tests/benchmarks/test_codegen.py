@@ -202,10 +202,14 @@ def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
 
 # Bytes of a thread on sm_80.
 FLOAT32_SPILLS = {
-    "pixel_encoder_map_2": 24,
-    "pixel_encoder_measure_2": 40,
-    "pixel_encoder_pool": 24,
-    "pixel_encoder_pair_3": 48,
+    "pixel_encoder_image_2": 48,
+    "pixel_encoder_map_2": 40,
+    "pixel_encoder_measure_2": 8,
+    "pixel_encoder_pool": 48,
+    "pixel_encoder_apply": 96,
+    "pixel_encoder_rotate": 432,
+    "pixel_encoder_store_map": 168,
+    "pixel_encoder_pair_3": 168,
 }
 
 

@@ -89,6 +89,23 @@ def test_torch_s_products_and_normalisations_are_those_of_a_real_forward() -> No
     assert of_keys(planned)[1] == {"native_group_norm": 4, "silu": 4, "cat": 1 + 2 + 4, **products}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "arch", "maps", "keys"),
+    [
+        (torch.float32, 80, "float16x3", "tf32x3"),
+        (torch.float32, 120, "tf32x3", "tf32x3"),
+        (torch.bfloat16, 80, "tf32x3", "tf32x3"),
+    ],
+)
+def test_products_of_large_maps_of_float32_are_of_float16(dtype: torch.dtype, arch: int, maps: str, keys: str) -> None:
+    steps = steps_of(Workload((128, 128), (4, 4), channels=16), dtype, Target("cuda", arch))
+    found: dict[str, set[str]] = {"maps": set(), "keys": set()}
+    for step in steps:
+        if step.launch is not None and step.stage in (*ENCODERS, "query projection", "keys"):
+            found["keys" if step.stage == "keys" else "maps"].add(step.launch.constants.get("PRECISION", maps))
+    assert found == {"maps": {maps}, "keys": {keys}}
+
+
 def test_a_call_counts_with_what_it_reads_and_writes_and_a_view_does_not() -> None:
     with noted("cpu", launches=True) as steps:
         x = torch.ones(3, 4)

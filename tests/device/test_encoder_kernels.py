@@ -30,13 +30,28 @@ def test_the_encoder_obeys_the_error_rule(
     name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_passes, "multiprocessors", lambda device: 2)  # programs walk over several tiles
-    shape = SHAPES[name]
+    assert_accurate(SHAPES[name], dtype)
+    assert launched.total() == 5, launched
+
+
+@pytest.mark.parametrize("name", ["as wide as the input", "pooled to overlapping cells"])
+def test_products_of_many_pixels_obey_the_error_rule(
+    name: str, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In three of float16, on targets that take them."""
+    monkeypatch.setattr(fused_passes, "MANY_PIXELS", 0)
+    monkeypatch.setattr(fused_passes, "multiprocessors", lambda device: 2)
+    assert_accurate(SHAPES[name], torch.float32)
+    assert launched.total() == 5, launched
+
+
+def assert_accurate(shape: Shape, dtype: torch.dtype) -> None:
+    """Raise an AssertionError unless the encoder is the kernels, and obeys the error rule."""
     tensors = {key: tensor.to("cuda") for key, tensor in tensors_of(shape, dtype).items()}
     run = encoder(shape)
     with torch.no_grad():
         assert explain_backends(tensors["pixels"], parameters_of(tensors), output_size=shape.output).chosen == "triton"
         actual = run(backend=None, **tensors)
-        assert launched.total() == 5, launched
         reference = run(backend="reference", **{key: tensor.cpu() for key, tensor in tensors.items()})
         exact = run(backend="reference", **{key: tensor.cpu().double() for key, tensor in tensors.items()})
     assert_close_enough(actual.cpu(), reference, exact)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+MANY_PIXELS = 2**14
+"""With as many each program of a pass has several tiles."""
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -46,12 +49,28 @@ class Kernels:
 
         return silu_form(self.dtype, target(self.device))
 
-    def run(self, name: str, run: Callable[[EncoderConfig], Result], *, kind: str, **known: Hashable) -> Result:
+    def precision_of(self, count: int) -> str:
+        """Of the products of maps of so many pixels: of few, in three of float16 as exact they are no faster."""
+        from anyup.kernels.products import in_float16
+
+        wide = self.dtype == (self.weights or self.dtype) == torch.float32
+        return in_float16(self.precision, target(self.device)) if wide and count >= MANY_PIXELS else self.precision
+
+    def run(
+        self,
+        name: str,
+        run: Callable[[EncoderConfig], Result],
+        *,
+        kind: str,
+        precision: str | None = None,
+        **known: Hashable,
+    ) -> Result:
         """What `run` gives with the first config that the device takes; `known` is what else it is compiled for."""
         from anyup.kernels.pixel_encoder_config import encoder_configs
 
-        kernel = ("pixel_encoder", name, self.device, self.dtype, self.weights, self.dim, self.inputs, self.precision)
-        configs = encoder_configs(kind, self.dtype, target(self.device))
+        precision = precision or self.precision
+        kernel = ("pixel_encoder", name, self.device, self.dtype, self.weights, self.dim, self.inputs, precision)
+        configs = encoder_configs(kind, self.dtype, target(self.device), precision)
         return run_first(run, configs, kernel=(*kernel, kind, *known.items()))
 
     def measure(
@@ -69,11 +88,13 @@ class Kernels:
         if few and out is None and not halves:
             return self._measure_moments(source), None
 
+        precision = self.precision_of(count)
+
         def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
             parts = allocate_parts(source.images, programs, self.device)
             plan_pass(
                 source, halves, norms=norms, parts=parts, out=out, size=(1, count), programs=programs,
-                form=self.form, precision=self.precision, config=config,
+                form=self.form, precision=precision, config=config,
             )()  # fmt: skip
             return parts, None if norms is None else norms[0]
 
@@ -107,12 +128,13 @@ class Kernels:
         """A pass whose result goes to `out`: rotated as a map of that size, see `plan_pass`; or projected."""
         from anyup.kernels.pixel_encoder_passes import plan_pass
 
-        shape = (1, source.pixels.shape[1]) if size is None else size
+        count = source.pixels.shape[1]
+        shape, precision = (1, count) if size is None else size, self.precision_of(count)
 
         def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> None:
             plan_pass(
                 source, halves, norms=norms, parts=None, out=out, rotation=rotation, keys=keys, size=shape,
-                programs=programs, form=self.form, precision=self.precision, config=config,
+                programs=programs, form=self.form, precision=precision, config=config,
             )()  # fmt: skip
 
         # A launch that fails has written nothing: the next config finds the map as it was.
@@ -133,17 +155,18 @@ class Kernels:
         from anyup.kernels.pixel_encoder_passes import allocate_norms
         from anyup.kernels.pixel_encoder_pool import plan_pool
 
-        batch = len(source.pixels)
+        batch, precision = len(source.pixels), self.precision_of(source.pixels.shape[1])
 
         def run(config: EncoderConfig) -> None:
             programs = config.programs(cells[0] * cells[1], batch, multiprocessors(self.device))
             plan_pool(
                 source, *halves, out,
                 norms=allocate_norms(batch, programs, self.dim, self.dtype, self.device), size=size, cells=cells,
-                weights=weights, programs=programs, form=self.form, precision=self.precision, config=config,
+                weights=weights, programs=programs, form=self.form, precision=precision, config=config,
             )()  # fmt: skip
 
-        self.run("pool", run, kind="pool", weight=None if weights is None else weights[0].shape)
+        weight = None if weights is None else weights[0].shape
+        self.run("pool", run, kind="pool", precision=precision, weight=weight)
 
     def _run_pass(
         self,
@@ -175,7 +198,7 @@ class Kernels:
         pair = source.second is not None or any(half.second is not None for half in halves)
         kind = kind_of(len(halves), measures=name == "measure", rotates=rotates, keys=keys is not None, pair=pair)
         known |= {"halves": len(halves), "projects": projects, "joins": joins, "keys": keys, "pair": pair}
-        return self.run(name, with_room, kind=kind, **known)
+        return self.run(name, with_room, kind=kind, precision=self.precision_of(count), **known)
 
 
 def source_of(pixels: Tensor, projection: Tensor | None, second: Tensor | None = None) -> Source:

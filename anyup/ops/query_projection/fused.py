@@ -37,17 +37,19 @@ def unsupported(problem: QueryProjectionProblem) -> list[str]:
 
 def forward(encoded: Tensor, parameters: ProjectionParameters) -> Tensor:
     """(B, H, W, D) -> (B, H, W, D); sums and normalisation in float32."""
+    from anyup.kernels.products import in_float16
     from anyup.kernels.query_projection_forward import forward_configs, plan_forward
 
-    dim = encoded.shape[3]
+    dim, half, card = encoded.shape[3], encoded.dtype in _HALF, target(encoded.device)
+    precision = dot_precision() if half else in_float16(dot_precision(), card)
     out = torch.empty_like(encoded, memory_format=torch.contiguous_format)
     convolution = _arranged(parameters.convolution)
     norm, weight, bias = (p.contiguous() for p in parameters[1:])
     run_first(
         lambda config: plan_forward(
-            encoded, convolution, norm, weight, bias, out, eps=_EPS, precision=dot_precision(), config=config
+            encoded, convolution, norm, weight, bias, out, eps=_EPS, precision=precision, config=config
         )(),
-        forward_configs(dim, target=target(encoded.device), half=encoded.dtype in _HALF),
+        forward_configs(dim, target=card, half=half, precision=precision),
         kernel=_kernel("", encoded),
     )
     return out
