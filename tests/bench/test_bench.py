@@ -482,7 +482,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[PretendedGraph]:
         def wait_stream(self, other: Stream) -> None:
             assert isinstance(other, Stream)
 
-    def capture(graph: PretendedGraph, stream: Stream) -> contextlib.nullcontext[None]:
+    def capture(graph: PretendedGraph, *, stream: Stream, **_: object) -> contextlib.nullcontext[None]:
         made.append(graph)
         return contextlib.nullcontext()
 
