@@ -724,8 +724,8 @@ def test_the_time_left_to_train_does_not_count_what_is_made_once(
     probing.train(source, samples, Recipe(), [0], checkpoint=tmp_path / "a.pt", resume=False, reporter=told)
     assert "features and attention weights, made once: 1 of 5 images, 4 min left" in told.lines
     # 20 epochs of 3 batches.
-    assert "epoch 1 of 20, batch 1 of 3, 59 s left to train" in told.lines
-    assert "epoch 2 of 20, batch 3 of 3, 54 s left to train" in told.lines
+    assert "epoch 1 of 20, batch 1 of 3, 59 s left" in told.lines
+    assert "epoch 2 of 20, batch 3 of 3, 54 s left" in told.lines
 
 
 def test_what_is_kept_in_the_cache_changes_no_bit(data: Path, tmp_path: Path) -> None:
