@@ -54,7 +54,9 @@ def _described(launch: Launch) -> str:
     if "PARTIALS" in launch.constants:
         name += " in parts" if launch.constants["PARTIALS"] > 1 else " whole"
     if "query" not in launch.arguments:  # of another operation
-        first = next(argument for argument in launch.arguments.values() if isinstance(argument, torch.Tensor))
+        named = launch.arguments.get("prediction")  # of a distance, whose gradient comes first and in float32
+        tensors = (argument for argument in launch.arguments.values() if isinstance(argument, torch.Tensor))
+        first = next(tensors) if named is None else named
         return f"{name.strip('_')}, {str(first.dtype).removeprefix('torch.')}"
     carried = launch.arguments["grad" if "grad" in launch.arguments else "out"]
     dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in (launch.arguments["query"], carried))
