@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from anyup.bench import stored
+from anyup.evaluation.report import probes_table
 
-Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Cells = tuple[list[str], list[list[str]]]
 """A table's header and rows."""
-
-_COLUMNS: dict[str, tuple[tuple[str, str, float, int], ...]] = {
-    "segmentation": (("miou", "mIoU, %", 100, 2), ("accuracy", "pixel accuracy, %", 100, 2)),
-    "depth": (
-        ("rmse", "RMSE, m", 1, 4),
-        ("delta1", "δ₁, %", 100, 2),
-        ("scaled_rmse", "scaled: RMSE, m", 1, 4),
-        ("scaled_delta1", "scaled: δ₁, %", 100, 2),
-    ),
-    "normals": (
-        ("mean", "mean", 1, 2),
-        ("median", "median", 1, 2),
-        ("rmse", "RMSE", 1, 2),
-        ("below_11_25", "< 11.25°", 100, 2),
-        ("below_22_5", "< 22.5°", 100, 2),
-        ("below_30", "< 30°", 100, 2),
-    ),
-}
-"""Of a probe's table: a metric, its title, what it is multiplied by, and its decimals."""
 
 
 def _named(results: Mapping[str, Any], method: str) -> str:
@@ -40,19 +21,8 @@ def _named(results: Mapping[str, Any], method: str) -> str:
 def probes(path: Path) -> Cells:
     """Mean and spread over the seeds of each method's metrics, and the mean loss of the last epoch."""
     results = stored.read_json(path, "results of `anyup evaluate`")
-    columns = _COLUMNS[results["evaluation"]]
-    rows = [
-        (
-            _named(results, method),
-            *(
-                f"{factor * of[name]['mean']:.{digits}f} ± {factor * of[name]['std']:.{digits}f}"
-                for name, _, factor, digits in columns
-            ),
-            f"{statistics.fmean(results['losses'][-1][method]):.4f}",
-        )
-        for method, of in results["results"].items()
-    ]
-    return ("method", *(title for _, title, _, _ in columns), "training loss"), rows
+    header, rows = probes_table(results["evaluation"], results["results"], results["losses"])
+    return header, [[_named(results, method), *cells] for method, *cells in rows]
 
 
 def features(path: Path) -> Cells:
@@ -60,11 +30,28 @@ def features(path: Path) -> Cells:
     results = stored.read_json(path, "results of `anyup evaluate`")
     learned = [name for name, method in results["methods"].items() if method["kind"] != "interpolation"]
     rows = [
-        (f"`{encoder}`", task, *(f"{of['methods'][name]['relative']['ratio']:.3f}" for name in learned))
+        [f"`{encoder}`", task, *(f"{of['methods'][name]['relative']['ratio']:.3f}" for name in learned)]
         for encoder, tasks in results["encoders"].items()
         for task, of in tasks.items()
     ]
-    return ("encoder", "task", *(_named(results, name) for name in learned)), rows
+    return ["encoder", "task", *(_named(results, name) for name in learned)], rows
 
 
-EVALUATED: dict[str, Callable[[Path], Cells]] = {"probes": probes, "features": features}
+def card(path: Path) -> Cells:
+    """Of one set of weights and each encoder: `features`, and the share of photographs that are better than bilinear.
+
+    A row for each encoder, a pair of columns for each task.
+    """
+    results = stored.read_json(path, "results of `anyup evaluate`")
+    (learned,) = (name for name, method in results["methods"].items() if method["kind"] != "interpolation")
+    rows, tasks = [], list[str]()
+    for encoder, of_encoder in results["encoders"].items():
+        relative = [of["methods"][learned]["relative"] for of in of_encoder.values()]
+        rows.append(
+            [f"`{encoder}`", *(cell for of in relative for cell in (f"{of['ratio']:.3f}", f"{of['better']:.0%}"))]
+        )
+        tasks = tasks or list(of_encoder)
+    return ["encoder", *(title for task in tasks for title in (task, "better on"))], rows
+
+
+EVALUATED: dict[str, Callable[[Path], Cells]] = {"probes": probes, "features": features, "card": card}

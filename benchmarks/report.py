@@ -27,7 +27,10 @@ from benchmarks.evaluated import EVALUATED
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "evaluation.md")
+PAGES = (
+    *(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/evaluation.md")),
+    ROOT / "anyup" / "assets" / "anyup_mini.md",
+)
 
 _PLACE = re.compile(r"(<!-- benchmarks: (?P<file>[\w.-]+)/(?P<name>[\w-]+) -->).*?(<!-- end -->)", re.DOTALL)
 

@@ -222,8 +222,7 @@ def _upsample(arguments: argparse.Namespace, files: Files, progress: Progress) -
     given = read_inputs(arguments, files, device, progress)
     model, features, values, whole, points = given.model, given.features, given.values, given.whole, given.points
     if points is None:
-        asked = given.asked(arguments)
-        write_result(arguments, model, given.photo, features, values, files, whole, given.region, progress, asked)
+        write_result(arguments, given, files, progress, resumable=True)
     else:
         low = features if values is None else values
         dtype = files.fitting(arguments.dtype, low)

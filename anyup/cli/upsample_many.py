@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from anyup.cli.upsample_inputs import (
+    Inputs,
     carried_by,
     check_head,
     encode,
@@ -362,9 +363,8 @@ class Work:
         )
         low = features if values is None else values
         files.check_memory((low.shape[1], *region[2:]), files.kept_as(given.dtype, low).itemsize, device)
-        shape, dtype = write_result(
-            given, self.model, photo, features, values, files, whole, region, silent, asked=None
-        )
+        inputs = Inputs(self.model, photo, features, values, whole, region, points=None)
+        shape, dtype = write_result(given, inputs, files, silent, resumable=False)
         entry: dict[str, Any] = {"shape": shape, "dtype": dtype}
         if files.output is not None and result is not None:
             entry["features"] = self._put(files.output, result, given.output)

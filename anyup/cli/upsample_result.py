@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyup.cli.upsample_inputs import by, guidance
+from anyup.cli.upsample_inputs import Inputs, by, guidance
 
 if TYPE_CHECKING:
     import torch
@@ -100,24 +100,14 @@ def _the_result(shape: tuple[int, ...]) -> str:
 
 
 def write_result(
-    arguments: argparse.Namespace,
-    model: AnyUp,
-    photo: Tensor,
-    features: Tensor,
-    values: Tensor | None,
-    files: Files,
-    whole: tuple[int, int],
-    region: tuple[int, int, int, int],
-    progress: Progress,
-    asked: Mapping[str, Any] | None,
+    arguments: argparse.Namespace, given: Inputs, files: Files, progress: Progress, *, resumable: bool
 ) -> tuple[tuple[int, ...], str]:
-    """Upsample the features, or the values, of a photograph (1, 3, H, W) in 0..1; the files are complete or absent.
+    """Upsample the features, or the values, of a photograph; the files are complete or absent.
 
     Args:
-        arguments: the options `dtype`, `max_memory` and `resume`.
-        whole, region: as `resolve_region` gives them.
-        asked: what, beside the features and the values, a resumed run must agree in with the interrupted one; None:
-            nothing is left that could be resumed.
+        arguments: the options `dtype` and `max_memory`; of a resumable run `photo` and `resume` too.
+        given: without points.
+        resumable: whether an interrupted run leaves what a later one goes on from.
 
     Returns:
         Shape and dtype of the result.
@@ -131,11 +121,11 @@ def write_result(
     from anyup import __version__, array_files
     from anyup.fingerprint import tensor_fingerprint
 
-    device = model.rope.freqs.device
-    low = features if values is None else values
+    model, whole, region, device = given.model, given.whole, given.region, given.model.rope.freqs.device
+    low = given.features if given.values is None else given.values
     dtype = files.fitting(arguments.dtype, low)
-    image = guidance(photo, whole, progress).to(device)
-    features, values = features.to(device), None if values is None else values.to(device)
+    image = guidance(given.photo, whole, progress).to(device)
+    features, values = given.features.to(device), None if given.values is None else given.values.to(device)
     if files.in_pieces and "bfloat16" in (arguments.dtype or str(low.dtype)):
         progress.note(f"NumPy has no bfloat16: {files.output} is float32")
     shape = (low.shape[1], *region[2:])
@@ -161,13 +151,13 @@ def write_result(
         if files.in_pieces:
             assert files.output is not None
             asked_of_all = {
-                **(asked or {}),
+                **(given.asked(arguments) if resumable else {}),
                 "features": tensor_fingerprint(features),
                 "values": None if values is None else tensor_fingerprint(values),
                 "dtype": str(dtype),
                 "version": __version__,
             }
-            begin = array_files.PartialArray.resume if asked and arguments.resume else array_files.PartialArray
+            begin = array_files.PartialArray.resume if resumable and arguments.resume else array_files.PartialArray
             rows, _ = _tile(pieces_of(None))  # computes nothing
             partial = begin(files.output, shape, dtype, asked_of_all, rows)
             result = partial.out
@@ -177,7 +167,7 @@ def write_result(
                 what,
                 progress,
                 behind=2 if device.type == "cuda" else 0,
-                resumable=asked is not None,
+                resumable=resumable,
             )
         else:
             result = torch.empty(1, *shape, dtype=dtype, device=device)

@@ -27,6 +27,10 @@ from anyup.window import Window
 # Longest side of a tile in pixels, as in the attention itself.
 _LONGEST = 32
 
+# Bytes of what is carried to the pixels of some tiles: on a CPU few enough for a core's cache.
+_AT_A_TIME = {"cpu": 1 << 20}
+_AT_A_TIME_ELSEWHERE = 1 << 28
+
 
 @dataclass(frozen=True)
 class _Axis:
@@ -250,6 +254,19 @@ class HeadedWeights:
     def targets(self, labels: Tensor, classes: int) -> Iterator[Tensor]:
         """(H, W) uint8 to int64 (H, W)."""
         yield labels.long()
+
+
+def some_tiles(near: Tensor, weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What is carried to the pixels by a tile's factors, some tiles at a time.
+
+    `near` (tiles, C, keys) and `weights` (tiles, pixels, keys) give which tiles, and (some tiles, C, pixels), new
+    memory without a gradient.
+    """
+    each = near.shape[1] * weights.shape[1] * near.element_size()
+    count = max(1, _AT_A_TIME.get(near.device.type, _AT_A_TIME_ELSEWHERE) // each)
+    for first in range(0, len(near), count):
+        tiles = slice(first, first + count)
+        yield tiles, near[tiles] @ weights[tiles].transpose(1, 2)
 
 
 Carrier = FixedWeights | HeadedWeights

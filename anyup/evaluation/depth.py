@@ -6,17 +6,17 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anyup.evaluation.attention_weights import some_tiles
+
 BINS, SMALLEST, LARGEST = 256, 0.001, 10.0
 METRICS = ("delta1", "delta2", "delta3", "rmse")
 _OFFSET = 0.1  # of a bin after its ReLU, so that their sum is never zero
 _EPSILON = 0.001  # metres, added within logarithms
-_CHUNK = 1 << 20  # bytes of logits at a time
 _LEAST = 1e-12  # of what a root is taken of: at a perfect fit its gradient would be infinite
 
 
@@ -25,10 +25,9 @@ def depth_of_bins(logits: Tensor, largest: float = LARGEST) -> Tensor:
 
     logits (N, bins, pixels) to (N, 1, pixels).
     """
-    bins = torch.linspace(SMALLEST, largest, logits.shape[1], dtype=logits.dtype, device=logits.device)
     share = logits.relu() + _OFFSET
     # Normalised after the product: one map is divided, not one for each bin.
-    return (bins @ share / share.sum(dim=1)).unsqueeze(1)
+    return (_bins(logits, largest) @ share / share.sum(dim=1)).unsqueeze(1)
 
 
 class CarriedDepth(torch.autograd.Function):
@@ -41,33 +40,35 @@ class CarriedDepth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, near: Tensor, weights: Tensor, largest: float) -> Tensor:
-        depth = [depth_of_bins(logits, largest) for logits in _some_tiles(near, weights)]
-        result = torch.cat(depth)
-        ctx.save_for_backward(near, weights, result)
+        bins = _bins(near, largest)
+        moments = torch.stack([torch.ones_like(bins), bins])
+        # Of a pixel: the sum of its shares, and that of their depths.
+        sums = torch.cat([moments @ logits.relu_() for _, logits in some_tiles(near, weights)])
+        sums += _OFFSET * moments.sum(dim=1)[:, None]
+        shares, result = sums[:, :1], sums[:, 1:] / sums[:, :1]
+        ctx.save_for_backward(near, weights, shares, result)
         ctx.largest = largest
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        near, weights, depth = ctx.saved_tensors
-        bins = torch.linspace(SMALLEST, ctx.largest, near.shape[1], dtype=near.dtype, device=near.device)[:, None]
+        near, weights, shares, depth = ctx.saved_tensors
+        bins = _bins(near, ctx.largest)[:, None]
         found = torch.empty_like(near, memory_format=torch.contiguous_format)
-        first = 0
-        for logits in _some_tiles(near, weights):
-            tiles = slice(first, first + len(logits))
-            # With S the sum of the shares, the depth's derivative by an active bin's logit is (bin - depth) / S.
-            over_sum = gradient[tiles] / (logits.relu().sum(dim=1, keepdim=True) + _OFFSET * len(bins))
-            by_logit = (bins * over_sum).sub_(over_sum * depth[tiles]).masked_fill_(logits <= 0, 0)
-            torch.matmul(by_logit, weights[tiles], out=found[tiles])
-            first = tiles.stop
+        keys = near.shape[2]
+        for tiles, logits in some_tiles(near, weights):
+            # The depth's derivative by an active bin's logit is (bin - depth) over the sum of the shares: a matrix of
+            # zeros and ones, of the active bins, times what pixels alone decide.
+            over_sum = (gradient[tiles] / shares[tiles]).transpose(1, 2)
+            by_pixel = weights[tiles] * over_sum
+            both = logits.gt_(0) @ torch.cat([by_pixel, by_pixel * depth[tiles].transpose(1, 2)], dim=2)
+            torch.addcmul(both[..., keys:].neg(), bins, both[..., :keys], out=found[tiles])
         return found, None, None
 
 
-def _some_tiles(near: Tensor, weights: Tensor) -> Iterator[Tensor]:
-    """The logits (tiles, bins, pixels) of some tiles at a time."""
-    each = near.shape[1] * weights.shape[1] * near.element_size()
-    for some, theirs in zip(*(factor.split(max(1, _CHUNK // each)) for factor in (near, weights)), strict=True):
-        yield some @ theirs.transpose(1, 2)
+def _bins(like: Tensor, largest: float) -> Tensor:
+    """(bins,) for what has as many in its second dimension."""
+    return torch.linspace(SMALLEST, largest, like.shape[1], dtype=like.dtype, device=like.device)
 
 
 def depth_of_sigmoid(logits: Tensor, largest: float = LARGEST) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anyup.evaluation.attention_weights import Carrier, FixedWeights
+from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, Carrier, FixedWeights, some_tiles
 from anyup.evaluation.datasets import VOID
 from anyup.images import to_pil, to_rgb01
 from anyup.training.randomness import Key, drawer
@@ -212,14 +212,49 @@ def losses(fixed_weights: Carrier, logits: Tensor, labels: Tensor, seeds: int, c
     VOID.
     """
     total = logits.new_zeros(seeds)
-    for carried, targets in zip(fixed_weights.logits(logits), fixed_weights.targets(labels, classes), strict=True):
+    targets = fixed_weights.targets(labels, classes)
+    if isinstance(fixed_weights, AttentionWeights | BilinearWeights):
+        for (near, weights), of_tiles in zip(fixed_weights.factors(logits), targets, strict=True):
+            total = total + CarriedEntropy.apply(near, weights, of_tiles, seeds)
+        return total
+    for carried, of_tiles in zip(fixed_weights.logits(logits), targets, strict=True):
         carried = carried.unflatten(1, (seeds, classes)).flatten(0, 1)  # (tiles * seeds, classes, pixels)
-        targets = targets.unsqueeze(1).expand(-1, seeds, *targets.shape[1:]).flatten(0, 1)
+        of_tiles = of_tiles.unsqueeze(1).expand(-1, seeds, *of_tiles.shape[1:]).flatten(0, 1)
         # Class numbers, or for each class how many pixels have it: those without void, which torch wants to hear.
-        ignored = -100 if targets.is_floating_point() else VOID
-        entropy = F.cross_entropy(carried, targets, ignore_index=ignored, reduction="none")  # (tiles * seeds, pixels)
+        ignored = -100 if of_tiles.is_floating_point() else VOID
+        entropy = F.cross_entropy(carried, of_tiles, ignore_index=ignored, reduction="none")  # (tiles * seeds, pixels)
         total = total + entropy.unflatten(0, (-1, seeds)).sum(dim=(0, 2))
     return total
+
+
+class CarriedEntropy(torch.autograd.Function):
+    """Cross-entropy of logits that are carried to pixels, summed for each seed, without the logits of all pixels.
+
+    `near` (tiles, seeds * classes, keys) and `weights` (tiles, pixels, keys), whose product over the keys are the
+    logits, and labels (tiles, pixels) int64 with VOID give (seeds,). The gradient is made beside the sum, while the
+    logits of some tiles are in a processor's cache; of a seed it is a multiple of the sum's. The weights have none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, near: Tensor, weights: Tensor, labels: Tensor, seeds: int) -> Tensor:
+        known = (labels != VOID)[:, None, None]  # (tiles, 1, 1, pixels)
+        index = labels.masked_fill(labels == VOID, 0)[:, None, None].expand(-1, seeds, -1, -1)
+        total = near.new_zeros(seeds)
+        found = torch.empty_like(near, memory_format=torch.contiguous_format)
+        for tiles, logits in some_tiles(near, weights):
+            # (tiles, seeds, classes, pixels): logarithms of probabilities, probabilities, derivatives by the logits.
+            made = logits.unflatten(1, (seeds, -1)).log_softmax(dim=2)
+            total -= (made.gather(2, index[tiles]) * known[tiles]).sum(dim=(0, 2, 3))
+            made.exp_().scatter_add_(2, index[tiles], made.new_full((), -1).expand(index[tiles].shape))
+            torch.matmul(made.mul_(known[tiles]).flatten(1, 2), weights[tiles], out=found[tiles])
+        ctx.save_for_backward(found)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (found,) = ctx.saved_tensors
+        by_seed = found.unflatten(1, (len(gradient), -1)) * gradient[:, None, None]
+        return by_seed.flatten(1, 2), None, None, None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from anyup.evaluation.depth_datasets import Frame
 from anyup.evaluation.normals import Camera
 from anyup.evaluation.probe import Probes
 from anyup.evaluation.probing import Source, sum_over
-from anyup.evaluation.report import spread, table
+from anyup.evaluation.report import probes_table, spread, table
 from anyup.fingerprint import tensor_fingerprint
 from anyup.options import UsageError
 from anyup.reporting import Reporter
@@ -229,25 +229,6 @@ def _size(pixels: Tensor) -> str:
     return f"{pixels.shape[-2]} x {pixels.shape[-1]}"
 
 
-_COLUMNS: dict[type[Regression], dict[str, tuple[str, float, int]]] = {
-    Depth: {
-        "rmse": ("RMSE, m", 1, 4),
-        "delta1": ("δ < 1.25, %", 100, 2),
-        "scaled_rmse": ("scaled: RMSE, m", 1, 4),
-        "scaled_delta1": ("scaled: δ < 1.25, %", 100, 2),
-    },
-    Normals: {
-        "mean": ("mean, °", 1, 2),
-        "median": ("median, °", 1, 2),
-        "rmse": ("RMSE, °", 1, 2),
-        "below_11_25": ("< 11.25°, %", 100, 2),
-        "below_22_5": ("< 22.5°, %", 100, 2),
-        "below_30": ("< 30°, %", 100, 2),
-    },
-}
-"""Of a task's table: a metric's title, what it is multiplied by, and its decimals."""
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """See `probing.Evaluation`."""
@@ -279,27 +260,9 @@ class Evaluation:
 
     def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
         """The results, with the losses of the last epoch."""
-        columns = _COLUMNS[type(self.task)]
-        metres = not (isinstance(self.task, Depth) and self.task.relative)
-        rows = [
-            [
-                method,
-                *(
-                    f"{factor * result[name]['mean']:.{digits}f} ± {factor * result[name]['std']:.{digits}f}"
-                    for name, (_, factor, digits) in columns.items()
-                ),
-                f"{statistics.fmean(history[-1][method]):.4f}",
-            ]
-            for method, result in results.items()
-        ]
-        return table(
-            [
-                "method",
-                *(title if metres else title.removesuffix(", m") for title, _, _ in columns.values()),
-                "training loss",
-            ],
-            rows,
-        )
+        if isinstance(self.task, Depth):
+            return table(*probes_table("depth", results, history, metres=not self.task.relative))
+        return table(*probes_table("normals", results, history))
 
     def _metrics(self, source: Source, frame: Frame, probes: Probes) -> Tensor:
         """(methods, seeds, metrics) float64 of a frame."""

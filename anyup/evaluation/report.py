@@ -8,12 +8,69 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from anyup._version import __version__
 from anyup.images import complete_or_absent
+
+
+class Column(NamedTuple):
+    """Of a probe's table: a metric, its title, what it is multiplied by, and its decimals."""
+
+    metric: str
+    title: str
+    factor: float
+    digits: int
+
+
+_COLUMNS = {
+    "segmentation": (Column("miou", "mIoU, %", 100, 2), Column("accuracy", "pixel accuracy, %", 100, 2)),
+    "depth": (
+        Column("rmse", "RMSE, m", 1, 4),
+        Column("delta1", "δ < 1.25, %", 100, 2),
+        Column("scaled_rmse", "scaled: RMSE, m", 1, 4),
+        Column("scaled_delta1", "scaled: δ < 1.25, %", 100, 2),
+    ),
+    "normals": (
+        Column("mean", "mean, °", 1, 2),
+        Column("median", "median, °", 1, 2),
+        Column("rmse", "RMSE, °", 1, 2),
+        Column("below_11_25", "< 11.25°, %", 100, 2),
+        Column("below_22_5", "< 22.5°, %", 100, 2),
+        Column("below_30", "< 30°, %", 100, 2),
+    ),
+}
+
+
+def probes_table(
+    evaluation: str,
+    results: Mapping[str, Any],
+    losses: Sequence[Mapping[str, Sequence[float]]],
+    *,
+    metres: bool = True,
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: mean and spread over the seeds of each method's metrics, and its mean loss in the last epoch.
+
+    Args:
+        evaluation: "segmentation", "depth" or "normals".
+        metres: whether depth is in metres; relative depth has no unit.
+    """
+    columns = _COLUMNS[evaluation]
+    titles = [column.title if metres else column.title.removesuffix(", m") for column in columns]
+    rows = [
+        [
+            method,
+            *(
+                f"{factor * of[metric]['mean']:.{digits}f} ± {factor * of[metric]['std']:.{digits}f}"
+                for metric, _, factor, digits in columns
+            ),
+            f"{statistics.fmean(losses[-1][method]):.4f}",
+        ]
+        for method, of in results.items()
+    ]
+    return ["method", *titles, "training loss"], rows
 
 
 def write_json(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from anyup.evaluation.attention_weights import Carrier
 from anyup.evaluation.datasets import VOID, Labels, Sample, check_split, read_mask
 from anyup.evaluation.probe import Probes, confusion, losses, scores
 from anyup.evaluation.probing import Source, sum_over
-from anyup.evaluation.report import spread, table
+from anyup.evaluation.report import probes_table, spread, table
 from anyup.images import normalize_imagenet
 from anyup.reporting import Reporter
 
@@ -78,15 +78,8 @@ class Evaluation:
         return results
 
     def table(self, results: Mapping[str, Any], history: Sequence[Mapping[str, Sequence[float]]]) -> str:
-        """The results, with the losses of the last epoch; percent."""
-        rows = []
-        for method, result in results.items():
-            cells = [
-                f"{100 * result[name]['mean']:.2f} ± {100 * result[name]['std']:.2f}" for name in ("miou", "accuracy")
-            ]
-            last = spread(history[-1][method])
-            rows.append([method, *cells, f"{last['mean']:.4f}"])
-        return table(["method", "mIoU, %", "pixel accuracy, %", "training loss"], rows)
+        """The results, with the losses of the last epoch."""
+        return table(*probes_table("segmentation", results, history))
 
     def _confusion(self, source: Source, sample: Sample, probes: Probes) -> Tensor:
         """(methods, seeds, classes, classes) of an image."""

@@ -282,10 +282,11 @@ def test_a_page_s_tables_are_the_stored_results(path: Path) -> None:
 def test_the_pages_take_their_measured_numbers_from_the_stored_results() -> None:
     if not all(page.exists() for page in report.PAGES):
         pytest.skip("the documentation is not here")
-    readme, benchmarks, evaluation = (
+    readme, benchmarks, evaluation, card = (
         {f"{found['file']}/{found['name']}" for found in report._PLACE.finditer(path.read_text(encoding="utf-8"))}
         for path in report.PAGES
     )
+    assert card == {"anyup_mini/card"}
     assert readme == {"cpu/summary", "cpu/machine", "cpu/speed-up-448", "cpu/speed-up-1024"}
     assert benchmarks >= {"cpu/model", "cpu/curve", "cpu/head", "cpu/unification", "cpu/machine", "model/forward"}
     assert evaluation >= {
@@ -335,7 +336,10 @@ def test_tables_of_evaluations_name_weights_as_code_and_show_the_spread(tmp_path
         },
         "losses": [{"bilinear": [9.0], "ours": [9.0]}, {"bilinear": [1.0, 2.0], "ours": [0.5, 0.5]}],
     }
-    of_task = {name: {"relative": {"ratio": ratio}} for name, ratio in (("bilinear", 1.0), ("ours", 0.9514))}
+    of_task = {
+        name: {"relative": {"ratio": ratio, "better": better}}
+        for name, ratio, better in (("bilinear", 1.0, 0.0), ("ours", 0.9514, 2 / 3))
+    }
     features = {"evaluation": "features", "methods": methods, "encoders": {"net:3": {"2x": {"methods": of_task}}}}
     (tmp_path / "a.json").write_text(json.dumps(probes))
     (tmp_path / "b.json").write_text(json.dumps(features))
@@ -344,6 +348,8 @@ def test_tables_of_evaluations_name_weights_as_code_and_show_the_spread(tmp_path
     assert "| bilinear | 12.34 ± 1.00 | 50.00 ± 0.00 | 1.5000 |" in made and "| `ours` | 20.00 ± 1.00 |" in made
     made = report.made("b", "features", tmp_path)
     assert "| encoder | task | `ours` |" in made and "| `net:3` | 2x | 0.951 |" in made
+    made = report.made("b", "card", tmp_path)
+    assert "| encoder | 2x | better on |" in made and "| `net:3` | 0.951 | 67% |" in made
 
 
 @pytest.mark.parametrize(

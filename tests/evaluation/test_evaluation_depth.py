@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyup.evaluation import depth, normals
+from anyup.evaluation import attention_weights, depth, normals
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, FixedWeights, NearestWeights, tile
 from anyup.evaluation.depth import (
     depth_loss,
@@ -316,7 +316,7 @@ def test_a_head_before_the_upsampling_is_the_head_after_it(
 def test_the_gradient_of_carried_bins_is_that_of_all_logits_at_once(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(depth, "_CHUNK", chunk)
+    monkeypatch.setitem(attention_weights._AT_A_TIME, "cpu", chunk)
     near = uniform(5, 16, 4, low=-1, high=1).double().requires_grad_()
     weights = uniform(5, 9, 4, seed=1).double()
     carried = depth.CarriedDepth.apply(near, weights, 10.0)

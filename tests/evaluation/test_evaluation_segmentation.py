@@ -27,11 +27,11 @@ import anyup.encoders
 from anyup import checkpoints, reporting
 from anyup.cli import command as cli
 from anyup.encoders import MobileNetV2
-from anyup.evaluation import datasets, probing
+from anyup.evaluation import attention_weights, datasets, probing
 from anyup.evaluation.attention_weights import AttentionWeights, BilinearWeights, NearestWeights, averaged_weights, tile
 from anyup.evaluation.cache import TensorCache
 from anyup.evaluation.datasets import LAYOUTS, VOID, Sample, load_split, make_labels, read_mask, square_image
-from anyup.evaluation.probe import Example, LinearProbes, Recipe, View, confusion, losses, scores
+from anyup.evaluation.probe import CarriedEntropy, Example, LinearProbes, Recipe, View, confusion, losses, scores
 from anyup.evaluation.probe import train_step as step_of
 from anyup.evaluation.segmentation import Segmentation
 from anyup.evaluation.upsamplers import Interpolation, Learned
@@ -502,6 +502,25 @@ def test_the_gradient_through_carried_logits_is_that_of_dense_attention() -> Non
     (expected_gradient,) = torch.autograd.grad(expected.sum(), through_model)
     assert torch.allclose(each, expected, rtol=1e-3)
     assert (gradient - expected_gradient).norm() < 2e-3 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, 4000, 1 << 20])
+def test_the_gradient_of_carried_entropy_is_that_of_all_logits_at_once(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(attention_weights._AT_A_TIME, "cpu", chunk)
+    near = random_tensor(5, 2 * 7, 4).double().requires_grad_()
+    weights = random_tensor(5, 9, 4, seed=1).double()
+    labels = torch.randint(0, 7, (5, 9), generator=torch.Generator().manual_seed(2))
+    labels[1, 3:], labels[4] = VOID, VOID
+    each = CarriedEntropy.apply(near, weights, labels, 2)
+    logits = (near @ weights.transpose(1, 2)).unflatten(1, (2, 7)).transpose(0, 1).flatten(0, 1)
+    entropy = F.cross_entropy(logits, labels.repeat(2, 1), ignore_index=VOID, reduction="none")
+    at_once = entropy.unflatten(0, (2, 5)).sum(dim=(1, 2))
+    assert torch.allclose(each, at_once, atol=1e-12)
+    factor = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    gradients = [torch.autograd.grad((factor * loss).sum(), near)[0] for loss in (each, at_once)]
+    assert torch.allclose(*gradients, atol=1e-12) and float(gradients[0].abs().max()) > 0
 
 
 # LinearProbes
