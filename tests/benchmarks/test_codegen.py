@@ -222,8 +222,11 @@ def test_kernels_of_the_pixel_encoder_are_as_sound(tmp_path: Path) -> None:
     of_maps = [f"pixel_encoder_{name}" for name in ("apply", "rotate", "store_map", "pair_3")]
     chosen = ["--smallest", "--kernel", *of_statistics, *of_maps]
     rows = [
-        *measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
+        *measured(tmp_path, *chosen, "--arch", "80", "90", "--dtype", "bfloat16"),
         *measured(tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
+        *measured(
+            tmp_path, "--smallest", "--kernel", "pixel_encoder_pair_3", "--arch", "gfx942", "--dtype", "bfloat16"
+        ),
     ]
     assert [row["kernel"] for row in rows[:24]] == 3 * [*of_statistics, *of_maps]
     for row in rows:
@@ -263,12 +266,16 @@ def test_a_config_that_is_too_large_is_seen_to_spill() -> None:
     assert all(int(number) > 0 for number in text.split())
 
 
-# Number and width of heads at the ends of what the kernels take; in float32 where nothing is known to spill.
+# Number and width of heads at the ends of what the kernels take: many wide ones have the most registers, whatever the
+# target; the others, and float32 where nothing is known to spill, take turns with targets.
 EXTREMES = [
-    *((arch, "bfloat16", heads) for arch in ("80", "90", "100", "120") for heads in ((8, 64), (8, 128))),
-    *((arch, "bfloat16", (8, 32)) for arch in ("90", "100", "120")),
-    *((arch, "bfloat16", heads) for arch in ("90", "120") for heads in ((1, 16), (8, 16), (1, 128))),
-    *((arch, "float32", heads) for arch in ("90", "120") for heads in ((1, 16), (1, 128))),
+    *((arch, "bfloat16", (8, 128)) for arch in ("80", "90", "100", "120")),
+    ("80", "bfloat16", (8, 64)),
+    ("100", "bfloat16", (8, 32)),
+    ("90", "bfloat16", (8, 16)),
+    ("120", "bfloat16", (1, 16)),
+    ("90", "float32", (1, 128)),
+    ("120", "float32", (1, 16)),
 ]
 
 
