@@ -24,7 +24,7 @@ from anyup.image_context import ImageContext, weights_of
 from anyup.layers import Encoder, LearnedFeatureUnification, ResBlock, RoPE, calls_are_unseen, encoded_size
 from anyup.namesakes import refuse_a_namesake
 from anyup.ops import feature_unification, key_grid, memory, pixel_encoder, query_projection
-from anyup.ops.dispatch import BACKEND_NAMES, Backend, Explanation, parse_backend, wants_gradient
+from anyup.ops.dispatch import Backend, Explanation, parse_backend, preferring, wants_gradient
 from anyup.ops.key_grid import KeyGridProblem, KeyParameters
 from anyup.ops.parallel import on_threads_for
 from anyup.ops.pixel_encoder import EncoderParameters
@@ -340,11 +340,12 @@ class Network(nn.Module):
         Keys are computed in float32 or wider, on a CPU in float64 (most of the unification excepted). The variance of
         the unified features is small beside their mean: half precision would lose it, and float32 much of it. The grid
         is small, so the wide dtype costs little. The second result is a copy of the features with channels last where
-        the kernels make one, else the features themselves.
+        the kernels make one, else the features themselves. Where the image keys are of more images than the features,
+        those beyond have the features of the first ones.
         """
         with _stage("keys"):
-            wide = key_dtype(image_keys.dtype, features.device)
-            made = self.keys_by_kernels(image_keys, features, wide)
+            wide, more = key_dtype(image_keys.dtype, features.device), len(image_keys) - len(features)
+            made = None if more else self.keys_by_kernels(image_keys, features, wide)
             if made is not None:
                 return made
             working = working_dtype(image_keys.dtype)
@@ -353,7 +354,10 @@ class Network(nn.Module):
                 unified = feature_unification.unify_features(
                     unit, self.unification_basis(working), out_dtype=wide, backend=self.backends["feature_unification"]
                 )
-                keys = torch.cat((image_keys.to(wide), self.feature_keys(unified)), dim=3)
+                feature_keys = self.feature_keys(unified)
+                if more:
+                    feature_keys = torch.cat((feature_keys, feature_keys[:more]))
+                keys = torch.cat((image_keys.to(wide), feature_keys), dim=3)
                 return self.cross_decode.project_keys(self.encode(self.aggregation, keys.permute(0, 3, 1, 2))), features
 
     def keys_by_kernels(self, image_keys: Tensor, features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -515,10 +519,8 @@ def _backends_by_operation(backend: ModelBackend) -> dict[str, Backend]:
             raise ValueError(f"backend: expected operations among {', '.join(OPERATIONS)}, got {sorted(unknown)}")
         requests = {name: backend.get(name) for name in OPERATIONS}
     else:
-        names = parse_backend(backend)
-        rest = tuple(name for name in BACKEND_NAMES if name not in names)
-        requests = dict.fromkeys(OPERATIONS, (*names, *rest) if names else None)
-        requests["window_attention"] = names or None
+        requests = dict.fromkeys(OPERATIONS, preferring(backend))
+        requests["window_attention"] = parse_backend(backend) or None
     for request in requests.values():
         parse_backend(request)
     return requests

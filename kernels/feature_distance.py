@@ -186,22 +186,9 @@ def plan_forward(
         norm_eps, span_eps: the least norm, and what is added to the target's range.
         config: sizes of tiles, warps.
     """
-    return Launch(
-        kernel=_feature_distance_forward_kernel,
-        grid=(parts.shape[2], parts.shape[0] * parts.shape[1]),
-        arguments={
-            "prediction": prediction,
-            "target": target,
-            "places": places,
-            "parts": parts,
-            "statistics": statistics,
-            **_sizes(prediction, target),
-            "norm_eps": norm_eps,
-            "span_eps": span_eps,
-        },
-        constants={"PIXELS": config.pixels, "BLOCK": config.block},
-        options={"num_warps": config.num_warps, "num_stages": 1},
-    )
+    maps = {"prediction": prediction, "target": target, "places": places, "parts": parts, "statistics": statistics}
+    grid = (parts.shape[2], parts.shape[0] * parts.shape[1])
+    return _launch(_feature_distance_forward_kernel, grid, maps, config, norm_eps=norm_eps, span_eps=span_eps)
 
 
 def plan_backward(
@@ -223,18 +210,20 @@ def plan_backward(
         config: sizes of tiles, warps.
     """
     batch, channels, height, width = prediction.shape
+    maps = {"grad": grad, "prediction": prediction, "target": target, "places": places, "statistics": statistics}
+    grid = (config.tiles(height * width), triton.cdiv(channels, config.block), batch)
+    return _launch(_feature_distance_backward_kernel, grid, {**maps, "out": out}, config)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], tensors: Mapping[str, Tensor | None], config: DistanceConfig, **numbers: float
+) -> Launch:
+    prediction, target = tensors["prediction"], tensors["target"]
+    assert prediction is not None and target is not None
     return Launch(
-        kernel=_feature_distance_backward_kernel,
-        grid=(config.tiles(height * width), triton.cdiv(channels, config.block), batch),
-        arguments={
-            "grad": grad,
-            "prediction": prediction,
-            "target": target,
-            "places": places,
-            "statistics": statistics,
-            "out": out,
-            **_sizes(prediction, target),
-        },
+        kernel=kernel,
+        grid=grid,
+        arguments={**tensors, **_sizes(prediction, target), **numbers},
         constants={"PIXELS": config.pixels, "BLOCK": config.block},
         options={"num_warps": config.num_warps, "num_stages": 1},
     )

@@ -24,6 +24,7 @@ class EncoderConfig:
         keeps: whether x of half precision, which was projected, waits for the residual in registers; else it is
             projected again.
         blocks: programs that a multiprocessor runs at a time.
+        joins: whether a program of "half" holds its part of the weight's gradient.
     """
 
     pixels: int
@@ -33,6 +34,7 @@ class EncoderConfig:
     resident: bool = False
     keeps: bool = False
     blocks: int = 1
+    joins: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("pixels", 16), ("num_warps", 1), ("piece", 16)):
@@ -71,23 +73,27 @@ def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False, p
 def encoder_configs(kind: str, dtype: torch.dtype, target: Target, precision: str = "") -> list[EncoderConfig]:
     """Configs, best first; what comes later asks less of a card. Chosen by compiling each pass for each target.
 
-    `kind` is that of a pass, "pool", "moments", or "half", of the backward pass; `precision` that of products of
-    float32. At 128 channels none spills a register in half precision. In float32 a turn of some 5000 instructions reads
-    few numbers back of what is spilled. As "float16x3" it is up to 168 bytes of a thread's with 64 pixels (the rotation
-    432 on sm_80) and 24 with 32, which take a quarter more instructions. As "tf32x3", where products take 32 channels
-    at a time, passes with two warps spill up to 120 (128 on sm_120); four warps spill nothing, but for the pooling (16
-    bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
+    `kind` is that of a pass, "pool", "moments", or "half" or "thin", of the backward pass; `precision` that of products
+    of float32. At 128 channels none spills a register in half precision. In float32 a turn of some 5000 instructions
+    reads few numbers back of what is spilled. As "float16x3" it is up to 168 bytes of a thread's with 64 pixels (the
+    rotation 432 on sm_80) and 24 with 32, which take a quarter more instructions. As "tf32x3", where products take 32
+    channels at a time, passes with two warps spill up to 120 (128 on sm_120); four warps spill nothing, but for the
+    pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
     if kind == "moments":
         return [EncoderConfig(1024, num_warps=4, blocks=2)]
+    if kind == "thin":
+        return [EncoderConfig(16, num_warps=4, num_stages=2, blocks=4), EncoderConfig(16, num_warps=4)]
     if kind == "half":
         pixels, warps, piece = (64, 8, 32) if dtype.itemsize == 2 else (32, 8, 16)
-        if dtype.itemsize == 2 and target.arch in (80, 86, 89):  # a third faster; with more pixels float16 spills
-            pixels, warps = 32, 4
-        return [
-            EncoderConfig(pixels, num_warps=warps, num_stages=2, piece=piece, blocks=2),
-            EncoderConfig(16, num_warps=4, piece=16),
-        ]
+        if dtype.itemsize == 2 and target.arch in (80, 86, 89):  # with more pixels they spill
+            pixels, warps = 32, 4 if target.arch == 80 else 8
+        stages = 1 if target.backend == "hip" and dtype.itemsize > 2 else 2
+        apart = EncoderConfig(pixels, num_warps=warps, num_stages=stages, piece=piece, blocks=2)
+        least = EncoderConfig(16, num_warps=4, piece=16)
+        if dtype.itemsize == 2 and target.arch == 90:
+            return [EncoderConfig(32, num_warps=8, num_stages=2, joins=True), apart, least]
+        return [apart, least]
     if target.backend == "hip":
         return [EncoderConfig(16, num_warps=4, keeps=True, blocks=2), EncoderConfig(16, num_warps=8, keeps=True)]
     if precision == "float16x3":

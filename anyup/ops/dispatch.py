@@ -222,6 +222,12 @@ def parse_backend(backend: Backend) -> tuple[str, ...]:
     return names
 
 
+def preferring(backend: Backend) -> Backend:
+    """A request that tries the given backends first, then all others in order of preference; None for None."""
+    names = parse_backend(backend)
+    return (*names, *(name for name in BACKEND_NAMES if name not in names)) if names else None
+
+
 def to_schema(backend: Backend) -> str:
     """A backend request as the string that an operator's schema carries ("" for None)."""
     return ",".join(parse_backend(backend))

@@ -41,7 +41,7 @@ class Trainer:
         self.step = 0
         self.samples = 0
         self.upsampler = upsampler.to(engine.device).train()
-        objective = Objective(self.upsampler, settings.loss)
+        objective = Objective(self.upsampler, settings.loss, settings.run.backend or None)
         self._terms = objective.names
         self._objective = engine.wrap(objective)
         self._parameters = [p for p in self.upsampler.parameters() if p.requires_grad]

@@ -83,9 +83,24 @@ def test_gradients_obey_the_error_rule(
     name: str, dtype: torch.dtype, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_gradients, "multiprocessors", lambda device: 2)
-    tensors, run = tensors_of(GRADIENTS[name], dtype), encoder(GRADIENTS[name])
+    assert_gradients_accurate(GRADIENTS[name], dtype)
+    square = GRADIENTS[name].inputs == GRADIENTS[name].dim
+    assert launched[f"pixel_encoder_backward_half, {dtype_name(dtype)}"] == 4 + square, launched
+
+
+def test_gradients_whose_weights_programs_hold_obey_the_error_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyup.kernels import pixel_encoder_config as rules
+
+    others, chosen = rules.encoder_configs, rules.EncoderConfig(32, num_warps=8, num_stages=2, joins=True)
+    monkeypatch.setattr(rules, "encoder_configs", lambda kind, *of: [chosen] if kind == "half" else others(kind, *of))
+    monkeypatch.setattr(fused_gradients, "multiprocessors", lambda device: 2)
+    assert_gradients_accurate(GRADIENTS["pooled to overlapping cells"], torch.bfloat16)
+
+
+def assert_gradients_accurate(shape: Shape, dtype: torch.dtype) -> None:
+    """Raise an AssertionError unless the kernels' result and gradients obey the error rule."""
+    tensors, run = tensors_of(shape, dtype), encoder(shape)
     actual = output_and_gradients(run, {key: tensor.cuda() for key, tensor in tensors.items()}, "triton")
-    assert launched[f"pixel_encoder_backward_half, {dtype_name(dtype)}"] == 4, launched
     reference = output_and_gradients(run, tensors, "reference")
     exact = output_and_gradients(run, {key: tensor.double() for key, tensor in tensors.items()}, "reference")
     for key in exact:

@@ -169,9 +169,28 @@ def test_gradients_obey_the_error_rule(name: str, dtype: torch.dtype, monkeypatc
 
 @pytest.mark.slow
 def test_gradients_of_groups_of_images_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients._MOST_PIXELS", 2 * 7 * 11)
+    monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients.PIXELS_AT_A_TIME", 2 * 7 * 11)
     shape = Shape((7, 11), rotates=True, batch=3)
     assert_backend_accurate(encoder(shape), tensors_of(shape), backend="triton")
+
+
+@pytest.mark.parametrize("name", ["of a map", "no projection", "groups of no power of two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_whose_weights_programs_hold_obey_the_error_rule(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold_products(monkeypatch)
+    monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients.multiprocessors", lambda device: 3)
+    assert_backend_accurate(encoder(GRADIENTS[name]), tensors_of(GRADIENTS[name], dtype), backend="triton")
+
+
+def hold_products(monkeypatch: pytest.MonkeyPatch, **change: int) -> None:
+    """Half blocks whose programs hold the weights' gradients, as on a card of compute capability 9.0."""
+    from anyup.kernels import pixel_encoder_config as rules
+
+    others = rules.encoder_configs
+    chosen = rules.EncoderConfig(**{"pixels": 32, "num_warps": 8, **change}, joins=True)
+    monkeypatch.setattr(rules, "encoder_configs", lambda kind, *of: [chosen] if kind == "half" else others(kind, *of))
 
 
 @pytest.mark.slow
@@ -201,13 +220,16 @@ def test_a_config_of_the_gradients_that_cannot_be_is_refused(change: dict[str, i
 GRADIENT_MUTATIONS = {
     "a program too few": ("means_kernel", "tl.range(0, programs)", "tl.range(0, programs - 1)"),
     "a mean over too many": ("means_kernel", "(CHANNELS // 8))", "CHANNELS)"),
-    "no mean": ("total_kernel", "total - mean[None, :] - z", "total - z"),
-    "no slope": ("total_kernel", "- z * slope[None, :]", ""),
-    "no residual": ("total_kernel", "total += tl.load", "total += 0 * tl.load"),
-    "another slope of silu": ("half_kernel", "(1.0 + x * (1.0 - sigmoid))", "(1.0 + x * (1.0 + sigmoid))"),
-    "the sum of another product": ("half_kernel", "tl.sum(back * z, axis=0)", "tl.sum(back * x, axis=0)"),
-    "what was not activated": ("half_kernel", "x * sigmoid, mask", "x, mask"),
+    "no mean": ("finished", "total - mean[None, :] - z", "total - z"),
+    "no slope": ("finished", "- z * slope[None, :]", ""),
+    "no residual": ("finished", "total += tl.load", "total += 0 * tl.load"),
+    "no outer product": ("half_kernel", "tl.trans(outer), x", "tl.trans(outer) * 0, x"),
+    "what no program takes": ("thin_kernel", "more = sums + update", "more = sums + 2 * update"),
+    "another slope of silu": ("half_kernel", "(1.0 + normed * (1.0 - ", "(1.0 + normed * (1.0 + "),
+    "the sum of another product": ("half_kernel", "tl.sum(back * z, axis=0)", "tl.sum(back * normed, axis=0)"),
+    "what was not activated": ("half_kernel", "x = (normed * sigmoid)", "x = (normed + 0 * sigmoid)"),
     "the sine of another half": ("rotation_kernel", "second_grad * second_sine", "second_grad * first_sine"),
+    "cells of another row": ("held_by", "first <= position", "first < position"),
     "columns by rows": ("rotation_kernel", "first_grad * along", "first_grad * down"),
 }
 
@@ -216,8 +238,13 @@ GRADIENT_MUTATIONS = {
 def test_a_mutated_kernel_of_the_gradients_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anyup.ops.pixel_encoder.fused_gradients.multiprocessors", lambda device: 3)
     kernel, *change = GRADIENT_MUTATIONS[mutation]
-    mutate(monkeypatch, "pixel_encoder_backward", f"_pixel_encoder_backward_{kernel}", *change)
-    shape = GRADIENTS["rotated" if kernel == "rotation_kernel" else "of a map"]
+    name = f"_pixel_encoder_backward_{kernel}" if kernel.endswith("kernel") else f"_{kernel}"
+    mutate(monkeypatch, "pixel_encoder_backward", name, *change)
+    if mutation == "no outer product":
+        hold_products(monkeypatch)
+    shape = GRADIENTS[
+        {"rotation_kernel": "rotated", "thin_kernel": "rotated", "held_by": "pooled"}.get(kernel, "of a map")
+    ]
     with pytest.raises(AssertionError, match="gradient of .*: error"):
         assert_backend_accurate(encoder(shape), tensors_of(shape), backend="triton")
 

@@ -27,8 +27,8 @@ import anyup
 from anyup.training import loop, pass_graphs, preparation, state
 from anyup.training.config import ConfigError, Optimizer, RunFolder
 from anyup.training.distributed import AccelerateEngine, Engine
-from anyup.training.objective import Objective
 from anyup.training.preparation import prepare
+from anyup.training.shared_passes import upsampled
 from anyup.training.trainer import Trainer, learning_rate, make_upsampler
 
 
@@ -361,15 +361,43 @@ def test_terms_sum_to_the_loss_and_weights_scale_them(folder: Path) -> None:
     assert without["loss"] == pytest.approx(terms["cosine"] + terms["mse"])
 
 
-def test_no_gradient_flows_through_the_clean_half_of_the_self_consistency(folder: Path) -> None:
-    for size in (0, 24):
-        one = trainer(folder, f"loss.self_consistency_size={size}", "loss.self_consistency_share=1.0")
-        _, (batch,) = one._take()
-        objective = Objective(one.upsampler, one.settings.loss)
-        out = one.upsampler(batch.guidance, batch.low, (batch.side, batch.side))
-        clean = objective._clean(out, batch, len(batch.augmented))
-        assert not clean.requires_grad
-        assert clean.shape[2] == (size or batch.side)
+@pytest.mark.parametrize("size", [0, 12, 24])
+def test_what_the_self_consistency_shares_is_what_calls_of_their_own_give(size: int, folder: Path) -> None:
+    one = trainer(folder, f"loss.self_consistency_size={size}", "loss.self_consistency_share=0.5", "run.backend=torch")
+    _, (batch,) = one._take()
+    count, side, upsampler = len(batch.augmented), size or batch.side, one.upsampler
+    assert 0 < count < len(batch.guidance)
+    found = upsampled(upsampler, batch, batch.low, side)
+    expected = (
+        upsampler(batch.guidance, batch.low, (batch.side, batch.side)),
+        upsampler(batch.guidance[:count], batch.low[:count], (side, side)),
+        upsampler(batch.augmented, batch.low[:count], (side, side)),
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # No gradient flows through the clean half.
+    assert [each.requires_grad for each in found] == [True, False, True]
+    weights = [parameter for parameter in upsampler.parameters() if parameter.requires_grad]
+    one_by_one, shared = (
+        torch.autograd.grad((out.square().sum(), changed.cos().sum()), weights) for out, _, changed in (expected, found)
+    )
+    torch.testing.assert_close(shared, one_by_one, rtol=1e-3, atol=1e-4)
+
+
+def test_the_losses_run_on_the_backend_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyup.ops.feature_distance.operator import OPERATION
+
+    asked: list[Any] = []
+    run = OPERATION.run
+
+    def recorded(name: str, problem: Any, backend: Any, *tensors: Any, **settings: Any) -> Any:
+        asked.append(backend)
+        return run(name, problem, backend, *tensors, **settings)
+
+    monkeypatch.setattr(OPERATION, "run", recorded)
+    for backend in ("reference", "torch", ""):
+        asked.clear()
+        terms_of(trainer(folder, f"run.backend={backend}"))
+        assert [each[0] if each else "" for each in asked] == 6 * [backend]  # three distances, both ways
 
 
 # Going on.
@@ -570,6 +598,7 @@ def test_a_stopped_run_leaves_whole_files_and_goes_on(folder: Path, kind: signal
 _GRADIENTS = """
 from anyup.training.distributed import start
 from anyup.training.preparation import prepare
+from anyup.training.shared_passes import upsampled
 from anyup.training.trainer import Trainer, make_upsampler
 folder = Path({folder!r})
 settings = small_training.settings(folder, *{overrides!r})
