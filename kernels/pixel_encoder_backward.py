@@ -557,7 +557,7 @@ def plan_spread(grad: Tensor, out: Tensor, *, size: tuple[int, int]) -> Launch:
         grid=(triton.cdiv(size[0] * size[1], TILE // 2), batch),
         arguments={"grad": grad, "out": out, **numbers},
         constants={"CHANNELS": channels, "DIM": padded(channels), "PIXELS": TILE // 2},
-        options={"num_warps": 4, "num_stages": 1},
+        options={"num_warps": 8, "num_stages": 1},
     )
 
 

@@ -261,7 +261,7 @@ def test_a_training_step_is_mostly_kernels_of_ours() -> None:
     }
     assert launched.total() <= 181, launched  # what has been reached
     torch_s = Counter(step.stage for step in steps if step.launch is None)
-    assert torch_s.total() <= 255, torch_s
+    assert torch_s.total() <= 241, torch_s
     # No loss is written in operations on maps: these join and add gradients of maps, and pool queries.
     assert sum(step.bytes_moved for step in steps if step.stage == training_step.OUTSIDE) < 1.1e9
     table = training_step.table([{**dict.fromkeys(("device", "dtype", "stage", "launches", "torch_kernels"), "x"),

@@ -47,7 +47,8 @@ def feature_distance(
     problems.check(prediction, target, places)
     target = target[:, None] if places is None else target
     means, _ = _forward(prediction, target, places, to_schema(backend), wants_gradient(prediction))
-    return means[:, 0], means[:, 1]
+    cosine, error = means.unbind(1)  # whose gradient is one kernel, where those of slices are three
+    return cosine, error
 
 
 def explain_backends(

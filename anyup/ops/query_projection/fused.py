@@ -15,6 +15,7 @@ from anyup.ops.kernel_device import (
     multiprocessors,
     target,
 )
+from anyup.ops.precision import converted
 from anyup.ops.query_projection.arguments import ProjectionParameters, QueryProjectionProblem
 
 __all__ = ["backward", "discouraged", "forward", "unsupported"]
@@ -78,7 +79,6 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
         pixels_configs(dim, half=half),
         kernel=_kernel("backward_pixels", encoded),
     )
-    wide = weight.float()
     products = sums_of_outer_products(grad, normal, 1)[0]
     grad_convolution = sums_of_outer_products(grad_convolved, encoded, 9).view(3, 3, dim, dim).permute(2, 3, 0, 1)
     grad_encoded = normal  # of what it holds nothing is needed any more
@@ -89,8 +89,8 @@ def backward(grad: Tensor, encoded: Tensor, parameters: ProjectionParameters) ->
         kernel=_kernel("backward_map", encoded),
     )
     grad_bias = grad.sum(dim=(0, 1, 2), dtype=torch.float32)
-    grads = (grad_convolution, (products * wide).sum(dim=0), products * norm.float(), grad_bias)
-    return grad_encoded, ProjectionParameters(*(g.to(dtype) for g in grads))
+    grads = (grad_convolution, (products * weight).sum(dim=0), products * norm, grad_bias)
+    return grad_encoded, ProjectionParameters(*converted(grads, dtype))
 
 
 def sums_of_outer_products(grad: Tensor, values: Tensor, taps: int = 1) -> Tensor:
