@@ -13,9 +13,16 @@ Cells = tuple[list[str], list[list[str]]]
 """A table's header and rows."""
 
 
+FIRST_EDITION = "147d84054b6b00432547112c2ef3035a86d8ff20c516ac4f44b5c80a7c01b555"
+"""The first `anyup_mini`, as results name it; what is stored of it is not of the weights that come with the package."""
+
+
 def _named(results: Mapping[str, Any], method: str) -> str:
-    """Weights as code, interpolation as a word."""
-    return method if results["methods"][method]["kind"] == "interpolation" else f"`{method}`"
+    """Weights as code, with their edition where they are an earlier one, and interpolation as a word."""
+    described = results["methods"][method]
+    if described["kind"] == "interpolation":
+        return method
+    return "`anyup_mini`, first edition" if described.get("sha256") == FIRST_EDITION else f"`{method}`"
 
 
 def probes(path: Path) -> Cells:
