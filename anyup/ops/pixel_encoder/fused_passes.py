@@ -81,24 +81,13 @@ class Kernels:
         What the pass makes goes to `out`.
         """
         from anyup.kernels.pixel_encoder_moments import MOST_INPUTS
-        from anyup.kernels.pixel_encoder_passes import allocate_parts, plan_pass
 
-        _, count, inputs = source.pixels.shape
-        few = source.projection is not None and source.second is None and inputs <= MOST_INPUTS
+        few = source.projection is not None and source.second is None and source.pixels.shape[2] <= MOST_INPUTS
         if few and out is None and not halves:
             return self._measure_moments(source), None
-
-        precision = self.precision_of(count)
-
-        def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            parts = allocate_parts(source.images, programs, self.device)
-            plan_pass(
-                source, halves, norms=norms, parts=parts, out=out, size=(1, count), programs=programs,
-                form=self.form, precision=precision, config=config,
-            )()  # fmt: skip
-            return parts, None if norms is None else norms[0]
-
-        return self._run_pass("measure", run, source, halves, stores=out is not None)
+        parts, norm = self._run_pass("measure", source, halves, out)
+        assert parts is not None
+        return parts, norm
 
     def _measure_moments(self, source: Source) -> Tensor:
         """The statistics of the projected pixels of a source of few channels."""
@@ -126,20 +115,8 @@ class Kernels:
         keys: KeyProjection | None = None,
     ) -> None:
         """A pass whose result goes to `out`: rotated as a map of that size, see `plan_pass`; or projected."""
-        from anyup.kernels.pixel_encoder_passes import plan_pass
-
-        count = source.pixels.shape[1]
-        shape, precision = (1, count) if size is None else size, self.precision_of(count)
-
-        def run(config: EncoderConfig, programs: int, norms: Tensor | None) -> None:
-            plan_pass(
-                source, halves, norms=norms, parts=None, out=out, rotation=rotation, keys=keys, size=shape,
-                programs=programs, form=self.form, precision=precision, config=config,
-            )()  # fmt: skip
-
         # A launch that fails has written nothing: the next config finds the map as it was.
-        stored = None if keys is None else out.dtype
-        self._run_pass("store", run, source, halves, rotates=rotation is not None, keys=stored)
+        self._run_pass("store", source, halves, out, rotation=rotation, size=size, keys=keys)
 
     def pool(
         self,
@@ -171,34 +148,40 @@ class Kernels:
     def _run_pass(
         self,
         name: str,
-        run: Callable[[EncoderConfig, int, Tensor | None], Result],
         source: Source,
         halves: tuple[HalfBlock, ...],
+        out: Tensor | None,
         *,
-        rotates: bool = False,
-        keys: torch.dtype | None = None,
-        **known: Hashable,
-    ) -> Result:
-        """What `run` gives for a config, its programs of an image, and room for the norm that they make, if they do.
-
-        `keys`: the dtype that they are stored in.
-        """
+        rotation: tuple[Tensor, Tensor] | None = None,
+        size: tuple[int, int] | None = None,
+        keys: KeyProjection | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What each program of a pass has measured, if its name is "measure", and the norm that it made, if it did."""
         from anyup.kernels.pixel_encoder_config import kind_of
-        from anyup.kernels.pixel_encoder_passes import Join, allocate_norms
+        from anyup.kernels.pixel_encoder_passes import Join, allocate_norms, allocate_parts, plan_pass
 
         images, count = source.images, source.pixels.shape[1]
-        joins = bool(halves) and isinstance(halves[-1].norm, Join)
+        measures, joins = name == "measure", bool(halves) and isinstance(halves[-1].norm, Join)
+        precision = self.precision_of(count)
 
-        def with_room(config: EncoderConfig) -> Result:
+        def run(config: EncoderConfig) -> tuple[Tensor | None, Tensor | None]:
             programs = config.programs(-(-count // config.pixels), images, multiprocessors(self.device))
+            parts = allocate_parts(images, programs, self.device) if measures else None
             norms = allocate_norms(images, programs, self.dim, self.dtype, self.device) if joins else None
-            return run(config, programs, norms)
+            plan_pass(
+                source, halves, norms=norms, parts=parts, out=out, rotation=rotation, keys=keys,
+                size=size or (1, count), programs=programs, form=self.form, precision=precision, config=config,
+            )()  # fmt: skip
+            return parts, None if norms is None else norms[0]
 
         projects = source.projection is not None
         pair = source.second is not None or any(half.second is not None for half in halves)
-        kind = kind_of(len(halves), measures=name == "measure", rotates=rotates, keys=keys is not None, pair=pair)
-        known |= {"halves": len(halves), "projects": projects, "joins": joins, "keys": keys, "pair": pair}
-        return self.run(name, with_room, kind=kind, precision=self.precision_of(count), **known)
+        rotates, stored = rotation is not None, None if keys is None or out is None else out.dtype
+        kind = kind_of(len(halves), measures=measures, rotates=rotates, keys=keys is not None, pair=pair)
+        return self.run(
+            name, run, kind=kind, precision=precision, halves=len(halves), projects=projects, joins=joins,
+            stores=out is not None, keys=stored, pair=pair,
+        )  # fmt: skip
 
 
 def source_of(pixels: Tensor, projection: Tensor | None, second: Tensor | None = None) -> Source:
