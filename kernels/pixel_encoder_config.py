@@ -22,7 +22,7 @@ class EncoderConfig:
         piece: channels that a product of float32 takes at a time, and each product of "half"; a power of two.
         resident: whether weights of half precision are loaded once, and not for each `pixels`.
         keeps: whether x of half precision, which was projected, waits for the residual in registers; else it is
-            projected again.
+            projected again. The map that a "pool" of a pair encodes has its weights loaded for each tile then.
         blocks: programs that a multiprocessor runs at a time.
         joins: whether a program of "half" holds its part of the weight's gradient.
     """
@@ -73,12 +73,12 @@ def kind_of(halves: int, *, measures: bool, rotates: bool, keys: bool = False, p
 def encoder_configs(kind: str, dtype: torch.dtype, target: Target, precision: str = "") -> list[EncoderConfig]:
     """Configs, best first; what comes later asks less of a card. Chosen by compiling each pass for each target.
 
-    `kind` is that of a pass, "pool", "moments", or "half" or "thin", of the backward pass; `precision` that of products
-    of float32. At 128 channels none spills a register in half precision. In float32 a turn of some 5000 instructions
-    reads few numbers back of what is spilled. As "float16x3" it is up to 168 bytes of a thread's with 64 pixels (the
-    rotation 432 on sm_80) and 24 with 32, which take a quarter more instructions. As "tf32x3", where products take 32
-    channels at a time, passes with two warps spill up to 120 (128 on sm_120); four warps spill nothing, but for the
-    pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
+    `kind` is that of a pass, "pool", "pair's pool", "moments", or "half" or "thin", of the backward pass; `precision`
+    that of products of float32. At 128 channels a pass in half precision spills 16 bytes at most. In float32 a turn of
+    some 5000 instructions reads few numbers back of what is spilled. As "float16x3" it is up to 336 bytes of a thread's
+    with 64 pixels (the rotation 432 on sm_80) and 24 with 32, which take a quarter more instructions. As "tf32x3",
+    where products take 32 channels at a time, passes with two warps spill up to 120 (128 on sm_120); four warps spill
+    nothing, but for the pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
     if kind == "moments":
         return [EncoderConfig(1024, num_warps=4, blocks=2)]
@@ -105,15 +105,18 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target, precision: st
     least = EncoderConfig(16, num_warps=4)
     streamed = EncoderConfig(64, num_warps=4, keeps=True, blocks=2)
     if target.arch in (90, 100):
-        warps = 8 if target.arch == 100 and kind in ("pair", "block", "rotate", "pool") else 4
+        warps = 8 if target.arch == 100 and kind in ("pair", "block", "rotate", "pool", "pair's pool") else 4
         return [EncoderConfig(64, num_warps=warps, resident=True, blocks=2), streamed, least]
-    passes = kind == "pass" and dtype == torch.float16 and target.arch == 120
-    if passes or (kind == "block" and target.arch in (86, 120)):  # with more pixels they spill
+    # With more pixels a thread these spill.
+    if (kind, dtype, target.arch) == ("pass", torch.float16, 120) or (kind == "block" and target.arch in (86, 120)):
         return [EncoderConfig(32, num_warps=4, keeps=True, blocks=2), least]
-    if kind == "pool" and target.arch != 80:
+    if (kind, dtype) == ("pair's pool", torch.float16) and target.arch in (86, 89, 120):
+        return [EncoderConfig(64, num_warps=8, keeps=True, blocks=2), least]
+    if kind == "pool" and target.arch not in (80, 89):
         return [EncoderConfig(32, num_warps=4, blocks=2), least]
-    if target.arch == 80 and kind in ("pass", "pair", "pool"):
-        return [EncoderConfig(64, num_warps=4, resident=True, blocks=2), streamed, least]
+    if target.arch == 80 and kind in ("pass", "pair", "pool", "pair's pool"):
+        keeps = kind == "pair's pool"
+        return [EncoderConfig(64, num_warps=4, resident=True, keeps=keeps, blocks=2), streamed, least]
     return [streamed, least]
 
 
@@ -126,10 +129,11 @@ def _float32_configs(kind: str, target: Target) -> list[EncoderConfig]:
     thin = EncoderConfig(16, num_warps=4, piece=32, blocks=2)
     if kind == "keys":
         return [thin]
-    if (kind, target.arch) == ("pool", 100):  # in pieces of 32 it would take more tensor memory than there is
+    pools = kind in ("pool", "pair's pool")
+    if pools and target.arch == 100:  # in pieces of 32 it would take more tensor memory than there is
         return [EncoderConfig(64, num_warps=8, piece=64), thin]
     if target.arch == 100:
         return [EncoderConfig(64, num_warps=4, piece=32, blocks=2), thin]
-    if kind in ("rotate", "pool") and target.arch != 80 and (kind, target.arch) != ("pool", 90):
+    if (kind == "rotate" and target.arch != 80) or (pools and target.arch not in (80, 90)):
         return [thin]
     return [EncoderConfig(16, num_warps=2, piece=32, blocks=4), thin]

@@ -335,6 +335,54 @@ def encoded_pixels(
     return y
 
 
+@triton.jit
+def load_residents(
+    projection, weight1, weight2,
+    CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """The weights of half precision that HALVES half blocks of a projected input need, for `encoded_half_pixels`."""
+    weights = (load_matrix(projection, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True),)
+    if HALVES > 0:
+        weights = weights + (load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False),)
+    if HALVES > 1:
+        weights = weights + (load_matrix(weight2, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False),)
+    return weights
+
+
+@triton.jit
+def encoded_half_pixels(
+    x, projection, norm1, weight1, norm2, weight2, residents,
+    CHANNELS: tl.constexpr, INPUTS: tl.constexpr, DIM: tl.constexpr, INPUT_DIM: tl.constexpr, HALVES: tl.constexpr,
+    FORM: tl.constexpr, RESIDENT: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    """Some pixels of half precision, projected and through HALVES half blocks, with the residual after two, in float32.
+
+    RESIDENT: the weights are in registers or shared memory, by `load_residents`. After each load of a weight a barrier:
+    the compiler would load the next one before the last product is done, and spill registers.
+    """
+    dtype: tl.constexpr = x.dtype
+    projected = residents[0] if RESIDENT else load_matrix(projection, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True)
+    total = tl.dot(x, projected)
+    x0 = total.to(dtype)
+    if HALVES > 0:
+        active = activated(total, norm1, dtype, 0, DIM, False, FORM)
+        if RESIDENT:
+            matrix1 = residents[1]
+        else:
+            matrix1 = load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+            tl.debug_barrier()
+        total = tl.dot(active, matrix1)
+    if HALVES > 1:
+        active = activated(total, norm2, dtype, 0, DIM, False, FORM)
+        if RESIDENT:
+            matrix2 = residents[2]
+        else:
+            matrix2 = load_matrix(weight2, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+            tl.debug_barrier()
+        total = tl.dot(active, matrix2, x0.to(tl.float32)) if KEEPS else tl.dot(x, projected, tl.dot(active, matrix2))
+    return total
+
+
 SINE = tl.constexpr("sin.approx.ftz.f32 $0, $1;")
 COSINE = tl.constexpr("cos.approx.ftz.f32 $0, $1;")
 """PTX."""
@@ -438,15 +486,17 @@ def _pixel_encoder_pass_kernel(
     PIXELS: tl.constexpr, MEASURES: tl.constexpr, JOINS: tl.constexpr, STORES: tl.constexpr, ROTATES: tl.constexpr,
     KEYS: tl.constexpr, PAIR: tl.constexpr, PACKED: tl.constexpr, FETCHES: tl.constexpr, PIECE: tl.constexpr,
     FORM: tl.constexpr, RESIDENT: tl.constexpr, KEEPS: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):  # fmt: skip
     """An image's pixels through HALVES half blocks, with the residual after two; grid: programs of an image, images.
 
-    A program takes every so many'th PIXELS pixels. JOINS: it makes the last normalisation of the statistics that the
-    pass before has `found`, in its own of the norms (programs, B, rows, DIM). MEASURES: it leaves those of its result
-    in `parts`. STORES: put the result into `out`, ROTATES: rotated, KEYS: normalised and projected as attention's keys
-    are. PAIR: half of the images are the second encoder's; `pixels` may be of so few `images` that both read the same.
-    RESIDENT: the weights are loaded once. KEEPS: what was projected waits for the residual, or it is projected
-    again. With `opaque_zero` the normalisations are loaded for each tile and take no registers between tiles.
+    A program takes every so many'th PIXELS pixels, REVERSED: from the last ones on. JOINS: it makes the last
+    normalisation of the statistics that the pass before has `found`, in its own of the norms (programs, B, rows, DIM).
+    MEASURES: it leaves those of its result in `parts`. STORES: put the result into `out`, ROTATES: rotated, KEYS:
+    normalised and projected as attention's keys are. PAIR: half of the images are the second encoder's; `pixels` may be
+    of so few `images` that both read the same. RESIDENT: the weights are loaded once. KEEPS: what was projected waits
+    for the residual, or it is projected again. With `opaque_zero` the normalisations are loaded for each tile and take
+    no registers between tiles.
     A width is a constant of the code: as a number, it would take registers for all the places in the weights.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -483,11 +533,9 @@ def _pixel_encoder_pass_kernel(
     read = image % images if PAIR else image
     mine = pixels + read * (count * (INPUTS if INPUT_DIM > 0 else CHANNELS) if PACKED else image_stride)
     if HALF and RESIDENT:
-        projected = load_matrix(projection, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True)
-        if HALVES > 0:
-            matrix1 = load_matrix(weight1, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
-        if HALVES > 1:
-            matrix2 = load_matrix(weight2, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
+        residents = load_residents(projection, weight1, weight2, CHANNELS, INPUTS, DIM, INPUT_DIM, HALVES)
+    else:
+        residents = ()
     if not HALF:
         scales = (
             matrix_scale(projection, CHANNELS * INPUTS if INPUT_DIM > 0 else 0, PRECISION),
@@ -502,34 +550,20 @@ def _pixel_encoder_pass_kernel(
             squares = squares + (no_sums(PIXELS, PIECE // RUN, RUN),)
             pivots = pivots + (tl.zeros((PIECE // RUN,), tl.float32),)
     existing = 0
-    for tile in tl.range(program, tl.cdiv(count, PIXELS), programs):
+    tiles = tl.cdiv(count, PIXELS)
+    for turn in tl.range(program, tiles, programs):
+        tile = tiles - 1 - turn if REVERSED else turn
         number = tile * PIXELS + tl.arange(0, PIXELS)
         exists = number < count
-        fresh = tl.multiple_of(tile * opaque_zero, 16)
+        fresh = tl.multiple_of(turn * opaque_zero, 16)
         if HALF:
-            # After each load of a weight a barrier: the compiler would load the next one before the last product is
-            # done, and spill registers.
             x = load_input(mine, number, exists, pixel_stride, channel_stride, INPUTS, 0, INPUT_DIM, PACKED)
-            if not RESIDENT:
-                projected = load_matrix(projection + fresh, 0, 0, CHANNELS, INPUTS, DIM, DIM, INPUT_DIM, True)
-            total = tl.dot(x, projected)
-            x0 = total.to(dtype)
-            if HALVES > 0:
-                active = activated(total, norm1 + fresh, dtype, 0, DIM, False, FORM)
-                if not RESIDENT:
-                    matrix1 = load_matrix(weight1 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
-                    tl.debug_barrier()
-                total = tl.dot(active, matrix1)
-            if HALVES > 1:
-                active = activated(total, norm2 + fresh, dtype, 0, DIM, False, FORM)
-                if not RESIDENT:
-                    matrix2 = load_matrix(weight2 + fresh, 0, 0, CHANNELS, CHANNELS, DIM, DIM, DIM, False)
-                    tl.debug_barrier()
-                if KEEPS:
-                    total = tl.dot(active, matrix2, x0.to(tl.float32))
-                else:
-                    total = tl.dot(x, projected, tl.dot(active, matrix2))
-            y = (total,)
+            y = (
+                encoded_half_pixels(
+                    x, projection + fresh, norm1 + fresh, weight1 + fresh, norm2 + fresh, weight2 + fresh, residents,
+                    CHANNELS, INPUTS, DIM, INPUT_DIM, HALVES, FORM, RESIDENT, KEEPS,
+                ),
+            )  # fmt: skip
         else:
             y = encoded_pixels(
                 mine, projection + fresh, norm1 + fresh, weight1 + fresh, norm2 + fresh, weight2 + fresh, scales,
@@ -546,7 +580,7 @@ def _pixel_encoder_pass_kernel(
             new_sums, new_squares, new_pivots = (), (), ()
             for piece in tl.static_range(DIM // PIECE):
                 pivot = pivots[piece]
-                if tile == program:
+                if turn == program:
                     some = tl.where(exists[:, None], y[piece], 0.0)
                     values = here.to(tl.float32) * (CHANNELS // 8)
                     pivot = in_runs(joined_runs(joined_threads(run_sums(some, RUN)), RUNS) / values, RUNS)
@@ -588,6 +622,7 @@ def plan_pass(
     form: str,
     precision: str,
     config: EncoderConfig,
+    is_reversed: bool = False,
 ) -> Launch:
     """The launch of one pass over the pixels of maps of `size` (H, W).
 
@@ -604,6 +639,7 @@ def plan_pass(
         form: of silu, see `silu_form`.
         precision: of products of float32, see `products`.
         config: sizes of tiles, warps, stages.
+        is_reversed: take the last pixels first, which the pass before has left in the L2 cache if it took them last.
     """
     pixels, projection, _ = source
     count = pixels.shape[1]
@@ -678,6 +714,7 @@ def plan_pass(
             "KEEPS": config.keeps,
             "AT_ONCE": 32 * config.num_warps,
             "PRECISION": precision,
+            "REVERSED": is_reversed,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

@@ -3,6 +3,8 @@
 What is left of a map are, for each cell of the small grid, the means of x and of silu(n4(W3 silu(n3(x)))), of which the
 last product makes the cell's result, in float32. In half precision the sums over a cell's pixels are products with
 ones, which add up what threads hold of many pixels without moving it between them.
+
+Of a pair of encoders the other one's last pass is in the same launch: its map is encoded where it is.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from .pixel_encoder_passes import (
     Join,
     Source,
     activated,
+    encoded_half_pixels,
+    encoded_pixels,
     load_input,
     load_matrix,
     load_piece,
+    load_residents,
     multiplied,
+    store_map,
 )
 from .pixel_encoder_statistics import make_norm, slot_channel, slot_exists
 from .products import matrix_scale, padded
@@ -48,21 +54,64 @@ def _product(x, weight, output, NUMBER: tl.constexpr, CHANNELS: tl.constexpr, DI
     return tl.sum(x[:, None] * tl.load(place, mask=mask, other=0.0).to(tl.float32), axis=0)
 
 
+@triton.jit
+def _encode_map(
+    pixels, projection, norm1, weight1, norm2, weight2, count, opaque_zero,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
+    RESIDENT: tl.constexpr, KEEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Put x + weight2 silu(norm2(weight1 silu(norm1(x)))) in the place of a map's x, from its last PIXELS on.
+
+    A program takes every so many'th PIXELS. The next pass begins with the first pixels, which are in the L2 cache then.
+    """
+    HALF: tl.constexpr = pixels.dtype.element_ty != tl.float32
+    if not HALF:
+        NUMBERS: tl.constexpr = CHANNELS * CHANNELS
+        scales = (
+            (1.0, 1.0), matrix_scale(weight1, NUMBERS, PRECISION), matrix_scale(weight2, NUMBERS, PRECISION)
+        )  # fmt: skip
+    elif RESIDENT:
+        residents = load_residents(projection, weight1, weight2, CHANNELS, CHANNELS, DIM, DIM, 2)
+    else:
+        residents = ()
+    tiles = tl.cdiv(count, PIXELS)
+    for turn in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        number = (tiles - 1 - turn) * PIXELS + tl.arange(0, PIXELS)
+        exists = number < count
+        fresh = tl.multiple_of(turn * opaque_zero, 16)
+        if HALF:
+            x = load_input(pixels, number, exists, CHANNELS, 1, CHANNELS, 0, DIM, True)
+            y = (
+                encoded_half_pixels(
+                    x, projection + fresh, norm1 + fresh, weight1 + fresh, norm2 + fresh, weight2 + fresh, residents,
+                    CHANNELS, CHANNELS, DIM, DIM, 2, FORM, RESIDENT, KEEPS,
+                ),
+            )  # fmt: skip
+        else:
+            y = encoded_pixels(
+                pixels, projection, norm1 + fresh, weight1 + fresh, norm2 + fresh, weight2 + fresh, scales, pixels,
+                number, exists, fresh, CHANNELS, 1, CHANNELS, 0, DIM, 0, 2, True, True, PIECE, FORM, PRECISION,
+            )  # fmt: skip
+        store_map(pixels, y, number, exists, CHANNELS, DIM)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pixel_encoder_pool_kernel(
     pixels, projection, norm1, weight1, norm2, weight2, found, gain, bias, out, weight, arranged_weight,
     # (B, n, D), (D, D), a norm (B, rows, DIM), (D, D), norms (programs, B, rows, DIM), (D, D), (B, 3, joined, 8), (D,),
     # (D,), (B, cells, D), (OUTPUTS, INPUTS, WEIGHT_TAPS), (WEIGHT_TAPS, INPUTS, OUTPUTS)
+    other_weight1, other_weight2, other_gain, other_bias,  # of the other encoder, or None: (D, D), (D, D), (D,), (D,)
     count, width, height, cells_high, cells_wide, opaque_zero, joined, eps,
     CHANNELS: tl.constexpr, DIM: tl.constexpr, PIXELS: tl.constexpr, PIECE: tl.constexpr, FORM: tl.constexpr,
     RESIDENT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr, WEIGHT_TAPS: tl.constexpr, BLOCK: tl.constexpr,
+    INPUTS: tl.constexpr, WEIGHT_TAPS: tl.constexpr, BLOCK: tl.constexpr, PAIR: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """The means over cells of x + weight2 silu(norm2(weight1 silu(norm1(x)))); grid: programs of an image, images.
 
     The cells are those of adaptive average pooling, floor(i H / h) to ceil((i + 1) H / h); a program takes every so
     many'th. The second norm is made as in `_pixel_encoder_pass_kernel`. With OUTPUTS a convolution's weight is arranged
-    as well.
+    as well. PAIR: of twice as many maps the first half is the other encoder's, and is encoded; with KEEPS its weights
+    are loaded for each tile.
     """
     if OUTPUTS > 0:
         arrange_weight(weight, arranged_weight, OUTPUTS, INPUTS, WEIGHT_TAPS, BLOCK)
@@ -71,8 +120,25 @@ def _pixel_encoder_pool_kernel(
     dtype: tl.constexpr = pixels.dtype.element_ty
     HALF: tl.constexpr = dtype != tl.float32
     ROWS: tl.constexpr = 2 if HALF else 3
+    images = tl.num_programs(1)
+    if PAIR:
+        own = norm2 + (program.to(tl.int64) * 2 * images + image) * ROWS * DIM
+        make_norm(
+            own, found + image * 3 * joined * 8, other_gain, other_bias, joined, eps, CHANNELS, DIM, FORM == "tanh",
+            not HALF, AT_ONCE,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads have stored it
+        _encode_map(
+            pixels + image * count * CHANNELS, projection, norm1 + image * ROWS * DIM, other_weight1, own,
+            other_weight2, count, opaque_zero, CHANNELS, DIM, PIXELS, PIECE, FORM, RESIDENT and not KEEPS, KEEPS,
+            PRECISION,
+        )  # fmt: skip
+        pixels += images.to(tl.int64) * count * CHANNELS
+        norm1 += images * ROWS * DIM
+        norm2 += (program.to(tl.int64) + 1) * images * ROWS * DIM
+        found += images * 3 * joined * 8
     norm1 += image * ROWS * DIM
-    norm2 += (program.to(tl.int64) * tl.num_programs(1) + image) * ROWS * DIM
+    norm2 += (program.to(tl.int64) * images + image) * ROWS * DIM
     make_norm(
         norm2, found + image * 3 * joined * 8, gain, bias, joined, eps, CHANNELS, DIM, FORM == "tanh", not HALF, AT_ONCE
     )
@@ -163,7 +229,8 @@ def plan_pool(
 
     Args:
         source: x, a map.
-        half, last: the last block's half blocks; the second one's norm is a join.
+        half, last: the last block's half blocks; the second one's norm is a join. Of a pair, whose maps (2 B, n, D) are
+            the first encoder's and then the second's, the first's are encoded in their place, the second's are pooled.
         out: contiguous, in the map's dtype.
         size, cells: (H, W) of the map and (h, w) of the pooled one.
         weights: a convolution's weight and its arrangement, which the launch takes along (`arrangement`).
@@ -172,24 +239,26 @@ def plan_pool(
     pixels, projection, _ = source
     join = last.norm
     assert isinstance(join, Join)
-    batch, count, channels = pixels.shape
+    maps, count, channels = pixels.shape
     dim = padded(channels)
     copy, of_copy = arrangement(weights, pixels)
+    pair = half.second is not None
+    first = (half.weight, last.weight, join.weight, join.bias)
+    pooled, other = ((half.second, last.second, *(join.second or ())), first) if pair else (first, (None,) * 4)
+    names = ("weight1", "weight2", "gain", "bias")
     return Launch(
         kernel=_pixel_encoder_pool_kernel,
-        grid=(programs, batch),
+        grid=(programs, maps // 2 if pair else maps),
         arguments={
             "pixels": pixels,
             "projection": pixels if projection is None else projection,
             "norm1": half.norm,
-            "weight1": half.weight,
             "norm2": norms,
-            "weight2": last.weight,
             "found": join.parts,
-            "gain": join.weight,
-            "bias": join.bias,
+            **dict(zip(names, pooled, strict=True)),
             "out": out,
             **copy,
+            **{f"other_{name}": tensor for name, tensor in zip(names, other, strict=True)},
             "count": count,
             "width": size[1],
             "height": size[0],
@@ -209,6 +278,8 @@ def plan_pool(
             "AT_ONCE": 32 * config.num_warps,
             "PRECISION": precision,
             **of_copy,
+            "PAIR": pair,
+            "KEEPS": config.keeps,
         },
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )

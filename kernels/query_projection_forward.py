@@ -71,12 +71,13 @@ def forward_configs(dim: int, *, target: Target, half: bool, precision: str = ""
         best = ProjectionConfig(rows, 16, 32, 32, num_warps=8, num_stages=2)
     elif half:  # the same in half of their shared memory
         best = ProjectionConfig(8, 16, 32, 32, num_warps=8 if wide else 4, num_stages=2)
+    elif precision == "float16x3" and target.arch in (80, 90) and not wide:  # two programs on a multiprocessor
+        columns, piece = (16, 16) if target.arch == 80 else (8, 32)
+        best = ProjectionConfig(8, columns, piece, piece, num_warps=4, num_stages=2)
     elif target.arch in (90, 100):  # one operand is in shared memory, split once for all warps
         best = ProjectionConfig(8, 16, 32, 16, num_warps=8, num_stages=2)
     elif target.backend == "hip":
         best = ProjectionConfig(8, rows, 16, 16, num_warps=rows // 2, num_stages=2)
-    elif precision == "float16x3" and target.arch == 80 and not wide:
-        best = ProjectionConfig(8, 8, 32, 32, num_warps=4, num_stages=2)
     else:
         best = ProjectionConfig(8, 8, 16, 16, num_warps=4, num_stages=2)
     best = replace(best, piece=min(best.piece, max(16, dim & -dim)))

@@ -63,9 +63,11 @@ _PASSES = {
     "pixel_encoder_store_map": (DIM, 2, False, True, False),
     "pixel_encoder_store_half": (0, 1, False, True, False),
 }
+_REVERSED = tuple(f"pixel_encoder_{name}" for name in ("image_2", "map_2", "measure_2", "pair_1", "pair_3"))
 KERNELS = (
     *_PASSES,
     "pixel_encoder_pool",
+    "pixel_encoder_pair_5",
     "pixel_encoder_moments",
 )
 ON_THE_GRID = tuple(f"pixel_encoder_{name}" for name in ("measure_1", "measure_2", "measure_3", "apply", "keys"))
@@ -82,22 +84,22 @@ def plan(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     inputs, halves, measures, stores, rotates = _PASSES.get(kernel, (0, 2, False, False, False))
-    pools = kernel == "pixel_encoder_pool"
+    pools = kernel in ("pixel_encoder_pool", "pixel_encoder_pair_5")  # the fifth of a pair encodes the other map, too
     keys = kernel == "pixel_encoder_keys"
     pair = "pair" in kernel
     moments = kernel == "pixel_encoder_moments"
     if pools or moments:
-        kind = "pool" if pools else "moments"
+        kind = "moments" if moments else "pair's pool" if pair else "pool"
     else:
         kind = kind_of(halves, measures=measures, rotates=rotates, keys=keys, pair=pair)
     if dtype == torch.float32 and count >= MANY_PIXELS:
         precision = in_float16(precision, target)
     config = encoder_configs(kind, dtype, target, precision)[0]
     device = torch.device("meta")
-    turns = workload.keys if pools else -(-count // config.pixels)
+    turns = workload.keys if kernel == "pixel_encoder_pool" else -(-count // config.pixels)
     card = roofline.device_of(str(target.arch))
     images = batch * (2 if pair else 1)
-    programs = config.programs(turns, images, multiprocessors(device) if card is None else card.sms)
+    programs = config.programs(turns, batch if pools else images, multiprocessors(device) if card is None else card.sms)
     parts = allocate_parts(images, programs, device)
     norms = allocate_norms(images, programs, DIM, dtype, device)
     join = Join(parts, empty(DIM), empty(DIM), 1e-5, (empty(DIM), empty(DIM)) if pair else None)
@@ -133,7 +135,7 @@ def plan(
         parts=parts if measures else None, out=stored if stores else None,
         rotation=(empty(sum(workload.size), 2, dtype=torch.float32), empty(2, DIM)) if rotates else None,
         keys=KeyProjection(empty(DIM), empty(DIM, DIM), empty(DIM), 1e-7) if keys else None,
-        size=workload.size, **shared,
+        size=workload.size, is_reversed=kernel in _REVERSED, **shared,
     )  # fmt: skip
     return launch, asdict(config)
 
@@ -144,9 +146,9 @@ def name_of(launch: Launch) -> str:
     In half precision a map is brought in by a product with the identity, so that "measure_2" is the kernel "map_2".
     """
     kernel = str(launch.kernel.__name__).strip("_").removesuffix("_kernel")
-    if kernel != "pixel_encoder_pass":
-        return kernel
     constant = launch.constants
+    if kernel != "pixel_encoder_pass":
+        return "pixel_encoder_pair_5" if constant.get("PAIR") else kernel
     projected = constant["INPUTS"]
     source = "image" if projected < constant["CHANNELS"] else "map"
     if constant["PAIR"]:
@@ -167,7 +169,8 @@ def work(launch: Launch) -> Work:
     kernel = name_of(launch)
     if kernel == "pixel_encoder_moments":
         return _moments_work(launch)
-    return _pool_work(launch) if kernel == "pixel_encoder_pool" else _pass_work(launch)
+    pools = kernel in ("pixel_encoder_pool", "pixel_encoder_pair_5")
+    return _pool_work(launch) if pools else _pass_work(launch)
 
 
 def _pass_work(launch: Launch) -> Work:
@@ -250,7 +253,7 @@ def _pool_work(launch: Launch) -> Work:
     half = size == 2
     split = 1 if half else SPLIT if constant["PRECISION"] == "float16x3" else 3
     channels, dim = constant["CHANNELS"], constant["DIM"]
-    batch = len(argument["pixels"])
+    batch = launch.grid[1]
     units = batch * argument["count"]
     cells = [
         _cells(argument[length], argument[number])
@@ -272,7 +275,8 @@ def _pool_work(launch: Launch) -> Work:
     written = channels * size * batch * len(turns) / units
     # A convolution's weight is read and written on the way.
     arranged = 2 * argument["weight"].nbytes / units if constant["OUTPUTS"] else 0
-    return Work(
+    loops = [*_join_turns(launch), (trips, [(sum(turns) / len(turns), [])])]
+    pooled = Work(
         units=units,
         exact_operations=2 * channels * channels * (2 if half else 1),
         operations=split * padded * 2 * dim * products,
@@ -280,8 +284,41 @@ def _pool_work(launch: Launch) -> Work:
         exponentials=padded * 2 * dim,
         bytes_compulsory=channels * size + written + arranged,
         bytes_asked=seen * channels * size + written + arranged + shared,
-        turns=[*arrangement_turns(launch), *_join_turns(launch), (trips, [(sum(turns) / len(turns), [])])],
+        turns=[*arrangement_turns(launch), *loops],
         bytes_shared=shared,
+    )
+    return _with_a_map(pooled, launch) if constant["PAIR"] else pooled
+
+
+def _with_a_map(pooled: Work, launch: Launch) -> Work:
+    """The work with that of encoding the other encoder's map in its place, which comes first."""
+    constant, argument, half = launch.constants, launch.arguments, launch.arguments["pixels"].element_size() == 2
+    size, channels, dim = argument["pixels"].element_size(), constant["CHANNELS"], constant["DIM"]
+    trips = -(-argument["count"] // (constant["PIXELS"] * launch.grid[0]))
+    programs = math.prod(launch.grid)
+    turns = programs * trips
+    padded = turns * constant["PIXELS"] / pooled.units
+    split = 1 if half else SPLIT if constant["PRECISION"] == "float16x3" else 3
+    # In half precision products with the identity, for the residual another where x does not wait.
+    identities = (1 if constant["KEEPS"] else 2) if half else 0
+    resident = half and constant["RESIDENT"] and not constant["KEEPS"]
+    loads = programs if resident else turns + (programs if split == SPLIT else 0)
+    shared = loads * (3 if half else 2) * channels * channels * size + turns * 2 * (2 if half else 3) * dim * 4
+    shared = (shared + _join_bytes(launch)) / pooled.units
+    moved = 2 * channels * size
+    # In float32 x is read again for the residual.
+    asked = moved + shared + (0 if half else channels * size)
+    copy = arrangement_turns(launch)
+    return Work(
+        units=pooled.units,
+        exact_operations=pooled.exact_operations + 2 * channels * (3 if half else 2) * channels,
+        operations=pooled.operations + split * padded * 2 * dim * (2 + identities) * dim,
+        exact_exponentials=pooled.exact_exponentials + 2 * channels,
+        exponentials=pooled.exponentials + padded * 2 * dim,
+        bytes_compulsory=pooled.bytes_compulsory + moved,
+        bytes_asked=pooled.bytes_asked + asked,
+        turns=[*copy, *_join_turns(launch), (trips, []), *pooled.turns[len(copy) :]],
+        bytes_shared=pooled.bytes_shared + shared,
     )
 
 

@@ -205,21 +205,21 @@ FLOAT32_SPILLS = {
     "pixel_encoder_image_2": 48,
     "pixel_encoder_map_2": 40,
     "pixel_encoder_measure_2": 16,
-    "pixel_encoder_pool": 48,
     "pixel_encoder_apply": 96,
     "pixel_encoder_rotate": 432,
     "pixel_encoder_store_map": 168,
     "pixel_encoder_pair_3": 168,
+    "pixel_encoder_pair_5": 216,
 }
 
 
 def test_kernels_of_the_pixel_encoder_are_as_sound(tmp_path: Path) -> None:
-    """Some leave statistics or a cell's means alone, a vector for many pixels, whose store may be narrow.
+    """Some leave statistics alone, a vector for many pixels, whose store may be narrow.
 
     In half precision none spills; in float32 what is stated, of which a turn of thousands of instructions reads little.
     """
-    of_statistics = [f"pixel_encoder_{name}" for name in ("image_2", "map_2", "measure_2", "pool")]
-    of_maps = [f"pixel_encoder_{name}" for name in ("apply", "rotate", "store_map", "pair_3")]
+    of_statistics = [f"pixel_encoder_{name}" for name in ("image_2", "map_2", "measure_2")]
+    of_maps = [f"pixel_encoder_{name}" for name in ("apply", "rotate", "store_map", "pair_3", "pair_5")]
     chosen = ["--smallest", "--kernel", *of_statistics, *of_maps]
     rows = [
         *measured(tmp_path, *chosen, "--arch", "80", "90", "--dtype", "bfloat16"),

@@ -37,7 +37,7 @@ print(json.dumps({"chosen": chosen, **counts, "repeated": repeated}))
 def test_a_call_asks_a_card_for_no_more_than_it_did(dtype: str, operations: int, statements: int) -> None:
     found = in_a_process(COUNTS, dtype)
     assert set(found["chosen"].values()) == {"triton"}, found["chosen"]
-    assert found["launches"] <= 25, found["kernels"]
+    assert found["launches"] <= 24, found["kernels"]
     assert found["operations"] <= operations, found["torch"]
     assert found["allocations"] <= 50
     assert found["waits"] == 0

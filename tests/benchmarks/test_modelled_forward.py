@@ -29,10 +29,10 @@ SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_si
 AMPERE = Target("cuda", 80)
 
 REACHED_MS = {
-    ("A100 SXM 80GB", "bfloat16"): 1.42,
-    ("H100 SXM", "bfloat16"): 0.56,
-    ("H200", "bfloat16"): 0.5,
-    ("RTX 4090", "bfloat16"): 2.2,
+    ("A100 SXM 80GB", "bfloat16"): 1.41,
+    ("H100 SXM", "bfloat16"): 0.54,
+    ("H200", "bfloat16"): 0.48,
+    ("RTX 4090", "bfloat16"): 2.14,
 }
 """The most that the whole forward may take at 448 from 32, C = 384, by device and dtype."""
 
@@ -63,7 +63,7 @@ def test_the_steps_are_what_a_real_forward_launches(filters: int, keys: int) -> 
         upsampler(image, features)
     steps = steps_of(workload, torch.float32, None, arguments=arguments)
     assert [described(step.launch) for step in steps if step.launch is not None] == launched
-    assert len(launched) == 5 + 6 + 1 + 2 + keys + 1
+    assert len(launched) == 5 + 5 + 1 + 2 + keys + 1
     assert {step.stage for step in steps} == set(STAGES)
 
 
@@ -177,7 +177,7 @@ def test_the_encoders_move_at_most_4_kb_a_pixel_and_ask_for_little_more(device: 
     chosen = {"device": device, "dtype": "bfloat16", "workload": "448 from 32"}
     rows = [r for stage in ENCODERS for r in part(stored, "launch", stage=stage, **chosen)]
     passes = [row for row in rows if row["kernel"] != "pixel_encoder_moments"]
-    assert (len(passes), len(rows)) == (10, 11)
+    assert (len(passes), len(rows)) == (9, 10)
     pixels = 448 * 448
     moved = sum(row["bytes"] for row in passes) / pixels
     assert 3072 < moved <= 4096

@@ -409,7 +409,13 @@ PAIR_MUTATIONS = {
     "the first encoder's bias": ("passes", "_pixel_encoder_pass_kernel", "bias = second_bias", "pass"),
     "another image": ("passes", "_pixel_encoder_pass_kernel", "image % images if PAIR", "image // 2 if PAIR"),
     "a weight that is not arranged": ("pool", "arrange_weight", "number % TAPS * INPUTS", "number % INPUTS"),
-}
+    "the pooled encoder's weight": (
+        "pool", "_pixel_encoder_pool_kernel", "ROWS * DIM, other_weight1", "ROWS * DIM, weight1",
+    ),
+    "the pooled encoder's norm": ("pool", "_pixel_encoder_pool_kernel", "joined * 8, other_gain", "joined * 8, gain"),
+    "the encoded map pooled": ("pool", "_pixel_encoder_pool_kernel", "pixels += images", "pixels += 0 * images"),
+    "a tile left out": ("pool", "_encode_map", "tl.range(tl.program_id(0)", "tl.range(tl.program_id(0) + 1"),
+}  # fmt: skip
 
 
 @pytest.mark.slow

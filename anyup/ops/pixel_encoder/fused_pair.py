@@ -47,12 +47,14 @@ def forward(
     The second's may be a part of the memory of both maps. The third result is the convolution's weight.
     """
     # The memory of both maps begins with that of the second encoder, which is returned.
-    of_second, of_first = Encoder(pixels, second, second=first).apart()
+    both = Encoder(pixels, second, second=first)
+    of_second, of_first = both.apart()
     outputs, inputs, *taps = convolution.shape
     arranged = convolution.new_empty(*taps, inputs, outputs)
-    weights: tuple[Tensor, Tensor] | None = (convolution.contiguous(), arranged)
-    pooled = []
-    for size in sizes:
-        pooled.append(of_first.pooled(size, weights))
-        weights = None
-    return pooled, of_second.result(output_size), arranged.permute(3, 2, 0, 1)
+    weights = convolution.contiguous(), arranged
+    is_whole = output_size == tuple(pixels.shape[1:3])
+    # The last launch is of both encoders, where the second's result is a map.
+    pooled = [of_first.pooled(size) for size in sizes[:-1]]
+    pooled.append((both if is_whole else of_first).pooled(sizes[-1], weights))
+    result = of_second.stored if is_whole else of_second.result(output_size)
+    return pooled, result, arranged.permute(3, 2, 0, 1)

@@ -74,18 +74,23 @@ class Kernels:
         return run_first(run, configs, kernel=(*kernel, kind, *known.items()))
 
     def measure(
-        self, source: Source, halves: tuple[HalfBlock, ...], *, out: Tensor | None = None
+        self,
+        source: Source,
+        halves: tuple[HalfBlock, ...],
+        *,
+        out: Tensor | None = None,
+        is_reversed: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """A pass's statistics, of each program as (B, 3, programs, 8), and the norm that it made of the last's.
 
-        What the pass makes goes to `out`.
+        What the pass makes goes to `out`. `is_reversed` as in `plan_pass`.
         """
         from anyup.kernels.pixel_encoder_moments import MOST_INPUTS
 
         few = source.projection is not None and source.second is None and source.pixels.shape[2] <= MOST_INPUTS
         if few and out is None and not halves:
             return self._measure_moments(source), None
-        parts, norm = self._run_pass("measure", source, halves, out)
+        parts, norm = self._run_pass("measure", source, halves, out, is_reversed=is_reversed)
         assert parts is not None
         return parts, norm
 
@@ -128,22 +133,24 @@ class Kernels:
         cells: tuple[int, int],
         weights: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """The means over cells of what a map of that size becomes, into `out` (B, cells, D); see `plan_pool`."""
+        """The means over cells of what maps of that size become, into `out` (B, cells, D); see `plan_pool`."""
         from anyup.kernels.pixel_encoder_passes import allocate_norms
         from anyup.kernels.pixel_encoder_pool import plan_pool
 
-        batch, precision = len(source.pixels), self.precision_of(source.pixels.shape[1])
+        maps, count, _ = source.pixels.shape
+        pair, precision = halves[0].second is not None, self.precision_of(count)
 
         def run(config: EncoderConfig) -> None:
-            programs = config.programs(cells[0] * cells[1], batch, multiprocessors(self.device))
+            turns = max(cells[0] * cells[1], -(-count // config.pixels) if pair else 0)
+            programs = config.programs(turns, len(out), multiprocessors(self.device))
             plan_pool(
                 source, *halves, out,
-                norms=allocate_norms(batch, programs, self.dim, self.dtype, self.device), size=size, cells=cells,
+                norms=allocate_norms(maps, programs, self.dim, self.dtype, self.device), size=size, cells=cells,
                 weights=weights, programs=programs, form=self.form, precision=precision, config=config,
             )()  # fmt: skip
 
         weight = None if weights is None else weights[0].shape
-        self.run("pool", run, kind="pool", precision=precision, weight=weight)
+        self.run("pool", run, kind="pair's pool" if pair else "pool", precision=precision, weight=weight)
 
     def _run_pass(
         self,
@@ -155,6 +162,7 @@ class Kernels:
         rotation: tuple[Tensor, Tensor] | None = None,
         size: tuple[int, int] | None = None,
         keys: KeyProjection | None = None,
+        is_reversed: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """What each program of a pass has measured, if its name is "measure", and the norm that it made, if it did."""
         from anyup.kernels.pixel_encoder_config import kind_of
@@ -171,6 +179,7 @@ class Kernels:
             plan_pass(
                 source, halves, norms=norms, parts=parts, out=out, rotation=rotation, keys=keys,
                 size=size or (1, count), programs=programs, form=self.form, precision=precision, config=config,
+                is_reversed=is_reversed,
             )()  # fmt: skip
             return parts, None if norms is None else norms[0]
 
@@ -221,16 +230,18 @@ class Encoder:
         # A view where rows follow each other.
         source = source_of(pixels.flatten(1, 2), parameters.projection, None if second is None else second.projection)
         measure = self._kernels.measure
+        # A pass begins with the pixels that the one before it took last; a pair follows the passes of one encoder.
+        back = second is not None
         if parts is None:
-            parts, _ = measure(source, ())
+            parts, _ = measure(source, (), is_reversed=back)
         first = self._half(0, parts)
-        parts, norm = measure(source, (first,))
+        parts, norm = measure(source, (first,), is_reversed=not back)
         first = first._replace(norm=norm)
         self._map = pixels.new_empty(source.images, height * width, self._dim)
-        parts, _ = measure(source, (first, self._half(1, parts)), out=self._map)
+        parts, _ = measure(source, (first, self._half(1, parts)), out=self._map, is_reversed=back)
         self._stored = map_source(self._map)
         third = self._half(2, parts)
-        parts, norm = measure(self._stored, (third,))
+        parts, norm = measure(self._stored, (third,), is_reversed=not back)
         self._halves = third._replace(norm=norm), self._half(3, parts)
 
     def apart(self) -> tuple[Encoder, Encoder]:
@@ -255,6 +266,11 @@ class Encoder:
         if frequencies is not None:
             rotation = coordinates(self._size, torch.float32, self._device), frequencies.contiguous()
         self._kernels.store(self._stored, self._halves, self._map, rotation=rotation, size=self._size)
+        return self.stored
+
+    @property
+    def stored(self) -> Tensor:
+        """(B, H, W, D), what the last pass has left."""
         return self._map.unflatten(1, self._size)
 
     def keys(self, projection: KeyProjection, out: Tensor) -> None:
@@ -262,8 +278,12 @@ class Encoder:
         self._kernels.store(self._stored, self._halves, out.flatten(1, 2), keys=projection)
 
     def pooled(self, cells: tuple[int, int], weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, h, w, D), averaged over cells; a convolution's weight is arranged on the way."""
-        out = self._map.new_empty(len(self._map), *cells, self._dim)
+        """(B, h, w, D), averaged over cells; a convolution's weight is arranged on the way.
+
+        Of a pair it is the second's; the first's map, the first half of its memory, is encoded in the same launch.
+        """
+        images = len(self._map) // (1 if self._second is None else 2)
+        out = self._map.new_empty(images, *cells, self._dim)
         self._kernels.pool(self._stored, self._halves, out, size=self._size, cells=cells, weights=weights)
         return out
 
