@@ -204,7 +204,7 @@ def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
 FLOAT32_SPILLS = {
     "pixel_encoder_image_2": 48,
     "pixel_encoder_map_2": 40,
-    "pixel_encoder_measure_2": 16,
+    "pixel_encoder_measure_2": 40,
     "pixel_encoder_apply": 96,
     "pixel_encoder_rotate": 432,
     "pixel_encoder_store_map": 168,
