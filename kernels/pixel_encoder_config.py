@@ -79,7 +79,6 @@ def encoder_configs(kind: str, dtype: torch.dtype, target: Target, precision: st
     with 64 pixels (the rotation 432 on sm_80) and 24 with 32, which take a quarter more instructions. As "tf32x3",
     where products take 32 channels at a time, passes with two warps spill up to 120 (128 on sm_120); four warps spill
     nothing, but for the pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
-    nothing, but for the pooling (16 bytes on sm_86 and sm_89, 48 on sm_120), and take a fifth more instructions.
     """
     if kind == "moments":
         return [EncoderConfig(1024, num_warps=4, blocks=2)]
