@@ -286,7 +286,7 @@ def test_the_pages_take_their_measured_numbers_from_the_stored_results() -> None
         {f"{found['file']}/{found['name']}" for found in report._PLACE.finditer(path.read_text(encoding="utf-8"))}
         for path in report.PAGES
     )
-    assert card == {"anyup_mini/card"}
+    assert card >= {"anyup_mini/card"}
     assert readme == {"cpu/summary", "cpu/machine", "cpu/speed-up-448", "cpu/speed-up-1024"}
     assert benchmarks >= {"cpu/model", "cpu/curve", "cpu/head", "cpu/unification", "cpu/machine", "model/forward"}
     assert evaluation >= {
