@@ -21,7 +21,7 @@ def upsampled(upsampler: AnyUp, batch: Batch, values: Tensor, side: int) -> tupl
     """The batch's values at its own size, and the features of its first images at another, clean and augmented.
 
     Args:
-        upsampler: it.
+        upsampler: what is trained.
         batch: of B samples, of which the first A have augmented guidance; A is not 0.
         values: (B, Cv, h, w), the features and what is carried with their weights.
         side: of the second size, in pixels.
