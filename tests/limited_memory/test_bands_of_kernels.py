@@ -75,8 +75,7 @@ def test_bands_obey_the_error_rule(name: str, monkeypatch: pytest.MonkeyPatch, l
     assert launched["MEASURES"] >= 12 and launched["STORES"] and launched["ROTATES"]
 
 
-@pytest.mark.parametrize("name", ["nothing kept", "one map kept for some rows"])
-@pytest.mark.parametrize("size", [(6, 5), (20, 18)])
+@pytest.mark.parametrize(("name", "size"), [("nothing kept", (6, 5)), ("one map kept for some rows", (20, 18))])
 def test_an_output_of_another_size_obeys_the_error_rule(
     name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,8 +136,13 @@ def test_where_a_kernel_fails_the_rest_runs_on_the_next_backend(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("count", [2, 16, 25, 46, 55, 70, 94])
-@pytest.mark.parametrize("name", ["the encoded image kept for some rows", "one map kept for some rows"])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *(("the encoded image kept for some rows", count) for count in (2, 25, 55, 94)),
+        *(("one map kept for some rows", count) for count in (16, 46, 70)),
+    ],
+)
 def test_work_goes_on_where_memory_did_not_suffice(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = failing_after(count, torch.OutOfMemoryError("planted"), times=1)
     monkeypatch.setattr(fused_band.Kernels, "run", failing)
