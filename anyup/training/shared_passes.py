@@ -8,11 +8,11 @@ the same keys.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.model import AnyUp
 from anyup.ops import memory
+from anyup.ops.pixel_encoder.cells import averaged
 from anyup.ops.query_projection import project_queries
 from anyup.training.samples import Batch
 
@@ -42,7 +42,7 @@ def upsampled(upsampler: AnyUp, batch: Batch, values: Tensor, side: int) -> tupl
 
         def attended(encoded: Tensor, keys: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
             backend = upsampler.backends["query_projection"]
-            queries = project_queries(_pooled(encoded, size), parameters, backend=backend)
+            queries = project_queries(averaged(encoded, size), parameters, backend=backend)
             return upsampler.attend(upsampler.cross_decode.split_heads(queries), keys, values)
 
         # Not slices, whose gradients would be maps of the whole batch.
@@ -55,10 +55,3 @@ def upsampled(upsampler: AnyUp, batch: Batch, values: Tensor, side: int) -> tupl
         with torch.no_grad():
             clean = attended(maps[0][:count], grids[0][:count], low, other)
     return out, clean, changed
-
-
-def _pooled(encoded: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H, W, D) to (B, *size, D), contiguous."""
-    if encoded.shape[1:3] == size:
-        return encoded
-    return F.adaptive_avg_pool2d(encoded.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).contiguous()

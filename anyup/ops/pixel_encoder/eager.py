@@ -23,7 +23,7 @@ from anyup.ops.linear import linear
 from anyup.ops.memory import empty
 from anyup.ops.parallel import map_tiles
 from anyup.ops.pixel_encoder.arguments import EncoderParameters
-from anyup.ops.pixel_encoder.cells import Cells
+from anyup.ops.pixel_encoder.cells import Cells, averaged
 from anyup.ops.pixel_encoder.gradients import backward, dtype_of_work
 from anyup.ops.pixel_encoder.rotary import Rotation
 from anyup.ops.pixel_encoder.statistics import SUBSETS, Affine, Statistics
@@ -52,8 +52,8 @@ def forward(
         out = forward(pixels.to(wide), parameters.to(wide), frequencies=angles, output_size=output_size)
         return out.to(pixels.dtype)
     dim = parameters.block1.weight1.shape[0]
-    pools = output_size != (height, width)
-    shrinks = pools and output_size[0] <= height and output_size[1] <= width and frequencies is None
+    shrinks = output_size != (height, width) and output_size[0] <= height and output_size[1] <= width
+    shrinks = shrinks and frequencies is None
     out = empty((batch, *(output_size if shrinks else (height, width)), dim), pixels)
     rotation = None if frequencies is None else Rotation((height, width), frequencies)
 
@@ -71,9 +71,7 @@ def forward(
                 band.finish(norms[-1], rotation)
 
     map_groups(encode, batch, height * width, pixels.device)
-    if pools and not shrinks:
-        return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
-    return out
+    return averaged(out, output_size)
 
 
 class Band:

@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anyup.ops.configs import run_first
 from anyup.ops.kernel_device import dot_precision, multiprocessors, target
 from anyup.ops.pixel_encoder.arguments import EPS, EncoderParameters
+from anyup.ops.pixel_encoder.cells import averaged
 from anyup.ops.pixel_encoder.rotary import coordinates
 
 if TYPE_CHECKING:
@@ -255,10 +255,7 @@ class Encoder:
         shrinks = all(length <= whole for length, whole in zip(output_size, self._size, strict=True))
         if frequencies is None and output_size != self._size and shrinks:
             return self.pooled(output_size)
-        out = self.whole(frequencies)
-        if output_size == self._size:
-            return out
-        return F.adaptive_avg_pool2d(out.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1).contiguous()
+        return averaged(self.whole(frequencies), output_size)
 
     def whole(self, frequencies: Tensor | None = None) -> Tensor:
         """(B, H, W, D), rotated where there are frequencies."""
