@@ -225,26 +225,35 @@ def _linear(pixels: int, cells: int) -> Tensor:
 FixedWeights = AttentionWeights | BilinearWeights | NearestWeights
 
 
+Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""From (C, H, W) to outputs (outputs, rows, W) of some rows at a time, and the maps of what a function makes of them.
+"""
+
+
 class HeadedWeights:
     """Carries by fixed weights to (H, W), and then runs a head for each seed, which sees a pixel's neighbours too.
 
     What is at the pixels is made again in the backward pass, for one seed and image at a time, and never held.
 
     Args:
-        heads: of each seed, from (C, H, W) to (outputs, H, W).
+        heads: of each seed.
     """
 
-    def __init__(self, weights: FixedWeights, heads: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, weights: FixedWeights, heads: Sequence[Head]) -> None:
         self._weights, self._heads = weights, heads
+
+    def maps(self, values: Tensor, then: Callable[[Tensor], Tensor] = lambda outputs: outputs) -> Tensor:
+        """(seeds * C, h, w) to (seeds, channels, H, W): what `then` makes of the outputs; differentiable."""
+
+        def of_seed(head: Head, low: Tensor) -> Tensor:
+            return head(self._weights.whole(self._weights.logits(low)), then)
+
+        of_seeds = zip(self._heads, values.unflatten(0, (len(self._heads), -1)), strict=True)
+        return torch.stack([checkpoint(of_seed, *each, use_reentrant=False) for each in of_seeds])
 
     def logits(self, values: Tensor) -> Iterator[Tensor]:
         """(seeds * C, h, w) to (H, seeds * outputs, W): a row of pixels is a tile; differentiable."""
-
-        def of_seed(head: Callable[[Tensor], Tensor], low: Tensor) -> Tensor:
-            return head(self._weights.whole(self._weights.logits(low)))
-
-        of_seeds = zip(self._heads, values.unflatten(0, (len(self._heads), -1)), strict=True)
-        yield torch.cat([checkpoint(of_seed, *each, use_reentrant=False) for each in of_seeds]).transpose(0, 1)
+        yield self.maps(values).flatten(0, 1).transpose(0, 1)
 
     def whole(self, parts: Iterable[Tensor]) -> Tensor:
         """The one map (H, C, W) to (C, H, W)."""

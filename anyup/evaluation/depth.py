@@ -25,9 +25,9 @@ def depth_of_bins(logits: Tensor, largest: float = LARGEST) -> Tensor:
 
     logits (N, bins, pixels) to (N, 1, pixels).
     """
-    share = logits.relu() + _OFFSET
-    # Normalised after the product: one map is divided, not one for each bin.
-    return (_bins(logits, largest) @ share / share.sum(dim=1)).unsqueeze(1)
+    moments = _moments(logits, largest)
+    sums = moments @ logits.relu() + _OFFSET * moments.sum(dim=1)[:, None]
+    return sums[:, 1:] / sums[:, :1]
 
 
 class CarriedDepth(torch.autograd.Function):
@@ -40,9 +40,7 @@ class CarriedDepth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, near: Tensor, weights: Tensor, largest: float) -> Tensor:
-        bins = _bins(near, largest)
-        moments = torch.stack([torch.ones_like(bins), bins])
-        # Of a pixel: the sum of its shares, and that of their depths.
+        moments = _moments(near, largest)
         sums = torch.cat([moments @ logits.relu_() for _, logits in some_tiles(near, weights)])
         sums += _OFFSET * moments.sum(dim=1)[:, None]
         shares, result = sums[:, :1], sums[:, 1:] / sums[:, :1]
@@ -53,7 +51,7 @@ class CarriedDepth(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         near, weights, shares, depth = ctx.saved_tensors
-        bins = _bins(near, ctx.largest)[:, None]
+        bins = _moments(near, ctx.largest)[1][:, None]
         found = torch.empty_like(near, memory_format=torch.contiguous_format)
         keys = near.shape[2]
         for tiles, logits in some_tiles(near, weights):
@@ -66,9 +64,13 @@ class CarriedDepth(torch.autograd.Function):
         return found, None, None
 
 
-def _bins(like: Tensor, largest: float) -> Tensor:
-    """(bins,) for what has as many in its second dimension."""
-    return torch.linspace(SMALLEST, largest, like.shape[1], dtype=like.dtype, device=like.device)
+def _moments(like: Tensor, largest: float) -> Tensor:
+    """(2, bins), for what has as many bins in its second dimension: ones, and the bins' depths.
+
+    Their product with a pixel's shares of the bins is the sum of its shares, and that of its shares' depths.
+    """
+    bins = torch.linspace(SMALLEST, largest, like.shape[1], dtype=like.dtype, device=like.device)
+    return torch.stack([torch.ones_like(bins), bins])
 
 
 def depth_of_sigmoid(logits: Tensor, largest: float = LARGEST) -> Tensor:

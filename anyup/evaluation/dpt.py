@@ -7,17 +7,22 @@ the upsampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from anyup.encoders import Encoder
 from anyup.evaluation.attention_weights import FixedWeights, HeadedWeights
 from anyup.evaluation.probe import Probes
 
 BLOCKS = 4
+
+# Bytes of the outputs that are made at a time. Those of all pixels are 205 MB with 256 bins at 448 pixels, and so much
+# memory is new to the process each time, which took a third of a step.
+_AT_A_TIME = 1 << 22
 
 
 class FourBlocks(Encoder):
@@ -60,7 +65,7 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
-        self.layers = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU())
+        self.layers = nn.Sequential(convolutions[0], nn.ReLU(inplace=True), convolutions[1], nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -79,17 +84,22 @@ class DptHead(nn.Module):
         self.each = nn.ModuleList(_Residual(width) for _ in range(BLOCKS - 1))  # the last block has none of its own
         self.merged = nn.ModuleList(_Residual(width) for _ in range(BLOCKS))
         self.out = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, outputs, 3, padding=1)
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, outputs, 3, padding=(0, 1))
         )
+        self.outputs = outputs
 
-    def merge(self, projected: Tensor) -> Tensor:
-        """(4 * width, H, W), projected and upsampled, to (outputs, H, W)."""
+    def merge(self, projected: Tensor, then: Callable[[Tensor], Tensor] = lambda outputs: outputs) -> Tensor:
+        """(4 * width, H, W), projected and upsampled, to the outputs of some rows at a time (outputs, rows, W), and
+        what `then` makes of these to (channels, H, W)."""
         blocks = projected.unflatten(0, (BLOCKS, 1, -1))
         x = self.merged[-1](blocks[-1])
         for block, each, merged in reversed(list(zip(blocks[:-1], self.each, self.merged[:-1], strict=True))):
             x = merged(each(block) + x)
-        result: Tensor = self.out(x)[0]
-        return result
+        hidden = F.pad(self.out[:2](x), (0, 0, 1, 1))
+        height, width = x.shape[2:]
+        rows = max(1, _AT_A_TIME // (self.outputs * width * x.element_size()))
+        bands = (hidden[:, :, top : top + rows + 2] for top in range(0, height, rows))
+        return torch.cat([then(self.out[2](band)[0]) for band in bands], dim=1)
 
 
 class DptProbes(Probes):

@@ -184,13 +184,22 @@ class View:
 
 
 def compare(
-    view: View, task: Task, upsamplers: Sequence[Upsampler], guidance: int, device: torch.device
-) -> dict[str, Measured]:
-    """Every method on one photograph; `guidance` is the side of the image that guides, in pixels."""
-    low = view.features(task.view, task.side).to(device)
-    truths = view.truths(task)
-    image = normalize_imagenet(view.image(task.view, guidance)).to(device)
-    return {u.name: measure(u(image, low, task.grid).float().cpu(), truths) for u in upsamplers}
+    view: View, tasks: Sequence[Task], upsamplers: Sequence[Upsampler], guidance: int, device: torch.device
+) -> dict[str, dict[str, Measured]]:
+    """{task: {method: measured}} of one encoder's tasks, which have one view, on one photograph.
+
+    `guidance` is the side of the image that guides, in pixels. It is encoded once for all tasks.
+    """
+    image = normalize_imagenet(view.image(tasks[0].view, guidance)).to(device)
+    grid = tasks[0].grid
+    lows = [view.features(task.view, task.side).to(device) for task in tasks]
+    truths = [view.truths(task) for task in tasks]
+    measured: dict[str, dict[str, Measured]] = {task.name: {} for task in tasks}
+    for upsampler in upsamplers:
+        guide = upsampler.encode(image, grid, [(low.shape[2], low.shape[3]) for low in lows])
+        for of_task, low, true in zip(measured.values(), lows, truths, strict=True):
+            of_task[upsampler.name] = measure(upsampler(guide, low, grid).float().cpu(), true)
+    return measured
 
 
 def run(
@@ -226,7 +235,7 @@ def run(
                 continue
             view = View(photo, file_fingerprint(path), encoder, encoder_digest, cache)
             try:
-                compared = {task.name: compare(view, task, upsamplers, guidance, device) for task in tasks}
+                compared = compare(view, tasks, upsamplers, guidance, device)
             except ValueError as error:  # as of a black photograph, whose features may be zero
                 reporter.note(f"left out: {path}, {encoder.name}: {error}")
                 continue

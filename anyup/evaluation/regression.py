@@ -110,17 +110,18 @@ class Depth(Regression):
 
     def predict(self, weights: Carrier, logits: Tensor, seeds: int) -> Tensor:
         """Carried before the ReLU and the normalisation of the bins: until there a linear head is linear."""
-        if isinstance(weights, HeadedWeights):
-            maps = weights.whole(weights.logits(logits)).unflatten(0, (seeds, -1))  # (seeds, bins, H, W)
+
+        def of_part(part: Tensor) -> Tensor:  # (N, bins, pixels) to (N, 1, pixels)
             if self.bins == 1:
-                return depth.depth_of_sigmoid(maps, self.largest)
-            return depth.depth_of_bins(maps.flatten(2), self.largest).unflatten(2, maps.shape[2:])
+                return depth.depth_of_sigmoid(part, self.largest)
+            return depth.depth_of_bins(part, self.largest)
+
+        if isinstance(weights, HeadedWeights):
+            return weights.maps(logits, lambda outputs: of_part(outputs.transpose(0, 1)).transpose(0, 1))
 
         def of_seed(low: Tensor) -> Tensor:
-            if self.bins == 1:
-                parts = [depth.depth_of_sigmoid(part, self.largest) for part in weights.logits(low)]
-            elif isinstance(weights, NearestWeights):  # a cell's pixels have one depth
-                parts = [depth.depth_of_bins(part, self.largest) for part in weights.logits(low)]
+            if self.bins == 1 or isinstance(weights, NearestWeights):  # a cell's pixels have one depth
+                parts = [of_part(part) for part in weights.logits(low)]
             else:
                 parts = [depth.CarriedDepth.apply(*factors, self.largest) for factors in weights.factors(low)]
             return weights.whole(parts)

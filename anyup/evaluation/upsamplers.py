@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from anyup.checkpoints import NAMED, load
 from anyup.fingerprint import module_fingerprint
+from anyup.image_context import ImageContext
 from anyup.model import AnyUp
+
+Guide = Tensor | ImageContext
 
 REFERENCE = "bilinear"
 """The method that the others are measured against."""
@@ -25,7 +28,11 @@ class Interpolation:
 
     name: str
 
-    def __call__(self, image: Tensor, features: Tensor, size: tuple[int, int], values: Tensor | None = None) -> Tensor:
+    def encode(self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> Guide:
+        """The image."""
+        return image
+
+    def __call__(self, image: Guide, features: Tensor, size: tuple[int, int], values: Tensor | None = None) -> Tensor:
         """(B, C, h, w) to (B, C, *size); the image says nothing."""
         carried = features if values is None else values
         if self.name == "nearest":
@@ -45,8 +52,12 @@ class Learned:
     model: AnyUp
     trained: bool = True
 
-    def __call__(self, image: Tensor, features: Tensor, size: tuple[int, int], values: Tensor | None = None) -> Tensor:
-        """(B, 3, Hi, Wi) normalised and (B, C, h, w) to (B, C, *size)."""
+    def encode(self, image: Tensor, size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> Guide:
+        """What calls to `size`, with features on `grids`, take instead of the image (B, 3, Hi, Wi), normalised."""
+        return self.model.encode_image(image, size, grids=grids)
+
+    def __call__(self, image: Guide, features: Tensor, size: tuple[int, int], values: Tensor | None = None) -> Tensor:
+        """(B, 3, Hi, Wi) normalised, or encoded, and (B, C, h, w) to (B, C, *size)."""
         upsampled: Tensor = self.model(image, features, size, values=values)
         return upsampled
 

@@ -101,15 +101,15 @@ def test_features_to_upsample_are_those_of_the_shrunk_view() -> None:
 def test_guidance_has_the_side_asked_for_and_every_method_the_same_inputs() -> None:
     encoder, model = make_encoder(4), small_model()
     upsamplers = [Interpolation("nearest"), Interpolation("bilinear"), Learned("ours", model)]
-    view, task = make_view(encoder), Task(WHOLE, 8, 32, 4)
+    view, tasks = make_view(encoder), [Task(CROPS, 16, 32, 4), Task(WHOLE, 8, 32, 4)]
     with torch.inference_mode():
-        got = reconstruction.compare(view, task, upsamplers, 24, CPU)
-        low = view.features(32, 8)
+        compared = reconstruction.compare(view, tasks, upsamplers, 24, CPU)
         image = normalize_imagenet(resize(square_crop(random_photo(), 32), (24, 24)))
-        expected = measure(model(image, low, (8, 8)), view.truths(task))
-    assert got["ours"] == expected
-    assert got["bilinear"] == measure(F.interpolate(low, (8, 8), mode="bilinear"), view.truths(task))
-    assert list(got) == ["nearest", "bilinear", "ours"]
+        for task in tasks:
+            got, low = compared[task.name], view.features(32, task.side)
+            assert got["ours"] == measure(model(image, low, (8, 8)), view.truths(task))
+            assert got["bilinear"] == measure(F.interpolate(low, (8, 8), mode="bilinear"), view.truths(task))
+            assert list(got) == ["nearest", "bilinear", "ours"]
 
 
 # What is measured

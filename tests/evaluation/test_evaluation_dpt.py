@@ -8,8 +8,11 @@ from support.tiny_encoder import make_encoder
 from torch import Tensor
 from torch.nn import functional as F
 
+from anyup.evaluation import dpt
 from anyup.evaluation.attention_weights import BilinearWeights, NearestWeights
+from anyup.evaluation.depth import depth_of_bins
 from anyup.evaluation.dpt import BLOCKS, DptHead, DptProbes, FourBlocks
+from anyup.evaluation.regression import Depth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,8 +47,12 @@ def published(head: DptHead, features: Tensor) -> Tensor:
     return F.conv2d(x, second.weight, second.bias, padding=1)[0]
 
 
+@pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest-exact"])
-def test_the_head_is_the_published_one_on_upsampled_features_and_so_are_its_gradients(mode: str) -> None:
+def test_the_head_is_the_published_one_on_upsampled_features_and_so_are_its_gradients(
+    mode: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpt, "_AT_A_TIME", rows * OUTPUTS * SIZE[1] * 8)  # of float64
     probes = make_probes().double()
     features = torch.randn(1, BLOCKS * OF_BLOCK, *GRID, dtype=torch.float64)
     heads = list(probes.heads[0])
@@ -65,6 +72,8 @@ def test_the_head_is_the_published_one_on_upsampled_features_and_so_are_its_grad
     ):
         assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-5)
     assert torch.allclose(probes.finish(0, F.interpolate(low, SIZE, mode=mode)[0]), expected, atol=1e-12)
+    depths = depth_of_bins(expected.view(2, OUTPUTS, -1)).view(2, 1, *SIZE)
+    assert torch.allclose(Depth(OUTPUTS).predict(carrier, low[0], 2), depths, atol=1e-5)
     labels = torch.randint(0, 2, SIZE, dtype=torch.uint8)
     assert torch.equal(next(carrier.targets(labels, 2)), labels.long())
 
