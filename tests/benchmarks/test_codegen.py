@@ -1,24 +1,25 @@
-"""What the compiler makes of the kernels, without a GPU; compiled in processes that do not interpret kernels."""
+"""What the compiler makes of the kernels, without a GPU; compiled in a process that does not interpret kernels."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.patience import PATIENCE
+from support.processes import run_program
 
 from anyup.bench.workloads import Workload, square
 from anyup.kernels.window_attention_config import ForwardConfig
 from anyup.window import axis_bounds
-from benchmarks.modelled_gpu import codegen, roofline
+from benchmarks.modelled_gpu import codegen, compiled, roofline
 from benchmarks.modelled_gpu.compiled import ARCHITECTURES, DTYPES, KERNELS, WINDOW, Case
 from benchmarks.modelled_gpu.machine_code import Branch, Code, amd_blocks, nvidia_blocks
 from benchmarks.modelled_gpu.occupancy import LIMITS
@@ -26,7 +27,6 @@ from benchmarks.modelled_gpu.operation_kernels import WITHOUT_PRODUCTS
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {(448, 32): 1.55, (1024, 64): 1.35, (2048, 128): 1.10}
 """Output and grid to the most key slots computed, in windows."""
 
@@ -66,21 +66,26 @@ FORWARD_FLOAT32 = {
 """The same of the forward kernel, whose floor is one product of tf32 where a product of float32 takes three."""
 
 
-def uninterpreted(*arguments: str) -> str:
-    """What a Python without TRITON_INTERPRET prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Executor]:
+    """One process without TRITON_INTERPRET for all tests: to start it takes longer than most kernels do."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+            process.submit(os.getpid).result(PATIENCE)
+        yield process
 
 
-def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def printed(compiler: Executor, program: str) -> str:
+    """What a program prints in the compiler's process."""
+    return compiler.submit(run_program, program).result(2 * PATIENCE)
+
+
+def measured(compiler: Executor, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Rows of `python -m benchmarks.modelled_gpu`."""
     file = folder / "codegen.json"
-    uninterpreted("-m", "benchmarks.modelled_gpu", "--channels", "384", "--json", str(file), *arguments)
+    command = ["--channels", "384", "--workers", "1", "--json", str(file), *arguments]
+    compiler.submit(codegen.main, command).result(2 * PATIENCE)
     return json.loads(file.read_text())
 
 
@@ -96,14 +101,18 @@ def test_rows_of_other_cases_are_kept_where_it_is_asked_for(tmp_path: Path) -> N
     assert [path.name for path in file.parent.iterdir()] == ["codegen.json"]
 
 
+def test_processes_that_compile_hand_back_their_results_in_order() -> None:
+    assert compiled._map(abs, [-3, 2, -1], workers=2) == [3, 2, 1]
+
+
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rows(compiler: Executor, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("codegen")
     forward = ("--kernel", KERNELS[0])
     return [
-        *measured(folder, *forward, "--arch", "80", "90", "--dtype", "bfloat16", "float32"),
-        *measured(folder, *forward, "--arch", "gfx942", "--dtype", "bfloat16"),
-        *measured(folder, *forward, "--arch", "80", "--dtype", "bfloat16", "--heads", "8", "16"),
+        *measured(compiler, folder, *forward, "--arch", "80", "90", "--dtype", "bfloat16", "float32"),
+        *measured(compiler, folder, *forward, "--arch", "gfx942", "--dtype", "bfloat16"),
+        *measured(compiler, folder, *forward, "--arch", "80", "--dtype", "bfloat16", "--heads", "8", "16"),
     ]
 
 
@@ -143,16 +152,16 @@ def test_no_kernel_spills_or_asks_for_too_much_or_leaves_the_tensor_cores_idle(r
     assert not {case: wide[case] for case, most in FORWARD_FLOAT32.items() if wide[case] > most}
 
 
-def test_backward_kernels_are_as_sound(tmp_path: Path) -> None:
+def test_backward_kernels_are_as_sound(compiler: Executor, tmp_path: Path) -> None:
     chosen = ["--smallest", "--kernel", *KERNELS[1:]]
     rows = [
-        *measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
-        *measured(tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
+        *measured(compiler, tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
+        *measured(compiler, tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
     ]
     assert [row["kernel"] for row in rows] == 3 * list(KERNELS[1:]) + list(KERNELS[1:4])  # the last is for halves
-    larger = measured(tmp_path, "--kernel", KERNELS[1], "--arch", "80", "90", "--dtype", "bfloat16")
+    larger = measured(compiler, tmp_path, "--kernel", KERNELS[1], "--arch", "80", "90", "--dtype", "bfloat16")
     rows += [row for row in larger if row["workload"] == "1024 from 64"]
-    rows += measured(tmp_path, "--smallest", "--kernel", KERNELS[1], "--arch", "86", "--dtype", "bfloat16")
+    rows += measured(compiler, tmp_path, "--smallest", "--kernel", KERNELS[1], "--arch", "86", "--dtype", "bfloat16")
     found = {f"{r['kernel']} {r['target']} {r['dtype']}": faults(r) for r in rows}
     assert not {name: what for name, what in found.items() if what}
     for row in rows:
@@ -169,7 +178,7 @@ def test_backward_kernels_are_as_sound(tmp_path: Path) -> None:
     assert not {case: ratio for case, ratio in reached.items() if ratio > BACKWARD_MODELLED[case]}
 
 
-def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
+def test_kernels_of_the_other_operations_are_as_sound(compiler: Executor, tmp_path: Path) -> None:
     backward = ("pixels", "map", "weights")
     kernels = (
         "feature_unification_forward",
@@ -179,8 +188,8 @@ def test_kernels_of_the_other_operations_are_as_sound(tmp_path: Path) -> None:
     )
     chosen = ["--smallest", "--kernel", *kernels]
     rows = [
-        *measured(tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
-        *measured(tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
+        *measured(compiler, tmp_path, *chosen, "--arch", "80", "90", "gfx942", "--dtype", "bfloat16"),
+        *measured(compiler, tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
     ]
     # The unification also with channels that the filters do not divide.
     assert [(row["kernel"], row["channels"]) for row in rows] == 4 * [
@@ -213,7 +222,7 @@ FLOAT32_SPILLS = {
 }
 
 
-def test_kernels_of_the_pixel_encoder_are_as_sound(tmp_path: Path) -> None:
+def test_kernels_of_the_pixel_encoder_are_as_sound(compiler: Executor, tmp_path: Path) -> None:
     """Some leave statistics alone, a vector for many pixels, whose store may be narrow.
 
     In half precision none spills; in float32 what is stated, of which a turn of thousands of instructions reads little.
@@ -222,10 +231,18 @@ def test_kernels_of_the_pixel_encoder_are_as_sound(tmp_path: Path) -> None:
     of_maps = [f"pixel_encoder_{name}" for name in ("apply", "rotate", "store_map", "pair_3", "pair_5")]
     chosen = ["--smallest", "--kernel", *of_statistics, *of_maps]
     rows = [
-        *measured(tmp_path, *chosen, "--arch", "80", "90", "--dtype", "bfloat16"),
-        *measured(tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
+        *measured(compiler, tmp_path, *chosen, "--arch", "80", "90", "--dtype", "bfloat16"),
+        *measured(compiler, tmp_path, *chosen, "--arch", "80", "--dtype", "float32"),
         *measured(
-            tmp_path, "--smallest", "--kernel", "pixel_encoder_pair_3", "--arch", "gfx942", "--dtype", "bfloat16"
+            compiler,
+            tmp_path,
+            "--smallest",
+            "--kernel",
+            "pixel_encoder_pair_3",
+            "--arch",
+            "gfx942",
+            "--dtype",
+            "bfloat16",
         ),
     ]
     assert [row["kernel"] for row in rows[:16]] == 2 * [*of_statistics, *of_maps]
@@ -254,10 +271,10 @@ def test_a_planted_fault_is_found(rows: Sequence[dict[str, Any]], change: dict[s
     assert faults({**rows[0], **change})
 
 
-def test_a_config_that_is_too_large_is_seen_to_spill() -> None:
+def test_a_config_that_is_too_large_is_seen_to_spill(compiler: Executor) -> None:
     config = ForwardConfig(8, 16, 32, 0, 128, 4, num_warps=4, num_stages=2, row_partials=4, load_once=True)
-    text = uninterpreted(
-        "-c",
+    text = printed(
+        compiler,
         "from benchmarks.modelled_gpu.compiled import *\n"
         "from anyup.kernels.window_attention_config import ForwardConfig\n"
         f"code = compile_case(Case(workloads(384)[2], '80', 'bfloat16', config={config!r}))\n"
@@ -279,10 +296,9 @@ EXTREMES = [
 ]
 
 
-@pytest.mark.slow
-def test_the_widest_and_the_narrowest_heads_spill_nothing_where_keys_are_streamed() -> None:
-    text = uninterpreted(
-        "-c",
+def test_the_widest_and_the_narrowest_heads_spill_nothing_where_keys_are_streamed(compiler: Executor) -> None:
+    text = printed(
+        compiler,
         "from benchmarks.modelled_gpu.compiled import *\n"
         f"for arch, dtype, heads in {EXTREMES!r}:\n"
         "    case = Case(square(2048, 128), arch, dtype, *heads)\n"
@@ -294,9 +310,9 @@ def test_the_widest_and_the_narrowest_heads_spill_nothing_where_keys_are_streame
     assert not [line for line in text.splitlines() if not line.endswith("; 0; 0")]
 
 
-def test_products_are_all_on_the_tensor_cores() -> None:
-    text = uninterpreted(
-        "-c",
+def test_products_are_all_on_the_tensor_cores(compiler: Executor) -> None:
+    text = printed(
+        compiler,
         "from benchmarks.modelled_gpu.compiled import *\n"
         "for arch in ('80', 'gfx942'):\n"
         "    case = Case(workloads(384)[0], arch, 'bfloat16')\n"
@@ -311,9 +327,9 @@ def test_products_are_all_on_the_tensor_cores() -> None:
     assert all("#mma" in line for line in products)
 
 
-def test_window_bounds_divide_as_ieee_does() -> None:
-    text = uninterpreted(
-        "-c",
+def test_window_bounds_divide_as_ieee_does(compiler: Executor) -> None:
+    text = printed(
+        compiler,
         "import triton, triton.language as tl\n"
         "from triton.compiler import ASTSource\n"
         "from benchmarks.modelled_gpu.ahead_of_time import target_of\n"
@@ -451,9 +467,9 @@ def test_a_device_s_rates_are_those_of_its_tensor_cores_at_its_clock(device: roo
     assert device.memory < device.l2 < 64 * device.sms * device.clock
 
 
-def test_a_new_image_size_compiles_nothing() -> None:
-    text = uninterpreted(
-        "-c",
+def test_a_new_image_size_compiles_nothing(compiler: Executor) -> None:
+    text = printed(
+        compiler,
         "from benchmarks.modelled_gpu.compiled import *\nfrom anyup.bench.workloads import Workload\n"
         "config = Case(workloads(384)[0], '90', 'bfloat16').configs[0]\n"
         "cases = [((448, 448), (32, 32), 384), ((464, 400), (29, 25), 768), ((129, 17), (3, 1), 384)]\n"
@@ -469,10 +485,10 @@ def test_a_new_image_size_compiles_nothing() -> None:
     assert one_part == another != first
 
 
-def test_no_stride_is_multiplied_in_32_bits() -> None:
+def test_no_stride_is_multiplied_in_32_bits(compiler: Executor) -> None:
     """At 2048 x 2048, C = 1024 and batch 4 the output has 2^34 elements."""
-    text = uninterpreted(
-        "-c",
+    text = printed(
+        compiler,
         "from benchmarks.modelled_gpu.compiled import *\n"
         "part = (1024, 1024, 4096, 4096)\n"
         "for dtype, grid, part in (\n"

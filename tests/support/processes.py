@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -20,3 +22,11 @@ def in_a_process(program: str, *arguments: str) -> Any:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def run_program(program: str) -> str:
+    """What a program prints in this process."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        exec(program, {})
+    return text.getvalue()
