@@ -98,7 +98,10 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutated_kernel_fails_the_error_rule(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mutated_kernel_fails_the_error_rule(
+    mutation: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """What a kernel leaves unwritten is no right number of an earlier test's."""
     kernel, *change = MUTATIONS[mutation]
     mutate(monkeypatch, "feature_distance", f"_feature_distance_{kernel}_kernel", *change)
     prediction, target, places = tensors_of(SHAPES["windows that overlap"]._replace(channels=130))
