@@ -305,7 +305,7 @@ def test_processes_leave_together_what_one_leaves() -> None:
     pytest.importorskip("zarr")
     options = ("--format", "zarr", "--picture")
     assert upsample(*options, "whole/pictures", out="whole") == 1
-    run = together(3, *options, "out/pictures")
+    run = together(2, *options, "out/pictures")
     assert run.returncode == 1  # of the broken photograph
     assert run.stderr.count("left out: in/broken.png: ") == 1
     assert run.stderr.count("1 left out; out/manifest.jsonl says why") == 1

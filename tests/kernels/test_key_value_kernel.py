@@ -96,7 +96,7 @@ def test_every_config_obeys_it_in_both_dtypes(name: str, dtype: torch.dtype, tog
 
 
 def test_strides_change_nothing_and_no_run_differs(together: str) -> None:
-    shape = KERNEL_SHAPES["batch 2"]
+    shape = KERNEL_SHAPES["batch 2"]._replace(output=(9, 11))
     tensors = attention_tensors(shape)
     expected = output_and_gradients(attention(shape), tensors, "triton")
     moved = {name: t.movedim(-1, 1).contiguous().movedim(1, -1) for name, t in tensors.items()}

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -219,43 +220,53 @@ def every_option(parser: argparse.ArgumentParser) -> set[str]:
     return set(parser._option_string_actions).union(*below)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with what the examples read; encoders, downloads, CUDA graphs and Ray are stand-ins."""
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the examples read."""
     from PIL import Image
 
+    path = tmp_path_factory.mktemp("stocked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.setattr(torch.hub, "_hub_dir", str(path / "hub"))
+        save_picture("photo.jpg", torch.rand(3, 8, 64))
+        torch.save(torch.randn(5, 2, 16), "low.pt")
+        for name in ("a", "in/b"):
+            _ready(f"photos/{name}.jpg")
+            save_picture(f"photos/{name}.jpg", torch.rand(3, 8, 64))
+        if find_spec("av"):
+            write_video("video.mp4", frames=2)
+        picture = torch.rand(3, 450, 448).mul_(255).byte()
+        colours = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        for name in ("photo", "train/a", "test/b", *map(str, range(9))):  # every tenth photograph is evaluated
+            colours.save(_ready(f"FOLDER/{name}.png"), compress_level=0)
+        for name in ("trainannot/a", "testannot/b"):
+            Image.fromarray((picture[0] % 11).numpy()).save(_ready(f"FOLDER/{name}.png"))
+        for split in ("train", "val"):
+            colours.save(_ready(f"rooms/images/{split}/a.png"))
+            depth = (1000 + picture[0].int()).to(torch.uint16)
+            Image.fromarray(depth.numpy()).save(_ready(f"rooms/depth/{split}/a.png"))
+        torch.manual_seed(0)
+        for checkpoint in NAMED.values():
+            anyup.save(anyup.AnyUp(qk_dim=16, num_heads=2), _ready(checkpoint.path))
+        anyup.save(anyup.AnyUp(qk_dim=16, num_heads=2), "ours.safetensors")
+        _ready("path/to/checkout").symlink_to(ROOT)
+    return path
+
+
+def _ready(path: str | Path) -> Path:
+    """The path, in a folder that is there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+@pytest.fixture
+def folder(stocked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what the examples read; encoders, downloads, CUDA graphs and Ray are stand-ins."""
+    shutil.copytree(stocked, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    save_picture("photo.jpg", torch.rand(3, 8, 64))
-    torch.save(torch.randn(5, 2, 16), "low.pt")
-    for name in ("a", "in/b"):
-        path = tmp_path / "photos" / f"{name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(path, torch.rand(3, 8, 64))
-    if find_spec("av"):
-        write_video("video.mp4", frames=2)
-    picture = torch.rand(3, 450, 448).mul_(255).byte()
-    for name in ("photo", "train/a", "test/b", *map(str, range(9))):  # every tenth photograph is evaluated
-        path = tmp_path / "FOLDER" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, compress_level=0)
-    for split in ("train/a", "test/b"):
-        path = tmp_path / "FOLDER" / f"{split.replace('/', 'annot/')}.png"
-        path.parent.mkdir()
-        Image.fromarray((picture[0] % 11).numpy()).save(path)
-    for split in ("train", "val"):
-        for kind in ("images", "depth"):
-            path = tmp_path / "rooms" / kind / split / "a.png"
-            path.parent.mkdir(parents=True)
-            pixels = picture.permute(1, 2, 0) if kind == "images" else (1000 + picture[0].int()).to(torch.uint16)
-            Image.fromarray(pixels.numpy()).save(path)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     torch.manual_seed(0)
-    for checkpoint in NAMED.values():
-        checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
-        anyup.save(anyup.AnyUp(qk_dim=16, num_heads=2), checkpoint.path)
-    anyup.save(anyup.AnyUp(qk_dim=16, num_heads=2), "ours.safetensors")
-    (tmp_path / "path" / "to").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "checkout").symlink_to(ROOT)
 
     def load_encoder(name: str, device: str | torch.device = "cpu") -> nn.Module:
         return make_encoder(stride=14).to(device)

@@ -121,7 +121,8 @@ INTERPRETED = pytest.mark.skipif(not_interpreted() is not None, reason=str(not_i
 # What Triton's interpreter runs, program by program: heads as wide as the matrix units want them, few pixels.
 KERNEL_SHAPES = {
     **{name: shape._replace(head_dim=16) for name, shape in ATTENTION_SHAPES.items()},
-    "several tiles": AttentionShape((36, 40), (9, 10), channels=3, head_dim=16),
+    "square": AttentionShape((24, 24), (6, 6), channels=24, heads=4, head_dim=16),
+    "several tiles": AttentionShape((20, 40), (9, 10), channels=3, head_dim=16),
     "odd scale": AttentionShape((35, 15), (7, 5), channels=2, head_dim=16),
     "tall": AttentionShape((48, 8), (12, 3), head_dim=16),
     "wide": AttentionShape((6, 60), (2, 15), head_dim=16),
