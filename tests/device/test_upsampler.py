@@ -18,8 +18,8 @@ from anyup.limited_memory.plans import Bands
 
 pytestmark = pytest.mark.gpu
 
-BATCH = 1 if under_ttsem() else 2
-"""Under ttsem the tests of the operators have the batches of two."""
+BATCH, IMAGE, HALF = (1, (9, 10), (torch.float16,)) if under_ttsem() else (2, (11, 18), (torch.float16, torch.bfloat16))
+"""Under ttsem the tests of the operators have the batches of two, several tiles in a row, and every dtype."""
 
 SMALL: dict[str, Any] = {"qk_dim": 32, "num_heads": 2, "lfu_dim": 16, "kernel_size_lfu": 3}
 
@@ -28,8 +28,8 @@ def model(device: str, dtype: torch.dtype, **arguments: Any) -> AnyUp:
     return fill(AnyUp(**SMALL, **arguments), 0).to(device, dtype)
 
 
-def inputs(batch: int = BATCH) -> tuple[Tensor, Tensor]:
-    return wave((batch, 3, 11, 18), 3, 0.8), wave((batch, 13, 4, 5), 7)
+def inputs() -> tuple[Tensor, Tensor]:
+    return wave((BATCH, 3, *IMAGE), 3, 0.8), wave((BATCH, 13, 4, 5), 7)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def of_attention(launched: Counter[str]) -> Counter[str]:
 
 def results(upsampler: AnyUp, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The output, and the gradient of the features, the image and every parameter that has one."""
-    image, features = (tensor.to(device, dtype).requires_grad_() for tensor in inputs(2))
+    image, features = (tensor.to(device, dtype).requires_grad_() for tensor in inputs())
     out = upsampler(image, features)
     grad = wave(tuple(out.shape), 11).to(device, dtype)
     leaves = {"image": image, "features": features, **dict(upsampler.named_parameters())}
@@ -98,8 +98,8 @@ def test_a_stream_on_a_card_gives_what_the_plain_call_gives(wide_output: Tensor,
     upsampler = model("cuda", torch.float32).eval()
     image, features = (tensor[:1].to("cuda") for tensor in inputs())
     with torch.inference_mode():
-        pieces = list(upsampler.stream(image, features, tile=(7, 18)))
-    assert [(rows.start, rows.stop) for rows, _, _ in pieces] == [(0, 7), (7, 11)]
+        pieces = list(upsampler.stream(image, features, tile=(7, IMAGE[1])))
+    assert [(rows.start, rows.stop) for rows, _, _ in pieces] == [(0, 7), (7, IMAGE[0])]
     # Statistics of four passes of three encoders, the encoded image for two of these and for each piece, the queries.
     assert launched["pixel_encoder_pass, float32"] >= 12
     # One for each piece.
@@ -151,7 +151,7 @@ def test_a_card_is_told_to_multiply_in_tf32_by_the_newer_settings_too(
     assert (out - wide_output).abs().max() < 0.01 * wide_output.abs().max()
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", HALF)
 def test_under_autocast_half_queries_carry_wide_values(
     half: torch.dtype, wide_output: Tensor, launched: Counter[str]
 ) -> None:
@@ -165,7 +165,7 @@ def test_under_autocast_half_queries_carry_wide_values(
     assert (out - wide_output).abs().max() < 0.05 * wide_output.abs().max()
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("half", HALF)
 def test_a_half_precision_upsampler_stays_near_the_wide_one(
     half: torch.dtype, wide_output: Tensor, launched: Counter[str]
 ) -> None:
