@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from anyup.caller_warning import warn
+from anyup.ops.parallel import on_one_thread
 from anyup.ops.precision import FLOATING, check_dense
 
 # ImageNet normalisation brings colours in [0, 1] to within -2.2 ... 2.7.
@@ -183,7 +184,8 @@ def _warn_unnormalised(image: Tensor) -> None:
     if _warned_unnormalised or not image.numel():
         return
     try:
-        low, high = (extreme.item() for extreme in torch.aminmax(image.detach()))
+        with on_one_thread():
+            low, high = (extreme.item() for extreme in torch.aminmax(image.detach()))
     except RuntimeError:  # the tensor has no values: inside vmap, or a fake tensor
         return
     if max(-low, high) > _LARGEST_NORMALISED:

@@ -10,7 +10,7 @@ import torch
 
 from anyup.budget import check_room
 from anyup.layers import encoded_size
-from anyup.ops.parallel import workers_of
+from anyup.ops.parallel import tile_threads, workers_of
 from anyup.ops.pixel_encoder.thin import MOST_CHANNELS
 from anyup.window import Window, make_window
 
@@ -126,7 +126,7 @@ def make_task(config: Mapping[str, Any], device_type: str, *, image: Size, **ask
     return Task(
         image=encoded_size(image, config["kernel_size"]),
         device_type=device_type,
-        threads=torch.get_num_threads() if device_type == "cpu" else 1,
+        threads=tile_threads() if device_type == "cpu" else 1,
         window=make_window(config["window"], config["window_ratio"]),
         dim=config["qk_dim"],
         heads=config["num_heads"],

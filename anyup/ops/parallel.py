@@ -31,6 +31,15 @@ _MOST_WORKERS = 8
 # Elements of a map. Work on a smaller map is too short to be split among threads.
 _FEW = 2**17
 
+
+class _TileThreads(threading.local):
+    """The threads that tiles of this thread's work share, where there are more than torch uses; None: torch's."""
+
+    count: int | None = None
+
+
+_tile_threads = _TileThreads()
+
 # Native ids of the workers that ended last: a thread still runs for a moment after Python has joined it.
 _ended: deque[int] = deque(maxlen=64)
 _LONGEST_END = 1.0  # seconds; a limit, because a new thread may have got the id of an ended one
@@ -39,7 +48,8 @@ _LONGEST_END = 1.0  # seconds; a limit, because a new thread may have got the id
 def even_slices(length: int, most: int, device: torch.device, multiple: int = 1) -> list[slice]:
     """Slices of about equal size that cover `length`, none longer than `most`, in equal number for each worker.
 
-    The length of each slice but the last is a multiple of `multiple`.
+    The length of each slice but the last is a multiple of `multiple`. What fits into one slice is cut too, but not
+    into less than an eighth of `most`.
     """
     if multiple > 1:
         units = even_slices(-(-length // multiple), max(1, most // multiple), device)
@@ -47,41 +57,54 @@ def even_slices(length: int, most: int, device: torch.device, multiple: int = 1)
     if not length:
         return []
     workers = _workers(device)
-    count = -(-length // most)
-    if count > 1:
-        count = min(-(-count // workers) * workers, length)
+    count = min(-(-length // (most * workers)) * workers, length, max(1, 8 * length // most))
     bounds = [index * length // count for index in range(count + 1)]
     return [slice(first, last) for first, last in pairwise(bounds)]
 
 
+def tile_threads() -> int:
+    """How many threads tiles of the calling thread's work share."""
+    return _tile_threads.count or torch.get_num_threads()
+
+
 @contextlib.contextmanager
-def on_threads(count: int) -> Iterator[None]:
+def on_threads(count: int, for_tiles: int | None = None) -> Iterator[None]:
     """Within the block torch uses `count` threads for the calling thread's work, if that can be set.
 
-    `torch.set_num_threads` is not used, because it also changes the number for every thread that starts later.
+    Tiles share as many, or `for_tiles`. `torch.set_num_threads` is not used, because it also changes the number for
+    every thread that starts later.
     """
-    before = torch.get_num_threads()  # before `set`: this call makes torch initialise the number of a new thread
+    torch.get_num_threads()  # before `set`: this call makes torch initialise the number of a new thread
     runtime = _runtime()
-    if runtime is None or count == before:
+    if runtime is None:
         yield
         return
-    numbers = runtime.set(count, count)
+    numbers, shared = runtime.set(count, count), _tile_threads.count
+    _tile_threads.count = for_tiles
     try:
         yield
     finally:
         runtime.set(*numbers)
+        _tile_threads.count = shared
 
 
 @contextlib.contextmanager
 def on_one_thread() -> Iterator[None]:
-    """One thread for small work, and between calls of `map_tiles`: torch's threads, once woken, spin for a while."""
+    """One thread for small work."""
     with on_threads(1):
         yield
 
 
+def on_threads_for_tiles() -> contextlib.AbstractContextManager[None]:
+    """One thread for what lies between calls of `map_tiles`: torch's threads, once woken, spin while the tiles run."""
+    return on_threads(1, tile_threads())
+
+
 def on_threads_for(elements: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """A context with one thread if the largest map has few elements, else with the present number of threads."""
-    return on_one_thread() if device.type == "cpu" and elements <= _FEW else contextlib.nullcontext()
+    """A context with one thread if the largest map has few elements, else with the threads for tiles alone."""
+    if device.type != "cpu":
+        return contextlib.nullcontext()
+    return on_one_thread() if elements <= _FEW else on_threads_for_tiles()
 
 
 def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device: torch.device) -> list[Result]:
@@ -102,7 +125,7 @@ def map_tiles(function: Callable[[Tile], Result], tiles: Sequence[Tile], device:
     queue = iter(range(len(tiles)))
     lock = threading.Lock()
     inference = torch.is_inference_mode_enabled()
-    share = torch.get_num_threads() // workers
+    share = tile_threads() // workers
 
     def work() -> None:
         try:
@@ -142,7 +165,7 @@ def workers_of(threads: int) -> int:
 
 def _workers(device: torch.device) -> int:
     """The number of workers; 1 where the number of threads of one worker cannot be limited."""
-    return workers_of(torch.get_num_threads()) if device.type == "cpu" and _runtime() else 1
+    return workers_of(tile_threads()) if device.type == "cpu" and _runtime() else 1
 
 
 class _Runtime:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import anyup
 from anyup.ops import parallel
-from anyup.ops.parallel import even_slices, map_tiles, on_one_thread
+from anyup.ops.parallel import even_slices, map_tiles, on_one_thread, on_threads_for, tile_threads
 
 CPU = torch.device("cpu")
 
@@ -200,7 +200,7 @@ def _in_process_of_its_own(code: str) -> list[str]:
 
 @can_set
 @can_fork
-def test_loading_and_small_work_leave_no_threads_behind() -> None:
+def test_loading_and_calls_leave_no_threads_behind() -> None:
     counts = _in_process_of_its_own(
         """
 image, features = torch.randn(1, 3, 28, 28), torch.randn(1, 384, 2, 2)
@@ -210,6 +210,7 @@ upsampler = anyup.load()
 threads()
 with torch.inference_mode():
     upsampler(image, features)
+    upsampler(torch.randn(1, 3, 112, 112), torch.randn(1, 384, 8, 8))
     upsampler.encode_image(image, grids=[(2, 2)])
     list(upsampler.stream(image, features))
 threads()
@@ -307,3 +308,32 @@ def test_small_work_between_tiles_wakes_no_thread_and_leaves_their_number_alone(
     with on_one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+@can_set
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_tiles_have_all_threads_and_what_lies_between_them_has_one(count: int, threads: None) -> None:
+    torch.set_num_threads(count)
+
+    def workers() -> int:
+        def slow(n: int) -> str:
+            time.sleep(0.02)
+            return threading.current_thread().name
+
+        return len(set(map_tiles(slow, range(12), CPU)))
+
+    with on_threads_for(10**9, CPU):
+        assert (torch.get_num_threads(), tile_threads(), workers()) == (1, count, count)
+        with on_threads_for(1, CPU):
+            assert (torch.get_num_threads(), tile_threads(), workers()) == (1, 1, 1)
+        assert (torch.get_num_threads(), tile_threads(), workers()) == (1, count, count)
+        assert map_tiles(lambda n: tile_threads(), range(4), CPU) == [1] * 4
+    assert torch.get_num_threads() == tile_threads() == count
+
+
+@can_set
+def test_what_fits_into_one_slice_is_cut_unless_it_is_small(threads: None) -> None:
+    torch.set_num_threads(4)
+    numbers = {length: len(even_slices(length, 64, CPU)) for length in (1, 8, 15, 16, 31, 32, 64, 65)}
+    assert numbers == {1: 1, 8: 1, 15: 1, 16: 2, 31: 3, 32: 4, 64: 4, 65: 4}
+    assert [len(even_slices(length, 4, CPU)) for length in (1, 2, 3, 4, 5)] == [1, 2, 3, 4, 4]

@@ -175,8 +175,9 @@ def test_products_by_either_library_give_the_same(
 
 def test_rectangles_of_large_windows_are_flat() -> None:
     window = make_window("ratio", 0.1)
-    rows = partial(eager._most_rows, window, heads=4, longest=32)
-    assert rows((448, 448), (32, 32), device_type="cpu") == 32
-    assert 8 < rows((2048, 2048), (128, 128), device_type="cpu") < 32
-    assert rows((4096, 4096), (256, 256), device_type="cpu") == 8
-    assert rows((4096, 4096), (256, 256), device_type="cuda") == 32
+    sides = partial(eager._longest_sides, window, heads=4, longest=32)
+    assert sides((448, 448), (32, 32), device_type="cpu") == (32, 16)
+    rows, _ = sides((3072, 3072), (192, 192), device_type="cpu")
+    assert 8 < rows < 32
+    assert sides((6144, 6144), (384, 384), device_type="cpu") == (8, 16)
+    assert sides((6144, 6144), (384, 384), device_type="cuda") == (32, 32)

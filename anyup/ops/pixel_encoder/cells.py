@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyup.ops.parallel import on_threads, tile_threads
+
 Index = TypeVar("Index", int, Tensor)
 
 
@@ -17,7 +19,8 @@ def averaged(pixel_map: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, H, W, D) to the means over cells, (B, *size, D), contiguous; a map of that size as it is."""
     if pixel_map.shape[1:3] == size:
         return pixel_map
-    return F.adaptive_avg_pool2d(pixel_map.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).contiguous()
+    with on_threads(tile_threads()):
+        return F.adaptive_avg_pool2d(pixel_map.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).contiguous()
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ _BUDGET = {"cpu": 2**19}
 _BUDGET_ELSEWHERE = 2**25
 
 _LONGEST_SEGMENT = 32
+# On a CPU a rectangle is as high, but narrower, so that it has fewer keys that only some of its pixels see.
+_LONGEST_COLUMNS = 16
 # The gradients of keys and values sum over a rectangle's pixels in float32, and over rectangles in float64.
 _LONGEST_SEGMENT_BACKWARD = 16
 
@@ -77,13 +79,15 @@ def forward(
 
         def attend(tiles: _Batch, image: int = image, keys: Tensor = keys, values: Tensor = values) -> None:
             logits = tiles.logits(query[image], keys, scale, scratch)
-            weights = _softmax(logits, scratch)
-            mean = scratch.take("mean", (tiles.pixels, tiles.count, tiles.keys), weights)
-            torch.mean(weights, dim=2, out=mean)
-            mean, near = mean.to(values.dtype), tiles.take_keys(values)
-            tiles.put_pixels(out[image], grouped_product(mean, near, partial(scratch.take, "update")).transpose(0, 1))
             if save_lse:
                 tiles.put_pixels(lse[image], torch.logsumexp(logits, dim=-1).transpose(0, 1))
+            first, *others = _softmax(logits).unbind(2)
+            mean = scratch.take("mean", (tiles.pixels, tiles.count, tiles.keys), logits)
+            torch.mul(first, 1 / heads, out=mean)
+            for weights in others:  # several times as fast as `torch.mean`
+                mean.add_(weights, alpha=1 / heads)
+            mean, near = mean.to(values.dtype), tiles.take_keys(values)
+            tiles.put_pixels(out[image], grouped_product(mean, near, partial(scratch.take, "update")).transpose(0, 1))
 
         map_tiles(attend, list(_batches(window, query, keys, channels, max_queries, part=part)), query.device)
     return out, lse
@@ -105,14 +109,14 @@ def scratch_bytes(
     heads, dim, channels = shape
     budget = _BUDGET.get(device_type, _BUDGET_ELSEWHERE)
     most = 0
-    most_rows = _most_rows(window, output_size, grid, heads, _LONGEST_SEGMENT, device_type)
-    for row in axis_segments(window, output_size[0], grid[0], min(rows, most_rows)):
-        for column in axis_segments(window, output_size[1], grid[1], _LONGEST_SEGMENT):
+    longest = _longest_sides(window, output_size, grid, heads, _LONGEST_SEGMENT, device_type)
+    for row in axis_segments(window, output_size[0], grid[0], min(rows, longest[0])):
+        for column in axis_segments(window, output_size[1], grid[1], longest[1]):
             pixels, keys = row.length * column.length, row.keys * column.keys
             count = min(max(1, budget // (pixels * max(heads * keys, channels))), column.count)
             biased = row.bias is not None or column.bias is not None
-            # Logits, weights, their mean, queries, and the result.
-            kept = (2 * heads + 1) * pixels * keys + (dim + channels) * pixels
+            # Logits, which become weights, their mean, queries, and the result.
+            kept = (heads + 1) * pixels * keys + (dim + channels) * pixels
             passing = max(biased * pixels * keys + 2 * dim * keys, channels * keys)
             most = max(most, count * (kept + passing))
     return 4 * most
@@ -142,13 +146,13 @@ def backward(
         for tiles in _batches(window, query, keys, channels, longest=_LONGEST_SEGMENT_BACKWARD):
             weights = torch.softmax(tiles.logits(query[image], keys, scale, scratch), dim=-1)
             weights = weights.permute(1, 2, 0, 3)  # (count, heads, pixels, keys)
-            outer = tiles.take_pixels(grad[image]).to(values.dtype)  # (count, pixels, C)
+            outer = tiles.pixels_of(grad[image]).flatten(1, 2).to(values.dtype)  # (count, pixels, C)
             tiles.add_keys(sum_values, weights.mean(dim=1).to(values.dtype).transpose(1, 2) @ outer)
             inner = (outer @ tiles.take_keys(values).transpose(1, 2)).to(keys.dtype)[:, None] / heads
             # dS (count, heads, pixels, keys)
             inner = inner.expand_as(weights)
             inner = torch.ops.aten._softmax_backward_data(inner, weights.contiguous(), -1, weights.dtype)
-            queries = tiles.take_pixels(query[image]).to(keys.dtype).transpose(1, 2)
+            queries = tiles.pixels_of(query[image]).flatten(1, 2).to(keys.dtype).transpose(1, 2)
             tiles.add_keys(sum_keys, (inner.transpose(2, 3) @ queries).transpose(1, 2))
             update = (inner @ tiles.take_keys(keys).transpose(1, 2)) * scale  # (count, heads, pixels, d)
             tiles.put_pixels(grad_query[image], update.transpose(1, 2))
@@ -180,12 +184,12 @@ class _Batch:
     def keys(self) -> int:
         return self.rows.keys * self.columns.keys
 
-    def take_pixels(self, pixel_map: Tensor) -> Tensor:
-        """The pixels of each rectangle: (H, W, ...) -> (count, pixels, ...), a copy."""
+    def pixels_of(self, pixel_map: Tensor) -> Tensor:
+        """The pixels of each rectangle: (H, W, ...) -> (count, rows, columns, ...)."""
         band = pixel_map[self.rows.starts[0] : self.rows.starts[0] + self.rows.length]
         columns = self.columns.queries()
         band = band[:, columns] if isinstance(columns, slice) else band.index_select(1, columns)
-        return band.unflatten(1, (self.count, self.columns.length)).transpose(0, 1).flatten(1, 2)
+        return band.unflatten(1, (self.count, self.columns.length)).transpose(0, 1)
 
     def put_pixels(self, pixel_map: Tensor, update: Tensor) -> None:
         """Write (count, pixels, ...) into these pixels of (H, W, ...)."""
@@ -212,8 +216,8 @@ class _Batch:
 
     def logits(self, query: Tensor, keys: Tensor, scale: float, scratch: _Scratch) -> Tensor:
         """Scaled logits (pixels, count, heads, keys), -inf where a pixel does not see a key."""
-        pixels = self.take_pixels(query).transpose(0, 1)  # (pixels, count, heads, d)
-        queries = scratch.take("queries", pixels.shape, keys).copy_(pixels)
+        pixels = self.pixels_of(query).permute(1, 2, 0, 3, 4)  # (rows, columns, count, heads, d)
+        queries = scratch.take("queries", pixels.shape, keys).copy_(pixels).flatten(0, 1)
         near = self.take_keys(keys).permute(0, 2, 3, 1).contiguous()  # (count, heads, d, keys)
         logits = grouped_product(queries.flatten(1, 2), near.flatten(0, 1), partial(scratch.take, "logits"))
         logits = logits.unflatten(1, (self.count, -1))
@@ -253,14 +257,13 @@ def _batches(
     # On other devices both take about the same time, and the test would wait for the device. (NaN fails the test.)
     finite = keys.device.type == "cpu" and bool(keys.abs().max() <= _SAFE_KEY)
     top, left, full_height, full_width = part or (0, 0, height, width)
-    most_rows = _most_rows(window, (full_height, full_width), (h, w), heads, longest, keys.device.type)
+    longest_sides = _longest_sides(window, (full_height, full_width), (h, w), heads, longest, keys.device.type)
     row_classes, column_classes = (
         kept_for_graphs(
             axis_segments(window, queries, number, most, first, total, keys.device, keys.dtype), keys.device
         )
-        for queries, number, first, total, most in (
-            (height, h, top, full_height, most_rows),
-            (width, w, left, full_width, longest),
+        for queries, number, first, total, most in zip(
+            (height, width), (h, w), (top, left), (full_height, full_width), longest_sides, strict=True
         )
     )
     for row_class in row_classes:
@@ -275,17 +278,17 @@ def _batches(
 
 
 @lru_cache(maxsize=256)
-def _most_rows(
+def _longest_sides(
     window: Window, output_size: tuple[int, int], grid: tuple[int, int], heads: int, longest: int, device_type: str
-) -> int:
-    """The most rows of a rectangle that is `longest` wide: fewer where large windows would make its logits too many."""
+) -> tuple[int, int]:
+    """The most rows and columns of a rectangle: fewer rows where large windows would make its logits too many."""
     if device_type != "cpu":
-        return longest
-    keys = 1
+        return longest, longest
+    keys, columns = 1, min(longest, _LONGEST_COLUMNS)
     for queries, number in zip(output_size, grid, strict=True):
         start, stop = axis_bounds(window, queries, number)
         keys *= max(last - first for first, last in zip(start, stop, strict=True))
-    return min(longest, max(_FEWEST_ROWS, _MOST_LOGITS // (heads * keys * longest)))
+    return min(longest, max(_FEWEST_ROWS, _MOST_LOGITS // (heads * keys * columns))), columns
 
 
 def _grids(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,12 +297,12 @@ def _grids(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _softmax(logits: Tensor, scratch: _Scratch) -> Tensor:
-    """Softmax over the last dimension, stored in the order of the logits: else torch copies them first."""
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, in place; torch would copy what it does not find in the order of its memory."""
     order = sorted(range(logits.dim()), key=logits.stride, reverse=True)
     stored = logits.permute(order)
-    weights = torch.softmax(stored, dim=-1, out=scratch.take("weights", tuple(stored.shape), stored))
-    return weights.permute([order.index(dim) for dim in range(logits.dim())])
+    torch.softmax(stored, dim=-1, out=stored)
+    return logits
 
 
 class _Scratch(threading.local):
