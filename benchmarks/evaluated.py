@@ -13,8 +13,11 @@ Cells = tuple[list[str], list[list[str]]]
 """A table's header and rows."""
 
 
-FIRST_EDITION = "147d84054b6b00432547112c2ef3035a86d8ff20c516ac4f44b5c80a7c01b555"
-"""The first `anyup_mini`, as results name it; what is stored of it is not of the weights that come with the package."""
+EDITIONS = {
+    "147d84054b6b00432547112c2ef3035a86d8ff20c516ac4f44b5c80a7c01b555": "first edition",
+    "33c6287e4fdf754cd7561b08964e29d7bd402749858833aba24a3990f899526d": "second edition",
+}
+"""Earlier `anyup_mini`, by their sha256 in results; what is stored of them is not of the weights in the package."""
 
 
 def _named(results: Mapping[str, Any], method: str) -> str:
@@ -22,7 +25,8 @@ def _named(results: Mapping[str, Any], method: str) -> str:
     described = results["methods"][method]
     if described["kind"] == "interpolation":
         return method
-    return "`anyup_mini`, first edition" if described.get("sha256") == FIRST_EDITION else f"`{method}`"
+    edition = EDITIONS.get(described.get("sha256"))
+    return f"`anyup_mini`, {edition}" if edition else f"`{method}`"
 
 
 def probes(path: Path) -> Cells:

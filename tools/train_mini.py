@@ -1,8 +1,9 @@
-"""Train the packaged weights on one core: the recipe of `anyup_mini`, second edition, whose card tells how it was run.
+"""Train the packaged weights on one core: the recipe of `anyup_mini`, third edition, whose card tells how it was run.
 
-    python tools/train_mini.py placed.safetensors photographs features.pt -o weights.safetensors --minutes 40
+    python tools/train_mini.py anyup_mini photographs features.pt --labelled camvid -o weights.safetensors --minutes 75
 
-What it starts from has waves of place (`tools/add_place_channels.py`). `features.pt` is made where it is not there.
+The second edition's first step is to give the weights waves of place (`tools/add_place_channels.py`); the third one
+starts from the second. `features.pt` is made where it is not there.
 Beside `anyup train` this has Muon for the matrices, a loss that is what is measured (1 - cosine as a share of bilinear
 interpolation's), the whole view as the truth at 4x, random layers after an encoder, which make another encoder of it,
 and compiled pixel encoders whose products are in bfloat16. It needs a C++ compiler.
@@ -15,6 +16,7 @@ import contextlib
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 import anyup
 from anyup.encoders import load_encoder
+from anyup.evaluation.datasets import LAYOUTS, VOID, load_split, make_labels, read_mask, square_image
 from anyup.images import normalize_imagenet, resize
 from anyup.layers import Encoder, ResBlock
 from anyup.model import AnyUp
@@ -35,22 +38,26 @@ from anyup.training.synthetic import synthetic_features
 
 SHARES = {
     "dinov2_s_derived 2x": 0.16,
-    "dinov2_s_derived 4x": 0.18,
-    "mobilenet_v2:13 2x": 0.06,
-    "mobilenet_v2:13 4x": 0.06,
-    "mobilenet_v2:6 2x": 0.08,
+    "dinov2_s_derived 4x": 0.10,
+    "mobilenet_v2:13 2x": 0.04,
+    "mobilenet_v2:13 4x": 0.04,
+    "mobilenet_v2:6 2x": 0.06,
     "mobilenet_v2:6 4x": 0.03,
-    "efficientnet_lite0:10 2x": 0.08,
-    "efficientnet_lite0:10 4x": 0.06,
-    "efficientnet_lite0:4 2x": 0.08,
-    "efficientnet_lite0:4 4x": 0.04,
-    "place": 0.10,
-    "synthetic": 0.05,
+    "efficientnet_lite0:10 2x": 0.07,
+    "efficientnet_lite0:10 4x": 0.04,
+    "efficientnet_lite0:4 2x": 0.06,
+    "efficientnet_lite0:4 4x": 0.02,
+    "place": 0.02,
+    "synthetic": 0.02,
+    "labels": 0.36,
 }
-"""How many of the steps have which features."""
+"""How many of the steps have which features; labels where there are labelled frames."""
 
-WEIGHTS = {"place": 0.8, "synthetic": 0.5}
-RATE, WARMUP, AVERAGE, CLIP = 8e-4, 40, 0.995, 0.5
+WEIGHTS = {"place": 0.8, "synthetic": 0.5, "labels": 6.0}
+LABELS = (0.10, 0.90)
+"""What counts in a step of labels: their shares of the cells, and scores."""
+
+RATE, WARMUP, AVERAGE, CLIP = 6e-4, 40, 0.995, 0.5
 LATE = 0.85  # from this share of the run on most guidance images are larger
 
 Maps = dict[str, Tensor]
@@ -89,6 +96,22 @@ def make_features(folder: str, names: set[str], views: int) -> tuple[Tensor, dic
                 rows = torch.cat((top_left, top_right), 2), torch.cat((left, right), 2)
                 maps["quarters"].append(torch.cat(rows, 1))
     return torch.stack(guidance), {n: {k: torch.stack(v) for k, v in maps.items()} for n, maps in made.items()}
+
+
+def make_labelled(folder: str) -> Labelled:
+    """The central square of each frame in `train`, with the classes that `trainannot` has, as CamVid lays them out."""
+    encoder, guidance, masks = load_encoder("dinov2_s_derived"), list[Tensor](), list[Tensor]()
+    maps: dict[str, list[Tensor]] = {"l224": [], "whole": []}
+    labels = make_labels([str(value) for value in range(VOID)])
+    for sample in load_split(folder, LAYOUTS["camvid"], "train"):
+        image = square_image(sample.photo(), 448)
+        small = resize(image, (224, 224))
+        guidance.append((small * 255).round().to(torch.uint8)[0])
+        masks.append(read_mask(sample, labels, 224))
+        with torch.inference_mode():
+            for key, pixels in (("l224", small), ("whole", image)):
+                maps[key].append(encoder(encoder.normalize(pixels))[0].half())
+    return Labelled(torch.stack(guidance), torch.stack(masks), {key: torch.stack(of) for key, of in maps.items()})
 
 
 def block(x: Tensor, layers: ResBlock, half: bool) -> Tensor:
@@ -170,15 +193,21 @@ def _pooled(pixels: Tensor, side: int) -> Tensor:
 class Samples:
     """What steps learn from; `late` steps have larger guidance images."""
 
-    def __init__(self, guidance: Tensor, maps: dict[str, Maps]) -> None:
+    def __init__(self, guidance: Tensor, maps: dict[str, Maps], labelled: Sequence[Labelled] = ()) -> None:
+        self._labelled = labelled
         self._guidance, self._maps = guidance, maps
         some = {name: of["l224"][::7].float() for name, of in maps.items()}
         self._spread = {name: (x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp_min(1e-3)) for name, x in some.items()}
 
     def loss(self, upsample: Forward, draw: random.Random, late: bool) -> tuple[str, Tensor]:
         """What a step has, and its loss as a share of bilinear interpolation's."""
-        (name,) = draw.choices(list(SHARES), list(SHARES.values()))
-        chosen = [(draw.randrange(len(self._guidance)), draw.randrange(8)) for _ in range(2 if name == "place" else 4)]
+        shares = {name: share for name, share in SHARES.items() if name != "labels" or self._labelled}
+        (name,) = draw.choices(list(shares), list(shares.values()))
+        if name == "labels":
+            return name, self._labels(upsample, draw) @ torch.tensor(LABELS)
+        encoder, _, ratio = name.rpartition(" ")
+        views = len(self._maps[encoder]["l224"]) if encoder else len(self._guidance)
+        chosen = [(draw.randrange(views), draw.randrange(8)) for _ in range(2 if name == "place" else 4)]
         if name == "place":
             return name, self._place(upsample, draw, chosen)
         if name == "synthetic":
@@ -186,18 +215,16 @@ class Samples:
             truth = torch.stack([synthetic_features(one, channels, key, i) for i, one in enumerate(image)])
             low = F.adaptive_avg_pool2d(truth, draw.choice((8, 16, 16, 32)))
         else:
-            encoder, ratio = name.rsplit(" ", 1)
             of = self._maps[encoder]
             pair = ("l224", "quarters") if ratio == "2x" else ("l112", "whole")
-            low, truth = (torch.stack([turn(of[key][i], t) for i, t in chosen]).float() for key in pair)
+            low, truth = (_turned(of[key], chosen).float() for key in pair)
             low, truth = self._varied(encoder, low, truth, draw)
             image = self._images(chosen, _guidance_side(truth.shape[2], late, draw))
         out = upsample(image, low, truth.shape[2])
         return name, _distance(out, truth) / _distance(_bilinear(low, truth.shape[2]), truth)
 
     def _images(self, chosen: list[tuple[int, int]], side: int) -> Tensor:
-        pixels = torch.stack([turn(self._guidance[i], t) for i, t in chosen]).float() / 255
-        return normalize_imagenet(resize(pixels, (side, side)))
+        return _normalized(_turned(self._guidance, chosen), side)
 
     def _varied(self, encoder: str, low: Tensor, truth: Tensor, draw: random.Random) -> tuple[Tensor, Tensor]:
         """Both behind a random layer, with some of the channels, or as they are."""
@@ -218,7 +245,7 @@ class Samples:
         """Of maps that are known at every pixel, carried with the weights of features of 32 x 32 cells."""
         side, key = 128, draw.getrandbits(30)
         image = self._images(chosen, side)
-        low = torch.stack([turn(self._maps["dinov2_s_derived"]["whole"][i], t) for i, t in chosen]).float()
+        low = _turned(self._maps["dinov2_s_derived"]["whole"], chosen).float()
         known = torch.stack(
             [
                 torch.cat((2 * _regions(one, key + i), position_maps(one, 32, side, key, i)[:5] / 2))
@@ -228,6 +255,72 @@ class Samples:
         values = F.adaptive_avg_pool2d(known, 32)
         out = upsample(image, low, side, values)
         return (out - known).square().mean() / (_bilinear(values, side) - known).square().mean()
+
+    def _labels(self, upsample: Forward, draw: random.Random) -> Tensor:
+        """Of a class at each pixel: the shares of each cell and a classifier's scores, both carried to pixels (2)."""
+        of, key = draw.choice(self._labelled), draw.choice(("l224", "whole"))
+        side, samples = draw.choice(((224, 1), *{"l224": [(112, 3)], "whole": [(128, 2)]}[key] * 3))
+        chosen = [(draw.randrange(len(of.guidance)), draw.randrange(8)) for _ in range(samples)]
+        low, scores = (_turned(maps[key], chosen).float() for maps in (of.maps, of.scores))
+        truth = F.adaptive_avg_pool2d(_one_hot(_turned(of.labels, chosen), of.classes), side)
+        shares, known = F.adaptive_avg_pool2d(truth, low.shape[2]), truth.sum(1, keepdim=True) > 0.99
+
+        def errors(maps: Tensor) -> Tensor:
+            of_shares, of_scores = maps.split(of.classes, 1)
+            return torch.stack((((of_shares - truth).square() * known).mean(), _cross_entropy(of_scores, truth)))
+
+        values = torch.cat((shares, scores), 1)
+        ours = errors(upsample(_normalized(_turned(of.guidance, chosen), side), low, side, values))
+        return ours / errors(_bilinear(values, side))
+
+
+class Labelled:
+    """Views with a class at each pixel, in the order of their names, and scores of the classes for each cell.
+
+    `guidance` (N, 3, 224, 224) and `labels` (N, 224, 224) are bytes; `maps` are as those of photographs. The scores of
+    either half are a linear classifier's that learned from the other half: they have the errors of a real probe.
+    """
+
+    def __init__(self, guidance: Tensor, labels: Tensor, maps: Maps) -> None:
+        self.guidance, self.labels, self.maps = guidance, labels, maps
+        self.classes = int(labels[labels < VOID].max()) + 1
+        halves = torch.arange(len(labels)).chunk(2)
+        fitted = [self._classifier(half) for half in reversed(halves)]
+        self.scores = {
+            key: torch.cat([F.conv2d(of[half].float(), *one) for half, one in zip(halves, fitted, strict=True)])
+            for key, of in maps.items()
+        }
+
+    def _classifier(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (K, C, 1, 1) and bias (K) of logistic regression from cells to the shares of their pixels."""
+        low = self.maps["l224"][chosen].float()
+        shares = F.adaptive_avg_pool2d(_one_hot(self.labels[chosen], self.classes), low.shape[2])
+        weight = torch.zeros(self.classes, low.shape[1], 1, 1, requires_grad=True)
+        bias = torch.zeros(self.classes, requires_grad=True)
+        optimizer, draw = torch.optim.AdamW((weight, bias), 2e-3), torch.Generator().manual_seed(0)
+        for _ in range(600):
+            some = torch.randint(len(low), (8,), generator=draw)
+            optimizer.zero_grad()
+            _cross_entropy(F.conv2d(low[some], weight, bias), shares[some]).backward()
+            optimizer.step()
+        return weight.detach(), bias.detach()
+
+
+def _cross_entropy(scores: Tensor, shares: Tensor) -> Tensor:
+    return -(scores.log_softmax(1) * shares).sum() / shares.sum()
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Labels (B, H, W) as (B, K, H, W); none of the classes where it is void."""
+    return F.one_hot(labels.long().clamp_max(classes), classes + 1)[..., :-1].movedim(-1, 1).float()
+
+
+def _turned(maps: Tensor, chosen: list[tuple[int, int]]) -> Tensor:
+    return torch.stack([turn(maps[i], t) for i, t in chosen])
+
+
+def _normalized(pixels: Tensor, side: int) -> Tensor:
+    return normalize_imagenet(resize(pixels.float() / 255, (side, side)))
 
 
 def _regions(image: Tensor, key: int) -> Tensor:
@@ -323,7 +416,8 @@ def main() -> None:
     parser.add_argument("weights", help="to start from: a name or file, as for `anyup upsample --weights`")
     parser.add_argument("photographs", help="a folder; every tenth by name is held out, as in `anyup train`")
     parser.add_argument("features", type=Path, help="file of the encoders' features")
-    parser.add_argument("--minutes", type=float, default=40, help="of processor time (default: 40)")
+    parser.add_argument("--labelled", action="append", default=[], metavar="FOLDER", help="frames with classes; again")
+    parser.add_argument("--minutes", type=float, default=75, help="of processor time (default: 75)")
     parser.add_argument("--views", type=int, default=2, help="of a photograph (default: 2)")
     parser.add_argument("-o", "--output", required=True, help="the weights to write, as .safetensors")
     arguments = parser.parse_args()
@@ -332,8 +426,9 @@ def main() -> None:
     if not arguments.features.is_file():
         torch.save(make_features(arguments.photographs, names, arguments.views), arguments.features)
     guidance, maps = torch.load(arguments.features)
+    labelled = [make_labelled(folder) for folder in arguments.labelled]
     model = anyup.load(arguments.weights)
-    model.load_state_dict(train(model, Samples(guidance, maps), 60 * arguments.minutes))
+    model.load_state_dict(train(model, Samples(guidance, maps, labelled), 60 * arguments.minutes))
     anyup.save(model, arguments.output)
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import random
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,33 @@ def features() -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
     return guidance, {n: {key: maps(side // stride) for key, side in sides.items()} for n, stride in STRIDES.items()}
 
 
+def labelled(tool: ModuleType) -> Any:
+    """Four views, left and right of another class each, which the first channel tells; a column between is void."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.zeros(4, 224, 224, dtype=torch.uint8)
+    labels[:, :, 112:] = torch.arange(1, 5, dtype=torch.uint8)[:, None, None] % 3
+    labels[:, :, 112:128] = tool.VOID
+    maps = {}
+    for key, side in (("l224", 16), ("whole", 32)):
+        cells = labels[:, :: 224 // side, :: 224 // side].float()
+        maps[key] = torch.randn(4, 10, side, side, generator=generator).half() / 10
+        maps[key][:, 0] = cells.where(cells < tool.VOID, 0)
+    guidance = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8, generator=generator)
+    return tool.Labelled(guidance, labels, maps)
+
+
+def test_scores_are_of_a_classifier_that_learned_from_the_other_half(tool: ModuleType) -> None:
+    of = labelled(tool)
+    assert of.classes == 3 and {key: scores.shape for key, scores in of.scores.items()} == {
+        "l224": (4, 3, 16, 16),
+        "whole": (4, 3, 32, 32),
+    }
+    # On the right the first half has classes 1 and 2, the second 0 and 1: the other's classifier knows 1 alone.
+    right = of.scores["l224"][:, :, :, 10:].argmax(1)
+    assert (right[0] == 1).float().mean() > 0.9 and (right[1] != 2).all()
+    assert (of.scores["l224"][:, :, :, :7].argmax(1) == 0).float().mean() > 0.9
+
+
 def test_its_forward_is_the_upsampler_s(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     model, image, low, values = upsampler(), torch.randn(2, 3, 32, 32), torch.randn(2, 5, 8, 8), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -62,13 +90,13 @@ def test_its_forward_is_the_upsampler_s(tool: ModuleType, monkeypatch: pytest.Mo
     "kind",
     [
         *(pytest.param(f"{name} {ratio}", marks=pytest.mark.slow) for name in STRIDES for ratio in ("2x", "4x")),
-        pytest.param("place", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("place", "labels")),
         "synthetic",
     ],
 )
 def test_each_kind_of_step_has_a_loss_to_descend(tool: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "SHARES", {kind: 1.0})
-    model, samples = upsampler(), tool.Samples(*features())
+    model, samples = upsampler(), tool.Samples(*features(), [labelled(tool)] if kind == "labels" else [])
     name, share = samples.loss(tool.Forward(model), random.Random(0), late=kind.startswith("mobilenet_v2:13"))
     share.backward()
     assert name == kind and 0.1 < share.item() < 10
@@ -134,3 +162,28 @@ def test_features_of_photographs(tool: ModuleType, tmp_path: Path, monkeypatch: 
     # A mean knows no surroundings: the quarters are the whole.
     assert torch.equal(maps["one"]["quarters"], maps["one"]["whole"])
     assert maps["one"]["whole"].shape == (4, 3, 28, 28) and maps["one"]["l224"].shape == (4, 3, 14, 14)
+
+
+def test_labelled_frames(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+    for name in "abcd":
+        Image.effect_noise((96, 80), 60).convert("RGB").save(tmp_path / "train" / f"{name}.png")
+        mask = Image.new("L", (96, 80), 2)
+        mask.paste(1, (0, 0, 48, 80))
+        mask.save(tmp_path / "trainannot" / f"{name}.png")
+
+    class Mean(nn.Module):
+        def normalize(self, rgb01: Tensor) -> Tensor:
+            return rgb01
+
+        def forward(self, image: Tensor) -> Tensor:
+            return nn.functional.avg_pool2d(image, 14)
+
+    monkeypatch.setattr(tool, "load_encoder", lambda name: Mean())
+    of = tool.make_labelled(str(tmp_path))
+    assert of.guidance.shape == (4, 3, 224, 224) and of.classes == 3
+    assert (of.labels[:, :, :112] == 1).all() and (of.labels[:, :, 112:] == 2).all()
+    assert of.maps["l224"].shape == (4, 3, 16, 16) and of.maps["whole"].shape == (4, 3, 32, 32)
