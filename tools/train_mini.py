@@ -4,6 +4,7 @@
 
 The second edition's first step is to give the weights waves of place (`tools/add_place_channels.py`); the third one
 starts from the second. `features.pt` is made where it is not there.
+
 Beside `anyup train` this has Muon for the matrices, a loss that is what is measured (1 - cosine as a share of bilinear
 interpolation's), the whole view as the truth at 4x, random layers after an encoder, which make another encoder of it,
 and compiled pixel encoders whose products are in bfloat16. It needs a C++ compiler.
@@ -267,7 +268,7 @@ class Samples:
 
         def errors(maps: Tensor) -> Tensor:
             of_shares, of_scores = maps.split(of.classes, 1)
-            return torch.stack((((of_shares - truth).square() * known).mean(), _cross_entropy(of_scores, truth)))
+            return torch.stack((((of_shares - truth).square() * known).mean(), F.cross_entropy(of_scores, truth)))
 
         values = torch.cat((shares, scores), 1)
         ours = errors(upsample(_normalized(_turned(of.guidance, chosen), side), low, side, values))
@@ -301,13 +302,9 @@ class Labelled:
         for _ in range(600):
             some = torch.randint(len(low), (8,), generator=draw)
             optimizer.zero_grad()
-            _cross_entropy(F.conv2d(low[some], weight, bias), shares[some]).backward()
+            F.cross_entropy(F.conv2d(low[some], weight, bias), shares[some]).backward()
             optimizer.step()
         return weight.detach(), bias.detach()
-
-
-def _cross_entropy(scores: Tensor, shares: Tensor) -> Tensor:
-    return -(scores.log_softmax(1) * shares).sum() / shares.sum()
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:

@@ -19,6 +19,20 @@ from anyup.model import AnyUp
 STRIDES = {"dinov2_s_derived": 14, "mobilenet_v2:6": 8, "mobilenet_v2:13": 16}
 
 
+class Mean(nn.Module):
+    """An encoder that knows no surroundings: the mean of each patch."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def normalize(self, rgb01: Tensor) -> Tensor:
+        return rgb01
+
+    def forward(self, image: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(image, self.patch)
+
+
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parents[2] / "tools" / "train_mini.py"
@@ -146,17 +160,7 @@ def test_features_of_photographs(tool: ModuleType, tmp_path: Path, monkeypatch: 
 
     for name in "ab":
         Image.effect_noise((460, 450), 60).convert("RGB").save(tmp_path / f"{name}.png")
-    made = []
-
-    class Mean(nn.Module):
-        def normalize(self, rgb01: Tensor) -> Tensor:
-            return rgb01
-
-        def forward(self, image: Tensor) -> Tensor:
-            made.append(image.shape)
-            return nn.functional.avg_pool2d(image, 16)
-
-    monkeypatch.setattr(tool, "load_encoder", lambda name: Mean())
+    monkeypatch.setattr(tool, "load_encoder", lambda name: Mean(16))
     guidance, maps = tool.make_features(str(tmp_path), {"one"}, 2)
     assert guidance.shape == (4, 3, 224, 224) and maps["one"]["l112"].shape == (4, 3, 7, 7)
     # A mean knows no surroundings: the quarters are the whole.
@@ -174,15 +178,7 @@ def test_labelled_frames(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.M
         mask = Image.new("L", (96, 80), 2)
         mask.paste(1, (0, 0, 48, 80))
         mask.save(tmp_path / "trainannot" / f"{name}.png")
-
-    class Mean(nn.Module):
-        def normalize(self, rgb01: Tensor) -> Tensor:
-            return rgb01
-
-        def forward(self, image: Tensor) -> Tensor:
-            return nn.functional.avg_pool2d(image, 14)
-
-    monkeypatch.setattr(tool, "load_encoder", lambda name: Mean())
+    monkeypatch.setattr(tool, "load_encoder", lambda name: Mean(14))
     of = tool.make_labelled(str(tmp_path))
     assert of.guidance.shape == (4, 3, 224, 224) and of.classes == 3
     assert (of.labels[:, :, :112] == 1).all() and (of.labels[:, :, 112:] == 2).all()
